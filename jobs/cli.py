@@ -1,0 +1,36 @@
+"""The command ``mpi-ef``: one word picks the program, which parses the rest."""
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+__all__ = ["main"]
+
+# Each program is a module with main(argv). None of them is imported before it is asked for, and none starts MPI for
+# --help.
+PROGRAMS = {
+    "train": "train a model over MPI with compressed communication",
+    "report": "draw and tabulate finished runs: loss against bytes, time and steps",
+    "least-squares": "solve a least-squares problem with rows on all ranks; NumPy only, no torch",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program named by the first argument."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: mpi-ef PROGRAM [options]\n")
+        print("\n".join(f"  {name:<15}{text}" for name, text in PROGRAMS.items()))
+        print("\nmpi-ef PROGRAM --help shows the options. Start programs that use MPI with mpiexec or srun.")
+        return
+    name = arguments[0]
+    if name not in PROGRAMS:
+        close = get_close_matches(name, PROGRAMS, n=1)
+        hint = f"did you mean {close[0]}?" if close else "see mpi-ef --help"
+        sys.exit(f"mpi-ef: there is no program {name!r}; {hint}")
+    import_module(f"mpi_ef.jobs.{name.replace('-', '_')}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Command lines and TOML files made from a frozen dataclass: one description, no unknown key ignored."""
+
+import argparse
+import tomllib
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from mpi_ef.errors import ConfigError
+
+__all__ = ["option", "parse", "to_toml"]
+
+T = TypeVar("T")
+
+
+def option(default: Any, help: str) -> Any:
+    """Return a dataclass field with a help text."""
+    return field(default=default, metadata={"help": help})
+
+
+def parse(config: type[T], argv: Sequence[str] | None, *, prog: str, description: str) -> T:
+    """Return a `config` from defaults, the TOML file named by ``--config``, and the flags in `argv`, the last wins.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown key or a value of the wrong type in the file, with the nearest known name.
+    SystemExit
+        From argparse, for ``--help`` and wrong flags.
+    """
+    types = get_type_hints(config)
+    known = {f.name: f for f in fields(config)}  # type: ignore[arg-type]
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False,
+                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with any of the options below")
+    for name, f in known.items():
+        _add_flag(parser, name, f, types[name])
+    given = vars(parser.parse_args(argv))
+    path: Path | None = given.pop("config", None)
+    values = _read(path, known, types) if path else {}
+    values |= {name: value for name, value in given.items() if value is not _UNSET}
+    return config(**values)
+
+
+def to_toml(config: Any) -> str:
+    """Return `config` as a TOML document that :func:`parse` reads back."""
+    lines = []
+    for name, value in asdict(config).items():
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            text = str(value).lower()
+        elif isinstance(value, int | float):
+            text = repr(value)
+        else:
+            text = '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+        lines.append(f"{name} = {text}\n")
+    return "".join(lines)
+
+
+class _Unset:
+    """Stands for a flag that was not given, so that it does not override the file."""
+
+
+_UNSET = _Unset()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Adds a did-you-mean to argparse's complaint about unknown flags."""
+
+    def error(self, message: str) -> Any:
+        if "unrecognized arguments: " in message:
+            flag = message.split("unrecognized arguments: ", 1)[1].split()[0].split("=")[0]
+            message += _hint(flag, [s for a in self._actions for s in a.option_strings])
+        super().error(message)
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    close = get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _plain(kind: Any) -> Any:
+    """Strip ``| None`` from a type."""
+    if get_origin(kind) in (Union, UnionType):
+        (kind,) = (t for t in get_args(kind) if t is not NoneType)
+    return kind
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, f: Field[Any], kind: Any) -> None:
+    kind = _plain(kind)
+    settings: dict[str, Any] = {"default": _UNSET, "help": f"{f.metadata['help']} (default: {f.default})"}
+    assert f.default is not MISSING  # noqa: S101
+    if kind is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    elif get_origin(kind) is Literal:
+        settings["choices"] = get_args(kind)
+    else:
+        settings |= {"type": kind, "metavar": kind.__name__.upper()}
+    parser.add_argument("--" + name.replace("_", "-"), **settings)
+    parser.formatter_class = argparse.HelpFormatter
+
+
+def _read(path: Path, known: dict[str, Field[Any]], types: dict[str, Any]) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: {error}; write lines like steps = 100") from None
+    values = {}
+    for key, value in document.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"{path}: {key} is no option{_hint(name, list(known)) or '; see --help'}")
+        kind = _plain(types[name])
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                choices = ", ".join(map(str, get_args(kind)))
+                raise ConfigError(f"{path}: {key} = {value!r} is not known; take one of {choices}")
+            values[name] = value
+        elif kind is Path and isinstance(value, str):
+            values[name] = Path(value)
+        elif kind is float and type(value) is int:
+            values[name] = float(value)
+        elif type(value) is kind:
+            values[name] = value
+        else:
+            raise ConfigError(f"{path}: {key} = {value!r} is {type(value).__name__}; it takes {kind.__name__}")
+    return values

@@ -1,0 +1,155 @@
+"""Training data and how ranks share them: every sample on exactly one rank."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpi_ef.collectives import chunk_bounds
+from mpi_ef.errors import DataError
+
+__all__ = ["Dataset", "Digits", "Text", "batches", "shard"]
+
+Indices = NDArray[np.int64]
+
+
+class Dataset(Protocol):
+    """Samples 0 ... size-1 for training, 0 ... held_out_size-1 for validation."""
+
+    size: int
+    held_out_size: int
+    labels: NDArray[np.int64] | None
+
+    def batch(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of training samples."""
+        ...
+
+    def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of validation samples."""
+        ...
+
+
+def shard(size: int, ranks: int, rank: int, *, order: Indices | None = None) -> Indices:
+    """Return the samples of one rank: every sample on exactly one rank, numbers equal up to one.
+
+    Parameters
+    ----------
+    size : int
+        Number of samples.
+    ranks, rank : int
+    order : (size,) int64, optional
+        The samples in the order in which they are dealt out, contiguously; 0 ... size-1 by default.
+
+    Raises
+    ------
+    DataError
+        When there are fewer samples than ranks.
+    """
+    if size < ranks:
+        raise DataError(f"data: {size} samples for {ranks} ranks; use more data or fewer ranks")
+    bounds = chunk_bounds(size, ranks)
+    return (np.arange(size) if order is None else order)[bounds[rank] : bounds[rank + 1]]
+
+
+def batches(samples: Indices, size: int, *, seed: int, rank: int) -> Iterator[tuple[int, Indices]]:
+    """Yield (epoch, samples of a batch) without end; each epoch shuffles anew and takes every sample once."""
+    epoch = 0
+    while True:
+        order = np.random.default_rng((seed, epoch, rank)).permutation(samples)
+        for start in range(0, order.size, size):
+            yield epoch, order[start : start + size]
+        epoch += 1
+
+
+class Text:
+    """Characters of a text, cut into blocks of `context` characters; the targets are the next characters.
+
+    Blocks do not overlap; each epoch shifts all of them by another offset. The last tenth of the text is held out.
+
+    Parameters
+    ----------
+    path : Path or None
+        A UTF-8 file; None takes ``pydoc_data.topics``, the help texts that come with Python.
+    context : int
+        Characters per block.
+    seed : int
+        Of the offsets.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read, is empty or too short.
+    """
+
+    labels = None
+
+    def __init__(self, path: Path | None, *, context: int, seed: int) -> None:
+        text = _read(path)
+        characters = sorted(set(text))
+        number = {character: i for i, character in enumerate(characters)}
+        tokens = np.array([number[character] for character in text], np.int64)
+        cut = tokens.size * 9 // 10
+        self.vocabulary, self.context, self._seed = len(characters), context, seed
+        self._train, self._held_out = torch.from_numpy(tokens[:cut]), torch.from_numpy(tokens[cut:])
+        self.size = (cut - context) // context
+        self.held_out_size = (tokens.size - cut - 1) // context
+        if self.size < 1 or self.held_out_size < 1:
+            raise DataError(f"{path}: {len(text)} characters are too few for blocks of {context}; use a longer text or a "
+                            "smaller --context")  # fmt: skip
+
+    def batch(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return (b, context) characters and the characters that follow them, int64."""
+        offset = int(np.random.default_rng((self._seed, epoch)).integers(self.context))
+        return self._blocks(self._train, indices * self.context + offset)
+
+    def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Return the same of the held-out text."""
+        return self._blocks(self._held_out, indices * self.context)
+
+    def _blocks(self, tokens: Tensor, starts: Indices) -> tuple[Tensor, Tensor]:
+        at = torch.from_numpy(starts)[:, None] + torch.arange(self.context)
+        return tokens[at], tokens[at + 1]
+
+
+def _read(path: Path | None) -> str:
+    if path is None:
+        from pydoc_data.topics import topics  # noqa: PLC0415
+
+        return "\n".join(topics.values())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}; name a text file") from None
+    if not text:
+        raise DataError(f"{path}: the file is empty; name a text file")
+    return text
+
+
+class Digits:
+    """Scikit-learn's 1797 handwritten digits, 8 x 8 pixels in [0, 1]; a fifth, the same for every seed, is held out."""
+
+    def __init__(self) -> None:
+        try:
+            from sklearn.datasets import load_digits  # noqa: PLC0415
+        except ImportError:
+            raise DataError("digits: scikit-learn is not installed; pip install 'mpi_ef[examples]'") from None
+        pixels, labels = load_digits(return_X_y=True)
+        order = np.random.default_rng(0).permutation(labels.size)
+        cut = labels.size * 4 // 5
+        x = torch.from_numpy((pixels[order] / 16.0).astype(np.float32).reshape(-1, 1, 8, 8))
+        y = torch.from_numpy(labels[order].astype(np.int64))
+        self._train, self._held_out = (x[:cut], y[:cut]), (x[cut:], y[cut:])
+        self.labels: NDArray[np.int64] | None = y[:cut].numpy()
+        self.size, self.held_out_size = cut, labels.size - cut
+
+    def batch(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Return (b, 1, 8, 8) float32 images and (b,) int64 labels."""
+        return self._train[0][indices], self._train[1][indices]
+
+    def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Return the same of the held-out digits."""
+        return self._held_out[0][indices], self._held_out[1][indices]

@@ -1,0 +1,91 @@
+"""Starting and ending MPI programs: one world or a clear word, and no rank that waits for a dead one."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mpi_ef.errors import LaunchError, MpiEfError
+
+__all__ = ["abort_on_exception", "check_world", "run", "threads_per_rank"]
+
+# What launchers tell each task about the number of tasks; the last one is set by srun for every step.
+_TASKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def check_world(size: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise `LaunchError` when a launcher started several tasks but the MPI world has one rank. Local.
+
+    Parameters
+    ----------
+    size : int
+        Size of COMM_WORLD.
+    environment : mapping
+        The environment variables of this process.
+    """
+    if size != 1:
+        return
+    for name in _TASKS:
+        text = environment.get(name, "")
+        if text.isdigit() and int(text) > 1:
+            cause = (
+                "try srun --mpi=pmix, --mpi=pmi2 or --mpi=cray_shasta (srun --mpi=list shows what there is)"
+                if name.startswith("SLURM")
+                else "start it with the mpiexec that belongs to the MPI library mpi4py uses "
+                "(python -c 'from mpi4py import MPI; print(MPI.Get_library_version())')"
+            )
+            raise LaunchError(f"launch: {name}={text}, but the MPI world has 1 rank, so every task would train alone; {cause}")
+
+
+def run(program: Callable[[Any], None]) -> None:
+    """Call ``program(COMM_WORLD)``; whatever goes wrong on one rank ends all of them, with its message. Collective.
+
+    An error that all ranks raise together is printed once, by rank 0, and exits with status 2. Any other error is
+    printed by the rank that has it, which then aborts the world: status 2 for an `MpiEfError`, else 1.
+    """
+    from mpi4py import MPI  # noqa: PLC0415
+
+    comm = MPI.COMM_WORLD
+    try:
+        check_world(comm.Get_size())
+        program(comm)
+    except MpiEfError as error:
+        if not error.everywhere:
+            _die(comm, f"mpi-ef: rank {comm.Get_rank()}: {error}", 2)
+        if comm.Get_rank() == 0:
+            print(f"mpi-ef: {error}", file=sys.stderr, flush=True)
+        comm.Barrier()  # a launcher may kill rank 0 before it has printed, once another rank has left with status 2
+        sys.exit(2)
+    except Exception:  # noqa: BLE001
+        _die(comm, f"mpi-ef: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}", 1)
+
+
+def abort_on_exception(comm: Any) -> None:
+    """Make any uncaught exception of this process end all ranks of `comm`, after its traceback is printed. Local.
+
+    For your own scripts; ``python -m mpi4py script.py`` does the same from outside.
+    """
+
+    def hook(kind: Any, value: Any, trace: Any) -> None:
+        _die(comm, f"rank {comm.Get_rank()} failed:\n{''.join(traceback.format_exception(kind, value, trace))}", 1)
+
+    sys.excepthook = hook
+
+
+def threads_per_rank(comm: Any) -> int:
+    """Return how many threads a rank may use without sharing a core with another rank. Collective."""
+    from mpi4py import MPI  # noqa: PLC0415
+
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    neighbours = node.Get_size()
+    node.Free()
+    mine = len(os.sched_getaffinity(0))
+    bound = mine < (os.cpu_count() or 1)
+    return mine if bound else max(1, mine // neighbours)
+
+
+def _die(comm: Any, text: str, status: int) -> None:
+    print(text, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    comm.Abort(status)

@@ -1,0 +1,123 @@
+"""What a run leaves behind and shows while it lasts: JSONL, CSV, a bar on a terminal, lines in a log."""
+
+import csv
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import IO, Any
+
+__all__ = ["Metrics", "Progress", "in_bytes"]
+
+
+class Metrics:
+    """Append rows with fixed columns to ``metrics.jsonl`` and ``metrics.csv`` in `folder`.
+
+    Parameters
+    ----------
+    folder : Path
+        Created when missing; files of an earlier run in it are replaced.
+    columns : list of str
+        A row may leave some out: null in JSON, empty in CSV.
+    """
+
+    def __init__(self, folder: Path, columns: list[str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._columns = columns
+        self._json = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self._csv = (folder / "metrics.csv").open("w", encoding="utf-8", newline="")
+        self._writer = csv.DictWriter(self._csv, columns)
+        self._writer.writeheader()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row and flush, so that a killed run keeps it."""
+        self._json.write(json.dumps({name: row.get(name) for name in self._columns}) + "\n")
+        self._writer.writerow(row)
+        self._json.flush()
+        self._csv.flush()
+
+    def close(self) -> None:
+        """Close both files."""
+        self._json.close()
+        self._csv.close()
+
+
+class Progress:
+    """Show where a run is: one live line on a terminal, else a line every few seconds.
+
+    Parameters
+    ----------
+    steps : int
+        Number of steps of the run.
+    every_seconds : float
+        Least time between two lines in a log.
+    """
+
+    def __init__(self, steps: int, *, every_seconds: float = 5.0, stream: IO[str] | None = None) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self._live = self._stream.isatty() if stream else _on_terminal()
+        self._steps, self._every = steps, 0.1 if self._live else every_seconds
+        self._began = perf_counter()
+        self._next = self._began
+
+    def due(self) -> bool:
+        """Tell whether it is time to show something."""
+        return perf_counter() >= self._next
+
+    def show(self, step: int, text: str) -> None:
+        """Show `text` next to the position and the time that is left."""
+        spent = perf_counter() - self._began
+        left = spent / max(step, 1) * (self._steps - step)
+        line = f"step {step:>{len(str(self._steps))}}/{self._steps}  {text}  {_clock(spent)} < {_clock(left)}"
+        if self._live:
+            done = 20 * step // self._steps
+            width = shutil.get_terminal_size((100, 24)).columns
+            self._stream.write("\r\x1b[K" + f"[{'#' * done}{'.' * (20 - done)}] {line}"[: width - 1])
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+        self._next = perf_counter() + self._every
+
+    def close(self) -> None:
+        """End the live line."""
+        if self._live:
+            self._stream.write("\n")
+            self._stream.flush()
+
+
+_LAUNCHERS = ("mpiexec", "mpirun", "prterun", "prted", "orterun", "orted", "hydra", "srun", "slurmstepd")
+
+
+def _on_terminal() -> bool:
+    """Tell whether a person watches stdout: the launcher's, because launchers put pipes or terminals of their own between.
+
+    Open MPI gives every rank a pseudo-terminal even when its own output goes to a file, Hydra a pipe even when it goes
+    to a terminal. Where /proc does not tell, no.
+    """
+    outermost, process = 0, os.getppid()
+    try:
+        while process > 1:
+            name, _, rest = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").partition("(")[2].rpartition(")")
+            if not name.startswith(_LAUNCHERS):
+                break
+            outermost, process = process, int(rest.split()[1])
+        if not outermost:
+            return sys.stdout.isatty()
+        return os.readlink(f"/proc/{outermost}/fd/1").startswith(("/dev/pts/", "/dev/tty"))  # noqa: PTH115
+    except OSError:
+        return False
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def in_bytes(nbytes: float) -> str:
+    """Return a number of bytes as a person reads it, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000.0:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000.0
+    return f"{nbytes:.1f} TB"

@@ -1,0 +1,164 @@
+"""Train a real model over MPI with compressed communication: ``mpiexec -n 2 mpi-ef train``."""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mpi_ef.jobs import launch
+from mpi_ef.jobs.config import option, parse, to_toml
+
+if TYPE_CHECKING:
+    from mpi_ef.compress import Compressor
+    from mpi_ef.jobs.trainer import Trainer
+
+__all__ = ["TrainConfig", "main", "train"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of a training run; every field is a flag and a key of the TOML file."""
+
+    model: Literal["gpt", "mlp", "cnn"] = option("gpt", "gpt on text; mlp or cnn on scikit-learn's digits")
+    text: Path | None = option(None, "UTF-8 text for the gpt; the help texts that come with Python when left out")
+    split: Literal["shuffled", "by-label"] = option("shuffled", "how the digits are dealt to the ranks")
+    steps: int = option(800, "optimizer steps")
+    batch: int = option(16, "samples per rank and step")
+    context: int = option(64, "characters per sample")
+    layers: int = option(4, "blocks of the gpt")
+    heads: int = option(4, "attention heads of the gpt")
+    width: int = option(128, "width of the gpt")
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "torch optimizer on every rank")
+    lr: float = option(0.01, "peak learning rate; linear warm-up, then cosine to a tenth of it")
+    warmup: int = option(40, "steps of linear warm-up")
+    momentum: float = option(0.9, "of sgd")
+    weight_decay: float = option(0.1, "of the optimizer")
+    rule: Literal["ef14", "ef21", "econtrol"] = option("ef14", "error-feedback rule")
+    placement: Literal["update", "gradient"] = option("update", "what is exchanged: the optimizer's update, or the gradient")
+    compressor: Literal["topk", "randk", "sign", "quantize", "identity"] = option("topk", "identity exchanges everything")
+    ratio: float = option(0.01, "share of entries that topk and randk keep")
+    values: Literal["full", "bf16", "fp16", "int8"] = option("bf16", "how kept or quantized values travel")
+    eta: float | None = option(None, "strength of econtrol's feedback; 0.3 times the contraction constant when left out")
+    dense_steps: int = option(0, "first steps that exchange everything")
+    clip: float = option(1.0, "largest norm of a rank's own gradient, before compression; 0 for no limit")
+    seed: int = option(0, "of model, shards and order")
+    log_every: int = option(10, "steps between rows of metrics")
+    eval_every: int = option(100, "steps between validations")
+    out: Path = option(Path("runs/train"), "folder for metrics.jsonl, metrics.csv, summary.json and config.toml")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, before MPI is started, then train on COMM_WORLD."""
+    config = parse(TrainConfig, argv, prog="mpi-ef train", description=__doc__ or "")
+    launch.run(lambda comm: train(comm, config))
+
+
+def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
+    """Run one training and return its summary, the same on all ranks. Collective.
+
+    Rank 0 prints progress and writes ``metrics.jsonl``, ``metrics.csv``, ``config.toml`` and ``summary.json`` into
+    ``config.out``.
+
+    Raises
+    ------
+    DataError, OptionError, DisagreementError
+        For unusable data or options, on all ranks.
+    """
+    from mpi_ef.jobs.metrics import Metrics, Progress  # noqa: PLC0415
+    from mpi_ef.jobs.trainer import COLUMNS, Trainer  # noqa: PLC0415
+
+    trainer = Trainer(comm, config)
+    root = comm.Get_rank() == 0
+    metrics = Metrics(config.out, COLUMNS) if root else None
+    if root:
+        (config.out / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        print(trainer.headline(), flush=True)
+    progress = Progress(config.steps)
+    row: dict[str, Any] = {}
+    for step in range(1, config.steps + 1):
+        trainer.step()
+        evaluate = step == config.steps or step % config.eval_every == 0
+        if not evaluate and step % config.log_every:
+            continue
+        row = trainer.row(evaluate=evaluate)
+        if metrics is not None:
+            metrics.write(row)
+            if evaluate or progress.due():
+                progress.show(step, _line(row))
+    summary = _summary(trainer, config, row)
+    if metrics is not None:
+        progress.close()
+        metrics.close()
+        (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        print(_table(summary), flush=True)
+    return summary
+
+
+def build_compressor(config: TrainConfig) -> "Compressor":
+    """Return the compressor that the options describe."""
+    from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK  # noqa: PLC0415
+
+    values: Compressor = Identity() if config.values == "full" else Quantize(config.values)
+    if config.compressor == "topk":
+        return TopK(config.ratio, values=values)
+    if config.compressor == "randk":
+        return RandK(config.ratio, values=values, seed=config.seed)
+    if config.compressor == "sign":
+        return Sign(block=1024)
+    return values if config.compressor == "quantize" else Identity()
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Return the learning rate of step 1, 2, ...: linear warm-up to `lr`, cosine to a tenth of it at the end."""
+    if step <= config.warmup:
+        return config.lr * step / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
+
+
+def _line(row: dict[str, Any]) -> str:
+    from mpi_ef.jobs.metrics import in_bytes  # noqa: PLC0415
+
+    held_out = "" if row["val_loss"] is None else f"  val {row['val_loss']:.3f}"
+    if row["val_accuracy"] is not None:
+        held_out += f" ({100 * row['val_accuracy']:.1f} %)"
+    saved = row["dense_nbytes"] / max(1, row["sent_nbytes"])
+    return f"loss {row['loss']:.3f}{held_out}  sent {in_bytes(row['sent_nbytes'])} ({saved:.0f}x less than dense)"
+
+
+def _summary(trainer: "Trainer", config: TrainConfig, row: dict[str, Any]) -> dict[str, Any]:
+    phases = {name: row[f"seconds_{name}"] / config.steps for name in ("data", "compute", "encode", "communicate", "decode")}
+    return {
+        "ranks": trainer.comm.Get_size(), "parameters": trainer.optimizer.flat.d, "steps": config.steps,
+        "loss": row["loss"], "val_loss": row["val_loss"], "val_accuracy": row["val_accuracy"],
+        "sent_nbytes": row["sent_nbytes"], "dense_nbytes": row["dense_nbytes"],
+        "seconds": row["seconds"], "seconds_per_step": row["seconds"] / config.steps, "phases_seconds_per_step": phases,
+        "skipped_steps": trainer.optimizer.skipped_steps, "replicas_equal": trainer.replicas_equal(),
+        "config": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()},
+    }  # fmt: skip
+
+
+def _table(summary: dict[str, Any]) -> str:
+    from mpi_ef.jobs.metrics import in_bytes  # noqa: PLC0415
+
+    sent, dense = summary["sent_nbytes"], summary["dense_nbytes"]
+    share = f"{dense / sent:.0f}x less, {100 * sent / dense:.2f} %" if sent else "one rank sends nothing"
+    rows = [("validation loss", f"{summary['val_loss']:.4f}"), ("training loss", f"{summary['loss']:.4f}")]
+    if summary["val_accuracy"] is not None:
+        rows.append(("validation accuracy", f"{100 * summary['val_accuracy']:.2f} %"))
+    rows += [
+        ("bytes sent per rank", f"{in_bytes(sent)} (dense: {in_bytes(dense)}; {share})"),
+        ("time", f"{summary['seconds']:.1f} s, {1e3 * summary['seconds_per_step']:.1f} ms per step"),
+        *((f"  {name}", f"{1e3 * value:.2f} ms per step") for name, value in summary["phases_seconds_per_step"].items()),
+        ("steps skipped", str(summary["skipped_steps"])),
+        ("replicas", "equal bit for bit" if summary["replicas_equal"] else "DIFFERENT"),
+        ("written to", summary["config"]["out"]),
+    ]
+    return "\n".join(["", *(f"{name:<22}{value}" for name, value in rows)])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,152 @@
+"""The training loop's inside: model, shards, optimizer, validation, times."""
+
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from mpi_ef.collectives import chunk_bounds
+from mpi_ef.jobs import models
+from mpi_ef.jobs.data import Dataset, Digits, Text, batches, shard
+from mpi_ef.jobs.launch import threads_per_rank
+from mpi_ef.jobs.metrics import in_bytes
+from mpi_ef.jobs.train import TrainConfig, build_compressor, learning_rate
+from mpi_ef.optim import DistributedOptimizer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["COLUMNS", "Trainer"]
+
+_PHASES = ("data", "compute", "encode", "communicate", "decode")
+COLUMNS = ["step", "epoch", "lr", "loss", "val_loss", "val_accuracy", "sent_nbytes", "dense_nbytes", "seconds",
+           *(f"seconds_{phase}" for phase in _PHASES)]  # fmt: skip
+_EVALUATION_BATCH = 256
+
+
+class Trainer:
+    """One rank's part of a training run. Every method is collective unless it says otherwise.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    config : TrainConfig
+    """
+
+    def __init__(self, comm: Any, config: TrainConfig) -> None:
+        self.comm, self.config, self.steps, self.epoch = comm, config, 0, 0
+        torch.set_num_threads(threads_per_rank(comm))
+        torch.manual_seed(config.seed)
+        self.data, self.model = _build(config)
+        size, rank = comm.Get_size(), comm.Get_rank()
+        order = np.random.default_rng(config.seed).permutation(self.data.size)
+        if config.split == "by-label" and self.data.labels is not None:
+            order = np.argsort(self.data.labels, kind="stable")
+        samples = shard(self.data.size, size, rank, order=order)
+        self._batches = batches(samples, config.batch, seed=config.seed, rank=rank)
+        bounds = chunk_bounds(self.data.held_out_size, size)
+        self._held_out = np.arange(bounds[rank], bounds[rank + 1])
+        self.optimizer = DistributedOptimizer(
+            _torch_optimizer(config, self.model), comm, build_compressor(config), placement=config.placement,
+            rule=config.rule, dense_steps=config.dense_steps,
+            **({} if config.eta is None else {"eta": config.eta}),
+        )  # fmt: skip
+        self._loss_sum, self._loss_count = 0.0, 0
+        self._seconds = {"data": 0.0, "compute": 0.0}
+        self._began = perf_counter()
+
+    def headline(self) -> str:
+        """Return a line that says what is trained and what travels. Local."""
+        plan, flat = self.optimizer.feedback.plan, self.optimizer.flat
+        return (f"{self.config.model}: {flat.d:,} parameters on {plan.size} ranks, {self.data.size:,} training samples; "
+                f"{self.config.optimizer} with {self.config.rule} on the {self.config.placement}, {plan.compressor}: "
+                f"{in_bytes(plan.traffic.sent_nbytes)} per step and rank (dense: {in_bytes(plan.traffic.dense_nbytes)})")  # fmt: skip
+
+    def step(self) -> None:
+        """Take one optimizer step on the next batch of this rank."""
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.steps)
+        began = perf_counter()
+        self.epoch, indices = next(self._batches)
+        inputs, targets = self.data.batch(indices, self.epoch)
+        loaded = perf_counter()
+        self.optimizer.zero_grad()
+        loss = _loss(self.model(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._clip()
+        done = perf_counter()
+        self._seconds["data"] += loaded - began
+        self._seconds["compute"] += done - loaded
+        self._loss_sum += loss.item()
+        self._loss_count += 1
+        self.optimizer.step()
+
+    def _clip(self) -> None:
+        gradients = self.optimizer.flat.gradients
+        norm = float(np.linalg.norm(gradients))
+        if 0.0 < self.config.clip < norm:
+            gradients *= gradients.dtype.type(self.config.clip / norm)
+
+    def row(self, *, evaluate: bool) -> dict[str, Any]:
+        """Return one row of metrics, the same on all ranks; the loss is the mean since the row before."""
+        feedback = self.optimizer.feedback
+        loss, count = self._sum(self._loss_sum, self._loss_count)
+        self._loss_sum, self._loss_count = 0.0, 0
+        row = {"step": self.steps, "epoch": self.epoch, "lr": learning_rate(self.config, self.steps),
+               "loss": loss / max(1.0, count), "val_loss": None, "val_accuracy": None,
+               "sent_nbytes": feedback.sent_nbytes, "dense_nbytes": self.steps * feedback.plan.traffic.dense_nbytes}  # fmt: skip
+        if evaluate:
+            paused = perf_counter()
+            row |= self._evaluate()
+            self._began += perf_counter() - paused  # training time, without validation
+        row["seconds"] = perf_counter() - self._began
+        seconds = self._seconds | feedback.seconds
+        return row | {f"seconds_{phase}": seconds[phase] for phase in _PHASES}
+
+    def _evaluate(self) -> dict[str, float | None]:
+        total, right, count = 0.0, 0, 0
+        self.model.eval()
+        with torch.no_grad():
+            for start in range(0, self._held_out.size, _EVALUATION_BATCH):
+                inputs, targets = self.data.held_out(self._held_out[start : start + _EVALUATION_BATCH])
+                logits = self.model(inputs)
+                total += float(_loss(logits, targets)) * targets.numel()
+                right += int((logits.argmax(-1) == targets).sum())
+                count += targets.numel()
+        self.model.train()
+        total, hits, number = self._sum(total, right, count)
+        return {"val_loss": total / number, "val_accuracy": None if self.data.labels is None else hits / number}
+
+    def _sum(self, *values: float) -> list[float]:
+        rows = np.empty((self.comm.Get_size(), len(values)))
+        self.comm.Allgather(np.array(values, np.float64), rows)
+        return rows.sum(axis=0).tolist()  # type: ignore[no-any-return]
+
+    def replicas_equal(self) -> bool:
+        """Tell whether the parameters are the same bits on all ranks."""
+        return len(set(self.comm.allgather(crc32(self.optimizer.flat.values.tobytes())))) == 1
+
+
+def _loss(logits: "Tensor", targets: "Tensor") -> "Tensor":
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def _build(config: TrainConfig) -> "tuple[Dataset, nn.Module]":
+    if config.model != "gpt":
+        return Digits(), models.mlp() if config.model == "mlp" else models.cnn()
+    text = Text(config.text, context=config.context, seed=config.seed)
+    sizes = {"context": config.context, "layers": config.layers, "heads": config.heads, "width": config.width}
+    return text, models.GPT(text.vocabulary, **sizes)
+
+
+def _torch_optimizer(config: TrainConfig, model: "nn.Module") -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))

@@ -1,0 +1,24 @@
+"""Compressed collectives over any MPI communicator, with numpy buffers and without torch.
+
+A *plan* is built once (collective: all ranks together, same arguments) and exchanges vectors afterwards. The calls
+:func:`allreduce` and :func:`allgather` build and keep plans for you.
+"""
+
+from .frames import Frames
+from .onecall import allgather, allreduce
+from .plan import Comm, Plan, Traffic
+from .plans import DenseMean, GatherMean, TwoPhaseMean, chunk_bounds, plan_for
+
+__all__ = [
+    "Comm",
+    "DenseMean",
+    "Frames",
+    "GatherMean",
+    "Plan",
+    "Traffic",
+    "TwoPhaseMean",
+    "allgather",
+    "allreduce",
+    "chunk_bounds",
+    "plan_for",
+]

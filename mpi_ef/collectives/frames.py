@@ -1,0 +1,69 @@
+"""Frames: the messages of an exchange as MPI sees them, one row per rank, each with a header.
+
+::
+
+    frame   | step (u32) | status (u8) | 0 (3 bytes) | wire of the compressor | padding |
+
+The status lets a rank that cannot take part (a NaN in its gradient, an array of the wrong shape) say so inside the
+exchange itself: all ranks see it and raise together, and no extra message is needed for that.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from mpi_ef.compress import Codec
+
+__all__ = ["NON_FINITE", "OK", "REJECTED", "Frames", "status_of"]
+
+OK, NON_FINITE, REJECTED = 0, 1, 2
+
+_HEADER = np.dtype([("step", "<u4"), ("status", "u1"), ("zero", "u1", (3,))])
+
+# MPI counts are C ints in the calls every MPI has. Longer frames are counted in units of one MiB.
+LARGEST_COUNT = 2**31 - 1
+UNIT_NBYTES = 2**20
+
+
+class Frames:
+    """Memory for `rows` frames, contiguous.
+
+    Attributes
+    ----------
+    bytes : (rows, frame_nbytes) uint8
+    header : (rows,) structured array with the fields ``step`` and ``status``
+    wires : (rows, wire_nbytes) uint8, a view
+    message : buffer specification for an MPI collective in which every rank has one row
+    """
+
+    def __init__(self, rows: int, wire_nbytes: int) -> None:
+        start = _HEADER.itemsize
+        nbytes = start + wire_nbytes
+        if nbytes > LARGEST_COUNT:
+            nbytes = -(-nbytes // UNIT_NBYTES) * UNIT_NBYTES
+        self.bytes = np.zeros((rows, nbytes), np.uint8)
+        self.header = self.bytes[:, :start].view(_HEADER)[:, 0]
+        self.wires = self.bytes[:, start : start + wire_nbytes]
+        self.message = self._message()
+
+    @property
+    def frame_nbytes(self) -> int:
+        """Size of one frame in bytes."""
+        return self.bytes.shape[1]
+
+    def wire(self, row: int, codec: Codec) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return the wire in `row` for `codec`, whose messages may be shorter than the row."""
+        return self.wires[row, : codec.nbytes]
+
+    def _message(self) -> Any:
+        if self.frame_nbytes <= LARGEST_COUNT:
+            return self.bytes
+        from mpi4py import MPI  # noqa: PLC0415
+
+        unit = MPI.BYTE.Create_contiguous(UNIT_NBYTES).Commit()
+        return [self.bytes, self.frame_nbytes // UNIT_NBYTES, unit]
+
+
+def status_of(frames: Frames, status: int) -> tuple[int, ...]:
+    """Return the rows of `frames` whose header carries `status`."""
+    return tuple(np.flatnonzero(frames.header["status"] == status).tolist())

@@ -1,0 +1,197 @@
+"""One-call forms for programs that have a communicator and an array, and want no objects."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Literal
+from zlib import crc32
+
+import numpy as np
+
+from mpi_ef.compress import Compressor
+from mpi_ef.errors import DtypeError, MpiEfError, OptionError, ShapeError
+
+from .agreement import agree
+from .plan import Comm, Plan
+from .plans import GatherMean, plan_for
+
+__all__ = ["allgather", "allreduce"]
+
+KEPT_PLANS = 16  # per communicator; the one unused for longest is dropped
+
+_Key = tuple[str, Compressor, int, str]
+_keyval: int | None = None
+
+
+def allreduce(
+    comm: Comm,
+    x: Any,
+    compressor: Compressor,
+    *,
+    op: Literal["mean", "sum"] = "mean",
+    out: Any = None,
+) -> Any:
+    """Return the mean, or the sum, of the compressed vectors of all ranks, the same bits on every rank. Collective.
+
+    Sparse compressors (TopK, RandK) go through :class:`GatherMean`, Identity through :class:`DenseMean`, others through
+    :class:`TwoPhaseMean` without residual, which compresses twice. What compression loses is lost: for repeated sums
+    use an error-feedback rule of :mod:`mpi_ef.feedback`, which sends it later.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+        Any intracommunicator. The plan, with its buffers, stays cached with it until it is freed.
+    x : (d1, d2, ...) float32 or float64, numpy array or CPU tensor, contiguous, this rank's vector, read only
+    compressor : Compressor
+    op : {"mean", "sum"}
+    out : like x, optional, contiguous, overwritten; may be x itself
+
+    Returns
+    -------
+    array or tensor
+        `out`, or a new array of the kind, shape and dtype of `x`.
+
+    Raises
+    ------
+    DisagreementError, PeerError, NonFiniteError, ShapeError, DtypeError, OptionError
+        On all ranks together when anything differs between them or is wrong on one of them.
+
+    Notes
+    -----
+    Cost beyond the exchange: one allgather of 8 bytes, which checks that all ranks ask for the same thing.
+    """
+    def check() -> tuple[Any, np.ndarray, np.ndarray]:
+        if op not in ("mean", "sum"):
+            raise OptionError(f"allreduce: op={op!r} is unknown; take 'mean' or 'sum'")
+        vector = _flat("allreduce", "x", x)
+        result = _like(x, ()) if out is None else out
+        target = _flat("allreduce", "out", result)
+        if target.size != vector.size or target.dtype != vector.dtype:
+            raise ShapeError(f"allreduce: out is ({target.size},) {target.dtype}, x is ({vector.size},) {vector.dtype}; "
+                             "pass an out like x")  # fmt: skip
+        return result, vector, target
+
+    plan, (result, vector, target) = _plan("allreduce", comm, compressor, check, op)
+    plan.exchange(vector)
+    target.fill(0)
+    plan.add_mean(target, 1.0 if op == "mean" else float(plan.size))
+    return result
+
+
+def allgather(comm: Comm, x: Any, compressor: Compressor, *, out: Any = None) -> Any:
+    """Return the compressed vectors of all ranks, decoded, one row per rank. Collective.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+        Any intracommunicator. The plan, with its buffers, stays cached with it until it is freed.
+    x : (d1, d2, ...) float32 or float64, numpy array or CPU tensor, contiguous, this rank's vector, read only
+    compressor : Compressor
+    out : (n, d1, d2, ...) of the dtype of x, optional, contiguous, overwritten
+
+    Returns
+    -------
+    array or tensor, (n, d1, d2, ...)
+        `out`, or a new array of the kind and dtype of `x`.
+
+    Raises
+    ------
+    DisagreementError, PeerError, NonFiniteError, ShapeError, DtypeError, OptionError
+        On all ranks together, as for :func:`allreduce`.
+    """
+    size = int(comm.Get_size())
+
+    def check() -> tuple[Any, np.ndarray, np.ndarray]:
+        vector = _flat("allgather", "x", x)
+        result = _like(x, (size,)) if out is None else out
+        target = _flat("allgather", "out", result)
+        if target.size != size * vector.size or target.dtype != vector.dtype:
+            raise ShapeError(f"allgather: out has {target.size} entries of {target.dtype}; it takes {size} rows of "
+                             f"{vector.size} entries of {vector.dtype}")  # fmt: skip
+        return result, vector, target
+
+    plan, (result, vector, target) = _plan("allgather", comm, compressor, check, "")
+    assert isinstance(plan, GatherMean)  # noqa: S101
+    plan.exchange(vector)
+    target.fill(0)
+    for rank, row in enumerate(target.reshape(size, vector.size)):
+        plan.add_message(rank, row)
+    return result
+
+
+def _flat(call: str, name: str, array: Any) -> np.ndarray:
+    """Return a contiguous numpy array or CPU tensor as a one-dimensional view."""
+    if not isinstance(array, np.ndarray):
+        if not hasattr(array, "detach"):
+            raise DtypeError(f"{call}: {name} is a {type(array).__name__}; pass a numpy array or a CPU tensor")
+        try:
+            array = array.detach().numpy()
+        except (TypeError, RuntimeError) as error:
+            raise DtypeError(f"{call}: {name} cannot be seen as a numpy array ({error}); pass a CPU tensor") from None
+    if array.dtype not in (np.float32, np.float64):
+        raise DtypeError(f"{call}: {name} has dtype {array.dtype}; pass float32 or float64")
+    if not array.flags.c_contiguous:
+        raise ShapeError(f"{call}: {name} is not contiguous; pass numpy.ascontiguousarray({name})")
+    flat: np.ndarray = array.reshape(-1)
+    return flat
+
+
+def _like(x: Any, rows: tuple[int, ...]) -> Any:
+    shape = rows + tuple(x.shape)
+    return np.empty(shape, x.dtype) if isinstance(x, np.ndarray) else x.new_empty(shape)
+
+
+def _plan(
+    call: str,
+    comm: Comm,
+    compressor: Compressor,
+    check: Callable[[], tuple[Any, np.ndarray, np.ndarray]],
+    op: str,
+) -> tuple[Plan, tuple[Any, np.ndarray, np.ndarray]]:
+    """Return the cached plan for this request and the checked arrays, once all ranks are known to ask for the same."""
+    error: MpiEfError | None = None
+    key: _Key | None = None
+    try:
+        arrays = check()
+        key = (call, compressor, arrays[1].size, str(arrays[1].dtype))
+    except MpiEfError as raised:
+        error = raised
+    asked = repr((op, *key)) if key else "error"
+    mine = np.array([crc32(asked.encode()), error is not None], np.uint32)
+    answers = np.empty((comm.Get_size(), 2), np.uint32)
+    comm.Allgather(mine, answers)
+    if answers[:, 1].any() or (answers[:, 0] != mine[0]).any():
+
+        def facts() -> dict[str, object]:
+            if error is not None:
+                raise error
+            assert key is not None  # noqa: S101
+            return {"the call": f"{call}({op})", "compressor": key[1], "d": key[2], "dtype": key[3]}
+
+        agree(comm, call, facts, "call it with the same arguments on all ranks")
+    assert key is not None  # noqa: S101
+    cache = _cache(comm)
+    if key not in cache:
+        cache[key] = _build(comm, key)
+        if len(cache) > KEPT_PLANS:  # the same one on all ranks: all have made the same calls in the same order
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    return cache[key], arrays
+
+
+def _build(comm: Comm, key: _Key) -> Plan:
+    call, compressor, d, dtype = key
+    if call == "allgather":
+        return GatherMean(comm, compressor, d, dtype)
+    return plan_for(comm, compressor, d, dtype, residual=False)
+
+
+def _cache(comm: Comm) -> OrderedDict[_Key, Plan]:
+    """Return the plans kept as an attribute of `comm`; MPI drops them when the communicator is freed."""
+    global _keyval  # noqa: PLW0603
+    if _keyval is None:
+        _keyval = type(comm).Create_keyval()
+    cache: OrderedDict[_Key, Plan] | None = comm.Get_attr(_keyval)
+    if cache is None:
+        cache = OrderedDict()
+        comm.Set_attr(_keyval, cache)
+    return cache

@@ -1,0 +1,231 @@
+"""What all plans share: agreement of the ranks, checks of the vector, headers, traffic, timing."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from mpi_ef import kernels
+from mpi_ef.compress import Compressor
+from mpi_ef.compress.compressor import Vector
+from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
+
+from .agreement import agree, ranks_text
+from .frames import NON_FINITE, OK, REJECTED, Frames, status_of
+
+__all__ = ["Comm", "Plan", "Traffic"]
+
+# An mpi4py intracommunicator. Its type is not named here because importing mpi4py.MPI would start MPI.
+Comm = Any
+
+# Raised when messages of this version cannot be read by another one.
+WIRE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one exchange moves into and out of one rank, headers and padding included.
+
+    A gathered frame counts once for every other rank, because each of them has to receive it; what an MPI library
+    sends beyond that is not seen here.
+
+    Attributes
+    ----------
+    sent_nbytes, received_nbytes : int
+    dense_nbytes : int
+        What a bandwidth-optimal uncompressed allreduce of the same vector sends: ``2 (n-1)/n * d * itemsize``.
+    """
+
+    sent_nbytes: int
+    received_nbytes: int
+    dense_nbytes: int
+
+
+class Plan(ABC):
+    """A compressed mean over the ranks of a communicator, built once, executed many times.
+
+    After ``plan.exchange(x)`` the plan holds the messages of this exchange, until the next one starts:
+    :meth:`add_own` adds this rank's decoded message C(x_r), :meth:`add_mean` adds the mean over the ranks, the same
+    bits on every rank.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+        Any intracommunicator, also one of size 1. Must outlive the plan.
+    compressor : Compressor
+    d : int
+        Length of the vectors.
+    dtype : numpy dtype
+        float32 or float64.
+
+    Attributes
+    ----------
+    exchanges : int
+        Number of completed exchanges; also the key of random compressors.
+    seconds : dict of str to float
+        Wall time of this rank in "encode", "communicate" and "decode", added up over all exchanges.
+
+    Raises
+    ------
+    DisagreementError
+        On all ranks, when they were given different arguments.
+    OptionError, ShapeError, DtypeError
+        When the arguments do not fit together; ranks with valid arguments raise `PeerError`.
+    """
+
+    def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32) -> None:
+        subject = type(self).__name__
+        if not hasattr(comm, "Iallgather") or not comm or comm.Is_inter():
+            raise OptionError(f"{subject}: comm={comm!r} is not an intracommunicator; pass for example MPI.COMM_WORLD")
+        self.comm, self.size, self.rank = comm, int(comm.Get_size()), int(comm.Get_rank())
+        self.compressor = compressor
+        self.exchanges = 0
+        self.seconds = {"encode": 0.0, "communicate": 0.0, "decode": 0.0}
+        self._refusal: MpiEfError | None = None
+        self._started = False
+
+        def facts() -> dict[str, object]:
+            codec = compressor.codec(d, dtype)
+            self.d, self.dtype = codec.d, codec.dtype
+            return {"plan": subject, "compressor": compressor, "d": self.d, "dtype": self.dtype,
+                    "wire version": WIRE_VERSION, **self._bind()}  # fmt: skip
+
+        agree(comm, subject, facts, "build the plan from the same arguments everywhere")
+
+    # ------------------------------------------------------------------ what a plan has to provide
+    @abstractmethod
+    def _bind(self) -> dict[str, object]:
+        """Build codecs and buffers; return further facts on which the ranks must agree."""
+
+    @abstractmethod
+    def _post(self, x: Vector | None) -> None:
+        """Encode `x` (None: only the header counts) and start the first communication."""
+
+    @abstractmethod
+    def _complete(self) -> None:
+        """Finish the communication; leave the messages where `add_own` and `add_mean` find them."""
+
+    @abstractmethod
+    def add_own(self, out: Vector, scale: float = 1.0) -> None:
+        """Add ``scale`` times this rank's decoded message to `out`. Local.
+
+        Parameters
+        ----------
+        out : (d,) of the plan's dtype, contiguous, updated
+        scale : float
+        """
+
+    @abstractmethod
+    def add_mean(self, out: Vector, scale: float = 1.0) -> None:
+        """Add ``scale`` times the mean of the messages to `out`, in rank order: the same bits on every rank. Local.
+
+        Parameters
+        ----------
+        out : (d,) of the plan's dtype, contiguous, updated
+        scale : float
+        """
+
+    @property
+    @abstractmethod
+    def traffic(self) -> Traffic:
+        """Bytes of one exchange."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return this rank's named arrays that the next exchanges depend on; a checkpoint saves them. Local."""
+        return {}
+
+    # ------------------------------------------------------------------ what users call
+    def exchange(self, x: Vector) -> Self:
+        """Send this rank's message and receive those of all. Collective.
+
+        Parameters
+        ----------
+        x : (d,) of the plan's dtype, contiguous, this rank's vector, read only
+
+        Returns
+        -------
+        Plan
+            The plan itself, now holding the messages.
+
+        Raises
+        ------
+        NonFiniteError
+            On all ranks, when x has a NaN or Inf on any of them.
+        ShapeError, DtypeError
+            On a rank whose `x` does not fit the plan; all other ranks raise `PeerError`.
+        """
+        self.start(x)
+        return self.wait()
+
+    def start(self, x: Vector) -> None:
+        """Encode `x` and start to exchange it; `x` may be changed as soon as this returns. Collective.
+
+        Every `start` is followed by one :meth:`wait`, in the same order of plans on all ranks. A problem with `x` is
+        raised there, by all ranks together.
+        """
+        if self._started:
+            raise OptionError(f"{type(self).__name__}: start was called twice; call wait between them")
+        began = perf_counter()
+        self._refusal = self._problem(x)
+        self._post(None if self._refusal else x)
+        self._started = True
+        self.seconds["encode"] += perf_counter() - began
+
+    def wait(self) -> Self:
+        """Finish the exchange begun by :meth:`start`. Collective."""
+        if not self._started:
+            raise OptionError(f"{type(self).__name__}: wait was called without start; call start(x) first")
+        self._started = False
+        try:
+            self._complete()
+        finally:
+            self.exchanges += 1
+        return self
+
+    # ------------------------------------------------------------------ shared parts
+    def _problem(self, x: Vector) -> MpiEfError | None:
+        subject = type(self).__name__
+        if not isinstance(x, np.ndarray):
+            return DtypeError(f"{subject}.exchange: x is a {type(x).__name__}; pass a numpy array")
+        if x.dtype != self.dtype:
+            return DtypeError(f"{subject}.exchange: x has dtype {x.dtype}; this plan takes {self.dtype}")
+        if x.shape != (self.d,):
+            return ShapeError(f"{subject}.exchange: x has shape {x.shape}; this plan takes ({self.d},)")
+        if not x.flags.c_contiguous:
+            return ShapeError(f"{subject}.exchange: x is not contiguous; pass numpy.ascontiguousarray(x)")
+        if not kernels.all_finite(x):
+            return NonFiniteError("", (self.rank,))  # raised by all ranks together, see _inspect
+        return None
+
+    def _mark(self, frames: Frames) -> None:
+        """Write the headers of frames that leave this rank."""
+        frames.header["step"] = self.exchanges & 0xFFFFFFFF
+        frames.header["status"] = (
+            OK if self._refusal is None else NON_FINITE if isinstance(self._refusal, NonFiniteError) else REJECTED
+        )
+
+    def _inspect(self, frames: Frames) -> None:
+        """Raise, on all ranks, what the headers of the frames of all ranks say."""
+        if not (frames.header["status"].any() or (frames.header["step"] != self.exchanges & 0xFFFFFFFF).any()):
+            return
+        subject = f"{type(self).__name__}.exchange"
+        if self._refusal is not None and not isinstance(self._refusal, NonFiniteError):
+            raise self._refusal
+        if rejected := status_of(frames, REJECTED):
+            raise PeerError(f"{subject}: {ranks_text(rejected)} passed an x that does not fit; see the error there")
+        if broken := status_of(frames, NON_FINITE):
+            raise NonFiniteError(
+                f"{subject}: NaN or Inf on {ranks_text(broken)}; nothing was changed anywhere, so this step can be skipped",
+                broken,
+            )
+        steps = frames.header["step"].tolist()
+        raise DisagreementError(f"{subject}: ranks are out of step: exchange number {steps} by rank; call the plan "
+                                "equally often on all ranks")  # fmt: skip
+
+    def _timed_wait(self, request: Any) -> None:
+        began = perf_counter()
+        request.Wait()
+        self.seconds["communicate"] += perf_counter() - began

@@ -1,0 +1,11 @@
+"""Compressors: what is kept of a vector, and how it looks on the wire. They know nothing of MPI.
+
+A compressor is a frozen dataclass, for example ``TopK(0.01, values=Quantize("bf16"))``. Bound to a vector length and a
+dtype it becomes a :class:`Codec` with a fixed wire size, one method that encodes and one that adds what it decodes.
+"""
+
+from .compressor import Codec, Compressor
+from .dense import Identity, Quantize, Sign
+from .sparse import RandK, TopK
+
+__all__ = ["Codec", "Compressor", "Identity", "Quantize", "RandK", "Sign", "TopK"]

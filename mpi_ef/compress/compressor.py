@@ -1,0 +1,106 @@
+"""The two nouns of compression: a compressor (what) and its codec (bound to d and dtype, with its scratch memory)."""
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mpi_ef.errors import DtypeError, ShapeError
+
+__all__ = ["Codec", "Compressor", "Vector", "Wires", "words"]
+
+Vector = NDArray[np.floating]
+Wires = NDArray[np.uint8]
+
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def words(nbytes: int) -> int:
+    """Round `nbytes` up to whole 64-bit words, so that every part of a wire is aligned."""
+    return -(-nbytes // 8) * 8
+
+
+class Codec(ABC):
+    """A compressor bound to vectors of length `d` and one dtype. Local: no communication. Not thread-safe: owns scratch.
+
+    Attributes
+    ----------
+    d : int
+        Length of the vectors.
+    dtype : numpy.dtype
+        float32 or float64.
+    nbytes : int
+        Size of every wire in bytes, a multiple of 8, known before data flow.
+    """
+
+    nbytes: int
+
+    def __init__(self, d: int, dtype: DTypeLike) -> None:
+        self.d, self.dtype = int(d), np.dtype(dtype)
+        if self.d < 0:
+            raise ShapeError(f"codec: d={d} is negative; pass the length of the vector")
+        if self.dtype not in _FLOATS:
+            raise DtypeError(f"codec: dtype {self.dtype} is not supported; pass float32 or float64")
+
+    @abstractmethod
+    def encode(self, x: Vector, wire: Wires, *, step: int = 0, rank: int = 0) -> None:
+        """Write the message for `x` into `wire`.
+
+        Parameters
+        ----------
+        x : (d,) of the codec's dtype, contiguous, read only
+        wire : (nbytes,) uint8, overwritten completely
+        step, rank : int
+            Key of this message for compressors that draw random numbers; the others ignore it.
+        """
+
+    @abstractmethod
+    def add(self, wires: Wires, out: Vector, factor: float = 1.0) -> None:
+        """Add ``factor`` times the decoded value of every wire to `out`, in row order.
+
+        Parameters
+        ----------
+        wires : (m, nbytes) uint8, read only
+        out : (d,) of the codec's dtype, contiguous, updated
+        factor : float, rounded to the codec's dtype before use
+        """
+
+    def decode(self, wire: Wires) -> Vector:
+        """Return the decoded value of one wire as a new (d,) array."""
+        out = np.zeros(self.d, self.dtype)
+        self.add(wire[None], out)
+        return out
+
+
+class Compressor(ABC):
+    """What is kept of a vector. A frozen dataclass: comparable, hashable, printable.
+
+    Attributes
+    ----------
+    sparse : bool
+        True when a message names few coordinates, so that gathering the messages of all ranks is cheap.
+    """
+
+    sparse: bool = False
+
+    @abstractmethod
+    def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
+        """Return a new codec for vectors of length `d`.
+
+        Raises
+        ------
+        ShapeError, DtypeError, OptionError
+            When `d`, `dtype` and the options of the compressor do not fit together.
+        """
+
+    @abstractmethod
+    def alpha(self, d: int) -> float:
+        """Return the contraction constant for vectors of length `d`.
+
+        The largest known alpha with ``||C(x) - x||^2 <= (1 - alpha) ||x||^2`` for every finite x (for RandK: in
+        expectation over its draws). 1 means lossless.
+        """
+
+    def wire_nbytes(self, d: int, dtype: DTypeLike = np.float32) -> int:
+        """Return the size in bytes of the message for any vector of length `d`, a multiple of 8."""
+        return self.codec(d, dtype).nbytes

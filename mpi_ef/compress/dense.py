@@ -1,0 +1,160 @@
+"""Compressors that say something about every coordinate: Identity, Quantize, Sign."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from mpi_ef import kernels
+from mpi_ef.errors import OptionError
+
+from .compressor import Codec, Compressor, Vector, Wires, words
+
+__all__ = ["Identity", "Quantize", "Sign"]
+
+
+@dataclass(frozen=True)
+class Identity(Compressor):
+    """Keep everything. Wire: the values, 4 or 8 bytes each. alpha = 1."""
+
+    def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
+        """Return a codec that copies."""
+        return _IdentityCodec(d, dtype)
+
+    def alpha(self, d: int) -> float:  # noqa: ARG002
+        """Return 1: nothing is lost."""
+        return 1.0
+
+
+class _IdentityCodec(Codec):
+    def __init__(self, d: int, dtype: DTypeLike) -> None:
+        super().__init__(d, dtype)
+        self._used = self.d * self.dtype.itemsize
+        self.nbytes = words(self._used)
+
+    def encode(self, x: Vector, wire: Wires, *, step: int = 0, rank: int = 0) -> None:  # noqa: ARG002
+        wire[: self._used].view(self.dtype)[:] = x
+        wire[self._used :] = 0
+
+    def add(self, wires: Wires, out: Vector, factor: float = 1.0) -> None:
+        for wire in wires:
+            kernels.add_dense(wire[: self._used].view(self.dtype), self.dtype.type(factor), out)
+
+
+_BITS = {"bf16": 16, "fp16": 16, "int8": 8}
+
+
+@dataclass(frozen=True)
+class Quantize(Compressor):
+    """Round every value to 16 or 8 bits, with one power of two per block.
+
+    Parameters
+    ----------
+    format : {"bf16", "fp16", "int8"}
+        8, 11 or 7 significant bits.
+    block : int
+        Entries that share an exponent. Wire: ``16 / block`` bits per entry more than the format says.
+
+    Notes
+    -----
+    The shared exponent (as in the OCP microscaling formats) keeps fp16 from overflowing and subnormal inputs from
+    vanishing, and makes decoding exact. alpha = 1 - 2^-15 (bf16), 1 - 2^-21 (fp16), 1 - B / (16128 + B) (int8,
+    B = min(block, d)): an int8 step is at most 1/63.5 of the block's largest magnitude, half of it may be lost per entry.
+    """
+
+    format: Literal["bf16", "fp16", "int8"] = "bf16"
+    block: int = 256
+
+    def __post_init__(self) -> None:
+        if self.format not in _BITS:
+            raise OptionError(f"Quantize: format={self.format!r} is unknown; take one of {', '.join(_BITS)}")
+        if self.block < 1:
+            raise OptionError(f"Quantize: block={self.block} is not positive; take for example 256")
+
+    def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
+        """Return a codec for exponents and codes."""
+        return _QuantizeCodec(d, dtype, self)
+
+    def alpha(self, d: int) -> float:
+        """Return the contraction constant, see the class."""
+        block = min(self.block, max(d, 1))
+        return 1.0 - {"bf16": 2.0**-15, "fp16": 2.0**-21, "int8": block / (16128.0 + block)}[self.format]
+
+
+class _QuantizeCodec(Codec):
+    """Wire: the exponents (int16 each), then the codes, each part padded to whole words."""
+
+    def __init__(self, d: int, dtype: DTypeLike, what: Quantize) -> None:
+        super().__init__(d, dtype)
+        self._format, self._block = what.format, what.block
+        self._code = np.dtype(np.int8 if what.format == "int8" else np.int16)
+        self._exponents_nbytes = 2 * -(-self.d // what.block)
+        self._start = words(self._exponents_nbytes)
+        self._stop = self._start + self.d * self._code.itemsize
+        self.nbytes = words(self._stop)
+
+    def encode(self, x: Vector, wire: Wires, *, step: int = 0, rank: int = 0) -> None:  # noqa: ARG002
+        wire[self._exponents_nbytes : self._start] = 0
+        wire[self._stop :] = 0
+        kernels.quantize(x, self._format, self._block, *self._parts(wire))
+
+    def add(self, wires: Wires, out: Vector, factor: float = 1.0) -> None:
+        for wire in wires:
+            kernels.add_quantized(*self._parts(wire), self._format, self._block, self.dtype.type(factor), out)
+
+    def _parts(self, wire: Wires) -> tuple[np.ndarray, np.ndarray]:
+        return wire[: self._exponents_nbytes].view(np.int16), wire[self._start : self._stop].view(self._code)
+
+
+@dataclass(frozen=True)
+class Sign(Compressor):
+    """Keep one bit per entry and the mean magnitude of each block: ``C(x) = ||x||_1 / B * sign(x)``.
+
+    Parameters
+    ----------
+    block : int or None
+        Entries that share a scale; None takes one scale for the whole vector.
+
+    Notes
+    -----
+    Karimireddy et al. 2019 (arXiv 1901.09847), the contractive scaling: alpha = ||x||_1^2 / (B ||x||_2^2) >= 1 / B for a
+    block of B entries. sign(0) = +1. Where B times the mean magnitude is below the smallest subnormal number the scale
+    rounds to zero and nothing is sent: the bound then holds up to one subnormal unit per entry.
+    """
+
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.block is not None and self.block < 1:
+            raise OptionError(f"Sign: block={self.block} is not positive; take for example 1024, or None for one scale")
+
+    def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
+        """Return a codec for scales and bits."""
+        return _SignCodec(d, dtype, self.block)
+
+    def alpha(self, d: int) -> float:
+        """Return 1 / B, reached by a vector with one non-zero entry per block."""
+        return 1.0 / max(1, d if self.block is None else min(self.block, d))
+
+
+class _SignCodec(Codec):
+    """Wire: the scales in the codec's dtype, then the bits, most significant first, each part padded to whole words."""
+
+    def __init__(self, d: int, dtype: DTypeLike, block: int | None) -> None:
+        super().__init__(d, dtype)
+        self._block = max(1, self.d if block is None else min(block, self.d))
+        self._scales_nbytes = self.dtype.itemsize * -(-self.d // self._block)
+        self._start = words(self._scales_nbytes)
+        self._stop = self._start + -(-self.d // 8)
+        self.nbytes = words(self._stop)
+
+    def encode(self, x: Vector, wire: Wires, *, step: int = 0, rank: int = 0) -> None:  # noqa: ARG002
+        wire[self._scales_nbytes : self._start] = 0
+        wire[self._stop :] = 0
+        scales = wire[: self._scales_nbytes].view(self.dtype)
+        kernels.encode_signs(x, self._block, wire[self._start : self._stop], scales)
+
+    def add(self, wires: Wires, out: Vector, factor: float = 1.0) -> None:
+        bits, scales = wires[:, self._start : self._stop], wires[:, : self._scales_nbytes].view(self.dtype)
+        kernels.add_signs(bits, scales, self._block, self.dtype.type(factor), out)

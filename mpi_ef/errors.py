@@ -1,0 +1,80 @@
+"""Errors of mpi_ef: one line each, *subject: what is wrong, with the values; what to do*."""
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "DisagreementError",
+    "DtypeError",
+    "LaunchError",
+    "MpiEfError",
+    "NonFiniteError",
+    "OptionError",
+    "PeerError",
+    "ShapeError",
+]
+
+
+class MpiEfError(Exception):
+    """Base of every error that mpi_ef raises on purpose.
+
+    Attributes
+    ----------
+    everywhere : bool
+        True when all ranks of the communicator raise this error together, so that one of them may speak for all.
+    """
+
+    everywhere: bool = False
+
+
+class ShapeError(MpiEfError, ValueError):
+    """An array has the wrong shape or is not contiguous."""
+
+
+class DtypeError(MpiEfError, TypeError):
+    """An array has the wrong dtype or lives on the wrong device."""
+
+
+class OptionError(MpiEfError, ValueError):
+    """An option is outside its range, for example a ratio outside (0, 1]."""
+
+
+class DisagreementError(MpiEfError, RuntimeError):
+    """Ranks were given different things where they must agree. Raised on all ranks."""
+
+    everywhere = True
+
+
+class PeerError(MpiEfError, RuntimeError):
+    """Another rank could not take part in a collective; its own error says why. Raised on all ranks but that one."""
+
+
+class NonFiniteError(MpiEfError, ArithmeticError):
+    """A vector holds NaN or Inf on some rank. Raised on all ranks; no state was changed anywhere.
+
+    Attributes
+    ----------
+    ranks : tuple of int
+        The ranks whose vector is not finite.
+    """
+
+    everywhere = True
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
+class LaunchError(MpiEfError, RuntimeError):
+    """The launcher started several tasks, but MPI does not see them as one world."""
+
+
+class ConfigError(MpiEfError, ValueError):
+    """A configuration file or command line is wrong."""
+
+    everywhere = True
+
+
+class DataError(MpiEfError, ValueError):
+    """Training data are unusable, for example an empty text or fewer samples than ranks."""
+
+    everywhere = True

@@ -1,0 +1,115 @@
+"""Parameters and gradients of a torch model as views of two contiguous vectors, which numpy sees without a copy."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpi_ef.collectives.plan import Comm
+from mpi_ef.compress.compressor import Vector
+from mpi_ef.errors import DtypeError, OptionError, ShapeError
+
+__all__ = ["FlatParameters"]
+
+_BROADCAST_ENTRIES = 2**28  # per message, far below the largest count of MPI
+
+
+class FlatParameters:
+    """The trainable parameters of a model, laid out one after the other.
+
+    Every parameter becomes a view of `values` and its ``grad`` a view of `gradients`. Autograd accumulates into the
+    views, optimizers update through them; nothing is copied back and forth.
+
+    Parameters
+    ----------
+    parameters : iterable of torch.nn.Parameter
+        Those without ``requires_grad`` are left alone; one that appears twice (tied weights) counts once.
+
+    Attributes
+    ----------
+    d : int
+        Number of trainable entries.
+    dtype : numpy.dtype
+        float32 or float64.
+    values, gradients : (d,) arrays that share memory with the parameters and their gradients
+
+    Raises
+    ------
+    DtypeError
+        Parameters of another dtype, of mixed dtypes, or not in CPU memory.
+    OptionError
+        No parameter requires a gradient.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.parameters = [p for p in dict.fromkeys(parameters) if p.requires_grad]
+        self.dtype = _common_dtype(self.parameters)
+        self.d = sum(p.numel() for p in self.parameters)
+        values = torch.empty(self.d, dtype=self.parameters[0].dtype)
+        gradients = torch.zeros_like(values)
+        self._values: list[Tensor] = []
+        self._gradients: list[Tensor] = []
+        start = 0
+        for p in self.parameters:
+            value, gradient = (flat[start : start + p.numel()].view(p.shape) for flat in (values, gradients))
+            value.copy_(p.detach())
+            if p.grad is not None:
+                gradient.copy_(p.grad)
+            p.data, p.grad = value, gradient
+            self._values.append(value)
+            self._gradients.append(gradient)
+            start += p.numel()
+        self.values: Vector = values.numpy()
+        self.gradients: Vector = gradients.numpy()
+
+    def zero_gradients(self) -> None:
+        """Set all gradients to zero and make every ``grad`` a view of the vector again. Local."""
+        self.gradients.fill(0)
+        for p, gradient in zip(self.parameters, self._gradients, strict=True):
+            p.grad = gradient
+
+    def collect_gradients(self) -> None:
+        """Make sure that `gradients` holds every parameter's gradient. Local.
+
+        Copies only what is not a view any more, for example after ``model.zero_grad(set_to_none=True)``. A parameter
+        without gradient (unused in this step, or frozen after construction) counts as zero.
+
+        Raises
+        ------
+        ShapeError
+            A parameter's memory was replaced, for example by ``model.to(...)`` after construction.
+        DtypeError
+            A gradient is sparse.
+        """
+        for number, (p, value, gradient) in enumerate(zip(self.parameters, self._values, self._gradients, strict=True)):
+            if p.data_ptr() != value.data_ptr():
+                raise ShapeError(f"parameter {number} {tuple(p.shape)}: its memory was replaced (by model.to(...)?); build "
+                                 "the optimizer after the model is in its final place")  # fmt: skip
+            if p.grad is gradient:
+                continue
+            if p.grad is None:
+                gradient.zero_()
+            elif p.grad.layout is not torch.strided:
+                raise DtypeError(f"parameter {number} {tuple(p.shape)}: its gradient is sparse; use sparse=False in the "
+                                 "embedding")  # fmt: skip
+            elif p.grad.data_ptr() != gradient.data_ptr():
+                gradient.copy_(p.grad)
+            p.grad = gradient
+
+    def broadcast(self, comm: Comm, root: int = 0) -> None:
+        """Overwrite the parameters on all ranks with those of rank `root`. Collective."""
+        for start in range(0, self.d, _BROADCAST_ENTRIES):
+            comm.Bcast(self.values[start : start + _BROADCAST_ENTRIES], root=root)
+
+
+def _common_dtype(parameters: list[Tensor]) -> np.dtype[np.floating]:
+    if not parameters:
+        raise OptionError("FlatParameters: no parameter requires a gradient; pass those of the model to be trained")
+    seen = {(p.dtype, p.device.type) for p in parameters}
+    if seen == {(torch.float32, "cpu")}:
+        return np.dtype(np.float32)
+    if seen == {(torch.float64, "cpu")}:
+        return np.dtype(np.float64)
+    listed = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in seen))
+    raise DtypeError(f"FlatParameters: parameters are {listed}; make them all torch.float32 or all torch.float64 on cpu")

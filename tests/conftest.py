@@ -1,0 +1,58 @@
+"""Settings of the whole suite, and the end of a run under mpiexec when one rank fails."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "mpi_ef", derandomize=True, database=None, deadline=None, max_examples=60, print_blob=False,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
+settings.load_profile("mpi_ef")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Folder of real data sets that are not part of the project."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"needs the data sets in {SHARED_DATA}, which this machine does not have")
+    return SHARED_DATA
+
+
+def _under_mpi(config: pytest.Config) -> bool:
+    return bool(config.getoption("with_mpi", default=False))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """End all ranks at the first failure of one of them: the others may wait for it for ever."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.failed and _under_mpi(item.config):
+        from mpi4py import MPI
+
+        comm = MPI.COMM_WORLD
+        print(f"\nrank {comm.rank} of {comm.size}: {item.nodeid} failed\n{report.longreprtext}",
+              file=sys.__stderr__, flush=True)  # fmt: skip
+        comm.Abort(3)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a run under mpiexec in which not every test ran, or whose ranks are not one world of the expected size."""
+    expected = os.environ.get("MPI_EF_TEST_RANKS")
+    if not expected or not _under_mpi(session.config):
+        return
+    from mpi4py import MPI
+
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    passed, skipped = (len(reporter.stats.get(kind, [])) for kind in ("passed", "skipped"))
+    if MPI.COMM_WORLD.size != int(expected) or skipped or not passed:
+        print(f"expected all tests to run on {expected} ranks: {passed} passed and {skipped} were skipped on "
+              f"{MPI.COMM_WORLD.size} ranks", file=sys.__stderr__, flush=True)  # fmt: skip
+        session.exitstatus = 4

@@ -1,0 +1,137 @@
+"""Programs for a communicator, run on virtual ranks and on real ones. Data differ from rank to rank."""
+
+import numpy as np
+import torch
+from vectors_for_tests import gaussian
+
+from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean
+from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK
+from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.optim import EF21, DistributedOptimizer, EControl
+
+PLANS = {
+    "dense": lambda comm, d, dtype: DenseMean(comm, d, dtype),
+    "gather identity": lambda comm, d, dtype: GatherMean(comm, Identity(), d, dtype),
+    "gather topk": lambda comm, d, dtype: GatherMean(comm, TopK(0.1, values=Quantize("bf16")), d, dtype),
+    "gather randk": lambda comm, d, dtype: GatherMean(comm, RandK(0.2, seed=3), d, dtype),
+    "gather sign": lambda comm, d, dtype: GatherMean(comm, Sign(block=64), d, dtype),
+    "two-phase sign": lambda comm, d, dtype: TwoPhaseMean(comm, Sign(), d, dtype),
+    "two-phase topk": lambda comm, d, dtype: TwoPhaseMean(comm, TopK(0.1), d, dtype, reply=TopK(0.5)),
+    "two-phase randk": lambda comm, d, dtype: TwoPhaseMean(comm, RandK(0.3), d, dtype),
+    "two-phase int8": lambda comm, d, dtype: TwoPhaseMean(comm, Quantize("int8", block=64), d, dtype),
+    "two-phase without residual": lambda comm, d, dtype: TwoPhaseMean(comm, Sign(), d, dtype, residual=False),
+}
+SIZES = (0, 1, 3, 8, 65, 1001)
+RULES = ("ef14", "ef21", "econtrol")
+OPTIMIZERS = ("ef21", "econtrol", "adamw update", "sgd gradient", "sign update")
+
+
+def exchanges(plan, d, dtype, steps=3):
+    """Return a program that gives, for each exchange, this rank's vector, its decoded message and the mean."""
+
+    def program(comm):
+        p = PLANS[plan](comm, d, dtype)
+        rows = []
+        for step in range(steps):
+            x = gaussian(p.rank, d, dtype, step=step)
+            own, mean = np.zeros(d, dtype), np.zeros(d, dtype)
+            p.start(x)
+            messages = p.wait()
+            messages.add_own(own)
+            messages.add_mean(mean)
+            rows += [x, own, mean]
+        return [*rows, *p.state().values()]
+
+    return program
+
+
+def rule_steps(rule, plan, d, dtype, steps=5, dense_steps=0):
+    """Return a program that gives the results of all steps and the state at the end."""
+
+    def program(comm):
+        feedback = ErrorFeedback(rule, PLANS[plan](comm, d, dtype), dense_steps=dense_steps)
+        rank = comm.Get_rank()
+        out = [feedback.step(gaussian(rank, d, dtype, step=step)).copy() for step in range(steps)]
+        return {"results": out, "per rank": feedback.per_rank(), "replicated": feedback.replicated()}
+
+    return program
+
+
+def model() -> torch.nn.Module:
+    """A model with a tied weight, a frozen one, an unused one and odd sizes, the same on every call."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Linear(7, 5)
+            self.second = torch.nn.Linear(5, 5, bias=False)
+            self.third = torch.nn.Linear(5, 5)
+            self.third.weight = self.second.weight
+            self.last = torch.nn.Linear(5, 3)
+            self.unused = torch.nn.Parameter(torch.ones(3))
+            self.frozen = torch.nn.Parameter(torch.full((3,), 0.5), requires_grad=False)
+
+        def forward(self, x):
+            x = torch.tanh(self.third(torch.tanh(self.second(torch.tanh(self.first(x))))))
+            return self.last(x) + self.frozen
+
+    net = Net()
+    with torch.no_grad():
+        for number, p in enumerate(net.parameters()):
+            p.copy_(torch.from_numpy(gaussian(number, p.numel()) / 2).view(p.shape))
+    return net
+
+
+def build_optimizer(name, net, comm):
+    if name == "ef21":
+        return EF21(net.parameters(), comm, TopK(0.2), lr=0.05)
+    if name == "econtrol":
+        return EControl(net.parameters(), comm, TopK(0.2), lr=0.05, momentum=0.5)
+    if name == "adamw update":
+        named = list(net.parameters())
+        groups = [{"params": named[:2], "lr": 1e-2}, {"params": named[2:], "weight_decay": 0.0}]
+        return DistributedOptimizer(torch.optim.AdamW(groups, lr=2e-2), comm, TopK(0.1), dense_steps=2)
+    if name == "sgd gradient":
+        sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+        return DistributedOptimizer(sgd, comm, Identity(), placement="gradient")
+    return DistributedOptimizer(torch.optim.Adam(net.parameters(), lr=1e-2), comm, Sign())
+
+
+def loss_of(net, rank, step):
+    x = torch.from_numpy(gaussian(rank, 8 * 7, step=step).reshape(8, 7))
+    y = torch.from_numpy(gaussian(rank + 100, 8 * 3).reshape(8, 3))
+    return torch.nn.functional.mse_loss(net(x), y)
+
+
+def training(name, steps):
+    """Return a program that trains and gives the parameters, then the losses."""
+
+    def program(comm):
+        rank = comm.Get_rank()
+        net = model()
+        if rank:  # replicas start different: rank 0's parameters must win
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.add_(rank)
+        optimizer = build_optimizer(name, net, comm)
+        losses = []
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss = loss_of(net, rank, step)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return [p.detach().numpy().copy() for p in net.parameters()], losses
+
+    return program
+
+
+def same_bits(a, b):
+    """Compare nested results bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return a == b

@@ -1,0 +1,187 @@
+"""Laws of all compressors: fixed wire size, contraction, determinism, golden bytes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vectors_for_tests import DTYPES, gaussian, vectors
+
+from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK
+from mpi_ef.errors import DtypeError, OptionError, ShapeError
+
+COMPRESSORS = [
+    Identity(),
+    Quantize("bf16"),
+    Quantize("fp16", block=8),
+    Quantize("int8", block=64),
+    Sign(),
+    Sign(block=8),
+    TopK(0.1),
+    TopK(0.3, values=Quantize("bf16")),
+    TopK(0.5, values=Quantize("int8", block=8)),
+    TopK(0.2, values=Sign()),
+    TopK(1.0),
+    RandK(0.1, seed=7),
+    RandK(0.5, values=Quantize("fp16")),
+]
+GOLDEN = Path(__file__).parent / "data" / "wires.json"
+
+each_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def roundtrip(compressor, x, step=0, rank=0):
+    codec = compressor.codec(x.size, x.dtype)
+    wire = np.full(codec.nbytes, 0xA5, np.uint8)
+    codec.encode(x, wire, step=step, rank=rank)
+    return wire, codec.decode(wire)
+
+
+@each_dtype
+@each_compressor
+def test_contraction(compressor, dtype):
+    """Law 6, in exact arithmetic; RandK only promises that it never increases the error."""
+    unit = float(np.finfo(dtype).smallest_subnormal)
+
+    @given(vectors(dtype))
+    def check(x):
+        _, decoded = roundtrip(compressor, x)
+        scale = np.longdouble(np.abs(x).max(initial=0) or 1)
+        wide, error = x.astype(np.longdouble) / scale, (decoded.astype(np.longdouble) - x) / scale
+        alpha = 0.0 if isinstance(compressor, RandK) else compressor.alpha(x.size)
+        # A scale below the smallest subnormal cannot be sent: the Sign class documents up to one unit per entry.
+        rounding = x.size * (np.longdouble(unit) / scale) ** 2 if "Sign" in str(compressor) else 0.0
+        # alpha is a rounded double; the scale of Sign is rounded to the dtype, which matters to second order only.
+        rounding += (2.0**-50 + float(np.finfo(dtype).eps) ** 2) * (wide**2).sum()
+        allowed = (1 - np.longdouble(alpha)) * (wide**2).sum() + rounding
+        assert (error**2).sum() <= allowed
+
+    check()
+
+
+@each_dtype
+@each_compressor
+def test_wire_size_is_known_ahead_and_every_byte_is_written(compressor, dtype):
+    @given(vectors(dtype))
+    def check(x):
+        wire, _ = roundtrip(compressor, x)
+        assert wire.size == compressor.wire_nbytes(x.size, dtype)
+        assert wire.size % 8 == 0
+        codec = compressor.codec(x.size, dtype)
+        other = np.full(codec.nbytes, 0x5A, np.uint8)
+        codec.encode(x, other)
+        assert other.tobytes() == wire.tobytes()
+
+    check()
+
+
+@each_dtype
+@each_compressor
+def test_add_adds_rows_in_order(compressor, dtype):
+    d = 100
+    codec = compressor.codec(d, dtype)
+    wires = np.empty((3, codec.nbytes), np.uint8)
+    for rank in range(3):
+        codec.encode(gaussian(rank, d, dtype), wires[rank], rank=rank)
+    together, one_by_one = gaussian(9, d, dtype), gaussian(9, d, dtype)
+    codec.add(wires, together, 0.3)
+    for row in wires:
+        codec.add(row[None], one_by_one, 0.3)
+    assert together.tobytes() == one_by_one.tobytes()
+    expected = gaussian(9, d, dtype) + sum(dtype(0.3) * codec.decode(row) for row in wires)
+    np.testing.assert_allclose(together, expected, rtol=0, atol=1e-6)
+
+
+@each_dtype
+def test_identity_and_full_topk_lose_nothing(dtype):
+    @given(vectors(dtype))
+    def check(x):
+        for compressor in (Identity(), TopK(1.0)):
+            np.testing.assert_array_equal(roundtrip(compressor, x)[1], x)
+
+    check()
+
+
+@given(vectors(np.float32, least=1))
+def test_topk_is_positively_homogeneous(x):
+    """Powers of two scale without rounding, as long as nothing leaves the range."""
+    x = np.where(np.abs(x) < 1e-30, np.float32(0), x)
+    np.testing.assert_array_equal(roundtrip(TopK(0.3), x * 4)[1], 4 * roundtrip(TopK(0.3), x)[1])
+
+
+def test_randk_depends_on_its_key_only():
+    x = gaussian(0, 1000)
+    first = roundtrip(RandK(0.01, seed=1), x, step=3, rank=2)[1]
+    np.random.seed(5)  # noqa: NPY002
+    np.testing.assert_array_equal(first, roundtrip(RandK(0.01, seed=1), x, step=3, rank=2)[1])
+    for other in ({"step": 4, "rank": 2}, {"step": 3, "rank": 1}):
+        assert (first != roundtrip(RandK(0.01, seed=1), x, **other)[1]).any()
+    assert (first != roundtrip(RandK(0.01, seed=2), x, step=3, rank=2)[1]).any()
+
+
+def test_randk_contracts_in_expectation():
+    x = gaussian(0, 50, np.float64)
+    errors = [((roundtrip(RandK(0.2), x, step=t)[1] - x) ** 2).sum() for t in range(2000)]
+    relative = np.array(errors) / (x**2).sum()
+    assert abs(relative.mean() - 0.8) < 5 * relative.std() / np.sqrt(len(errors))
+
+
+def test_bits_per_entry():
+    """1 % of a long vector with 16-bit values: at most 25 bits for an index and its value."""
+    d = 10**6
+    assert TopK(0.01, values=Quantize("bf16")).wire_nbytes(d) * 8 / (0.01 * d) <= 25
+    assert Sign().wire_nbytes(d) * 8 <= 1.001 * d
+    assert Quantize("int8").wire_nbytes(d) * 8 <= 8.1 * d
+
+
+@pytest.mark.parametrize(("ratio", "d", "k"), [(0.29, 100, 29), (0.01, 99, 1), (0.5, 3, 1), (1.0, 7, 7), (0.1, 0, 0)])
+def test_count(ratio, d, k):
+    assert TopK(ratio).count(d) == k
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "words"),
+    [
+        (lambda: TopK(1.5), OptionError, "ratio=1.5 is not in (0, 1]"),
+        (lambda: TopK(0.0), OptionError, "ratio=0.0 is not in (0, 1]"),
+        (lambda: TopK(float("nan")), OptionError, "ratio=nan is not in (0, 1]"),
+        (lambda: TopK(), OptionError, "either ratio"),
+        (lambda: TopK(0.1, k=3), OptionError, "either ratio"),
+        (lambda: TopK(k=0), OptionError, "k=0 is not positive"),
+        (lambda: TopK(k=5).codec(4), OptionError, "k=5 exceeds d=4"),
+        (lambda: TopK(0.1, values=TopK(0.1)), OptionError, "sparse itself"),
+        (lambda: RandK(0.1, seed=-1), OptionError, "seed=-1"),
+        (lambda: Quantize("fp8"), OptionError, "'fp8' is unknown"),
+        (lambda: Quantize(block=0), OptionError, "block=0"),
+        (lambda: Sign(block=0), OptionError, "block=0"),
+        (lambda: Identity().codec(3, np.int32), DtypeError, "int32 is not supported"),
+        (lambda: Identity().codec(-1), ShapeError, "d=-1"),
+    ],
+)
+def test_wrong_options_are_refused_with_their_value(build, error, words):
+    with pytest.raises(error) as caught:
+        build()
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def golden_cases():
+    """Vectors written out by arithmetic that is the same everywhere, not by a random generator."""
+    for dtype in DTYPES:
+        i = np.arange(75)
+        x = ((i * 37 % 101 - 50) / 8 * np.where(i % 9 == 0, 0, 1)).astype(dtype)
+        for compressor in COMPRESSORS:
+            yield f"{compressor} {np.dtype(dtype)}", roundtrip(compressor, x, step=5, rank=3)[0]
+
+
+def test_wires_are_the_golden_ones():
+    """Law 9. A change of the format is a visible act: rewrite the file with ``python tests/test_compress.py``."""
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    assert {name: wire.tobytes().hex() for name, wire in golden_cases()} == golden
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps({name: wire.tobytes().hex() for name, wire in golden_cases()}, indent=1) + "\n")

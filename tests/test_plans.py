@@ -1,0 +1,308 @@
+"""Laws of the plans, on virtual ranks."""
+
+import numpy as np
+import pytest
+import virtual
+from programs import PLANS, SIZES, exchanges
+from vectors_for_tests import gaussian
+
+from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, allgather, allreduce, chunk_bounds, plan_for
+from mpi_ef.collectives import frames as frames_module
+from mpi_ef.compress import Identity, Sign, TopK
+from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
+
+RANKS = (1, 2, 3, 4)
+each_plan = pytest.mark.parametrize("plan", PLANS)
+each_world = pytest.mark.parametrize("n", RANKS)
+
+
+@pytest.mark.parametrize("d", [0, 1, 2, 5, 64, 1001])
+@each_world
+def test_chunks_cover_everything_evenly(d, n):
+    bounds = chunk_bounds(d, n)
+    sizes = np.diff(bounds)
+    assert bounds[0] == 0
+    assert bounds[-1] == d
+    assert sizes.max() - sizes.min() <= 1
+
+
+@each_plan
+@each_world
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_mean_is_equal_on_all_ranks_and_is_the_mean_of_the_messages(plan, n, dtype):
+    """Laws 1 and 2. For a two-phase plan the residuals of all exchanges make up the difference."""
+    for d in SIZES:
+        steps = 3
+        rows = virtual.results(n, exchanges(plan, d, dtype, steps))
+        total = np.zeros(d)
+        for step in range(steps):
+            means = [row[3 * step + 2] for row in rows]
+            assert all(mean.tobytes() == means[0].tobytes() for mean in means)
+            total += means[0] - sum(row[3 * step + 1] for row in rows) / n
+        if plan.startswith("gather") or plan == "dense":
+            residual = np.zeros(d)
+        elif "without" in plan:
+            continue
+        else:
+            residual = np.concatenate([row[-1] for row in rows])
+        np.testing.assert_allclose(total + residual, 0, atol=1e-5 if dtype == np.float32 else 1e-13)
+
+
+@each_world
+def test_dense_mean_is_the_mean_in_rank_order(n):
+    d = 1001
+    rows = virtual.results(n, exchanges("dense", d, np.float32, 1))
+    expected = np.zeros(d, np.float32)
+    for rank in range(n):
+        expected += np.float32(1 / n) * gaussian(rank, d)
+    assert rows[0][2].tobytes() == expected.tobytes()
+    assert rows[0][2].tobytes() == virtual.results(n, exchanges("gather identity", d, np.float32, 1))[0][2].tobytes()
+
+
+@each_world
+def test_traffic(n):
+    def program(comm):
+        d = 10_000
+        dense, sparse, sign = (plan_for(comm, c, d) for c in (Identity(), TopK(0.01), Sign()))
+        assert isinstance(dense, DenseMean)
+        assert isinstance(sparse, GatherMean)
+        assert isinstance(sign, TwoPhaseMean)
+        return dense.traffic, sparse.traffic, sign.traffic
+
+    dense, sparse, sign = virtual.results(n, program)[0]
+    assert dense.dense_nbytes == 2 * 4 * 10_000 * (n - 1) // n
+    # Nothing but headers, and rounding of chunks to whole words, is added to what theory says.
+    assert 0 <= dense.sent_nbytes - dense.dense_nbytes <= 2 * (n - 1) * 24
+    assert sparse.sent_nbytes == (n - 1) * (8 + TopK(0.01).wire_nbytes(10_000))
+    assert sparse.received_nbytes == sparse.sent_nbytes
+    assert sign.sent_nbytes * 28 < max(1, dense.sent_nbytes) or n == 1
+
+
+@each_world
+def test_input_may_change_between_start_and_wait(n):
+    def program(comm):
+        plans = [PLANS[name](comm, 50, np.float32) for name in ("gather topk", "two-phase sign")]
+        results = []
+        for touched in (False, True):
+            for plan in plans:
+                plan.exchanges = 0
+                for array in plan.state().values():
+                    array.fill(0)
+            x = gaussian(comm.Get_rank(), 50)
+            for plan in plans:
+                plan.start(x)
+            if touched:
+                x.fill(7)
+            results.append([np.zeros(50, np.float32) for _ in plans])
+            for plan, out in zip(plans, results[-1], strict=True):
+                plan.wait().add_mean(out)
+        return results
+
+    for first, second in virtual.results(n, program):
+        for a, b in zip(first, second, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_start_and_wait_alternate():
+    def program(comm):
+        plan = GatherMean(comm, Identity(), 3)
+        with pytest.raises(OptionError, match="wait was called without start"):
+            plan.wait()
+        plan.start(np.ones(3, np.float32))
+        with pytest.raises(OptionError, match="start was called twice"):
+            plan.start(np.ones(3, np.float32))
+        plan.wait()
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize("plan", ["gather topk", "two-phase sign", "dense"])
+@pytest.mark.parametrize(
+    ("broken", "error", "words"),
+    [
+        (lambda x: x[:-1], ShapeError, "x has shape (99,); this plan takes (100,)"),
+        (lambda x: x.astype(np.float64), DtypeError, "x has dtype float64; this plan takes float32"),
+        (lambda x: np.repeat(x, 2)[::2], ShapeError, "x is not contiguous"),
+        (lambda x: x.tolist(), DtypeError, "x is a list"),
+    ],
+)
+def test_an_array_that_does_not_fit_on_one_rank_stops_all_ranks(plan, broken, error, words):
+    def program(comm):
+        p = PLANS[plan](comm, 100, np.float32)
+        rank = comm.Get_rank()
+        x = gaussian(rank, 100)
+        before = [array.copy() for array in p.state().values()]
+        with pytest.raises(error if rank == 1 else PeerError) as caught:
+            p.exchange(broken(x) if rank == 1 else x)
+        out = np.zeros(100, np.float32)
+        assert all((a == b).all() for a, b in zip(before, p.state().values(), strict=True))
+        p.exchange(x).add_mean(out)  # the plan still works
+        return str(caught.value), out
+
+    texts, outs = zip(*virtual.results(3, program), strict=True)
+    assert words in texts[1]
+    assert "rank 1 " in texts[0]
+    assert (outs[0] == outs[2]).all()
+
+
+@each_plan
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_on_one_rank_stops_all_and_changes_nothing(plan, value):
+    def program(comm):
+        p = PLANS[plan](comm, 100, np.float32)
+        rank = comm.Get_rank()
+        p.exchange(gaussian(rank, 100))
+        before = {k: v.copy() for k, v in p.state().items()}
+        x = gaussian(rank, 100, step=1)
+        if rank == 2:
+            x[17] = value
+        with pytest.raises(NonFiniteError) as caught:
+            p.exchange(x)
+        assert caught.value.ranks == (2,)
+        assert all((before[k] == v).all() for k, v in p.state().items())
+        return str(caught.value)
+
+    assert len(set(virtual.results(3, program))) == 1
+
+
+def test_a_mean_that_overflows_stops_all_and_changes_nothing():
+    def program(comm):
+        p = TwoPhaseMean(comm, Quantize16, 10)
+        p.exchange(gaussian(comm.Get_rank(), 10))
+        before = p.state()["residual"].copy()
+        p.state()["residual"][:] = np.float32(3e38)
+        mine = p.state()["residual"].copy()
+        with pytest.raises(NonFiniteError):
+            p.exchange(np.full(10, 3e38, np.float32))
+        assert (p.state()["residual"] == mine).all()
+        return before
+
+    from mpi_ef.compress import Quantize
+
+    Quantize16 = Quantize("fp16")
+    virtual.results(2, program)
+
+
+def test_ranks_that_disagree_all_learn_about_it():
+    def caught(build):
+        def program(comm):
+            with pytest.raises((DisagreementError, PeerError, OptionError, DtypeError)) as error:
+                build(comm, comm.Get_rank())
+            return type(error.value).__name__, str(error.value)
+
+        return virtual.results(3, program)
+
+    answers = caught(lambda comm, r: GatherMean(comm, TopK(0.1), 1024 if r == 2 else 1000))
+    assert set(answers) == {("DisagreementError", "GatherMean: ranks disagree on d: 1000 on ranks 0,1; 1024 on rank 2; "
+                             "build the plan from the same arguments everywhere")}  # fmt: skip
+    for build, words in (
+        (lambda comm, r: GatherMean(comm, TopK(0.1 + r / 100), 100), "disagree on compressor"),
+        (lambda comm, r: GatherMean(comm, TopK(0.1), 100, (np.float32, np.float64, np.float32)[r]), "disagree on dtype"),
+        (lambda comm, r: (GatherMean if r else TwoPhaseMean)(comm, TopK(0.1), 100), "disagree on plan"),
+        (lambda comm, r: TwoPhaseMean(comm, Sign(), 100, residual=r > 0), "disagree on residual"),
+        (lambda comm, r: TwoPhaseMean(comm, Sign(), 100, reply=Sign(8) if r else None), "disagree on reply"),
+    ):
+        answers = caught(build)
+        assert {kind for kind, _ in answers} == {"DisagreementError"}
+        assert all(words in text for _, text in answers)
+    answers = caught(lambda comm, r: GatherMean(comm, TopK(k=200 if r == 1 else 10), 100))
+    assert [kind for kind, _ in answers] == ["PeerError", "OptionError", "PeerError"]
+    assert answers[0][1] == "GatherMean: rank 1 raised: TopK: k=200 exceeds d=100; take k <= d, or a ratio"
+    answers = caught(lambda comm, r: GatherMean(comm, Identity(), 100, np.int32))
+    assert {kind for kind, _ in answers} == {"DtypeError"}
+
+
+def test_ranks_out_of_step_are_told():
+    def program(comm):
+        plan = GatherMean(comm, Identity(), 3)
+        plan.exchanges += comm.Get_rank()
+        with pytest.raises(DisagreementError, match=r"out of step: exchange number \[0, 1\]"):
+            plan.exchange(np.ones(3, np.float32))
+
+    virtual.results(2, program)
+
+
+def test_something_that_is_no_communicator_is_refused():
+    for comm in (None, object()):
+        with pytest.raises(OptionError, match="is not an intracommunicator"):
+            GatherMean(comm, Identity(), 3)
+
+
+@each_world
+def test_one_call_forms(n):
+    """Shape, dtype and kind follow the input; plans are reused; out may be the input."""
+    torch = pytest.importorskip("torch")
+
+    def program(comm):
+        rank = comm.Get_rank()
+        x = gaussian(rank, 60, np.float64).reshape(3, 20)
+        mean = allreduce(comm, x, Identity())
+        assert mean.shape == x.shape
+        total = allreduce(comm, x, Identity(), op="sum")
+        np.testing.assert_allclose(total, n * mean)
+        rows = allgather(comm, x, TopK(0.1))
+        assert rows.shape == (n, 3, 20)
+        np.testing.assert_allclose(rows.mean(axis=0), allreduce(comm, x, TopK(0.1)), atol=1e-12)
+        signs = allreduce(comm, x, Sign())
+        np.testing.assert_array_equal(signs, allreduce(comm, x, Sign()))  # no hidden state
+        tensor = torch.from_numpy(x.copy()).requires_grad_()
+        out = torch.empty_like(tensor)
+        assert allreduce(comm, tensor, TopK(0.1), out=out) is out
+        np.testing.assert_array_equal(out.detach().numpy(), allreduce(comm, x, TopK(0.1)))
+        assert isinstance(allgather(comm, tensor, Identity()), torch.Tensor)
+        inplace = x.copy()
+        allreduce(comm, inplace, Identity(), out=inplace)
+        np.testing.assert_array_equal(inplace, mean)
+        return mean, rows, signs
+
+    rows = virtual.results(n, program)
+    assert all(a.tobytes() == b.tobytes() for row in rows for a, b in zip(row, rows[0], strict=True))
+    np.testing.assert_allclose(rows[0][0].ravel(), np.mean([gaussian(r, 60, np.float64) for r in range(n)], axis=0))
+
+
+def test_one_call_forms_keep_a_bounded_number_of_plans():
+    from mpi_ef.collectives import onecall
+
+    def program(comm):
+        for d in range(1, 40):
+            allreduce(comm, np.ones(d, np.float32), Identity())
+        return len(comm.Get_attr(0))
+
+    assert virtual.results(2, program) == [onecall.KEPT_PLANS] * 2
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda comm, r: allreduce(comm, np.ones(50 + r, np.float32), TopK(0.1)), "disagree on d: 50 on rank 0"),
+        (lambda comm, r: allreduce(comm, np.ones(50, np.float32), TopK(0.1), op=("sum", "mean")[r]), "disagree"),
+        (lambda comm, r: allreduce(comm, np.ones(50, np.float32)[:: 1 + r], TopK(0.1)), "not contiguous"),
+        (lambda comm, r: allreduce(comm, np.ones(50, np.int32), TopK(0.1)), "int32"),
+        (lambda comm, r: allreduce(comm, [1.0, 2.0], TopK(0.1)), "is a list"),
+        (lambda comm, r: allreduce(comm, np.ones(50), TopK(0.1), op="max"), "op='max' is unknown"),
+        (lambda comm, r: allreduce(comm, np.ones(50), TopK(0.1), out=np.ones(49)), "out is (49,)"),
+        (lambda comm, r: allgather(comm, np.ones(50), TopK(0.1), out=np.ones((3, 50))), "2 rows of 50"),
+        (lambda comm, r: (allreduce, allgather)[r](comm, np.ones(50), TopK(0.1)), "disagree on the call"),
+        (lambda comm, r: allreduce(comm, np.ones(50), TopK(k=51)), "k=51 exceeds d=50"),
+        (lambda comm, r: allreduce(comm, np.full(50, np.nan if r else 1.0), TopK(0.1)), "NaN or Inf on rank 1"),
+    ],
+)
+def test_one_call_forms_raise_on_all_ranks(call, words):
+    def program(comm):
+        allreduce(comm, np.ones(50, np.float32), TopK(0.1))  # a plan that one of the ranks may find again
+        with pytest.raises(MpiEfError) as caught:
+            call(comm, comm.Get_rank())
+        return str(caught.value)
+
+    assert all(words in text for text in virtual.results(2, program))
+
+
+def test_long_frames_are_counted_in_larger_units(monkeypatch):
+    """What is too long for a C int is sent as whole units; here with a small limit, under MPI with the real one."""
+    monkeypatch.setattr(frames_module, "LARGEST_COUNT", 100)
+    monkeypatch.setattr(frames_module, "UNIT_NBYTES", 64)
+    frames = frames_module.Frames(2, 200)
+    assert frames.frame_nbytes == 256
+    assert frames.wires.shape == (2, 200)
+    buffer, count, unit = frames.message
+    assert (buffer is frames.bytes, count, unit.Get_size()) == (True, 4, 64)
