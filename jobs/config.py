@@ -26,21 +26,22 @@ def parse(config: type[T], argv: Sequence[str] | None, *, prog: str, description
 
     Raises
     ------
-    ConfigError
-        For an unknown key or a value of the wrong type in the file, with the nearest known name.
     SystemExit
-        From argparse, for ``--help`` and wrong flags.
+        With status 2 and one line on stderr for an unknown flag or key (with the nearest known name) or a wrong value;
+        with status 0 after ``--help``.
     """
     types = get_type_hints(config)
     known = {f.name: f for f in fields(config)}  # type: ignore[arg-type]
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False,
-                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with any of the options below")
     for name, f in known.items():
         _add_flag(parser, name, f, types[name])
     given = vars(parser.parse_args(argv))
     path: Path | None = given.pop("config", None)
-    values = _read(path, known, types) if path else {}
+    try:
+        values = _read(path, known, types) if path else {}
+    except ConfigError as error:
+        parser.error(str(error))
     values |= {name: value for name, value in given.items() if value is not _UNSET}
     return config(**values)
 
@@ -69,13 +70,13 @@ _UNSET = _Unset()
 
 
 class _Parser(argparse.ArgumentParser):
-    """Adds a did-you-mean to argparse's complaint about unknown flags."""
+    """Complains in one line, with a did-you-mean for unknown flags."""
 
     def error(self, message: str) -> Any:
         if "unrecognized arguments: " in message:
             flag = message.split("unrecognized arguments: ", 1)[1].split()[0].split("=")[0]
             message += _hint(flag, [s for a in self._actions for s in a.option_strings])
-        super().error(message)
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def _hint(word: str, known: Sequence[str]) -> str:
@@ -101,7 +102,6 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, f: Field[Any], kind: A
     else:
         settings |= {"type": kind, "metavar": kind.__name__.upper()}
     parser.add_argument("--" + name.replace("_", "-"), **settings)
-    parser.formatter_class = argparse.HelpFormatter
 
 
 def _read(path: Path, known: dict[str, Field[Any]], types: dict[str, Any]) -> dict[str, Any]:

@@ -32,9 +32,10 @@ class TrainConfig:
     heads: int = option(4, "attention heads of the gpt")
     width: int = option(128, "width of the gpt")
     optimizer: Literal["adamw", "sgd"] = option("adamw", "torch optimizer on every rank")
-    lr: float = option(0.01, "peak learning rate; linear warm-up, then cosine to a tenth of it")
+    lr: float = option(0.006, "peak learning rate; linear warm-up, then cosine to a tenth of it")
     warmup: int = option(40, "steps of linear warm-up")
     momentum: float = option(0.9, "of sgd")
+    beta1: float = option(0.5, "momentum of adamw; sparse feedback delays updates, which acts like momentum: 0.9 when dense")
     weight_decay: float = option(0.1, "of the optimizer")
     rule: Literal["ef14", "ef21", "econtrol"] = option("ef14", "error-feedback rule")
     placement: Literal["update", "gradient"] = option("update", "what is exchanged: the optimizer's update, or the gradient")
@@ -53,7 +54,14 @@ class TrainConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, before MPI is started, then train on COMM_WORLD."""
     config = parse(TrainConfig, argv, prog="mpi-ef train", description=__doc__ or "")
-    launch.run(lambda comm: train(comm, config))
+
+    def program(comm: Any) -> None:
+        import torch  # noqa: PLC0415
+
+        torch.set_num_threads(launch.threads_per_rank(comm))
+        train(comm, config)
+
+    launch.run(program)
 
 
 def train(comm: Any, config: TrainConfig) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from torch.nn import functional as F  # noqa: N812
 from mpi_ef.collectives import chunk_bounds
 from mpi_ef.jobs import models
 from mpi_ef.jobs.data import Dataset, Digits, Text, batches, shard
-from mpi_ef.jobs.launch import threads_per_rank
 from mpi_ef.jobs.metrics import in_bytes
 from mpi_ef.jobs.train import TrainConfig, build_compressor, learning_rate
 from mpi_ef.optim import DistributedOptimizer
@@ -38,7 +37,6 @@ class Trainer:
 
     def __init__(self, comm: Any, config: TrainConfig) -> None:
         self.comm, self.config, self.steps, self.epoch = comm, config, 0, 0
-        torch.set_num_threads(threads_per_rank(comm))
         torch.manual_seed(config.seed)
         self.data, self.model = _build(config)
         size, rank = comm.Get_size(), comm.Get_rank()
@@ -149,4 +147,4 @@ def _torch_optimizer(config: TrainConfig, model: "nn.Module") -> torch.optim.Opt
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, 0.99))

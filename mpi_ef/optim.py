@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -174,8 +175,8 @@ class DistributedOptimizer(Optimizer):
         self.flat.zero_gradients()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all state of this rank: the torch optimizer's, the rule's, and counters. Local; save it on each rank."""
-        return {"optimizer": self.optimizer.state_dict(), "feedback": self.feedback.state_dict(),
+        """Return a copy of all state of this rank: the torch optimizer's, the rule's, counters. Local; save it per rank."""
+        return {"optimizer": deepcopy(self.optimizer.state_dict()), "feedback": self.feedback.state_dict(),
                 "placement": self.placement, "skipped_steps": self.skipped_steps}  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

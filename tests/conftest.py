@@ -28,6 +28,17 @@ def _under_mpi(config: pytest.Config) -> bool:
     return bool(config.getoption("with_mpi", default=False))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Let rank 0 alone report; failures of other ranks are printed below."""
+    if _under_mpi(config):
+        from mpi4py import MPI
+
+        if MPI.COMM_WORLD.rank:
+            reporter = config.pluginmanager.get_plugin("terminalreporter")
+            reporter._tw._file = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     """End all ranks at the first failure of one of them: the others may wait for it for ever."""

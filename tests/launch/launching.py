@@ -1,0 +1,48 @@
+"""Starting whole MPI programs from a test, under a time limit."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+BESIDE = Path(sys.executable).parent / "mpiexec"
+MPIEXEC = str(BESIDE) if BESIDE.exists() else shutil.which("mpiexec") or "mpiexec"
+
+
+@dataclass
+class Ended:
+    """A program that has ended: exit status, everything it printed, and how long it took."""
+
+    status: int
+    text: str
+    seconds: float
+
+    def lines_with(self, words: str) -> list[str]:
+        return [line for line in self.text.splitlines() if words in line]
+
+
+def start(n: int, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """Start ``python ARGUMENTS`` on `n` ranks."""
+    command = [MPIEXEC, "-n", str(n), sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                            env=os.environ | environment, start_new_session=True)  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], *, within: float) -> Ended:
+    """Wait for a program; one that takes longer than `within` seconds is killed and fails the test."""
+    began = time.perf_counter()
+    try:
+        text, _ = process.communicate(timeout=within)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        text, _ = process.communicate()
+        raise AssertionError(f"the program hangs; it printed:\n{text}") from None
+    return Ended(process.returncode, text, time.perf_counter() - began)
+
+
+def run(n: int, *arguments: object, within: float = 120, **environment: str) -> Ended:
+    """Start a program and wait for its end."""
+    return finish(start(n, *arguments, **environment), within=within)

@@ -1,0 +1,204 @@
+"""Whole programs under a launcher: what users type, and what happens when a rank breaks."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launching import finish, run, start
+
+SMALL = ["--steps", 20, "--warmup", 2, "--batch", 4, "--context", 16, "--layers", 1, "--heads", 2, "--width", 16,
+         "--log-every", 5]  # fmt: skip
+# A stuck run is ended by the test after this time; a healthy one needs a few seconds.
+LIMIT = 90
+
+
+def train(n, *arguments, **environment):
+    return run(n, "-m", "mpi_ef.jobs.train", *SMALL, *arguments, within=LIMIT, **environment)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_train(tmp_path, n):
+    ended = train(n, "--out", tmp_path / "run")
+    assert ended.status == 0, ended.text
+    assert "equal bit for bit" in ended.text
+    assert "\r" not in ended.text  # no live line in a log
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["ranks"] == n
+    assert summary["skipped_steps"] == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_train_on_your_own_text_with_a_file_of_options(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    (tmp_path / "run.toml").write_text(f'text = "{text}"\ncompressor = "sign"\nlr = 0.02\n')
+    ended = train(2, "--config", tmp_path / "run.toml", "--out", tmp_path / "run")
+    assert ended.status == 0, ended.text
+    assert "Sign(block=1024)" in ended.text
+
+
+@pytest.mark.parametrize("options", [["--rule", "ef21"], ["--rule", "econtrol"], ["--compressor", "identity"]])
+def test_train_with_gradient_placement(tmp_path, options):
+    ended = train(2, "--model", "mlp", "--split", "by-label", "--optimizer", "sgd", "--placement", "gradient",
+                  "--dense-steps", 1, *options, "--out", tmp_path)  # fmt: skip
+    assert ended.status == 0, ended.text
+    assert "validation accuracy" in ended.text
+
+
+def test_least_squares():
+    ended = run(3, "-m", "mpi_ef.jobs.least_squares", "--rows", 300, "--columns", 60, "--ratio", 0.05, "--steps", 1500)
+    assert ended.status == 0, ended.text
+    assert float(re.search(r"relative error of x +(\S+)", ended.text).group(1)) < 1e-6
+    sent, dense = (int(number.replace(",", "")) for number in re.search(r"rank +(\S+) \(dense: (\S+)\)", ended.text).groups())
+    assert sent * 4 < dense
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--text", "EMPTY"], "the file is empty"),
+        (["--text", "ABSENT"], "cannot be read"),
+        (["--text", "SHORT"], "30 characters are too few for blocks of 16"),
+        (["--ratio", "1.5"], "TopK: ratio=1.5 is not in (0, 1]"),
+    ],
+)
+def test_bad_input_is_one_line_for_all_ranks(tmp_path, arguments, words):
+    (tmp_path / "EMPTY").write_text("")
+    (tmp_path / "SHORT").write_text("abcdefghij" * 3)
+    arguments = [str(tmp_path / a) if a.isupper() else a for a in arguments]
+    ended = train(3, *arguments, "--out", tmp_path / "run")
+    assert ended.status != 0
+    assert ended.lines_with(words), ended.text
+    assert "Traceback" not in ended.text
+    assert ended.seconds < 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--stepps", "3"], "did you mean --steps?"), (["--config", "RUN"], "stepps is no option; did you mean steps?")],
+)
+def test_wrong_options_need_no_mpi_to_be_noticed(tmp_path, arguments, words):
+    (tmp_path / "RUN").write_text("stepps = 3\n")
+    arguments = [str(tmp_path / a) if a.isupper() else a for a in arguments]
+    done = subprocess.run([sys.executable, "-m", "mpi_ef.jobs.cli", "train", *arguments], capture_output=True, text=True,
+                          timeout=60, check=False, env=os.environ | {"MPI4PY_LIBMPI": "/nowhere"})  # fmt: skip
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_n_copies_of_rank_zero():
+    done = subprocess.run([sys.executable, "-m", "mpi_ef.jobs.train"], capture_output=True, text=True, timeout=60,
+                          check=False, env=os.environ | {"SLURM_STEP_NUM_TASKS": "2"})  # fmt: skip
+    assert done.returncode != 0
+    assert "SLURM_STEP_NUM_TASKS=2, but the MPI world has 1 rank" in done.stderr
+    assert "--mpi=pmix" in done.stderr
+
+
+PROGRAM = """
+import sys, time
+import numpy as np
+from mpi_ef import GatherMean, TopK, allreduce
+from mpi_ef.errors import MpiEfError
+from mpi_ef.jobs.launch import run
+
+def program(comm):
+    rank, x = comm.Get_rank(), np.ones(100, np.float32)
+    plan = GatherMean(comm, TopK(0.1), 100)
+    for step in range(1000000):
+        if step == 50:
+            print("running", rank, flush=True)
+        plan.exchange(x)
+        if step == 100 and rank == 1:
+            {fault}
+
+run(program)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "words", "status"),
+    [
+        ("raise ValueError('rank one is broken')", "ValueError: rank one is broken", 1),
+        ("plan.exchange(x[1:])", "x has shape (99,); this plan takes (100,)", 2),
+        ("raise MpiEfError('subject: wrong; do this')", "rank 1: subject: wrong; do this", 2),
+    ],
+)
+def test_a_rank_that_raises_ends_all_with_its_message(tmp_path, fault, words, status):
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM.format(fault=fault))
+    ended = run(3, script, within=LIMIT)
+    assert ended.status == status, ended.text
+    assert ended.lines_with(words), ended.text
+    assert ended.seconds < 30
+
+
+def test_a_rank_that_is_killed_ends_all(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM.format(fault="import os; os.kill(os.getpid(), 9)"))
+    ended = run(3, script, within=LIMIT)
+    assert ended.status != 0
+    assert ended.seconds < 30
+    assert re.search("signal 9|KILLED BY SIGNAL: 9|SIGKILL|Killed", ended.text), ended.text
+
+
+def test_a_terminated_run_leaves_its_metrics(tmp_path):
+    process = start(2, "-m", "mpi_ef.jobs.train", *SMALL, "--steps", 100000, "--eval-every", 100000, "--out", tmp_path)
+    rows = tmp_path / "metrics.jsonl"
+    for _ in range(600):
+        if rows.exists() and len(rows.read_text().splitlines()) > 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, within=30).status != 0
+    assert all(json.loads(line)["step"] for line in rows.read_text().splitlines())
+
+
+def test_abort_on_exception_in_a_script_of_your_own(tmp_path):
+    script = tmp_path / "own.py"
+    script.write_text("""
+from mpi4py import MPI
+from mpi_ef.jobs.launch import abort_on_exception
+comm = MPI.COMM_WORLD
+abort_on_exception(comm)
+if comm.rank == 1:
+    raise RuntimeError("lost on rank one")
+comm.Barrier()
+""")
+    ended = run(2, script, within=LIMIT)
+    assert ended.status == 1
+    assert ended.lines_with("RuntimeError: lost on rank one"), ended.text
+    assert ended.seconds < 30
+
+
+FAILING_SUITE = """
+import pytest
+@pytest.mark.mpi
+def test_one_rank_fails():
+    from mpi4py import MPI
+    assert MPI.COMM_WORLD.rank != 1, "rank one says no"
+    MPI.COMM_WORLD.Barrier()
+"""
+
+
+def test_a_test_that_fails_on_one_rank_ends_the_suite(tmp_path):
+    """The suite's own safety: a failure is seen in seconds, and skipped MPI tests count as failure."""
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    (folder / "test_it.py").write_text(FAILING_SUITE)
+    (folder / "conftest.py").write_text((Path(__file__).parents[1] / "conftest.py").read_text())
+    options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", folder, "-c", "/dev/null", folder]
+    ended = run(2, *options, "--with-mpi", within=LIMIT)
+    assert ended.status == 3, ended.text
+    assert ended.lines_with("rank one says no")
+    assert ended.seconds < 30
+    (folder / "test_it.py").write_text(FAILING_SUITE.replace("!= 1", ">= 0").replace("mark.mpi", "mark.mpi(min_size=3)"))
+    ended = run(2, *options, "--with-mpi", within=LIMIT, MPI_EF_TEST_RANKS="2")
+    assert ended.status != 0, ended.text
+    assert ended.lines_with("expected all tests to run on 2 ranks"), ended.text

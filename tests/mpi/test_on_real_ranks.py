@@ -1,0 +1,180 @@
+"""Law 3 and what only real ranks show. Run as ``mpiexec -n N python -m pytest --with-mpi tests/mpi``."""
+
+import numpy as np
+import pytest
+import virtual
+from programs import OPTIMIZERS, PLANS, RULES, exchanges, rule_steps, same_bits, training
+from vectors_for_tests import gaussian
+
+from mpi_ef.collectives import GatherMean, TwoPhaseMean, allgather, allreduce
+from mpi_ef.collectives import frames as frames_module
+from mpi_ef.compress import Identity, Sign, TopK
+from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError, PeerError, ShapeError
+from mpi_ef.optim import EF21, DistributedOptimizer, EControl
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture
+def comm():
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD
+
+
+def same_as_virtual(comm, program):
+    """Compare this rank's result with that of the same virtual rank, bit for bit."""
+    real = program(comm)
+    assert same_bits(real, virtual.results(comm.size, program)[comm.rank])
+    return real
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_plans_give_the_bits_of_virtual_ranks(comm, plan, dtype):
+    for d in (0, 1, 3, 8, 65, 1001, 100_003):
+        same_as_virtual(comm, exchanges(plan, d, dtype))
+
+
+@pytest.mark.parametrize("plan", ["gather topk", "two-phase sign", "dense"])
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_give_the_bits_of_virtual_ranks(comm, rule, plan):
+    same_as_virtual(comm, rule_steps(rule, plan, 1001, np.float32, dense_steps=1))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_replicas_are_equal_bit_for_bit_after_200_steps(comm, name):
+    """Law 1, on real ranks, with a tied, a frozen and an unused parameter; and law 3."""
+    parameters, losses = same_as_virtual(comm, training(name, 200))
+    everywhere = comm.allgather([p.tobytes() for p in parameters])
+    assert all(theirs == everywhere[0] for theirs in everywhere)
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:3])
+
+
+def test_split_phases_of_several_plans_overlap(comm):
+    """Started in one order, finished in the same order; results as one after the other."""
+    plans = [PLANS[name](comm, 1001, np.float32) for name in ("gather topk", "two-phase sign", "dense")]
+    x = gaussian(comm.rank, 1001)
+    for plan in plans:
+        plan.start(x)
+    x.fill(np.nan)  # plans own what they send
+    together = []
+    for plan in plans:
+        together.append(np.zeros(1001, np.float32))
+        plan.wait().add_mean(together[-1])
+    for name, out in zip(("gather topk", "two-phase sign", "dense"), together, strict=True):
+        alone = np.zeros(1001, np.float32)
+        PLANS[name](comm, 1001, np.float32).exchange(gaussian(comm.rank, 1001)).add_mean(alone)
+        assert alone.tobytes() == out.tobytes()
+
+
+def test_sub_communicators_and_a_world_of_one(comm):
+    from mpi4py import MPI
+
+    half = comm.Split(comm.rank % 2, comm.rank)
+    x = gaussian(comm.rank, 50, np.float64)
+    members = [r for r in range(comm.size) if r % 2 == comm.rank % 2]
+    expected = np.mean([gaussian(r, 50, np.float64) for r in members], axis=0)
+    np.testing.assert_allclose(allreduce(half, x, Identity()), expected, atol=1e-15)
+    np.testing.assert_array_equal(allreduce(MPI.COMM_SELF, x, Identity()), x)
+    with pytest.raises(OptionError, match="is not an intracommunicator"):
+        GatherMean(MPI.COMM_NULL, Identity(), 3)
+    half.Free()
+
+
+def test_plans_are_cached_with_the_communicator_and_freed_with_it(comm):
+    import gc
+    import weakref
+
+    from mpi_ef.collectives import onecall
+
+    world = comm.Dup()
+    x = gaussian(comm.rank, 50)
+    allreduce(world, x, TopK(0.1))
+    (plan,) = world.Get_attr(onecall._keyval).values()
+    for _ in range(3):
+        allreduce(world, x, TopK(0.1))
+        allgather(world, x, TopK(0.1))
+    assert world.Get_attr(onecall._keyval)[("allreduce", TopK(0.1), 50, "float32")] is plan
+    assert plan.exchanges == 4
+    gone = weakref.ref(plan)
+    del plan
+    world.Free()
+    gc.collect()
+    assert gone() is None
+
+
+def test_counts_beyond_the_largest_count(comm, monkeypatch):
+    """Frames too long for a C int go as larger units; the limit is lowered so that the path runs in every test."""
+    expected = [np.zeros(1001, np.float32) for _ in range(2)]
+    x = gaussian(comm.rank, 1001)
+    GatherMean(comm, Identity(), 1001).exchange(x).add_mean(expected[0])
+    TwoPhaseMean(comm, Sign(), 1001).exchange(x).add_mean(expected[1])
+    monkeypatch.setattr(frames_module, "LARGEST_COUNT", 10)
+    monkeypatch.setattr(frames_module, "UNIT_NBYTES", 64)
+    got = [np.zeros(1001, np.float32) for _ in range(2)]
+    GatherMean(comm, Identity(), 1001).exchange(x).add_mean(got[0])
+    TwoPhaseMean(comm, Sign(), 1001).exchange(x).add_mean(got[1])
+    assert same_bits(got, expected)
+
+
+def test_bad_input_on_one_rank_is_told_on_all(comm):
+    last = comm.size - 1
+    plan = GatherMean(comm, TopK(0.1), 100)
+    x = gaussian(comm.rank, 100)
+    with pytest.raises(ShapeError if comm.rank == last else PeerError):
+        plan.exchange(x[:-1] if comm.rank == last else x)
+    with pytest.raises(NonFiniteError, match=f"NaN or Inf on rank {last}"):
+        plan.exchange(x * np.float32(np.nan) if comm.rank == last else x)
+    if comm.size > 1:
+        with pytest.raises(DisagreementError, match=f"disagree on d: .* on rank {last}"):
+            GatherMean(comm, TopK(0.1), 100 + (comm.rank == last))
+        with pytest.raises(DisagreementError, match="disagree on d"):
+            allreduce(comm, x[: 100 - (comm.rank == last)], TopK(0.1))
+    plan.exchange(x)
+
+
+def test_different_models_are_told_on_all(comm):
+    import torch
+
+    if comm.size == 1:
+        return
+    with pytest.raises(DisagreementError, match=r"disagree on parameter 0: \(3,\)"):
+        EF21([torch.nn.Parameter(torch.ones(3 + (comm.rank == 1)))], comm, TopK(0.5), lr=0.1)
+
+
+@pytest.mark.parametrize("method", ["ef21", "econtrol"])
+def test_digits_by_label_with_one_twentieth_of_the_gradient(comm, method):
+    """EF21 and EControl, Top-5 %, each rank with its own labels: test accuracy within a point of dense SGD."""
+    import torch
+
+    from mpi_ef.jobs.data import Digits, batches, shard
+    from mpi_ef.jobs.models import mlp
+
+    data = Digits()
+    order = np.argsort(data.labels, kind="stable")
+
+    def accuracy(build):
+        torch.manual_seed(0)
+        net = mlp()
+        optimizer = build(net.parameters())
+        mine = batches(shard(data.size, comm.size, comm.rank, order=order), 256, seed=0, rank=comm.rank)
+        for _ in range(600):
+            epoch, indices = next(mine)
+            inputs, targets = data.batch(indices, epoch)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(inputs), targets).backward()
+            optimizer.step()
+        with torch.no_grad():
+            inputs, targets = data.held_out(np.arange(data.held_out_size))
+            return float((net(inputs).argmax(-1) == targets).double().mean())
+
+    def sgd(parameters):
+        return DistributedOptimizer(torch.optim.SGD(parameters, lr=0.5), comm, Identity(), placement="gradient")
+
+    kind = EF21 if method == "ef21" else EControl
+    reached = accuracy(lambda parameters: kind(parameters, comm, TopK(0.05), lr=0.5))
+    dense = accuracy(sgd)
+    print(f"{method} on {comm.size} ranks: {100 * reached:.2f} %, dense {100 * dense:.2f} %")
+    assert dense > 0.95
+    assert reached >= dense - 0.01

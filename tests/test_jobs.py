@@ -1,0 +1,292 @@
+"""Parts of the programs that need no MPI: options, data, shards, metrics, the command line."""
+
+import io
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import virtual
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpi_ef.errors import DataError, LaunchError
+from mpi_ef.jobs import cli, report
+from mpi_ef.jobs.config import option, parse, to_toml
+from mpi_ef.jobs.data import Digits, Text, batches, shard
+from mpi_ef.jobs.launch import check_world
+from mpi_ef.jobs.metrics import Metrics, Progress, in_bytes
+from mpi_ef.jobs.train import TrainConfig, build_compressor, learning_rate, train
+
+
+@dataclass(frozen=True)
+class Options:
+    steps: int = option(10, "steps")
+    lr: float = option(0.1, "rate")
+    kind: Literal["a", "b"] = option("a", "kind")
+    text: Path | None = option(None, "file")
+    weight_decay: float | None = option(None, "decay")
+    fast: bool = option(False, "speed")
+
+
+def options(*argv: str) -> Options:
+    return parse(Options, argv, prog="test", description="")
+
+
+# ------------------------------------------------------------------------------------------------- options
+def test_defaults_file_and_flags_in_that_order(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('steps = 20\nlr = 1\nkind = "b"\ntext = "t.txt"\nweight-decay = 0.5\nfast = true\n')
+    assert options() == Options()
+    read = options("--config", str(file))
+    assert read == Options(20, 1.0, "b", Path("t.txt"), 0.5, True)
+    assert isinstance(read.lr, float)
+    assert options("--steps", "30", "--config", str(file), "--no-fast") == replace(read, steps=30, fast=False)
+
+
+def test_toml_round_trip(tmp_path):
+    file = tmp_path / "run.toml"
+    for config in (Options(), Options(3, 1e-7, "b", Path('we"ird\\name'), 0.25, True)):
+        file.write_text(to_toml(config))
+        assert options("--config", str(file)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stesp = 3", "stesp is no option; did you mean steps?"),
+        ("zebra = 3", "zebra is no option; see --help"),
+        ('steps = "3"', "steps = '3' is str; it takes int"),
+        ("steps = 3.5", "steps = 3.5 is float; it takes int"),
+        ("steps = true", "steps = True is bool; it takes int"),
+        ('kind = "c"', "kind = 'c' is not known; take one of a, b"),
+        ("steps = ", "cannot be read as TOML"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path, text, words, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as caught:
+        options("--config", str(file))
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert str(file) in line
+
+
+def test_a_missing_file_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        options("--config", str(tmp_path / "absent.toml"))
+    assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--stesp", "3"], "did you mean --steps?"),
+        (["--steps", "x"], "invalid int value"),
+        (["--kind", "c"], "invalid choice"),
+    ],
+)
+def test_wrong_flags_are_refused(argv, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        options(*argv)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- data
+@given(st.integers(1, 300), st.integers(1, 9))
+def test_every_sample_is_on_exactly_one_rank(size, ranks):
+    if size < ranks:
+        with pytest.raises(DataError, match=f"{size} samples for {ranks} ranks"):
+            shard(size, ranks, 0)
+        return
+    parts = [shard(size, ranks, r, order=np.random.default_rng(0).permutation(size)) for r in range(ranks)]
+    assert sorted(np.concatenate(parts)) == list(range(size))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@given(st.integers(1, 50), st.integers(1, 60))
+def test_every_epoch_takes_every_sample_once(size, batch):
+    samples = np.arange(100, 100 + size)
+    stream = batches(samples, batch, seed=1, rank=0)
+    epochs = {0: [], 1: [], 2: []}
+    for epoch, indices in stream:
+        if epoch == 3:
+            break
+        assert 1 <= indices.size <= batch
+        epochs[epoch] += indices.tolist()
+    assert all(sorted(seen) == samples.tolist() for seen in epochs.values())
+    assert size < 10 or epochs[0] != epochs[1]
+
+
+def test_text_targets_are_the_next_characters(tmp_path):
+    file = tmp_path / "text.txt"
+    text = "".join(chr(97 + i * i % 26) for i in range(1000))
+    file.write_text(text)
+    data = Text(file, context=7, seed=0)
+    letters = sorted(set(text))
+    for epoch in range(5):
+        inputs, targets = data.batch(np.arange(data.size), epoch)
+        assert (inputs[:, 1:] == targets[:, :-1]).all()
+        seen = "".join(letters[i] for i in inputs.flatten())
+        assert seen in text[:900]
+        assert letters[targets[-1, -1]] == text[text.index(seen) + len(seen)]
+    inputs, targets = data.held_out(np.arange(data.held_out_size))
+    assert "".join(letters[i] for i in inputs.flatten()) in text[900:]
+
+
+def test_the_default_text_comes_with_python():
+    data = Text(None, context=64, seed=0)
+    assert data.size > 5000
+    assert 50 < data.vocabulary < 300
+
+
+@pytest.mark.parametrize(("text", "words"), [("", "the file is empty"), ("short", "5 characters are too few")])
+def test_unusable_texts(tmp_path, text, words):
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    with pytest.raises(DataError, match=words):
+        Text(file, context=64, seed=0)
+
+
+def test_texts_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        Text(tmp_path / "absent", context=8, seed=0)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\xfa" * 100)
+    with pytest.raises(DataError, match="cannot be read"):
+        Text(tmp_path / "binary", context=8, seed=0)
+
+
+def test_digits():
+    data = Digits()
+    assert (data.size, data.held_out_size) == (1437, 360)
+    x, y = data.batch(np.arange(5), 0)
+    assert tuple(x.shape) == (5, 1, 8, 8)
+    assert float(x.max()) <= 1
+    assert y.tolist() == data.labels[:5].tolist()
+
+
+# ------------------------------------------------------------------------------------------------- metrics
+def test_metrics_files_agree(tmp_path):
+    metrics = Metrics(tmp_path, ["step", "loss"])
+    metrics.write({"step": 1, "loss": 0.5})
+    metrics.write({"step": 2})
+    metrics.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}]
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,loss", "1,0.5", "2,"]
+
+
+def test_a_log_gets_lines_and_a_terminal_one_line():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, lines in ((io.StringIO(), 3), (Terminal(), 1)):
+        progress = Progress(3, stream=stream)
+        for step in (1, 2, 3):
+            progress.show(step, f"loss {step}")
+        progress.close()
+        text = stream.getvalue()
+        assert text.count("\n") == lines
+        assert ("\r" in text) == (lines == 1)
+        assert "3/3" in text
+
+
+@pytest.mark.parametrize(("n", "text"), [(0, "0 B"), (999, "999 B"), (25_000, "25.0 kB"), (3.2e9, "3.2 GB"), (2e15, "2000.0 TB")])
+def test_in_bytes(n, text):
+    assert in_bytes(n) == text
+
+
+# ------------------------------------------------------------------------------------------------- training
+def test_learning_rate_schedule():
+    config = TrainConfig(lr=1.0, warmup=10, steps=110)
+    rates = [learning_rate(config, step) for step in range(1, 111)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+
+
+def test_every_compressor_can_be_built():
+    for name in ("topk", "randk", "sign", "quantize", "identity"):
+        assert build_compressor(TrainConfig(compressor=name)).wire_nbytes(1000) > 0
+
+
+@pytest.mark.parametrize("model", ["gpt", "mlp", "cnn"])
+def test_training_on_virtual_ranks(tmp_path, model):
+    """The whole program, small: same summary on all ranks, loss falls, files are complete."""
+    config = TrainConfig(model=model, steps=12, warmup=2, batch=8, context=16, layers=1, heads=2, width=16, eval_every=6,
+                         log_every=3, lr=0.02, out=tmp_path / "run")  # fmt: skip
+    one, two = virtual.results(2, lambda comm: train(comm, config))
+    times = {"seconds", "seconds_per_step", "phases_seconds_per_step"}
+    assert {k: v for k, v in one.items() if k not in times} == {k: v for k, v in two.items() if k not in times}
+    assert one["replicas_equal"]
+    assert one["sent_nbytes"] * 9 < one["dense_nbytes"]
+    rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6, 9, 12]
+    assert [row["val_loss"] is None for row in rows] == [True, False, True, False]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert json.loads((config.out / "summary.json").read_text())["val_loss"] == rows[-1]["val_loss"]
+    again = parse(TrainConfig, ["--config", str(config.out / "config.toml")], prog="", description="")
+    assert again == config
+
+
+def test_fewer_samples_than_ranks(tmp_path):
+    (tmp_path / "text.txt").write_text("abcdefghij" * 7)
+    config = TrainConfig(text=tmp_path / "text.txt", context=6, out=tmp_path)
+    errors = virtual.run(10, lambda comm: train(comm, config))
+    assert {type(error) for error in errors} == {DataError}
+    assert "9 samples for 10 ranks" in str(errors[0])
+
+
+def test_report(tmp_path, capsys):
+    for name, lr in (("slow", 1e-4), ("fast", 0.02)):
+        config = TrainConfig(model="mlp", steps=8, warmup=1, eval_every=2, lr=lr, out=tmp_path / name)
+        virtual.results(2, lambda comm, config=config: train(comm, config))
+    capsys.readouterr()
+    picture = tmp_path / "pictures" / "curves.png"
+    report.main([str(tmp_path / "slow"), str(tmp_path / "fast"), "--plot", str(picture)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(SystemExit, match="holds no finished run"):
+        report.main([str(tmp_path / "absent")])
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+def test_command_line(capsys):
+    cli.main([])
+    assert "train" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="did you mean train?"):
+        cli.main(["trian"])
+
+
+@pytest.mark.parametrize("program", cli.PROGRAMS)
+def test_help_never_starts_mpi(program, capsys):
+    started = "mpi4py.MPI" in sys.modules
+    with pytest.raises(SystemExit) as caught:
+        cli.main([program, "--help"])
+    assert caught.value.code == 0
+    assert "usage: mpi-ef" in capsys.readouterr().out
+    assert ("mpi4py.MPI" in sys.modules) == started
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4, but the MPI world has 1 rank"),
+        ({"PMI_SIZE": "2"}, "the mpiexec that belongs to the MPI library"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "srun --mpi=pmix, --mpi=pmi2 or --mpi=cray_shasta"),
+    ],
+)
+def test_n_copies_of_rank_zero_are_noticed(environment, words):
+    with pytest.raises(LaunchError) as caught:
+        check_world(1, environment)
+    assert words in str(caught.value)
+    check_world(2, environment)
+    check_world(1, {"OMPI_COMM_WORLD_SIZE": "1", "SLURM_NTASKS": "8"})
