@@ -74,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         if "unrecognized arguments: " in message:
-            flag = message.split("unrecognized arguments: ", 1)[1].split()[0].split("=")[0]
+            flag = message.split("unrecognized arguments: ", 1)[1].split(maxsplit=1)[0].split("=", maxsplit=1)[0]
             message += _hint(flag, [s for a in self._actions for s in a.option_strings])
         self.exit(2, f"{self.prog}: {message}\n")
 

@@ -22,7 +22,11 @@ class Dataset(Protocol):
 
     size: int
     held_out_size: int
-    labels: NDArray[np.int64] | None
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Labels of the training samples, where they have one each."""
+        ...
 
     def batch(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of training samples."""
@@ -117,7 +121,7 @@ class Text:
 
 def _read(path: Path | None) -> str:
     if path is None:
-        from pydoc_data.topics import topics  # noqa: PLC0415
+        from pydoc_data.topics import topics
 
         return "\n".join(topics.values())
     try:
@@ -134,7 +138,7 @@ class Digits:
 
     def __init__(self) -> None:
         try:
-            from sklearn.datasets import load_digits  # noqa: PLC0415
+            from sklearn.datasets import load_digits
         except ImportError:
             raise DataError("digits: scikit-learn is not installed; pip install 'mpi_ef[examples]'") from None
         pixels, labels = load_digits(return_X_y=True)
@@ -143,7 +147,7 @@ class Digits:
         x = torch.from_numpy((pixels[order] / 16.0).astype(np.float32).reshape(-1, 1, 8, 8))
         y = torch.from_numpy(labels[order].astype(np.int64))
         self._train, self._held_out = (x[:cut], y[:cut]), (x[cut:], y[cut:])
-        self.labels: NDArray[np.int64] | None = y[:cut].numpy()
+        self.labels = y[:cut].numpy()
         self.size, self.held_out_size = cut, labels.size - cut
 
     def batch(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002

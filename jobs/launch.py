@@ -35,7 +35,9 @@ def check_world(size: int, environment: Mapping[str, str] = os.environ) -> None:
                 else "start it with the mpiexec that belongs to the MPI library mpi4py uses "
                 "(python -c 'from mpi4py import MPI; print(MPI.Get_library_version())')"
             )
-            raise LaunchError(f"launch: {name}={text}, but the MPI world has 1 rank, so every task would train alone; {cause}")
+            raise LaunchError(
+                f"launch: {name}={text}, but the MPI world has 1 rank, so every task would train alone; {cause}"
+            )
 
 
 def run(program: Callable[[Any], None]) -> None:
@@ -44,7 +46,7 @@ def run(program: Callable[[Any], None]) -> None:
     An error that all ranks raise together is printed once, by rank 0, and exits with status 2. Any other error is
     printed by the rank that has it, which then aborts the world: status 2 for an `MpiEfError`, else 1.
     """
-    from mpi4py import MPI  # noqa: PLC0415
+    from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
     try:
@@ -57,7 +59,7 @@ def run(program: Callable[[Any], None]) -> None:
             print(f"mpi-ef: {error}", file=sys.stderr, flush=True)
         comm.Barrier()  # a launcher may kill rank 0 before it has printed, once another rank has left with status 2
         sys.exit(2)
-    except Exception:  # noqa: BLE001
+    except Exception:
         _die(comm, f"mpi-ef: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}", 1)
 
 
@@ -75,7 +77,7 @@ def abort_on_exception(comm: Any) -> None:
 
 def threads_per_rank(comm: Any) -> int:
     """Return how many threads a rank may use without sharing a core with another rank. Collective."""
-    from mpi4py import MPI  # noqa: PLC0415
+    from mpi4py import MPI
 
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     neighbours = node.Get_size()

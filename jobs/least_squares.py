@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(comm: Any, config: LeastSquaresConfig) -> None:
     """Build, solve and check one problem. Collective."""
-    from mpi_ef.collectives import allreduce  # noqa: PLC0415
-    from mpi_ef.compress import Identity  # noqa: PLC0415
+    from mpi_ef.collectives import allreduce
+    from mpi_ef.compress import Identity
 
     a, b = problem(config, comm.Get_rank())
     x, sent, dense = solve(comm, a, b, ratio=config.ratio, steps=config.steps)
@@ -69,9 +69,9 @@ def solve(comm: Any, a: np.ndarray, b: np.ndarray, *, ratio: float, steps: int) 
         Share of the gradient that travels in each step.
     steps : int
     """
-    from mpi_ef.collectives import GatherMean  # noqa: PLC0415
-    from mpi_ef.compress import TopK  # noqa: PLC0415
-    from mpi_ef.feedback import ErrorFeedback  # noqa: PLC0415
+    from mpi_ef.collectives import GatherMean
+    from mpi_ef.compress import TopK
+    from mpi_ef.feedback import ErrorFeedback
 
     m, d = a.shape
     gradient = ErrorFeedback("ef21", GatherMean(comm, TopK(ratio), d, np.float64), dense_steps=1)

@@ -31,7 +31,8 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits (batch, context, vocabulary) for tokens (batch, context) int64."""
         x = self.token(tokens) + self.position(torch.arange(tokens.shape[1]))
-        return F.linear(self.norm(self.blocks(x)), self.token.weight)
+        logits: Tensor = F.linear(self.norm(self.blocks(x)), self.token.weight)
+        return logits
 
 
 class _Block(nn.Module):
@@ -49,7 +50,8 @@ class _Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(batch, context, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attention_out(attended.transpose(1, 2).reshape(batch, context, width))
-        return x + self.mlp_out(F.gelu(self.inner(self.norm2(x))))
+        y: Tensor = x + self.mlp_out(F.gelu(self.inner(self.norm2(x))))
+        return y
 
 
 def mlp(width: int = 64) -> nn.Module:

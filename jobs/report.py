@@ -40,7 +40,9 @@ def read_run(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return summary, [json.loads(line) for line in lines]
     except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: holds no finished run ({error}); name a folder that mpi-ef train has written") from None
+        raise DataError(
+            f"{path}: holds no finished run ({error}); name a folder that mpi-ef train has written"
+        ) from None
 
 
 def table(runs: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]) -> str:
@@ -67,10 +69,10 @@ def plot(runs: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]], path: Pat
         When matplotlib is not installed.
     """
     try:
-        import matplotlib as mpl  # noqa: PLC0415
+        import matplotlib as mpl
 
         mpl.use("Agg")
-        from matplotlib import pyplot as plt  # noqa: PLC0415
+        from matplotlib import pyplot as plt
     except ImportError:
         raise DataError("report: matplotlib is not installed; pip install 'mpi_ef[plots]'") from None
     figure, (by_bytes, by_steps) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")

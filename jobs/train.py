@@ -35,14 +35,22 @@ class TrainConfig:
     lr: float = option(0.006, "peak learning rate; linear warm-up, then cosine to a tenth of it")
     warmup: int = option(40, "steps of linear warm-up")
     momentum: float = option(0.9, "of sgd")
-    beta1: float = option(0.5, "momentum of adamw; sparse feedback delays updates, which acts like momentum: 0.9 when dense")
+    beta1: float = option(
+        0.5, "momentum of adamw; sparse feedback delays updates, which acts like momentum: 0.9 when dense"
+    )
     weight_decay: float = option(0.1, "of the optimizer")
     rule: Literal["ef14", "ef21", "econtrol"] = option("ef14", "error-feedback rule")
-    placement: Literal["update", "gradient"] = option("update", "what is exchanged: the optimizer's update, or the gradient")
-    compressor: Literal["topk", "randk", "sign", "quantize", "identity"] = option("topk", "identity exchanges everything")
+    placement: Literal["update", "gradient"] = option(
+        "update", "what is exchanged: the optimizer's update, or the gradient"
+    )
+    compressor: Literal["topk", "randk", "sign", "quantize", "identity"] = option(
+        "topk", "identity exchanges everything"
+    )
     ratio: float = option(0.01, "share of entries that topk and randk keep")
     values: Literal["full", "bf16", "fp16", "int8"] = option("bf16", "how kept or quantized values travel")
-    eta: float | None = option(None, "strength of econtrol's feedback; 0.3 times the contraction constant when left out")
+    eta: float | None = option(
+        None, "strength of econtrol's feedback; 0.3 times the contraction constant when left out"
+    )
     dense_steps: int = option(0, "first steps that exchange everything")
     clip: float = option(1.0, "largest norm of a rank's own gradient, before compression; 0 for no limit")
     seed: int = option(0, "of model, shards and order")
@@ -56,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(TrainConfig, argv, prog="mpi-ef train", description=__doc__ or "")
 
     def program(comm: Any) -> None:
-        import torch  # noqa: PLC0415
+        import torch
 
         torch.set_num_threads(launch.threads_per_rank(comm))
         train(comm, config)
@@ -75,8 +83,8 @@ def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
     DataError, OptionError, DisagreementError
         For unusable data or options, on all ranks.
     """
-    from mpi_ef.jobs.metrics import Metrics, Progress  # noqa: PLC0415
-    from mpi_ef.jobs.trainer import COLUMNS, Trainer  # noqa: PLC0415
+    from mpi_ef.jobs.metrics import Metrics, Progress
+    from mpi_ef.jobs.trainer import COLUMNS, Trainer
 
     trainer = Trainer(comm, config)
     root = comm.Get_rank() == 0
@@ -107,7 +115,7 @@ def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
 
 def build_compressor(config: TrainConfig) -> "Compressor":
     """Return the compressor that the options describe."""
-    from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK  # noqa: PLC0415
+    from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK
 
     values: Compressor = Identity() if config.values == "full" else Quantize(config.values)
     if config.compressor == "topk":
@@ -128,7 +136,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _line(row: dict[str, Any]) -> str:
-    from mpi_ef.jobs.metrics import in_bytes  # noqa: PLC0415
+    from mpi_ef.jobs.metrics import in_bytes
 
     held_out = "" if row["val_loss"] is None else f"  val {row['val_loss']:.3f}"
     if row["val_accuracy"] is not None:
@@ -138,7 +146,9 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _summary(trainer: "Trainer", config: TrainConfig, row: dict[str, Any]) -> dict[str, Any]:
-    phases = {name: row[f"seconds_{name}"] / config.steps for name in ("data", "compute", "encode", "communicate", "decode")}
+    phases = {
+        name: row[f"seconds_{name}"] / config.steps for name in ("data", "compute", "encode", "communicate", "decode")
+    }
     return {
         "ranks": trainer.comm.Get_size(), "parameters": trainer.optimizer.flat.d, "steps": config.steps,
         "loss": row["loss"], "val_loss": row["val_loss"], "val_accuracy": row["val_accuracy"],
@@ -150,7 +160,7 @@ def _summary(trainer: "Trainer", config: TrainConfig, row: dict[str, Any]) -> di
 
 
 def _table(summary: dict[str, Any]) -> str:
-    from mpi_ef.jobs.metrics import in_bytes  # noqa: PLC0415
+    from mpi_ef.jobs.metrics import in_bytes
 
     sent, dense = summary["sent_nbytes"], summary["dense_nbytes"]
     share = f"{dense / sent:.0f}x less, {100 * sent / dense:.2f} %" if sent else "one rank sends nothing"
@@ -160,7 +170,10 @@ def _table(summary: dict[str, Any]) -> str:
     rows += [
         ("bytes sent per rank", f"{in_bytes(sent)} (dense: {in_bytes(dense)}; {share})"),
         ("time", f"{summary['seconds']:.1f} s, {1e3 * summary['seconds_per_step']:.1f} ms per step"),
-        *((f"  {name}", f"{1e3 * value:.2f} ms per step") for name, value in summary["phases_seconds_per_step"].items()),
+        *(
+            (f"  {name}", f"{1e3 * value:.2f} ms per step")
+            for name, value in summary["phases_seconds_per_step"].items()
+        ),
         ("steps skipped", str(summary["skipped_steps"])),
         ("replicas", "equal bit for bit" if summary["replicas_equal"] else "DIFFERENT"),
         ("written to", summary["config"]["out"]),

@@ -47,11 +47,16 @@ class Trainer:
         self._batches = batches(samples, config.batch, seed=config.seed, rank=rank)
         bounds = chunk_bounds(self.data.held_out_size, size)
         self._held_out = np.arange(bounds[rank], bounds[rank + 1])
+        options: dict[str, Any] = {} if config.eta is None else {"eta": config.eta}
         self.optimizer = DistributedOptimizer(
-            _torch_optimizer(config, self.model), comm, build_compressor(config), placement=config.placement,
-            rule=config.rule, dense_steps=config.dense_steps,
-            **({} if config.eta is None else {"eta": config.eta}),
-        )  # fmt: skip
+            _torch_optimizer(config, self.model),
+            comm,
+            build_compressor(config),
+            placement=config.placement,
+            rule=config.rule,
+            dense_steps=config.dense_steps,
+            **options,
+        )
         self._loss_sum, self._loss_count = 0.0, 0
         self._seconds = {"data": 0.0, "compute": 0.0}
         self._began = perf_counter()
@@ -61,7 +66,8 @@ class Trainer:
         plan, flat = self.optimizer.feedback.plan, self.optimizer.flat
         return (f"{self.config.model}: {flat.d:,} parameters on {plan.size} ranks, {self.data.size:,} training samples; "
                 f"{self.config.optimizer} with {self.config.rule} on the {self.config.placement}, {plan.compressor}: "
-                f"{in_bytes(plan.traffic.sent_nbytes)} per step and rank (dense: {in_bytes(plan.traffic.dense_nbytes)})")  # fmt: skip
+                f"{in_bytes(plan.traffic.sent_nbytes)} per step and rank "
+            f"(dense: {in_bytes(plan.traffic.dense_nbytes)})")  # fmt: skip
 
     def step(self) -> None:
         """Take one optimizer step on the next batch of this rank."""
@@ -96,7 +102,8 @@ class Trainer:
         self._loss_sum, self._loss_count = 0.0, 0
         row = {"step": self.steps, "epoch": self.epoch, "lr": learning_rate(self.config, self.steps),
                "loss": loss / max(1.0, count), "val_loss": None, "val_accuracy": None,
-               "sent_nbytes": feedback.sent_nbytes, "dense_nbytes": self.steps * feedback.plan.traffic.dense_nbytes}  # fmt: skip
+               "sent_nbytes": feedback.sent_nbytes,
+               "dense_nbytes": self.steps * feedback.plan.traffic.dense_nbytes}  # fmt: skip
         if evaluate:
             paused = perf_counter()
             row |= self._evaluate()
@@ -143,7 +150,9 @@ def _build(config: TrainConfig) -> "tuple[Dataset, nn.Module]":
 
 def _torch_optimizer(config: TrainConfig, model: "nn.Module") -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        return torch.optim.SGD(
+            model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -18,17 +18,21 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     Numba raises at decoration when it finds no writable place for its cache (a read-only install in a container,
     a missing home directory); the kernel then compiles in every process instead of failing.
     """
+    njit: Any = numba.njit
     try:
-        return numba.njit(cache=True, **_OPTIONS)(function)
+        compiled: Callable[..., Any] = njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:
-        return numba.njit(**_OPTIONS)(function)
+        compiled = njit(**_OPTIONS)(function)
+    return compiled
 
 
-@intrinsic
-def trailing_zeros(_context: Any, word: Any) -> Any:
+def _trailing_zeros(_context: Any, word: Any) -> Any:  # noqa: ARG001
     """Count the zero bits below the lowest set bit of a non-zero unsigned 64-bit `word`."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], numba.core.cgutils.true_bit)
 
     return numba.types.uint64(numba.types.uint64), generate
+
+
+trailing_zeros: Any = intrinsic(_trailing_zeros)

@@ -34,9 +34,7 @@ def low_bits(d: int, k: int) -> int:
 
 
 @jit
-def encode_indices(
-    indices: NDArray[np.int64], low: int, lower: NDArray[np.uint64], upper: NDArray[np.uint64]
-) -> None:
+def encode_indices(indices: NDArray[np.int64], low: int, lower: NDArray[np.uint64], upper: NDArray[np.uint64]) -> None:
     """Write the Elias-Fano code of `indices` into `lower` and `upper`.
 
     Parameters
@@ -62,9 +60,7 @@ def encode_indices(
 
 
 @jit
-def decode_indices(
-    lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: int, indices: NDArray[np.int64]
-) -> None:
+def decode_indices(lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: int, indices: NDArray[np.int64]) -> None:
     """Write the indices coded in `lower` and `upper` into `indices`, the inverse of :func:`encode_indices`.
 
     Parameters

@@ -85,7 +85,7 @@ def _quantize(x, headroom, block, exponents, codes):  # type: ignore[no-untyped-
         largest = 0.0
         for i in range(start, stop):
             magnitude = np.float64(abs(x[i]))
-            if magnitude > largest or magnitude != magnitude:
+            if magnitude > largest or magnitude != magnitude:  # noqa: PLR0124
                 largest = magnitude
         if not math.isfinite(largest):
             exponents[j] = _NOT_FINITE
@@ -116,7 +116,7 @@ def _quantize(x, headroom, block, exponents, codes):  # type: ignore[no-untyped-
 def _add_quantized(exponents, codes, headroom, block, factor, out):  # type: ignore[no-untyped-def]
     for j in range(exponents.size):
         start, stop = j * block, min((j + 1) * block, out.size)
-        exponent = np.int64(exponents[j])
+        exponent = int(exponents[j])
         if exponent == _NOT_FINITE:
             out[start:stop] = np.nan
             continue

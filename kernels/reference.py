@@ -42,9 +42,7 @@ def add_dense(values: Vector, factor: np.floating, out: Vector) -> None:
     out += factor * values
 
 
-def encode_indices(
-    indices: NDArray[np.int64], low: int, lower: NDArray[np.uint64], upper: NDArray[np.uint64]
-) -> None:
+def encode_indices(indices: NDArray[np.int64], low: int, lower: NDArray[np.uint64], upper: NDArray[np.uint64]) -> None:
     """Write the Elias-Fano code of ascending `indices`."""
     unary = np.zeros(64 * upper.size, np.uint8)
     unary[np.arange(indices.size) + (indices >> low)] = 1
@@ -54,9 +52,7 @@ def encode_indices(
     lower[:] = np.packbits(parts, bitorder="little").view(np.uint64)
 
 
-def decode_indices(
-    lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: int, indices: NDArray[np.int64]
-) -> None:
+def decode_indices(lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: int, indices: NDArray[np.int64]) -> None:
     """Write the indices coded in `lower` and `upper`."""
     k = indices.size
     high = np.flatnonzero(np.unpackbits(upper.view(np.uint8), bitorder="little"))[:k] - np.arange(k)

@@ -42,7 +42,7 @@ def _sample(seed, step, rank, d, indices):  # type: ignore[no-untyped-def]
         state += golden
         drawn = np.int64(_mix(state) % np.uint64(last + 1))
         if (taken[drawn >> 6] >> np.uint64(drawn & 63)) & one:
-            drawn = last
+            drawn = np.int64(last)
         taken[drawn >> 6] |= one << np.uint64(drawn & 63)
     kept = 0
     for i in range(d):

@@ -9,9 +9,7 @@ __all__ = ["add_signs", "encode_signs"]
 
 
 @jit
-def encode_signs(
-    x: NDArray[np.floating], block: int, bits: NDArray[np.uint8], scales: NDArray[np.floating]
-) -> None:
+def encode_signs(x: NDArray[np.floating], block: int, bits: NDArray[np.uint8], scales: NDArray[np.floating]) -> None:
     """Write the signs of `x` into `bits` and the mean magnitude of each block into `scales`.
 
     Parameters
@@ -29,7 +27,7 @@ def encode_signs(
             total += np.float64(abs(x[i]))
         scales[j] = total / (stop - start)
     for b in range(bits.size):
-        byte = 0
+        byte = np.int64(0)
         for i in range(8 * b, min(8 * b + 8, x.size)):
             byte |= np.int64(x[i] >= 0) << (7 - (i & 7))
         bits[b] = byte

@@ -35,10 +35,10 @@ _HOME = {
 }
 
 __all__ = [
+    "EF21",
     "DenseMean",
     "DistributedOptimizer",
     "EControl",
-    "EF21",
     "ErrorFeedback",
     "GatherMean",
     "Identity",

@@ -48,8 +48,8 @@ class State:
     @classmethod
     def zeros(cls, d: int, dtype: np.dtype[Any], **options: float) -> Self:
         """Return the state before the first step."""
-        arrays = {f.name: np.zeros(d, dtype) for f in fields(cls) if "kind" in f.metadata}
-        return cls(**arrays, **options)
+        arrays: dict[str, Any] = {f.name: np.zeros(d, dtype) for f in fields(cls) if "kind" in f.metadata}
+        return cls(**(arrays | options))
 
     def arrays(self, kind: str) -> dict[str, Vector]:
         """Return the arrays marked "per rank" or "replicated", by name."""

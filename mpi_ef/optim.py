@@ -18,7 +18,7 @@ from mpi_ef.errors import NonFiniteError, OptionError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters
 
-__all__ = ["DistributedOptimizer", "EControl", "EF21"]
+__all__ = ["EF21", "DistributedOptimizer", "EControl"]
 
 PlanBuilder = Callable[[Comm, Compressor, int, Any], Plan]
 
@@ -88,7 +88,9 @@ class DistributedOptimizer(Optimizer):
 
         def facts() -> dict[str, object]:
             if placement not in ("update", "gradient"):
-                raise OptionError(f"DistributedOptimizer: placement={placement!r} is unknown; take 'update' or 'gradient'")
+                raise OptionError(
+                    f"DistributedOptimizer: placement={placement!r} is unknown; take 'update' or 'gradient'"
+                )
             self.flat = FlatParameters(parameters)
             named = {f"parameter {number}": f"{tuple(p.shape)} trained={p.requires_grad}"
                      for number, p in enumerate(parameters)}  # fmt: skip
@@ -200,7 +202,9 @@ class DistributedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse: the vector of parameters is laid out at construction."""
         if hasattr(self, "_before"):
-            raise OptionError("DistributedOptimizer: a group cannot be added later; build it after all groups are known")
+            raise OptionError(
+                "DistributedOptimizer: a group cannot be added later; build it after all groups are known"
+            )
         super().add_param_group(param_group)
 
 
@@ -237,9 +241,7 @@ class EF21(DistributedOptimizer):
         plan: PlanBuilder = plan_for,
     ) -> None:
         sgd = SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        super().__init__(
-            sgd, comm, compressor, placement="gradient", rule="ef21", plan=plan, dense_steps=dense_steps
-        )
+        super().__init__(sgd, comm, compressor, placement="gradient", rule="ef21", plan=plan, dense_steps=dense_steps)
 
 
 class EControl(DistributedOptimizer):
@@ -283,5 +285,3 @@ class EControl(DistributedOptimizer):
         super().__init__(
             sgd, comm, compressor, placement="gradient", rule="econtrol", plan=plan, dense_steps=dense_steps, **options
         )
-
-

@@ -112,4 +112,6 @@ def _common_dtype(parameters: list[Tensor]) -> np.dtype[np.floating]:
     if seen == {(torch.float64, "cpu")}:
         return np.dtype(np.float64)
     listed = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in seen))
-    raise DtypeError(f"FlatParameters: parameters are {listed}; make them all torch.float32 or all torch.float64 on cpu")
+    raise DtypeError(
+        f"FlatParameters: parameters are {listed}; make them all torch.float32 or all torch.float64 on cpu"
+    )

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 from vectors_for_tests import DTYPES, gaussian, vectors
 
 from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK

@@ -202,7 +202,7 @@ def test_sign_feedback_converges_where_sign_descent_does_not():
             x -= feedback.step(gamma * subgradient(x))
         return value(x), value(plain)
 
-    (with_feedback, without), = virtual.results(1, program)
+    ((with_feedback, without),) = virtual.results(1, program)
     assert without >= 1.0
     assert with_feedback < 0.05
 

@@ -198,7 +198,9 @@ def test_a_log_gets_lines_and_a_terminal_one_line():
         assert "3/3" in text
 
 
-@pytest.mark.parametrize(("n", "text"), [(0, "0 B"), (999, "999 B"), (25_000, "25.0 kB"), (3.2e9, "3.2 GB"), (2e15, "2000.0 TB")])
+@pytest.mark.parametrize(
+    ("n", "text"), [(0, "0 B"), (999, "999 B"), (25_000, "25.0 kB"), (3.2e9, "3.2 GB"), (2e15, "2000.0 TB")]
+)
 def test_in_bytes(n, text):
     assert in_bytes(n) == text
 

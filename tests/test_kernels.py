@@ -134,9 +134,7 @@ def test_signs(dtype):
 def test_quantize(dtype, format):
     @given(vectors(dtype, finite=False), st.sampled_from([1, 8, 64, 10_000]))
     def check(x, block):
-        mine, twin = (
-            (np.empty(-(-x.size // block), np.int16), np.empty(x.size, FORMATS[format])) for _ in range(2)
-        )
+        mine, twin = ((np.empty(-(-x.size // block), np.int16), np.empty(x.size, FORMATS[format])) for _ in range(2))
         kernels.quantize(x, format, block, *mine)
         reference.quantize(x, format, block, *twin)
         assert same_bits(mine[0], twin[0])

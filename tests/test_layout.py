@@ -88,7 +88,9 @@ def test_modules_stay_small():
 
 def loaded_after(code: str) -> set[str]:
     program = f"import sys\n{code}\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
+    )
     return set(done.stdout.split())
 
 

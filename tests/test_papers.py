@@ -49,7 +49,7 @@ def squared_gradient_norm(a, b, rule, *, k, factor, steps):
 
     def program(comm):
         part, labels = parts[comm.Get_rank()]
-        x = np.random.RandomState(0).normal(size=a.shape[1])  # noqa: NPY002
+        x = np.random.RandomState(0).normal(size=a.shape[1])
         plan = GatherMean(comm, TopK(k=k), x.size, np.float64)
         feedback = ErrorFeedback(rule, plan, dense_steps=int(rule == "ef21"))
         for _ in range(steps):

@@ -197,7 +197,10 @@ def test_ranks_that_disagree_all_learn_about_it():
                              "build the plan from the same arguments everywhere")}  # fmt: skip
     for build, words in (
         (lambda comm, r: GatherMean(comm, TopK(0.1 + r / 100), 100), "disagree on compressor"),
-        (lambda comm, r: GatherMean(comm, TopK(0.1), 100, (np.float32, np.float64, np.float32)[r]), "disagree on dtype"),
+        (
+            lambda comm, r: GatherMean(comm, TopK(0.1), 100, (np.float32, np.float64, np.float32)[r]),
+            "disagree on dtype",
+        ),
         (lambda comm, r: (GatherMean if r else TwoPhaseMean)(comm, TopK(0.1), 100), "disagree on plan"),
         (lambda comm, r: TwoPhaseMean(comm, Sign(), 100, residual=r > 0), "disagree on residual"),
         (lambda comm, r: TwoPhaseMean(comm, Sign(), 100, reply=Sign(8) if r else None), "disagree on reply"),

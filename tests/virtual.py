@@ -99,7 +99,7 @@ def run(size: int, program: Callable[[Any], Any]) -> list[Any]:
     def rank_main(rank: int) -> None:
         try:
             results[rank] = program(VirtualComm(world, rank))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             results[rank] = error
             if not getattr(error, "everywhere", False):
                 world.barrier.abort() if not _expected(error) else None

@@ -58,7 +58,7 @@ class Frames:
     def _message(self) -> Any:
         if self.frame_nbytes <= LARGEST_COUNT:
             return self.bytes
-        from mpi4py import MPI  # noqa: PLC0415
+        from mpi4py import MPI
 
         unit = MPI.BYTE.Create_contiguous(UNIT_NBYTES).Commit()
         return [self.bytes, self.frame_nbytes // UNIT_NBYTES, unit]

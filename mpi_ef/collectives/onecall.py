@@ -59,6 +59,7 @@ def allreduce(
     -----
     Cost beyond the exchange: one allgather of 8 bytes, which checks that all ranks ask for the same thing.
     """
+
     def check() -> tuple[Any, np.ndarray, np.ndarray]:
         if op not in ("mean", "sum"):
             raise OptionError(f"allreduce: op={op!r} is unknown; take 'mean' or 'sum'")

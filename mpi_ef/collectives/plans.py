@@ -206,7 +206,9 @@ class DenseMean(TwoPhaseMean):
         super().__init__(comm, Identity(), d, dtype, residual=False)
 
 
-def plan_for(comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *, residual: bool = True) -> Plan:
+def plan_for(
+    comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *, residual: bool = True
+) -> Plan:
     """Return the plan that suits a compressor: gathered for sparse ones, dense for Identity, else two-phase. Collective.
 
     Parameters

@@ -1,6 +1,7 @@
 """The two nouns of compression: a compressor (what) and its codec (bound to d and dtype, with its scratch memory)."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -36,7 +37,8 @@ class Codec(ABC):
     nbytes: int
 
     def __init__(self, d: int, dtype: DTypeLike) -> None:
-        self.d, self.dtype = int(d), np.dtype(dtype)
+        self.d = int(d)
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
         if self.d < 0:
             raise ShapeError(f"codec: d={d} is negative; pass the length of the vector")
         if self.dtype not in _FLOATS:

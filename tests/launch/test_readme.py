@@ -1,0 +1,74 @@
+"""The README is true: every block of code in it runs, on several ranks."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from launching import run
+
+from mpi_ef.jobs import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
+KINDS = {"python", "diff", "console", "text"}
+
+
+def programs():
+    """The Python blocks as they are, and the diffs as the script that they lead to."""
+    for kind, body in BLOCKS:
+        if kind == "python":
+            yield body
+        elif kind == "diff":
+            yield "".join(line[1:] for line in body.splitlines(keepends=True) if not line.startswith("-"))
+
+
+def commands():
+    for kind, body in BLOCKS:
+        if kind == "console":
+            yield from (line[2:] for line in body.splitlines() if line.startswith("$ "))
+
+
+def test_every_block_is_of_a_kind_that_is_tested():
+    assert {kind for kind, _ in BLOCKS} <= KINDS
+    assert len(list(programs())) >= 3
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("program", list(programs()), ids=lambda text: text.strip().splitlines()[0])
+def test_programs_run(tmp_path, program, n):
+    script = tmp_path / "program.py"
+    script.write_text(program, encoding="utf-8")
+    ended = run(n, "-m", "mpi4py", script, within=90)
+    assert ended.status == 0, ended.text
+
+
+def test_the_diff_also_starts_from_a_script_that_runs(tmp_path):
+    (diff,) = (body for kind, body in BLOCKS if kind == "diff")
+    before = "".join(line[1:] for line in diff.splitlines(keepends=True) if not line.startswith("+"))
+    script = tmp_path / "before.py"
+    script.write_text(before, encoding="utf-8")
+    assert "mpi" not in before.lower()
+    assert run(1, script, within=90).status == 0
+
+
+@pytest.mark.parametrize("command", list(dict.fromkeys(commands())))
+def test_commands_are_known(command, capsys):
+    """Targets exist, and every flag of mpi-ef is one (what they do is tested elsewhere)."""
+    words = shlex.split(command.partition("#")[0])
+    while "=" in words[0] or words[0] in ("mpiexec", "srun", "python", "-n", "-m", "2", "4"):
+        words = words[1:]
+    if words[0] == "make":
+        targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert set(word for word in words[1:] if "=" not in word) <= set(targets)
+    elif words[0] == "mpi-ef":
+        with pytest.raises(SystemExit) as caught:
+            cli.main([*words[1:], "--help"])
+        assert caught.value.code == 0
+        known = capsys.readouterr().out
+        assert all(word in known for word in words if word.startswith("--"))
+    elif words[0] == "sbatch":
+        assert (ROOT / words[-1]).is_file() or any((ROOT / word).is_file() for word in words)
+    else:
+        assert words[0] in ("git", "cd", "pip", "mpi4py", "my_training.py")
