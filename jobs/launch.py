@@ -10,8 +10,9 @@ from mpi_ef.errors import LaunchError, MpiEfError
 
 __all__ = ["abort_on_exception", "check_world", "run", "threads_per_rank"]
 
-# What launchers tell each task about the number of tasks; the last one is set by srun for every step.
-_TASKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+# What launchers tell each task about the number of tasks. srun sets the first for every step, and under --mpi=pmi2 also
+# PMI_SIZE: then Slurm is the one to talk about.
+_TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def check_world(size: int, environment: Mapping[str, str] = os.environ) -> None:

@@ -79,11 +79,11 @@ def plot(runs: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]], path: Pat
     for name, (_, rows) in runs.items():
         shown = [row for row in rows if row["val_loss"] is not None]
         losses = [row["val_loss"] for row in shown]
-        by_bytes.plot([max(1, row["sent_nbytes"]) for row in shown], losses, marker=".", label=Path(name).name)
-        by_steps.plot([row["step"] for row in shown], losses, marker=".")
+        by_bytes.plot([max(1, row["sent_nbytes"]) for row in shown], losses, marker=".")
+        by_steps.plot([row["step"] for row in shown], losses, marker=".", label=Path(name).name)
     by_bytes.set(xscale="log", xlabel="bytes sent per rank", ylabel="validation loss (nats)")
     by_steps.set(xlabel="steps")
-    by_bytes.legend()
+    by_steps.legend(loc="upper right")
     for axes in (by_bytes, by_steps):
         axes.grid(visible=True, alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
