@@ -7,7 +7,7 @@ from dataclasses import MISSING, Field, asdict, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mpi_ef.errors import ConfigError
 
@@ -43,7 +43,10 @@ def parse(config: type[T], argv: Sequence[str] | None, *, prog: str, description
     except ConfigError as error:
         parser.error(str(error))
     values |= {name: value for name, value in given.items() if value is not _UNSET}
-    return config(**values)
+    try:
+        return config(**values)
+    except ConfigError as error:  # from __post_init__
+        parser.error(str(error))
 
 
 def to_toml(config: Any) -> str:
@@ -72,7 +75,7 @@ _UNSET = _Unset()
 class _Parser(argparse.ArgumentParser):
     """Complains in one line, with a did-you-mean for unknown flags."""
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         if "unrecognized arguments: " in message:
             flag = message.split("unrecognized arguments: ", 1)[1].split(maxsplit=1)[0].split("=", maxsplit=1)[0]
             message += _hint(flag, [s for a in self._actions for s in a.option_strings])

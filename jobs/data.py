@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ class Dataset(Protocol):
 
     size: int
     held_out_size: int
+    fingerprint: int  # equal on ranks that have read the same data
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -96,6 +98,7 @@ class Text:
         characters = sorted(set(text))
         number = {character: i for i, character in enumerate(characters)}
         tokens = np.array([number[character] for character in text], np.int64)
+        self.fingerprint = crc32(text.encode())
         cut = tokens.size * 9 // 10
         self.vocabulary, self.context, self._seed = len(characters), context, seed
         self._train, self._held_out = torch.from_numpy(tokens[:cut]), torch.from_numpy(tokens[cut:])
@@ -142,6 +145,7 @@ class Digits:
         except ImportError:
             raise DataError("digits: scikit-learn is not installed; pip install 'mpi_ef[examples]'") from None
         pixels, labels = load_digits(return_X_y=True)
+        self.fingerprint = crc32(pixels.tobytes())
         order = np.random.default_rng(0).permutation(labels.size)
         cut = labels.size * 4 // 5
         x = torch.from_numpy((pixels[order] / 16.0).astype(np.float32).reshape(-1, 1, 8, 8))

@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from time import monotonic, sleep
 from typing import Any
 
 from mpi_ef.errors import LaunchError, MpiEfError
@@ -13,6 +14,8 @@ __all__ = ["abort_on_exception", "check_world", "run", "threads_per_rank"]
 # What launchers tell each task about the number of tasks. srun sets the first for every step, and under --mpi=pmi2 also
 # PMI_SIZE: then Slurm is the one to talk about.
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE")
+
+PATIENCE_SECONDS = 5.0
 
 
 def check_world(size: int, environment: Mapping[str, str] = os.environ) -> None:
@@ -58,7 +61,9 @@ def run(program: Callable[[Any], None]) -> None:
             _die(comm, f"mpi-ef: rank {comm.Get_rank()}: {error}", 2)
         if comm.Get_rank() == 0:
             print(f"mpi-ef: {error}", file=sys.stderr, flush=True)
-        comm.Barrier()  # a launcher may kill rank 0 before it has printed, once another rank has left with status 2
+        # A launcher may kill rank 0 before it has printed, once another rank has left with status 2: leave together.
+        if not _within(comm.Ibarrier(), PATIENCE_SECONDS):
+            _die(comm, f"mpi-ef: rank {comm.Get_rank()}: {error}", 2)  # not everybody is here after all
         sys.exit(2)
     except Exception:
         _die(comm, f"mpi-ef: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}", 1)
@@ -77,15 +82,28 @@ def abort_on_exception(comm: Any) -> None:
 
 
 def threads_per_rank(comm: Any) -> int:
-    """Return how many threads a rank may use without sharing a core with another rank. Collective."""
+    """Return how many threads a rank may use without sharing a core with another rank. Collective.
+
+    ``OMP_NUM_THREADS`` when it is set; else this rank's cores divided by the number of ranks that may run on them.
+    """
     from mpi4py import MPI
 
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    neighbours = node.Get_size()
+    mine = os.sched_getaffinity(0)
+    sharing = sum(bool(mine & theirs) for theirs in node.allgather(mine))
     node.Free()
-    mine = len(os.sched_getaffinity(0))
-    bound = mine < (os.cpu_count() or 1)
-    return mine if bound else max(1, mine // neighbours)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) else max(1, len(mine) // sharing)
+
+
+def _within(request: Any, seconds: float) -> bool:
+    """Wait for an MPI request for a limited time and tell whether it is done."""
+    limit = monotonic() + seconds
+    while not request.Test():
+        if monotonic() > limit:
+            return False
+        sleep(0.01)
+    return True
 
 
 def _die(comm: Any, text: str, status: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mpi_ef.errors import ConfigError
 from mpi_ef.jobs import launch
 from mpi_ef.jobs.config import option, parse, to_toml
 
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
     from mpi_ef.compress import Compressor
     from mpi_ef.jobs.trainer import Trainer
 
-__all__ = ["TrainConfig", "main", "train"]
+__all__ = ["PHASES", "TrainConfig", "build_compressor", "learning_rate", "main", "train"]
+
+# Parts of a step: load a batch; forward and backward; compress; wait for messages; apply messages; all else of the
+# optimizer's step.
+PHASES = ("data", "compute", "encode", "communicate", "decode", "update")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,23 @@ class TrainConfig:
     eval_every: int = option(100, "steps between validations")
     out: Path = option(Path("runs/train"), "folder for metrics.jsonl, metrics.csv, summary.json and config.toml")
 
+    def __post_init__(self) -> None:
+        """Refuse what would fail later, before MPI is started."""
+        least = {"steps": 1, "batch": 1, "context": 1, "layers": 1, "heads": 1, "width": 1, "log_every": 1, "eval_every": 1,
+                 "warmup": 0, "dense_steps": 0, "seed": 0, "lr": 0.0, "weight_decay": 0.0, "clip": 0.0}  # fmt: skip
+        for name, limit in least.items():
+            if not getattr(self, name) >= limit:  # also refuses NaN
+                raise ConfigError(f"{name}={getattr(self, name)} is too small; the least is {limit}")
+        for name in ("momentum", "beta1"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"{name}={getattr(self, name)} is not in [0, 1)")
+        if not 0.0 < self.ratio <= 1.0:
+            raise ConfigError(f"ratio={self.ratio} is not in (0, 1]; 0.01 keeps one entry in a hundred")
+        if self.width % self.heads:
+            raise ConfigError(f"width={self.width} is not divisible by heads={self.heads}")
+        if self.split == "by-label" and self.model == "gpt":
+            raise ConfigError("split=by-label needs labels; take model=mlp or cnn")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, before MPI is started, then train on COMM_WORLD."""
@@ -73,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
-    """Run one training and return its summary, the same on all ranks. Collective.
+    """Run one training and return its summary, the same on all ranks but for times. Collective.
 
     Rank 0 prints progress and writes ``metrics.jsonl``, ``metrics.csv``, ``config.toml`` and ``summary.json`` into
     ``config.out``.
@@ -146,9 +168,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _summary(trainer: "Trainer", config: TrainConfig, row: dict[str, Any]) -> dict[str, Any]:
-    phases = {
-        name: row[f"seconds_{name}"] / config.steps for name in ("data", "compute", "encode", "communicate", "decode")
-    }
+    phases = {name: row[f"seconds_{name}"] / config.steps for name in PHASES}
     return {
         "ranks": trainer.comm.Get_size(), "parameters": trainer.optimizer.flat.d, "steps": config.steps,
         "loss": row["loss"], "val_loss": row["val_loss"], "val_accuracy": row["val_accuracy"],

@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from mpi_ef.collectives import chunk_bounds
+from mpi_ef.collectives.agreement import agree
 from mpi_ef.jobs import models
 from mpi_ef.jobs.data import Dataset, Digits, Text, batches, shard
 from mpi_ef.jobs.metrics import in_bytes
-from mpi_ef.jobs.train import TrainConfig, build_compressor, learning_rate
+from mpi_ef.jobs.train import PHASES, TrainConfig, build_compressor, learning_rate
 from mpi_ef.optim import DistributedOptimizer
 
 if TYPE_CHECKING:
@@ -20,9 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["COLUMNS", "Trainer"]
 
-_PHASES = ("data", "compute", "encode", "communicate", "decode")
 COLUMNS = ["step", "epoch", "lr", "loss", "val_loss", "val_accuracy", "sent_nbytes", "dense_nbytes", "seconds",
-           *(f"seconds_{phase}" for phase in _PHASES)]  # fmt: skip
+           *(f"seconds_{phase}" for phase in PHASES)]  # fmt: skip
 _EVALUATION_BATCH = 256
 
 
@@ -38,8 +38,14 @@ class Trainer:
     def __init__(self, comm: Any, config: TrainConfig) -> None:
         self.comm, self.config, self.steps, self.epoch = comm, config, 0, 0
         torch.manual_seed(config.seed)
-        self.data, self.model = _build(config)
         size, rank = comm.Get_size(), comm.Get_rank()
+
+        def facts() -> dict[str, object]:
+            self.data, self.model = _build(config)
+            shard(self.data.size, size, rank)
+            return {"training samples": self.data.size, "their content": self.data.fingerprint}
+
+        agree(comm, "data", facts, "give every rank the same data; ranks take their own part of them")
         order = np.random.default_rng(config.seed).permutation(self.data.size)
         if config.split == "by-label" and self.data.labels is not None:
             order = np.argsort(self.data.labels, kind="stable")
@@ -58,7 +64,7 @@ class Trainer:
             **options,
         )
         self._loss_sum, self._loss_count = 0.0, 0
-        self._seconds = {"data": 0.0, "compute": 0.0}
+        self._seconds = {"data": 0.0, "compute": 0.0, "optimizer": 0.0}
         self._began = perf_counter()
 
     def headline(self) -> str:
@@ -87,7 +93,9 @@ class Trainer:
         self._seconds["compute"] += done - loaded
         self._loss_sum += loss.item()
         self._loss_count += 1
+        began = perf_counter()
         self.optimizer.step()
+        self._seconds["optimizer"] += perf_counter() - began
 
     def _clip(self) -> None:
         gradients = self.optimizer.flat.gradients
@@ -96,7 +104,7 @@ class Trainer:
             gradients *= gradients.dtype.type(self.config.clip / norm)
 
     def row(self, *, evaluate: bool) -> dict[str, Any]:
-        """Return one row of metrics, the same on all ranks; the loss is the mean since the row before."""
+        """Return one row of metrics; the loss is the mean since the row before."""
         feedback = self.optimizer.feedback
         loss, count = self._sum(self._loss_sum, self._loss_count)
         self._loss_sum, self._loss_count = 0.0, 0
@@ -110,7 +118,8 @@ class Trainer:
             self._began += perf_counter() - paused  # training time, without validation
         row["seconds"] = perf_counter() - self._began
         seconds = self._seconds | feedback.seconds
-        return row | {f"seconds_{phase}": seconds[phase] for phase in _PHASES}
+        seconds["update"] = seconds["optimizer"] - sum(feedback.seconds.values())
+        return row | {f"seconds_{phase}": seconds[phase] for phase in PHASES}
 
     def _evaluate(self) -> dict[str, float | None]:
         total, right, count = 0.0, 0, 0

@@ -32,7 +32,8 @@ def quantize(
     Notes
     -----
     The power of two makes small blocks as precise as large ones: no overflow in fp16, no underflow of subnormal
-    inputs, and decoding is exact. float64 is rounded to float32 first for the 16-bit formats.
+    inputs, and decoding is exact, except that what rounding has lifted beyond the largest number decodes to that
+    number. float64 is rounded to float32 first for the 16-bit formats.
     """
     _quantize(x, FORMATS[format], block, exponents, codes)
 
@@ -114,6 +115,7 @@ def _quantize(x, headroom, block, exponents, codes):  # type: ignore[no-untyped-
 
 @jit
 def _add_quantized(exponents, codes, headroom, block, factor, out):  # type: ignore[no-untyped-def]
+    limit = np.float64(np.finfo(out.dtype).max)
     for j in range(exponents.size):
         start, stop = j * block, min((j + 1) * block, out.size)
         exponent = int(exponents[j])
@@ -130,5 +132,5 @@ def _add_quantized(exponents, codes, headroom, block, factor, out):  # type: ign
                 value = _from_half(code & 0xFFFF)
             else:
                 value = np.float64(np.uint32((code & 0xFFFF) << 16).view(np.float32))
-            decoded = value * first * second
+            decoded = min(max(value * first * second, -limit), limit)
             out[i] += factor * out.dtype.type(decoded)

@@ -65,7 +65,9 @@ def encode_signs(x: Vector, block: int, bits: NDArray[np.uint8], scales: Vector)
     bits[:] = np.packbits(x >= 0)
     for j in range(scales.size):
         part = np.abs(x[j * block : (j + 1) * block]).astype(np.float64)
-        scales[j] = np.cumsum(part)[-1] / part.size  # cumsum adds in index order, sum does not
+        with np.errstate(over="ignore"):
+            total = np.cumsum(part)[-1]  # adds in index order, sum does not
+        scales[j] = np.cumsum(part / part.size)[-1] if np.isinf(total) else total / part.size
 
 
 def add_signs(bits: NDArray[np.uint8], scales: Vector, block: int, factor: np.floating, out: Vector) -> None:
@@ -118,7 +120,10 @@ def add_quantized(
         values = (codes.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     power = np.repeat(exponents.astype(np.int64), block)[: out.size]
     broken = power == 32767
-    decoded = np.ldexp(values, np.where(broken, 0, power)).astype(out.dtype)
+    with np.errstate(over="ignore"):
+        decoded = np.ldexp(values, np.where(broken, 0, power))
+    limit = float(np.finfo(out.dtype).max)
+    decoded = np.clip(decoded, -limit, limit).astype(out.dtype)
     decoded[broken] = np.nan
     out += factor * decoded
 

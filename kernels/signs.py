@@ -25,7 +25,13 @@ def encode_signs(x: NDArray[np.floating], block: int, bits: NDArray[np.uint8], s
         total = 0.0
         for i in range(start, stop):
             total += np.float64(abs(x[i]))
-        scales[j] = total / (stop - start)
+        if np.isinf(total):  # float64 only: the mean exists although the sum does not
+            total = 0.0
+            for i in range(start, stop):
+                total += np.float64(abs(x[i])) / (stop - start)
+            scales[j] = total
+        else:
+            scales[j] = total / (stop - start)
     for b in range(bits.size):
         byte = np.int64(0)
         for i in range(8 * b, min(8 * b + 8, x.size)):

@@ -20,7 +20,8 @@ class MpiEfError(Exception):
     Attributes
     ----------
     everywhere : bool
-        True when all ranks of the communicator raise this error together, so that one of them may speak for all.
+        True when all ranks of the communicator are known to raise this error together, with the same text, so that one
+        of them may speak for all.
     """
 
     everywhere: bool = False
@@ -45,7 +46,7 @@ class DisagreementError(MpiEfError, RuntimeError):
 
 
 class PeerError(MpiEfError, RuntimeError):
-    """Another rank could not take part in a collective; its own error says why. Raised on all ranks but that one."""
+    """Another rank could not take part in a collective; its error is quoted. Raised on all ranks but that one."""
 
 
 class NonFiniteError(MpiEfError, ArithmeticError):
@@ -71,10 +72,6 @@ class LaunchError(MpiEfError, RuntimeError):
 class ConfigError(MpiEfError, ValueError):
     """A configuration file or command line is wrong."""
 
-    everywhere = True
-
 
 class DataError(MpiEfError, ValueError):
     """Training data are unusable, for example an empty text or fewer samples than ranks."""
-
-    everywhere = True

@@ -15,10 +15,13 @@ from typing import Any, Self
 import numpy as np
 
 from mpi_ef.collectives import DenseMean, Plan
+from mpi_ef.collectives.agreement import agree
 from mpi_ef.compress.compressor import Vector
 from mpi_ef.errors import OptionError, ShapeError
 
 __all__ = ["RULES", "ErrorFeedback", "Rule", "State", "econtrol", "ef14", "ef21"]
+
+LEAST_ALPHA = 1e-4  # below it 0.3 * alpha would switch EControl's feedback off for any run of reasonable length
 
 
 def _array(kind: str) -> Any:
@@ -172,8 +175,23 @@ RULES: Mapping[str, Rule] = {
 }
 
 
+def _options(rule: Rule, alpha: float, given: Mapping[str, float]) -> dict[str, float]:
+    """Return the options of `rule`: those given, and defaults for a contraction constant."""
+    options = rule.options(alpha)
+    if unknown := given.keys() - options.keys():
+        known = ", ".join(options) or "none"
+        raise OptionError(f"ErrorFeedback: {rule.name} has no option {', '.join(sorted(unknown))}; it has: {known}")
+    options |= given
+    if not 0.0 <= options.get("eta", 0.0) <= 1.0:
+        raise OptionError(f"ErrorFeedback: eta={options['eta']} is not in [0, 1]; try 0.3 * alpha")
+    if "eta" in options and "eta" not in given and alpha < LEAST_ALPHA:
+        raise OptionError(f"ErrorFeedback: the worst-case constant {alpha:.1e} of this compressor says nothing about a "
+                          "good eta; pass one, for example eta=0.1")  # fmt: skip
+    return options
+
+
 class ErrorFeedback:
-    """A rule at work: its state on this rank, and the plan through which it speaks.
+    """A rule at work: its state on this rank, and the plan through which it speaks. Construction is collective.
 
     Parameters
     ----------
@@ -184,7 +202,8 @@ class ErrorFeedback:
         The first steps exchange whole vectors. 1 gives the start with the first gradient: g_i^0 = grad f_i(x^0) for
         EF21, h_i^0 = grad f_i(x^0) for EControl; 0 starts from zero.
     eta : float, optional
-        Strength of EControl's feedback, in [0, 1]; 0.3 times the contraction constant of the compressor by default.
+        Strength of EControl's feedback, in [0, 1]; 0.3 times the contraction constant of the plan by default, which
+        must then be at least 1e-4: the worst case of Sign over a long vector is no guide.
 
     Attributes
     ----------
@@ -197,18 +216,18 @@ class ErrorFeedback:
     """
 
     def __init__(self, rule: str, plan: Plan, *, dense_steps: int = 0, **options: float) -> None:
-        if rule not in RULES:
-            raise OptionError(f"ErrorFeedback: rule={rule!r} is unknown; take one of {', '.join(RULES)}")
-        if dense_steps < 0:
-            raise OptionError(f"ErrorFeedback: dense_steps={dense_steps} is negative; 0 starts compressed")
-        self.rule, self.plan, self.dense_steps, self.steps = RULES[rule], plan, dense_steps, 0
-        self.options = self.rule.options(plan.compressor.alpha(plan.d))
-        if unknown := options.keys() - self.options.keys():
-            known = ", ".join(self.options) or "none"
-            raise OptionError(f"ErrorFeedback: {rule} has no option {', '.join(sorted(unknown))}; it has: {known}")
-        self.options |= options
-        if not 0.0 <= self.options.get("eta", 0.0) <= 1.0:
-            raise OptionError(f"ErrorFeedback: eta={self.options['eta']} is not in [0, 1]; try 0.3 * alpha")
+        self.plan, self.dense_steps, self.steps = plan, dense_steps, 0
+
+        def facts() -> dict[str, object]:
+            if rule not in RULES:
+                raise OptionError(f"ErrorFeedback: rule={rule!r} is unknown; take one of {', '.join(RULES)}")
+            if dense_steps < 0:
+                raise OptionError(f"ErrorFeedback: dense_steps={dense_steps} is negative; 0 starts compressed")
+            self.rule = RULES[rule]
+            self.options = _options(self.rule, plan.alpha, options)
+            return {"rule": rule, "dense_steps": dense_steps, "options": self.options}
+
+        agree(plan.comm, "ErrorFeedback", facts, "build it from the same arguments everywhere")
         self.state = self.rule.state.zeros(plan.d, plan.dtype, **self.options)
         self._dense = DenseMean(plan.comm, plan.d, plan.dtype) if dense_steps else None
 
@@ -231,12 +250,17 @@ class ErrorFeedback:
         ShapeError, DtypeError
             On a rank whose vector does not fit; all other ranks raise `PeerError`.
         """
-        plan = self._dense if self._dense is not None and self.steps < self.dense_steps else self.plan
+        plan = self._current()
         if not (isinstance(vector, np.ndarray) and vector.shape == (plan.d,) and vector.dtype == plan.dtype):
             plan.exchange(vector)  # raises here what is wrong, and PeerError on all other ranks
         result = self.rule.step(self.state, plan, vector)
         self.steps += 1
+        result = result.view()
+        result.flags.writeable = False
         return result
+
+    def _current(self) -> Plan:
+        return self._dense if self._dense is not None and self.steps < self.dense_steps else self.plan
 
     @property
     def sent_nbytes(self) -> int:
@@ -264,21 +288,43 @@ class ErrorFeedback:
         """Return copies of all arrays and counters of this rank. Local."""
         arrays = {name: array.copy() for name, array in (self.per_rank() | self.replicated()).items()}
         counters = {"steps": self.steps, "exchanges": self.plan.exchanges}
-        return {"rule": self.rule.name, "rank": self.plan.rank, "size": self.plan.size, "arrays": arrays,
-                "options": dict(self.options), **counters}  # fmt: skip
+        return {**self._identity(), "arrays": arrays, "options": dict(self.options), **counters}
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what must be the same where a saved state is loaded."""
+        plan = self.plan
+        return {"rule": self.rule.name, "plan": type(plan).__name__, "compressor": str(plan.compressor),
+                "rank": plan.rank, "size": plan.size}  # fmt: skip
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local.
+        """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local; call on all ranks.
+
+        Raises
+        ------
+        OptionError, ShapeError
+            As :meth:`check_state_dict`; nothing is changed then.
+        """
+        self.check_state_dict(saved)
+        for name, array in (self.per_rank() | self.replicated()).items():
+            array[:] = saved["arrays"][name]
+        self.options = dict(saved["options"])
+        for name, option in self.options.items():
+            setattr(self.state, name, option)
+        self.steps, self.plan.exchanges = saved["steps"], saved["exchanges"]
+        if self._dense is not None:
+            self._dense.exchanges = min(self.steps, self.dense_steps)
+
+    def check_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Raise unless `saved` can be loaded here. Local.
 
         Raises
         ------
         OptionError
-            When it belongs to another rule, rank or world size.
+            When it belongs to another rule, plan, compressor, rank or world size.
         ShapeError
             When an array has another shape or dtype.
         """
-        mine = {"rule": self.rule.name, "rank": self.plan.rank, "size": self.plan.size}
-        for name, value in mine.items():
+        for name, value in self._identity().items():
             if saved[name] != value:
                 raise OptionError(f"load_state_dict: the saved {name} is {saved[name]}, here it is {value}; load on "
                                   "each rank what that rank saved")  # fmt: skip
@@ -289,11 +335,3 @@ class ErrorFeedback:
                 seen = "missing" if value is None else f"{value.shape} {value.dtype}"
                 raise ShapeError(f"load_state_dict: {name} is {seen}, here it is {array.shape} {array.dtype}; load into "
                                  "the model, compressor and plan it was saved from")  # fmt: skip
-        for name, array in arrays.items():
-            array[:] = saved["arrays"][name]
-        self.options = dict(saved["options"])
-        for name, option in self.options.items():
-            setattr(self.state, name, option)
-        self.steps, self.plan.exchanges = saved["steps"], saved["exchanges"]
-        if self._dense is not None:
-            self._dense.exchanges = min(self.steps, self.dense_steps)

@@ -3,7 +3,9 @@
 import warnings
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from inspect import Parameter, signature
 from typing import Any, Literal, overload
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -12,9 +14,10 @@ from torch.optim import SGD, Optimizer
 from mpi_ef import kernels
 from mpi_ef.collectives import Plan, plan_for
 from mpi_ef.collectives.agreement import agree, ranks_text
+from mpi_ef.collectives.frames import NON_FINITE, OK, REJECTED
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor
-from mpi_ef.errors import NonFiniteError, OptionError
+from mpi_ef.errors import MpiEfError, OptionError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters
 
@@ -37,8 +40,8 @@ class DistributedOptimizer(Optimizer):
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        Already built on the model's parameters. Its groups, hyper-parameters and state are shared with this object,
-        so learning-rate schedulers take either.
+        Already built on the model's parameters; any whose step needs no closure. Its groups, hyper-parameters and
+        state are shared with this object, so learning-rate schedulers take either.
     comm : MPI.Comm
     compressor : Compressor
     placement : {"update", "gradient"}
@@ -67,7 +70,8 @@ class DistributedOptimizer(Optimizer):
 
     Notes
     -----
-    Parameters are broadcast from rank 0 at construction. A parameter without gradient takes part with zeros. Memory:
+    The parameters given to the optimizer are broadcast from rank 0 at construction, frozen ones too; what it was not
+    given, and buffers, are not. A parameter without gradient takes part with zeros. Memory:
     one gradient vector, the rule's state, and for "update" one more copy of the parameters.
     """
 
@@ -91,13 +95,18 @@ class DistributedOptimizer(Optimizer):
                 raise OptionError(
                     f"DistributedOptimizer: placement={placement!r} is unknown; take 'update' or 'gradient'"
                 )
+            closure = signature(optimizer.step).parameters.get("closure")
+            if closure is not None and closure.default is Parameter.empty:
+                raise OptionError(
+                    f"DistributedOptimizer: {type(optimizer).__name__} evaluates the model several times in a step; "
+                    "take an optimizer whose step needs no closure"
+                )
             self.flat = FlatParameters(parameters)
             named = {f"parameter {number}": f"{tuple(p.shape)} trained={p.requires_grad}"
                      for number, p in enumerate(parameters)}  # fmt: skip
-            groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             return {"the number of parameters": len(parameters), **named, "the optimizer": type(optimizer).__name__,
-                    "hyper-parameters": groups, "rule": rule, "options": options, "placement": placement,
-                    "dense_steps": dense_steps}  # fmt: skip
+                    "hyper-parameters": _hyper_parameters(optimizer), "rule": rule, "options": options,
+                    "placement": placement, "dense_steps": dense_steps}  # fmt: skip
 
         agree(comm, type(self).__name__, facts, "build the same model and optimizer on every rank")
         self.feedback = ErrorFeedback(rule, plan(comm, compressor, self.flat.d, self.flat.dtype),
@@ -105,9 +114,6 @@ class DistributedOptimizer(Optimizer):
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._share()
         self.flat.broadcast(comm)
-        for p in parameters:
-            if not p.requires_grad:
-                comm.Bcast(p.detach().numpy())
         self._before = self.flat.values.copy() if placement == "update" else None
 
     def _share(self) -> None:
@@ -128,30 +134,40 @@ class DistributedOptimizer(Optimizer):
         ----------
         closure : callable, optional
             Evaluates the model once and returns the loss.
+
+        Raises
+        ------
+        DisagreementError
+            On all ranks, when their hyper-parameters or numbers of steps have become different.
+        NonFiniteError
+            On all ranks, when an update overflowed although all gradients were finite. Parameters and errors are as
+            before, the torch optimizer's moments are not.
+        ShapeError, DtypeError, OptionError
+            On a rank whose parameters or gradients are not usable any more; all other ranks raise `PeerError`.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.flat.collect_gradients()
+        problem: MpiEfError | None = None
         try:
-            if self._before is None:
-                self._exchange_gradients()
-            else:
-                self._exchange_updates(self._before)
-        except NonFiniteError as error:
+            self.flat.collect_gradients()
+        except MpiEfError as error:
+            problem = error
+        if broken := self._ready(problem):
             self.skipped_steps += 1
             if self.feedback.plan.rank == 0:
-                warnings.warn(f"step {self.feedback.steps} skipped: {error}", RuntimeWarning, stacklevel=2)
+                text = f"step {self.feedback.steps} skipped on all ranks: NaN or Inf in the gradient on {ranks_text(broken)}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+        elif self._before is None:
+            gradients = self.flat.gradients
+            np.copyto(gradients, self.feedback.step(gradients))
+            self.optimizer.step()
+        else:
+            self._exchange_updates(self._before)
         return loss
 
-    def _exchange_gradients(self) -> None:
-        gradients = self.flat.gradients
-        np.copyto(gradients, self.feedback.step(gradients))
-        self.optimizer.step()
-
     def _exchange_updates(self, before: np.ndarray) -> None:
-        self._raise_unless_finite()
         values = self.flat.values
         np.copyto(before, values)
         self.optimizer.step()
@@ -163,14 +179,26 @@ class DistributedOptimizer(Optimizer):
             raise
         np.subtract(before, mean, out=values)
 
-    def _raise_unless_finite(self) -> None:
-        """Raise on all ranks before any rank's moments have seen a broken gradient. Cost: an allgather of one byte."""
+    def _ready(self, problem: MpiEfError | None) -> tuple[int, ...]:
+        """Return the ranks with a NaN or Inf in their gradient, before any state has seen it; raise what else is wrong.
+
+        Collective. Cost: one allgather of 12 bytes, which also tells whether the ranks still agree.
+        """
         plan = self.feedback.plan
-        broken = np.empty(plan.size, np.uint8)
-        plan.comm.Allgather(np.array([not kernels.all_finite(self.flat.gradients)], np.uint8), broken)
-        if broken.any():
-            ranks = tuple(np.flatnonzero(broken).tolist())
-            raise NonFiniteError(f"gradient: NaN or Inf on {ranks_text(ranks)}; nothing was changed anywhere", ranks)
+        status = REJECTED if problem else OK if kernels.all_finite(self.flat.gradients) else NON_FINITE
+        groups = crc32(repr(_hyper_parameters(self.optimizer)).encode())
+        answers = np.empty((plan.size, 3), np.uint32)
+        plan.comm.Allgather(np.array([status, groups, self.feedback.steps], np.uint32), answers)
+        if not answers[:, 0].any() and (answers == answers[0]).all():
+            return ()
+
+        def facts() -> dict[str, object]:
+            if problem is not None:
+                raise problem
+            return {"completed steps": self.feedback.steps, "hyper-parameters": _hyper_parameters(self.optimizer)}
+
+        agree(plan.comm, f"{type(self).__name__}.step", facts, "change and load them on all ranks alike")
+        return tuple(np.flatnonzero(answers[:, 0]).tolist())
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002
         """Set all gradients to zero. They stay views of one vector, also with ``set_to_none=True``. Local."""
@@ -178,13 +206,17 @@ class DistributedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all state of this rank: the torch optimizer's, the rule's, counters. Local; save it per rank."""
-        return {"optimizer": deepcopy(self.optimizer.state_dict()), "feedback": self.feedback.state_dict(),
+        feedback = self.feedback.state_dict()
+        # Tensors, because torch.load takes no numpy arrays by default.
+        feedback["arrays"] = {name: torch.from_numpy(array) for name, array in feedback["arrays"].items()}
+        return {"optimizer": deepcopy(self.optimizer.state_dict()), "feedback": feedback,
                 "placement": self.placement, "skipped_steps": self.skipped_steps}  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local.
+        """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local; call on all ranks.
 
-        Parameters are not part of it: load the model's state as well.
+        Parameters are not part of it: load the model's state as well. The next :meth:`step` raises on all ranks when
+        some have loaded and others have not.
 
         Raises
         ------
@@ -194,8 +226,11 @@ class DistributedOptimizer(Optimizer):
         if state_dict["placement"] != self.placement:
             raise OptionError(f"load_state_dict: the saved placement is {state_dict['placement']!r}, here it is "
                               f"{self.placement!r}; build the optimizer as it was")  # fmt: skip
-        self.feedback.load_state_dict(state_dict["feedback"])
+        feedback = dict(state_dict["feedback"])
+        feedback["arrays"] = {name: tensor.numpy() for name, tensor in feedback["arrays"].items()}
+        self.feedback.check_state_dict(feedback)
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.feedback.load_state_dict(feedback)
         self.skipped_steps = state_dict["skipped_steps"]
         self._share()
 
@@ -206,6 +241,10 @@ class DistributedOptimizer(Optimizer):
                 "DistributedOptimizer: a group cannot be added later; build it after all groups are known"
             )
         super().add_param_group(param_group)
+
+
+def _hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
 
 class EF21(DistributedOptimizer):

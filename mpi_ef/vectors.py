@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mpi_ef.collectives.plan import Comm
@@ -12,7 +13,8 @@ from mpi_ef.errors import DtypeError, OptionError, ShapeError
 
 __all__ = ["FlatParameters"]
 
-_BROADCAST_ENTRIES = 2**28  # per message, far below the largest count of MPI
+_BROADCAST_NBYTES = 2**30  # per message, below the largest count of MPI
+Bytes = NDArray[np.uint8]
 
 
 class FlatParameters:
@@ -24,10 +26,12 @@ class FlatParameters:
     Parameters
     ----------
     parameters : iterable of torch.nn.Parameter
-        Those without ``requires_grad`` are left alone; one that appears twice (tied weights) counts once.
+        Those without ``requires_grad`` are left where they are; one that appears twice (tied weights) counts once.
 
     Attributes
     ----------
+    parameters, frozen : list of torch.nn.Parameter
+        Those in the vectors, and those that did not require a gradient at construction.
     d : int
         Number of trainable entries.
     dtype : numpy.dtype
@@ -43,7 +47,9 @@ class FlatParameters:
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self.parameters = [p for p in dict.fromkeys(parameters) if p.requires_grad]
+        distinct = list(dict.fromkeys(parameters))
+        self.parameters = [p for p in distinct if p.requires_grad]
+        self.frozen = [p for p in distinct if not p.requires_grad]
         self.dtype = _common_dtype(self.parameters)
         self.d = sum(p.numel() for p in self.parameters)
         values = torch.empty(self.d, dtype=self.parameters[0].dtype)
@@ -55,7 +61,7 @@ class FlatParameters:
             value, gradient = (flat[start : start + p.numel()].view(p.shape) for flat in (values, gradients))
             value.copy_(p.detach())
             if p.grad is not None:
-                gradient.copy_(p.grad)
+                gradient.copy_(p.grad.detach())
             p.data, p.grad = value, gradient
             self._values.append(value)
             self._gradients.append(gradient)
@@ -69,6 +75,7 @@ class FlatParameters:
         for p, gradient in zip(self.parameters, self._gradients, strict=True):
             p.grad = gradient
 
+    @torch.no_grad()
     def collect_gradients(self) -> None:
         """Make sure that `gradients` holds every parameter's gradient. Local.
 
@@ -81,7 +88,12 @@ class FlatParameters:
             A parameter's memory was replaced, for example by ``model.to(...)`` after construction.
         DtypeError
             A gradient is sparse.
+        OptionError
+            A parameter that was frozen at construction is trained now: it has no place in the vectors.
         """
+        if any(p.requires_grad for p in self.frozen):
+            raise OptionError("a parameter was unfrozen after the optimizer was built; unfreeze first, then build it "
+                              "(freezing later is fine)")  # fmt: skip
         for number, (p, value, gradient) in enumerate(zip(self.parameters, self._values, self._gradients, strict=True)):
             if p.data_ptr() != value.data_ptr():
                 raise ShapeError(f"parameter {number} {tuple(p.shape)}: its memory was replaced (by model.to(...)?); build "
@@ -98,9 +110,18 @@ class FlatParameters:
             p.grad = gradient
 
     def broadcast(self, comm: Comm, root: int = 0) -> None:
-        """Overwrite the parameters on all ranks with those of rank `root`. Collective."""
-        for start in range(0, self.d, _BROADCAST_ENTRIES):
-            comm.Bcast(self.values[start : start + _BROADCAST_ENTRIES], root=root)
+        """Overwrite the parameters, frozen ones too, on all ranks with those of rank `root`. Collective."""
+        _broadcast(comm, self.values.view(np.uint8), root)
+        for p in self.frozen:  # of any dtype and layout
+            copied = p.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            _broadcast(comm, copied.numpy(), root)
+            with torch.no_grad():
+                p.copy_(copied.view(p.dtype).view(p.shape))
+
+
+def _broadcast(comm: Comm, array: Bytes, root: int) -> None:
+    for start in range(0, array.size, _BROADCAST_NBYTES):
+        comm.Bcast(array[start : start + _BROADCAST_NBYTES], root=root)
 
 
 def _common_dtype(parameters: list[Tensor]) -> np.dtype[np.floating]:

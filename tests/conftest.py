@@ -53,6 +53,15 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
         comm.Abort(3)
 
 
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """End all ranks when one cannot even import its tests."""
+    if report.failed and "mpi4py.MPI" in sys.modules and os.environ.get("MPI_EF_TEST_RANKS"):
+        from mpi4py import MPI
+
+        print(f"\nrank {MPI.COMM_WORLD.rank}: {report.longreprtext}", file=sys.__stderr__, flush=True)
+        MPI.COMM_WORLD.Abort(3)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Fail a run under mpiexec in which not every test ran, or whose ranks are not one world of the expected size."""

@@ -7,8 +7,8 @@ from programs import PLANS, RULES, rule_steps, same_bits
 from vectors_for_tests import gaussian
 
 from mpi_ef.collectives import GatherMean
-from mpi_ef.compress import Identity, RandK, TopK
-from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, PeerError, ShapeError
+from mpi_ef.compress import Identity, RandK, Sign, TopK
+from mpi_ef.errors import DisagreementError, DtypeError, NonFiniteError, OptionError, PeerError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
 
 WORLDS = (1, 2, 3, 4)
@@ -184,7 +184,6 @@ def test_ef21_contracts_the_estimation_error_in_every_step():
 def test_sign_feedback_converges_where_sign_descent_does_not():
     """Karimireddy et al. 2019: f(x) = eps |x1 + x2| + |x1 - x2|; sign descent keeps x1 + x2, with feedback f -> 0."""
     from mpi_ef.collectives import TwoPhaseMean
-    from mpi_ef.compress import Sign
 
     def subgradient(x):
         direction = 1.0 if x[0] - x[1] >= 0 else -1.0
@@ -231,6 +230,8 @@ def test_save_load_step_is_step(rule, plan):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
+        ({"compressor": "TopK(0.2)"}, OptionError, "saved compressor is TopK"),
+        ({"plan": "DenseMean"}, OptionError, "saved plan is DenseMean, here it is GatherMean"),
         ({"rank": 7}, OptionError, "saved rank is 7, here it is 0"),
         ({"size": 3}, OptionError, "saved size is 3, here it is 1"),
         ({"rule": "ef14"}, OptionError, "saved rule is ef14, here it is ef21"),
@@ -314,6 +315,44 @@ def test_wrong_options(arguments, options, words):
             ErrorFeedback(*arguments, GatherMean(comm, TopK(0.1), D), **options)
 
     virtual.results(1, program)
+
+
+def test_results_are_read_only():
+    """They are the rule's own state: writing into them would break it on this rank only."""
+
+    def program(comm):
+        for rule in RULES:
+            result = ErrorFeedback(rule, GatherMean(comm, TopK(0.1), D)).step(gaussian(0, D))
+            with pytest.raises(ValueError, match="read-only"):
+                result /= 2
+
+    virtual.results(1, program)
+
+
+def test_econtrol_wants_an_eta_where_the_worst_case_says_nothing():
+    def program(comm):
+        plan = GatherMean(comm, Sign(), 100_000)
+        with pytest.raises(OptionError, match=r"constant 1.0e-05 .* pass one, for example eta=0.1"):
+            ErrorFeedback("econtrol", plan)
+        assert ErrorFeedback("econtrol", plan, eta=0.1).options == {"eta": 0.1}
+
+    virtual.results(1, program)
+
+
+def test_ranks_that_disagree_all_learn_about_it():
+    def program(rule, dense_steps):
+        def inner(comm):
+            rank = comm.Get_rank()
+            plan = GatherMean(comm, TopK(0.1), D)
+            with pytest.raises((DisagreementError, PeerError, OptionError)) as caught:
+                ErrorFeedback(rule[rank], plan, dense_steps=dense_steps[rank])
+            return str(caught.value)
+
+        return virtual.results(2, inner)
+
+    assert all("disagree on rule: ef14 on rank 0; ef21 on rank 1" in text for text in program(["ef14", "ef21"], [0, 0]))
+    assert all("disagree on dense_steps" in text for text in program(["ef21", "ef21"], [0, 1]))
+    assert all("rule='ef22' is unknown" in text for text in program(["ef21", "ef22"], [0, 0]))
 
 
 def test_wrong_dtype_of_a_vector():

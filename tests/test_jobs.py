@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import virtual
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ef.errors import DataError, LaunchError
+from mpi_ef.errors import ConfigError, DataError, DisagreementError, LaunchError, PeerError
 from mpi_ef.jobs import cli, report
 from mpi_ef.jobs.config import option, parse, to_toml
 from mpi_ef.jobs.data import Digits, Text, batches, shard
@@ -243,6 +244,7 @@ def test_fewer_samples_than_ranks(tmp_path):
     config = TrainConfig(text=tmp_path / "text.txt", context=6, out=tmp_path)
     errors = virtual.run(10, lambda comm: train(comm, config))
     assert {type(error) for error in errors} == {DataError}
+    assert all(error.everywhere for error in errors)
     assert "9 samples for 10 ranks" in str(errors[0])
 
 
@@ -269,13 +271,63 @@ def test_command_line(capsys):
 
 
 @pytest.mark.parametrize("program", cli.PROGRAMS)
-def test_help_never_starts_mpi(program, capsys):
-    started = "mpi4py.MPI" in sys.modules
-    with pytest.raises(SystemExit) as caught:
-        cli.main([program, "--help"])
-    assert caught.value.code == 0
-    assert "usage: mpi-ef" in capsys.readouterr().out
-    assert ("mpi4py.MPI" in sys.modules) == started
+def test_help_never_starts_mpi(program):
+    code = f"""
+import sys
+from mpi_ef.jobs import cli
+try:
+    cli.main([{program!r}, "--help"])
+except SystemExit as end:
+    print(end.code, "mpi4py.MPI" in sys.modules, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "usage: mpi-ef" in done.stdout
+    assert done.stdout.splitlines()[-1] == "0 False False"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch": -1}, "batch=-1 is too small; the least is 1"),
+        ({"steps": 0}, "steps=0"),
+        ({"eval_every": 0}, "eval_every=0"),
+        ({"context": 0}, "context=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"beta1": 1.5}, "beta1=1.5 is not in [0, 1)"),
+        ({"heads": 3}, "width=128 is not divisible by heads=3"),
+        ({"ratio": 1.5}, "ratio=1.5 is not in (0, 1]"),
+        ({"split": "by-label"}, "needs labels"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, words):
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**options)
+    assert words in str(caught.value)
+
+
+def test_data_that_only_one_rank_cannot_read_stop_all_ranks(tmp_path):
+    """For example a text on the disk of one node."""
+    (tmp_path / "text.txt").write_text("some text " * 500)
+
+    def program(comm):
+        name = "absent.txt" if comm.Get_rank() == 1 else "text.txt"
+        return train(comm, TrainConfig(text=tmp_path / name, out=tmp_path / "run"))
+
+    errors = virtual.run(3, program)
+    assert [type(error) for error in errors] == [PeerError, DataError, PeerError]
+    assert "data: rank 1 raised" in str(errors[0])
+
+
+def test_data_that_differ_between_ranks_stop_all_ranks(tmp_path):
+    for rank in range(2):
+        (tmp_path / f"{rank}.txt").write_text(f"some text {rank} " * 500)
+    errors = virtual.run(
+        2, lambda comm: train(comm, TrainConfig(text=tmp_path / f"{comm.Get_rank()}.txt", out=tmp_path))
+    )
+    assert [type(error) for error in errors] == [DisagreementError] * 2
+    assert "disagree on their content" in str(errors[0])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Optimizers on virtual ranks: replicas, state, schedulers, closures, broken gradients."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from programs import OPTIMIZERS, build_optimizer, loss_of, model, same_bits, tra
 
 from mpi_ef.collectives import TwoPhaseMean
 from mpi_ef.compress import Identity, TopK
-from mpi_ef.errors import DisagreementError, DtypeError, OptionError
+from mpi_ef.errors import DisagreementError, DtypeError, NonFiniteError, OptionError, PeerError, ShapeError
 from mpi_ef.optim import EF21, DistributedOptimizer, EControl
 
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -73,7 +75,7 @@ def test_identity_on_the_update_is_the_mean_of_the_updates():
 
 @each_optimizer
 def test_save_load_step_is_step(name):
-    """Law 7: through torch.save-able state dictionaries, into new objects."""
+    """Law 7: through torch.save and torch.load with their defaults, into new objects."""
 
     def program(comm):
         rank = comm.Get_rank()
@@ -87,7 +89,11 @@ def test_save_load_step_is_step(name):
         one = model()
         first = build_optimizer(name, one, comm)
         steps(one, first, 0, 5)
-        saved_model, saved = {k: v.clone() for k, v in one.state_dict().items()}, first.state_dict()
+        file = io.BytesIO()
+        torch.save({"model": one.state_dict(), "optimizer": first.state_dict()}, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)
+        saved_model, saved = loaded["model"], loaded["optimizer"]
         two = model()
         second = build_optimizer(name, two, comm)
         two.load_state_dict(saved_model)
@@ -122,7 +128,9 @@ def test_a_broken_gradient_on_one_rank_is_skipped_by_all(name, value):
         optimizer.step()
         assert bits(net) == before
         assert optimizer.skipped_steps == 1
-        assert same_bits(state["feedback"]["arrays"], optimizer.state_dict()["feedback"]["arrays"])
+        assert same_bits(
+            *({k: v.numpy() for k, v in s["feedback"]["arrays"].items()} for s in (state, optimizer.state_dict()))
+        )
         after = [p["exp_avg"] for p in optimizer.state.values() if "exp_avg" in p]
         assert all((a == b).all() for a, b in zip(moments, after, strict=True))
         optimizer.zero_grad()
@@ -131,7 +139,7 @@ def test_a_broken_gradient_on_one_rank_is_skipped_by_all(name, value):
         assert bits(net) != before
         return bits(net)
 
-    with pytest.warns(RuntimeWarning, match="skipped: .*NaN or Inf on rank 1") as caught:
+    with pytest.warns(RuntimeWarning, match="skipped on all ranks: NaN or Inf in the gradient on rank 1") as caught:
         rows = virtual.results(3, program)
     assert len(set(rows)) == 1
     assert len(caught) == 1  # rank 0 speaks for all
@@ -234,3 +242,122 @@ def test_wrong_arguments():
             EF21(model().bfloat16().parameters(), comm, TopK(0.1), lr=1)
 
     virtual.results(2, program)
+
+
+@pytest.mark.parametrize("placement", ["update", "gradient"])
+def test_a_parameter_that_is_unfrozen_later_stops_all_ranks(placement):
+    """It has no place in the vector: stepping it would let the replicas drift apart."""
+
+    def program(comm):
+        net = model()
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD(net.parameters(), lr=0.1), comm, TopK(0.5), placement=placement
+        )
+        if comm.Get_rank() == 1:
+            net.frozen.requires_grad_(True)
+        loss_of(net, comm.Get_rank(), 0).backward()
+        with pytest.raises(OptionError if comm.Get_rank() == 1 else PeerError, match="unfrozen after the optimizer"):
+            optimizer.step()
+
+    virtual.results(3, program)
+
+
+@pytest.mark.parametrize("placement", ["update", "gradient"])
+def test_a_model_that_was_moved_on_one_rank_stops_all_ranks(placement):
+    def program(comm):
+        net = model()
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD(net.parameters(), lr=0.1), comm, TopK(0.5), placement=placement
+        )
+        if comm.Get_rank() == 1:
+            net.double().float()
+        loss_of(net, comm.Get_rank(), 0).backward()
+        with pytest.raises(ShapeError if comm.Get_rank() == 1 else PeerError, match="its memory was replaced"):
+            optimizer.step()
+
+    virtual.results(2, program)
+
+
+def test_learning_rates_that_drift_apart_stop_all_ranks():
+    """For example ReduceLROnPlateau on each rank's own loss."""
+
+    def program(comm):
+        net = model()
+        optimizer = EF21(net.parameters(), comm, TopK(0.5), lr=0.1)
+        optimizer.param_groups[0]["lr"] /= 1 + comm.Get_rank()
+        loss_of(net, comm.Get_rank(), 0).backward()
+        with pytest.raises(
+            DisagreementError, match="EF21.step: ranks disagree on hyper-parameters: .*0.05.* on rank 1"
+        ):
+            optimizer.step()
+
+    virtual.results(2, program)
+
+
+def test_loading_on_one_rank_only_stops_all_ranks():
+    def program(comm):
+        net = model()
+        optimizer = EF21(net.parameters(), comm, TopK(0.5), lr=0.1)
+        saved = optimizer.state_dict()
+        for _ in range(3):
+            loss_of(net, comm.Get_rank(), 0).backward()
+            optimizer.step()
+        if comm.Get_rank() == 0:
+            optimizer.load_state_dict(saved)
+        with pytest.raises(DisagreementError, match="disagree on completed steps: 0 on rank 0; 3 on rank 1"):
+            optimizer.step()
+
+    virtual.results(2, program)
+
+
+def test_an_update_that_overflows_is_told_and_leaves_parameters_and_errors():
+    """Skipping it would repeat for ever: the moments hold what overflows."""
+
+    def program(comm):
+        net = model()
+        optimizer = DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=100.0), comm, TopK(0.5))
+        before, state = bits(net), {k: v.copy() for k, v in optimizer.feedback.per_rank().items()}
+        loss_of(net, comm.Get_rank(), 0).backward()
+        if comm.Get_rank() == 1:
+            net.last.weight.grad.fill_(1e38)
+        with pytest.raises(NonFiniteError, match="NaN or Inf on rank 1"):
+            optimizer.step()
+        assert bits(net) == before
+        assert same_bits(state, dict(optimizer.feedback.per_rank()))
+        assert optimizer.skipped_steps == 0
+
+    virtual.results(2, program)
+
+
+def test_frozen_parameters_of_any_kind_are_broadcast():
+    def program(comm):
+        rank = comm.Get_rank()
+        frozen = [torch.nn.Parameter(t, requires_grad=False) for t in (
+            torch.arange(6.0).view(2, 3).t() + rank, torch.ones(3, dtype=torch.bfloat16) * rank, torch.ones(()) + rank,
+            torch.ones(0))]  # fmt: skip
+        EF21([torch.nn.Parameter(torch.ones(2)), *frozen], comm, TopK(0.5), lr=0.1)
+        assert not frozen[0].is_contiguous()
+        return [p.float().tolist() for p in frozen]
+
+    rows = virtual.results(3, program)
+    assert rows == [[[[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]], [0.0, 0.0, 0.0], 1.0, []]] * 3
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused():
+    def program(comm):
+        with pytest.raises(OptionError, match="LBFGS evaluates the model several times"):
+            DistributedOptimizer(torch.optim.LBFGS(model().parameters()), comm, TopK(0.1))
+
+    virtual.results(2, program)
+
+
+def test_second_derivatives_do_not_disturb():
+    def program(comm):
+        net = model()
+        optimizer = EF21(net.parameters(), comm, TopK(0.5), lr=0.1)
+        with pytest.warns(UserWarning, match="create_graph"):
+            loss_of(net, comm.Get_rank(), 0).backward(create_graph=True)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    virtual.results(1, program)

@@ -141,7 +141,7 @@ def test_an_array_that_does_not_fit_on_one_rank_stops_all_ranks(plan, broken, er
 
     texts, outs = zip(*virtual.results(3, program), strict=True)
     assert words in texts[1]
-    assert "rank 1 " in texts[0]
+    assert f"rank 1 raised: {texts[1]}" in texts[0]
     assert (outs[0] == outs[2]).all()
 
 
@@ -186,7 +186,7 @@ def test_a_mean_that_overflows_stops_all_and_changes_nothing():
 def test_ranks_that_disagree_all_learn_about_it():
     def caught(build):
         def program(comm):
-            with pytest.raises((DisagreementError, PeerError, OptionError, DtypeError)) as error:
+            with pytest.raises((DisagreementError, PeerError, OptionError, DtypeError, ShapeError)) as error:
                 build(comm, comm.Get_rank())
             return type(error.value).__name__, str(error.value)
 
@@ -213,6 +213,11 @@ def test_ranks_that_disagree_all_learn_about_it():
     assert answers[0][1] == "GatherMean: rank 1 raised: TopK: k=200 exceeds d=100; take k <= d, or a ratio"
     answers = caught(lambda comm, r: GatherMean(comm, Identity(), 100, np.int32))
     assert {kind for kind, _ in answers} == {"DtypeError"}
+    for wrong in (("topk", 100), (TopK(0.1), 100.5), (TopK(0.1), None)):
+        answers = caught(lambda comm, r, wrong=wrong: GatherMean(comm, *(wrong if r == 1 else (TopK(0.1), 100))))
+        assert [kind for kind, _ in answers][::2] == ["PeerError"] * 2
+    answers = caught(lambda comm, r: GatherMean(comm, TopK(0.1), 100, "float23" if r else np.float32))
+    assert "'float23' is not known" in answers[0][1]
 
 
 def test_ranks_out_of_step_are_told():
@@ -229,6 +234,11 @@ def test_something_that_is_no_communicator_is_refused():
     for comm in (None, object()):
         with pytest.raises(OptionError, match="is not an intracommunicator"):
             GatherMean(comm, Identity(), 3)
+
+
+def read_only(array, yes):
+    array.flags.writeable = not yes
+    return array
 
 
 @each_world
@@ -283,8 +293,14 @@ def test_one_call_forms_keep_a_bounded_number_of_plans():
         (lambda comm, r: allreduce(comm, np.ones(50, np.int32), TopK(0.1)), "int32"),
         (lambda comm, r: allreduce(comm, [1.0, 2.0], TopK(0.1)), "is a list"),
         (lambda comm, r: allreduce(comm, np.ones(50), TopK(0.1), op="max"), "op='max' is unknown"),
-        (lambda comm, r: allreduce(comm, np.ones(50), TopK(0.1), out=np.ones(49)), "out is (49,)"),
-        (lambda comm, r: allgather(comm, np.ones(50), TopK(0.1), out=np.ones((3, 50))), "2 rows of 50"),
+        (
+            lambda comm, r: allreduce(comm, np.ones(50), TopK(0.1), out=np.ones(49)),
+            "out has shape (49,) float64; it must be (50,) float64",
+        ),
+        (lambda comm, r: allgather(comm, np.ones(50), TopK(0.1), out=np.ones((3, 50))), "it must be (2, 50)"),
+        (lambda comm, r: allgather(comm, np.ones(50), TopK(0.1), out=np.ones((50, 2))), "it must be (2, 50)"),
+        (lambda comm, r: allreduce(comm, np.ones(50), TopK(0.1), out=read_only(np.ones(50), r)), "out is read-only"),
+        (lambda comm, r: allreduce(comm, np.ones(50), "topk" if r else TopK(0.1)), "topk"),
         (lambda comm, r: (allreduce, allgather)[r](comm, np.ones(50), TopK(0.1)), "disagree on the call"),
         (lambda comm, r: allreduce(comm, np.ones(50), TopK(k=51)), "k=51 exceeds d=50"),
         (lambda comm, r: allreduce(comm, np.full(50, np.nan if r else 1.0), TopK(0.1)), "NaN or Inf on rank 1"),

@@ -7,14 +7,17 @@ from hypothesis.extra import numpy as hnp
 DTYPES = (np.float32, np.float64)
 
 
-def vectors(dtype, *, finite: bool = True, least: int = 0, most: int = 200):
-    """Vectors with ties, zeros, -0.0, subnormals and numbers from the whole range; NaN and Inf when not `finite`."""
+def vectors(dtype, *, finite: bool = True, least: int = 0, most: int = 200, largest: float | None = None):
+    """Vectors with ties, zeros, -0.0, subnormals and numbers up to `largest`; NaN and Inf when not `finite`."""
     info = np.finfo(dtype)
     tiny = float(info.smallest_subnormal)
     special = [0.0, -0.0, tiny, -tiny, 3 * tiny, float(info.tiny), 1.0, -1.0, 1.0, 2.0, -2.0, 1e-3]
     if not finite:
         special += [np.nan, np.inf, -np.inf]
-    largest = float(info.max) / 2**12  # so that sums and squares of differences stay finite where tests take them
+    if largest is None:
+        largest = float(info.max) / 2**12  # so that sums of a few vectors stay finite where tests take them
+    else:
+        special += [largest, -largest, largest]
     width = np.dtype(dtype).itemsize * 8
     numbers = st.floats(-largest, largest, width=width, allow_nan=False)
     normal = st.floats(-4.0, 4.0, width=width)

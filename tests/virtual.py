@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from mpi_ef.errors import MpiEfError
+
 
 class _World:
     def __init__(self, size: int) -> None:
@@ -53,38 +55,49 @@ class VirtualComm:
     def Set_attr(self, keyval: int, value: Any) -> None:
         self._attributes[keyval] = value
 
-    def allgather(self, value: Any) -> list[Any]:
-        """Share `value` with all ranks; two barriers keep the slots from being overwritten too early."""
+    def _share(self, call: str, value: Any) -> list[Any]:
+        """Share `value` with all ranks; two barriers keep the slots from being overwritten too early.
+
+        Ranks that make different calls, or send arrays of different sizes, fail here as they might hang under MPI.
+        """
         world = self._world
-        world.slots[self._rank] = value
+        kind = (call, value.nbytes if isinstance(value, np.ndarray) else None)
+        world.slots[self._rank] = (kind, value)
         world.barrier.wait()
-        values = copy.deepcopy(world.slots)
+        kinds = [slot[0] for slot in world.slots]
+        values = [copy.deepcopy(slot[1]) for slot in world.slots]
         world.barrier.wait()
+        assert len(set(kinds)) == 1, f"ranks make different MPI calls: {kinds}"
         return values
 
-    def Allgather(self, send: np.ndarray, receive: np.ndarray) -> None:
-        for row, value in zip(receive.reshape(self._world.size, -1), self.allgather(send), strict=True):
-            row[:] = value.reshape(-1)
+    def allgather(self, value: Any) -> list[Any]:
+        return self._share("allgather", value)
 
-    def Iallgather(self, send: np.ndarray, receive: np.ndarray) -> _Request:
-        return _Request(lambda: self.Allgather(send, receive))
+    def _post(self, call: str, send: np.ndarray, receive: np.ndarray, part: Callable[[np.ndarray], Any]) -> _Request:
+        """What is sent is what is there at the start; what is received is garbage until the end."""
+        assert send.flags.c_contiguous
+        assert receive.flags.c_contiguous
+        sent = send.copy()
+        receive.view(np.uint8).fill(0xA5)
 
-    def Ialltoall(self, send: np.ndarray, receive: np.ndarray) -> _Request:
         def finish() -> None:
-            for row, value in zip(receive, self.allgather(send), strict=True):
-                row[:] = value[self._rank]
+            for row, value in zip(receive.reshape(self._world.size, -1), self._share(call, sent), strict=True):
+                row[:] = part(value).reshape(-1)
 
         return _Request(finish)
 
+    def Allgather(self, send: np.ndarray, receive: np.ndarray) -> None:
+        self._post("Allgather", send, receive, lambda value: value).Wait()
+
+    def Iallgather(self, send: np.ndarray, receive: np.ndarray) -> _Request:
+        return self._post("Iallgather", send, receive, lambda value: value)
+
+    def Ialltoall(self, send: np.ndarray, receive: np.ndarray) -> _Request:
+        return self._post("Ialltoall", send, receive, lambda value: value[self._rank])
+
     def Bcast(self, array: np.ndarray, root: int = 0) -> None:
-        array[...] = self.allgather(array)[root]
-
-    def bcast(self, value: Any, root: int = 0) -> Any:
-        return self.allgather(value)[root]
-
-    def allreduce(self, value: Any, op: Any = None) -> Any:
-        assert op is None
-        return sum(self.allgather(value))
+        assert array.flags.c_contiguous
+        array[...] = self._share("Bcast", array)[root]
 
 
 def run(size: int, program: Callable[[Any], Any]) -> list[Any]:
@@ -101,8 +114,8 @@ def run(size: int, program: Callable[[Any], Any]) -> list[Any]:
             results[rank] = program(VirtualComm(world, rank))
         except Exception as error:
             results[rank] = error
-            if not getattr(error, "everywhere", False):
-                world.barrier.abort() if not _expected(error) else None
+            if not isinstance(error, MpiEfError):  # those the library raises on all ranks that need to know
+                world.barrier.abort()
 
     threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
@@ -111,12 +124,6 @@ def run(size: int, program: Callable[[Any], Any]) -> list[Any]:
         thread.join(timeout=60)
         assert not thread.is_alive(), "a virtual rank hangs"
     return results
-
-
-def _expected(error: Exception) -> bool:
-    from mpi_ef.errors import MpiEfError
-
-    return isinstance(error, MpiEfError)
 
 
 def results(size: int, program: Callable[[Any], Any]) -> list[Any]:

@@ -19,8 +19,8 @@ def agree(comm: Any, subject: str, facts: Callable[[], Facts], remedy: str) -> N
     subject : str
         Who asks; begins the error message.
     facts : callable
-        Returns the named values that must agree. It may raise an `MpiEfError`: then the rank raises that error, and
-        all others a `PeerError` that quotes it.
+        Returns the named values that must agree. When it raises, the rank raises that error, and all others a
+        `PeerError` that quotes it.
     remedy : str
         What to do; ends the error message.
 
@@ -29,14 +29,15 @@ def agree(comm: Any, subject: str, facts: Callable[[], Facts], remedy: str) -> N
     DisagreementError, PeerError
         On all ranks together.
     """
-    error: MpiEfError | None = None
+    error: Exception | None = None
     try:
         mine: tuple[Facts | None, str] = (dict(facts()), "")
-    except MpiEfError as raised:
-        error, mine = raised, (None, str(raised))
+    except Exception as raised:
+        error, mine = raised, (None, str(raised) or type(raised).__name__)
     answers: list[tuple[Facts | None, str]] = comm.allgather(mine)
     if error is not None:
-        error.everywhere = all(text == str(error) for _, text in answers)
+        if isinstance(error, MpiEfError):
+            error.everywhere = all(text == mine[1] for _, text in answers)
         raise error
     for rank, (_, text) in enumerate(answers):
         if text:

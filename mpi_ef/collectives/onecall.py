@@ -8,7 +8,7 @@ from zlib import crc32
 import numpy as np
 
 from mpi_ef.compress import Compressor
-from mpi_ef.errors import DtypeError, MpiEfError, OptionError, ShapeError
+from mpi_ef.errors import DtypeError, OptionError, ShapeError
 
 from .agreement import agree
 from .plan import Comm, Plan
@@ -66,9 +66,7 @@ def allreduce(
         vector = _flat("allreduce", "x", x)
         result = _like(x, ()) if out is None else out
         target = _flat("allreduce", "out", result)
-        if target.size != vector.size or target.dtype != vector.dtype:
-            raise ShapeError(f"allreduce: out is ({target.size},) {target.dtype}, x is ({vector.size},) {vector.dtype}; "
-                             "pass an out like x")  # fmt: skip
+        _check_out("allreduce", result, target, tuple(x.shape), vector.dtype)
         return result, vector, target
 
     plan, (result, vector, target) = _plan("allreduce", comm, compressor, check, op)
@@ -105,9 +103,7 @@ def allgather(comm: Comm, x: Any, compressor: Compressor, *, out: Any = None) ->
         vector = _flat("allgather", "x", x)
         result = _like(x, (size,)) if out is None else out
         target = _flat("allgather", "out", result)
-        if target.size != size * vector.size or target.dtype != vector.dtype:
-            raise ShapeError(f"allgather: out has {target.size} entries of {target.dtype}; it takes {size} rows of "
-                             f"{vector.size} entries of {vector.dtype}")  # fmt: skip
+        _check_out("allgather", result, target, (size, *x.shape), vector.dtype)
         return result, vector, target
 
     plan, (result, vector, target) = _plan("allgather", comm, compressor, check, "")
@@ -136,6 +132,13 @@ def _flat(call: str, name: str, array: Any) -> np.ndarray:
     return flat
 
 
+def _check_out(call: str, out: Any, target: np.ndarray, shape: tuple[int, ...], dtype: Any) -> None:
+    if tuple(out.shape) != shape or target.dtype != dtype:
+        raise ShapeError(f"{call}: out has shape {tuple(out.shape)} {target.dtype}; it must be {shape} {dtype}")
+    if not target.flags.writeable:
+        raise ShapeError(f"{call}: out is read-only; pass an array that can be written")
+
+
 def _like(x: Any, rows: tuple[int, ...]) -> Any:
     shape = rows + tuple(x.shape)
     return np.empty(shape, x.dtype) if isinstance(x, np.ndarray) else x.new_empty(shape)
@@ -149,12 +152,16 @@ def _plan(
     op: str,
 ) -> tuple[Plan, tuple[Any, np.ndarray, np.ndarray]]:
     """Return the cached plan for this request and the checked arrays, once all ranks are known to ask for the same."""
-    error: MpiEfError | None = None
+    error: Exception | None = None
     key: _Key | None = None
     try:
         arrays = check()
+        if not isinstance(compressor, Compressor):
+            raise OptionError(  # noqa: TRY301
+                f"{call}: compressor={compressor!r} is no compressor; pass for example TopK(0.01)"
+            )
         key = (call, compressor, arrays[1].size, str(arrays[1].dtype))
-    except MpiEfError as raised:
+    except Exception as raised:
         error = raised
     asked = repr((op, *key)) if key else "error"
     mine = np.array([crc32(asked.encode()), error is not None], np.uint32)

@@ -88,6 +88,8 @@ class Plan(ABC):
         self._started = False
 
         def facts() -> dict[str, object]:
+            if not isinstance(compressor, Compressor):
+                raise OptionError(f"{subject}: compressor={compressor!r} is no compressor; pass for example TopK(0.01)")
             codec = compressor.codec(d, dtype)
             self.d, self.dtype = codec.d, codec.dtype
             return {"plan": subject, "compressor": compressor, "d": self.d, "dtype": self.dtype,
@@ -132,6 +134,11 @@ class Plan(ABC):
     @abstractmethod
     def traffic(self) -> Traffic:
         """Bytes of one exchange."""
+
+    @property
+    def alpha(self) -> float:
+        """Contraction constant of what this rank's message goes through, see :meth:`Compressor.alpha`."""
+        return self.compressor.alpha(self.d)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return this rank's named arrays that the next exchanges depend on; a checkpoint saves them. Local."""
@@ -212,10 +219,12 @@ class Plan(ABC):
         if not (frames.header["status"].any() or (frames.header["step"] != self.exchanges & 0xFFFFFFFF).any()):
             return
         subject = f"{type(self).__name__}.exchange"
-        if self._refusal is not None and not isinstance(self._refusal, NonFiniteError):
-            raise self._refusal
         if rejected := status_of(frames, REJECTED):
-            raise PeerError(f"{subject}: {ranks_text(rejected)} passed an x that does not fit; see the error there")
+            texts = self.comm.allgather("" if self._refusal is None else str(self._refusal))
+            if self._refusal is not None and self.rank in rejected:
+                self._refusal.everywhere = set(texts) == {str(self._refusal)}
+                raise self._refusal
+            raise PeerError(f"{subject}: {ranks_text(rejected)} raised: {texts[rejected[0]]}")
         if broken := status_of(frames, NON_FINITE):
             raise NonFiniteError(
                 f"{subject}: NaN or Inf on {ranks_text(broken)}; nothing was changed anywhere, so this step can be skipped",

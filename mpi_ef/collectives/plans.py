@@ -180,6 +180,11 @@ class TwoPhaseMean(Plan):
         self.seconds["decode"] += perf_counter() - began
 
     @property
+    def alpha(self) -> float:
+        """Contraction constant of the first phase: the least over the chunks."""
+        return min(self.compressor.alpha(codec.d) for codec in self._outward)
+
+    @property
     def traffic(self) -> Traffic:
         """Bytes of one exchange."""
         nbytes = (self.size - 1) * (self._send.frame_nbytes + self._answer.frame_nbytes)
@@ -218,10 +223,10 @@ def plan_for(
     residual : bool
         Whether a two-phase plan keeps the error of its second phase.
     """
-    if compressor.sparse:
-        return GatherMean(comm, compressor, d, dtype)
     if isinstance(compressor, Identity):
         return DenseMean(comm, d, dtype)
+    if getattr(compressor, "sparse", True):  # what is no compressor is refused there, on all ranks
+        return GatherMean(comm, compressor, d, dtype)
     return TwoPhaseMean(comm, compressor, d, dtype, residual=residual)
 
 

@@ -37,10 +37,13 @@ class Codec(ABC):
     nbytes: int
 
     def __init__(self, d: int, dtype: DTypeLike) -> None:
+        if not isinstance(d, int | np.integer) or d < 0:
+            raise ShapeError(f"codec: d={d!r} is not a length; pass the number of entries of the vector")
         self.d = int(d)
-        self.dtype: np.dtype[Any] = np.dtype(dtype)
-        if self.d < 0:
-            raise ShapeError(f"codec: d={d} is negative; pass the length of the vector")
+        try:
+            self.dtype: np.dtype[Any] = np.dtype(dtype)
+        except TypeError:
+            raise DtypeError(f"codec: dtype {dtype!r} is not known; pass float32 or float64") from None
         if self.dtype not in _FLOATS:
             raise DtypeError(f"codec: dtype {self.dtype} is not supported; pass float32 or float64")
 

@@ -69,8 +69,8 @@ class Quantize(Compressor):
     def __post_init__(self) -> None:
         if self.format not in _BITS:
             raise OptionError(f"Quantize: format={self.format!r} is unknown; take one of {', '.join(_BITS)}")
-        if self.block < 1:
-            raise OptionError(f"Quantize: block={self.block} is not positive; take for example 256")
+        if not isinstance(self.block, int) or self.block < 1:
+            raise OptionError(f"Quantize: block={self.block!r} is not a positive integer; take for example 256")
 
     def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
         """Return a codec for exponents and codes."""
@@ -126,8 +126,8 @@ class Sign(Compressor):
     block: int | None = None
 
     def __post_init__(self) -> None:
-        if self.block is not None and self.block < 1:
-            raise OptionError(f"Sign: block={self.block} is not positive; take for example 1024, or None for one scale")
+        if self.block is not None and (not isinstance(self.block, int) or self.block < 1):
+            raise OptionError(f"Sign: block={self.block!r} is not a positive integer; take for example 1024, or None")
 
     def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
         """Return a codec for scales and bits."""

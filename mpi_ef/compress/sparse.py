@@ -41,8 +41,8 @@ class _KeptCoordinates(Compressor):
             raise OptionError(f"{name}: pass either ratio, as in {name}(0.01), or a count, as in {name}(k=100)")
         if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
             raise OptionError(f"{name}: ratio={self.ratio} is not in (0, 1]; 0.01 keeps one coordinate in a hundred")
-        if self.k is not None and self.k < 1:
-            raise OptionError(f"{name}: k={self.k} is not positive; keep at least one coordinate")
+        if self.k is not None and (not isinstance(self.k, int | np.integer) or self.k < 1):
+            raise OptionError(f"{name}: k={self.k!r} is not a positive integer; keep at least one coordinate")
         if self.values.sparse:
             raise OptionError(f"{name}: values={self.values} is sparse itself; take Identity, Quantize or Sign")
 
@@ -81,7 +81,7 @@ class TopK(_KeptCoordinates):
 
     def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
         """Return a codec for k coordinates of d."""
-        return _TopKCodec(d, dtype, self.count(d), self.values)
+        return _TopKCodec(d, dtype, self)
 
 
 @dataclass(frozen=True)
@@ -113,17 +113,22 @@ class RandK(_KeptCoordinates):
 
     def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
         """Return a codec for k coordinates of d."""
-        return _RandKCodec(d, dtype, self.count(d), self.values, self.seed)
+        return _RandKCodec(d, dtype, self)
 
 
 class _SparseCodec(Codec):
-    def __init__(self, d: int, dtype: DTypeLike, k: int, values: Compressor, head_nbytes: int) -> None:
+    def __init__(self, d: int, dtype: DTypeLike, what: _KeptCoordinates) -> None:
         super().__init__(d, dtype)
-        self._values = values.codec(k, dtype)
+        k = what.count(self.d)
+        self._values = what.values.codec(k, dtype)
         self._indices = np.empty(k, np.int64)
         self._kept = np.empty(k, dtype)
-        self._head = head_nbytes
-        self.nbytes = head_nbytes + self._values.nbytes
+        self._head = self._head_nbytes(k)
+        self.nbytes = self._head + self._values.nbytes
+
+    @abstractmethod
+    def _head_nbytes(self, k: int) -> int:
+        """Return the size of what comes before the values."""
 
     @abstractmethod
     def _choose(self, x: Vector, head: Wires, step: int, rank: int) -> None:
@@ -147,10 +152,10 @@ class _SparseCodec(Codec):
 
 
 class _TopKCodec(_SparseCodec):
-    def __init__(self, d: int, dtype: DTypeLike, k: int, values: Compressor) -> None:
-        self._low = low_bits(d, k)
+    def _head_nbytes(self, k: int) -> int:
+        self._low = low_bits(self.d, k)
         self._lower = lower_nbytes(k, self._low)
-        super().__init__(d, dtype, k, values, self._lower + upper_nbytes(d, k, self._low))
+        return self._lower + upper_nbytes(self.d, k, self._low)
 
     def _choose(self, x: Vector, head: Wires, step: int, rank: int) -> None:  # noqa: ARG002
         kernels.select_largest(x, self._indices)
@@ -165,9 +170,12 @@ class _TopKCodec(_SparseCodec):
 
 
 class _RandKCodec(_SparseCodec):
-    def __init__(self, d: int, dtype: DTypeLike, k: int, values: Compressor, seed: int) -> None:
-        super().__init__(d, dtype, k, values, 16)
-        self._seed = seed
+    def __init__(self, d: int, dtype: DTypeLike, what: RandK) -> None:
+        super().__init__(d, dtype, what)
+        self._seed = what.seed
+
+    def _head_nbytes(self, k: int) -> int:  # noqa: ARG002
+        return 16
 
     def _choose(self, x: Vector, head: Wires, step: int, rank: int) -> None:  # noqa: ARG002
         head.view(np.uint64)[:] = step, rank

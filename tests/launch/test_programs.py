@@ -67,7 +67,7 @@ def test_least_squares():
         (["--text", "EMPTY"], "the file is empty"),
         (["--text", "ABSENT"], "cannot be read"),
         (["--text", "SHORT"], "30 characters are too few for blocks of 16"),
-        (["--ratio", "1.5"], "TopK: ratio=1.5 is not in (0, 1]"),
+        (["--ratio", "1.5"], "ratio=1.5 is not in (0, 1]"),
     ],
 )
 def test_bad_input_is_one_line_for_all_ranks(tmp_path, arguments, words):
@@ -76,7 +76,8 @@ def test_bad_input_is_one_line_for_all_ranks(tmp_path, arguments, words):
     arguments = [str(tmp_path / a) if a.isupper() else a for a in arguments]
     ended = train(3, *arguments, "--out", tmp_path / "run")
     assert ended.status != 0
-    assert ended.lines_with(words), ended.text
+    # Rank 0 speaks for all, but before MPI is there, nobody knows who that is.
+    assert len(ended.lines_with(words)) == (1 if "--text" in arguments else 3), ended.text
     assert "Traceback" not in ended.text
     assert ended.seconds < 30
 

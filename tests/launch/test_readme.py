@@ -61,7 +61,7 @@ def test_commands_are_known(command, capsys):
         words = words[1:]
     if words[0] == "make":
         targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-        assert set(word for word in words[1:] if "=" not in word) <= set(targets)
+        assert {word for word in words[1:] if "=" not in word} <= set(targets)
     elif words[0] == "mpi-ef":
         with pytest.raises(SystemExit) as caught:
             cli.main([*words[1:], "--help"])
@@ -72,3 +72,9 @@ def test_commands_are_known(command, capsys):
         assert (ROOT / words[-1]).is_file() or any((ROOT / word).is_file() for word in words)
     else:
         assert words[0] in ("git", "cd", "pip", "mpi4py", "my_training.py")
+
+
+def test_nothing_is_left_to_fill_in_and_links_lead_somewhere():
+    assert not re.findall(r"\b[A-Z]+_[A-Z_]{3,}\b", re.sub(r"OMP_\w+|NUMBA_\w+|COMM_WORLD|MPI_TYPE", "", TEXT))
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert target.startswith("http") or (ROOT / target).exists(), target
