@@ -37,7 +37,6 @@ def options(*argv: str) -> Options:
     return parse(Options, argv, prog="test", description="")
 
 
-# ------------------------------------------------------------------------------------------------- options
 def test_defaults_file_and_flags_in_that_order(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('steps = 20\nlr = 1\nkind = "b"\ntext = "t.txt"\nweight-decay = 0.5\nfast = true\n')
@@ -99,7 +98,6 @@ def test_wrong_flags_are_refused(argv, words, capsys):
     assert words in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------- data
 @given(st.integers(1, 300), st.integers(1, 9))
 def test_every_sample_is_on_exactly_one_rank(size, ranks):
     if size < ranks:
@@ -172,7 +170,6 @@ def test_digits():
     assert y.tolist() == data.labels[:5].tolist()
 
 
-# ------------------------------------------------------------------------------------------------- metrics
 def test_metrics_files_agree(tmp_path):
     metrics = Metrics(tmp_path, ["step", "loss"])
     metrics.write({"step": 1, "loss": 0.5})
@@ -206,7 +203,6 @@ def test_in_bytes(n, text):
     assert in_bytes(n) == text
 
 
-# ------------------------------------------------------------------------------------------------- training
 def test_learning_rate_schedule():
     config = TrainConfig(lr=1.0, warmup=10, steps=110)
     rates = [learning_rate(config, step) for step in range(1, 111)]
@@ -262,7 +258,6 @@ def test_report(tmp_path, capsys):
         report.main([str(tmp_path / "absent")])
 
 
-# ------------------------------------------------------------------------------------------------- the command line
 def test_command_line(capsys):
     cli.main([])
     assert "train" in capsys.readouterr().out

@@ -97,7 +97,6 @@ class Plan(ABC):
 
         agree(comm, subject, facts, "build the plan from the same arguments everywhere")
 
-    # ------------------------------------------------------------------ what a plan has to provide
     @abstractmethod
     def _bind(self) -> dict[str, object]:
         """Build codecs and buffers; return further facts on which the ranks must agree."""
@@ -144,7 +143,6 @@ class Plan(ABC):
         """Return this rank's named arrays that the next exchanges depend on; a checkpoint saves them. Local."""
         return {}
 
-    # ------------------------------------------------------------------ what users call
     def exchange(self, x: Vector) -> Self:
         """Send this rank's message and receive those of all. Collective.
 
@@ -192,7 +190,6 @@ class Plan(ABC):
             self.exchanges += 1
         return self
 
-    # ------------------------------------------------------------------ shared parts
     def _problem(self, x: Vector) -> MpiEfError | None:
         subject = type(self).__name__
         if not isinstance(x, np.ndarray):

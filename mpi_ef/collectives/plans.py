@@ -83,7 +83,7 @@ class TwoPhaseMean(Plan):
     :meth:`add_own` adds the first-phase message of this rank, :meth:`add_mean` the second-phase result. The sums agree
     up to what is in the residuals: ``sum_t mean_t + residual_T = sum_t mean_r C(x_r,t)`` over exchanges t.
 
-    This is `compressed_allreduce` of 1-bit Adam (Tang et al. 2021, arXiv 2102.02888, Algorithm 1) for any compressor.
+    This is `compressed_allreduce` of 1-bit Adam (Tang et al. 2021, arXiv 2102.02888) for any compressor.
     Cost per exchange: ``2 (n - 1)`` frames of a chunk sent and as many received.
 
     Parameters

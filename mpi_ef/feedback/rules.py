@@ -1,0 +1,167 @@
+"""The rules: one function per paper algorithm, on explicit state, and the table of them all.
+
+State exists from construction on; its arrays are named as in the papers and marked *per rank* or *replicated*. Every
+function is one step in the order of operations of its paper.
+
+Notation: n ranks, C the compressor, ``c = plan.exchange(v)`` sends C(v); ``c.add_own(a)`` is a += C(v) of this rank,
+``c.add_mean(a)`` is a += mean over the ranks. State is always updated with what was sent, never with what was meant.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import numpy as np
+
+from mpi_ef.collectives import Plan
+from mpi_ef.compress.compressor import Vector
+
+__all__ = ["RULES", "Rule", "State", "econtrol", "ef14", "ef21"]
+
+
+def _array(kind: str) -> Any:
+    return field(metadata={"kind": kind})
+
+
+def _per_rank() -> Any:
+    return _array("per rank")
+
+
+def _replicated() -> Any:
+    return _array("replicated")
+
+
+def _scratch() -> Any:
+    return _array("scratch")
+
+
+@dataclass
+class State:
+    """Named arrays of a rule, each (d,) and zero at the start. `v` is the vector that is sent, kept between steps only
+    to avoid an allocation.
+    """  # noqa: D205
+
+    v: Vector = _scratch()
+
+    @classmethod
+    def zeros(cls, d: int, dtype: np.dtype[Any], **options: float) -> Self:
+        """Return the state before the first step."""
+        arrays: dict[str, Any] = {f.name: np.zeros(d, dtype) for f in fields(cls) if "kind" in f.metadata}
+        return cls(**(arrays | options))
+
+    def arrays(self, kind: str) -> dict[str, Vector]:
+        """Return the arrays marked "per rank" or "replicated", by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("kind") == kind}
+
+
+@dataclass
+class EF14State(State):
+    """e_i: what this rank has not sent yet. mean: the last result."""
+
+    e_i: Vector = _per_rank()
+    mean: Vector = _scratch()
+
+
+def ef14(s: EF14State, plan: Plan, u: Vector) -> Vector:
+    """Take one step of EF14 and return mean_i Delta_i, to be subtracted from x.
+
+    Seide et al. 2014; Stich, Cordonnier, Jaggi 2018 (Mem-SGD, arXiv 1809.07599); Karimireddy et al. 2019
+    (EF-SGD, arXiv 1901.09847)::
+
+        p_i     = e_i + u_i
+        Delta_i = C(p_i)
+        e_i     = p_i - Delta_i
+        x       = x - mean_i Delta_i
+
+    With ``u_i = gamma_t * g_i`` the error is in parameter units, as in the papers, and for every step size schedule
+    ``x_T = x_0 - sum_t gamma_t mean_i g_i + mean_i e_i``. With ``u_i = g_i`` and ``x -= gamma_t * result`` the error is
+    in gradient units: the same iterates for constant gamma; otherwise old errors are re-weighted by the new gamma.
+    """
+    np.add(s.e_i, u, out=s.v)
+    delta = plan.exchange(s.v)
+    s.e_i, s.v = s.v, s.e_i
+    delta.add_own(s.e_i, -1.0)
+    s.mean.fill(0)
+    delta.add_mean(s.mean)
+    return s.mean
+
+
+@dataclass
+class EF21State(State):
+    """g_i: this rank's gradient estimate, known to all. g: mean of the g_i."""
+
+    g_i: Vector = _per_rank()
+    g: Vector = _replicated()
+
+
+def ef21(s: EF21State, plan: Plan, grad: Vector) -> Vector:
+    """Take one step of EF21 and return g, the estimate of the mean gradient.
+
+    Richtarik, Sokolov, Fatkhullin 2021 (EF21, arXiv 2106.05203); the gradient is taken where the paper takes
+    it, at the new x, and the step with the new g follows::
+
+        c_i = C(grad f_i(x) - g_i)
+        g_i = g_i + c_i
+        g   = g + mean_i c_i
+    """
+    np.subtract(grad, s.g_i, out=s.v)
+    c = plan.exchange(s.v)
+    c.add_own(s.g_i)
+    c.add_mean(s.g)
+    return s.g
+
+
+@dataclass
+class EControlState(State):
+    """e_i: error of this rank. h_i: its gradient estimate. h: mean of the h_i. eta: strength of the feedback."""
+
+    e_i: Vector = _per_rank()
+    h_i: Vector = _per_rank()
+    h: Vector = _replicated()
+    eta: float = 0.0
+
+
+def econtrol(s: EControlState, plan: Plan, grad: Vector) -> Vector:
+    """Take one step of EControl and return the new h, the direction of the step.
+
+    Gao, Islamov, Stich 2023 (EControl, arXiv 2311.05645); e_i uses the old h_i, the step the new h::
+
+        Delta_i = C(eta e_i + grad_i - h_i)
+        e_i     = e_i + grad_i - h_i - Delta_i
+        h_i     = h_i + Delta_i
+        h       = h + mean_i Delta_i
+    """
+    np.multiply(s.e_i, s.e_i.dtype.type(s.eta), out=s.v)
+    s.v += grad
+    s.v -= s.h_i
+    delta = plan.exchange(s.v)
+    s.e_i += grad
+    s.e_i -= s.h_i
+    delta.add_own(s.e_i, -1.0)
+    delta.add_own(s.h_i)
+    delta.add_mean(s.h)
+    return s.h
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A line in the table of rules: the step, its state, and the default of its options for a contraction constant."""
+
+    step: Callable[[Any, Plan, Vector], Vector]
+    state: type[State]
+    options: Callable[[float], dict[str, float]] = lambda _alpha: {}
+
+    @property
+    def name(self) -> str:
+        """Name of the algorithm."""
+        return self.step.__name__
+
+
+RULES: Mapping[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule(ef14, EF14State),
+        Rule(ef21, EF21State),
+        Rule(econtrol, EControlState, lambda alpha: {"eta": 0.3 * alpha}),
+    )
+}
