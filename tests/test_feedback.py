@@ -6,7 +6,7 @@ import virtual
 from programs import PLANS, RULES, rule_steps, same_bits
 from vectors_for_tests import gaussian
 
-from mpi_ef.collectives import GatherMean
+from mpi_ef.collectives import DenseMean, GatherMean
 from mpi_ef.compress import Identity, RandK, Sign, TopK
 from mpi_ef.errors import DisagreementError, DtypeError, NonFiniteError, OptionError, PeerError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
@@ -288,6 +288,30 @@ def test_start_with_the_first_gradient():
         np.testing.assert_array_equal(feedback.per_rank()["e_i"], 0)
 
     virtual.results(2, program)
+
+
+def test_dense_steps_are_counted_and_their_buffers_let_go():
+    def program(comm):
+        plan = GatherMean(comm, TopK(0.1), D)
+        feedback = ErrorFeedback("ef21", plan, dense_steps=2)
+        dense = DenseMean(comm, D).traffic.sent_nbytes
+        sent = []
+        for step in range(4):
+            feedback.step(gaussian(comm.Get_rank(), D, step=step))
+            sent.append(feedback.sent_nbytes)
+        assert sent == [
+            dense,
+            2 * dense,
+            2 * dense + plan.traffic.sent_nbytes,
+            2 * dense + 2 * plan.traffic.sent_nbytes,
+        ]
+        assert feedback._dense is None
+        assert all(spent > 0 for spent in feedback.seconds.values())
+        other = ErrorFeedback("ef21", GatherMean(comm, TopK(0.1), D), dense_steps=2)
+        other.load_state_dict(feedback.state_dict())
+        assert other.sent_nbytes == sent[-1]
+
+    virtual.results(3, program)
 
 
 def test_default_strength_of_econtrol():

@@ -71,7 +71,9 @@ class ErrorFeedback:
 
         agree(plan.comm, "ErrorFeedback", facts, "build it from the same arguments everywhere")
         self.state = self.rule.state.zeros(plan.d, plan.dtype, **self.options)
-        self._dense = DenseMean(plan.comm, plan.d, plan.dtype) if dense_steps else None
+        self._dense: DenseMean | None = None
+        self._dense_sent_nbytes = 0
+        self._dense_seconds = dict.fromkeys(plan.seconds, 0.0)
 
     def step(self, vector: Vector) -> Vector:
         """Exchange this rank's vector and return the rule's result, the same bits on all ranks. Collective.
@@ -102,20 +104,36 @@ class ErrorFeedback:
         return result
 
     def _current(self) -> Plan:
-        return self._dense if self._dense is not None and self.steps < self.dense_steps else self.plan
+        """Return the plan of the next step. The dense one, which holds several vectors, exists while it is needed."""
+        if self.steps < self.dense_steps:
+            if self._dense is None:
+                self._dense = DenseMean(self.plan.comm, self.plan.d, self.plan.dtype)
+            return self._dense
+        self._retire_dense()
+        return self.plan
+
+    def _retire_dense(self) -> None:
+        """Let go of the dense plan, but not of its account."""
+        if self._dense is not None:
+            self._dense_sent_nbytes += self._dense.exchanges * self._dense.traffic.sent_nbytes
+            for name, spent in self._dense.seconds.items():
+                self._dense_seconds[name] += spent
+            self._dense = None
 
     @property
     def sent_nbytes(self) -> int:
         """Bytes that have left this rank in all steps so far, see :class:`Traffic`."""
-        return sum(plan.exchanges * plan.traffic.sent_nbytes for plan in self._plans())
+        return self._dense_nbytes() + self.plan.exchanges * self.plan.traffic.sent_nbytes
+
+    def _dense_nbytes(self) -> int:
+        running = self._dense.exchanges * self._dense.traffic.sent_nbytes if self._dense else 0
+        return self._dense_sent_nbytes + running
 
     @property
     def seconds(self) -> dict[str, float]:
         """Wall time of this rank in "encode", "communicate" and "decode", over all steps so far."""
-        return {phase: sum(plan.seconds[phase] for plan in self._plans()) for phase in self.plan.seconds}
-
-    def _plans(self) -> list[Plan]:
-        return [self.plan] if self._dense is None else [self.plan, self._dense]
+        plans = [self.plan, self._dense] if self._dense else [self.plan]
+        return {name: spent + sum(plan.seconds[name] for plan in plans) for name, spent in self._dense_seconds.items()}
 
     def per_rank(self) -> dict[str, Vector]:
         """Return the named arrays that differ between ranks, those of the plan included. Not copies."""
@@ -128,7 +146,7 @@ class ErrorFeedback:
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all arrays and counters of this rank. Local."""
         arrays = {name: array.copy() for name, array in (self.per_rank() | self.replicated()).items()}
-        counters = {"steps": self.steps, "exchanges": self.plan.exchanges}
+        counters = {"steps": self.steps, "exchanges": self.plan.exchanges, "dense_sent_nbytes": self._dense_nbytes()}
         return {**self._identity(), "arrays": arrays, "options": dict(self.options), **counters}
 
     def _identity(self) -> dict[str, Any]:
@@ -152,8 +170,7 @@ class ErrorFeedback:
         for name, option in self.options.items():
             setattr(self.state, name, option)
         self.steps, self.plan.exchanges = saved["steps"], saved["exchanges"]
-        if self._dense is not None:
-            self._dense.exchanges = min(self.steps, self.dense_steps)
+        self._dense, self._dense_sent_nbytes = None, saved["dense_sent_nbytes"]
 
     def check_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Raise unless `saved` can be loaded here. Local.
