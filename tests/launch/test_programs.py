@@ -76,8 +76,9 @@ def test_bad_input_is_one_line_for_all_ranks(tmp_path, arguments, words):
     arguments = [str(tmp_path / a) if a.isupper() else a for a in arguments]
     ended = train(3, *arguments, "--out", tmp_path / "run")
     assert ended.status != 0
-    # Rank 0 speaks for all, but before MPI is there, nobody knows who that is.
-    assert len(ended.lines_with(words)) == (1 if "--text" in arguments else 3), ended.text
+    # Rank 0 speaks for all; before MPI is there nobody knows who that is, and the launcher may end ranks before they speak.
+    lines = ended.lines_with(words)
+    assert len(lines) == 1 if "--text" in arguments else 1 <= len(lines) <= 3, ended.text
     assert "Traceback" not in ended.text
     assert ended.seconds < 30
 
