@@ -67,7 +67,8 @@ def encode_signs(x: Vector, block: int, bits: NDArray[np.uint8], scales: Vector)
         part = np.abs(x[j * block : (j + 1) * block]).astype(np.float64)
         with np.errstate(over="ignore"):
             total = np.cumsum(part)[-1]  # adds in index order, sum does not
-        scales[j] = np.cumsum(part / part.size)[-1] if np.isinf(total) else total / part.size
+            mean = min(np.cumsum(part / part.size)[-1], part.max()) if np.isinf(total) else total / part.size
+        scales[j] = mean
 
 
 def add_signs(bits: NDArray[np.uint8], scales: Vector, block: int, factor: np.floating, out: Vector) -> None:

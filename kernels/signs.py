@@ -26,10 +26,11 @@ def encode_signs(x: NDArray[np.floating], block: int, bits: NDArray[np.uint8], s
         for i in range(start, stop):
             total += np.float64(abs(x[i]))
         if np.isinf(total):  # float64 only: the mean exists although the sum does not
-            total = 0.0
+            total, largest = 0.0, 0.0
             for i in range(start, stop):
                 total += np.float64(abs(x[i])) / (stop - start)
-            scales[j] = total
+                largest = max(largest, np.float64(abs(x[i])))
+            scales[j] = min(total, largest)
         else:
             scales[j] = total / (stop - start)
     for b in range(bits.size):

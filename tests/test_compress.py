@@ -64,6 +64,17 @@ def test_contraction(compressor, dtype):
 
 @each_dtype
 @each_compressor
+@pytest.mark.parametrize("d", [1, 3, 15, 64])
+def test_the_largest_numbers_stay_finite(compressor, dtype, d):
+    x = np.full(d, np.finfo(dtype).max)
+    x[::2] *= -1
+    _, decoded = roundtrip(compressor, x)
+    assert np.isfinite(decoded).all()
+    assert (np.abs(decoded) <= np.abs(x)).all()
+
+
+@each_dtype
+@each_compressor
 def test_wire_size_is_known_ahead_and_every_byte_is_written(compressor, dtype):
     @given(vectors(dtype))
     def check(x):

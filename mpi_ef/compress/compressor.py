@@ -1,6 +1,7 @@
 """The two nouns of compression: a compressor (what) and its codec (bound to d and dtype, with its scratch memory)."""
 
 from abc import ABC, abstractmethod
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,11 @@ class Compressor(ABC):
     """
 
     sparse: bool = False
+
+    def __repr__(self) -> str:
+        """Return the options that are set, so that ``TopK(0.01)`` says nothing of k."""
+        options = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items() if v is not None)})"
 
     @abstractmethod
     def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:

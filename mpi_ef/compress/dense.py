@@ -14,7 +14,7 @@ from .compressor import Codec, Compressor, Vector, Wires, words
 __all__ = ["Identity", "Quantize", "Sign"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Identity(Compressor):
     """Keep everything. Wire: the values, 4 or 8 bytes each. alpha = 1."""
 
@@ -45,7 +45,7 @@ class _IdentityCodec(Codec):
 _BITS = {"bf16": 16, "fp16": 16, "int8": 8}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Quantize(Compressor):
     """Round every value to 16 or 8 bits, with one power of two per block.
 
@@ -107,7 +107,7 @@ class _QuantizeCodec(Codec):
         return wire[: self._exponents_nbytes].view(np.int16), wire[self._start : self._stop].view(self._code)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sign(Compressor):
     """Keep one bit per entry and the mean magnitude of each block: ``C(x) = ||x||_1 / B * sign(x)``.
 

@@ -25,7 +25,7 @@ from .dense import Identity
 __all__ = ["RandK", "TopK"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _KeptCoordinates(Compressor):
     """What TopK and RandK share: how many coordinates, and how their values travel."""
 
@@ -61,7 +61,7 @@ class _KeptCoordinates(Compressor):
         return k / d * self.values.alpha(k) if d else 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TopK(_KeptCoordinates):
     """Keep the k entries of largest magnitude. Exact; among equal magnitudes the lowest index comes first.
 
@@ -84,7 +84,7 @@ class TopK(_KeptCoordinates):
         return _TopKCodec(d, dtype, self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RandK(_KeptCoordinates):
     """Keep k random entries, unscaled. The subset depends on (seed, step, rank) alone; only values travel.
 
