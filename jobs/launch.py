@@ -53,6 +53,7 @@ def run(program: Callable[[Any], None]) -> None:
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
+    leaving = comm.Dup()  # its barrier matches nothing that other ranks may be in the middle of
     try:
         check_world(comm.Get_size())
         program(comm)
@@ -62,7 +63,7 @@ def run(program: Callable[[Any], None]) -> None:
         if comm.Get_rank() == 0:
             print(f"mpi-ef: {error}", file=sys.stderr, flush=True)
         # A launcher may kill rank 0 before it has printed, once another rank has left with status 2: leave together.
-        if not _within(comm.Ibarrier(), PATIENCE_SECONDS):
+        if not _within(leaving.Ibarrier(), PATIENCE_SECONDS):
             _die(comm, f"mpi-ef: rank {comm.Get_rank()}: {error}", 2)  # not everybody is here after all
         sys.exit(2)
     except Exception:
@@ -89,7 +90,7 @@ def threads_per_rank(comm: Any) -> int:
     from mpi4py import MPI
 
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    mine = os.sched_getaffinity(0)
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     sharing = sum(bool(mine & theirs) for theirs in node.allgather(mine))
     node.Free()
     asked = os.environ.get("OMP_NUM_THREADS", "")

@@ -74,7 +74,7 @@ def plot(runs: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]], path: Pat
         mpl.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError:
-        raise DataError("report: matplotlib is not installed; pip install 'mpi_ef[plots]'") from None
+        raise DataError("report: matplotlib is not installed; pip install matplotlib") from None
     figure, (by_bytes, by_steps) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for name, (_, rows) in runs.items():
         shown = [row for row in rows if row["val_loss"] is not None]

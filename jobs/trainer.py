@@ -1,5 +1,6 @@
 """The training loop's inside: model, shards, optimizer, validation, times."""
 
+from dataclasses import asdict
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -43,9 +44,10 @@ class Trainer:
         def facts() -> dict[str, object]:
             self.data, self.model = _build(config)
             shard(self.data.size, size, rank)
-            return {"training samples": self.data.size, "their content": self.data.fingerprint}
+            options = {f"option {k}": v for k, v in asdict(config).items() if k not in ("text", "out")}
+            return {"training samples": self.data.size, "their content": self.data.fingerprint, **options}
 
-        agree(comm, "data", facts, "give every rank the same data; ranks take their own part of them")
+        agree(comm, "data", facts, "give every rank the same data and options; ranks take their own part of the data")
         order = np.random.default_rng(config.seed).permutation(self.data.size)
         if config.split == "by-label" and self.data.labels is not None:
             order = np.argsort(self.data.labels, kind="stable")

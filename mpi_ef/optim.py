@@ -102,7 +102,7 @@ class DistributedOptimizer(Optimizer):
                     "take an optimizer whose step needs no closure"
                 )
             self.flat = FlatParameters(parameters)
-            named = {f"parameter {number}": f"{tuple(p.shape)} trained={p.requires_grad}"
+            named = {f"parameter {number}": f"{tuple(p.shape)} {p.dtype} trained={p.requires_grad}"
                      for number, p in enumerate(parameters)}  # fmt: skip
             return {"the number of parameters": len(parameters), **named, "the optimizer": type(optimizer).__name__,
                     "hyper-parameters": _hyper_parameters(optimizer), "rule": rule, "options": options,

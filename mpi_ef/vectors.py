@@ -80,7 +80,8 @@ class FlatParameters:
         """Make sure that `gradients` holds every parameter's gradient. Local.
 
         Copies only what is not a view any more, for example after ``model.zero_grad(set_to_none=True)``. A parameter
-        without gradient (unused in this step, or frozen after construction) counts as zero.
+        without gradient (unused in this step, or frozen after construction) counts as zero: momentum, weight decay and
+        stored errors may still move it.
 
         Raises
         ------
@@ -93,7 +94,7 @@ class FlatParameters:
         """
         if any(p.requires_grad for p in self.frozen):
             raise OptionError("a parameter was unfrozen after the optimizer was built; unfreeze first, then build it "
-                              "(freezing later is fine)")  # fmt: skip
+                              "anew")  # fmt: skip
         for number, (p, value, gradient) in enumerate(zip(self.parameters, self._values, self._gradients, strict=True)):
             if p.data_ptr() != value.data_ptr():
                 raise ShapeError(f"parameter {number} {tuple(p.shape)}: its memory was replaced (by model.to(...)?); build "

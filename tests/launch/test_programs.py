@@ -143,6 +143,45 @@ def test_a_rank_that_raises_ends_all_with_its_message(tmp_path, fault, words, st
     assert ended.seconds < 30
 
 
+DIFFERING = """
+import numpy as np
+from mpi_ef import GatherMean, TopK
+from mpi_ef.jobs.launch import run
+
+def program(comm):
+    pair = comm.Split(comm.Get_rank() // 2)
+    if comm.Get_rank() < 2:
+        GatherMean(pair, TopK(0.1), 100 + comm.Get_rank())  # both raise, the third rank knows nothing of it
+    for _ in range(1000000):
+        comm.Iallgather(np.zeros(100), np.zeros((comm.Get_size(), 100))).Wait()
+
+run(program)
+"""
+
+
+def test_ranks_that_fail_together_on_a_part_of_the_world_end_all_of_it(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(DIFFERING)
+    ended = run(3, script, within=LIMIT)
+    assert ended.status == 2, ended.text
+    assert ended.lines_with("GatherMean: ranks disagree on d: 100 on rank 0; 101 on rank 1"), ended.text
+    assert ended.seconds < 45
+
+
+def test_options_that_differ_between_ranks_are_told(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(f"""
+from dataclasses import replace
+from mpi_ef.jobs.launch import run
+from mpi_ef.jobs.train import TrainConfig, train
+config = TrainConfig(model="mlp", steps=5, out={str(tmp_path)!r})
+run(lambda comm: train(comm, replace(config, log_every=5 + comm.Get_rank())))
+""")
+    ended = run(2, script, within=LIMIT)
+    assert ended.status == 2, ended.text
+    assert len(ended.lines_with("disagree on option log_every: 5 on rank 0; 6 on rank 1")) == 1, ended.text
+
+
 def test_a_rank_that_is_killed_ends_all(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(PROGRAM.format(fault="import os; os.kill(os.getpid(), 9)"))
@@ -159,6 +198,8 @@ def test_a_terminated_run_leaves_its_metrics(tmp_path):
         if rows.exists() and len(rows.read_text().splitlines()) > 3:
             break
         time.sleep(0.1)
+    else:
+        pytest.fail("no metrics were written within a minute")
     process.send_signal(signal.SIGTERM)
     assert finish(process, within=30).status != 0
     assert all(json.loads(line)["step"] for line in rows.read_text().splitlines())
