@@ -47,7 +47,7 @@ class Trainer:
             options = {f"option {k}": v for k, v in asdict(config).items() if k not in ("text", "out")}
             return {"training samples": self.data.size, "their content": self.data.fingerprint, **options}
 
-        agree(comm, "data", facts, "give every rank the same data and options; ranks take their own part of the data")
+        agree(comm, "train", facts, "give every rank the same data and options; ranks take their own part of the data")
         order = np.random.default_rng(config.seed).permutation(self.data.size)
         if config.split == "by-label" and self.data.labels is not None:
             order = np.argsort(self.data.labels, kind="stable")
@@ -75,7 +75,7 @@ class Trainer:
         return (f"{self.config.model}: {flat.d:,} parameters on {plan.size} ranks, {self.data.size:,} training samples; "
                 f"{self.config.optimizer} with {self.config.rule} on the {self.config.placement}, {plan.compressor}: "
                 f"{in_bytes(plan.traffic.sent_nbytes)} per step and rank "
-            f"(dense: {in_bytes(plan.traffic.dense_nbytes)})")  # fmt: skip
+                f"(dense: {in_bytes(plan.traffic.dense_nbytes)})")  # fmt: skip
 
     def step(self) -> None:
         """Take one optimizer step on the next batch of this rank."""

@@ -5,7 +5,7 @@ Every kernel is a Numba function over contiguous one-dimensional arrays and has 
 Vectors are float32 or float64; indices are int64 in ascending order; bytes are uint8.
 """
 
-from .coding import decode_indices, encode_indices, low_bits, upper_nbytes
+from .coding import decode_indices, encode_indices, low_bits, lower_nbytes, upper_nbytes
 from .finite import all_finite
 from .quantize import add_quantized, quantize
 from .sample import sample_indices
@@ -23,6 +23,7 @@ __all__ = [
     "encode_indices",
     "encode_signs",
     "low_bits",
+    "lower_nbytes",
     "quantize",
     "sample_indices",
     "select_largest",

@@ -1,4 +1,4 @@
-"""The one place where Numba's options are chosen, and the vector-free intrinsics that kernels share."""
+"""The one place where Numba's options are chosen, and the machine instruction that Numba does not offer."""
 
 from collections.abc import Callable
 from typing import Any

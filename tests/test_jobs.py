@@ -312,7 +312,7 @@ def test_data_that_only_one_rank_cannot_read_stop_all_ranks(tmp_path):
 
     errors = virtual.run(3, program)
     assert [type(error) for error in errors] == [PeerError, DataError, PeerError]
-    assert "data: rank 1 raised" in str(errors[0])
+    assert "train: rank 1 raised" in str(errors[0])
 
 
 def test_data_that_differ_between_ranks_stop_all_ranks(tmp_path):

@@ -10,7 +10,6 @@ from vectors_for_tests import DTYPES, vectors
 
 from mpi_ef import kernels
 from mpi_ef.kernels import reference
-from mpi_ef.kernels.coding import lower_nbytes, upper_nbytes
 
 FORMATS = {"bf16": np.int16, "fp16": np.int16, "int8": np.int8}
 
@@ -22,7 +21,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def test_every_kernel_has_a_twin_with_the_same_parameters():
-    assert set(reference.__all__) == set(kernels.__all__) - {"low_bits", "upper_nbytes"}
+    assert set(reference.__all__) == set(kernels.__all__) - {"low_bits", "lower_nbytes", "upper_nbytes"}
     for name in reference.__all__:
         kernel = getattr(kernels, name)
         kernel = getattr(kernel, "py_func", kernel)
@@ -84,7 +83,7 @@ def test_index_code_round_trip(d, share, seed):
     k = round(share * d)
     indices = np.sort(np.random.default_rng(seed).permutation(d)[:k]).astype(np.int64)
     low = kernels.low_bits(d, k)
-    sizes = lower_nbytes(k, low) // 8, upper_nbytes(d, k, low) // 8
+    sizes = kernels.lower_nbytes(k, low) // 8, kernels.upper_nbytes(d, k, low) // 8
     mine, twin = ([np.full(size, 2**64 - 1, np.uint64) for size in sizes] for _ in range(2))
     kernels.encode_indices(indices, low, *mine)
     reference.encode_indices(indices, low, *twin)
@@ -100,8 +99,8 @@ def test_index_code_beyond_32_bits():
     d = 2**40
     indices = np.array([0, 5, 2**31, 2**33 + 1, 2**40 - 1], np.int64)
     low = kernels.low_bits(d, indices.size)
-    lower = np.empty(lower_nbytes(indices.size, low) // 8, np.uint64)
-    upper = np.empty(upper_nbytes(d, indices.size, low) // 8, np.uint64)
+    lower = np.empty(kernels.lower_nbytes(indices.size, low) // 8, np.uint64)
+    upper = np.empty(kernels.upper_nbytes(d, indices.size, low) // 8, np.uint64)
     kernels.encode_indices(indices, low, lower, upper)
     decoded = np.empty_like(indices)
     kernels.decode_indices(lower, upper, low, decoded)

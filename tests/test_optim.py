@@ -245,8 +245,15 @@ def test_wrong_arguments():
 
 
 @pytest.mark.parametrize("placement", ["update", "gradient"])
-def test_a_parameter_that_is_unfrozen_later_stops_all_ranks(placement):
-    """It has no place in the vector: stepping it would let the replicas drift apart."""
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda net: net.frozen.requires_grad_(True), OptionError, "unfrozen after the optimizer"),
+        (lambda net: net.double().float(), ShapeError, "its memory was replaced"),
+    ],
+)
+def test_a_model_that_is_changed_on_one_rank_stops_all_ranks(placement, change, error, words):
+    """Parameters without a place in the vector would let the replicas drift apart."""
 
     def program(comm):
         net = model()
@@ -254,28 +261,12 @@ def test_a_parameter_that_is_unfrozen_later_stops_all_ranks(placement):
             torch.optim.SGD(net.parameters(), lr=0.1), comm, TopK(0.5), placement=placement
         )
         if comm.Get_rank() == 1:
-            net.frozen.requires_grad_(True)
+            change(net)
         loss_of(net, comm.Get_rank(), 0).backward()
-        with pytest.raises(OptionError if comm.Get_rank() == 1 else PeerError, match="unfrozen after the optimizer"):
+        with pytest.raises(error if comm.Get_rank() == 1 else PeerError, match=words):
             optimizer.step()
 
     virtual.results(3, program)
-
-
-@pytest.mark.parametrize("placement", ["update", "gradient"])
-def test_a_model_that_was_moved_on_one_rank_stops_all_ranks(placement):
-    def program(comm):
-        net = model()
-        optimizer = DistributedOptimizer(
-            torch.optim.SGD(net.parameters(), lr=0.1), comm, TopK(0.5), placement=placement
-        )
-        if comm.Get_rank() == 1:
-            net.double().float()
-        loss_of(net, comm.Get_rank(), 0).backward()
-        with pytest.raises(ShapeError if comm.Get_rank() == 1 else PeerError, match="its memory was replaced"):
-            optimizer.step()
-
-    virtual.results(2, program)
 
 
 def test_learning_rates_that_drift_apart_stop_all_ranks():

@@ -17,7 +17,6 @@ from numpy.typing import DTypeLike
 
 from mpi_ef import kernels
 from mpi_ef.errors import OptionError
-from mpi_ef.kernels.coding import low_bits, lower_nbytes, upper_nbytes
 
 from .compressor import Codec, Compressor, Vector, Wires
 from .dense import Identity
@@ -153,9 +152,9 @@ class _SparseCodec(Codec):
 
 class _TopKCodec(_SparseCodec):
     def _head_nbytes(self, k: int) -> int:
-        self._low = low_bits(self.d, k)
-        self._lower = lower_nbytes(k, self._low)
-        return self._lower + upper_nbytes(self.d, k, self._low)
+        self._low = kernels.low_bits(self.d, k)
+        self._lower = kernels.lower_nbytes(k, self._low)
+        return self._lower + kernels.upper_nbytes(self.d, k, self._low)
 
     def _choose(self, x: Vector, head: Wires, step: int, rank: int) -> None:  # noqa: ARG002
         kernels.select_largest(x, self._indices)

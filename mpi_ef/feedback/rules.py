@@ -37,9 +37,7 @@ def _scratch() -> Any:
 
 @dataclass
 class State:
-    """Named arrays of a rule, each (d,) and zero at the start. `v` is the vector that is sent, kept between steps only
-    to avoid an allocation.
-    """  # noqa: D205
+    """Named arrays of a rule, each (d,) and zero at the start; `v` holds the vector that is sent."""
 
     v: Vector = _scratch()
 

@@ -137,10 +137,13 @@ def test_bad_input_on_one_rank_is_told_on_all(comm):
 def test_different_models_are_told_on_all(comm):
     import torch
 
-    if comm.size == 1:
-        return
-    with pytest.raises(DisagreementError, match=r"disagree on parameter 0: \(3,\)"):
-        EF21([torch.nn.Parameter(torch.ones(3 + (comm.rank == 1)))], comm, TopK(0.5), lr=0.1)
+    def build(entries):
+        return EF21([torch.nn.Parameter(torch.ones(entries))], comm, TopK(0.5), lr=0.1)
+
+    assert build(3).flat.d == 3
+    if comm.size > 1:
+        with pytest.raises(DisagreementError, match=r"disagree on parameter 0: \(3,\)"):
+            build(3 + (comm.rank == 1))
 
 
 @pytest.mark.parametrize("method", ["ef21", "econtrol"])
