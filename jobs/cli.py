@@ -11,6 +11,7 @@ __all__ = ["main"]
 # --help.
 PROGRAMS = {
     "train": "train a model over MPI with compressed communication",
+    "bench": "measure plans and rules against dense allreduce on this machine",
     "report": "draw and tabulate finished runs: loss against bytes, time and steps",
     "least-squares": "solve a least-squares problem with rows on all ranks; NumPy only, no torch",
 }

@@ -52,6 +52,7 @@ class TrainConfig:
         "topk", "identity exchanges everything"
     )
     ratio: float = option(0.01, "share of entries that topk and randk keep")
+    per_parameter: bool = option(False, "topk keeps its share of every parameter, not of the whole model")
     values: Literal["full", "bf16", "fp16", "int8"] = option("bf16", "how kept or quantized values travel")
     eta: float | None = option(
         None, "strength of econtrol's feedback; 0.3 times the contraction constant when left out"
@@ -141,7 +142,7 @@ def build_compressor(config: TrainConfig) -> "Compressor":
 
     values: Compressor = Identity() if config.values == "full" else Quantize(config.values)
     if config.compressor == "topk":
-        return TopK(config.ratio, values=values)
+        return TopK(config.ratio, values=values, segments="parameters" if config.per_parameter else None)
     if config.compressor == "randk":
         return RandK(config.ratio, values=values, seed=config.seed)
     if config.compressor == "sign":

@@ -5,27 +5,38 @@ Every kernel is a Numba function over contiguous one-dimensional arrays and has 
 Vectors are float32 or float64; indices are int64 in ascending order; bytes are uint8.
 """
 
+from ._stream import BLOCK
 from .coding import decode_indices, encode_indices, low_bits, lower_nbytes, upper_nbytes
 from .finite import all_finite
-from .quantize import add_quantized, quantize
+from .quantize import QUANTIZE_SCRATCH, add_quantized, quantize
 from .sample import sample_indices
-from .select import select_largest
-from .signs import add_signs, encode_signs
-from .sparse import add_dense, add_sparse
+from .select import SELECT_SCRATCH, select_candidates, select_largest
+from .signs import SIGNS_SCRATCH, add_signs, encode_signs
+from .sparse import COMBINE_SCRATCH, add_dense, add_sparse, clear_sparse, combine, gather, mean_rows
 
 __all__ = [
+    "BLOCK",
+    "COMBINE_SCRATCH",
+    "QUANTIZE_SCRATCH",
+    "SELECT_SCRATCH",
+    "SIGNS_SCRATCH",
     "add_dense",
     "add_quantized",
     "add_signs",
     "add_sparse",
     "all_finite",
+    "clear_sparse",
+    "combine",
     "decode_indices",
     "encode_indices",
     "encode_signs",
+    "gather",
     "low_bits",
     "lower_nbytes",
+    "mean_rows",
     "quantize",
     "sample_indices",
+    "select_candidates",
     "select_largest",
     "upper_nbytes",
 ]

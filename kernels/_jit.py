@@ -1,15 +1,26 @@
-"""The one place where Numba's options are chosen, and the machine instruction that Numba does not offer."""
+"""The one place where Numba's options are chosen."""
 
 from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numba
-from numba.extending import intrinsic
 
-__all__ = ["jit", "trailing_zeros"]
+__all__ = ["jit"]
 
 # No fastmath anywhere: NaN and Inf must be seen, and the NumPy twins must give the same bits.
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
+
+
+def _room_stamp() -> str:
+    digest = sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+_STAMP = _room_stamp()
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -20,19 +31,20 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     njit: Any = numba.njit
     try:
-        compiled: Callable[..., Any] = njit(cache=True, **_OPTIONS)(function)
+        compiled: Any = njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:
-        compiled = njit(**_OPTIONS)(function)
-    return compiled
+        return njit(**_OPTIONS)(function)  # type: ignore[no-any-return]
+    _depend_on_the_whole_room(compiled)
+    return compiled  # type: ignore[no-any-return]
 
 
-def _trailing_zeros(_context: Any, word: Any) -> Any:  # noqa: ARG001
-    """Count the zero bits below the lowest set bit of a non-zero unsigned 64-bit `word`."""
+def _depend_on_the_whole_room(compiled: Any) -> None:
+    """Let cached machine code be discarded when any file of this folder has changed.
 
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], numba.core.cgutils.true_bit)
-
-    return numba.types.uint64(numba.types.uint64), generate
-
-
-trailing_zeros: Any = intrinsic(_trailing_zeros)
+    Numba looks at the file of a kernel only, and would go on using an old helper from another file. Without the
+    attributes of today's Numba its own rule stays in force.
+    """
+    file: Any = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+    stamp = getattr(file, "_source_stamp", None)
+    if stamp is not None:
+        file._source_stamp = (stamp, _STAMP)  # noqa: SLF001

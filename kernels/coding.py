@@ -13,7 +13,8 @@ P. Elias, "Efficient storage and retrieval by content and address of static file
 import numpy as np
 from numpy.typing import NDArray
 
-from ._jit import jit, trailing_zeros
+from ._jit import jit
+from ._vector import load_word, trailing_zeros
 
 __all__ = ["decode_indices", "encode_indices", "low_bits", "lower_nbytes", "upper_nbytes"]
 
@@ -44,19 +45,25 @@ def encode_indices(indices: NDArray[np.int64], low: int, lower: NDArray[np.uint6
     lower : (lower_nbytes(k, l) / 8,) uint64, overwritten
     upper : (upper_nbytes(d, k, l) / 8,) uint64, overwritten
     """
-    lower[:] = np.uint64(0)
     upper[:] = np.uint64(0)
     one = np.uint64(1)
     mask = (one << np.uint64(low)) - one
+    word, filled, place = np.uint64(0), np.uint64(0), 0  # the word of low parts that is being filled
+    width = np.uint64(low)
     for j in range(indices.size):
         high = j + (indices[j] >> low)
         upper[high >> 6] |= one << np.uint64(high & 63)
         if low:
             part = np.uint64(indices[j]) & mask
-            bit = j * low
-            lower[bit >> 6] |= part << np.uint64(bit & 63)
-            if (bit & 63) + low > 64:
-                lower[(bit >> 6) + 1] |= part >> np.uint64(64 - (bit & 63))
+            word |= part << filled
+            filled += width
+            if filled >= np.uint64(64):
+                lower[place] = word
+                place += 1
+                filled -= np.uint64(64)
+                word = part >> (width - filled) if filled else np.uint64(0)
+    if filled:
+        lower[place] = word
 
 
 @jit
@@ -71,17 +78,23 @@ def decode_indices(lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: in
     """
     one = np.uint64(1)
     mask = (one << np.uint64(low)) - one
-    j = 0
+    last_byte = 8 * (lower.size - 1)
+    j, bit = 0, 0
     for word_index in range(upper.size):
         word = upper[word_index]
         while word and j < indices.size:
             high = (word_index << 6) + np.int64(trailing_zeros(word)) - j
             word &= word - one
-            part = np.uint64(0)
-            if low:
-                bit = j * low
+            if low > 57:  # 64 bits that begin at a byte may not hold a part
                 part = lower[bit >> 6] >> np.uint64(bit & 63)
                 if (bit & 63) + low > 64:
                     part |= lower[(bit >> 6) + 1] << np.uint64(64 - (bit & 63))
-            indices[j] = (high << low) | np.int64(part & mask)
+                indices[j] = (high << low) | np.int64(part & mask)
+            elif low:
+                byte = min(bit >> 3, last_byte)
+                part = load_word(lower, byte) >> np.uint64(bit - 8 * byte)
+                indices[j] = (high << low) | np.int64(part & mask)
+            else:
+                indices[j] = high
             j += 1
+            bit += low

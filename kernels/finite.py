@@ -25,7 +25,7 @@ def all_finite(x: NDArray[np.floating]) -> bool:
 
 
 @jit
-def _no_word_has_all(words, mask):  # type: ignore[no-untyped-def]
+def _no_word_has_all(words, mask):
     seen = 0
     for i in range(words.size):
         seen |= (words[i] & mask) == mask

@@ -6,8 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._jit import jit
+from ._stream import BLOCK, form, put
+from ._vector import fence, magnitude
 
-__all__ = ["FORMATS", "add_quantized", "quantize"]
+__all__ = ["FORMATS", "QUANTIZE_SCRATCH", "add_quantized", "quantize"]
+
+Terms = tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]
+
+QUANTIZE_SCRATCH = 2 * BLOCK
 
 # name: (exponent headroom, largest code as a number). The largest magnitude of a block is scaled into [2**(h-1), 2**h].
 FORMATS = {"bf16": 0, "fp16": 15, "int8": 7}
@@ -16,26 +22,44 @@ _NOT_FINITE = 32767  # exponent of a block that holds NaN or Inf; the whole bloc
 
 
 def quantize(
-    x: NDArray[np.floating], format: str, block: int, exponents: NDArray[np.int16], codes: NDArray[np.int16 | np.int8]
-) -> None:
-    """Write `x` as ``codes * 2**exponents``, rounded to nearest, ties to even.
+    terms: Terms,
+    factors: NDArray[np.floating],
+    keep: NDArray[np.floating],
+    keep_factors: NDArray[np.floating],
+    less_decoded: bool,
+    format: str,
+    block: int,
+    exponents: NDArray[np.int16],
+    codes: NDArray[np.int16 | np.int8],
+    scratch: NDArray[np.floating],
+) -> bool:
+    """Write ``x = sum_t factors[t] * terms[t]`` as ``codes * 2**exponents``, rounded to nearest, ties to even.
 
     Parameters
     ----------
-    x : (d,) float32 or float64
+    terms, factors, keep, keep_factors : as in :func:`select_largest`
+    less_decoded : bool, whether `keep` is overwritten with ``sum_t keep_factors[t] * terms[t] - decoded``
     format : {"bf16", "fp16", "int8"}
     block : int, entries that share an exponent; the last block may be shorter
     exponents : (ceil(d / block),) int16, overwritten: the power of two that brings the block's largest magnitude into
         [0.5, 1) for bf16, [2**14, 2**15) for fp16 and (63.5, 127] for int8; 0 for a block of zeros
     codes : (d,) overwritten; the bit patterns of bf16 or fp16 numbers in int16, or int8 integers
+    scratch : (QUANTIZE_SCRATCH,) of the dtype of x
+
+    Returns
+    -------
+    bool
+        Whether x is finite. A block with a NaN or Inf decodes to NaN.
 
     Notes
     -----
     The power of two makes small blocks as precise as large ones: no overflow in fp16, no underflow of subnormal
     inputs, and decoding is exact, except that what rounding has lifted beyond the largest number decodes to that
     number. float64 is rounded to float32 first for the 16-bit formats.
+    Memory touched: every term once and `keep`; the terms twice when a block has more than 4096 entries.
     """
-    _quantize(x, FORMATS[format], block, exponents, codes)
+    return bool(_quantize(terms, factors, keep, keep_factors, less_decoded, FORMATS[format], block,
+                          exponents, codes, scratch))  # fmt: skip
 
 
 def add_quantized(
@@ -44,7 +68,9 @@ def add_quantized(
     format: str,
     block: int,
     factor: np.floating,
+    overwrite: bool,
     out: NDArray[np.floating],
+    scratch: NDArray[np.floating],
 ) -> None:
     """Add ``factor * decoded`` to `out`, the inverse of :func:`quantize`.
 
@@ -53,13 +79,15 @@ def add_quantized(
     exponents, codes : as :func:`quantize` wrote them
     format, block : the same as there
     factor : scalar of the dtype of `out`
+    overwrite : bool, whether the sum starts from zero and not from what is in `out`, which is then not read
     out : (d,) float32 or float64, updated
+    scratch : (QUANTIZE_SCRATCH,) of the dtype of `out`
     """
-    _add_quantized(exponents, codes, FORMATS[format], block, factor, out)
+    _add_quantized(exponents, codes, FORMATS[format], block, factor, overwrite, out, scratch)
 
 
 @jit
-def _to_half(value):  # type: ignore[no-untyped-def]
+def _to_half(value):
     """Return the fp16 bit pattern of a float32 `value` with magnitude below 65504."""
     word = np.int64(np.float32(value).view(np.uint32))
     sign, magnitude = (word >> 16) & 0x8000, word & 0x7FFFFFFF
@@ -70,7 +98,7 @@ def _to_half(value):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _from_half(code):  # type: ignore[no-untyped-def]
+def _from_half(code):
     magnitude = code & 0x7FFF
     if magnitude < 0x400:
         value = magnitude / 16777216.0
@@ -80,57 +108,119 @@ def _from_half(code):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _quantize(x, headroom, block, exponents, codes):  # type: ignore[no-untyped-def]
-    for j in range(exponents.size):
-        start, stop = j * block, min((j + 1) * block, x.size)
-        largest = 0.0
-        for i in range(start, stop):
-            magnitude = np.float64(abs(x[i]))
-            if magnitude > largest or magnitude != magnitude:  # noqa: PLR0124
-                largest = magnitude
-        if not math.isfinite(largest):
-            exponents[j] = _NOT_FINITE
-            codes[start:stop] = 0
-            continue
-        fraction, exponent = math.frexp(largest)
-        exponent -= headroom
-        if headroom == 7 and fraction * 128.0 > 127.0:
-            exponent += 1
-        if largest == 0.0:
-            exponent = 0
-        exponents[j] = exponent
-        # Two factors, because one power of two may lie outside the range of float64.
-        half = -exponent // 2
-        first, second = math.ldexp(1.0, half), math.ldexp(1.0, -exponent - half)
-        for i in range(start, stop):
-            scaled = np.float64(x[i]) * first * second
-            if headroom == 7:
-                codes[i] = np.int64(np.rint(scaled))
-            elif headroom == 15:
-                codes[i] = _to_half(np.float32(scaled))
-            else:
-                word = np.int64(np.float32(scaled).view(np.uint32))
-                codes[i] = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
+def _quantize(terms, factors, keep, keep_factors, less_decoded, headroom, block,
+              exponents, codes, scratch):  # fmt: skip
+    d, finite = terms[0].size, True
+    x, other = scratch[:BLOCK], scratch[BLOCK:]
+    tile = BLOCK // block * block if block <= BLOCK else BLOCK
+    for low in range(0, d, tile):
+        m = min(tile, d - low)
+        first, last = low // block, -(-(low + m) // block)
+        for j in range(first, last):
+            if block > BLOCK and j * block >= low:  # it begins here and ends in a later tile
+                exponents[j] = _exponent_of_long_block(terms, factors, j * block, min(d, (j + 1) * block), x, headroom)
+        form(terms, factors, low, x[:m])
+        for j in range(first, last):
+            start, stop = max(j * block - low, 0), min((j + 1) * block - low, m)
+            if block <= BLOCK:
+                exponents[j] = _exponent(_largest(x, start, stop, np.uint64(0)), x, headroom)
+            finite &= exponents[j] != _NOT_FINITE
+            _encode(x, start, stop, headroom, exponents[j], codes[low:])
+        if keep.size:
+            form(terms, keep_factors, low, other[:m])
+            if less_decoded:
+                for j in range(first, last):
+                    start, stop = max(j * block - low, 0), min((j + 1) * block - low, m)
+                    _decode(codes[low:], start, stop, headroom, exponents[j], x.dtype.type(-1), other)
+            put(other[:m], keep, low)
+    fence()
+    return finite
 
 
 @jit
-def _add_quantized(exponents, codes, headroom, block, factor, out):  # type: ignore[no-untyped-def]
-    limit = np.float64(np.finfo(out.dtype).max)
-    for j in range(exponents.size):
-        start, stop = j * block, min((j + 1) * block, out.size)
-        exponent = int(exponents[j])
-        if exponent == _NOT_FINITE:
-            out[start:stop] = np.nan
-            continue
-        half = exponent // 2
-        first, second = math.ldexp(1.0, half), math.ldexp(1.0, exponent - half)
+def _largest(x, start, stop, high):
+    for i in range(start, stop):
+        high = max(high, magnitude(x[i]))
+    return high
+
+
+@jit
+def _exponent_of_long_block(terms, factors, start, stop, x, headroom):
+    high = np.uint64(0)
+    for low in range(start, stop, BLOCK):
+        m = min(BLOCK, stop - low)
+        form(terms, factors, low, x[:m])
+        high = _largest(x, 0, m, high)
+    return _exponent(high, x, headroom)
+
+
+@jit
+def _exponent(high, x, headroom):
+    """Return the exponent of a block whose largest magnitude has the bits `high`."""
+    largest = np.float64(np.uint32(high).view(np.float32)) if x.itemsize == 4 else np.uint64(high).view(np.float64)
+    if not math.isfinite(largest):
+        return _NOT_FINITE
+    if largest == 0.0:
+        return 0
+    fraction, exponent = math.frexp(largest)
+    return exponent - headroom + (headroom == 7 and fraction * 128.0 > 127.0)
+
+
+@jit
+def _power(exponent):
+    """Return two factors of ``2**exponent``, because one may lie outside the range of float64."""
+    half = exponent // 2
+    return math.ldexp(1.0, half), math.ldexp(1.0, exponent - half)
+
+
+@jit
+def _encode(x, start, stop, headroom, exponent, codes):
+    if exponent == _NOT_FINITE:
+        codes[start:stop] = 0
+        return
+    first, second = _power(-int(exponent))
+    if headroom == 7:
         for i in range(start, stop):
-            code = np.int64(codes[i])
-            if headroom == 7:
-                value = np.float64(code)
-            elif headroom == 15:
-                value = _from_half(code & 0xFFFF)
-            else:
-                value = np.float64(np.uint32((code & 0xFFFF) << 16).view(np.float32))
-            decoded = min(max(value * first * second, -limit), limit)
-            out[i] += factor * out.dtype.type(decoded)
+            codes[i] = np.int64(np.rint(np.float64(x[i]) * first * second))
+    elif headroom == 15:
+        for i in range(start, stop):
+            codes[i] = _to_half(np.float32(np.float64(x[i]) * first * second))
+    else:
+        for i in range(start, stop):
+            word = np.int64(np.float32(np.float64(x[i]) * first * second).view(np.uint32))
+            codes[i] = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
+
+
+@jit
+def _decode(codes, start, stop, headroom, exponent, factor, out):
+    """Add ``factor * decoded`` to ``out[start:stop]``."""
+    if exponent == _NOT_FINITE:
+        out[start:stop] = np.nan
+        return
+    first, second = _power(int(exponent))
+    limit = np.float64(np.finfo(out.dtype).max)
+    for i in range(start, stop):
+        code = np.int64(codes[i])
+        if headroom == 7:
+            value = np.float64(code)
+        elif headroom == 15:
+            value = _from_half(code & 0xFFFF)
+        else:
+            value = np.float64(np.uint32((code & 0xFFFF) << 16).view(np.float32))
+        out[i] += factor * out.dtype.type(min(max(value * first * second, -limit), limit))
+
+
+@jit
+def _add_quantized(exponents, codes, headroom, block, factor, overwrite, out, scratch):
+    tile = BLOCK // block * block if block <= BLOCK else BLOCK
+    for low in range(0, out.size, tile):
+        m = min(tile, out.size - low)
+        target = scratch[:m] if overwrite else out[low : low + m]
+        if overwrite:
+            target[:] = 0
+        for j in range(low // block, -(-(low + m) // block)):
+            start, stop = max(j * block - low, 0), min((j + 1) * block - low, m)
+            _decode(codes[low:], start, stop, headroom, exponents[j], factor, target)
+        if overwrite:
+            put(target, out, low)
+    fence()

@@ -9,15 +9,37 @@ __all__ = [
     "add_signs",
     "add_sparse",
     "all_finite",
+    "clear_sparse",
+    "combine",
     "decode_indices",
     "encode_indices",
     "encode_signs",
+    "gather",
+    "mean_rows",
     "quantize",
     "sample_indices",
     "select_largest",
 ]
 
 Vector = NDArray[np.floating]
+Terms = tuple[Vector, Vector, Vector]
+
+
+def _sum(terms: Terms, factors: Vector) -> Vector:
+    """Return ``sum_t factors[t] * terms[t]``; empty terms are absent."""
+    x: Vector = factors[0] * terms[0]
+    for factor, term in zip(factors[1:], terms[1:], strict=True):
+        if term.size:
+            x = x + factor * term
+    return x
+
+
+def combine(terms: Terms, factors: Vector, out: Vector, scratch: Vector) -> bool:  # noqa: ARG001
+    """Write the linear combination to `out`, unless that is empty, and tell whether it is finite."""
+    x = _sum(terms, factors)
+    if out.size:
+        out[:] = x
+    return all_finite(x)
 
 
 def all_finite(x: Vector) -> bool:
@@ -25,16 +47,58 @@ def all_finite(x: Vector) -> bool:
     return bool(np.isfinite(x).all())
 
 
-def select_largest(x: Vector, indices: NDArray[np.int64]) -> None:
-    """Write the ascending indices of the entries of largest magnitude; ties: lowest index first; NaN above Inf."""
-    key = np.abs(x).view(f"u{x.itemsize}")  # floats without a sign order like integers
-    order = np.argsort(~key, kind="stable")
-    indices[:] = np.sort(order[: indices.size])
+def select_largest(
+    terms: Terms,
+    factors: Vector,
+    keep: Vector,
+    keep_factors: Vector,
+    bounds: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    indices: NDArray[np.int64],
+    values: Vector,
+    scratch: Vector,  # noqa: ARG001
+    histogram: NDArray[np.int64],  # noqa: ARG001
+) -> bool:
+    """Select the entries of largest magnitude of each segment; ties: lowest index first; NaN above Inf."""
+    x = _sum(terms, factors)
+    if keep.size:
+        keep[:] = _sum(terms, keep_factors)
+    first = 0
+    for start, stop, k in zip(bounds[:-1], bounds[1:], counts, strict=True):
+        key = np.abs(x[start:stop]).view(f"u{x.itemsize}")  # floats without a sign order like integers
+        order = np.argsort(~key, kind="stable")
+        indices[first : first + k] = start + np.sort(order[:k])
+        first += k
+    values[:first] = x[indices[:first]]
+    return all_finite(x)
+
+
+def mean_rows(
+    rows: Vector,
+    own: Vector,
+    rank: int,
+    factor: np.floating,
+    out: Vector,
+) -> bool:
+    """Write ``factor * rows[0] + factor * rows[1] + ...`` to `out`, `own` in place of a row; tell whether it is finite."""
+    parts = [factor * (own if r == rank else row) for r, row in enumerate(rows)]
+    out[:] = sum(parts[1:], start=parts[0])
+    return all_finite(out)
+
+
+def gather(terms: Terms, factors: Vector, indices: NDArray[np.int64], values: Vector) -> None:
+    """Write the entries of the linear combination at `indices` into `values`."""
+    values[:] = _sum(terms, factors)[indices]
 
 
 def add_sparse(indices: NDArray[np.int64], values: Vector, factor: np.floating, out: Vector) -> None:
     """Add ``factor * values`` to `out` at `indices`."""
     out[indices] += factor * values
+
+
+def clear_sparse(indices: NDArray[np.int64], out: Vector) -> None:
+    """Set `out` to zero at `indices`."""
+    out[indices] = 0
 
 
 def add_dense(values: Vector, factor: np.floating, out: Vector) -> None:
@@ -60,28 +124,95 @@ def decode_indices(lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: in
     indices[:] = (high << low) | (parts << np.arange(low)).sum(axis=1)
 
 
-def encode_signs(x: Vector, block: int, bits: NDArray[np.uint8], scales: Vector) -> None:
-    """Write the signs of `x` as bits, most significant first, and the mean magnitude of each block."""
+def encode_signs(
+    terms: Terms,
+    factors: Vector,
+    keep: Vector,
+    keep_factors: Vector,
+    less_decoded: bool,
+    row_bits: NDArray[np.uint8],
+    row_scales: Vector,
+    row_block: int,
+    row_factor: np.floating,
+    block: int,
+    bits: NDArray[np.uint8],
+    scales: Vector,
+    scratch: Vector,
+) -> bool:
+    """Write the signs as bits, most significant first, and the mean magnitude of each block."""
+    x = _sum(terms, factors)
+    add_signs(row_bits, row_scales, row_block, row_factor, False, x, scratch)
     bits[:] = np.packbits(x >= 0)
     for j in range(scales.size):
-        part = np.abs(x[j * block : (j + 1) * block]).astype(np.float64)
-        with np.errstate(over="ignore"):
-            total = np.cumsum(part)[-1]  # adds in index order, sum does not
-            mean = min(np.cumsum(part / part.size)[-1], part.max()) if np.isinf(total) else total / part.size
-        scales[j] = mean
+        scales[j] = _mean_magnitude(x[j * block : (j + 1) * block])
+    if keep.size:
+        keep[:] = _sum(terms, keep_factors)
+        add_signs(row_bits, row_scales, row_block, row_factor, False, keep, scratch)
+        if less_decoded:
+            add_signs(bits[None], scales[None], block, x.dtype.type(-1), False, keep, scratch)
+    return all_finite(x)
 
 
-def add_signs(bits: NDArray[np.uint8], scales: Vector, block: int, factor: np.floating, out: Vector) -> None:
+def _mean_magnitude(x: Vector) -> float:
+    parts = [np.abs(x[start : start + 4096]) for start in range(0, x.size, 4096)]  # a whole number of groups
+    with np.errstate(over="ignore"):
+        totals = [_sum_magnitudes(part) for part in parts]
+        if not np.isinf(sum(totals)):
+            return sum(totals) / x.size
+        means = [_mean_of_large_numbers(part.astype(np.float64)) if np.isinf(total) else total / part.size
+                 for part, total in zip(parts, totals, strict=True)]  # fmt: skip
+        return sum(mean * (part.size / x.size) for mean, part in zip(means, parts, strict=True))
+
+
+def _sum_magnitudes(x: Vector) -> float:
+    """Add groups of 64 by halves, and what follows the last one entry by entry."""
+    whole = x.size // 64 * 64
+    groups = x[:whole].reshape(-1, 64)
+    while groups.shape[1] > 1:
+        half = groups.shape[1] // 2
+        groups = groups[:, :half] + groups[:, half:]
+    summands = np.concatenate([[0.0], groups.ravel(), x[whole:]]).astype(np.float64)
+    return float(np.cumsum(summands)[-1])  # adds in order, sum does not
+
+
+def _mean_of_large_numbers(x: NDArray[np.float64]) -> float:
+    largest = x.max()
+    if not np.isfinite(x).all():
+        return float("inf")
+    return float(min(np.cumsum(x / largest / x.size)[-1], 1.0) * largest)
+
+
+def add_signs(
+    bits: NDArray[np.uint8],
+    scales: Vector,
+    block: int,
+    factor: np.floating,
+    overwrite: bool,
+    out: Vector,
+    scratch: Vector,  # noqa: ARG001
+) -> None:
     """Add ``factor * scale * sign`` of every row to `out`, in row order."""
+    if overwrite:
+        out[:] = 0
     for row, scale in zip(bits, scales, strict=True):
         step = np.repeat(factor * scale, block)[: out.size]
         out += np.where(np.unpackbits(row, count=out.size), step, -step)
 
 
 def quantize(
-    x: Vector, format: str, block: int, exponents: NDArray[np.int16], codes: NDArray[np.int16 | np.int8]
-) -> None:
-    """Write `x` as ``codes * 2**exponents``, a power of two per block."""
+    terms: Terms,
+    factors: Vector,
+    keep: Vector,
+    keep_factors: Vector,
+    less_decoded: bool,
+    format: str,
+    block: int,
+    exponents: NDArray[np.int16],
+    codes: NDArray[np.int16 | np.int8],
+    scratch: Vector,
+) -> bool:
+    """Write the linear combination as ``codes * 2**exponents``, a power of two per block."""
+    x = _sum(terms, factors)
     for j in range(exponents.size):
         part = x[j * block : (j + 1) * block].astype(np.float64)
         code = codes[j * block : (j + 1) * block]
@@ -102,6 +233,11 @@ def quantize(
         else:
             word = scaled.astype(np.float32).view(np.uint32)
             code[:] = ((word + 0x7FFF + ((word >> 16) & 1)) >> 16).astype(np.uint16).view(np.int16)
+    if keep.size:
+        keep[:] = _sum(terms, keep_factors)
+        if less_decoded:
+            add_quantized(exponents, codes, format, block, x.dtype.type(-1), False, keep, scratch)
+    return all_finite(x)
 
 
 def add_quantized(
@@ -110,9 +246,13 @@ def add_quantized(
     format: str,
     block: int,
     factor: np.floating,
+    overwrite: bool,
     out: Vector,
+    scratch: Vector,  # noqa: ARG001
 ) -> None:
     """Add ``factor * decoded`` to `out`."""
+    if overwrite:
+        out[:] = 0
     if format == "int8":
         values = codes.astype(np.float64)
     elif format == "fp16":
@@ -139,7 +279,14 @@ def _mix(word: int) -> int:
     return word ^ (word >> 31)
 
 
-def sample_indices(seed: int, step: int, rank: int, d: int, indices: NDArray[np.int64]) -> None:
+def sample_indices(
+    seed: int,
+    step: int,
+    rank: int,
+    d: int,
+    indices: NDArray[np.int64],
+    bitmap: NDArray[np.uint64],  # noqa: ARG001
+) -> None:
     """Write different indices below `d`, ascending, drawn with Floyd's algorithm from SplitMix64."""
     state = 0
     for part in (seed, step, rank):

@@ -1,11 +1,103 @@
-"""Adding sparse and dense messages to a vector."""
+"""Adding sparse and dense messages to a vector, and forming vectors whole."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._jit import jit
+from ._stream import BLOCK, form, put
+from ._vector import GROUP, at_least, fence, fetch_entry, magnitude
 
-__all__ = ["add_dense", "add_sparse"]
+__all__ = ["COMBINE_SCRATCH", "add_dense", "add_sparse", "clear_sparse", "combine", "gather", "mean_rows"]
+
+Terms = tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]
+
+COMBINE_SCRATCH = BLOCK + GROUP
+_FAR = 512  # entries ahead to ask for: far, because every one lies in another cache line
+
+
+@jit
+def combine(
+    terms: Terms, factors: NDArray[np.floating], out: NDArray[np.floating], scratch: NDArray[np.floating]
+) -> bool:
+    """Write ``x = sum_t factors[t] * terms[t]`` to `out` and tell whether it is finite.
+
+    Parameters
+    ----------
+    terms, factors : as in :func:`select_largest`
+    out : (d,) of the dtype of the terms, overwritten; may be empty: then x is only looked at. May be one of the terms.
+    scratch : (COMBINE_SCRATCH,) of the dtype of the terms
+    """
+    broken, infinity = np.uint64(0), magnitude(scratch.dtype.type(np.inf))
+    for low in range(0, terms[0].size, BLOCK):
+        m = min(BLOCK, terms[0].size - low)
+        form(terms, factors, low, scratch[:m])
+        scratch[m : m + GROUP] = 0
+        for g in range(0, m, GROUP):
+            broken |= at_least(scratch, g, infinity)
+        if out.size:
+            put(scratch[:m], out, low)
+    fence()
+    return bool(broken == 0)
+
+
+@jit
+def mean_rows(
+    rows: NDArray[np.floating],
+    own: NDArray[np.floating],
+    rank: int,
+    factor: np.floating,
+    out: NDArray[np.floating],
+) -> bool:
+    """Write ``factor * rows[0] + factor * rows[1] + ...``, added in this order, to `out`; tell whether it is finite.
+
+    Parameters
+    ----------
+    rows : (n, d) float32 or float64, contiguous
+    own : (d,) stands for row number `rank`, which is not read
+    rank : int
+    factor : scalar of the dtype of the rows
+    out : (d,) overwritten
+    """
+    broken, infinity = np.uint64(0), magnitude(out.dtype.type(np.inf))
+    for low in range(0, out.size, BLOCK):
+        m = min(BLOCK, out.size - low)
+        x = out[low : low + m]
+        row = own[low : low + m] if rank == 0 else rows[0, low : low + m]
+        for i in range(m):
+            x[i] = factor * row[i]
+        for r in range(1, rows.shape[0]):
+            row = own[low : low + m] if rank == r else rows[r, low : low + m]
+            for i in range(m):
+                x[i] += factor * row[i]
+        whole = m // GROUP * GROUP
+        for g in range(0, whole, GROUP):
+            broken |= at_least(x, g, infinity)
+        for i in range(whole, m):
+            broken |= np.uint64(magnitude(x[i]) >= infinity)
+    return bool(broken == 0)
+
+
+@jit
+def gather(
+    terms: Terms, factors: NDArray[np.floating], indices: NDArray[np.int64], values: NDArray[np.floating]
+) -> None:
+    """Write the entries of ``sum_t factors[t] * terms[t]`` at `indices` into `values`.
+
+    Parameters
+    ----------
+    terms, factors : as in :func:`select_largest`
+    indices : (k,) int64, each in [0, d)
+    values : (k,) of the dtype of the terms, overwritten
+    """
+    a, b, c = terms
+    for j in range(indices.size):
+        i = indices[j]
+        value = factors[0] * a[i]
+        if b.size:
+            value += factors[1] * b[i]
+        if c.size:
+            value += factors[2] * c[i]
+        values[j] = value
 
 
 @jit
@@ -21,8 +113,25 @@ def add_sparse(
     factor : scalar of the dtype of `out`
     out : (d,) float32 or float64, updated in k places
     """
+    last = indices.size - 1
     for j in range(indices.size):
+        fetch_entry(out, indices[min(j + _FAR, last)])
         out[indices[j]] += factor * values[j]
+
+
+@jit
+def clear_sparse(indices: NDArray[np.int64], out: NDArray[np.floating]) -> None:
+    """Set `out` to zero at `indices`.
+
+    Parameters
+    ----------
+    indices : (k,) int64, each in [0, d)
+    out : (d,) float32 or float64, overwritten in k places
+    """
+    last = indices.size - 1
+    for j in range(indices.size):
+        fetch_entry(out, indices[min(j + _FAR, last)])
+        out[indices[j]] = 0
 
 
 @jit

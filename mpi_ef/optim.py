@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from dataclasses import replace
 from inspect import Parameter, signature
 from typing import Any, Literal, overload
 from zlib import crc32
@@ -16,7 +17,7 @@ from mpi_ef.collectives import Plan, plan_for
 from mpi_ef.collectives.agreement import agree, ranks_text
 from mpi_ef.collectives.frames import NON_FINITE, OK, REJECTED
 from mpi_ef.collectives.plan import Comm
-from mpi_ef.compress import Compressor
+from mpi_ef.compress import Compressor, TopK
 from mpi_ef.errors import MpiEfError, OptionError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters
@@ -44,6 +45,7 @@ class DistributedOptimizer(Optimizer):
         state are shared with this object, so learning-rate schedulers take either.
     comm : MPI.Comm
     compressor : Compressor
+        ``TopK(0.01, segments="parameters")`` keeps 1 % of every parameter, at least one entry.
     placement : {"update", "gradient"}
     rule : {"ef14", "ef21", "econtrol"}
     plan : callable, optional
@@ -109,6 +111,8 @@ class DistributedOptimizer(Optimizer):
                     "placement": placement, "dense_steps": dense_steps}  # fmt: skip
 
         agree(comm, type(self).__name__, facts, "build the same model and optimizer on every rank")
+        if isinstance(compressor, TopK) and compressor.segments == "parameters":
+            compressor = replace(compressor, segments=tuple(p.numel() for p in self.flat.parameters))
         self.feedback = ErrorFeedback(rule, plan(comm, compressor, self.flat.d, self.flat.dtype),
                                       dense_steps=dense_steps, **options)  # fmt: skip
         super().__init__(optimizer.param_groups, optimizer.defaults)

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpi_ef.collectives.plan import Comm
-from mpi_ef.compress.compressor import Vector
+from mpi_ef.compress import aligned_zeros
+from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import DtypeError, OptionError, ShapeError
 
 __all__ = ["FlatParameters"]
@@ -52,8 +53,8 @@ class FlatParameters:
         self.frozen = [p for p in distinct if not p.requires_grad]
         self.dtype = _common_dtype(self.parameters)
         self.d = sum(p.numel() for p in self.parameters)
-        values = torch.empty(self.d, dtype=self.parameters[0].dtype)
-        gradients = torch.zeros_like(values)
+        # NumPy's memory, because it asks for large pages and torch does not.
+        values, gradients = (torch.from_numpy(aligned_zeros(self.d, self.dtype)) for _ in range(2))
         self._values: list[Tensor] = []
         self._gradients: list[Tensor] = []
         start = 0

@@ -89,6 +89,19 @@ class VirtualComm:
     def Allgather(self, send: np.ndarray, receive: np.ndarray) -> None:
         self._post("Allgather", send, receive, lambda value: value).Wait()
 
+    def Alltoall(self, send: np.ndarray, receive: np.ndarray) -> None:
+        self.Ialltoall(send, receive).Wait()
+
+    def Alltoallv(self, send: Any, receive: Any) -> None:
+        """Buffers are [array, (counts, displacements)], counted in entries; parts of `receive` may be part of `send`."""
+        (x, (counts, places)), (y, (room, targets)) = send, receive
+        parts = [x.reshape(-1)[place : place + count].copy() for count, place in zip(counts, places, strict=True)]
+        arrived = self._share("Alltoallv", parts)
+        for r, (count, place) in enumerate(zip(room, targets, strict=True)):
+            part = arrived[r][self._rank]
+            assert part.size == count
+            y.reshape(-1)[place : place + count] = part
+
     def Iallgather(self, send: np.ndarray, receive: np.ndarray) -> _Request:
         return self._post("Iallgather", send, receive, lambda value: value)
 

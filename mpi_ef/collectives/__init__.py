@@ -4,10 +4,11 @@ A *plan* is built once (collective: all ranks together, same arguments) and exch
 :func:`allreduce` and :func:`allgather` build and keep plans for you.
 """
 
+from .dense import DenseMean
 from .frames import Frames
 from .onecall import allgather, allreduce
 from .plan import Comm, Plan, Traffic
-from .plans import DenseMean, GatherMean, TwoPhaseMean, chunk_bounds, plan_for
+from .plans import GatherMean, TwoPhaseMean, chunk_bounds, plan_for
 
 __all__ = [
     "Comm",

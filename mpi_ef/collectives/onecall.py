@@ -11,6 +11,7 @@ from mpi_ef.compress import Compressor
 from mpi_ef.errors import DtypeError, OptionError, ShapeError
 
 from .agreement import agree
+from .dense import DenseMean
 from .plan import Comm, Plan
 from .plans import GatherMean, plan_for
 
@@ -70,9 +71,12 @@ def allreduce(
         return result, vector, target
 
     plan, (result, vector, target) = _plan("allreduce", comm, compressor, check, op)
-    plan.exchange(vector)
-    target.fill(0)
-    plan.add_mean(target, 1.0 if op == "mean" else float(plan.size))
+    scale = 1.0 if op == "mean" else float(plan.size)
+    if isinstance(plan, DenseMean):
+        plan.allreduce(vector, target, scale)
+    else:
+        plan.exchange(vector)
+        plan.set_mean(target, scale)
     return result
 
 

@@ -1,6 +1,7 @@
 """What all plans share: agreement of the ranks, checks of the vector, headers, traffic, timing."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Self
@@ -8,15 +9,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpi_ef import kernels
-from mpi_ef.compress import Compressor
-from mpi_ef.compress.compressor import Vector
+from mpi_ef.compress import Combination, Compressor, Keep, Source, source
+from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
 
 from .agreement import agree, ranks_text
 from .frames import NON_FINITE, OK, REJECTED, Frames, status_of
 
-__all__ = ["Comm", "Plan", "Traffic"]
+__all__ = ["Comm", "Plan", "Traffic", "dense_nbytes"]
 
 # An mpi4py intracommunicator. Its type is not named here because importing mpi4py.MPI would start MPI.
 Comm = Any
@@ -86,6 +86,7 @@ class Plan(ABC):
         self.seconds = {"encode": 0.0, "communicate": 0.0, "decode": 0.0}
         self._refusal: MpiEfError | None = None
         self._started = False
+        self._request: Any = None
 
         def facts() -> dict[str, object]:
             if not isinstance(compressor, Compressor):
@@ -102,12 +103,16 @@ class Plan(ABC):
         """Build codecs and buffers; return further facts on which the ranks must agree."""
 
     @abstractmethod
-    def _post(self, x: Vector | None) -> None:
-        """Encode `x` (None: only the header counts) and start the first communication."""
+    def _encode(self, x: Source) -> bool:
+        """Encode `x` into the frames that leave this rank; tell whether it is finite."""
+
+    @abstractmethod
+    def _launch(self) -> None:
+        """Mark the frames and start the first communication without waiting for it."""
 
     @abstractmethod
     def _complete(self) -> None:
-        """Finish the communication; leave the messages where `add_own` and `add_mean` find them."""
+        """Do the communication, or what is left of it; leave the messages where `add_own` and `add_mean` find them."""
 
     @abstractmethod
     def add_own(self, out: Vector, scale: float = 1.0) -> None:
@@ -129,6 +134,19 @@ class Plan(ABC):
         scale : float
         """
 
+    @abstractmethod
+    def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:
+        """Overwrite `out` with ``scale`` times the mean of the messages, the same bits on every rank. Local.
+
+        Parameters
+        ----------
+        out : (d,) of the plan's dtype, contiguous, overwritten
+        scale : float
+        again : bool
+            Promises that `out` has not changed since this method, with this option, last wrote to it: a sparse mean
+            then replaces the previous one entry by entry.
+        """
+
     @property
     @abstractmethod
     def traffic(self) -> Traffic:
@@ -143,12 +161,16 @@ class Plan(ABC):
         """Return this rank's named arrays that the next exchanges depend on; a checkpoint saves them. Local."""
         return {}
 
-    def exchange(self, x: Vector) -> Self:
+    def exchange(self, x: Vector | Combination, *, keep: Keep | None = None) -> Self:
         """Send this rank's message and receive those of all. Collective.
 
         Parameters
         ----------
-        x : (d,) of the plan's dtype, contiguous, this rank's vector, read only
+        x : (d,) of the plan's dtype, contiguous, this rank's vector, read only; or a combination of up to three such
+            vectors, ``lazy(a) - b``, which is formed while it is encoded and costs no pass over memory of its own
+        keep : Keep, optional
+            What to leave behind in the same pass, for example the error x - C(x). When this raises, ``keep.into`` may
+            have been overwritten.
 
         Returns
         -------
@@ -162,20 +184,25 @@ class Plan(ABC):
         ShapeError, DtypeError
             On a rank whose `x` does not fit the plan; all other ranks raise `PeerError`.
         """
-        self.start(x)
+        self._begin(x, keep)
         return self.wait()
 
-    def start(self, x: Vector) -> None:
+    def start(self, x: Vector | Combination, *, keep: Keep | None = None) -> None:
         """Encode `x` and start to exchange it; `x` may be changed as soon as this returns. Collective.
 
         Every `start` is followed by one :meth:`wait`, in the same order of plans on all ranks. A problem with `x` is
         raised there, by all ranks together.
         """
+        self._begin(x, keep)
+        self._launch()
+
+    def _begin(self, x: Vector | Combination, keep: Keep | None) -> None:
         if self._started:
             raise OptionError(f"{type(self).__name__}: start was called twice; call wait between them")
         began = perf_counter()
-        self._refusal = self._problem(x)
-        self._post(None if self._refusal else x)
+        self._refusal = self._problem(x, keep)
+        if self._refusal is None and not self._encode(source(x, keep)):
+            self._refusal = NonFiniteError("", (self.rank,))  # raised by all ranks together, see _inspect
         self._started = True
         self.seconds["encode"] += perf_counter() - began
 
@@ -190,7 +217,14 @@ class Plan(ABC):
             self.exchanges += 1
         return self
 
-    def _problem(self, x: Vector) -> MpiEfError | None:
+    def _problem(self, x: Vector | Combination, keep: Keep | None) -> MpiEfError | None:
+        vectors = [vector for _, vector in x.terms] if isinstance(x, Combination) else [x]
+        for vector in [*vectors, keep.into] if keep else vectors:
+            if problem := self._misfit(vector):
+                return problem
+        return None
+
+    def _misfit(self, x: Vector) -> MpiEfError | None:
         subject = type(self).__name__
         if not isinstance(x, np.ndarray):
             return DtypeError(f"{subject}.exchange: x is a {type(x).__name__}; pass a numpy array")
@@ -200,8 +234,6 @@ class Plan(ABC):
             return ShapeError(f"{subject}.exchange: x has shape {x.shape}; this plan takes ({self.d},)")
         if not x.flags.c_contiguous:
             return ShapeError(f"{subject}.exchange: x is not contiguous; pass numpy.ascontiguousarray(x)")
-        if not kernels.all_finite(x):
-            return NonFiniteError("", (self.rank,))  # raised by all ranks together, see _inspect
         return None
 
     def _mark(self, frames: Frames) -> None:
@@ -231,7 +263,17 @@ class Plan(ABC):
         raise DisagreementError(f"{subject}: ranks are out of step: exchange number {steps} by rank; call the plan "
                                 "equally often on all ranks")  # fmt: skip
 
-    def _timed_wait(self, request: Any) -> None:
+    def _communicate(self, blocking: Callable[[Any, Any], None], send: Frames, receive: Frames) -> None:
+        """Finish what :meth:`_launch` has started, or do it now."""
         began = perf_counter()
-        request.Wait()
+        if self._request is None:
+            blocking(send.message, receive.message)
+        else:
+            self._request.Wait()
+            self._request = None
         self.seconds["communicate"] += perf_counter() - began
+
+
+def dense_nbytes(plan: Plan) -> int:
+    """Return what a bandwidth-optimal uncompressed allreduce sends from every rank."""
+    return 2 * (plan.size - 1) * plan.d * plan.dtype.itemsize // plan.size

@@ -1,24 +1,32 @@
-"""The plans: gathered mean, two-phase mean, dense mean."""
+"""The compressed plans: gathered mean and two-phase mean; and which plan suits a compressor."""
 
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpi_ef import kernels
-from mpi_ef.compress import Codec, Compressor, Identity
-from mpi_ef.compress.compressor import Vector
+from mpi_ef.compress import Codec, Compressor, Identity, Keep, Source, aligned_zeros, lazy, source
+from mpi_ef.compress.combination import Vector
 
+from .dense import DenseMean
 from .frames import NON_FINITE, Frames
-from .plan import Comm, Plan, Traffic
+from .plan import Comm, Plan, Traffic, dense_nbytes
 
-__all__ = ["DenseMean", "GatherMean", "TwoPhaseMean", "chunk_bounds", "plan_for"]
+__all__ = ["GatherMean", "TwoPhaseMean", "chunk_bounds", "plan_for"]
+
+_ALIGNED = 64
 
 
 def chunk_bounds(d: int, n: int) -> list[int]:
     """Return n + 1 bounds that cut d entries into n chunks in order, whose sizes differ by at most one."""
     return [r * (d // n) + min(r, d % n) for r in range(n + 1)]
+
+
+def _aligned_chunk_bounds(d: int, n: int) -> list[int]:
+    """Return n + 1 bounds, for long vectors at multiples of 64 entries, where cache lines and sign words begin."""
+    if d // n < 16 * _ALIGNED:
+        return chunk_bounds(d, n)
+    return [*(r * d // n // _ALIGNED * _ALIGNED for r in range(n)), d]
 
 
 class GatherMean(Plan):
@@ -36,22 +44,50 @@ class GatherMean(Plan):
         self._codec = self.compressor.codec(self.d, self.dtype)
         self._send = Frames(1, self._codec.nbytes)
         self._received = Frames(self.size, self._codec.nbytes)
-        self._request: Any = None
+        self._earlier: Frames | None = None  # the messages before those, for set_mean(again=True)
+        self._written: tuple[Vector, int] | None = None  # what that has written to, after which exchange
         return {}
 
-    def _post(self, x: Vector | None) -> None:
-        if x is not None:
-            self._codec.encode(x, self._send.wires[0], step=self.exchanges, rank=self.rank)
+    def _encode(self, x: Source) -> bool:
+        return self._codec.encode(x, self._send.wires[0], step=self.exchanges, rank=self.rank)
+
+    def _launch(self) -> None:
         self._mark(self._send)
+        self._turn()
         self._request = self.comm.Iallgather(self._send.message, self._received.message)
 
     def _complete(self) -> None:
-        self._timed_wait(self._request)
+        if self._request is None:
+            self._mark(self._send)
+            self._turn()
+        self._communicate(self.comm.Allgather, self._send, self._received)
         self._inspect(self._received)
+
+    def _turn(self) -> None:
+        if self._earlier is not None:
+            self._received, self._earlier = self._earlier, self._received
+
+    def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:
+        """Overwrite `out` with ``scale * mean_r C(x_r)``, see :meth:`Plan.set_mean`."""
+        if not again or not self.compressor.sparse:
+            self._add(self._received.wires, out, scale / self.size, overwrite=True)
+            return
+        written, self._written = self._written, (out, self.exchanges)
+        if self._earlier is None:
+            self._earlier = Frames(self.size, self._codec.nbytes)
+        if written is not None and written[0] is out and written[1] == self.exchanges - 1:
+            began = perf_counter()
+            self._codec.clear(self._earlier.wires, out)
+            self.seconds["decode"] += perf_counter() - began
+        else:
+            out.fill(0)
+        self.add_mean(out, scale)
 
     def add_own(self, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale * C(x_r)`` to `out`, see :meth:`Plan.add_own`."""
-        self._add(self._send.wires, out, scale)
+        began = perf_counter()
+        self._codec.add_encoded(self._send.wires[0], out, scale)
+        self.seconds["decode"] += perf_counter() - began
 
     def add_mean(self, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale * mean_r C(x_r)`` to `out`, see :meth:`Plan.add_mean`."""
@@ -61,16 +97,16 @@ class GatherMean(Plan):
         """Add ``scale`` times the decoded message of `rank` to `out` (d,). Local."""
         self._add(self._received.wires[rank : rank + 1], out, scale)
 
-    def _add(self, wires: np.ndarray, out: Vector, scale: float) -> None:
+    def _add(self, wires: np.ndarray, out: Vector, scale: float, *, overwrite: bool = False) -> None:
         began = perf_counter()
-        self._codec.add(wires, out, scale)
+        self._codec.add(wires, out, scale, overwrite=overwrite)
         self.seconds["decode"] += perf_counter() - began
 
     @property
     def traffic(self) -> Traffic:
         """Bytes of one exchange."""
         nbytes = (self.size - 1) * self._send.frame_nbytes
-        return Traffic(nbytes, nbytes, _dense_nbytes(self))
+        return Traffic(nbytes, nbytes, dense_nbytes(self))
 
 
 class TwoPhaseMean(Plan):
@@ -111,7 +147,7 @@ class TwoPhaseMean(Plan):
         super().__init__(comm, compressor, d, dtype)
 
     def _bind(self) -> dict[str, object]:
-        self.bounds = chunk_bounds(self.d, self.size)
+        self.bounds = _aligned_chunk_bounds(self.d, self.size)
         sizes = {stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False)}
         outward = {size: self.compressor.codec(size, self.dtype) for size in sizes}
         back = {size: self.reply.codec(size, self.dtype) for size in sizes}
@@ -122,9 +158,9 @@ class TwoPhaseMean(Plan):
         self._send, self._arrived = Frames(self.size, outward_nbytes), Frames(self.size, outward_nbytes)
         self._answer, self._result = Frames(1, back_nbytes), Frames(self.size, back_nbytes)
         chunk = self._stop(self.rank) - self._start(self.rank)
-        self._residual = np.zeros(chunk, self.dtype)
-        self._average = np.zeros(chunk, self.dtype)
-        self._request: Any = None
+        self._fused = self._remember and self._back[self.rank].can_encode_sum(self._outward[self.rank])
+        self._average = aligned_zeros(0 if self._fused else chunk, self.dtype)
+        self._residual, self._next = (aligned_zeros(chunk if self._remember else 0, self.dtype) for _ in range(2))
         return {"reply": self.reply, "residual": self._remember}
 
     def _start(self, chunk: int) -> int:
@@ -133,37 +169,47 @@ class TwoPhaseMean(Plan):
     def _stop(self, chunk: int) -> int:
         return self.bounds[chunk + 1]
 
-    def _post(self, x: Vector | None) -> None:
-        if x is not None:
-            for j, codec in enumerate(self._outward):
-                part = x[self._start(j) : self._stop(j)]
-                codec.encode(part, self._send.wire(j, codec), step=2 * self.exchanges, rank=self.rank)
+    def _encode(self, x: Source) -> bool:
+        finite = True
+        for j, codec in enumerate(self._outward):
+            part, wire = x.part(self._start(j), self._stop(j)), self._send.wire(j, codec)
+            finite &= codec.encode(part, wire, step=2 * self.exchanges, rank=self.rank)
+        return finite
+
+    def _launch(self) -> None:
         self._mark(self._send)
         self._request = self.comm.Ialltoall(self._send.message, self._arrived.message)
 
     def _complete(self) -> None:
-        self._timed_wait(self._request)
+        if self._request is None:
+            self._mark(self._send)
+        self._communicate(self.comm.Alltoall, self._send, self._arrived)
         self._inspect(self._arrived)
         began = perf_counter()
         self._encode_average()
         self.seconds["encode"] += perf_counter() - began
-        self._timed_wait(self.comm.Iallgather(self._answer.message, self._result.message))
+        self._communicate(self.comm.Allgather, self._answer, self._result)
         self._inspect(self._result)
-        if self._remember:  # only now: a rank whose average overflowed makes all ranks raise, with nothing changed
-            self._residual, self._average = self._average, self._residual
+        # Only now: a rank whose average overflowed makes all ranks raise, with nothing changed.
+        self._residual, self._next = self._next, self._residual
 
     def _encode_average(self) -> None:
-        outward, back, average = self._outward[self.rank], self._back[self.rank], self._average
-        average[:] = self._residual
-        outward.add(self._arrived.wires[:, : outward.nbytes], average, 1.0 / self.size)
+        """Encode residual + average, and keep as the next residual what that message misses."""
+        outward, back = self._outward[self.rank], self._back[self.rank]
+        arrived, wire = self._arrived.wires[:, : outward.nbytes], self._answer.wire(0, back)
         self._mark(self._answer)
-        if not kernels.all_finite(average):
+        if self._fused:
+            x = lazy(self._residual)
+            finite = back.encode_sum(outward, arrived, 1.0 / self.size, source(x, Keep(x, self._next, True)), wire)
+        else:
+            outward.add(arrived, self._average, 1.0 / self.size, overwrite=True)
+            x, keep = lazy(self._average), None
+            if self._remember:
+                x = lazy(self._residual) + self._average
+                keep = Keep(x, self._next, less_message=True)
+            finite = back.encode(source(x, keep), wire, step=2 * self.exchanges + 1, rank=self.rank)
+        if not finite:
             self._answer.header["status"] = NON_FINITE
-            return
-        wire = self._answer.wire(0, back)
-        back.encode(average, wire, step=2 * self.exchanges + 1, rank=self.rank)
-        if self._remember:
-            back.add(wire[None], average, -1.0)
 
     def add_own(self, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale * C(x_r)`` to `out`, see :meth:`Plan.add_own`."""
@@ -173,10 +219,15 @@ class TwoPhaseMean(Plan):
         """Add ``scale`` times the second-phase result to `out`, see :meth:`Plan.add_mean`."""
         self._add(self._back, self._result, out, scale)
 
-    def _add(self, codecs: list[Codec], frames: Frames, out: Vector, scale: float) -> None:
+    def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:  # noqa: ARG002
+        """Overwrite `out` with ``scale`` times the second-phase result, see :meth:`Plan.set_mean`."""
+        self._add(self._back, self._result, out, scale, overwrite=True)
+
+    def _add(self, codecs: list[Codec], frames: Frames, out: Vector, scale: float, *, overwrite: bool = False) -> None:
         began = perf_counter()
         for j, codec in enumerate(codecs):
-            codec.add(frames.wire(j, codec)[None], out[self._start(j) : self._stop(j)], scale)
+            part = out[self._start(j) : self._stop(j)]
+            codec.add(frames.wire(j, codec)[None], part, scale, overwrite=overwrite)
         self.seconds["decode"] += perf_counter() - began
 
     @property
@@ -188,27 +239,11 @@ class TwoPhaseMean(Plan):
     def traffic(self) -> Traffic:
         """Bytes of one exchange."""
         nbytes = (self.size - 1) * (self._send.frame_nbytes + self._answer.frame_nbytes)
-        return Traffic(nbytes, nbytes, _dense_nbytes(self))
+        return Traffic(nbytes, nbytes, dense_nbytes(self))
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the residual of this rank's chunk, (chunk,) of the plan's dtype; empty without a residual."""
         return {"residual": self._residual} if self._remember else {}
-
-
-class DenseMean(TwoPhaseMean):
-    """Mean of whole vectors, summed in rank order: the same bits on every rank and in every MPI.
-
-    The baseline of every compressed mean, and the exchange of dense first steps. ``MPI_Allreduce`` chooses its order
-    of summation by message size and process number; this plan does not.
-
-    Parameters
-    ----------
-    comm, d, dtype
-        See :class:`Plan`.
-    """
-
-    def __init__(self, comm: Comm, d: int, dtype: DTypeLike = np.float32) -> None:
-        super().__init__(comm, Identity(), d, dtype, residual=False)
 
 
 def plan_for(
@@ -228,7 +263,3 @@ def plan_for(
     if getattr(compressor, "sparse", True):  # what is no compressor is refused there, on all ranks
         return GatherMean(comm, compressor, d, dtype)
     return TwoPhaseMean(comm, compressor, d, dtype, residual=residual)
-
-
-def _dense_nbytes(plan: Plan) -> int:
-    return 2 * (plan.size - 1) * plan.d * plan.dtype.itemsize // plan.size

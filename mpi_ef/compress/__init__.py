@@ -2,10 +2,26 @@
 
 A compressor is a frozen dataclass, for example ``TopK(0.01, values=Quantize("bf16"))``. Bound to a vector length and a
 dtype it becomes a :class:`Codec` with a fixed wire size, one method that encodes and one that adds what it decodes.
+What is encoded may be a combination of vectors that is only formed while it is encoded: ``lazy(grad) - g_i``.
 """
 
+from .combination import Combination, Keep, Source, aligned_zeros, lazy, source
 from .compressor import Codec, Compressor
 from .dense import Identity, Quantize, Sign
 from .sparse import RandK, TopK
 
-__all__ = ["Codec", "Compressor", "Identity", "Quantize", "RandK", "Sign", "TopK"]
+__all__ = [
+    "Codec",
+    "Combination",
+    "Compressor",
+    "Identity",
+    "Keep",
+    "Quantize",
+    "RandK",
+    "Sign",
+    "Source",
+    "TopK",
+    "aligned_zeros",
+    "lazy",
+    "source",
+]

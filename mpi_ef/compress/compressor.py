@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mpi_ef import kernels
 from mpi_ef.errors import DtypeError, ShapeError
+
+from .combination import Source, Vector
 
 __all__ = ["Codec", "Compressor", "Vector", "Wires", "words"]
 
-Vector = NDArray[np.floating]
 Wires = NDArray[np.uint8]
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
@@ -36,6 +38,7 @@ class Codec(ABC):
     """
 
     nbytes: int
+    _memory: Vector | None = None
 
     def __init__(self, d: int, dtype: DTypeLike) -> None:
         if not isinstance(d, int | np.integer) or d < 0:
@@ -49,19 +52,24 @@ class Codec(ABC):
             raise DtypeError(f"codec: dtype {self.dtype} is not supported; pass float32 or float64")
 
     @abstractmethod
-    def encode(self, x: Vector, wire: Wires, *, step: int = 0, rank: int = 0) -> None:
-        """Write the message for `x` into `wire`.
+    def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:
+        """Write the message for `x` into `wire`, and what is to be kept of it, in one pass where that is possible.
 
         Parameters
         ----------
-        x : (d,) of the codec's dtype, contiguous, read only
+        x : (d,) of the codec's dtype, contiguous, read only; or what :func:`source` makes of several such vectors
         wire : (nbytes,) uint8, overwritten completely
         step, rank : int
             Key of this message for compressors that draw random numbers; the others ignore it.
+
+        Returns
+        -------
+        bool
+            Whether x is finite. If it is not, nobody should decode the wire or use what was kept.
         """
 
     @abstractmethod
-    def add(self, wires: Wires, out: Vector, factor: float = 1.0) -> None:
+    def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
         """Add ``factor`` times the decoded value of every wire to `out`, in row order.
 
         Parameters
@@ -69,7 +77,45 @@ class Codec(ABC):
         wires : (m, nbytes) uint8, read only
         out : (d,) of the codec's dtype, contiguous, updated
         factor : float, rounded to the codec's dtype before use
+        overwrite : bool
+            The sum starts from zero and not from what is in `out`.
         """
+
+    def add_encoded(self, wire: Wires, out: Vector, factor: float = 1.0) -> None:
+        """Do what :meth:`add` does for the one wire that :meth:`encode` wrote last."""
+        self.add(wire[None], out, factor)
+
+    def encode_sum(self, codec: "Codec", wires: Wires, factor: float, x: Source, wire: Wires) -> bool:
+        """Write the message for ``x + factor * (the sum of the decoded wires of codec)``, without forming that sum.
+
+        Only after :meth:`can_encode_sum` has said yes. What `x` keeps is kept of the whole sum.
+        """
+        raise NotImplementedError
+
+    def can_encode_sum(self, codec: "Codec") -> bool:  # noqa: ARG002
+        """Tell whether :meth:`encode_sum` takes messages of `codec`."""
+        return False
+
+    def plain_values(self, wire: Wires) -> Vector | None:  # noqa: ARG002
+        """Return a (d,) view of the values in `wire` if that is how they travel, else None."""
+        return None
+
+    def clear(self, wires: Wires, out: Vector) -> None:  # noqa: ARG002
+        """Set to zero at least those entries of `out` (d,) to which :meth:`add` would add something."""
+        out.fill(0)
+
+    def _keep(self, x: Source, wire: Wires) -> None:
+        """Keep what is asked for in passes of its own, for codecs that have no faster way."""
+        if x.keep.size:
+            kernels.combine(x.terms, x.keep_factors, x.keep, self._scratch(kernels.COMBINE_SCRATCH))
+            if x.less_message:
+                self.add(wire[None], x.keep, -1.0)
+
+    def _scratch(self, size: int) -> Vector:
+        """Return scratch memory of a fixed size, the same at every call."""
+        if self._memory is None or self._memory.size < size:
+            self._memory = np.empty(size, self.dtype)
+        return self._memory
 
     def decode(self, wire: Wires) -> Vector:
         """Return the decoded value of one wire as a new (d,) array."""

@@ -1,7 +1,7 @@
 """Compressors that say something about every coordinate: Identity, Quantize, Sign."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -9,7 +9,8 @@ from numpy.typing import DTypeLike
 from mpi_ef import kernels
 from mpi_ef.errors import OptionError
 
-from .compressor import Codec, Compressor, Vector, Wires, words
+from .combination import Source, Vector, source
+from .compressor import Codec, Compressor, Wires, words
 
 __all__ = ["Identity", "Quantize", "Sign"]
 
@@ -33,13 +34,22 @@ class _IdentityCodec(Codec):
         self._used = self.d * self.dtype.itemsize
         self.nbytes = words(self._used)
 
-    def encode(self, x: Vector, wire: Wires, *, step: int = 0, rank: int = 0) -> None:  # noqa: ARG002
-        wire[: self._used].view(self.dtype)[:] = x
+    def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:  # noqa: ARG002
+        x = x if isinstance(x, Source) else source(x)
         wire[self._used :] = 0
+        values = wire[: self._used].view(self.dtype)
+        finite: bool = kernels.combine(x.terms, x.factors, values, self._scratch(kernels.COMBINE_SCRATCH))
+        self._keep(x, wire)
+        return finite
 
-    def add(self, wires: Wires, out: Vector, factor: float = 1.0) -> None:
+    def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
+        if overwrite:
+            out.fill(0)
         for wire in wires:
-            kernels.add_dense(wire[: self._used].view(self.dtype), self.dtype.type(factor), out)
+            kernels.add_dense(self.plain_values(wire), self.dtype.type(factor), out)
+
+    def plain_values(self, wire: Wires) -> Vector:
+        return wire[: self._used].view(self.dtype)
 
 
 _BITS = {"bf16": 16, "fp16": 16, "int8": 8}
@@ -94,14 +104,17 @@ class _QuantizeCodec(Codec):
         self._stop = self._start + self.d * self._code.itemsize
         self.nbytes = words(self._stop)
 
-    def encode(self, x: Vector, wire: Wires, *, step: int = 0, rank: int = 0) -> None:  # noqa: ARG002
+    def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:  # noqa: ARG002
+        x = x if isinstance(x, Source) else source(x)
         wire[self._exponents_nbytes : self._start] = 0
         wire[self._stop :] = 0
-        kernels.quantize(x, self._format, self._block, *self._parts(wire))
+        scratch = self._scratch(kernels.QUANTIZE_SCRATCH)
+        return kernels.quantize(*x, self._format, self._block, *self._parts(wire), scratch)
 
-    def add(self, wires: Wires, out: Vector, factor: float = 1.0) -> None:
-        for wire in wires:
-            kernels.add_quantized(*self._parts(wire), self._format, self._block, self.dtype.type(factor), out)
+    def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
+        for row, wire in enumerate(wires):
+            kernels.add_quantized(*self._parts(wire), self._format, self._block, self.dtype.type(factor),
+                                  overwrite and row == 0, out, self._scratch(kernels.QUANTIZE_SCRATCH))  # fmt: skip
 
     def _parts(self, wire: Wires) -> tuple[np.ndarray, np.ndarray]:
         return wire[: self._exponents_nbytes].view(np.int16), wire[self._start : self._stop].view(self._code)
@@ -148,13 +161,32 @@ class _SignCodec(Codec):
         self._start = words(self._scales_nbytes)
         self._stop = self._start + -(-self.d // 8)
         self.nbytes = words(self._stop)
+        self._none = np.empty((0, self.nbytes), np.uint8)  # no messages to add
 
-    def encode(self, x: Vector, wire: Wires, *, step: int = 0, rank: int = 0) -> None:  # noqa: ARG002
+    def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:  # noqa: ARG002
+        x = x if isinstance(x, Source) else source(x)
+        return self._encode(x, self.rows(self._none, 0.0), wire)
+
+    def encode_sum(self, codec: Codec, wires: Wires, factor: float, x: Source, wire: Wires) -> bool:
+        """Write the message for x plus ``factor`` times the decoded `wires` of another codec for signs, in one pass."""
+        assert isinstance(codec, _SignCodec)  # noqa: S101
+        return self._encode(x, codec.rows(wires, factor), wire)
+
+    def can_encode_sum(self, codec: Codec) -> bool:
+        return isinstance(codec, _SignCodec)
+
+    def rows(self, wires: Wires, factor: float) -> tuple[Wires, Vector, int, Any]:
+        """Return `wires` as the kernels take them: bits, scales, block, factor."""
+        scales = wires[:, : self._scales_nbytes].view(self.dtype)
+        return wires[:, self._start : self._stop], scales, self._block, self.dtype.type(factor)
+
+    def _encode(self, x: Source, rows: tuple[Wires, Vector, int, Any], wire: Wires) -> bool:
         wire[self._scales_nbytes : self._start] = 0
         wire[self._stop :] = 0
-        scales = wire[: self._scales_nbytes].view(self.dtype)
-        kernels.encode_signs(x, self._block, wire[self._start : self._stop], scales)
+        bits, scales = wire[self._start : self._stop], wire[: self._scales_nbytes].view(self.dtype)
+        finite: bool = kernels.encode_signs(*x, *rows, self._block, bits, scales, self._scratch(kernels.SIGNS_SCRATCH))
+        return finite
 
-    def add(self, wires: Wires, out: Vector, factor: float = 1.0) -> None:
-        bits, scales = wires[:, self._start : self._stop], wires[:, : self._scales_nbytes].view(self.dtype)
-        kernels.add_signs(bits, scales, self._block, self.dtype.type(factor), out)
+    def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
+        rows = self.rows(wires, factor)
+        kernels.add_signs(*rows, overwrite, out, self._scratch(kernels.SIGNS_SCRATCH))

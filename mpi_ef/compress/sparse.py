@@ -11,14 +11,16 @@ of the compressor `values` for a vector of length k.
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from mpi_ef import kernels
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, ShapeError
 
-from .compressor import Codec, Compressor, Vector, Wires
+from .combination import Source, Vector, source
+from .compressor import Codec, Compressor, Wires
 from .dense import Identity
 
 __all__ = ["RandK", "TopK"]
@@ -72,11 +74,59 @@ class TopK(_KeptCoordinates):
         Number of kept coordinates. Pass either `ratio` or `k`.
     values : Compressor
         How the kept values travel, for example ``Quantize("bf16")``.
+    segments : tuple of int, or "parameters", optional
+        Lengths of consecutive parts of the vector, from each of which `ratio` is kept (at least one entry), as papers do
+        per tensor. "parameters" stands for the lengths of the model's parameters; only optimizers know them.
 
     Notes
     -----
-    alpha = k / d * alpha(values). Wire: about ``log2(d / k) + 2`` bits for an index, and the value.
+    alpha = k / d * alpha(values), with segments the least k_s / d_s in place of k / d. Wire: about ``log2(d / k) + 2``
+    bits for an index, and the value.
     """
+
+    segments: tuple[int, ...] | Literal["parameters"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.segments is None:
+            return
+        if self.ratio is None:
+            raise OptionError("TopK: segments go with a ratio, which is kept of each; pass TopK(0.01, segments=...)")
+        if self.segments != "parameters":
+            if isinstance(self.segments, str) or any(not isinstance(n, int) or n < 0 for n in self.segments):
+                raise OptionError(f"TopK: segments={self.segments!r}; pass the lengths of the parts, or 'parameters'")
+            object.__setattr__(self, "segments", tuple(self.segments))
+
+    def segment_bounds(self, d: int) -> NDArray[np.int64]:
+        """Return where the segments of a vector of length `d` begin, and d."""
+        if self.segments is None:
+            return np.array([0, d], np.int64)
+        if isinstance(self.segments, str):
+            raise OptionError("TopK: segments='parameters' means something to optimizers only; pass lengths here")
+        bounds = np.cumsum((0, *self.segments), dtype=np.int64)
+        if bounds[-1] != d:
+            raise ShapeError(f"TopK: the segments have {bounds[-1]} entries together, the vector has {d}; pass the "
+                             "lengths of all its parts")  # fmt: skip
+        return bounds
+
+    def segment_counts(self, d: int) -> NDArray[np.int64]:
+        """Return how many entries of each segment are kept."""
+        if self.segments is None:
+            return np.array([self.count(d)], np.int64)
+        return np.array(
+            [super(TopK, self).count(int(n)) if n else 0 for n in np.diff(self.segment_bounds(d))], np.int64
+        )
+
+    def count(self, d: int) -> int:
+        """Return how many coordinates of a vector of length `d` are kept, over all segments."""
+        return super().count(d) if self.segments is None else int(self.segment_counts(d).sum())
+
+    def alpha(self, d: int) -> float:
+        """Return the least share kept of a segment times the contraction constant of `values` at length k."""
+        if self.segments is None:
+            return super().alpha(d)
+        sizes, counts = np.diff(self.segment_bounds(d)), self.segment_counts(d)
+        return float((counts[sizes > 0] / sizes[sizes > 0]).min(initial=1.0)) * self.values.alpha(self.count(d))
 
     def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
         """Return a codec for k coordinates of d."""
@@ -120,45 +170,89 @@ class _SparseCodec(Codec):
         super().__init__(d, dtype)
         k = what.count(self.d)
         self._values = what.values.codec(k, dtype)
-        self._indices = np.empty(k, np.int64)
-        self._kept = np.empty(k, dtype)
+        room = self._room(k, what)
+        self._indices, self._kept = np.empty(room, np.int64)[:k], np.empty(room, dtype)[:k]
         self._head = self._head_nbytes(k)
         self.nbytes = self._head + self._values.nbytes
+        self._fresh = False  # whether the indices are still those of the message encoded last
+
+    def _room(self, k: int, what: _KeptCoordinates) -> int:  # noqa: ARG002
+        """Return how long the memory behind the arrays for k indices and k values must be."""
+        return k
 
     @abstractmethod
     def _head_nbytes(self, k: int) -> int:
         """Return the size of what comes before the values."""
 
     @abstractmethod
-    def _choose(self, x: Vector, head: Wires, step: int, rank: int) -> None:
-        """Fill the indices for `x` and write what the receiver needs to know of them into `head`."""
+    def _choose(self, x: Source, head: Wires, step: int, rank: int) -> bool:
+        """Fill indices and values for `x`, and write what the receiver needs to know of the indices into `head`."""
 
     @abstractmethod
     def _recall(self, head: Wires) -> None:
         """Fill the indices from `head`."""
 
-    def encode(self, x: Vector, wire: Wires, *, step: int = 0, rank: int = 0) -> None:
-        self._choose(x, wire[: self._head], step, rank)
-        np.take(x, self._indices, out=self._kept, mode="clip")  # indices are in range; "raise" would buffer a copy
-        self._values.encode(self._kept, wire[self._head :])
+    def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:
+        x = x if isinstance(x, Source) else source(x)
+        finite = self._choose(x, wire[: self._head], step, rank)
+        self._fresh = True
+        body = wire[self._head :]
+        values = self._values.plain_values(body)
+        if values is None:
+            self._values.encode(self._kept, body)
+        else:
+            np.copyto(values, self._kept)
+            body[values.nbytes :] = 0
+        if x.keep.size and x.less_message:
+            self._add_chosen(wire, x.keep, -1.0)
+        return finite
 
-    def add(self, wires: Wires, out: Vector, factor: float = 1.0) -> None:
+    def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
+        if overwrite:
+            out.fill(0)
+        self._fresh = False
         for wire in wires:
             self._recall(wire[: self._head])
-            self._kept.fill(0)
-            self._values.add(wire[None, self._head :], self._kept)
-            kernels.add_sparse(self._indices, self._kept, self.dtype.type(factor), out)
+            self._add_chosen(wire, out, factor)
+
+    def add_encoded(self, wire: Wires, out: Vector, factor: float = 1.0) -> None:
+        if not self._fresh:
+            self._recall(wire[: self._head])
+        self._add_chosen(wire, out, factor)
+
+    def _add_chosen(self, wire: Wires, out: Vector, factor: float) -> None:
+        values = self._values.plain_values(wire[self._head :])
+        if values is None:
+            values = self._kept
+            self._values.add(wire[None, self._head :], values, overwrite=True)
+        kernels.add_sparse(self._indices, values, self.dtype.type(factor), out)
+
+    def clear(self, wires: Wires, out: Vector) -> None:
+        self._fresh = False
+        for wire in wires:
+            self._recall(wire[: self._head])
+            kernels.clear_sparse(self._indices, out)
 
 
 class _TopKCodec(_SparseCodec):
+    def _room(self, k: int, what: _KeptCoordinates) -> int:
+        assert isinstance(what, TopK)  # noqa: S101
+        self._bounds, self._counts = what.segment_bounds(self.d), what.segment_counts(self.d)
+        self._histogram = np.empty(2048, np.int64)
+        return max(k, kernels.select_candidates(self._bounds, self._counts))
+
     def _head_nbytes(self, k: int) -> int:
         self._low = kernels.low_bits(self.d, k)
         self._lower = kernels.lower_nbytes(k, self._low)
         return self._lower + kernels.upper_nbytes(self.d, k, self._low)
 
-    def _choose(self, x: Vector, head: Wires, step: int, rank: int) -> None:  # noqa: ARG002
-        kernels.select_largest(x, self._indices)
+    def _choose(self, x: Source, head: Wires, step: int, rank: int) -> bool:  # noqa: ARG002
+        indices, kept = self._indices.base, self._kept.base
+        finite: bool = kernels.select_largest(x.terms, x.factors, x.keep, x.keep_factors, self._bounds, self._counts,
+                                              indices, kept, self._scratch(kernels.SELECT_SCRATCH),
+                                              self._histogram)  # fmt: skip
         kernels.encode_indices(self._indices, self._low, *self._halves(head))
+        return finite
 
     def _recall(self, head: Wires) -> None:
         lower, upper = self._halves(head)
@@ -172,14 +266,22 @@ class _RandKCodec(_SparseCodec):
     def __init__(self, d: int, dtype: DTypeLike, what: RandK) -> None:
         super().__init__(d, dtype, what)
         self._seed = what.seed
+        self._bitmap = np.empty((self.d + 63) // 64, np.uint64)
 
     def _head_nbytes(self, k: int) -> int:  # noqa: ARG002
         return 16
 
-    def _choose(self, x: Vector, head: Wires, step: int, rank: int) -> None:  # noqa: ARG002
+    def _choose(self, x: Source, head: Wires, step: int, rank: int) -> bool:
         head.view(np.uint64)[:] = step, rank
         self._recall(head)
+        kernels.gather(x.terms, x.factors, self._indices, self._kept)
+        scratch = self._scratch(kernels.COMBINE_SCRATCH)
+        if x.keep.size:
+            kernels.combine(x.terms, x.keep_factors, x.keep, scratch)
+        nothing = x.keep[:0]
+        finite: bool = kernels.combine(x.terms, x.factors, nothing, scratch)
+        return finite
 
     def _recall(self, head: Wires) -> None:
         step, rank = head.view(np.uint64).tolist()
-        kernels.sample_indices(self._seed, step, rank, self.d, self._indices)
+        kernels.sample_indices(self._seed, step, rank, self.d, self._indices, self._bitmap)

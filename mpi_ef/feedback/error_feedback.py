@@ -7,7 +7,7 @@ import numpy as np
 
 from mpi_ef.collectives import DenseMean, Plan
 from mpi_ef.collectives.agreement import agree
-from mpi_ef.compress.compressor import Vector
+from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError, ShapeError
 
 from .rules import RULES, Rule

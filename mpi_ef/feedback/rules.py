@@ -4,7 +4,9 @@ State exists from construction on; its arrays are named as in the papers and mar
 function is one step in the order of operations of its paper.
 
 Notation: n ranks, C the compressor, ``c = plan.exchange(v)`` sends C(v); ``c.add_own(a)`` is a += C(v) of this rank,
-``c.add_mean(a)`` is a += mean over the ranks. State is always updated with what was sent, never with what was meant.
+``c.add_mean(a)`` is a += mean over the ranks, ``keep=Keep(p, into=a, less_message=True)`` is a = p - C(v). Vectors like
+``lazy(grad) - g_i`` are formed while they are encoded. State is always updated with what was sent, never with what was
+meant, and only once all ranks are known to have sent something finite: what replaces it waits in ``spare``.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +16,8 @@ from typing import Any, Self
 import numpy as np
 
 from mpi_ef.collectives import Plan
-from mpi_ef.compress.compressor import Vector
+from mpi_ef.compress import Keep, aligned_zeros, lazy
+from mpi_ef.compress.combination import Vector
 
 __all__ = ["RULES", "Rule", "State", "econtrol", "ef14", "ef21"]
 
@@ -37,14 +40,12 @@ def _scratch() -> Any:
 
 @dataclass
 class State:
-    """Named arrays of a rule, each (d,) and zero at the start; `v` holds the vector that is sent."""
-
-    v: Vector = _scratch()
+    """Named arrays of a rule, each (d,), zero at the start, beginning where a cache line does."""
 
     @classmethod
     def zeros(cls, d: int, dtype: np.dtype[Any], **options: float) -> Self:
         """Return the state before the first step."""
-        arrays: dict[str, Any] = {f.name: np.zeros(d, dtype) for f in fields(cls) if "kind" in f.metadata}
+        arrays: dict[str, Any] = {f.name: aligned_zeros(d, dtype) for f in fields(cls) if "kind" in f.metadata}
         return cls(**(arrays | options))
 
     def arrays(self, kind: str) -> dict[str, Vector]:
@@ -58,6 +59,7 @@ class EF14State(State):
 
     e_i: Vector = _per_rank()
     mean: Vector = _scratch()
+    spare: Vector = _scratch()
 
 
 def ef14(s: EF14State, plan: Plan, u: Vector) -> Vector:
@@ -75,12 +77,10 @@ def ef14(s: EF14State, plan: Plan, u: Vector) -> Vector:
     ``x_T = x_0 - sum_t gamma_t mean_i g_i + mean_i e_i``. With ``u_i = g_i`` and ``x -= gamma_t * result`` the error is
     in gradient units: the same iterates for constant gamma; otherwise old errors are re-weighted by the new gamma.
     """
-    np.add(s.e_i, u, out=s.v)
-    delta = plan.exchange(s.v)
-    s.e_i, s.v = s.v, s.e_i
-    delta.add_own(s.e_i, -1.0)
-    s.mean.fill(0)
-    delta.add_mean(s.mean)
+    p_i = lazy(s.e_i) + u
+    delta = plan.exchange(p_i, keep=Keep(p_i, into=s.spare, less_message=True))
+    s.e_i, s.spare = s.spare, s.e_i
+    delta.set_mean(s.mean, again=True)
     return s.mean
 
 
@@ -102,8 +102,7 @@ def ef21(s: EF21State, plan: Plan, grad: Vector) -> Vector:
         g_i = g_i + c_i
         g   = g + mean_i c_i
     """
-    np.subtract(grad, s.g_i, out=s.v)
-    c = plan.exchange(s.v)
+    c = plan.exchange(lazy(grad) - s.g_i)
     c.add_own(s.g_i)
     c.add_mean(s.g)
     return s.g
@@ -116,6 +115,7 @@ class EControlState(State):
     e_i: Vector = _per_rank()
     h_i: Vector = _per_rank()
     h: Vector = _replicated()
+    spare: Vector = _scratch()
     eta: float = 0.0
 
 
@@ -129,13 +129,9 @@ def econtrol(s: EControlState, plan: Plan, grad: Vector) -> Vector:
         h_i     = h_i + Delta_i
         h       = h + mean_i Delta_i
     """
-    np.multiply(s.e_i, s.e_i.dtype.type(s.eta), out=s.v)
-    s.v += grad
-    s.v -= s.h_i
-    delta = plan.exchange(s.v)
-    s.e_i += grad
-    s.e_i -= s.h_i
-    delta.add_own(s.e_i, -1.0)
+    e_i = lazy(s.e_i)
+    delta = plan.exchange(s.eta * e_i + grad - s.h_i, keep=Keep(e_i + grad - s.h_i, into=s.spare, less_message=True))
+    s.e_i, s.spare = s.spare, s.e_i
     delta.add_own(s.h_i)
     delta.add_mean(s.h)
     return s.h

@@ -1,0 +1,184 @@
+"""Measure every plan and rule against dense allreduce on this machine, alternating: ``mpiexec -n 2 mpi-ef bench``.
+
+Says where compression pays: it fits latency and bandwidth of the link between the ranks, and prints the bandwidth below
+which each method beats the fastest dense one.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from mpi_ef.errors import ConfigError, DataError, MpiEfError
+from mpi_ef.jobs import launch
+from mpi_ef.jobs.bench_report import Link, Row, combine, plot, table
+from mpi_ef.jobs.config import option, parse
+
+__all__ = ["BenchConfig", "main", "measure"]
+
+VECTORS = 3  # that take turns, so that the same entries are not selected again and again
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Options of the benchmark; every field is a flag."""
+
+    d: int = option(25_000_000, "entries of the vector, float32")
+    ratio: float = option(0.01, "share of entries that topk keeps")
+    repeats: int = option(9, "times each method is measured")
+    only: str = option("", "measure only methods whose names contain one of these words, separated by commas")
+    json: Path | None = option(None, "write all figures to this file")
+    plot: Path | None = option(None, "draw them to this PNG")
+    combine: str = option("", "no measurement: medians over the launches in these JSON files, separated by commas")
+
+    def __post_init__(self) -> None:
+        if self.d < 100:
+            raise ConfigError(f"d={self.d} is too short to say anything; take at least 100")
+        if not 0.0 < self.ratio <= 1.0:
+            raise ConfigError(f"ratio={self.ratio} is not in (0, 1]; 0.01 keeps one entry in a hundred")
+        if self.repeats < 1:
+            raise ConfigError(f"repeats={self.repeats} is not positive; take for example 9")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark on COMM_WORLD, or put the results of several launches together."""
+    config = parse(BenchConfig, argv, prog="mpi-ef bench", description=__doc__ or "")
+    if config.combine:
+        try:
+            show(config, combine([read(Path(name)) for name in config.combine.split(",")]))
+        except MpiEfError as error:
+            raise SystemExit(f"mpi-ef: {error}") from None
+    else:
+        launch.run(lambda comm: run(comm, config))
+
+
+def run(comm: Any, config: BenchConfig) -> None:
+    """Measure, print, write. Collective."""
+    result = measure(comm, config)
+    if comm.Get_rank() == 0:
+        show(config, result)
+
+
+def show(config: BenchConfig, result: dict[str, Any]) -> None:
+    """Print the table, and write what was asked for."""
+    print(table(result))
+    if config.json:
+        config.json.parent.mkdir(parents=True, exist_ok=True)
+        config.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if config.plot:
+        plot(result, config.plot)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return what a launch has written with ``--json``."""
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: is no result of mpi-ef bench ({error}); write one with --json") from None
+    return result
+
+
+@dataclass
+class Method:
+    """Something to measure: what to call with a vector, and what is known about it beforehand.
+
+    Attributes
+    ----------
+    name, kind : str
+        The kind is "dense", "compressed", "alternative" or "local" (no communication).
+    call : callable
+    sent_nbytes : int
+    entry_bits, index_bits : float or None
+        Bits per kept entry on the wire, and those of them that say which entry it is.
+    plan : Plan or None
+    """
+
+    name: str
+    kind: str
+    call: Callable[[np.ndarray], Any]
+    sent_nbytes: int = 0
+    entry_bits: float | None = None
+    index_bits: float | None = None
+    plan: Any = None
+
+
+def measure(comm: Any, config: BenchConfig) -> dict[str, Any]:
+    """Return all figures as a JSON document; times are those of the slowest rank. Collective.
+
+    Every method is called once in each round, with the same vector in all of a round, after a barrier; the first two
+    rounds do not count.
+    """
+    from mpi4py import MPI
+
+    from mpi_ef.jobs.bench_methods import methods
+
+    rng = np.random.default_rng(comm.Get_rank())
+    vectors = [rng.standard_normal(config.d, dtype=np.float32) for _ in range(VECTORS)]
+    wanted = [word.strip() for word in config.only.split(",") if word.strip()]
+    chosen = [m for m in methods(comm, config.d, config.ratio)
+              if not wanted or m.kind == "dense" or any(word in m.name for word in wanted)]  # fmt: skip
+    seconds = np.zeros((len(chosen), config.repeats + 2))
+    for turn in range(config.repeats + 2):
+        x = vectors[turn % VECTORS]
+        for number, method in enumerate(chosen):
+            if turn == 2 and method.plan is not None:
+                method.plan.seconds.update(dict.fromkeys(method.plan.seconds, 0.0))
+            comm.Barrier()
+            began = perf_counter()
+            method.call(x)
+            seconds[number, turn] = perf_counter() - began
+    comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
+    spent = [m.plan and (m.plan.seconds["encode"] + m.plan.seconds["decode"]) / config.repeats for m in chosen]
+    local = [own and comm.allreduce(own, MPI.MAX) for own in spent]
+    link = fit_link(comm)
+    rows = [
+        Row(
+            m.name,
+            m.kind,
+            median(times),
+            min(times),
+            max(times),
+            m.sent_nbytes,
+            m.entry_bits,
+            m.index_bits,
+            float(alone) if m.plan is not None else None,
+        )
+        for m, times, alone in zip(chosen, seconds[:, 2:].tolist(), local, strict=True)
+    ]
+    return {
+        "ranks": comm.Get_size(), "d": config.d, "ratio": config.ratio, "repeats": config.repeats, "launches": 1,
+        "mpi": " ".join(MPI.Get_library_version().split("\x00")[0].splitlines()[0].split(",")[0].split()),
+        "link": asdict(link), "rows": [asdict(row) for row in rows],
+    }  # fmt: skip
+
+
+def fit_link(comm: Any) -> Link:
+    """Return latency and bandwidth between neighbours, all ranks sending at once, by least squares. Collective."""
+    from mpi4py import MPI
+
+    size, rank = comm.Get_size(), comm.Get_rank()
+    sizes = [1 << power for power in range(10, 25, 2)]
+    send, receive = np.ones(sizes[-1], np.uint8), np.ones(sizes[-1], np.uint8)
+    times = np.zeros(len(sizes))
+    for n, nbytes in enumerate(sizes):
+        samples = []
+        for _ in range(9):
+            comm.Barrier()
+            began = perf_counter()
+            comm.Sendrecv(send[:nbytes], (rank + 1) % size, recvbuf=receive[:nbytes], source=(rank - 1) % size)
+            samples.append(perf_counter() - began)
+        times[n] = median(samples)
+    comm.Allreduce(MPI.IN_PLACE, times, MPI.MAX)
+    # Relative errors count alike at all sizes: divide every equation by its time.
+    columns = np.stack([np.ones(len(sizes)), np.array(sizes)], axis=1) / times[:, None]
+    (latency, inverse), *_ = np.linalg.lstsq(columns, np.ones(len(sizes)), rcond=None)
+    return Link(max(0.0, float(latency)), 1.0 / max(1e-15, float(inverse)))
+
+
+if __name__ == "__main__":
+    main()

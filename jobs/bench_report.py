@@ -1,0 +1,174 @@
+"""The table and the picture of the benchmark, and medians over several launches."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mpi_ef.errors import DataError
+from mpi_ef.jobs.metrics import in_bytes
+
+__all__ = ["Link", "Row", "break_even", "combine", "plot", "table"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a message costs between neighbours: ``latency_seconds + nbytes / bytes_per_second``."""
+
+    latency_seconds: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures of one method; seconds of the slowest rank. `local_seconds` is the time it spends without communication."""
+
+    name: str
+    kind: str
+    median_seconds: float
+    min_seconds: float
+    max_seconds: float
+    sent_nbytes: int
+    entry_bits: float | None
+    index_bits: float | None
+    local_seconds: float | None
+
+
+def break_even(row: Row, dense: Row, link: Link) -> float | None:
+    """Return the bandwidth in bytes per second below which `row` beats `dense`; None where it does at any bandwidth.
+
+    On a link of bandwidth b a method takes ``c + sent_nbytes / b``. For the compressed one c is the measured time
+    outside of communication; for the dense one what is left of its time here when the fitted bandwidth's share is taken
+    off, but at least 0.
+    """
+    if row.local_seconds is None:
+        return 0.0
+    dense_local = max(0.0, dense.median_seconds - dense.sent_nbytes / link.bytes_per_second)
+    saved = dense.sent_nbytes - row.sent_nbytes
+    slower = row.local_seconds - dense_local
+    if slower <= 0:
+        return None if saved >= 0 else 0.0
+    return max(0, saved) / slower
+
+
+def _parts(result: dict[str, Any]) -> tuple[list[Row], Row, Row, Row, Link]:
+    """Return all rows, MPI_Allreduce, the faster of MPI's own, the fastest dense one, the link."""
+    rows = [Row(**row) for row in result["rows"]]
+    dense = [row for row in rows if row.kind == "dense"]
+    library = min((row for row in dense if row.name.startswith("MPI")), key=lambda row: row.median_seconds)
+    return rows, dense[0], library, min(dense, key=lambda row: row.median_seconds), Link(**result["link"])
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return all figures as text."""
+    rows, plain, library, best, link = _parts(result)
+    reading = next((row.median_seconds for row in rows if row.name.startswith("read the vector")), None)
+    width = max(len(row.name) for row in rows)
+    launches = f"{result['launches']} launches" if result["launches"] > 1 else "1 launch"
+    title = f"{result['mpi']}, {result['ranks']} ranks, d = {result['d']:,} float32, {launches} of {result['repeats']}"
+    speed = f"{1e6 * link.latency_seconds:.1f} us + {link.bytes_per_second / 1e9:.2f} GB/s"
+    lines = [
+        f"{title} rounds: medians, slowest rank",
+        f"link: {speed}",
+        "",
+        f"  {'':<{width}}     ms     min     max  against  against  against   reads",
+        f"  {'':<{width}}                      Allreduce best MPI   fastest  of x     sent  bits/entry    pays below",
+    ]
+    kind = ""
+    for row in rows:
+        if row.kind != kind:
+            kind = row.kind
+            lines.append({"local": "without communication", "alternative": "as one would write it"}.get(kind, kind))
+        times = (row.median_seconds, row.min_seconds, row.max_seconds)
+        line = f"  {row.name:<{width}}" + "".join(f"{1e3 * seconds:8.2f}" for seconds in times)
+        ratios = "".join(f"{other.median_seconds / row.median_seconds:8.2f}x" for other in (plain, library, best))
+        line += f"{'':27}" if kind == "local" else ratios
+        line += f"{row.median_seconds / reading:7.1f}" if reading else f"{'':7}"
+        if kind != "local":
+            line += f"{in_bytes(row.sent_nbytes):>9}"
+        if row.entry_bits is not None:
+            line += f"  {row.entry_bits:5.1f}" + (f" ({row.index_bits:4.1f})" if row.index_bits else f"{'':7}")
+        if kind == "compressed":
+            line += f" {_verdict(break_even(row, best, link)):>12}"
+        lines.append(line.rstrip())
+    lines += [
+        "",
+        "against: how many times faster than MPI_Allreduce, than the faster of MPI's two, than the fastest dense one;",
+        "reads of x: the time as a multiple of reading the vector once; bits/entry: on the wire (of these for the index);",
+        f"pays below: on links of less bandwidth it beats {best.name}, by the time each spends outside of communication",
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(limit: float | None) -> str:
+    if limit is None:
+        return "any link"
+    return f"{8 * limit / 1e9:.1f} Gbit/s" if limit else "never"
+
+
+def combine(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the medians over several launches of the same measurement; minimum and maximum over all of them."""
+    first = results[0]
+    for other in results[1:]:
+        for key in ("ranks", "d", "ratio", "mpi"):
+            if other[key] != first[key]:
+                raise DataError(f"bench: launches differ in {key}: {first[key]} and {other[key]}; combine equal ones")
+        if [row["name"] for row in other["rows"]] != [row["name"] for row in first["rows"]]:
+            raise DataError("bench: launches measured different methods; combine those with the same --only")
+    rows = []
+    for same in zip(*(result["rows"] for result in results), strict=True):
+        row = dict(same[0])
+        for name, choose in (("median_seconds", median), ("min_seconds", min), ("max_seconds", max)):
+            row[name] = choose(other[name] for other in same)
+        if row["local_seconds"] is not None:
+            row["local_seconds"] = median(other["local_seconds"] for other in same)
+        rows.append(row)
+    link = {name: median(result["link"][name] for result in results) for name in first["link"]}
+    return first | {"rows": rows, "link": link, "launches": sum(result["launches"] for result in results)}
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draw the times here, and what they would be on links of other bandwidths.
+
+    Raises
+    ------
+    DataError
+        When matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        raise DataError("bench: matplotlib is not installed; pip install matplotlib") from None
+    rows, _, _, best, link = _parts(result)
+    figure, (here, elsewhere) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    shown = [row for row in rows if row.kind != "local"][::-1]
+    colours = {"dense": "tab:gray", "compressed": "tab:blue", "alternative": "tab:orange"}
+    for place, row in enumerate(shown):
+        milliseconds = 1e3 * row.median_seconds
+        here.plot([1e3 * row.min_seconds, 1e3 * row.max_seconds], [place, place], color=colours[row.kind], lw=1)
+        here.plot([milliseconds], [place], "o", color=colours[row.kind])
+        here.annotate(f"{milliseconds:.3g}", (milliseconds, place), (0, 5), textcoords="offset points", fontsize=8)
+    here.set(xlabel=f"milliseconds, d = {result['d']:,}, {result['ranks']} ranks", xscale="log",
+             yticks=range(len(shown)), yticklabels=[row.name for row in shown])  # fmt: skip
+    here.grid(visible=True, alpha=0.3)
+    here.margins(x=0.1)
+    bandwidths = [10 ** (power / 20) for power in range(120, 221)]
+    for row in rows:
+        own = row.local_seconds
+        if row is best:
+            own = max(0.0, row.median_seconds - row.sent_nbytes / link.bytes_per_second)
+        if own is None:
+            continue
+        elsewhere.plot([8e-9 * b for b in bandwidths], [1e3 * (own + row.sent_nbytes / b) for b in bandwidths],
+                       label=row.name, color="black" if row is best else None, lw=2.5 if row is best else 1.2)  # fmt: skip
+    elsewhere.axvline(8e-9 * link.bytes_per_second, color="tab:gray", ls=":")
+    elsewhere.set(xscale="log", yscale="log", xlabel="bandwidth of a link, Gbit/s (dotted: this one)",
+                  ylabel="milliseconds, by the model c + bytes / bandwidth")  # fmt: skip
+    elsewhere.legend(fontsize=7)
+    elsewhere.grid(visible=True, alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

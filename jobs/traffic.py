@@ -1,0 +1,71 @@
+"""Counting the memory that kernels touch: bytes of the arrays they stream through, by what each argument is for.
+
+Counted are the passes that a kernel's docstring promises; what an MPI library copies is not seen. Entries touched here
+and there (sparse messages) count by their own size, although a whole cache line moves.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+from mpi_ef import kernels
+
+__all__ = ["Touched", "counted"]
+
+_CACHED = {"scratch", "histogram", "bitmap", "few"}  # small enough to stay in a cache
+
+
+class Touched:
+    """Bytes touched, in all and by kernel."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.by_kernel: dict[str, int] = {}
+
+
+@contextmanager
+def counted() -> Iterator[Touched]:
+    """Count what kernels called inside of the block, by anybody in this process, touch."""
+    touched = Touched()
+    originals = {name: getattr(kernels, name) for name in kernels.__all__ if callable(getattr(kernels, name))}
+    for name, kernel in originals.items():
+        setattr(kernels, name, _counting(name, kernel, touched))
+    try:
+        yield touched
+    finally:
+        for name, kernel in originals.items():
+            setattr(kernels, name, kernel)
+
+
+def _counting(name: str, kernel: Callable[..., Any], touched: Touched) -> Callable[..., Any]:
+    names = list(signature(getattr(kernel, "py_func", kernel)).parameters)
+
+    def call(*arguments: Any) -> Any:
+        nbytes = _nbytes(name, dict(zip(names, arguments, strict=True)))
+        touched.nbytes += nbytes
+        touched.by_kernel[name] = touched.by_kernel.get(name, 0) + nbytes
+        return kernel(*arguments)
+
+    return call
+
+
+def _nbytes(kernel: str, given: dict[str, Any]) -> int:
+    """Return the bytes that one call streams through."""
+    arrays = {name: value for name, value in given.items() if hasattr(value, "nbytes") and value.ndim}
+    total: int = sum(value.nbytes for name, value in arrays.items() if name not in _CACHED and name != "out")
+    total += _passes_over_terms(kernel, given) * sum(term.nbytes for term in given.get("terms", ()))
+    out = arrays.get("out")
+    if out is None:
+        return total
+    if kernel in ("add_sparse", "clear_sparse"):
+        return total + (2 if kernel == "add_sparse" else 1) * int(out.itemsize) * int(given["indices"].size)
+    reads = kernel.startswith("add_") and not given.get("overwrite", False)
+    return total + (2 if reads else 1) * int(out.nbytes)
+
+
+def _passes_over_terms(kernel: str, given: dict[str, Any]) -> int:
+    """Return how often the terms come from memory: twice where blocks do not fit the cache."""
+    if kernel == "encode_signs":
+        return 2 if given["block"] > kernels.BLOCK and given["keep"].size else 1
+    return 2 if kernel == "quantize" and given["block"] > kernels.BLOCK else 1

@@ -1,0 +1,130 @@
+"""Vectors that are formed on the fly: what is sent, and what is kept of it, without a pass over memory of their own."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Combination", "Keep", "Source", "Vector", "aligned_zeros", "lazy", "source"]
+
+Vector = NDArray[np.floating]
+
+MOST_TERMS = 3
+_LINE = 64  # bytes
+
+
+class Combination:
+    """A linear combination of up to three vectors that nobody has computed yet: ``lazy(grad) - g_i``.
+
+    Built by :func:`lazy` and arithmetic with arrays, numbers and other combinations. The kernels form it block by block
+    while they select, sign or round, in the order of its terms; a vector that comes twice keeps its first place.
+
+    Attributes
+    ----------
+    terms : tuple of (float, (d,) array)
+    """
+
+    __slots__ = ("terms",)
+    __array_ufunc__ = None  # arrays leave arithmetic with a combination to this class
+
+    def __init__(self, *terms: tuple[float, Vector]) -> None:
+        self.terms = terms
+
+    def __add__(self, other: "Combination | Vector") -> "Combination":
+        return self._plus(other, 1.0)
+
+    def __sub__(self, other: "Combination | Vector") -> "Combination":
+        return self._plus(other, -1.0)
+
+    def __mul__(self, factor: float) -> "Combination":
+        return Combination(*((factor * old, vector) for old, vector in self.terms))
+
+    __rmul__ = __mul__
+
+    def _plus(self, other: "Combination | Vector", sign: float) -> "Combination":
+        terms = list(self.terms)
+        for factor, vector in other.terms if isinstance(other, Combination) else ((1.0, other),):
+            for n, (old, known) in enumerate(terms):
+                if known is vector:
+                    terms[n] = (old + sign * factor, vector)
+                    break
+            else:
+                terms.append((sign * factor, vector))
+        assert len(terms) <= MOST_TERMS, "the kernels combine three vectors at most"  # noqa: S101
+        return Combination(*terms)
+
+
+def lazy(vector: Vector) -> Combination:
+    """Return `vector` as a combination, to be added to and subtracted from without computing anything."""
+    return Combination((1.0, vector))
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What an encoder leaves behind in the same pass: ``into = of``, or with ``less_message`` ``into = of - C(x)``.
+
+    Parameters
+    ----------
+    of : Combination
+        Of the vectors that the encoded one combines, or of some of them.
+    into : (d,) array, overwritten; none of those vectors
+        Long arrays that are aligned to 64 bytes are written past the caches.
+    less_message : bool
+    """
+
+    of: Combination
+    into: Vector
+    less_message: bool = False
+
+
+class Source(NamedTuple):
+    """What is encoded and what is kept of it, as the kernels take them; see :func:`source`."""
+
+    terms: tuple[Vector, Vector, Vector]
+    factors: Vector
+    keep: Vector
+    keep_factors: Vector
+    less_message: bool
+
+    def part(self, start: int, stop: int) -> "Source":
+        """Return the entries from `start` to `stop`."""
+        a, b, c = self.terms
+        return self._replace(terms=(a[start:stop], b[start:stop], c[start:stop]), keep=self.keep[start:stop])
+
+
+def _read_only(array: Vector) -> Vector:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+_NOTHING: dict[Any, Vector] = {np.dtype(t): np.empty(0, t) for t in (np.float32, np.float64)}
+_ABSENT = {dtype: _read_only(array) for dtype, array in _NOTHING.items()}
+_ONE = {dtype: np.array([1, 0, 0], dtype) for dtype in _NOTHING}
+
+
+def source(x: Vector | Combination, keep: Keep | None = None) -> Source:
+    """Return `x` and `keep` as the kernels take them. Terms become read-only views: one machine code for all."""
+    terms = x.terms if isinstance(x, Combination) else ((1.0, x),)
+    vectors = [vector for _, vector in terms]
+    dtype = vectors[0].dtype
+    views = [_read_only(vector) for vector in vectors] + [_ABSENT[dtype]] * (MOST_TERMS - len(vectors))
+    three, factors = (views[0], views[1], views[2]), _ONE[dtype]
+    if isinstance(x, Combination):
+        factors = np.zeros(MOST_TERMS, dtype)
+        for n, (factor, _) in enumerate(terms):
+            factors[n] = factor
+    if keep is None:
+        return Source(three, factors, _NOTHING[dtype], factors, False)
+    kept = np.zeros(MOST_TERMS, dtype)
+    for factor, vector in keep.of.terms:
+        kept[next(n for n, known in enumerate(vectors) if known is vector)] = factor
+    return Source(three, factors, keep.into, kept, keep.less_message)
+
+
+def aligned_zeros(d: int, dtype: Any) -> Vector:
+    """Return a (d,) array of zeros that begins where a cache line does, so that kernels can write past the caches."""
+    memory = np.zeros(d + _LINE // np.dtype(dtype).itemsize, dtype)
+    first = -memory.ctypes.data % _LINE // memory.itemsize
+    return memory[first : first + d]
