@@ -18,6 +18,7 @@ from mpi_ef.errors import ConfigError, DataError, MpiEfError
 from mpi_ef.jobs import launch
 from mpi_ef.jobs.bench_report import Link, Row, combine, plot, table
 from mpi_ef.jobs.config import option, parse
+from mpi_ef.jobs.traffic import counted
 
 __all__ = ["BenchConfig", "main", "measure"]
 
@@ -133,28 +134,28 @@ def measure(comm: Any, config: BenchConfig) -> dict[str, Any]:
             method.call(x)
             seconds[number, turn] = perf_counter() - began
     comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
-    spent = [m.plan and (m.plan.seconds["encode"] + m.plan.seconds["decode"]) / config.repeats for m in chosen]
-    local = [own and comm.allreduce(own, MPI.MAX) for own in spent]
     link = fit_link(comm)
-    rows = [
-        Row(
-            m.name,
-            m.kind,
-            median(times),
-            min(times),
-            max(times),
-            m.sent_nbytes,
-            m.entry_bits,
-            m.index_bits,
-            float(alone) if m.plan is not None else None,
-        )
-        for m, times, alone in zip(chosen, seconds[:, 2:].tolist(), local, strict=True)
-    ]
+    rows = []
+    for method, times in zip(chosen, seconds[:, 2:].tolist(), strict=True):
+        local = touched = None
+        if method.plan is not None:
+            spent = method.plan.seconds["encode"] + method.plan.seconds["decode"]
+            local = comm.allreduce(spent / config.repeats, MPI.MAX)
+            touched = touched_bytes(method, vectors[0])
+        rows.append(Row(method.name, method.kind, median(times), min(times), max(times), method.sent_nbytes,
+                        method.entry_bits, method.index_bits, local, touched))  # fmt: skip
     return {
         "ranks": comm.Get_size(), "d": config.d, "ratio": config.ratio, "repeats": config.repeats, "launches": 1,
         "mpi": " ".join(MPI.Get_library_version().split("\x00")[0].splitlines()[0].split(",")[0].split()),
         "link": asdict(link), "rows": [asdict(row) for row in rows],
     }  # fmt: skip
+
+
+def touched_bytes(method: Method, x: np.ndarray) -> float:
+    """Return the bytes per entry of x that the kernels of one more step touch. Collective."""
+    with counted() as touched:
+        method.call(x)
+    return touched.nbytes / x.size
 
 
 def fit_link(comm: Any) -> Link:

@@ -21,7 +21,15 @@ class Link:
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one method; seconds of the slowest rank. `local_seconds` is the time it spends without communication."""
+    """Figures of one method; seconds of the slowest rank.
+
+    Attributes
+    ----------
+    local_seconds : float or None
+        Time without communication.
+    touched_bytes : float or None
+        Bytes of memory that the kernels of one step stream through, per entry of the vector, by :mod:`.traffic`.
+    """
 
     name: str
     kind: str
@@ -32,6 +40,7 @@ class Row:
     entry_bits: float | None
     index_bits: float | None
     local_seconds: float | None
+    touched_bytes: float | None
 
 
 def break_even(row: Row, dense: Row, link: Link) -> float | None:
@@ -71,8 +80,8 @@ def table(result: dict[str, Any]) -> str:
         f"{title} rounds: medians, slowest rank",
         f"link: {speed}",
         "",
-        f"  {'':<{width}}     ms     min     max  against  against  against   reads",
-        f"  {'':<{width}}                      Allreduce best MPI   fastest  of x     sent  bits/entry    pays below",
+        f"  {'':<{width}}     ms     min     max  against  against  against  reads                         bytes    pays",
+        f"  {'':<{width}}                      Allreduce best MPI  fastest  of x     sent  bits/entry   touched   below",
     ]
     kind = ""
     for row in rows:
@@ -80,7 +89,7 @@ def table(result: dict[str, Any]) -> str:
             kind = row.kind
             lines.append({"local": "without communication", "alternative": "as one would write it"}.get(kind, kind))
         times = (row.median_seconds, row.min_seconds, row.max_seconds)
-        line = f"  {row.name:<{width}}" + "".join(f"{1e3 * seconds:8.2f}" for seconds in times)
+        line = f"  {row.name:<{width}}" + "".join(f"{_milliseconds(seconds):>8}" for seconds in times)
         ratios = "".join(f"{other.median_seconds / row.median_seconds:8.2f}x" for other in (plain, library, best))
         line += f"{'':27}" if kind == "local" else ratios
         line += f"{row.median_seconds / reading:7.1f}" if reading else f"{'':7}"
@@ -88,6 +97,8 @@ def table(result: dict[str, Any]) -> str:
             line += f"{in_bytes(row.sent_nbytes):>9}"
         if row.entry_bits is not None:
             line += f"  {row.entry_bits:5.1f}" + (f" ({row.index_bits:4.1f})" if row.index_bits else f"{'':7}")
+        if row.touched_bytes is not None:
+            line += f"{row.touched_bytes:7.1f}" + (f" ({_share(row, reading):4.0%})" if reading else "")
         if kind == "compressed":
             line += f" {_verdict(break_even(row, best, link)):>12}"
         lines.append(line.rstrip())
@@ -95,9 +106,19 @@ def table(result: dict[str, Any]) -> str:
         "",
         "against: how many times faster than MPI_Allreduce, than the faster of MPI's two, than the fastest dense one;",
         "reads of x: the time as a multiple of reading the vector once; bits/entry: on the wire (of these for the index);",
+        "bytes touched per entry of the vector (share of the time that only reading them would take);",
         f"pays below: on links of less bandwidth it beats {best.name}, by the time each spends outside of communication",
     ]
     return "\n".join(lines)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}" if seconds >= 1e-3 else f"{1e3 * seconds:.4f}"
+
+
+def _share(row: Row, reading: float) -> float:
+    """Return how much of a step's time it would take to read as many bytes as it touches."""
+    return (row.touched_bytes or 0.0) / 4 * reading / row.median_seconds
 
 
 def _verdict(limit: float | None) -> str:

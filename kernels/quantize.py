@@ -123,23 +123,24 @@ def _quantize(terms, factors, keep, keep_factors, less_decoded, headroom, block,
         for j in range(first, last):
             start, stop = max(j * block - low, 0), min((j + 1) * block - low, m)
             if block <= BLOCK:
-                exponents[j] = _exponent(_largest(x, start, stop, np.uint64(0)), x, headroom)
+                exponents[j] = _exponent(_largest(x[start:stop], np.uint64(0)), x, headroom)
             finite &= exponents[j] != _NOT_FINITE
-            _encode(x, start, stop, headroom, exponents[j], codes[low:])
+            _encode(x[start:stop], headroom, exponents[j], codes[low + start : low + stop])
         if keep.size:
             form(terms, keep_factors, low, other[:m])
             if less_decoded:
                 for j in range(first, last):
                     start, stop = max(j * block - low, 0), min((j + 1) * block - low, m)
-                    _decode(codes[low:], start, stop, headroom, exponents[j], x.dtype.type(-1), other)
+                    part = codes[low + start : low + stop]
+                    _decode(part, headroom, exponents[j], x.dtype.type(-1), other[start:stop])
             put(other[:m], keep, low)
     fence()
     return finite
 
 
 @jit
-def _largest(x, start, stop, high):
-    for i in range(start, stop):
+def _largest(x, high):
+    for i in range(x.size):
         high = max(high, magnitude(x[i]))
     return high
 
@@ -150,7 +151,7 @@ def _exponent_of_long_block(terms, factors, start, stop, x, headroom):
     for low in range(start, stop, BLOCK):
         m = min(BLOCK, stop - low)
         form(terms, factors, low, x[:m])
-        high = _largest(x, 0, m, high)
+        high = _largest(x[:m], high)
     return _exponent(high, x, headroom)
 
 
@@ -174,40 +175,43 @@ def _power(exponent):
 
 
 @jit
-def _encode(x, start, stop, headroom, exponent, codes):
+def _encode(x, headroom, exponent, codes):
     if exponent == _NOT_FINITE:
-        codes[start:stop] = 0
+        codes[:] = 0
         return
     first, second = _power(-int(exponent))
     if headroom == 7:
-        for i in range(start, stop):
-            codes[i] = np.int64(np.rint(np.float64(x[i]) * first * second))
+        for i in range(x.size):
+            codes[i] = np.int32(np.rint(np.float64(x[i]) * first * second))
     elif headroom == 15:
-        for i in range(start, stop):
+        for i in range(x.size):
             codes[i] = _to_half(np.float32(np.float64(x[i]) * first * second))
     else:
-        for i in range(start, stop):
+        for i in range(x.size):
             word = np.int64(np.float32(np.float64(x[i]) * first * second).view(np.uint32))
             codes[i] = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
 
 
 @jit
-def _decode(codes, start, stop, headroom, exponent, factor, out):
-    """Add ``factor * decoded`` to ``out[start:stop]``."""
+def _decode(codes, headroom, exponent, factor, out):
+    """Add ``factor * decoded`` to `out`."""
     if exponent == _NOT_FINITE:
-        out[start:stop] = np.nan
+        out[:] = np.nan
         return
     first, second = _power(int(exponent))
     limit = np.float64(np.finfo(out.dtype).max)
-    for i in range(start, stop):
-        code = np.int64(codes[i])
-        if headroom == 7:
-            value = np.float64(code)
-        elif headroom == 15:
-            value = _from_half(code & 0xFFFF)
-        else:
-            value = np.float64(np.uint32((code & 0xFFFF) << 16).view(np.float32))
-        out[i] += factor * out.dtype.type(min(max(value * first * second, -limit), limit))
+    if headroom == 7:
+        for i in range(out.size):
+            value = np.float64(codes[i]) * first * second
+            out[i] += factor * out.dtype.type(min(max(value, -limit), limit))
+    elif headroom == 15:
+        for i in range(out.size):
+            value = _from_half(np.int64(codes[i]) & 0xFFFF) * first * second
+            out[i] += factor * out.dtype.type(min(max(value, -limit), limit))
+    else:
+        for i in range(out.size):
+            value = np.float64(np.uint32((np.int64(codes[i]) & 0xFFFF) << 16).view(np.float32)) * first * second
+            out[i] += factor * out.dtype.type(min(max(value, -limit), limit))
 
 
 @jit
@@ -220,7 +224,7 @@ def _add_quantized(exponents, codes, headroom, block, factor, overwrite, out, sc
             target[:] = 0
         for j in range(low // block, -(-(low + m) // block)):
             start, stop = max(j * block - low, 0), min((j + 1) * block - low, m)
-            _decode(codes[low:], start, stop, headroom, exponents[j], factor, target)
+            _decode(codes[low + start : low + stop], headroom, exponents[j], factor, target[start:stop])
         if overwrite:
             put(target, out, low)
     fence()

@@ -56,10 +56,10 @@ def select_largest(
     -----
     Exact. Among equal magnitudes the lowest index comes first; -0.0 and 0.0 are equal.
 
-    Without its sign bit a float orders like an integer. The k-th largest of a random sample, lowered by four standard
+    Without its sign bit a float orders like an integer. The k-th largest of a random sample, lowered by three standard
     deviations, is a threshold which slightly more than k entries exceed, whatever the distribution: one streaming pass
     collects them, and a histogram finds the k largest among them. Equal magnitudes may need a second pass. Once in
-    10^4 to 10^5 selections the sample misleads: then a larger margin, and at last digit-by-digit counting.
+    about a thousand selections the sample misleads: then a larger margin, and at last digit-by-digit counting.
     Memory touched: each term once, and `keep`; twice when the k-th largest magnitude is shared by many entries.
     """
     first, largest = 0, np.uint64(0)
@@ -92,7 +92,7 @@ def _sample_size(d):
 def _rank_in_sample(d, k, attempt):
     """Return how far from the top of the sample the threshold lies, so that at least k of d entries exceed it."""
     expected = _sample_size(d) * k / d
-    return int(expected + (4 + 4 * attempt) * math.sqrt(expected) + 8 + 24 * attempt)
+    return int(expected + (3 + 5 * attempt) * math.sqrt(expected) + 4 + 28 * attempt)
 
 
 @jit
@@ -186,6 +186,10 @@ def _collect(terms, factors, keep, keep_factors, start, stop, bound, limit, indi
             # written without asking whether there is one: x[g + 64] is something, and found stays where it is.
             place, first = np.uint64(found), np.uint64(g)
             found += int(population(word))
+            i = first + trailing_zeros(word)
+            indices[place], values[place] = np.uint64(low) + i, x[i]
+            word &= word - one
+            place += one
             i = first + trailing_zeros(word)
             indices[place], values[place] = np.uint64(low) + i, x[i]
             word &= word - one

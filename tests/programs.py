@@ -13,6 +13,9 @@ PLANS = {
     "dense": lambda comm, d, dtype: DenseMean(comm, d, dtype),
     "gather identity": lambda comm, d, dtype: GatherMean(comm, Identity(), d, dtype),
     "gather topk": lambda comm, d, dtype: GatherMean(comm, TopK(0.1, values=Quantize("bf16")), d, dtype),
+    "gather topk of segments": lambda comm, d, dtype: GatherMean(
+        comm, TopK(0.1, segments=(d // 3, 0, d // 2, d - d // 3 - d // 2)), d, dtype
+    ),
     "gather randk": lambda comm, d, dtype: GatherMean(comm, RandK(0.2, seed=3), d, dtype),
     "gather sign": lambda comm, d, dtype: GatherMean(comm, Sign(block=64), d, dtype),
     "two-phase sign": lambda comm, d, dtype: TwoPhaseMean(comm, Sign(), d, dtype),
@@ -35,8 +38,11 @@ def exchanges(plan, d, dtype, steps=3):
         for step in range(steps):
             x = gaussian(p.rank, d, dtype, step=step)
             own, mean = np.zeros(d, dtype), np.zeros(d, dtype)
-            p.start(x)
-            messages = p.wait()
+            if step % 2:
+                messages = p.exchange(x)
+            else:
+                p.start(x)
+                messages = p.wait()
             messages.add_own(own)
             messages.add_mean(mean)
             rows += [x, own, mean]

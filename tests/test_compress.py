@@ -153,6 +153,24 @@ def test_count(ratio, d, k):
     assert TopK(ratio).count(d) == k
 
 
+def test_segments_keep_their_share_each():
+    """Per-tensor selection, as in the papers: every part sends its own largest entries."""
+    sizes = (3, 0, 1000, 250_000, 1)
+    parts = [gaussian(number, size) * 10.0**number for number, size in enumerate(sizes)]
+    x = np.concatenate(parts).astype(np.float32)
+    compressor = TopK(0.01, segments=sizes)
+    assert compressor.count(x.size) == 1 + 0 + 10 + 2500 + 1
+    decoded = roundtrip(compressor, x)[1]
+    start = 0
+    for part in parts:
+        if part.size:
+            own = x[start : start + part.size]
+            np.testing.assert_array_equal(decoded[start : start + part.size], roundtrip(TopK(0.01), own)[1])
+        start += part.size
+    assert compressor.alpha(x.size) == 0.01
+    assert TopK(0.01, segments=[1, 2]) == TopK(0.01, segments=(1, 2))
+
+
 @pytest.mark.parametrize(
     ("build", "error", "words"),
     [
@@ -162,6 +180,11 @@ def test_count(ratio, d, k):
         (lambda: TopK(), OptionError, "either ratio"),
         (lambda: TopK(0.1, k=3), OptionError, "either ratio"),
         (lambda: TopK(k=0), OptionError, "k=0 is not a positive integer"),
+        (lambda: TopK(k=5, segments=(3, 4)), OptionError, "segments go with a ratio"),
+        (lambda: TopK(0.1, segments="tensors"), OptionError, "segments='tensors'"),
+        (lambda: TopK(0.1, segments=(3, -1)), OptionError, "segments=(3, -1)"),
+        (lambda: TopK(0.1, segments=(3, 4)).codec(8), ShapeError, "7 entries together, the vector has 8"),
+        (lambda: TopK(0.1, segments="parameters").codec(8), OptionError, "optimizers only"),
         (lambda: TopK(k=5).codec(4), OptionError, "k=5 exceeds d=4"),
         (lambda: TopK(0.1, values=TopK(0.1)), OptionError, "sparse itself"),
         (lambda: TopK(k=2.5), OptionError, "k=2.5 is not a positive integer"),

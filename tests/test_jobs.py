@@ -4,7 +4,7 @@ import io
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, LaunchError, PeerError
 from mpi_ef.jobs import cli, report
+from mpi_ef.jobs.bench_report import Link, Row, break_even, combine, table
 from mpi_ef.jobs.config import option, parse, to_toml
 from mpi_ef.jobs.data import Digits, Text, batches, shard
 from mpi_ef.jobs.launch import check_world
@@ -256,6 +257,40 @@ def test_report(tmp_path, capsys):
     assert picture.read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(SystemExit, match="holds no finished run"):
         report.main([str(tmp_path / "absent")])
+
+
+def bench_row(name, kind, milliseconds, sent, own=None):
+    return Row(name, kind, milliseconds / 1e3, 0.001, 1.0, sent, None, None, own and own / 1e3, None)
+
+
+def test_break_even_bandwidth():
+    """Below it the method's time c + bytes / b is less than the dense one's, above it more."""
+    link = Link(1e-6, 10e9)
+    dense = bench_row("MPI_Allreduce", "dense", 20, 100_000_000)  # of these 10 ms are bytes on this link
+    slow, fast = bench_row("slow", "compressed", 99, 1_000_000, 30), bench_row("fast", "compressed", 99, 1_000_000, 5)
+    limit = break_even(slow, dense, link)
+    assert limit == pytest.approx(99_000_000 / 0.020)
+    for b, wins in ((0.99 * limit, True), (1.01 * limit, False)):
+        assert (0.030 + slow.sent_nbytes / b < 0.010 + dense.sent_nbytes / b) is wins
+    assert break_even(fast, dense, link) is None  # at any bandwidth
+    assert break_even(bench_row("big", "compressed", 99, 200_000_000, 30), dense, link) == 0.0  # never
+
+
+def test_launches_are_combined_by_their_medians():
+    def launch(milliseconds):
+        rows = [asdict(bench_row("MPI_Allreduce", "dense", milliseconds, 8)),
+                asdict(bench_row("x", "compressed", 2 * milliseconds, 1, milliseconds))]  # fmt: skip
+        return {"ranks": 2, "d": 100, "ratio": 0.1, "repeats": 1, "launches": 1, "mpi": "M", "rows": rows,
+                "link": {"latency_seconds": 1e-6 * milliseconds, "bytes_per_second": 1e9}}  # fmt: skip
+
+    result = combine([launch(1), launch(50), launch(2)])
+    assert [row["median_seconds"] for row in result["rows"]] == [0.002, 0.004]
+    assert result["rows"][1]["local_seconds"] == 0.002
+    assert result["link"]["latency_seconds"] == 2e-6
+    assert result["launches"] == 3
+    assert "0.50x" in table(result)
+    with pytest.raises(DataError, match="launches differ in d: 100 and 7"):
+        combine([launch(1), launch(1) | {"d": 7}])
 
 
 def test_command_line(capsys):

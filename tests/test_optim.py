@@ -352,3 +352,21 @@ def test_second_derivatives_do_not_disturb():
         optimizer.zero_grad()
 
     virtual.results(1, program)
+
+
+def test_topk_of_every_parameter():
+    """``segments="parameters"``: every trainable parameter sends its share, at least one entry."""
+
+    def program(comm):
+        net = model()
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD(net.parameters(), lr=0.1), comm, TopK(0.1, segments="parameters")
+        )
+        loss_of(net, comm.Get_rank(), 0).backward()
+        optimizer.step()
+        sizes = [p.numel() for p in optimizer.flat.parameters]
+        return optimizer.feedback.plan.compressor, sizes
+
+    compressor, sizes = virtual.results(2, program)[0]
+    assert compressor.segments == tuple(sizes)
+    assert compressor.count(sum(sizes)) == sum(max(1, size // 10) for size in sizes)

@@ -7,8 +7,9 @@ from programs import PLANS, SIZES, exchanges
 from vectors_for_tests import gaussian
 
 from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, allgather, allreduce, chunk_bounds, plan_for
+from mpi_ef.collectives import dense as dense_module
 from mpi_ef.collectives import frames as frames_module
-from mpi_ef.compress import Identity, Sign, TopK
+from mpi_ef.compress import Identity, Keep, Sign, TopK, lazy
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
 
 RANKS = (1, 2, 3, 4)
@@ -57,6 +58,116 @@ def test_dense_mean_is_the_mean_in_rank_order(n):
         expected += np.float32(1 / n) * gaussian(rank, d)
     assert rows[0][2].tobytes() == expected.tobytes()
     assert rows[0][2].tobytes() == virtual.results(n, exchanges("gather identity", d, np.float32, 1))[0][2].tobytes()
+
+
+@each_world
+@pytest.mark.parametrize("d", [0, 1, 63, 64, 1001])
+def test_dense_mean_goes_block_by_block(n, d, monkeypatch):
+    """Whole blocks, a shorter last one, one that does not divide: the result does not know."""
+    monkeypatch.setattr(dense_module, "BLOCK_NBYTES", 256)
+
+    def program(comm):
+        plan = DenseMean(comm, d, np.float64)
+        x = gaussian(comm.Get_rank(), d, np.float64)
+        kept = np.ones(d)
+        plan.exchange(2 * lazy(x), keep=Keep(lazy(x), into=kept, less_message=True))
+        own, mean = np.zeros(d), np.ones(d)
+        plan.add_own(own)
+        plan.set_mean(mean)
+        total, in_place = np.ones(d), x.copy()
+        plan.allreduce(x, total, n)
+        plan.allreduce(in_place, in_place)
+        return own, kept, mean, plan.mean, total, in_place
+
+    xs = [gaussian(rank, d, np.float64) for rank in range(n)]
+    expected = sum((x * (1 / n) for x in xs[1:]), start=xs[0] * (1 / n))
+    for rank, (own, kept, mean, last, total, in_place) in enumerate(virtual.results(n, program)):
+        np.testing.assert_array_equal(own, 2 * xs[rank])
+        np.testing.assert_array_equal(kept, -xs[rank])
+        np.testing.assert_array_equal(mean, 2 * expected)
+        np.testing.assert_array_equal(last, expected)
+        np.testing.assert_array_equal(in_place, expected)
+        np.testing.assert_array_equal(total, sum(xs[1:], start=xs[0]))
+
+
+@each_plan
+@each_world
+def test_combinations_are_formed_on_the_fly(plan, n):
+    """Sending ``0.5 a + b - c``, and keeping what of ``a + b - c`` was not sent, is what it says, bit for bit."""
+    d = 1001
+
+    def vectors(comm):
+        return [gaussian(comm.Get_rank(), d, step=step) for step in range(3)]
+
+    def lazily(comm):
+        p, (a, b, c) = PLANS[plan](comm, d, np.float32), vectors(comm)
+        rest, mean = np.full(d, 7, np.float32), np.zeros(d, np.float32)
+        p.exchange(0.5 * lazy(a) + b - c, keep=Keep(lazy(a) + b - c, into=rest, less_message=True)).set_mean(mean)
+        both = np.full(d, 7, np.float32)
+        p.exchange(lazy(a) + b, keep=Keep(lazy(a) - b, into=both))
+        return rest, mean, both
+
+    def eagerly(comm):
+        p, (a, b, c) = PLANS[plan](comm, d, np.float32), vectors(comm)
+        mean, rest = np.zeros(d, np.float32), a + b - c
+        p.exchange(np.float32(0.5) * a + b - c).add_mean(mean)
+        p.add_own(rest, -1.0)
+        return rest, mean, a - b
+
+    for mine, expected in zip(virtual.results(n, lazily), virtual.results(n, eagerly), strict=True):
+        for x, y in zip(mine, expected, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@each_plan
+def test_a_mean_can_replace_the_previous_one(plan):
+    """``set_mean(again=True)`` gives the bits of a fresh mean, also after a failed exchange and for another array."""
+    d, n = 1001, 2
+
+    def program(comm):
+        p, rank = PLANS[plan](comm, d, np.float32), comm.Get_rank()
+        out, other = np.full(d, 7, np.float32), np.full(d, 7, np.float32)
+        rows = []
+        for step in range(8):
+            x = gaussian(rank, d, step=step)
+            if step == 3:
+                x[rank] = np.nan
+                with pytest.raises(NonFiniteError):
+                    p.exchange(x)
+                continue
+            p.exchange(x)
+            target = other if step == 5 else out
+            p.set_mean(target, again=True)
+            fresh = np.zeros(d, np.float32)
+            p.add_mean(fresh)
+            rows.append((target.copy(), fresh))
+        return rows
+
+    for rows in virtual.results(n, program):
+        for mine, fresh in rows:
+            np.testing.assert_array_equal(mine, fresh)
+
+
+def test_combinations_that_do_not_fit_stop_all_ranks():
+    d = 10
+
+    def program(comm):
+        plan = GatherMean(comm, TopK(0.5), d)
+        x, y = gaussian(0, d), gaussian(1, d if comm.Get_rank() else d + 1)
+        plan.exchange(lazy(x) - y)
+
+    wrong, peer = virtual.run(2, program)
+    assert isinstance(wrong, ShapeError)
+    assert "(11,)" in str(wrong)
+    assert isinstance(peer, PeerError)
+
+
+def test_arithmetic_with_combinations():
+    a, b = np.ones(3), np.ones(3)
+    c = 2 * (lazy(a) - b) + 3 * lazy(b)
+    assert [(factor, vector is a) for factor, vector in c.terms] == [(2.0, True), (1.0, False)]
+    with pytest.raises(TypeError):
+        a - lazy(b)
 
 
 @each_world

@@ -51,6 +51,30 @@ def test_train_with_gradient_placement(tmp_path, options):
     assert "validation accuracy" in ended.text
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_bench(tmp_path, n):
+    """Figures are complete and add up; medians over launches; a picture. How fast anything is decides nothing."""
+    files = [tmp_path / f"{launch}.json" for launch in range(2)]
+    for file in files:
+        ended = run(n, "-m", "mpi_ef.jobs.bench", "--d", 20_000, "--repeats", 2, "--json", file, within=LIMIT)
+        assert ended.status == 0, ended.text
+        assert ended.text.count("median") == 1  # one rank prints
+    result = json.loads(files[0].read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert result["ranks"] == n
+    assert all(0 < row["min_seconds"] <= row["median_seconds"] <= row["max_seconds"] for row in rows.values())
+    assert rows["ef21 TopK(0.01)"]["sent_nbytes"] * 25 <= rows["MPI_Allreduce"]["sent_nbytes"] * (max(1, n))
+    assert rows["ef21 TopK(0.01, bf16)"]["entry_bits"] <= 25
+    assert rows["ef21 TopK(0.01)"]["touched_bytes"] < 12
+    combined = tmp_path / "both.json"
+    ended = run(1, "-m", "mpi_ef.jobs.bench", "--combine", f"{files[0]},{files[1]}", "--json", combined,
+                "--plot", tmp_path / "bench.png", within=LIMIT)  # fmt: skip
+    assert ended.status == 0, ended.text
+    assert "2 launches" in ended.text
+    assert json.loads(combined.read_text())["launches"] == 2
+    assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_least_squares():
     ended = run(3, "-m", "mpi_ef.jobs.least_squares", "--rows", 300, "--columns", 60, "--ratio", 0.05, "--steps", 1500)
     assert ended.status == 0, ended.text
