@@ -1,5 +1,6 @@
 # make demo   set everything up and train a small GPT on 2 ranks, with 1 % of the update travelling
 # make test   set everything up and run lint, types and all tests
+# make bench  all methods against dense allreduce, medians over five launches (about four minutes; D=100000 for short vectors)
 # make curves the runs behind the picture in the README (about ten minutes)
 #
 # PYTHON=python3.12 takes another interpreter, MPI=mpich the other MPI from the Python index.
@@ -11,6 +12,10 @@ VENV ?= .venv-$(MPI)
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 RANKS := 1 2 3 4
+LAUNCHES := 1 2 3 4 5
+D ?= 25000000
+comma := ,
+space := $(subst ,, )
 
 # One thread per rank, and ranks that wait give way: tests put 4 ranks on 2 cores. Open MPI refuses root (containers)
 # unless told twice, and looks for network hardware for a second unless told what to use.
@@ -29,7 +34,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TRAIN := $(BIN)/mpiexec -n 2 $(BIN)/mpi-ef train --steps $(STEPS)
 DENSE := --compressor identity --placement gradient --beta1 0.9
 
-.PHONY: demo test lint types test-serial test-mpi curves clean
+.PHONY: demo test lint types test-serial test-mpi bench curves clean
 
 demo: $(VENV)/run
 	$(TRAIN) --out $(OUT)/demo
@@ -52,6 +57,12 @@ test-mpi: $(VENV)/test
 	    echo "== $$n ranks, $(MPI)"; \
 	    MPI_EF_TEST_RANKS=$$n timeout -k 5 600 $(BIN)/mpiexec -n $$n $(BIN)/python -m pytest -q --color=no --with-mpi tests/mpi; \
 	done
+
+# Some launches are slower than others for all their life: medians over several tell more than one long one.
+bench: $(VENV)/test
+	rm -rf $(OUT)/bench
+	set -e; for i in $(LAUNCHES); do $(BIN)/mpiexec -n 2 $(BIN)/mpi-ef bench --d $(D) --json $(OUT)/bench/$$i.json >/dev/null; done
+	$(BIN)/mpi-ef bench --combine $(subst $(space),$(comma),$(LAUNCHES:%=$(OUT)/bench/%.json)) --plot $(OUT)/bench/bench.png
 
 curves: $(VENV)/test
 	for lr in 0.003 0.006 0.01; do $(TRAIN) $(DENSE) --eval-every 50 --lr $$lr --out $(OUT)/dense-lr-$$lr; done

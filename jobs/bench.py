@@ -81,6 +81,8 @@ def read(path: Path) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: is no result of mpi-ef bench ({error}); write one with --json") from None
+    if not isinstance(result, dict) or not {"rows", "link", "launches"} <= result.keys():
+        raise DataError(f"{path}: is no result of mpi-ef bench; write one with --json")
     return result
 
 

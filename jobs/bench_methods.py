@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from mpi_ef import kernels
 from mpi_ef.collectives import DenseMean, GatherMean, Plan, TwoPhaseMean
-from mpi_ef.compress import Quantize, RandK, Sign, TopK
+from mpi_ef.compress import Quantize, RandK, Sign, TopK, source
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.jobs.bench import Method
 
@@ -109,7 +110,13 @@ def _local(d: int, ratio: float) -> Iterator[Method]:
     codec = TopK(ratio).codec(d)
     wire = np.zeros(codec.nbytes, np.uint8)
     k = TopK(ratio).count(d)
+    bounds, counts = np.array([0, d]), np.array([k])
+    room = kernels.select_candidates(bounds, counts)
+    places = np.zeros(room, np.int64), np.zeros(room, np.float32)
+    scratch = np.zeros(kernels.SELECT_SCRATCH, np.float32), np.zeros(2048, np.int64)
     torch.set_num_threads(1)
     yield Method("read the vector once", "local", lambda x: int(np.bitwise_or.reduce(x.view(np.uint32))))
+    yield Method("select TopK", "local",
+                 lambda x: kernels.select_largest(*source(x)[:4], bounds, counts, *places, *scratch))  # fmt: skip
     yield Method("select TopK and code it", "local", lambda x: codec.encode(x, wire))
     yield Method("torch.topk, one thread", "local", lambda x: torch.topk(torch.from_numpy(x).abs(), k, sorted=False))

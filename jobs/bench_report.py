@@ -131,7 +131,7 @@ def combine(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the medians over several launches of the same measurement; minimum and maximum over all of them."""
     first = results[0]
     for other in results[1:]:
-        for key in ("ranks", "d", "ratio", "mpi"):
+        for key in ("ranks", "d", "ratio", "repeats", "mpi"):
             if other[key] != first[key]:
                 raise DataError(f"bench: launches differ in {key}: {first[key]} and {other[key]}; combine equal ones")
         if [row["name"] for row in other["rows"]] != [row["name"] for row in first["rows"]]:

@@ -13,7 +13,7 @@ from mpi_ef import kernels
 
 __all__ = ["Touched", "counted"]
 
-_CACHED = {"scratch", "histogram", "bitmap", "few"}  # small enough to stay in a cache
+_CACHED = {"scratch", "histogram", "bitmap"}  # small enough to stay in a cache
 
 
 class Touched:
@@ -58,6 +58,10 @@ def _nbytes(kernel: str, given: dict[str, Any]) -> int:
     arrays = {name: value for name, value in given.items() if hasattr(value, "nbytes") and value.ndim}
     total: int = sum(value.nbytes for name, value in arrays.items() if name not in _CACHED and name != "out")
     total += _passes_over_terms(kernel, given) * sum(term.nbytes for term in given.get("terms", ()))
+    if kernel == "gather":
+        total += int(given["values"].nbytes) * sum(term.size > 0 for term in given["terms"])
+    if kernel == "mean_rows":
+        total -= int(given["own"].nbytes)  # stands for a row that is not read
     out = arrays.get("out")
     if out is None:
         return total
@@ -69,6 +73,8 @@ def _nbytes(kernel: str, given: dict[str, Any]) -> int:
 
 def _passes_over_terms(kernel: str, given: dict[str, Any]) -> int:
     """Return how often the terms come from memory: twice where blocks do not fit the cache."""
+    if kernel == "gather":
+        return 0
     if kernel == "encode_signs":
         return 2 if given["block"] > kernels.BLOCK and given["keep"].size else 1
     return 2 if kernel == "quantize" and given["block"] > kernels.BLOCK else 1

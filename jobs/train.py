@@ -74,6 +74,8 @@ class TrainConfig:
         for name in ("momentum", "beta1"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"{name}={getattr(self, name)} is not in [0, 1)")
+        if self.per_parameter and self.compressor != "topk":
+            raise ConfigError(f"per_parameter goes with compressor=topk; here it is {self.compressor}")
         if not 0.0 < self.ratio <= 1.0:
             raise ConfigError(f"ratio={self.ratio} is not in (0, 1]; 0.01 keeps one entry in a hundred")
         if self.width % self.heads:

@@ -1,8 +1,8 @@
 """Arithmetic over elements: NumPy arrays in and out, no MPI, no torch.
 
-Every kernel is a Numba function over contiguous one-dimensional arrays and has a twin of the same name and signature in
-:mod:`mpi_ef.kernels.reference`, written in plain NumPy. The twin is the specification: results agree bit for bit.
-Vectors are float32 or float64; indices are int64 in ascending order; bytes are uint8.
+Every kernel is a Numba function over contiguous vectors (and rows of messages), does not look at strides, and has a twin
+of the same name and signature in :mod:`mpi_ef.kernels.reference`, written in plain NumPy. The twin is the specification:
+results agree bit for bit. Vectors are float32 or float64; indices are int64 in ascending order; bytes are uint8.
 """
 
 from ._stream import BLOCK

@@ -189,10 +189,6 @@ def _collect(terms, factors, keep, keep_factors, start, stop, bound, limit, indi
             i = first + trailing_zeros(word)
             indices[place], values[place] = np.uint64(low) + i, x[i]
             word &= word - one
-            place += one
-            i = first + trailing_zeros(word)
-            indices[place], values[place] = np.uint64(low) + i, x[i]
-            word &= word - one
             while word:
                 place += one
                 i = first + trailing_zeros(word)

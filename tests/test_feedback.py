@@ -7,8 +7,8 @@ from programs import PLANS, RULES, rule_steps, same_bits
 from vectors_for_tests import gaussian
 
 from mpi_ef.collectives import DenseMean, GatherMean
-from mpi_ef.compress import Identity, RandK, Sign, TopK
-from mpi_ef.errors import DisagreementError, DtypeError, NonFiniteError, OptionError, PeerError, ShapeError
+from mpi_ef.compress import Identity, RandK, Sign, TopK, lazy
+from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
 
 WORLDS = (1, 2, 3, 4)
@@ -383,3 +383,30 @@ def test_wrong_dtype_of_a_vector():
             feedback.step(np.ones(D))
 
     virtual.results(1, program)
+
+
+def test_dense_steps_between_compressed_ones_leave_nothing_behind():
+    """A state saved before the end of the dense steps, loaded later: EF14's mean has no entries of dense ones."""
+    d = 200
+
+    def program(comm):
+        feedback = ErrorFeedback("ef14", GatherMean(comm, TopK(0.05), d), dense_steps=1)
+        early = feedback.state_dict()
+        for step in range(3):
+            feedback.step(gaussian(comm.Get_rank(), d, step=step))
+        feedback.load_state_dict(early)
+        return [np.count_nonzero(feedback.step(gaussian(comm.Get_rank(), d, step=step))) for step in range(3)]
+
+    for first, *later in virtual.results(2, program):
+        assert first == d
+        assert max(later) <= 2 * TopK(0.05).count(d)
+
+
+def test_a_combination_is_no_vector_for_a_rule():
+    def program(comm):
+        x = gaussian(comm.Get_rank(), 10)
+        ErrorFeedback("ef14", GatherMean(comm, TopK(0.5), 10)).step(lazy(x) if comm.Get_rank() else x)
+
+    peer, error = virtual.run(2, program)
+    assert isinstance(error, MpiEfError)
+    assert isinstance(peer, PeerError)

@@ -328,6 +328,7 @@ except SystemExit as end:
         ({"beta1": 1.5}, "beta1=1.5 is not in [0, 1)"),
         ({"heads": 3}, "width=128 is not divisible by heads=3"),
         ({"ratio": 1.5}, "ratio=1.5 is not in (0, 1]"),
+        ({"per_parameter": True, "compressor": "sign"}, "per_parameter goes with compressor=topk"),
         ({"split": "by-label"}, "needs labels"),
     ],
 )

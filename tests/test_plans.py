@@ -162,8 +162,83 @@ def test_combinations_that_do_not_fit_stop_all_ranks():
     assert isinstance(peer, PeerError)
 
 
+@each_world
+def test_dense_mean_of_its_own_result(n):
+    """As in a power iteration: what goes in is what came out."""
+
+    def program(comm):
+        plan = DenseMean(comm, 64, np.float64)
+        plan.exchange(gaussian(comm.Get_rank(), 64, np.float64))
+        before = plan.mean.copy()
+        return before, plan.exchange(plan.mean).mean.copy()
+
+    for before, after in virtual.results(n, program):
+        np.testing.assert_allclose(after, before, rtol=1e-15)
+
+
+@pytest.mark.parametrize("wrong", ["read-only", "short", "float64", "strided"])
+def test_dense_allreduce_into_an_array_that_does_not_fit_stops_all_ranks(wrong):
+    def program(comm):
+        out = np.zeros(10, np.float32)
+        if comm.Get_rank() == 1:
+            out = {"read-only": DenseMean(comm_of_one(), 10).mean, "short": out[:9], "float64": np.zeros(10),
+                   "strided": np.zeros(20, np.float32)[::2]}[wrong]  # fmt: skip
+        DenseMean(comm, 10).allreduce(gaussian(comm.Get_rank(), 10), out)
+
+    def comm_of_one():
+        return virtual.results(1, lambda comm: comm)[0]
+
+    peer, error = virtual.run(2, program)
+    assert isinstance(error, ShapeError | DtypeError)
+    assert "out" in str(error)
+    assert isinstance(peer, PeerError)
+
+
+@pytest.mark.parametrize("wrong", ["read-only", "sent", "factor"])
+def test_what_cannot_be_kept_or_formed_stops_all_ranks(wrong):
+    def program(comm):
+        x, into = gaussian(comm.Get_rank(), 10), np.zeros(10, np.float32)
+        vector = lazy(x)
+        if comm.Get_rank() == 1:
+            into.flags.writeable = wrong != "read-only"
+            into = x if wrong == "sent" else into
+            vector = vector * np.ones(2) if wrong == "factor" else vector
+        GatherMean(comm, TopK(0.5), 10).exchange(vector, keep=Keep(lazy(x), into=into))
+
+    peer, error = virtual.run(2, program)
+    assert isinstance(error, ShapeError | OptionError)
+    assert isinstance(peer, PeerError)
+
+
+@each_plan
+def test_results_go_to_contiguous_arrays_only(plan):
+    def program(comm):
+        p = PLANS[plan](comm, 100, np.float32)
+        p.exchange(gaussian(0, 100))
+        matrix = np.zeros((100, 3), np.float32)
+        for write in (p.add_own, p.add_mean, p.set_mean):
+            with pytest.raises(ShapeError, match="not contiguous"):
+                write(matrix[:, 0])
+        assert not matrix[:, 1:].any()
+
+    virtual.results(1, program)
+
+
+def test_what_is_kept_is_made_of_what_is_sent():
+    def program(comm):
+        x, y = gaussian(0, 5), gaussian(1, 5)
+        GatherMean(comm, TopK(0.5), 5).exchange(x, keep=Keep(lazy(y if comm.Get_rank() else x), into=np.zeros_like(x)))
+
+    peer, wrong = virtual.run(2, program)
+    assert isinstance(wrong, OptionError)
+    assert "not in what is sent" in str(wrong)
+    assert isinstance(peer, PeerError)
+
+
 def test_arithmetic_with_combinations():
     a, b = np.ones(3), np.ones(3)
+    with pytest.raises(OptionError, match="combination of 4 vectors"):
+        lazy(a) + b + np.ones(3) + np.ones(3)
     c = 2 * (lazy(a) - b) + 3 * lazy(b)
     assert [(factor, vector is a) for factor, vector in c.terms] == [(2.0, True), (1.0, False)]
     with pytest.raises(TypeError):

@@ -8,8 +8,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from mpi_ef import kernels
 from mpi_ef.compress import Identity, Source, aligned_zeros, lazy, source
-from mpi_ef.compress.combination import Combination, Keep, Vector
-from mpi_ef.errors import NonFiniteError
+from mpi_ef.compress.combination import Combination, Keep, Vector, writable
+from mpi_ef.errors import MpiEfError, NonFiniteError
 
 from .frames import NON_FINITE, Frames, status_of
 from .plan import Comm, Plan, Traffic, dense_nbytes
@@ -57,7 +57,7 @@ class DenseMean(Plan):
 
     Received slices are still in cache when they are added, and sums when they are sent: that makes it faster than an
     allreduce of the whole vector inside one machine. Cost per exchange: ``2 (n - 1) / n`` times the vector sent and as
-    many bytes received. Memory: the result, one block, and for combinations and :meth:`start` one more vector.
+    many bytes received. Memory: the result, up to three blocks, and for combinations and :meth:`start` one more vector.
 
     Parameters
     ----------
@@ -84,9 +84,14 @@ class DenseMean(Plan):
         self._scratch = np.empty(kernels.COMBINE_SCRATCH, self.dtype)
         self._result = aligned_zeros(self.d, self.dtype)
         self._own: Vector | None = None
+        self._target: Vector | None = None  # what allreduce writes to
         self._x: Vector = np.empty(0, self.dtype)  # this rank's vector: the caller's while exchange runs, else _own
         self._factor = self.dtype.type(1.0 / n)
         return {}
+
+    def _problem(self, x: Vector | Combination, keep: Keep | None) -> MpiEfError | None:
+        problem = super()._problem(x, keep)
+        return problem if self._target is None else problem or self._unwritable(self._target, "out")
 
     @property
     def mean(self) -> Vector:
@@ -96,7 +101,7 @@ class DenseMean(Plan):
         return view
 
     def _encode(self, x: Source) -> bool:
-        plain = x.factors[0] == 1 and not x.terms[1].size
+        plain = x.factors[0] == 1 and not x.terms[1].size and not np.may_share_memory(x.terms[0], self._result)
         if plain:
             self._x = x.terms[0]
         else:
@@ -128,11 +133,11 @@ class DenseMean(Plan):
             self._mark(self._ready)
         self._communicate(self.comm.Allgather, self._ready, self._known)
         self._inspect(self._known)
-        began = perf_counter()
+        began, decoding = perf_counter(), self.seconds["decode"]
         finite = True
         for block in self._blocks:
             finite &= self._mean_of_block(block)
-        self.seconds["communicate"] += perf_counter() - began
+        self.seconds["communicate"] += perf_counter() - began - (self.seconds["decode"] - decoding)
         self._mark(self._ready)
         if not finite:
             self._ready.header["status"] = NON_FINITE
@@ -149,7 +154,9 @@ class DenseMean(Plan):
             x, result = self._padded
         arrived, own, mine = self._arrived[: n * block.size], x[block.mine], result[block.mine]
         self.comm.Alltoallv([x, (block.others, block.places)], [arrived, (block.others, block.places)])
+        began = perf_counter()
         finite: bool = kernels.mean_rows(arrived.reshape(n, block.size), own, self.rank, self._factor, mine)
+        self.seconds["decode"] += perf_counter() - began
         self.comm.Alltoallv([result, (block.others, block.own_place)], [result, (block.others, block.places)])
         if result is not target:
             target[:] = result[: target.size]
@@ -165,16 +172,22 @@ class DenseMean(Plan):
 
     def add_own(self, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale * x_r`` to `out`, see :meth:`Plan.add_own`. An array given to :meth:`exchange` must be unchanged."""
-        kernels.add_dense(self._x, self.dtype.type(scale), out)
+        self._add(self._x, scale, out)
 
     def add_mean(self, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale * mean_r x_r`` to `out`, see :meth:`Plan.add_mean`."""
-        kernels.add_dense(self._result, self.dtype.type(scale), out)
+        self._add(self._result, scale, out)
+
+    def _add(self, values: Vector, scale: float, out: Vector) -> None:
+        began = perf_counter()
+        kernels.add_dense(values, self.dtype.type(scale), writable(out))
+        self.seconds["decode"] += perf_counter() - began
 
     def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:  # noqa: ARG002
         """Overwrite `out` with ``scale * mean_r x_r``, see :meth:`Plan.set_mean`."""
-        result = source(scale * lazy(self._result))
-        kernels.combine(result.terms, result.factors, out, self._scratch)
+        began, result = perf_counter(), source(scale * lazy(self._result))
+        kernels.combine(result.terms, result.factors, writable(out), self._scratch)
+        self.seconds["decode"] += perf_counter() - began
 
     def allreduce(self, x: Vector, out: Vector, scale: float = 1.0) -> None:
         """Write ``scale`` times the mean of `x` over the ranks to `out`, without a copy in between. Collective.
@@ -184,15 +197,25 @@ class DenseMean(Plan):
         x : (d,) of the plan's dtype, contiguous, read only
         out : (d,) of the plan's dtype, contiguous, overwritten, also when this raises; may be `x`, which then is not
         scale : float
+
+        Raises
+        ------
+        NonFiniteError, ShapeError, DtypeError
+            As :meth:`exchange`, on all ranks.
+
+        Notes
+        -----
+        The result is in `out` only: :attr:`mean`, :meth:`add_mean` and :meth:`set_mean` mean nothing until the next
+        :meth:`exchange`.
         """
         own, factor = self._result, self._factor
         in_place = np.may_share_memory(x, out)
         self._factor = self.dtype.type(scale / self.size)
-        self._result = own if in_place else out
+        self._target, self._result = out, own if in_place else out
         try:
             self.exchange(x)
         finally:
-            self._result, self._factor = own, factor
+            self._target, self._result, self._factor = None, own, factor
         if in_place:
             self.set_mean(out)
 

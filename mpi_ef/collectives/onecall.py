@@ -44,7 +44,8 @@ def allreduce(
     x : (d1, d2, ...) float32 or float64, numpy array or CPU tensor, contiguous, this rank's vector, read only
     compressor : Compressor
     op : {"mean", "sum"}
-    out : like x, optional, contiguous, overwritten; may be x itself
+    out : like x, optional, contiguous, overwritten, with Identity also when `NonFiniteError` is raised; may be x itself,
+        which then is not
 
     Returns
     -------

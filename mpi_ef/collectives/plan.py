@@ -147,6 +147,9 @@ class Plan(ABC):
             then replaces the previous one entry by entry.
         """
 
+    def forget(self) -> None:  # noqa: B027
+        """Let the next ``set_mean(again=True)`` start afresh: somebody else has written to its array. Local."""
+
     @property
     @abstractmethod
     def traffic(self) -> Traffic:
@@ -163,6 +166,8 @@ class Plan(ABC):
 
     def exchange(self, x: Vector | Combination, *, keep: Keep | None = None) -> Self:
         """Send this rank's message and receive those of all. Collective.
+
+        All ranks call this, or all call :meth:`start` and :meth:`wait`: MPI does not match the two forms.
 
         Parameters
         ----------
@@ -190,7 +195,8 @@ class Plan(ABC):
     def start(self, x: Vector | Combination, *, keep: Keep | None = None) -> None:
         """Encode `x` and start to exchange it; `x` may be changed as soon as this returns. Collective.
 
-        Every `start` is followed by one :meth:`wait`, in the same order of plans on all ranks. A problem with `x` is
+        Every `start` is followed by one :meth:`wait`, in the same order of plans on all ranks; no rank may call
+        :meth:`exchange` in their place, because MPI does not match the two forms. A problem with `x` is
         raised there, by all ranks together.
         """
         self._begin(x, keep)
@@ -200,9 +206,16 @@ class Plan(ABC):
         if self._started:
             raise OptionError(f"{type(self).__name__}: start was called twice; call wait between them")
         began = perf_counter()
-        self._refusal = self._problem(x, keep)
-        if self._refusal is None and not self._encode(source(x, keep)):
-            self._refusal = NonFiniteError("", (self.rank,))  # raised by all ranks together, see _inspect
+        self._refusal = self._problem(x, keep)  # raised by all ranks together, see _inspect
+        if self._refusal is None:
+            try:
+                finite = self._encode(source(x, keep))
+                self._refusal = None if finite else NonFiniteError("", (self.rank,))
+            except MpiEfError as error:
+                self._refusal = error
+            except Exception as error:  # the other ranks are on their way into the exchange
+                self._refusal = OptionError(f"{type(self).__name__}.exchange: {type(error).__name__}: {error}")
+                self._refusal.__cause__ = error
         self._started = True
         self.seconds["encode"] += perf_counter() - began
 
@@ -219,21 +232,33 @@ class Plan(ABC):
 
     def _problem(self, x: Vector | Combination, keep: Keep | None) -> MpiEfError | None:
         vectors = [vector for _, vector in x.terms] if isinstance(x, Combination) else [x]
-        for vector in [*vectors, keep.into] if keep else vectors:
+        for vector in vectors:
             if problem := self._misfit(vector):
                 return problem
+        if keep is None:
+            return None
+        if any(vector is keep.into or np.may_share_memory(vector, keep.into) for vector in vectors):
+            return OptionError(f"{type(self).__name__}.exchange: keep.into is one of the vectors that are sent; pass "
+                               "another array")  # fmt: skip
+        return self._unwritable(keep.into, "keep.into")
+
+    def _unwritable(self, out: Vector, name: str) -> MpiEfError | None:
+        if problem := self._misfit(out, name):
+            return problem
+        if not out.flags.writeable:
+            return ShapeError(f"{type(self).__name__}.exchange: {name} is read-only; pass an array that can be written")
         return None
 
-    def _misfit(self, x: Vector) -> MpiEfError | None:
+    def _misfit(self, x: Vector, name: str = "x") -> MpiEfError | None:
         subject = type(self).__name__
         if not isinstance(x, np.ndarray):
-            return DtypeError(f"{subject}.exchange: x is a {type(x).__name__}; pass a numpy array")
+            return DtypeError(f"{subject}.exchange: {name} is a {type(x).__name__}; pass a numpy array")
         if x.dtype != self.dtype:
-            return DtypeError(f"{subject}.exchange: x has dtype {x.dtype}; this plan takes {self.dtype}")
+            return DtypeError(f"{subject}.exchange: {name} has dtype {x.dtype}; this plan takes {self.dtype}")
         if x.shape != (self.d,):
-            return ShapeError(f"{subject}.exchange: x has shape {x.shape}; this plan takes ({self.d},)")
+            return ShapeError(f"{subject}.exchange: {name} has shape {x.shape}; this plan takes ({self.d},)")
         if not x.flags.c_contiguous:
-            return ShapeError(f"{subject}.exchange: x is not contiguous; pass numpy.ascontiguousarray(x)")
+            return ShapeError(f"{subject}.exchange: {name} is not contiguous; pass numpy.ascontiguousarray({name})")
         return None
 
     def _mark(self, frames: Frames) -> None:

@@ -45,7 +45,8 @@ class GatherMean(Plan):
         self._send = Frames(1, self._codec.nbytes)
         self._received = Frames(self.size, self._codec.nbytes)
         self._earlier: Frames | None = None  # the messages before those, for set_mean(again=True)
-        self._written: tuple[Vector, int] | None = None  # what that has written to, after which exchange
+        self._written: tuple[Vector, int] | None = None  # what that has written to, after which turn
+        self._turns = 0
         return {}
 
     def _encode(self, x: Source) -> bool:
@@ -63,7 +64,12 @@ class GatherMean(Plan):
         self._communicate(self.comm.Allgather, self._send, self._received)
         self._inspect(self._received)
 
+    def forget(self) -> None:
+        """Forget what :meth:`set_mean` has written, see :meth:`Plan.forget`."""
+        self._written = None
+
     def _turn(self) -> None:
+        self._turns += 1
         if self._earlier is not None:
             self._received, self._earlier = self._earlier, self._received
 
@@ -72,10 +78,10 @@ class GatherMean(Plan):
         if not again or not self.compressor.sparse:
             self._add(self._received.wires, out, scale / self.size, overwrite=True)
             return
-        written, self._written = self._written, (out, self.exchanges)
+        written, self._written = self._written, (out, self._turns)
         if self._earlier is None:
             self._earlier = Frames(self.size, self._codec.nbytes)
-        if written is not None and written[0] is out and written[1] == self.exchanges - 1:
+        if written is not None and written[0] is out and written[1] == self._turns - 1:
             began = perf_counter()
             self._codec.clear(self._earlier.wires, out)
             self.seconds["decode"] += perf_counter() - began

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Combination", "Keep", "Source", "Vector", "aligned_zeros", "lazy", "source"]
+from mpi_ef.errors import OptionError, ShapeError
+
+__all__ = ["Combination", "Keep", "Source", "Vector", "aligned_zeros", "lazy", "source", "writable"]
 
 Vector = NDArray[np.floating]
 
@@ -51,7 +53,9 @@ class Combination:
                     break
             else:
                 terms.append((sign * factor, vector))
-        assert len(terms) <= MOST_TERMS, "the kernels combine three vectors at most"  # noqa: S101
+        if len(terms) > MOST_TERMS:
+            raise OptionError(f"lazy: a combination of {len(terms)} vectors; the kernels take {MOST_TERMS}, so add some "
+                              "of them up beforehand")  # fmt: skip
         return Combination(*terms)
 
 
@@ -105,10 +109,20 @@ _ONE = {dtype: np.array([1, 0, 0], dtype) for dtype in _NOTHING}
 
 
 def source(x: Vector | Combination, keep: Keep | None = None) -> Source:
-    """Return `x` and `keep` as the kernels take them. Terms become read-only views: one machine code for all."""
+    """Return `x` and `keep` as the kernels take them. Terms become read-only views: one machine code for all.
+
+    Raises
+    ------
+    OptionError
+        When `keep` wants a vector that is not in `x`.
+    ShapeError
+        When a vector is not contiguous.
+    """
     terms = x.terms if isinstance(x, Combination) else ((1.0, x),)
     vectors = [vector for _, vector in terms]
     dtype = vectors[0].dtype
+    if not all(vector.flags.c_contiguous for vector in vectors):
+        raise ShapeError("a vector is not contiguous; pass numpy.ascontiguousarray of it")
     views = [_read_only(vector) for vector in vectors] + [_ABSENT[dtype]] * (MOST_TERMS - len(vectors))
     three, factors = (views[0], views[1], views[2]), _ONE[dtype]
     if isinstance(x, Combination):
@@ -119,8 +133,24 @@ def source(x: Vector | Combination, keep: Keep | None = None) -> Source:
         return Source(three, factors, _NOTHING[dtype], factors, False)
     kept = np.zeros(MOST_TERMS, dtype)
     for factor, vector in keep.of.terms:
-        kept[next(n for n, known in enumerate(vectors) if known is vector)] = factor
+        place = next((n for n, known in enumerate(vectors) if known is vector), None)
+        if place is None:
+            raise OptionError("Keep: `of` has a vector that is not in what is sent; combine the same arrays in both")
+        kept[place] = factor
     return Source(three, factors, keep.into, kept, keep.less_message)
+
+
+def writable(out: Vector) -> Vector:
+    """Return `out`, which kernels are about to write to without a look at strides.
+
+    Raises
+    ------
+    ShapeError
+        When it is not contiguous.
+    """
+    if not out.flags.c_contiguous:
+        raise ShapeError("out is not contiguous; pass an array that is, and copy it to where it belongs")
+    return out
 
 
 def aligned_zeros(d: int, dtype: Any) -> Vector:

@@ -9,7 +9,7 @@ from numpy.typing import DTypeLike
 from mpi_ef import kernels
 from mpi_ef.errors import OptionError
 
-from .combination import Source, Vector, source
+from .combination import Source, Vector, source, writable
 from .compressor import Codec, Compressor, Wires, words
 
 __all__ = ["Identity", "Quantize", "Sign"]
@@ -46,7 +46,7 @@ class _IdentityCodec(Codec):
         if overwrite:
             out.fill(0)
         for wire in wires:
-            kernels.add_dense(self.plain_values(wire), self.dtype.type(factor), out)
+            kernels.add_dense(self.plain_values(wire), self.dtype.type(factor), writable(out))
 
     def plain_values(self, wire: Wires) -> Vector:
         return wire[: self._used].view(self.dtype)
@@ -112,9 +112,10 @@ class _QuantizeCodec(Codec):
         return kernels.quantize(*x, self._format, self._block, *self._parts(wire), scratch)
 
     def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
+        scale, scratch = self.dtype.type(factor), self._scratch(kernels.QUANTIZE_SCRATCH)
         for row, wire in enumerate(wires):
-            kernels.add_quantized(*self._parts(wire), self._format, self._block, self.dtype.type(factor),
-                                  overwrite and row == 0, out, self._scratch(kernels.QUANTIZE_SCRATCH))  # fmt: skip
+            kernels.add_quantized(*self._parts(wire), self._format, self._block, scale, overwrite and row == 0,
+                                  writable(out), scratch)  # fmt: skip
 
     def _parts(self, wire: Wires) -> tuple[np.ndarray, np.ndarray]:
         return wire[: self._exponents_nbytes].view(np.int16), wire[self._start : self._stop].view(self._code)
@@ -189,4 +190,4 @@ class _SignCodec(Codec):
 
     def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
         rows = self.rows(wires, factor)
-        kernels.add_signs(*rows, overwrite, out, self._scratch(kernels.SIGNS_SCRATCH))
+        kernels.add_signs(*rows, overwrite, writable(out), self._scratch(kernels.SIGNS_SCRATCH))

@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from mpi_ef import kernels
 from mpi_ef.errors import OptionError, ShapeError
 
-from .combination import Source, Vector, source
+from .combination import Source, Vector, source, writable
 from .compressor import Codec, Compressor, Wires
 from .dense import Identity
 
@@ -171,7 +171,7 @@ class _SparseCodec(Codec):
         k = what.count(self.d)
         self._values = what.values.codec(k, dtype)
         room = self._room(k, what)
-        self._indices, self._kept = np.empty(room, np.int64)[:k], np.empty(room, dtype)[:k]
+        self._indices, self._kept = np.zeros(room, np.int64)[:k], np.zeros(room, dtype)[:k]
         self._head = self._head_nbytes(k)
         self.nbytes = self._head + self._values.nbytes
         self._fresh = False  # whether the indices are still those of the message encoded last
@@ -225,7 +225,7 @@ class _SparseCodec(Codec):
         if values is None:
             values = self._kept
             self._values.add(wire[None, self._head :], values, overwrite=True)
-        kernels.add_sparse(self._indices, values, self.dtype.type(factor), out)
+        kernels.add_sparse(self._indices, values, self.dtype.type(factor), writable(out))
 
     def clear(self, wires: Wires, out: Vector) -> None:
         self._fresh = False

@@ -7,7 +7,7 @@ import numpy as np
 
 from mpi_ef.collectives import DenseMean, Plan
 from mpi_ef.collectives.agreement import agree
-from mpi_ef.compress.combination import Vector
+from mpi_ef.compress.combination import Combination, Vector
 from mpi_ef.errors import OptionError, ShapeError
 
 from .rules import RULES, Rule
@@ -96,7 +96,8 @@ class ErrorFeedback:
         """
         plan = self._current()
         if not (isinstance(vector, np.ndarray) and vector.shape == (plan.d,) and vector.dtype == plan.dtype):
-            plan.exchange(vector)  # raises here what is wrong, and PeerError on all other ranks
+            # Raises here what is wrong, and PeerError on all other ranks.
+            plan.exchange(np.asarray(vector) if isinstance(vector, Combination) else vector)
         result = self.rule.step(self.state, plan, vector)
         self.steps += 1
         result = result.view()
@@ -106,6 +107,7 @@ class ErrorFeedback:
     def _current(self) -> Plan:
         """Return the plan of the next step. The dense one, which holds several vectors, exists while it is needed."""
         if self.steps < self.dense_steps:
+            self.plan.forget()
             if self._dense is None:
                 self._dense = DenseMean(self.plan.comm, self.plan.d, self.plan.dtype)
             return self._dense
@@ -170,6 +172,7 @@ class ErrorFeedback:
         for name, option in self.options.items():
             setattr(self.state, name, option)
         self.steps, self.plan.exchanges = saved["steps"], saved["exchanges"]
+        self.plan.forget()
         self._dense, self._dense_sent_nbytes = None, saved["dense_sent_nbytes"]
 
     def check_state_dict(self, saved: Mapping[str, Any]) -> None:

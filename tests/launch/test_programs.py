@@ -273,3 +273,44 @@ def test_a_test_that_fails_on_one_rank_ends_the_suite(tmp_path):
     ended = run(2, *options, "--with-mpi", within=LIMIT, MPI_EF_TEST_RANKS="2")
     assert ended.status != 0, ended.text
     assert ended.lines_with("expected all tests to run on 2 ranks"), ended.text
+
+
+PEAK = """
+import resource, sys
+import numpy as np
+from mpi4py.MPI import COMM_WORLD as comm
+from mpi_ef import ErrorFeedback, GatherMean, Quantize, Sign, TopK, TwoPhaseMean, DenseMean
+
+d, which, copies = 4_000_000, sys.argv[1], int(sys.argv[2])
+build = {
+    "topk": lambda: ErrorFeedback("ef14", GatherMean(comm, TopK(0.01, values=Quantize("bf16")), d)),
+    "econtrol": lambda: ErrorFeedback("econtrol", GatherMean(comm, TopK(0.01), d), eta=0.1),
+    "sign": lambda: ErrorFeedback("ef14", TwoPhaseMean(comm, Sign(block=4096), d)),
+    "dense": lambda: ErrorFeedback("ef21", DenseMean(comm, d)),
+}
+feedback = build[which]()
+vectors = [np.random.default_rng((comm.rank, t)).normal(size=d).astype(np.float32) for t in range(2)]
+for t in range(4):
+    feedback.step(vectors[t % 2])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for t in range(20):
+    feedback.step(vectors[t % 2])
+    for _ in range(copies):  # what the test must be able to see
+        vectors[t % 2] = vectors[t % 2] + np.float32(0)
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print("grown", comm.allreduce(grown, max), "kB", flush=True)
+"""
+
+
+@pytest.mark.parametrize("which", ["topk", "econtrol", "sign", "dense"])
+def test_steps_do_not_raise_the_peak_of_memory(tmp_path, which):
+    """On real ranks, everything counted that a process holds, MPI's buffers too; a vector has 15,625 kB."""
+    script = tmp_path / "peak.py"
+    script.write_text(PEAK)
+    grown = []
+    for copies in (0, 1):
+        ended = run(2, "-m", "mpi4py", script, which, copies, within=LIMIT)
+        assert ended.status == 0, ended.text
+        grown.append(int(re.search(r"grown (\d+) kB", ended.text).group(1)))
+    assert grown[0] < 2_000
+    assert grown[1] > 15_000
