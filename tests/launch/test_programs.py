@@ -276,7 +276,8 @@ def test_a_test_that_fails_on_one_rank_ends_the_suite(tmp_path):
 
 
 PEAK = """
-import resource, sys
+import sys
+from pathlib import Path
 import numpy as np
 from mpi4py.MPI import COMM_WORLD as comm
 from mpi_ef import ErrorFeedback, GatherMean, Quantize, Sign, TopK, TwoPhaseMean, DenseMean
@@ -292,19 +293,26 @@ feedback = build[which]()
 vectors = [np.random.default_rng((comm.rank, t)).normal(size=d).astype(np.float32) for t in range(2)]
 for t in range(4):
     feedback.step(vectors[t % 2])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def kilobytes(name):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1])
+
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far (compiling) is forgotten
+before, held = kilobytes("VmRSS"), []
 for t in range(20):
     feedback.step(vectors[t % 2])
-    for _ in range(copies):  # what the test must be able to see
-        vectors[t % 2] = vectors[t % 2] + np.float32(0)
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    for _ in range(copies):  # what the test must be able to see: a vector more in every step
+        held.append(vectors[t % 2] + np.float32(0))
+grown = kilobytes("VmHWM") - before
 print("grown", comm.allreduce(grown, max), "kB", flush=True)
 """
 
 
 @pytest.mark.parametrize("which", ["topk", "econtrol", "sign", "dense"])
 def test_steps_do_not_raise_the_peak_of_memory(tmp_path, which):
-    """On real ranks, everything counted that a process holds, MPI's buffers too; a vector has 15,625 kB."""
+    """On real ranks, everything counted that a process holds, MPI's buffers too; a vector has 15,625 kB. (What comes and
+    goes within a step is looked for in test_costs.py.)"""
     script = tmp_path / "peak.py"
     script.write_text(PEAK)
     grown = []
@@ -313,4 +321,4 @@ def test_steps_do_not_raise_the_peak_of_memory(tmp_path, which):
         assert ended.status == 0, ended.text
         grown.append(int(re.search(r"grown (\d+) kB", ended.text).group(1)))
     assert grown[0] < 2_000
-    assert grown[1] > 15_000
+    assert grown[1] > 10 * 15_625
