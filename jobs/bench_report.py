@@ -7,6 +7,7 @@ from typing import Any
 
 from mpi_ef.errors import DataError
 from mpi_ef.jobs.metrics import in_bytes
+from mpi_ef.jobs.report import pyplot
 
 __all__ = ["Link", "Row", "break_even", "combine", "plot", "table"]
 
@@ -156,13 +157,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     DataError
         When matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
-        raise DataError("bench: matplotlib is not installed; pip install matplotlib") from None
+    plt = pyplot("bench")
     rows, _, _, best, link = _parts(result)
     figure, (here, elsewhere) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     shown = [row for row in rows if row.kind != "local"][::-1]

@@ -9,7 +9,7 @@ from typing import Any
 from mpi_ef.errors import DataError, MpiEfError
 from mpi_ef.jobs.metrics import in_bytes
 
-__all__ = ["main", "read_run"]
+__all__ = ["main", "pyplot", "read_run"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,8 +60,8 @@ def table(runs: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]) -> str:
     return "\n".join(lines)
 
 
-def plot(runs: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]], path: Path) -> None:
-    """Draw validation loss against bytes sent per rank (logarithmic) and against steps.
+def pyplot(program: str) -> Any:
+    """Return matplotlib.pyplot, drawing to files only.
 
     Raises
     ------
@@ -74,7 +74,19 @@ def plot(runs: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]], path: Pat
         mpl.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError:
-        raise DataError("report: matplotlib is not installed; pip install matplotlib") from None
+        raise DataError(f"{program}: matplotlib is not installed; pip install matplotlib") from None
+    return plt
+
+
+def plot(runs: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]], path: Path) -> None:
+    """Draw validation loss against bytes sent per rank (logarithmic) and against steps.
+
+    Raises
+    ------
+    DataError
+        When matplotlib is not installed.
+    """
+    plt = pyplot("report")
     figure, (by_bytes, by_steps) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for name, (_, rows) in runs.items():
         shown = [row for row in rows if row["val_loss"] is not None]

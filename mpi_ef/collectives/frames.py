@@ -14,7 +14,7 @@ import numpy as np
 
 from mpi_ef.compress import Codec
 
-__all__ = ["NON_FINITE", "OK", "REJECTED", "Frames", "status_of"]
+__all__ = ["NON_FINITE", "OK", "REJECTED", "Frames", "header_of", "status_of"]
 
 OK, NON_FINITE, REJECTED = 0, 1, 2
 
@@ -32,6 +32,7 @@ class Frames:
     ----------
     bytes : (rows, frame_nbytes) uint8
     header : (rows,) structured array with the fields ``step`` and ``status``
+    headers : (rows,) uint64, the same 8 bytes as one number, for quick comparison
     wires : (rows, wire_nbytes) uint8, a view
     message : buffer specification for an MPI collective in which every rank has one row
     """
@@ -43,6 +44,7 @@ class Frames:
             nbytes = -(-nbytes // UNIT_NBYTES) * UNIT_NBYTES
         self.bytes = np.zeros((rows, nbytes), np.uint8)
         self.header = self.bytes[:, :start].view(_HEADER)[:, 0]
+        self.headers = self.bytes[:, :start].view("<u8")[:, 0]
         self.wires = self.bytes[:, start : start + wire_nbytes]
         self.message = self._message()
 
@@ -62,6 +64,11 @@ class Frames:
 
         unit = MPI.BYTE.Create_contiguous(UNIT_NBYTES).Commit()
         return [self.bytes, self.frame_nbytes // UNIT_NBYTES, unit]
+
+
+def header_of(step: int, status: int) -> int:
+    """Return the header of a frame as one number."""
+    return (step & 0xFFFFFFFF) | status << 32
 
 
 def status_of(frames: Frames, status: int) -> tuple[int, ...]:

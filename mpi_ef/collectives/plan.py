@@ -14,7 +14,7 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
 
 from .agreement import agree, ranks_text
-from .frames import NON_FINITE, OK, REJECTED, Frames, status_of
+from .frames import NON_FINITE, OK, REJECTED, Frames, header_of, status_of
 
 __all__ = ["Comm", "Plan", "Traffic", "dense_nbytes"]
 
@@ -263,14 +263,12 @@ class Plan(ABC):
 
     def _mark(self, frames: Frames) -> None:
         """Write the headers of frames that leave this rank."""
-        frames.header["step"] = self.exchanges & 0xFFFFFFFF
-        frames.header["status"] = (
-            OK if self._refusal is None else NON_FINITE if isinstance(self._refusal, NonFiniteError) else REJECTED
-        )
+        status = OK if self._refusal is None else NON_FINITE if isinstance(self._refusal, NonFiniteError) else REJECTED
+        frames.headers.fill(header_of(self.exchanges, status))
 
     def _inspect(self, frames: Frames) -> None:
         """Raise, on all ranks, what the headers of the frames of all ranks say."""
-        if not (frames.header["status"].any() or (frames.header["step"] != self.exchanges & 0xFFFFFFFF).any()):
+        if (frames.headers == header_of(self.exchanges, OK)).all():
             return
         subject = f"{type(self).__name__}.exchange"
         if rejected := status_of(frames, REJECTED):
