@@ -16,6 +16,7 @@ __all__ = ["abort_on_exception", "check_world", "run", "threads_per_rank"]
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE")
 
 PATIENCE_SECONDS = 5.0
+FORWARDING_SECONDS = 0.3
 
 
 def check_world(size: int, environment: Mapping[str, str] = os.environ) -> None:
@@ -110,4 +111,5 @@ def _within(request: Any, seconds: float) -> bool:
 def _die(comm: Any, text: str, status: int) -> None:
     print(text, file=sys.stderr, flush=True)
     sys.stdout.flush()
+    sleep(FORWARDING_SECONDS)  # a launcher that is told to abort may end before it has passed on what was printed
     comm.Abort(status)
