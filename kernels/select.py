@@ -299,11 +299,7 @@ def _descend(low, high, shift, ties, histogram):
 @jit
 def _count_digits(terms, factors, start, stop, k, block, histogram):
     """Return what :func:`_kth_largest` returns for the whole segment, by a pass over it for every 11 bits."""
-    low, high = (
-        np.uint64(0),
-        magnitude(block.dtype.type(np.nan)) | np.uint64((1 << (51 if block.itemsize == 8 else 22)) - 1),
-    )
-    ties = k
+    low, high, ties = np.uint64(0), ~np.uint64(0) >> np.uint64(65 - 8 * block.itemsize), k
     while high > low:
         shift = _digit_shift(low, high)
         histogram[:] = 0

@@ -118,10 +118,6 @@ class DenseMean(Plan):
         kernels.combine(x.terms, x.factors, self._own, self._scratch)
         self._x = self._own
 
-    def start(self, x: Vector | Combination, *, keep: Keep | None = None) -> None:
-        """Copy `x` and tell the others that this rank is ready, see :meth:`Plan.start`."""
-        super().start(x, keep=keep)
-
     def _launch(self) -> None:
         if self._refusal is None and self._x is not self._own:
             self._copy(source(self._x))
