@@ -3,11 +3,11 @@
 from ._jit import jit
 from ._vector import GROUP, address, fetch, form_group, store_past_caches
 
-__all__ = ["AHEAD", "BLOCK", "form", "goes_past_caches", "kinds", "put"]
+__all__ = ["BLOCK", "ahead", "form", "goes_past_caches", "kinds", "put"]
 
 BLOCK = 4096  # entries; a block of two float32 terms and its result fill a first-level cache of 48 KiB
 _LINE = 64
-AHEAD = 256  # entries: how far ahead to ask for cache lines; earlier is slower, measured with data out of cache
+_AHEAD = 640  # entries of all terms together, see ahead()
 _LARGE = 1 << 20  # entries; a shorter vector may be in a cache, and should stay there
 
 
@@ -29,18 +29,24 @@ def kinds(terms, factors):
 
 
 @jit
+def ahead(terms):
+    """Return how many entries ahead to ask for cache lines; more and fewer are slower, measured with data out of cache."""
+    return _AHEAD // (1 + (terms[1].size > 0) + (terms[2].size > 0))
+
+
+@jit
 def form(terms, factors, start, out):
     """Write the entries from `start` on into `out`, the terms added in their order; see :func:`kinds`."""
     a, b, c = terms
     f, g, h = factors[0], factors[1], factors[2]
-    kind, m = kinds(terms, factors), out.size
+    kind, m, far = kinds(terms, factors), out.size, ahead(terms)
     whole = m // GROUP * GROUP
     for at in range(0, whole, GROUP):
-        fetch(a, start + at + AHEAD)
+        fetch(a, start + at + far)
         if kind > 3:
-            fetch(b, start + at + AHEAD)
+            fetch(b, start + at + far)
         if kind > 15:
-            fetch(c, start + at + AHEAD)
+            fetch(c, start + at + far)
         form_group(a, b, c, f, g, h, kind, start + at, out, at)
     for i in range(whole, m):
         value = f * a[start + i]

@@ -29,6 +29,8 @@ __all__ = [
     "population",
     "store_past_caches",
     "store_word",
+    "subtract_signs",
+    "subtract_signs_past_caches",
     "sum_magnitudes",
     "trailing_zeros",
 ]
@@ -173,6 +175,35 @@ def _adding_signed(past_caches: bool) -> Any:
 add_signed: Any = _adding_signed(past_caches=False)
 # The same; ``out[at]`` must be aligned to 64 bytes and is written past the caches.
 add_signed_past_caches: Any = _adding_signed(past_caches=True)
+
+
+def _subtracting_signs(past_caches: bool) -> Any:
+    def typing(_context: Any, base: Any, x: Any, start: Any, step: Any, out: Any, at: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            align = x.dtype.bitwidth // 8
+            vector = ir.VectorType(_float_type(x), GROUP)
+            origin, signs = (
+                _pointer(context, builder, signature.args[n], arguments[n], arguments[2], vector) for n in range(2)
+            )
+            target = _pointer(context, builder, signature.args[4], arguments[4], arguments[5], vector)
+            zeros = ir.Constant(vector, [0.0] * GROUP)
+            positive = builder.fcmp_ordered(">=", builder.load(signs, align=align), zeros)
+            steps = builder.select(positive, _splat(builder, arguments[3]), _splat(builder, builder.fneg(arguments[3])))
+            value = builder.fsub(builder.load(origin, align=align), steps)
+            store = builder.store(value, target, align=_LINE if past_caches else align)
+            if past_caches:
+                store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+            return context.get_dummy_value()
+
+        return types.void(base, x, types.int64, x.dtype, out, types.int64), generate
+
+    return intrinsic(typing)
+
+
+# Write ``base[start + q] -+ step`` to ``out[at + q]``: less where ``x[start + q] >= 0``, else more.
+subtract_signs: Any = _subtracting_signs(past_caches=False)
+# The same; ``out[at]`` must be aligned to 64 bytes and is written past the caches.
+subtract_signs_past_caches: Any = _subtracting_signs(past_caches=True)
 
 
 @intrinsic

@@ -49,10 +49,14 @@ def encode_indices(indices: NDArray[np.int64], low: int, lower: NDArray[np.uint6
     one = np.uint64(1)
     mask = (one << np.uint64(low)) - one
     word, filled, place = np.uint64(0), np.uint64(0), 0  # the word of low parts that is being filled
+    marks, at = np.uint64(0), 0  # the word of the bitmap
     width = np.uint64(low)
     for j in range(indices.size):
         high = j + (indices[j] >> low)
-        upper[high >> 6] |= one << np.uint64(high & 63)
+        if high >> 6 != at:
+            upper[at] = marks
+            marks, at = np.uint64(0), high >> 6
+        marks |= one << np.uint64(high & 63)
         if low:
             part = np.uint64(indices[j]) & mask
             word |= part << filled
@@ -62,6 +66,8 @@ def encode_indices(indices: NDArray[np.int64], low: int, lower: NDArray[np.uint6
                 place += 1
                 filled -= np.uint64(64)
                 word = part >> (width - filled) if filled else np.uint64(0)
+    if indices.size:
+        upper[at] = marks
     if filled:
         lower[place] = word
 

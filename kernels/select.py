@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._jit import jit
-from ._stream import AHEAD, BLOCK, form, kinds, put
+from ._stream import BLOCK, ahead, form, kinds, put
 from ._vector import GROUP, at_least, fence, fetch, form_group, magnitude, population, trailing_zeros
 
 __all__ = ["SELECT_SCRATCH", "select_candidates", "select_largest"]
@@ -16,6 +16,8 @@ Terms = tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]
 _SMALL = 1024  # shorter segments are collected whole
 _SAMPLE = 16384
 _DIGIT = 11
+_FEW = 48  # so many are sorted
+_NO_LIMIT = np.uint64(1 << 63)
 SELECT_SCRATCH = BLOCK + GROUP + max(_SAMPLE, BLOCK)
 
 
@@ -152,7 +154,7 @@ def _sample_threshold(terms, factors, start, d, rank, attempt, sample, histogram
         if c.size:
             value += factors[2] * c[i]
         sample[j] = value
-    return _kth_largest(sample, m, rank, np.uint64(0), histogram, sample)[0]
+    return _kth_largest(sample, m, rank, np.uint64(0), _largest(sample, m), histogram, sample)[0]
 
 
 @jit
@@ -164,16 +166,16 @@ def _collect(terms, factors, keep, keep_factors, start, stop, bound, limit, indi
     f0, f1, f2, kind = factors[0], factors[1], factors[2], kinds(terms, factors)
     k0, k1, k2, keep_kind = keep_factors[0], keep_factors[1], keep_factors[2], kinds(terms, keep_factors)
     keeping = keep.size > 0 and (k0 != f0 or k1 != f1 or k2 != f2)  # else what is kept is x itself
-    kept = other if keeping else x
+    kept, far = other if keeping else x, ahead(terms)
     for low in range(start, stop, BLOCK):
         m = min(BLOCK, stop - low)
         for g in range(0, m, GROUP):
             if m - g >= GROUP:
-                fetch(a, low + g + AHEAD)
+                fetch(a, low + g + far)
                 if kind > 3:
-                    fetch(b, low + g + AHEAD)
+                    fetch(b, low + g + far)
                 if kind > 15:
-                    fetch(c, low + g + AHEAD)
+                    fetch(c, low + g + far)
                 form_group(a, b, c, f0, f1, f2, kind, low + g, x, g)
                 if keeping:
                     form_group(a, b, c, k0, k1, k2, keep_kind, low + g, other, g)
@@ -230,23 +232,47 @@ def _reduce(indices, values, found, k, low, histogram, few):
     """Move the k largest of the first `found` candidates, all of magnitude >= `low`, to the front."""
     if found == k:
         return
-    threshold, ties = _kth_largest(values, found, k, low, histogram, few)
-    kept = 0
-    for j in range(found):
-        key = magnitude(values[j])
-        ties -= key == threshold
-        indices[kept], values[kept] = indices[j], values[j]
-        kept += key > threshold or (key == threshold and ties >= 0)
+    one = np.uint64(1)
+    high = low + (one << np.uint64(24 if values.itemsize == 4 else 53))  # four times as large as `low`: far enough
+    beyond = 0
+    for g in range(0, found, GROUP):
+        beyond += int(population(_between(values, g, found, high + one, _NO_LIMIT)))
+    if beyond < k:
+        threshold, ties = _kth_largest(values, found, k - beyond, low, high, histogram, few)
+    else:
+        threshold, ties = _kth_largest(values, found, k, high + one, _largest(values, found), histogram, few)
+    kept = np.uint64(0)
+    for g in range(0, found, GROUP):
+        word = _between(values, g, found, threshold, _NO_LIMIT)
+        while word:
+            j = np.uint64(g) + trailing_zeros(word)
+            word &= word - one
+            tie = magnitude(values[j]) == threshold
+            ties -= tie
+            indices[kept], values[kept] = indices[j], values[j]
+            kept += np.uint64(not tie or ties >= 0)
 
 
 @jit
-def _kth_largest(values, size, k, low, histogram, few):
-    """Return the k-th largest magnitude of ``values[:size]`` and how many entries equal to it belong to the k largest.
+def _between(values, start, stop, low, high):
+    """Return a word that says which entries from `start` on, before `stop`, have magnitudes from `low` to `high`."""
+    one = np.uint64(1)
+    word = at_least(values, start, low)
+    if high < _NO_LIMIT:
+        word &= ~at_least(values, start, high + one)
+    if stop - start < GROUP:
+        word &= (one << np.uint64(stop - start)) - one
+    return word
 
-    All magnitudes are >= `low`. Each round looks at the next 11 bits; `few`, whose content is lost and which may be where
+
+@jit
+def _kth_largest(values, size, k, low, high, histogram, few):
+    """Return the k-th largest magnitude from `low` to `high` in ``values[:size]``, and which of its equals that is.
+
+    Others do not count. Each round looks at the next 11 bits; `few`, whose content is lost and which may be where
     `values` are, takes the entries that still count as soon as there is room for them.
     """
-    high, ties = _largest(values, size), k
+    ties = k
     while high > low:
         shift = _digit_shift(low, high)
         histogram[:] = 0
@@ -256,15 +282,32 @@ def _kth_largest(values, size, k, low, histogram, few):
                 histogram[(key - low) >> shift] += 1
         low, high, ties = _descend(low, high, shift, ties, histogram)
         if shift and size > few.size >= histogram[0]:  # histogram[0]: how many entries are in [low, high] now
-            kept = 0
-            for j in range(size):
-                few[kept] = values[j]
-                key = magnitude(values[j])
-                kept += low <= key <= high
-                if kept == histogram[0]:
-                    break
+            kept, one = 0, np.uint64(1)
+            for g in range(0, size, GROUP):
+                word = _between(values, g, size, low, high)
+                while word:
+                    few[kept] = values[np.uint64(g) + trailing_zeros(word)]
+                    word &= word - one
+                    kept += 1
             values, size = few, kept
+            if size <= _FEW:
+                return _kth_of_few(values, size, ties)
     return low, ties
+
+
+@jit
+def _kth_of_few(values, size, k):
+    """Return what :func:`_kth_largest` returns, by sorting the values."""
+    for j in range(1, size):
+        value, i = values[j], j
+        while i > 0 and magnitude(values[i - 1]) < magnitude(value):
+            values[i] = values[i - 1]
+            i -= 1
+        values[i] = value
+    key, larger = magnitude(values[k - 1]), k - 1
+    while larger > 0 and magnitude(values[larger - 1]) == key:
+        larger -= 1
+    return key, k - larger
 
 
 @jit

@@ -4,16 +4,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._jit import jit
-from ._stream import BLOCK, form, goes_past_caches, put
+from ._stream import BLOCK, ahead, form, goes_past_caches, kinds, put
 from ._vector import (
     GROUP,
     add_signed,
     add_signed_past_caches,
     fence,
+    fetch,
+    form_group,
     load_word,
     most_significant_first,
     non_negative,
     store_word,
+    subtract_signs,
+    subtract_signs_past_caches,
     sum_magnitudes,
 )
 
@@ -110,13 +114,30 @@ def encode_signs(
 @jit
 def _scan(terms, factors, row_bits, row_scales, row_block, row_factor, low, m, bits, x, sums):
     """Form ``x[:m]``, set its bits (from number `low` on), and sum the magnitudes of its groups."""
-    form(terms, factors, low, x[:m])
-    _add_rows(row_bits, row_scales, row_block, row_factor, low, low + m, x)
-    whole, aligned = m // GROUP * GROUP, low % 8 == 0
+    whole, aligned, j = m // GROUP * GROUP, low % 8 == 0, low // row_block
+    at_once = aligned and (low + m - 1) // row_block == j  # all steps for a group, while later ones come from memory
+    if not at_once:
+        form(terms, factors, low, x[:m])
+        _add_rows(row_bits, row_scales, row_block, row_factor, low, low + m, x)
+    a, b, c = terms
+    f, g_, h, kind, far = factors[0], factors[1], factors[2], kinds(terms, factors), ahead(terms)
     for g in range(0, whole, GROUP):
+        if at_once:
+            fetch(a, low + g + far)
+            if kind > 3:
+                fetch(b, low + g + far)
+            if kind > 15:
+                fetch(c, low + g + far)
+            form_group(a, b, c, f, g_, h, kind, low + g, x, g)
+            for r in range(row_bits.shape[0]):
+                word = most_significant_first(load_word(row_bits[r], (low + g) >> 3))
+                add_signed(x, g, word, row_factor * row_scales[r, j], x, g)
         sums[g // GROUP] = sum_magnitudes(x, g)
         if aligned:
             store_word(most_significant_first(non_negative(x, g)), bits, (low + g) >> 3)
+    if at_once and whole < m:
+        form(terms, factors, low + whole, x[whole:m])
+        _add_rows(row_bits, row_scales, row_block, row_factor, low + whole, low + m, x[whole:])
     for i in range(whole if aligned else 0, m):
         bits[(low + i) >> 3] |= np.uint8(x[i] >= 0) << (7 - ((low + i) & 7))
 
@@ -161,19 +182,21 @@ def _mean_of_large_numbers(x):
 @jit
 def _keep(base, x, low, m, block, scales, less_decoded, keep):
     """Write a tile of ``base``, less the decoded signs of `x` if that is wanted, to ``keep[low:]``."""
+    if not less_decoded:
+        put(base[:m], keep, low)
+        return
     past = goes_past_caches(keep)
     for j in range(scales.size):
-        start, stop = j * block, min((j + 1) * block, m)
+        start, stop, scale = j * block, min((j + 1) * block, m), scales[j]
         whole = start + (stop - start) // GROUP * GROUP
-        scale = scales[j] if less_decoded else scales.dtype.type(0)
-        for g in range(start, whole, GROUP):
-            word = non_negative(x, g) if less_decoded else np.uint64(0)  # base + -0.0 is base
-            if past and (low + start) % GROUP == 0:
-                add_signed_past_caches(base, g, ~word if less_decoded else word, scale, keep, low + g)
-            else:
-                add_signed(base, g, ~word if less_decoded else word, scale, keep, low + g)
+        if past and (low + start) % GROUP == 0:
+            for g in range(start, whole, GROUP):
+                subtract_signs_past_caches(base, x, g, scale, keep, low + g)
+        else:
+            for g in range(start, whole, GROUP):
+                subtract_signs(base, x, g, scale, keep, low + g)
         for i in range(whole, stop):
-            keep[low + i] = base[i] - (scale if x[i] >= 0 else -scale) if less_decoded else base[i]
+            keep[low + i] = base[i] - (scale if x[i] >= 0 else -scale)
 
 
 @jit
@@ -198,8 +221,12 @@ def add_signs(
     out : (d,) float32 or float64; ``out[i] += +-(factor * scales[r, i // block])`` for r = 0, 1, ..., updated
     scratch : (SIGNS_SCRATCH,) of the dtype of `out`
     """
+    past = overwrite and goes_past_caches(out) and bits.shape[0] > 0
     for low in range(0, out.size, BLOCK):
         high = min(low + BLOCK, out.size)
+        if past and low // block == (high - 1) // block and (high - low) % GROUP == 0:
+            _write_sums(bits, scales, low // block, factor, low, high, out, scratch)
+            continue
         target = scratch[: high - low] if overwrite else out[low:high]
         if overwrite:
             target[:] = 0
@@ -207,6 +234,21 @@ def add_signs(
         if overwrite:
             put(target, out, low)
     fence()
+
+
+@jit
+def _write_sums(bits, scales, j, factor, low, high, out, x):
+    """Write the sum of whole groups of all messages to `out`, past the caches, and each as soon as it is known."""
+    last = bits.shape[0] - 1
+    x[:GROUP] = 0
+    for at in range(low, high, GROUP):
+        if last:
+            x[:GROUP] = 0
+        for r in range(last):
+            word = most_significant_first(load_word(bits[r], at >> 3))
+            add_signed(x, 0, word, factor * scales[r, j], x, 0)
+        word = most_significant_first(load_word(bits[last], at >> 3))
+        add_signed_past_caches(x, 0, word, factor * scales[last, j], out, at)
 
 
 @jit

@@ -174,7 +174,7 @@ class _SparseCodec(Codec):
         self._indices, self._kept = np.zeros(room, np.int64)[:k], np.zeros(room, dtype)[:k]
         self._head = self._head_nbytes(k)
         self.nbytes = self._head + self._values.nbytes
-        self._fresh = False  # whether the indices are still those of the message encoded last
+        self._decoded = np.zeros(k, np.int64)  # the indices of another message
 
     def _room(self, k: int, what: _KeptCoordinates) -> int:  # noqa: ARG002
         """Return how long the memory behind the arrays for k indices and k values must be."""
@@ -189,13 +189,12 @@ class _SparseCodec(Codec):
         """Fill indices and values for `x`, and write what the receiver needs to know of the indices into `head`."""
 
     @abstractmethod
-    def _recall(self, head: Wires) -> None:
-        """Fill the indices from `head`."""
+    def _recall(self, head: Wires, indices: NDArray[np.int64]) -> None:
+        """Fill `indices` from `head`."""
 
     def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:
         x = x if isinstance(x, Source) else source(x)
         finite = self._choose(x, wire[: self._head], step, rank)
-        self._fresh = True
         body = wire[self._head :]
         values = self._values.plain_values(body)
         if values is None:
@@ -204,34 +203,30 @@ class _SparseCodec(Codec):
             np.copyto(values, self._kept)
             body[values.nbytes :] = 0
         if x.keep.size and x.less_message:
-            self._add_chosen(wire, x.keep, -1.0)
+            self.add_encoded(wire, x.keep, -1.0)
         return finite
 
     def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
         if overwrite:
             out.fill(0)
-        self._fresh = False
         for wire in wires:
-            self._recall(wire[: self._head])
-            self._add_chosen(wire, out, factor)
+            self._recall(wire[: self._head], self._decoded)
+            self._add_at(self._decoded, wire, out, factor)
 
     def add_encoded(self, wire: Wires, out: Vector, factor: float = 1.0) -> None:
-        if not self._fresh:
-            self._recall(wire[: self._head])
-        self._add_chosen(wire, out, factor)
+        self._add_at(self._indices, wire, out, factor)
 
-    def _add_chosen(self, wire: Wires, out: Vector, factor: float) -> None:
+    def _add_at(self, indices: NDArray[np.int64], wire: Wires, out: Vector, factor: float) -> None:
         values = self._values.plain_values(wire[self._head :])
         if values is None:
             values = self._kept
             self._values.add(wire[None, self._head :], values, overwrite=True)
-        kernels.add_sparse(self._indices, values, self.dtype.type(factor), writable(out))
+        kernels.add_sparse(indices, values, self.dtype.type(factor), writable(out))
 
     def clear(self, wires: Wires, out: Vector) -> None:
-        self._fresh = False
         for wire in wires:
-            self._recall(wire[: self._head])
-            kernels.clear_sparse(self._indices, out)
+            self._recall(wire[: self._head], self._decoded)
+            kernels.clear_sparse(self._decoded, out)
 
 
 class _TopKCodec(_SparseCodec):
@@ -254,9 +249,9 @@ class _TopKCodec(_SparseCodec):
         kernels.encode_indices(self._indices, self._low, *self._halves(head))
         return finite
 
-    def _recall(self, head: Wires) -> None:
+    def _recall(self, head: Wires, indices: NDArray[np.int64]) -> None:
         lower, upper = self._halves(head)
-        kernels.decode_indices(lower, upper, self._low, self._indices)
+        kernels.decode_indices(lower, upper, self._low, indices)
 
     def _halves(self, head: Wires) -> tuple[np.ndarray, np.ndarray]:
         return head[: self._lower].view(np.uint64), head[self._lower :].view(np.uint64)
@@ -273,7 +268,7 @@ class _RandKCodec(_SparseCodec):
 
     def _choose(self, x: Source, head: Wires, step: int, rank: int) -> bool:
         head.view(np.uint64)[:] = step, rank
-        self._recall(head)
+        self._recall(head, self._indices)
         kernels.gather(x.terms, x.factors, self._indices, self._kept)
         scratch = self._scratch(kernels.COMBINE_SCRATCH)
         if x.keep.size:
@@ -282,6 +277,6 @@ class _RandKCodec(_SparseCodec):
         finite: bool = kernels.combine(x.terms, x.factors, nothing, scratch)
         return finite
 
-    def _recall(self, head: Wires) -> None:
+    def _recall(self, head: Wires, indices: NDArray[np.int64]) -> None:
         step, rank = head.view(np.uint64).tolist()
-        kernels.sample_indices(self._seed, step, rank, self.d, self._indices, self._bitmap)
+        kernels.sample_indices(self._seed, step, rank, self.d, indices, self._bitmap)
