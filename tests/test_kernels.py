@@ -365,6 +365,32 @@ def test_long_aligned_vectors_are_written_past_the_caches(dtype):
         np.testing.assert_array_equal(out, x - x[::-1])
 
 
+@each_dtype
+@pytest.mark.parametrize("block", [192, 4096, 10**7])
+def test_long_signs_are_written_past_the_caches(dtype, block):
+    """The error that is kept, and sums of messages of several ranks, where the arrays begin with a cache line."""
+    d, rows, rng = (1 << 20) + 4096 + 77, 3, np.random.default_rng(block)
+    x, memory = rng.normal(size=d).astype(dtype), np.empty(d + 32, dtype)
+    aligned = -memory.ctypes.data % 64 // memory.itemsize
+    out, expected = memory[aligned : aligned + d], np.empty(d, dtype)
+    messages = rng.integers(0, 256, (rows, -(-d // 8)), np.uint8), rng.random((rows, -(-d // block))).astype(dtype)
+    factors, sent = np.array([1, 0.5, 0], dtype), []
+    for room, kept in ((kernels, out), (reference, expected)):
+        bits, scales = np.empty(-(-d // 8), np.uint8), np.empty(-(-d // block), dtype)
+        room.encode_signs(terms_of(x, 2), factors, kept, factors, True, *messages, block, dtype(0.3), block, bits, scales,
+                          np.empty(kernels.SIGNS_SCRATCH, dtype))  # fmt: skip
+        sent.append((bits, scales))
+    assert same_bits(sent[0][0], sent[1][0])
+    assert same_bits(sent[0][1], sent[1][1])
+    np.testing.assert_array_equal(out, expected)
+    for m in range(rows + 1):
+        rest = messages[0][:m], messages[1][:m], block, dtype(0.3), True
+        for room, result in ((kernels, out), (reference, expected)):
+            result.fill(5)
+            room.add_signs(*rest, result, np.empty(kernels.SIGNS_SCRATCH, dtype))
+        np.testing.assert_array_equal(out, expected)
+
+
 @given(st.integers(0, 2000), st.floats(0, 1), st.integers(0, 2**63 - 1), st.integers(0, 2**40), st.integers(0, 10**6))
 def test_sample_indices(d, share, seed, step, rank):
     mine, twin = (np.empty(round(share * d), np.int64) for _ in range(2))
