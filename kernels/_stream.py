@@ -3,7 +3,7 @@
 from ._jit import jit
 from ._vector import GROUP, address, fetch, form_group, store_past_caches
 
-__all__ = ["BLOCK", "ahead", "form", "goes_past_caches", "kinds", "put"]
+__all__ = ["BLOCK", "ahead", "fetch_terms", "form", "goes_past_caches", "kinds", "put"]
 
 BLOCK = 4096  # entries; a block of two float32 terms and its result fill a first-level cache of 48 KiB
 _LINE = 64
@@ -35,6 +35,16 @@ def ahead(terms):
 
 
 @jit
+def fetch_terms(a, b, c, kind, start):
+    """Ask for the cache lines of 64 entries of the terms that :func:`kinds` says are there."""
+    fetch(a, start)
+    if kind > 3:
+        fetch(b, start)
+    if kind > 15:
+        fetch(c, start)
+
+
+@jit
 def form(terms, factors, start, out):
     """Write the entries from `start` on into `out`, the terms added in their order; see :func:`kinds`."""
     a, b, c = terms
@@ -42,11 +52,7 @@ def form(terms, factors, start, out):
     kind, m, far = kinds(terms, factors), out.size, ahead(terms)
     whole = m // GROUP * GROUP
     for at in range(0, whole, GROUP):
-        fetch(a, start + at + far)
-        if kind > 3:
-            fetch(b, start + at + far)
-        if kind > 15:
-            fetch(c, start + at + far)
+        fetch_terms(a, b, c, kind, start + at + far)
         form_group(a, b, c, f, g, h, kind, start + at, out, at)
     for i in range(whole, m):
         value = f * a[start + i]

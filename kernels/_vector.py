@@ -311,15 +311,14 @@ def _add_scaled_term(builder: Any, term: Any, scaled: Any, n: int, value: Any) -
     return builder.fadd(value, scaled(n, term(n)))
 
 
-@intrinsic
-def form_group(
-    _context: Any, a: Any, b: Any, c: Any, f: Any, g: Any, h: Any, kind: Any, start: Any, out: Any, at: Any
-) -> Any:
-    """Write 64 entries from `start` on of ``f * a + g * b + h * c`` to ``out[at:]``.
+def _forming(past_caches: bool) -> Any:
+    def typing(_: Any, a: Any, b: Any, c: Any, f: Any, g: Any, h: Any, kind: Any, start: Any, out: Any, at: Any) -> Any:
+        return _form(past_caches, a, b, c, out)
 
-    `kind` says how: its lowest two bits for a, then two for b, two for c: 0 leave out, 1 add, 2 subtract, 3 multiply
-    with the factor and add. (a is added or multiplied.)
-    """
+    return intrinsic(typing)
+
+
+def _form(past_caches: bool, a: Any, b: Any, c: Any, out: Any) -> Any:
     size = GROUP
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -353,7 +352,9 @@ def form_group(
             changes = (_add_term, _subtract_term, _add_scaled_term)
             for code, change in enumerate(changes, 1):
                 value = either(is_kind(n, code), value, partial(change, builder, term, scaled, n))
-        builder.store(value, pointer(8, arguments[9]), align=align)
+        store = builder.store(value, pointer(8, arguments[9]), align=_LINE if past_caches else align)
+        if past_caches:
+            store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
         return context.get_dummy_value()
 
     number = a.dtype
@@ -361,3 +362,10 @@ def form_group(
         types.void(a, b, c, number, number, number, types.int64, types.int64, out, types.int64),
         generate,
     )
+
+
+# Write 64 entries from `start` on of ``f * a + g * b + h * c`` to ``out[at:]``. `kind` says how: its lowest two bits for a,
+# then two for b, two for c: 0 leave out, 1 add, 2 subtract, 3 multiply with the factor and add. (a is added or multiplied.)
+form_group: Any = _forming(past_caches=False)
+# The same; ``out[at]`` must be aligned to 64 bytes and is written past the caches.
+form_group_past_caches: Any = _forming(past_caches=True)

@@ -6,8 +6,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._jit import jit
-from ._stream import BLOCK, ahead, form, kinds, put
-from ._vector import GROUP, at_least, fence, fetch, form_group, magnitude, population, trailing_zeros
+from ._stream import BLOCK, ahead, fetch_terms, form, goes_past_caches, kinds, put
+from ._vector import (
+    GROUP,
+    at_least,
+    fence,
+    form_group,
+    form_group_past_caches,
+    magnitude,
+    population,
+    trailing_zeros,
+)
 
 __all__ = ["SELECT_SCRATCH", "select_candidates", "select_largest"]
 
@@ -165,19 +174,16 @@ def _collect(terms, factors, keep, keep_factors, start, stop, bound, limit, indi
     a, b, c = terms
     f0, f1, f2, kind = factors[0], factors[1], factors[2], kinds(terms, factors)
     k0, k1, k2, keep_kind = keep_factors[0], keep_factors[1], keep_factors[2], kinds(terms, keep_factors)
-    keeping = keep.size > 0 and (k0 != f0 or k1 != f1 or k2 != f2)  # else what is kept is x itself
-    kept, far = other if keeping else x, ahead(terms)
+    far, past = ahead(terms), goes_past_caches(keep) and start % GROUP == 0
     for low in range(start, stop, BLOCK):
         m = min(BLOCK, stop - low)
         for g in range(0, m, GROUP):
             if m - g >= GROUP:
-                fetch(a, low + g + far)
-                if kind > 3:
-                    fetch(b, low + g + far)
-                if kind > 15:
-                    fetch(c, low + g + far)
+                fetch_terms(a, b, c, kind, low + g + far)
                 form_group(a, b, c, f0, f1, f2, kind, low + g, x, g)
-                if keeping:
+                if past:
+                    form_group_past_caches(a, b, c, k0, k1, k2, keep_kind, low + g, keep, low + g)
+                elif keep.size:
                     form_group(a, b, c, k0, k1, k2, keep_kind, low + g, other, g)
                 word = at_least(x, g, bound)
             else:
@@ -197,7 +203,8 @@ def _collect(terms, factors, keep, keep_factors, start, stop, bound, limit, indi
                 indices[place], values[place] = np.uint64(low) + i, x[i]
                 word &= word - one
         if keep.size:
-            put(kept[:m], keep, low)
+            done = m // GROUP * GROUP if past else 0
+            put(other[done:m], keep, low + done)
         if found > limit:
             break
     return found

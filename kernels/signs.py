@@ -4,13 +4,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._jit import jit
-from ._stream import BLOCK, ahead, form, goes_past_caches, kinds, put
+from ._stream import BLOCK, ahead, fetch_terms, form, goes_past_caches, kinds, put
 from ._vector import (
     GROUP,
     add_signed,
     add_signed_past_caches,
     fence,
-    fetch,
     form_group,
     load_word,
     most_significant_first,
@@ -123,11 +122,7 @@ def _scan(terms, factors, row_bits, row_scales, row_block, row_factor, low, m, b
     f, g_, h, kind, far = factors[0], factors[1], factors[2], kinds(terms, factors), ahead(terms)
     for g in range(0, whole, GROUP):
         if at_once:
-            fetch(a, low + g + far)
-            if kind > 3:
-                fetch(b, low + g + far)
-            if kind > 15:
-                fetch(c, low + g + far)
+            fetch_terms(a, b, c, kind, low + g + far)
             form_group(a, b, c, f, g_, h, kind, low + g, x, g)
             for r in range(row_bits.shape[0]):
                 word = most_significant_first(load_word(row_bits[r], (low + g) >> 3))

@@ -366,6 +366,28 @@ def test_long_aligned_vectors_are_written_past_the_caches(dtype):
 
 
 @each_dtype
+@pytest.mark.parametrize("cut", [None, 64 * 1000, 64 * 1000 + 1])
+def test_long_errors_are_written_past_the_caches_while_selecting(dtype, cut):
+    d = (1 << 20) + 64 * 3 + 5
+    x, memory = np.random.default_rng(0).normal(size=d).astype(dtype), np.empty(d + 32, dtype)
+    aligned = -memory.ctypes.data % 64 // memory.itemsize
+    bounds = np.array([0, d] if cut is None else [0, cut, d])
+    counts = np.diff(bounds) // 100
+    factors, room = np.array([0.1, 1, -1], dtype), kernels.select_candidates(bounds, counts)
+    for kept in (factors, np.array([1, 1, -1], dtype)):
+        keep, expected, seen = memory[aligned : aligned + d], np.empty(d, dtype), []
+        for module, into in ((kernels, keep), (reference, expected)):
+            into.fill(9)
+            indices, values = np.empty(room, np.int64), np.empty(room, dtype)
+            module.select_largest(terms_of(x, 3), factors, into, kept, bounds, counts, indices, values,
+                                  np.empty(kernels.SELECT_SCRATCH, dtype), np.empty(2048, np.int64))  # fmt: skip
+            seen.append((indices[: counts.sum()], values[: counts.sum()]))
+        assert same_bits(seen[0][0], seen[1][0])
+        assert same_bits(seen[0][1], seen[1][1])
+        np.testing.assert_array_equal(keep, expected)
+
+
+@each_dtype
 @pytest.mark.parametrize("block", [192, 4096, 10**7])
 def test_long_signs_are_written_past_the_caches(dtype, block):
     """The error that is kept, and sums of messages of several ranks, where the arrays begin with a cache line."""
