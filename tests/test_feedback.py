@@ -324,7 +324,7 @@ def test_default_strength_of_econtrol():
 @pytest.mark.parametrize(
     ("arguments", "options", "words"),
     [
-        (("ef22",), {}, "rule='ef22' is unknown; take one of ef14, ef21, econtrol"),
+        (("ef22",), {}, "rule='ef22' is unknown; did you mean ef21"),
         (("ef21",), {"eta": 0.1}, "ef21 has no option eta"),
         (("econtrol",), {"eta": 1.5}, "eta=1.5 is not in"),
         (("ef14",), {"dense_steps": -1}, "dense_steps=-1"),

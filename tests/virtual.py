@@ -102,6 +102,13 @@ class VirtualComm:
             assert part.size == count
             y.reshape(-1)[place : place + count] = part
 
+    def Allgatherv(self, send: np.ndarray, receive: Any) -> None:
+        """What is received is [array, (counts, displacements)], counted in entries."""
+        array, (counts, places) = receive
+        for part, count, place in zip(self._share("Allgatherv", [send.copy()]), counts, places, strict=True):
+            assert part[0].size == count
+            array[place : place + count] = part[0]
+
     def Iallgather(self, send: np.ndarray, receive: np.ndarray) -> _Request:
         return self._post("Iallgather", send, receive, lambda value: value)
 

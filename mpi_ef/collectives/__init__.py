@@ -4,6 +4,7 @@ A *plan* is built once (collective: all ranks together, same arguments) and exch
 :func:`allreduce` and :func:`allgather` build and keep plans for you.
 """
 
+from .clients import ClientsMean
 from .dense import DenseMean
 from .frames import Frames
 from .onecall import allgather, allreduce
@@ -11,6 +12,7 @@ from .plan import Comm, Plan, Traffic
 from .plans import GatherMean, TwoPhaseMean, chunk_bounds, plan_for
 
 __all__ = [
+    "ClientsMean",
     "Comm",
     "DenseMean",
     "Frames",

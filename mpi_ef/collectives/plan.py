@@ -63,8 +63,14 @@ class Plan(ABC):
 
     Attributes
     ----------
+    own : int
+        How many vectors this rank gives to a mean; 1 except for :class:`ClientsMean`.
+    clients : int
+        Of how many vectors it is the mean.
     exchanges : int
         Number of completed exchanges; also the key of random compressors.
+    sent_nbytes : int
+        Bytes that have left this rank in all exchanges so far.
     seconds : dict of str to float
         Wall time of this rank in "encode", "communicate" and "decode", added up over all exchanges.
 
@@ -76,13 +82,17 @@ class Plan(ABC):
         When the arguments do not fit together; ranks with valid arguments raise `PeerError`.
     """
 
+    own = 1
+    clients = 0
+
     def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32) -> None:
         subject = type(self).__name__
         if not hasattr(comm, "Iallgather") or not comm or comm.Is_inter():
             raise OptionError(f"{subject}: comm={comm!r} is not an intracommunicator; pass for example MPI.COMM_WORLD")
         self.comm, self.size, self.rank = comm, int(comm.Get_size()), int(comm.Get_rank())
+        self.clients = self.clients or self.size
         self.compressor = compressor
-        self.exchanges = 0
+        self.exchanges = self.sent_nbytes = 0
         self.seconds = {"encode": 0.0, "communicate": 0.0, "decode": 0.0}
         self._refusal: MpiEfError | None = None
         self._started = False
@@ -149,6 +159,22 @@ class Plan(ABC):
 
     def forget(self) -> None:  # noqa: B027
         """Let the next ``set_mean(again=True)`` start afresh: somebody else has written to its array. Local."""
+
+    def dense(self) -> "Plan":
+        """Return a plan for the uncompressed mean of the same vectors. Collective."""
+        from .dense import DenseMean
+
+        return DenseMean(self.comm, self.d, self.dtype)
+
+    @property
+    def own_d(self) -> int:
+        """Length of what this rank exchanges: its vectors one after the other."""
+        return self.own * self.d
+
+    @property
+    def clients_d(self) -> int:
+        """Length of the vectors of all clients one after the other."""
+        return self.clients * self.d
 
     @property
     @abstractmethod
@@ -226,9 +252,14 @@ class Plan(ABC):
         self._started = False
         try:
             self._complete()
+            self.sent_nbytes += self._sent_last()
         finally:
             self.exchanges += 1
         return self
+
+    def _sent_last(self) -> int:
+        """Return how many bytes have left this rank in the last exchange."""
+        return self.traffic.sent_nbytes
 
     def _problem(self, x: Vector | Combination, keep: Keep | None) -> MpiEfError | None:
         vectors = [vector for _, vector in x.terms] if isinstance(x, Combination) else [x]
@@ -255,8 +286,8 @@ class Plan(ABC):
             return DtypeError(f"{subject}.exchange: {name} is a {type(x).__name__}; pass a numpy array")
         if x.dtype != self.dtype:
             return DtypeError(f"{subject}.exchange: {name} has dtype {x.dtype}; this plan takes {self.dtype}")
-        if x.shape != (self.d,):
-            return ShapeError(f"{subject}.exchange: {name} has shape {x.shape}; this plan takes ({self.d},)")
+        if x.shape != (self.own_d,):
+            return ShapeError(f"{subject}.exchange: {name} has shape {x.shape}; this plan takes ({self.own_d},)")
         if not x.flags.c_contiguous:
             return ShapeError(f"{subject}.exchange: {name} is not contiguous; pass numpy.ascontiguousarray({name})")
         return None

@@ -5,31 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from mpi_ef.collectives import DenseMean, Plan
+from mpi_ef.collectives import Plan
 from mpi_ef.collectives.agreement import agree
 from mpi_ef.compress.combination import Combination, Vector
 from mpi_ef.errors import OptionError, ShapeError
 
-from .rules import RULES, Rule
+from .table import rule_named
 
 __all__ = ["ErrorFeedback"]
-
-LEAST_ALPHA = 1e-4  # below it 0.3 * alpha would switch EControl's feedback off for any run of reasonable length
-
-
-def _options(rule: Rule, alpha: float, given: Mapping[str, float]) -> dict[str, float]:
-    """Return the options of `rule`: those given, and defaults for a contraction constant."""
-    options = rule.options(alpha)
-    if unknown := given.keys() - options.keys():
-        known = ", ".join(options) or "none"
-        raise OptionError(f"ErrorFeedback: {rule.name} has no option {', '.join(sorted(unknown))}; it has: {known}")
-    options |= given
-    if not 0.0 <= options.get("eta", 0.0) <= 1.0:
-        raise OptionError(f"ErrorFeedback: eta={options['eta']} is not in [0, 1]; try 0.3 * alpha")
-    if "eta" in options and "eta" not in given and alpha < LEAST_ALPHA:
-        raise OptionError(f"ErrorFeedback: the worst-case constant {alpha:.1e} of this compressor says nothing about a "
-                          "good eta; pass one, for example eta=0.1")  # fmt: skip
-    return options
 
 
 class ErrorFeedback:
@@ -57,30 +40,33 @@ class ErrorFeedback:
     A non-finite vector on any rank raises `NonFiniteError` on all of them and leaves every state as it was.
     """
 
-    def __init__(self, rule: str, plan: Plan, *, dense_steps: int = 0, **options: float) -> None:
+    def __init__(self, rule: str, plan: Plan, *, dense_steps: int = 0, **options: Any) -> None:
         self.plan, self.dense_steps, self.steps = plan, dense_steps, 0
 
         def facts() -> dict[str, object]:
-            if rule not in RULES:
-                raise OptionError(f"ErrorFeedback: rule={rule!r} is unknown; take one of {', '.join(RULES)}")
+            self.rule = rule_named(rule)
             if dense_steps < 0:
                 raise OptionError(f"ErrorFeedback: dense_steps={dense_steps} is negative; 0 starts compressed")
-            self.rule = RULES[rule]
-            self.options = _options(self.rule, plan.alpha, options)
+            self.options = self.rule.options_for(plan.alpha, options)
             return {"rule": rule, "dense_steps": dense_steps, "options": self.options}
 
         agree(plan.comm, "ErrorFeedback", facts, "build it from the same arguments everywhere")
-        self.state = self.rule.state.zeros(plan.d, plan.dtype, **self.options)
-        self._dense: DenseMean | None = None
+        self.state = self.rule.state.zeros(plan, **self.options)
+        self._dense: Plan | None = None
         self._dense_sent_nbytes = 0
         self._dense_seconds = dict.fromkeys(plan.seconds, 0.0)
 
-    def step(self, vector: Vector) -> Vector:
+    def step(self, vector: Vector, *, whole: bool = False, **inputs: Any) -> Vector:
         """Exchange this rank's vector and return the rule's result, the same bits on all ranks. Collective.
 
         Parameters
         ----------
-        vector : (d,) of the plan's dtype, contiguous, this rank's gradient or update, read only
+        vector : (d,) of the plan's dtype, contiguous, this rank's gradient or update, read only; those of all its
+            clients, (own, d) or (own * d,), with :class:`ClientsMean`
+        whole : bool
+            This step exchanges whole vectors, as the first `dense_steps` do. The same on all ranks.
+        inputs
+            What else the rule wants: ``full=`` of EF21-PAGE.
 
         Returns
         -------
@@ -94,30 +80,33 @@ class ErrorFeedback:
         ShapeError, DtypeError
             On a rank whose vector does not fit; all other ranks raise `PeerError`.
         """
-        plan = self._current()
-        if not (isinstance(vector, np.ndarray) and vector.shape == (plan.d,) and vector.dtype == plan.dtype):
+        plan = self._current(whole)
+        if isinstance(vector, np.ndarray) and vector.shape == (plan.own, plan.d) and vector.flags.c_contiguous:
+            vector = vector.reshape(-1)
+        if not (isinstance(vector, np.ndarray) and vector.shape == (plan.own_d,) and vector.dtype == plan.dtype):
             # Raises here what is wrong, and PeerError on all other ranks.
             plan.exchange(np.asarray(vector) if isinstance(vector, Combination) else vector)
-        result = self.rule.step(self.state, plan, vector)
+        result = self.rule.step(self.state, plan, vector, **inputs)
         self.steps += 1
         result = result.view()
         result.flags.writeable = False
         return result
 
-    def _current(self) -> Plan:
+    def _current(self, whole: bool) -> Plan:
         """Return the plan of the next step. The dense one, which holds several vectors, exists while it is needed."""
-        if self.steps < self.dense_steps:
+        if whole or self.steps < self.dense_steps:
             self.plan.forget()
             if self._dense is None:
-                self._dense = DenseMean(self.plan.comm, self.plan.d, self.plan.dtype)
+                self._dense = self.plan.dense()
             return self._dense
-        self._retire_dense()
+        if self.steps == self.dense_steps:
+            self._retire_dense()
         return self.plan
 
     def _retire_dense(self) -> None:
         """Let go of the dense plan, but not of its account."""
         if self._dense is not None:
-            self._dense_sent_nbytes += self._dense.exchanges * self._dense.traffic.sent_nbytes
+            self._dense_sent_nbytes += self._dense.sent_nbytes
             for name, spent in self._dense.seconds.items():
                 self._dense_seconds[name] += spent
             self._dense = None
@@ -125,11 +114,10 @@ class ErrorFeedback:
     @property
     def sent_nbytes(self) -> int:
         """Bytes that have left this rank in all steps so far, see :class:`Traffic`."""
-        return self._dense_nbytes() + self.plan.exchanges * self.plan.traffic.sent_nbytes
+        return self._dense_nbytes() + self.plan.sent_nbytes
 
     def _dense_nbytes(self) -> int:
-        running = self._dense.exchanges * self._dense.traffic.sent_nbytes if self._dense else 0
-        return self._dense_sent_nbytes + running
+        return self._dense_sent_nbytes + (self._dense.sent_nbytes if self._dense else 0)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -148,7 +136,8 @@ class ErrorFeedback:
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all arrays and counters of this rank. Local."""
         arrays = {name: array.copy() for name, array in (self.per_rank() | self.replicated()).items()}
-        counters = {"steps": self.steps, "exchanges": self.plan.exchanges, "dense_sent_nbytes": self._dense_nbytes()}
+        counters = {"steps": self.steps, "exchanges": self.plan.exchanges, "sent_nbytes": self.plan.sent_nbytes,
+                    "dense_sent_nbytes": self._dense_nbytes()}  # fmt: skip
         return {**self._identity(), "arrays": arrays, "options": dict(self.options), **counters}
 
     def _identity(self) -> dict[str, Any]:
@@ -171,7 +160,11 @@ class ErrorFeedback:
         self.options = dict(saved["options"])
         for name, option in self.options.items():
             setattr(self.state, name, option)
-        self.steps, self.plan.exchanges = saved["steps"], saved["exchanges"]
+        self.steps, self.plan.exchanges, self.plan.sent_nbytes = (
+            saved["steps"],
+            saved["exchanges"],
+            saved["sent_nbytes"],
+        )
         self.plan.forget()
         self._dense, self._dense_sent_nbytes = None, saved["dense_sent_nbytes"]
 

@@ -1,4 +1,4 @@
-"""The rules: one function per paper algorithm, on explicit state, and the table of them all.
+"""The rules that the others grow from: one function per paper algorithm, on explicit state.
 
 State exists from construction on; its arrays are named as in the papers and marked *per rank* or *replicated*. Every
 function is one step in the order of operations of its paper.
@@ -9,57 +9,24 @@ Notation: n ranks, C the compressor, ``c = plan.exchange(v)`` sends C(v); ``c.ad
 meant, and only once all ranks are known to have sent something finite: what replaces it waits in ``spare``.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Self
-
-import numpy as np
+from dataclasses import dataclass
 
 from mpi_ef.collectives import Plan
-from mpi_ef.compress import Keep, aligned_zeros, lazy
+from mpi_ef.compress import Keep, lazy
 from mpi_ef.compress.combination import Vector
 
-__all__ = ["RULES", "Rule", "State", "econtrol", "ef14", "ef21"]
+from .state import State, per_rank, replicated, scratch, spare
+
+__all__ = ["EControlState", "EF14State", "EF21State", "econtrol", "ef14", "ef21"]
 
 
-def _array(kind: str) -> Any:
-    return field(metadata={"kind": kind})
-
-
-def _per_rank() -> Any:
-    return _array("per rank")
-
-
-def _replicated() -> Any:
-    return _array("replicated")
-
-
-def _scratch() -> Any:
-    return _array("scratch")
-
-
-@dataclass
-class State:
-    """Named arrays of a rule, each (d,), zero at the start, beginning where a cache line does."""
-
-    @classmethod
-    def zeros(cls, d: int, dtype: np.dtype[Any], **options: float) -> Self:
-        """Return the state before the first step."""
-        arrays: dict[str, Any] = {f.name: aligned_zeros(d, dtype) for f in fields(cls) if "kind" in f.metadata}
-        return cls(**(arrays | options))
-
-    def arrays(self, kind: str) -> dict[str, Vector]:
-        """Return the arrays marked "per rank" or "replicated", by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("kind") == kind}
-
-
-@dataclass
+@dataclass(kw_only=True)
 class EF14State(State):
     """e_i: what this rank has not sent yet. mean: the last result."""
 
-    e_i: Vector = _per_rank()
-    mean: Vector = _scratch()
-    spare: Vector = _scratch()
+    e_i: Vector = per_rank()
+    mean: Vector = scratch()
+    spare: Vector = spare()
 
 
 def ef14(s: EF14State, plan: Plan, u: Vector) -> Vector:
@@ -84,12 +51,12 @@ def ef14(s: EF14State, plan: Plan, u: Vector) -> Vector:
     return s.mean
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EF21State(State):
     """g_i: this rank's gradient estimate, known to all. g: mean of the g_i."""
 
-    g_i: Vector = _per_rank()
-    g: Vector = _replicated()
+    g_i: Vector = per_rank()
+    g: Vector = replicated()
 
 
 def ef21(s: EF21State, plan: Plan, grad: Vector) -> Vector:
@@ -108,14 +75,14 @@ def ef21(s: EF21State, plan: Plan, grad: Vector) -> Vector:
     return s.g
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EControlState(State):
     """e_i: error of this rank. h_i: its gradient estimate. h: mean of the h_i. eta: strength of the feedback."""
 
-    e_i: Vector = _per_rank()
-    h_i: Vector = _per_rank()
-    h: Vector = _replicated()
-    spare: Vector = _scratch()
+    e_i: Vector = per_rank()
+    h_i: Vector = per_rank()
+    h: Vector = replicated()
+    spare: Vector = spare()
     eta: float = 0.0
 
 
@@ -135,27 +102,3 @@ def econtrol(s: EControlState, plan: Plan, grad: Vector) -> Vector:
     delta.add_own(s.h_i)
     delta.add_mean(s.h)
     return s.h
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A line in the table of rules: the step, its state, and the default of its options for a contraction constant."""
-
-    step: Callable[[Any, Plan, Vector], Vector]
-    state: type[State]
-    options: Callable[[float], dict[str, float]] = lambda _alpha: {}
-
-    @property
-    def name(self) -> str:
-        """Name of the algorithm."""
-        return self.step.__name__
-
-
-RULES: Mapping[str, Rule] = {
-    rule.name: rule
-    for rule in (
-        Rule(ef14, EF14State),
-        Rule(ef21, EF21State),
-        Rule(econtrol, EControlState, lambda alpha: {"eta": 0.3 * alpha}),
-    )
-}

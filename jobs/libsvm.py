@@ -1,0 +1,147 @@
+"""LIBSVM files, read strictly; and ways to deal their rows out to clients."""
+
+import lzma
+from collections.abc import Iterator
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpi_ef.errors import OptionError, ShapeError
+
+__all__ = ["SPLITS", "load_libsvm", "split_rows"]
+
+Rows = NDArray[np.int64]
+
+
+def load_libsvm(path: Path | str, columns: int | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the features (N, d) and the labels (N,) in {-1, +1} of a file with two classes; ``.xz`` is unpacked.
+
+    Rows without entries are kept. Of the two labels in the file ({0, 1}, {1, 2}, {-1, +1}, ...) the greater one becomes +1.
+
+    Parameters
+    ----------
+    path : path
+    columns : int, optional
+        d; the greatest index in the file by default.
+
+    Raises
+    ------
+    OptionError
+        When the file cannot be read, or a line is malformed: file, line number, what is wrong.
+    """
+    labels: list[float] = []
+    places: list[tuple[int, int]] = []
+    values: list[float] = []
+    for number, line in _lines(Path(path)):
+        try:
+            label, entries = _parse(line)
+        except ValueError as error:
+            raise OptionError(f"{path}, line {number}: {error}") from None
+        places.extend((len(labels), index - 1) for index, _ in entries)
+        values.extend(value for _, value in entries)
+        labels.append(label)
+    widest = max((column for _, column in places), default=-1) + 1
+    if columns is not None and widest > columns:
+        raise OptionError(f"{path}: has a feature with index {widest}; at most {columns} are wanted")
+    a = np.zeros((len(labels), columns or widest))
+    if places:
+        rows, entered = np.array(places).T
+        a[rows, entered] = values
+    return a, _signs(path, np.array(labels))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not empty or comments, with their numbers."""
+    try:
+        with lzma.open(path, "rt", encoding="ascii") if path.suffix == ".xz" else path.open(encoding="ascii") as file:
+            for number, line in enumerate(file, 1):
+                if text := line.partition("#")[0].strip():
+                    yield number, text
+    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise OptionError(f"{path}: cannot be read ({error}); pass a LIBSVM file, plain or .xz") from None
+
+
+def _parse(line: str) -> tuple[float, list[tuple[int, float]]]:
+    label, *fields = line.split()
+    entries, last = [], 0
+    for field in fields:
+        index, colon, value = field.partition(":")
+        if not colon or not index.isdigit():
+            raise ValueError(f"{field!r} is not index:value")
+        if int(index) <= last:
+            raise ValueError(f"index {index} after {last}; indices begin with 1 and ascend")
+        last = int(index)
+        entries.append((last, _finite(value, field)))
+    return _finite(label, label), entries
+
+
+def _finite(text: str, field: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{field!r} has no number where one belongs") from None
+    if not isfinite(value):
+        raise ValueError(f"{field!r} is not finite")
+    return value
+
+
+def _signs(path: Path | str, labels: NDArray[np.float64]) -> NDArray[np.float64]:
+    kinds = np.unique(labels)
+    if kinds.size != 2:
+        raise OptionError(f"{path}: has {kinds.size} different labels; logistic regression wants two")
+    return np.where(labels == kinds[1], 1.0, -1.0)
+
+
+SPLITS = ("contiguous", "shuffled", "by-label", "dirichlet")
+
+
+def split_rows(
+    labels: NDArray[np.float64], clients: int, how: str = "contiguous", *, seed: int = 0, concentration: float = 0.5
+) -> list[Rows]:
+    """Return the numbers of the rows of every client; each row goes to one client, and no client stays without.
+
+    Parameters
+    ----------
+    labels : (N,) float
+    clients : int
+        n, at most N.
+    how : {"contiguous", "shuffled", "by-label", "dirichlet"}
+        In order, as papers do; after a shuffle; sorted by label, so that most clients see one class; or shares of every
+        class drawn from a Dirichlet distribution with `concentration`: small means unequal.
+    seed : int
+
+    Notes
+    -----
+    Except for "dirichlet" all clients get floor(N / n) rows, and the last one what remains as well.
+    """
+    rows = labels.size
+    if not 1 <= clients <= rows:
+        raise OptionError(f"split: {clients} clients for {rows} rows; every client needs at least one row")
+    rng = np.random.default_rng(seed)
+    if how == "dirichlet":
+        return _dirichlet(labels, clients, rng, concentration)
+    if how not in SPLITS:
+        raise OptionError(f"split: {how!r} is unknown; take one of {', '.join(SPLITS)}")
+    order = np.arange(rows)
+    if how == "shuffled":
+        order = rng.permutation(rows)
+    if how == "by-label":
+        order = np.argsort(labels, kind="stable")
+    return np.split(order, [rows // clients * i for i in range(1, clients)])
+
+
+def _dirichlet(labels: NDArray[np.float64], clients: int, rng: np.random.Generator, concentration: float) -> list[Rows]:
+    if not concentration > 0:
+        raise ShapeError(f"split: concentration={concentration} is not positive; 0.5 is unequal, 100 nearly equal")
+    parts: list[list[int]] = [[] for _ in range(clients)]
+    for kind in np.unique(labels):
+        own = rng.permutation(np.flatnonzero(labels == kind))
+        shares = np.cumsum(rng.dirichlet(np.full(clients, concentration)))[:-1]
+        for part, some in zip(parts, np.split(own, (shares * own.size).astype(int)), strict=True):
+            part.extend(some.tolist())
+    for part in parts:  # a client without rows takes one from the richest
+        if not part:
+            part.append(max(parts, key=len).pop())
+    return [np.sort(np.array(part, np.int64)) for part in parts]

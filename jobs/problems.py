@@ -1,0 +1,154 @@
+"""Optimization problems of the papers, dealt out to clients: what each client computes, and the constants of the theory.
+
+A problem holds the parts of some consecutive clients, those of one rank; what a client computes is a function of its part
+alone. ``f`` is the mean of all clients' ``f_i``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpi_ef.collectives import ClientsMean
+from mpi_ef.compress import Identity
+from mpi_ef.feedback.theory import Smoothness
+
+__all__ = ["LogisticRegression", "Problem", "Quadratics", "Vector", "smoothness", "zeta_quadratics"]
+
+Vector = NDArray[np.float64]
+
+
+class Problem(Protocol):
+    """What the experiments need of a problem."""
+
+    @property
+    def d(self) -> int:
+        """Number of unknowns."""
+
+    def gradients(self, x: Vector) -> Vector:
+        """Return the gradients of these clients at `x`, (m, d)."""
+
+    def values(self, x: Vector) -> Vector:
+        """Return f_i(x) of these clients, (m,)."""
+
+    def curvature(self, direction: Vector) -> Vector:
+        """Return the bounds H_i on the Hessians of these clients times `direction`, (m, d)."""
+
+    def client_smoothness(self) -> Vector:
+        """Return the largest eigenvalues of the H_i, (m,)."""
+
+
+@dataclass(frozen=True)
+class LogisticRegression:
+    """``f_i(x) = mean_j log(1 + exp(-b_j a_j x)) + weight * sum_l x_l^2 / (1 + x_l^2)`` (EF21, arXiv 2106.05203, section 5).
+
+    Parameters
+    ----------
+    parts : sequence of (A_i, b_i)
+        (m_i, d) float64 and (m_i,) in {-1, +1}: the rows of these clients.
+    weight : float
+        Of the nonconvex regulariser, whose second derivative is at most 2.
+    """
+
+    parts: Sequence[tuple[Vector, Vector]]
+    weight: float = 0.1
+
+    @property
+    def d(self) -> int:
+        """Number of unknowns."""
+        return int(self.parts[0][0].shape[1])
+
+    def gradients(self, x: Vector) -> Vector:
+        """Return the gradients of these clients at `x`, (m, d)."""
+        regular = self.weight * 2.0 * x / (1.0 + x * x) ** 2
+        rows = np.empty((len(self.parts), x.size))
+        for row, (a, b) in zip(rows, self.parts, strict=True):
+            row[:] = a.T @ (-b / (1.0 + np.exp(b * (a @ x)))) / b.size + regular
+        return rows
+
+    def values(self, x: Vector) -> Vector:
+        """Return f_i(x) of these clients, (m,)."""
+        regular = self.weight * float((x * x / (1.0 + x * x)).sum())
+        return np.array([np.logaddexp(0.0, -b * (a @ x)).mean() + regular for a, b in self.parts])
+
+    def curvature(self, direction: Vector) -> Vector:
+        """Return ``(A_i^T A_i / (4 m_i) + 2 weight) direction`` of these clients, (m, d)."""
+        return np.array([a.T @ (a @ direction) / (4 * b.size) for a, b in self.parts]) + 2 * self.weight * direction
+
+    def client_smoothness(self) -> Vector:
+        """Return ``L_i = lambda_max(A_i^T A_i) / (4 m_i) + 2 weight`` of these clients, (m,)."""
+        return np.array([np.linalg.norm(a, 2) ** 2 / (4 * b.size) for a, b in self.parts]) + 2 * self.weight
+
+
+@dataclass(frozen=True)
+class Quadratics:
+    """``f_i(x) = scale_i / 2 ||x||^2 - <shift_i, x>``, with gradients that differ at the optimum.
+
+    Parameters
+    ----------
+    scales : (m,)
+    shifts : (m, d)
+    """
+
+    scales: Vector
+    shifts: Vector
+
+    @property
+    def d(self) -> int:
+        """Number of unknowns."""
+        return int(self.shifts.shape[1])
+
+    def gradients(self, x: Vector) -> Vector:
+        """Return the gradients of these clients at `x`, (m, d)."""
+        return self.scales[:, None] * x - self.shifts
+
+    def values(self, x: Vector) -> Vector:
+        """Return f_i(x) of these clients, (m,)."""
+        return 0.5 * self.scales * float(x @ x) - self.shifts @ x
+
+    def curvature(self, direction: Vector) -> Vector:
+        """Return ``scale_i * direction`` of these clients, (m, d)."""
+        return self.scales[:, None] * direction
+
+    def client_smoothness(self) -> Vector:
+        """Return the scales, (m,)."""
+        return self.scales
+
+
+def zeta_quadratics(clients: range, n: int, d: int, zeta: float, seed: int, *, equal: bool = False) -> Quadratics:
+    """Return least squares with controlled heterogeneity (Koloskova et al. 2020, used by EControl, arXiv 2311.05645).
+
+    ``f_i(x) = 1/2 ||A_i x - b_i||^2`` up to a constant, with ``A_i = (i / sqrt(n)) I``, ``b_i ~ N(0, (zeta / i)^2 I)`` for
+    i = 1 ... n: the gradients at the optimum have size zeta whatever n is. With `equal`, ``A_i = I`` and
+    ``b_i ~ N(0, zeta^2 / d I)``, which leaves the number of clients as the only difference between problems.
+    """
+    scales, shifts = np.empty(len(clients)), np.empty((len(clients), d))
+    for row, client in enumerate(clients):
+        i, normal = client + 1, np.random.default_rng((seed, client)).normal(size=d)
+        a = 1.0 if equal else i / np.sqrt(n)
+        scales[row] = a * a
+        shifts[row] = a * normal * (zeta / np.sqrt(d) if equal else zeta / i)
+    return Quadratics(scales, shifts)
+
+
+def smoothness(comm: Any, problem: Problem, clients: int) -> Smoothness:
+    """Return L and the L_i without gathering data: d products with a vector travel, and n numbers. Collective.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    problem : Problem
+        This rank's part, as :class:`ClientsMean` deals clients out.
+    clients : int
+        n.
+    """
+    d = problem.d
+    plan = ClientsMean(comm, Identity(), d, np.float64, clients=clients)
+    mean, unit = np.zeros((d, d)), np.eye(d)
+    for row, direction in zip(mean, unit, strict=True):
+        plan.exchange(problem.curvature(direction).reshape(-1)).set_mean(row)
+    own = [float(value) for value in problem.client_smoothness()]
+    everybody = [value for values in comm.allgather(own) for value in values]
+    return Smoothness(float(np.linalg.eigvalsh((mean + mean.T) / 2)[-1]), tuple(everybody))

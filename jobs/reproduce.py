@@ -1,0 +1,113 @@
+"""Published experiments, run again: ``mpi-ef reproduce NAME`` (``--list`` says which there are).
+
+Each writes metrics.jsonl, table.txt and a picture, and takes minutes on two ranks; the numbers do not depend on how many.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mpi_ef.errors import ConfigError, DataError
+from mpi_ef.jobs import launch
+from mpi_ef.jobs.config import option, parse
+
+__all__ = ["EXPERIMENTS", "Experiment", "Outcome", "ReproduceConfig", "main"]
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Options of all experiments; every field is a flag."""
+
+    data: Path = option(
+        Path("../shared/data"), "folder with phishing, mushrooms, a9a, w8a as LIBSVM files, plain or .xz"
+    )
+    out: Path = option(
+        Path("runs/reproduce"), "folder for what is written; the experiment gets a folder of its own in it"
+    )
+    steps: int = option(0, "other than as many steps as the experiment wants")
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ConfigError(f"reproduce: steps={self.steps} is negative; 0 takes what the experiment wants")
+
+
+@dataclass
+class Outcome:
+    """What an experiment has to show.
+
+    Attributes
+    ----------
+    rows : list of dict
+        Metrics, one for each look at a run.
+    table : str
+    draw : callable
+        Draws into a file.
+    """
+
+    rows: list[dict[str, Any]]
+    table: str
+    draw: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A line in the list of experiments: the module function that runs it, loaded when it is wanted, and what it shows."""
+
+    text: str
+    function: str
+    wants_data: bool = False
+
+    def run(self, comm: Any, config: ReproduceConfig) -> Outcome:
+        """Run it. Collective."""
+        from mpi_ef.jobs import experiments
+
+        outcome: Outcome = getattr(experiments, self.function)(comm, config)
+        return outcome
+
+
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "ef21": Experiment("EF21, EF14, EF21+ and gradient descent on four LIBSVM sets (arXiv 2106.05203)", "ef21", True),
+    "econtrol": Experiment("EControl and others on least squares over zeta (arXiv 2311.05645)", "econtrol"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the experiment named first on COMM_WORLD."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--list"]:
+        print("\n".join(f"{name:<12}{experiment.text}" for name, experiment in EXPERIMENTS.items()))
+        return
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    config = parse(ReproduceConfig, arguments, prog="mpi-ef reproduce NAME", description=__doc__ or "")
+    if name is None or name not in EXPERIMENTS:
+        close = get_close_matches(str(name), EXPERIMENTS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"take one of {', '.join(EXPERIMENTS)}"
+        print(f"mpi-ef reproduce: there is no experiment {name!r}; {hint}", file=sys.stderr)
+        raise SystemExit(2)
+    launch.run(lambda comm: run(comm, name, config))
+
+
+def run(comm: Any, name: str, config: ReproduceConfig) -> None:
+    """Run one experiment and let rank 0 write what came out. Collective."""
+    outcome = EXPERIMENTS[name].run(comm, config)
+    if comm.Get_rank():
+        return
+    folder = config.out / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(row) + "\n" for row in outcome.rows]
+        (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+        (folder / "table.txt").write_text(outcome.table + "\n", encoding="utf-8")
+        outcome.draw(folder / f"{name}.png")
+    except OSError as error:
+        raise DataError(f"reproduce: cannot write to {folder} ({error}); pass another --out") from None
+    print(outcome.table)
+    print(f"\nwritten to {folder}")
+
+
+if __name__ == "__main__":
+    main()

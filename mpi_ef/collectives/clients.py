@@ -1,0 +1,208 @@
+"""A mean over clients: several of them on every rank, some of which may keep silent."""
+
+from time import perf_counter
+from typing import Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mpi_ef.compress import Combination, Compressor, Identity, Keep, Source
+from mpi_ef.compress.combination import Vector
+from mpi_ef.compress.compressor import words
+from mpi_ef.errors import MpiEfError, OptionError, ShapeError
+
+from .frames import Frames
+from .plan import Comm, Plan, Traffic
+from .plans import chunk_bounds
+
+__all__ = ["ClientsMean"]
+
+
+class ClientsMean(Plan):
+    """Mean of the compressed vectors of many clients by one allgather. The ranks carry them, and cannot be told apart.
+
+    Federated and simulated workers: 1000 clients on 2 ranks, or on 7. Rank r carries a run of consecutive clients, whose
+    vectors lie one after the other in one array; what every client does is a function of its number alone, sums go
+    through the clients in order, and so results are the same bits on any number of ranks.
+
+    1. Encode the vectors of this rank's clients that speak.
+    2. Allgather a word from every rank: its status, and for each client whether it speaks, and its note.
+    3. Allgather the messages; those of one rank travel together.
+
+    Cost per exchange: two collectives; every rank receives all messages; memory for all of them.
+
+    Parameters
+    ----------
+    comm, compressor, d, dtype
+        See :class:`Plan`.
+    clients : int
+        n, at least one per rank.
+    weights : (n,) float, optional
+        The mean is ``sum_i weights[i] * C(x_i)``; 1 / n by default.
+
+    Attributes
+    ----------
+    clients : int
+    first, own : int
+        This rank carries the clients ``first ... first + own - 1``.
+    notes : (n,) uint8
+        What the clients have noted in the last exchange.
+    message_nbytes : int
+        Bytes of all messages of all clients so far, without headers: what the papers plot, with the indices.
+    """
+
+    def __init__(
+        self,
+        comm: Comm,
+        compressor: Compressor,
+        d: int,
+        dtype: DTypeLike = np.float32,
+        *,
+        clients: int,
+        weights: NDArray[np.floating] | None = None,
+    ) -> None:
+        self.clients, self.weights, self.message_nbytes, self._last_nbytes = clients, weights, 0, 0
+        super().__init__(comm, compressor, d, dtype)
+
+    def _bind(self) -> dict[str, object]:
+        n = self.clients
+        if not isinstance(n, int | np.integer) or n < self.size:
+            raise OptionError(
+                f"ClientsMean: clients={n!r} on {self.size} ranks; every rank carries at least one client"
+            )
+        if self.weights is not None:
+            self.weights = np.asarray(self.weights, np.float64)
+            if self.weights.shape != (n,) or not np.isfinite(self.weights).all():
+                raise OptionError(
+                    f"ClientsMean: weights of shape {self.weights.shape}; pass one finite number a client"
+                )
+        bounds = chunk_bounds(n, self.size)
+        self._counts = np.diff(bounds)
+        self.first, self.own = bounds[self.rank], int(self._counts[self.rank])
+        self._codec = self.compressor.codec(self.d, self.dtype)
+        self._send, self._received = (np.zeros((rows, self._codec.nbytes), np.uint8) for rows in (self.own, n))
+        most = words(int(self._counts.max()))
+        self._word, self._words = Frames(1, most), Frames(self.size, most)
+        self._speaks, self._notes = np.ones(self.own, np.bool_), np.zeros(self.own, np.uint8)
+        self._heard = np.arange(n)
+        self.notes: NDArray[np.uint8] = np.zeros(n, np.uint8)
+        return {"clients": n, "weights": None if self.weights is None else self.weights.tolist()}
+
+    def exchange(
+        self,
+        x: Vector | Combination,
+        *,
+        keep: Keep | None = None,
+        speaks: NDArray[np.bool_] | None = None,
+        notes: NDArray[np.uint8] | None = None,
+    ) -> Self:
+        """Send the messages of this rank's clients and receive those of all. Collective.
+
+        Parameters
+        ----------
+        x : (own * d,) of the plan's dtype, contiguous, the vectors of this rank's clients; or a combination of such vectors
+        keep : Keep, optional
+            Not together with `speaks`.
+        speaks : (own,) bool, optional
+            Which clients send a message; the message of the others is zero and costs nothing.
+        notes : (own,) uint8 below 128, optional
+            A small number of every client that all ranks learn: :attr:`notes`.
+
+        Raises
+        ------
+        As :meth:`Plan.exchange`.
+        """
+        self._speaks = np.ones(self.own, np.bool_) if speaks is None else np.asarray(speaks, np.bool_)
+        self._notes = np.zeros(self.own, np.uint8) if notes is None else np.asarray(notes, np.uint8)
+        return super().exchange(x, keep=keep)
+
+    def _sent_last(self) -> int:
+        return self._last_nbytes
+
+    def compress(self, x: Vector, *, into: Vector) -> None:
+        """Overwrite `into`, (own * d,), with the decoded messages for `x`, (own * d,), without sending any. Local.
+
+        `into` may be `x`.
+        """
+        for j, part in enumerate(np.split(x, self.own)):
+            self._codec.encode(part, self._send[j], step=self.exchanges, rank=self.first + j)
+        into.fill(0)
+        for j, part in enumerate(np.split(into, self.own)):
+            self._codec.add(self._send[j : j + 1], part)
+
+    def _problem(self, x: Vector | Combination, keep: Keep | None) -> MpiEfError | None:
+        if self._speaks.shape != (self.own,) or self._notes.shape != (self.own,):
+            return ShapeError(f"ClientsMean.exchange: speaks and notes have shapes {self._speaks.shape}, "
+                              f"{self._notes.shape}; this rank carries {self.own} clients")  # fmt: skip
+        if keep is not None and not self._speaks.all():
+            return OptionError("ClientsMean.exchange: keep= with clients that do not speak; nothing is kept for those")
+        return super()._problem(x, keep)
+
+    def _encode(self, x: Source) -> bool:
+        finite, d = True, self.d
+        for row, j in enumerate(np.flatnonzero(self._speaks).tolist()):
+            part = x.part(j * d, (j + 1) * d)
+            finite &= self._codec.encode(part, self._send[row], step=self.exchanges, rank=self.first + j)
+        return finite
+
+    def _launch(self) -> None:
+        """Nothing can leave before all know who speaks."""
+
+    def _complete(self) -> None:
+        began = perf_counter()
+        self._mark(self._word)
+        self._word.wires[0, : self.own] = self._speaks | self._notes << 1
+        self.comm.Allgather(self._word.message, self._words.message)
+        self._inspect(self._words)
+        said = np.concatenate([word[:count] for word, count in zip(self._words.wires, self._counts, strict=True)])
+        speaks, self.notes = said & 1 == 1, (said >> 1).astype(np.uint8)
+        self._heard = np.flatnonzero(speaks)
+        stops = np.cumsum(self._counts)
+        nbytes = self._codec.nbytes * np.array(
+            [speaks[stop - m : stop].sum() for stop, m in zip(stops, self._counts, strict=True)]
+        )
+        places = np.concatenate([[0], np.cumsum(nbytes)[:-1]])
+        mine = self._send.reshape(-1)[: nbytes[self.rank]]
+        self.comm.Allgatherv(mine, [self._received.reshape(-1), (nbytes, places)])
+        self.message_nbytes += int(nbytes.sum())
+        self._last_nbytes = (self.size - 1) * (self._word.frame_nbytes + int(nbytes[self.rank]))
+        self.seconds["communicate"] += perf_counter() - began
+
+    def add_own(self, out: Vector, scale: float = 1.0) -> None:
+        """Add ``scale`` times the message of each of this rank's clients to its part of `out`, (own * d,). Local."""
+        began, d = perf_counter(), self.d
+        for row, j in enumerate(np.flatnonzero(self._speaks).tolist()):
+            self._codec.add(self._send[row : row + 1], out[j * d : (j + 1) * d], scale)
+        self.seconds["decode"] += perf_counter() - began
+
+    def add_mean(self, out: Vector, scale: float = 1.0) -> None:
+        """Add ``scale * sum_i weights[i] * C(x_i)`` to `out`, (d,), in the order of the clients. Local."""
+        began = perf_counter()
+        if self.weights is None:
+            self._codec.add(self._received[: self._heard.size], out, scale / self.clients)
+        else:
+            for row, client in enumerate(self._heard.tolist()):
+                self._codec.add(self._received[row : row + 1], out, scale * float(self.weights[client]))
+        self.seconds["decode"] += perf_counter() - began
+
+    def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:  # noqa: ARG002
+        """Overwrite `out`, (d,), with what :meth:`add_mean` adds. Local."""
+        out.fill(0)
+        self.add_mean(out, scale)
+
+    def add_message(self, client: int, out: Vector, scale: float = 1.0) -> None:
+        """Add ``scale`` times the decoded message of `client`, if it spoke, to `out`, (d,). Local."""
+        for row in np.flatnonzero(self._heard == client).tolist():
+            self._codec.add(self._received[row : row + 1], out, scale)
+
+    def dense(self) -> Plan:
+        """Return a plan for whole vectors of the same clients. Collective."""
+        return ClientsMean(self.comm, Identity(), self.d, self.dtype, clients=self.clients, weights=self.weights)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes of an exchange in which all clients speak."""
+        nbytes, word = self._codec.nbytes, self._word.frame_nbytes
+        others = self.clients - self.own
+        dense = 2 * (self.size - 1) * self.d * self.dtype.itemsize // self.size
+        return Traffic((self.size - 1) * (word + self.own * nbytes), (self.size - 1) * word + others * nbytes, dense)

@@ -1,0 +1,94 @@
+"""Rules that are told more than a gradient: changes of gradients, whole or not; and rules that send now and then."""
+
+from dataclasses import dataclass
+
+from mpi_ef.collectives import Plan
+from mpi_ef.compress import Identity, Keep, RandK, lazy
+from mpi_ef.compress.combination import Vector
+from mpi_ef.errors import OptionError
+
+from .federated import _clients
+from .rules import EF21State
+from .state import State, per_rank, replicated, spare
+
+__all__ = ["CLAGState", "EF21PAGEState", "MARINAState", "clag", "ef21_page", "marina"]
+
+
+@dataclass(kw_only=True)
+class EF21PAGEState(EF21State):
+    """v_i: this rank's PAGE estimate of its gradient."""
+
+    v_i: Vector = per_rank()
+    spare: Vector = spare()
+
+
+def ef21_page(s: EF21PAGEState, plan: Plan, change: Vector, *, full: bool = False) -> Vector:
+    """Take one step of EF21-PAGE and return g.
+
+    Fatkhullin et al. 2021 (EF21 with Bells & Whistles, arXiv 2110.03294). `change` is ``grad_i(x) - grad_i(x_before)`` over
+    one minibatch, or with `full`, which all ranks draw together with probability p, the whole gradient at x::
+
+        v_i = grad_i(x) if full else v_i + change
+        c_i = C(v_i - g_i)
+        g_i = g_i + c_i
+        g   = g + mean_i c_i
+    """
+    v_i = lazy(change) + (0.0 if full else 1.0) * lazy(s.v_i)
+    c = plan.exchange(v_i - s.g_i, keep=Keep(v_i, into=s.spare))
+    s.v_i, s.spare = s.spare, s.v_i
+    c.add_own(s.g_i)
+    c.add_mean(s.g)
+    return s.g
+
+
+@dataclass(kw_only=True)
+class MARINAState(State):
+    """g: estimate of the mean gradient."""
+
+    g: Vector = replicated()
+
+
+def marina(s: MARINAState, plan: Plan, change: Vector) -> Vector:
+    """Take one step of MARINA and return g.
+
+    Gorbunov, Burlachenko, Li, Richtarik 2021 (MARINA, arXiv 2102.07845). `change` is ``grad_i(x) - grad_i(x_before)``; in a
+    step with ``whole=True``, which all ranks draw together with probability p, it is the gradient at x. Q is the unbiased
+    RandK: the d / k-fold of what is sent::
+
+        g = mean_i grad_i(x) if whole else g + mean_i Q(grad_i(x) - grad_i(x_before))
+    """
+    if isinstance(plan.compressor, Identity):
+        plan.exchange(change).set_mean(s.g)
+        return s.g
+    if not isinstance(plan.compressor, RandK):
+        raise OptionError(f"marina: {plan.compressor} is not unbiased; take RandK")
+    plan.exchange(change).add_mean(s.g, plan.d / plan.compressor.count(plan.d))
+    return s.g
+
+
+@dataclass(kw_only=True)
+class CLAGState(EF21State):
+    """y_i: the gradient before. zeta: a client is silent while its estimate is that much worse than a step old gradient."""
+
+    y_i: Vector = per_rank()
+    zeta: float = 1.0
+
+
+def clag(s: CLAGState, plan: Plan, grad: Vector) -> Vector:
+    """Take one step of CLAG, with the identity compressor LAG, and return g.
+
+    Richtarik et al. 2022 (3PC, arXiv 2202.00998)::
+
+        c_i = C(grad_i - g_i) if ||grad_i - g_i||^2 > zeta ||grad_i - y_i||^2 else nothing
+        g_i = g_i + c_i
+        g   = g + 1/n sum_i c_i
+        y_i = grad_i
+    """
+    plan = _clients("clag", plan)
+    x, g_i, y_i = (a.reshape(plan.own, plan.d) for a in (grad, s.g_i, s.y_i))
+    worse = ~(((x - g_i) ** 2).sum(axis=1) <= s.zeta * ((x - y_i) ** 2).sum(axis=1))  # NaN is told by who speaks
+    c = plan.exchange(lazy(grad) - s.g_i, speaks=worse | ~y_i.any(axis=1))  # who has not spoken yet does
+    c.add_own(s.g_i)
+    c.add_mean(s.g)
+    s.y_i[:] = grad
+    return s.g

@@ -1,0 +1,153 @@
+"""EF21 where clients differ: some take part, some are smoother than others, the way back is compressed as well."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpi_ef.collectives import ClientsMean, Plan
+from mpi_ef.compress import Compressor, Identity, lazy
+from mpi_ef.compress.combination import Vector
+from mpi_ef.errors import OptionError
+
+from .rules import EF21State
+from .state import Reply, State, per_rank, replicated, spare
+
+__all__ = ["EF21BCState", "EF21PPState", "EF21PlusState", "EF21WState", "ef21_bc", "ef21_plus", "ef21_pp", "ef21_w"]
+
+
+def _clients(rule: str, plan: Plan) -> ClientsMean:
+    if not isinstance(plan, ClientsMean):
+        raise OptionError(
+            f"{rule}: the plan is a {type(plan).__name__}; this rule needs ClientsMean, which knows clients"
+        )
+    return plan
+
+
+@dataclass(kw_only=True)
+class EF21PPState(EF21State):
+    """Participation: the share of the clients that take part in a step. seed: of the draws."""
+
+    participation: float = 0.5
+    seed: int = 0
+
+
+def participants(clients: int, share: float, seed: int, step: int) -> NDArray[np.bool_]:
+    """Draw ``max(1, round(share * clients))`` of the clients without replacement, the same on all ranks; (n,) bool."""
+    draw = np.random.Generator(np.random.Philox(key=[seed, step])).permutation(clients)
+    return draw < max(1, round(share * clients))
+
+
+def ef21_pp(s: EF21PPState, plan: Plan, grad: Vector) -> Vector:
+    """Take one step of EF21-PP and return g. Clients outside of the sample S_t neither compute nor send.
+
+    Fatkhullin et al. 2021 (EF21 with Bells & Whistles, arXiv 2110.03294)::
+
+        c_i = C(grad_i - g_i)     for i in S_t, else 0
+        g_i = g_i + c_i
+        g   = g + 1/n sum_i c_i
+    """
+    plan = _clients("ef21-pp", plan)
+    chosen = participants(plan.clients, s.participation, s.seed, plan.exchanges)
+    c = plan.exchange(lazy(grad) - s.g_i, speaks=chosen[plan.first : plan.first + plan.own])
+    c.add_own(s.g_i)
+    c.add_mean(s.g)
+    return s.g
+
+
+@dataclass(kw_only=True)
+class EF21WState(EF21State):
+    """g_i estimates grad_i / (n w_i); g is the mean with weights w_i."""
+
+    u_i: Vector = spare()
+
+
+def ef21_w(s: EF21WState, plan: Plan, grad: Vector) -> Vector:
+    """Take one step of EF21-W and return g. The plan has the weights ``w_i = L_i / sum_j L_j``.
+
+    Richtarik, Gasanov, Burlachenko 2024 (Error Feedback Reloaded, arXiv 2402.10774); with smoother clients weighing
+    less the step size may be ``1 / (L + L_AM xi)``, with L_AM in the place of L_QM::
+
+        c_i = C(grad_i / (n w_i) - g_i)
+        g_i = g_i + c_i
+        g   = g + sum_i w_i c_i
+    """
+    plan = _clients("ef21-w", plan)
+    if plan.weights is None:
+        raise OptionError("ef21-w: the plan has no weights; pass weights=L_i / sum(L_i) to ClientsMean")
+    own = plan.weights[plan.first : plan.first + plan.own]
+    factors = (1.0 / (plan.clients * own)).astype(plan.dtype)
+    np.multiply(grad.reshape(plan.own, plan.d), factors[:, None], out=s.u_i.reshape(plan.own, plan.d))
+    c = plan.exchange(lazy(s.u_i) - s.g_i)
+    c.add_own(s.g_i)
+    c.add_mean(s.g)
+    return s.g
+
+
+@dataclass(kw_only=True)
+class EF21BCState(State):
+    """g_i: this rank's estimate. mean: of the g_i, which the server knows. g: what all know. reply: C', the way back."""
+
+    g_i: Vector = per_rank()
+    mean: Vector = replicated()
+    g: Vector = replicated()
+    reply: Compressor = field(default_factory=Identity)
+
+
+def ef21_bc(s: EF21BCState, plan: Plan, grad: Vector) -> Vector:
+    """Take one step of EF21-BC and return g: both ways are compressed.
+
+    Fatkhullin et al. 2021 (EF21 with Bells & Whistles, arXiv 2110.03294). Gathered messages reach every rank, and every rank
+    does what the server would do, so the bytes of the way back are saved, not sent; see :class:`Reply`::
+
+        c_i  = C(grad_i - g_i)
+        g_i  = g_i + c_i
+        mean = mean + mean_i c_i
+        g    = g + C'(mean - g)
+    """
+    step = plan.exchanges
+    c = plan.exchange(lazy(grad) - s.g_i)
+    c.add_own(s.g_i)
+    c.add_mean(s.mean)
+    # In a dense first step the way back is dense, too.
+    Reply(Identity() if isinstance(plan.compressor, Identity) else s.reply, plan).add(lazy(s.mean) - s.g, s.g, step)
+    return s.g
+
+
+@dataclass(kw_only=True)
+class EF21PlusState(State):
+    """all_i: the estimates of all clients, (n, d) on every rank, because a message alone does not tell the new ones."""
+
+    all_i: Vector = field(metadata={"kind": "replicated", "size": "clients_d"})
+    g: Vector = replicated()
+    markov: Vector = spare()
+    plain: Vector = spare()
+
+
+def ef21_plus(s: EF21PlusState, plan: Plan, grad: Vector) -> Vector:
+    """Take one step of EF21+ and return g. Deterministic compressors only; memory n d on every rank.
+
+    Richtarik, Sokolov, Fatkhullin 2021 (EF21, arXiv 2106.05203), section on EF21+; one bit tells which of the two it is::
+
+        m_i = g_i + C(grad_i - g_i)
+        b_i = C(grad_i)
+        g_i = m_i if ||m_i - grad_i|| <= ||b_i - grad_i|| else b_i
+        g   = mean_i g_i
+    """
+    plan = _clients("ef21-plus", plan)
+    rows, d = s.all_i.reshape(plan.clients, plan.d), plan.d
+    own = rows[plan.first : plan.first + plan.own]
+    x = grad.reshape(plan.own, d)
+    markov, plain = s.markov.reshape(plan.own, d), s.plain.reshape(plan.own, d)
+    plan.compress(np.subtract(x, own, out=markov).reshape(-1), into=s.markov)
+    plan.compress(grad, into=s.plain)
+    markov += own
+    closer = ((markov - x) ** 2).sum(axis=1) <= ((plain - x) ** 2).sum(axis=1)
+    c = plan.exchange(np.where(closer[:, None], x - own, x).reshape(-1), notes=closer.astype(np.uint8))
+    s.g.fill(0)
+    for client, row in enumerate(rows):
+        if not c.notes[client]:
+            row.fill(0)
+        c.add_message(client, row)
+        s.g += row / plan.clients
+    return s.g

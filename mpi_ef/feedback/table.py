@@ -1,0 +1,115 @@
+"""The table of rules. To add one: write its function and its state, and a line here."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from math import isfinite
+from typing import Any
+
+from mpi_ef.compress import Compressor, Identity
+from mpi_ef.compress.combination import Vector
+from mpi_ef.errors import OptionError
+
+from .estimators import CLAGState, EF21PAGEState, MARINAState, clag, ef21_page, marina
+from .federated import EF21BCState, EF21PlusState, EF21PPState, EF21WState, ef21_bc, ef21_plus, ef21_pp, ef21_w
+from .momentum import EF21HBState, EF21SGD2MState, EF21SGDMState, ef21_hb, ef21_sgd2m, ef21_sgdm
+from .rules import EControlState, EF14State, EF21State, econtrol, ef14, ef21
+from .state import State
+
+__all__ = ["RULES", "Rule", "rule_named"]
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A line in the table of rules.
+
+    Attributes
+    ----------
+    step : callable
+    state : type of State
+    options : callable
+        Defaults of the options for a contraction constant.
+    least_alpha : float
+        Below this constant the defaults are no guide.
+    """
+
+    step: Callable[..., Vector]
+    state: type[State]
+    options: Callable[[float], Options] = lambda _alpha: {}
+    least_alpha: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Name of the algorithm."""
+        return self.step.__name__.replace("_", "-")
+
+    def options_for(self, alpha: float, given: Mapping[str, Any]) -> Options:
+        """Return the options: those given, and defaults for a contraction constant.
+
+        Raises
+        ------
+        OptionError
+            When an option is unknown or out of its range.
+        """
+        options = self.options(alpha)
+        if unknown := given.keys() - options.keys():
+            known = ", ".join(options) or "none"
+            raise OptionError(f"ErrorFeedback: {self.name} has no option {', '.join(sorted(unknown))}; it has: {known}")
+        if "eta" in options and "eta" not in given and alpha < self.least_alpha:
+            raise OptionError(f"ErrorFeedback: the worst-case constant {alpha:.1e} of this compressor says nothing about a "
+                              "good eta; pass one, for example eta=0.1")  # fmt: skip
+        options |= given
+        for name, value in options.items():
+            fits, text, hint = _RANGES[name]
+            if not fits(value):
+                raise OptionError(f"ErrorFeedback: {name}={value} is not {text}; {hint}")
+        return options
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and isfinite(value) else -1.0
+
+
+_RANGES: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
+    "eta": (lambda v: 0.0 <= _number(v) <= 1.0, "in [0, 1]", "try 0.3 * alpha for EControl, 0.1 for momentum"),
+    "participation": (lambda v: 0.0 < _number(v) <= 1.0, "in (0, 1]", "0.5 lets half of the clients take part"),
+    "seed": (lambda v: isinstance(v, int) and v >= 0, "a non-negative integer", "0 is one"),
+    "zeta": (lambda v: _number(v) >= 0.0, "a number >= 0", "1.0 is usual"),
+    "reply": (lambda v: isinstance(v, Compressor), "a compressor", "pass for example TopK(0.1)"),
+}
+
+RULES: Mapping[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule(ef14, EF14State),
+        Rule(ef21, EF21State),
+        Rule(econtrol, EControlState, lambda alpha: {"eta": 0.3 * alpha}, least_alpha=1e-4),
+        Rule(ef21_sgdm, EF21SGDMState, lambda _: {"eta": 0.1}),
+        Rule(ef21_sgd2m, EF21SGD2MState, lambda _: {"eta": 0.1}),
+        Rule(ef21_hb, EF21HBState, lambda _: {"eta": 0.5}),
+        Rule(ef21_pp, EF21PPState, lambda _: {"participation": 0.5, "seed": 0}),
+        Rule(ef21_w, EF21WState),
+        Rule(ef21_bc, EF21BCState, lambda _: {"reply": Identity()}),
+        Rule(ef21_plus, EF21PlusState),
+        Rule(ef21_page, EF21PAGEState),
+        Rule(marina, MARINAState),
+        Rule(clag, CLAGState, lambda _: {"zeta": 1.0}),
+    )
+}
+
+
+def rule_named(name: str) -> Rule:
+    """Return the rule of that name.
+
+    Raises
+    ------
+    OptionError
+        When there is none; it names the nearest.
+    """
+    if name in RULES:
+        return RULES[name]
+    close = get_close_matches(str(name), RULES, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"take one of {', '.join(RULES)}"
+    raise OptionError(f"ErrorFeedback: rule={name!r} is unknown; {hint}")

@@ -1,0 +1,191 @@
+"""Constants and step sizes of the theory, as the papers state them.
+
+Letters: alpha is the contraction constant of a compressor, ``E||C(x) - x||^2 <= (1 - alpha) ||x||^2``; omega the variance of
+an unbiased one, ``E||Q(x) - x||^2 <= omega ||x||^2``; f is the mean of the clients' f_i, L the smoothness constant of f and
+L_i that of f_i.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import isfinite, sqrt
+from typing import Any
+
+from mpi_ef.errors import OptionError
+
+__all__ = ["Smoothness", "beta", "step_size", "theta", "three_point", "xi"]
+
+
+def theta(alpha: float) -> float:
+    """Return ``1 - sqrt(1 - alpha)``: by this factor the error of an EF21 estimate shrinks in a step (arXiv 2106.05203)."""
+    return 1.0 - sqrt(1.0 - _checked("alpha", alpha))
+
+
+def beta(alpha: float) -> float:
+    """Return ``(1 - alpha) / (1 - sqrt(1 - alpha))``: how much a change of the gradient adds to that error."""
+    return (1.0 - alpha) / theta(alpha)
+
+
+def xi(alpha: float) -> float:
+    """Return ``sqrt(beta / theta) = (1 + sqrt(1 - alpha)) / alpha - 1``; 0 for a lossless compressor."""
+    return (1.0 + sqrt(1.0 - _checked("alpha", alpha))) / alpha - 1.0
+
+
+def _checked(name: str, value: float, least: float = 0.0, most: float = 1.0) -> float:
+    if not (isfinite(value) and least < value <= most):
+        raise OptionError(f"theory: {name}={value} is not in ({least:g}, {most:g}]")
+    return value
+
+
+@dataclass(frozen=True)
+class Smoothness:
+    """Smoothness constants of ``f = mean_i f_i``.
+
+    Parameters
+    ----------
+    whole : float
+        L, of f.
+    clients : tuple of float
+        L_i, one of each client.
+    """
+
+    whole: float
+    clients: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.clients or not all(isfinite(c) and c > 0 for c in (self.whole, *self.clients)):
+            raise OptionError(
+                f"Smoothness: L={self.whole}, L_i={self.clients[:4]}...; pass positive numbers, one L_i a client"
+            )
+
+    @property
+    def arithmetic_mean(self) -> float:
+        """L_AM."""
+        return sum(self.clients) / len(self.clients)
+
+    @property
+    def quadratic_mean(self) -> float:
+        """L_QM, called L tilde in the papers."""
+        return sqrt(sum(c * c for c in self.clients) / len(self.clients))
+
+    def reach(self, point_clients: int | None = None) -> float:
+        """Return L_+ of the analysis for rare features, ``min(L_QM, sqrt(c / n) max_i L_i)``; L_QM without `c`.
+
+        Parameters
+        ----------
+        point_clients : int, optional
+            c, the greatest number of clients that own the same feature.
+        """
+        if point_clients is None:
+            return self.quadratic_mean
+        n = len(self.clients)
+        if not 1 <= point_clients <= n:
+            raise OptionError(f"theory: c={point_clients} is not in 1 ... n={n}; count the clients that own a feature")
+        return min(self.quadratic_mean, sqrt(point_clients / n) * max(self.clients))
+
+
+def three_point(alpha: float, *, zeta: float = 0.0) -> tuple[float, float]:
+    """Return (A, B) of EF21 and, with `zeta`, of CLAG in the sense of 3PC (arXiv 2202.00998); LAG is alpha = 1.
+
+    ``E||C_{h,y}(x) - x||^2 <= (1 - A) ||h - y||^2 + B ||x - y||^2``.
+    """
+    if zeta < 0:
+        raise OptionError(f"theory: zeta={zeta} is negative; 0 never keeps silent")
+    return theta(alpha), max(beta(alpha), zeta)
+
+
+def _ef21(s: Smoothness, alpha: float) -> float:
+    """Nonconvex f, arXiv 2106.05203, theorem 1."""
+    return 1.0 / (s.whole + s.quadratic_mean * xi(alpha))
+
+
+def _ef21_w(s: Smoothness, alpha: float) -> float:
+    """Take L_AM in the place of L_QM, arXiv 2402.10774."""
+    return 1.0 / (s.whole + s.arithmetic_mean * xi(alpha))
+
+
+def _ef21_rare(s: Smoothness, alpha: float, *, c: int) -> float:
+    """Rare features, arXiv 2305.15264: alpha is k / r with at most r features on a client, c clients own a feature."""
+    return 1.0 / (s.whole + sqrt(c / len(s.clients)) * xi(alpha) * s.reach(c))
+
+
+def _sgdm(share: float, part: float) -> Callable[..., float]:
+    def formula(s: Smoothness, alpha: float, *, eta: float) -> float:
+        return min(alpha / (share * s.quadratic_mean), _checked("eta", eta) / (part * s.whole))
+
+    return formula
+
+
+def _clag(s: Smoothness, alpha: float, *, zeta: float = 1.0) -> float:
+    a, b = three_point(alpha, zeta=zeta)
+    return 1.0 / (s.whole + s.quadratic_mean * sqrt(b / a))
+
+
+def _pp(s: Smoothness, alpha: float, *, participation: float, slack: float = 1e-3) -> float:
+    """Partial participation with equal probabilities, as in the authors' code for arXiv 2305.15264."""
+    p = _checked("participation", participation)
+    if p == 1.0:
+        return _ef21(s, alpha)
+    shrink = 1.0 - (1.0 + slack) * (1.0 - alpha)
+    contraction = slack * p + shrink * p - slack
+    if contraction <= 0:
+        raise OptionError(f"theory: participation={p} with alpha={alpha}: the analysis of EF21-PP gives no step size; "
+                          "take more clients, or more of each vector")  # fmt: skip
+    growth = (1.0 + 1.0 / slack) * (1.0 - alpha)
+    bracket = growth * p + (1.0 + 1.0 / slack) * (1.0 - p)
+    return 1.0 / (s.whole + s.quadratic_mean * sqrt(bracket / contraction))
+
+
+def _marina(s: Smoothness, alpha: float, *, p: float | None = None) -> float:
+    """Arxiv 2102.07845: omega = 1 / alpha - 1 for RandK, p = 1 / (1 + omega) = alpha by default."""
+    omega, probability = 1.0 / _checked("alpha", alpha) - 1.0, _checked("p", alpha if p is None else p)
+    return 1.0 / (s.whole * (1.0 + sqrt((1.0 - probability) * omega / (probability * len(s.clients)))))
+
+
+_STEP_SIZES: Mapping[str, Callable[..., float]] = {
+    "gd": lambda s, _alpha: 1.0 / s.whole,
+    "ef21": _ef21,
+    "ef21-plus": _ef21,
+    "ef21-w": _ef21_w,
+    "ef21-rare": _ef21_rare,
+    "ef21-pp": _pp,
+    "ef21-sgdm": _sgdm(20.0, 7.0),  # arXiv 2305.15155, theorem 3
+    "ef21-sgd2m": _sgdm(60.0, 16.0),
+    "clag": _clag,
+    "marina": _marina,
+}
+
+_WITHOUT = {
+    "ef14": "its analysis needs bounded gradients; the papers tune it in multiples of the step size of ef21",
+    "econtrol": "its constants are not public; tune it near the step size of ef21",
+    "ef21-hb": "its constant is not certain; tune it below the step size of ef21",
+    "ef21-bc": "its constant is not certain; tune it below the step size of ef21",
+    "ef21-page": "its constant is not certain; tune it below the step size of ef21",
+}
+
+
+def step_size(rule: str, smoothness: Smoothness, alpha: float, **options: Any) -> float:
+    """Return the largest step size that the theory of a rule admits for smooth nonconvex f.
+
+    Parameters
+    ----------
+    rule : str
+        A name in the table of rules, "gd", or "ef21-rare".
+    smoothness : Smoothness
+    alpha : float
+        Contraction constant, in (0, 1].
+    options
+        What the formula wants besides: ``eta=`` (SGDM), ``zeta=`` (CLAG), ``participation=`` (PP), ``c=`` (rare features),
+        ``p=`` (MARINA).
+
+    Raises
+    ------
+    OptionError
+        When there is no such formula, an option is missing or out of its range, or the formula does not apply.
+    """
+    if rule not in _STEP_SIZES:
+        why = _WITHOUT.get(rule, f"there are formulas for {', '.join(_STEP_SIZES)}")
+        raise OptionError(f"theory: no step size for {rule!r}: {why}")
+    try:
+        return _STEP_SIZES[rule](smoothness, _checked("alpha", alpha), **options)
+    except TypeError as error:
+        raise OptionError(f"theory: step size of {rule}: {str(error).partition(') ')[2] or error}") from None

@@ -1,0 +1,120 @@
+"""LIBSVM files, how rows are dealt out, and gradients against differences of values."""
+
+import lzma
+
+import numpy as np
+import pytest
+
+from mpi_ef.errors import OptionError, ShapeError
+from mpi_ef.jobs.libsvm import SPLITS, load_libsvm, split_rows
+from mpi_ef.jobs.problems import LogisticRegression, zeta_quadratics
+
+SHAPES = {"phishing": (11055, 68), "mushrooms": (8124, 112), "a9a": (32561, 123), "w8a": (49749, 300)}
+
+
+def file(tmp_path, text):
+    path = tmp_path / "some"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(("low", "high"), [("0", "1"), ("1", "2"), ("-1", "+1"), ("-1.0", "3")])
+def test_two_labels_become_minus_and_plus_one(tmp_path, low, high):
+    a, b = load_libsvm(
+        file(tmp_path, f"{high} 1:0.5 4:-2\n# all of it is a comment\n\n{low}\n{low} 2:1e-3 # so is this\n")
+    )
+    assert b.tolist() == [1.0, -1.0, -1.0]
+    assert a.tolist() == [[0.5, 0, 0, -2], [0, 0, 0, 0], [0, 0.001, 0, 0]]
+    assert load_libsvm(tmp_path / "some", columns=6)[0].shape == (3, 6)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("1 1:1\n-1 3:1 2:1\n", "line 2: index 2 after 3; indices begin with 1 and ascend"),
+    ("1 0:1\n-1 1:1\n", "line 1: index 0 after 0"),
+    ("1 1:1\n\n-1 1:x\n", "line 3: '1:x' has no number where one belongs"),
+    ("one 1:1\n", "line 1: 'one' has no number"),
+    ("1 1:1\n-1 17\n", "line 2: '17' is not index:value"),
+    ("1 1:inf\n", "line 1: '1:inf' is not finite"),
+    ("1 1:1\n1 1:2\n", "has 1 different labels"),
+    ("1 1:1\n2 1:1\n3 1:1\n", "has 3 different labels"),
+    ("", "has 0 different labels"),
+])  # fmt: skip
+def test_malformed_files(tmp_path, text, message):
+    with pytest.raises(OptionError) as caught:
+        load_libsvm(file(tmp_path, text))
+    assert str(tmp_path / "some") in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(OptionError, match=r"missing: cannot be read .*No such file"):
+        load_libsvm(tmp_path / "missing")
+    (tmp_path / "broken.xz").write_bytes(b"no archive")
+    with pytest.raises(OptionError, match=r"broken\.xz: cannot be read"):
+        load_libsvm(tmp_path / "broken.xz")
+    with pytest.raises(OptionError, match="has a feature with index 4; at most 3"):
+        load_libsvm(file(tmp_path, "1 4:1\n2 1:1\n"), columns=3)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_real_sets(shared_data, name):
+    from sklearn.datasets import load_svmlight_file
+
+    a, b = load_libsvm(shared_data / f"{name}.libsvm.xz")
+    assert a.shape == SHAPES[name]
+    with lzma.open(shared_data / f"{name}.libsvm.xz") as stream:
+        expected, labels = load_svmlight_file(stream)
+    np.testing.assert_array_equal(a, expected.toarray())
+    np.testing.assert_array_equal(b, np.where(labels == labels.max(), 1.0, -1.0))
+
+
+@pytest.mark.parametrize("how", SPLITS)
+def test_every_row_goes_to_one_client(how):
+    labels = np.where(np.random.default_rng(0).random(103) < 0.3, 1.0, -1.0)
+    parts = split_rows(labels, 10, how, seed=3)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(103))
+    assert min(part.size for part in parts) >= 1
+    same = split_rows(labels, 10, how, seed=3)
+    assert all((a == b).all() for a, b in zip(parts, same, strict=True))
+    if how != "dirichlet":
+        assert [part.size for part in parts] == [10] * 9 + [13]
+
+
+def test_splits_are_what_they_are_called():
+    labels = np.tile([1.0, -1.0], 50)
+    assert split_rows(labels, 4)[1].tolist() == list(range(25, 50))
+    assert {len(set(labels[part])) for part in split_rows(labels, 4, "by-label")} == {1}
+    assert all(len(set(labels[part])) == 2 for part in split_rows(labels, 4, "shuffled"))
+    unequal, equal = (split_rows(labels, 4, "dirichlet", concentration=c) for c in (0.05, 1e4))
+    assert min(p.size for p in equal) >= 24
+    assert max(p.size for p in unequal) > 30
+    with pytest.raises(OptionError, match="101 clients for 100 rows"):
+        split_rows(labels, 101)
+    with pytest.raises(OptionError, match="'random' is unknown"):
+        split_rows(labels, 4, "random")
+    with pytest.raises(ShapeError, match="concentration=0"):
+        split_rows(labels, 4, "dirichlet", concentration=0)
+
+
+def test_gradients_are_those_of_the_values():
+    rng = np.random.default_rng(0)
+    rows = [(rng.normal(size=(7, 5)), np.where(rng.random(7) < 0.5, 1.0, -1.0)) for _ in range(3)]
+    for problem in (LogisticRegression(rows), zeta_quadratics(range(1, 4), 6, 5, 3.0, seed=0)):
+        x, h = rng.normal(size=5), 1e-6
+        for j, unit in enumerate(np.eye(5)):
+            slope = (problem.values(x + h * unit) - problem.values(x - h * unit)) / (2 * h)
+            np.testing.assert_allclose(problem.gradients(x)[:, j], slope, atol=1e-7)
+            # No direction is curved more than the bound.
+            bend = np.abs(problem.gradients(x + h * unit) - problem.gradients(x)) @ np.ones(5) / h
+            assert (bend <= np.sqrt(5) * problem.client_smoothness() + 1e-4).all()
+        for client, largest in enumerate(problem.client_smoothness()):
+            h_i = np.array([problem.curvature(unit)[client] for unit in np.eye(5)])
+            np.testing.assert_allclose(np.linalg.eigvalsh(h_i)[-1], largest, rtol=1e-12)
+
+
+def test_clients_do_not_agree_by_zeta():
+    for n in (4, 50):
+        problem = zeta_quadratics(range(n), n, 400, 10.0, seed=0)
+        optimum = problem.shifts.mean(axis=0) / problem.scales.mean()
+        assert np.sqrt(np.mean((problem.shifts**2).sum(axis=1)) / 400 * n) == pytest.approx(10.0, rel=0.1)
+        assert np.allclose(problem.gradients(optimum).mean(axis=0), 0, atol=1e-9)
