@@ -1,5 +1,6 @@
 """The experiments behind ``mpi-ef reproduce``."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from mpi_ef.compress import Identity, TopK
 from mpi_ef.errors import DataError
 from mpi_ef.feedback.theory import step_size
 from mpi_ef.jobs.libsvm import load_libsvm, split_rows
-from mpi_ef.jobs.problems import LogisticRegression, Quadratics, smoothness, zeta_quadratics
+from mpi_ef.jobs.problems import LogisticRegression, Quadratics, Vector, smoothness, zeta_quadratics
 from mpi_ef.jobs.report import pyplot
 from mpi_ef.jobs.reproduce import Outcome, ReproduceConfig
 from mpi_ef.jobs.simulate import Curve, descend
 
-__all__ = ["econtrol", "ef21"]
+__all__ = ["bidirectional", "counterexample", "econtrol", "ef21", "participation", "speedup", "stability", "weights"]
 
 LEAST = 1e-33  # what is drawn of ||grad f||^2; below it is rounding
 
@@ -27,6 +28,11 @@ def own_clients(comm: Any, n: int) -> range:
     """Return the clients that this rank carries."""
     bounds, rank = chunk_bounds(n, comm.Get_size()), comm.Get_rank()
     return range(bounds[rank], bounds[rank + 1])
+
+
+def carriers(comm: Any, n: int) -> Any:
+    """Return a communicator for n clients: `comm`, or where it has more ranks than that, each rank by itself. Collective."""
+    return comm if n >= comm.Get_size() else comm.Split(comm.Get_rank())
 
 
 def data_file(folder: Path, name: str) -> Path:
@@ -88,28 +94,33 @@ def ef21(comm: Any, config: ReproduceConfig) -> Outcome:
             lines.append(f"{name:<10} {rule:<10} {k:4} {factor:7} {curve.steps[-1]:6} {curve.sent_bits[-1]:11.3g} "
                          f"{curve.paper_bits[-1]:16.3g} {min(curve.squared_norms):19.1e} "
                          f"{curve.squared_norms[-1]:10.1e}")  # fmt: skip
-    rows = [
-        row for name, runs in curves.items() for rule, curve in runs.items() for row in curve.rows(f"{name} {rule}")
-    ]
-    return Outcome(rows, "\n".join(lines), lambda path: draw_against_bits(curves, path))
+    return Outcome(rows_of(curves), "\n".join(lines), lambda path: draw_against_bits(curves, path))
 
 
 def draw_against_bits(panels: dict[str, Curves], path: Path) -> None:
     """Draw ||grad f||^2, a panel for each problem: above against bits really sent, below against bits as papers count."""
+    draw(panels, path, {"sent_bits": "bits sent per client, indices included",
+                        "paper_bits": "bits per client as papers count"})  # fmt: skip
+
+
+def draw_against_steps(panels: dict[str, Curves], path: Path) -> None:
+    """Draw ||grad f||^2 against steps, a panel for each problem."""
+    draw(panels, path, {"steps": "steps"}, xscale="linear")
+
+
+def draw(panels: dict[str, Curves], path: Path, abscissas: dict[str, str], xscale: str = "log") -> None:
+    """Draw ||grad f||^2, a column of panels for each problem, a row for each abscissa."""
     plt = pyplot("reproduce")
-    figure, axes = plt.subplots(2, len(panels), figsize=(3.6 * len(panels), 6.4), squeeze=False, sharey="col",
-                                layout="constrained")  # fmt: skip
+    figure, axes = plt.subplots(len(abscissas), len(panels), squeeze=False, sharey="col",
+                                figsize=(3.6 * len(panels), 3.2 * len(abscissas)), layout="constrained")  # fmt: skip
     for column, (name, curves) in enumerate(panels.items()):
-        for row, bits in enumerate(("sent_bits", "paper_bits")):
+        for row, (abscissa, label) in enumerate(abscissas.items()):
             panel = axes[row, column]
-            for rule, curve in curves.items():
-                panel.plot(getattr(curve, bits), curve.squared_norms, label=rule, linewidth=1.2)
-            panel.set(yscale="log", xscale="log")
+            for run, curve in curves.items():
+                panel.plot(getattr(curve, abscissa), curve.squared_norms, label=run, linewidth=1.2)
+            panel.set(yscale="log", xscale=xscale, xlabel=label)
             panel.set_ylim(bottom=max(panel.get_ylim()[0], LEAST))
             panel.grid(visible=True, alpha=0.3)
-            panel.set_xlabel(
-                "bits sent per client, indices included" if row == 0 else "bits per client as papers count"
-            )
         axes[0, column].set_title(name)
         axes[0, column].legend(fontsize=8)
     for panel in axes[:, 0]:
@@ -135,10 +146,7 @@ def econtrol(comm: Any, config: ReproduceConfig) -> Outcome:
             _, panel[method] = descend(comm, seen, n, rule, compressor, gamma=gamma, steps=config.steps or 3000, x0=x0,
                                        dense_steps=int(rule in ("ef21", "econtrol")), every=20, options=options)  # fmt: skip
             lines.append(f"{zeta:5g} {method:<10} {panel[method].squared_norms[-1]:.1e}")
-    rows = [
-        row for name, runs in curves.items() for rule, curve in runs.items() for row in curve.rows(f"{name} {rule}")
-    ]
-    return Outcome(rows, "\n".join(lines), lambda path: draw_against_bits(curves, path))
+    return Outcome(rows_of(curves), "\n".join(lines), lambda path: draw_against_bits(curves, path))
 
 
 def ideal(comm: Any, problem: Quadratics) -> Quadratics:
@@ -147,3 +155,180 @@ def ideal(comm: Any, problem: Quadratics) -> Quadratics:
     scales, shifts = (np.concatenate([part[i] for part in gathered]) for i in range(2))
     optimum = shifts.mean(axis=0) / scales.mean()
     return Quadratics(problem.scales, problem.scales[:, None] * optimum)
+
+
+def rows_of(panels: dict[str, Curves]) -> list[dict[str, Any]]:
+    """Return the looks at all runs as rows of a metrics file."""
+    return [
+        row
+        for panel, curves in panels.items()
+        for name, curve in curves.items()
+        for row in curve.rows(f"{panel} {name}")
+    ]
+
+
+def gaussian_noise(sigma: float, d: int, seed: int) -> Callable[[int, int], Vector]:
+    """Return noise of variance sigma^2 that is a function of client and step."""
+    return lambda client, step: np.random.default_rng((seed, client, step)).normal(0.0, sigma / np.sqrt(d), d)
+
+
+def floor(curve: Curve) -> float:
+    """Return the mean of ||grad f||^2 over the last half of the looks."""
+    return float(np.mean(curve.squared_norms[len(curve.squared_norms) // 2 :]))
+
+
+def speedup(comm: Any, config: ReproduceConfig) -> Outcome:
+    """Run stochastic methods on least squares with more and more clients: where does the error stay? Collective."""
+    d, alpha, gamma, sigma, zeta, sizes = 100, 0.1, 0.005, 10.0, 10.0, (1, 4, 16, 64)
+    methods: dict[str, tuple[str, dict[str, float]]] = {
+        "SGD": ("ef21", {}), "EC-Ideal": ("ef14", {}), "EC": ("ef14", {}), "EF21-SGD": ("ef21", {}),
+        "EF21-SGDM": ("ef21-sgdm", {"eta": 0.1}), "EControl": ("econtrol", {"eta": alpha}),
+    }  # fmt: skip
+    panels: dict[str, Curves] = {}
+    for n in sizes:
+        world = carriers(comm, n)
+        problem = zeta_quadratics(own_clients(world, n), n, d, zeta, seed=1, equal=True)
+        panel = panels[f"n = {n}"] = {}
+        for method, (rule, options) in methods.items():
+            seen = ideal(world, problem) if method == "EC-Ideal" else problem
+            _, panel[method] = descend(world, seen, n, rule, Identity() if method == "SGD" else TopK(alpha), gamma=gamma,
+                                       steps=config.steps or 4000, x0=np.ones(d), dense_steps=int(rule != "ef14"), every=20,
+                                       noise=gaussian_noise(sigma, d, seed=2), options=options)  # fmt: skip
+    floors = {method: [floor(panel[method]) for panel in panels.values()] for method in methods}
+    lines = ["||grad f||^2 in the last half".ljust(12) + "".join(f"{f'n = {n}':>10}" for n in sizes)]
+    lines += [f"{method:<29}" + "".join(f"{value:10.2g}" for value in values) for method, values in floors.items()]
+    return Outcome(rows_of(panels), "\n".join(lines), lambda path: draw_floors(floors, sizes, path))
+
+
+def draw_floors(floors: dict[str, list[float]], sizes: Sequence[int], path: Path) -> None:
+    """Draw where the error stays against the number of clients, both logarithmic; a line shows 1 / n."""
+    plt = pyplot("reproduce")
+    figure, axes = plt.subplots(figsize=(5.2, 4.2), layout="constrained")
+    for method, values in floors.items():
+        axes.plot(sizes, values, marker="o", label=method)
+    first = next(iter(floors.values()))[0]
+    axes.plot(sizes, [first / n for n in sizes], color="black", linestyle=":", label="1 / n")
+    axes.set(xscale="log", yscale="log", xlabel="clients", ylabel="||grad f||^2 that stays")
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def stability(comm: Any, config: ReproduceConfig) -> Outcome:
+    """Run EControl over its feedback eta and the step size. Collective."""
+    n, d, alpha, zeta = 10, 100, 0.1, 10.0
+    problem = zeta_quadratics(own_clients(comm, n), n, d, zeta, seed=1)
+    gamma = step_size("ef21", smoothness(comm, problem, n), alpha)
+    etas, factors = (1 / 400, 0.05, 0.1, 0.3, 1.0, 2.0, 4.0), (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+    last, rows = np.empty((len(etas), len(factors))), []
+    for i, eta in enumerate(etas):
+        for j, factor in enumerate(factors):
+            _, curve = descend(comm, problem, n, "econtrol", TopK(alpha), gamma=factor * gamma, steps=config.steps or 2000,
+                               x0=np.ones(d), every=50, options={"eta": eta * alpha})  # fmt: skip
+            last[i, j] = min(curve.squared_norms[-1], 1e30)
+            rows += curve.rows(f"eta = {eta:g} delta, {factor:g} gamma")
+    lines = ["eta / delta".ljust(12) + "".join(f"{f'{factor:g} gamma':>11}" for factor in factors)]
+    lines += [f"{eta:<12g}" + "".join(f"{value:11.1e}" for value in row) for eta, row in zip(etas, last, strict=True)]
+    return Outcome(rows, "\n".join(lines), lambda path: draw_map(last, etas, factors, path))
+
+
+def draw_map(last: Vector, etas: Sequence[float], factors: Sequence[float], path: Path) -> None:
+    """Draw log10 of ||grad f||^2 at the end for every eta and step size."""
+    plt = pyplot("reproduce")
+    figure, axes = plt.subplots(figsize=(5.6, 4.4), layout="constrained")
+    image = axes.imshow(
+        np.log10(np.maximum(last, LEAST)), cmap="viridis_r", vmin=-30, vmax=5, aspect="auto", origin="lower"
+    )
+    axes.set_xticks(range(len(factors)), [f"{factor:g}" for factor in factors])
+    axes.set_yticks(range(len(etas)), [f"{eta:g}" for eta in etas])
+    axes.set(
+        xlabel="step size, multiple of EF21's", ylabel="eta / delta", title="EControl: log10 ||grad f||^2 at the end"
+    )
+    figure.colorbar(image, ax=axes)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def counterexample(comm: Any, config: ReproduceConfig) -> Outcome:
+    """Run EF21-SGD and its remedies on ||x||^2 / 2 in two dimensions with noise that Top-1 mistakes. Collective."""
+    points = np.sqrt(0.3) * np.array([[2.0, 0.0], [0.0, 1.0], [-2.0, -1.0]])  # of variance 1
+    curves: dict[str, Curves] = {}
+
+    def noise(client: int, step: int) -> Vector:
+        point: Vector = points[np.random.default_rng((3, client, step)).integers(3)]
+        return point
+
+    lines = ["gamma     EF21-SGD  EF21-SGDM  EControl   (mean ||grad f||^2 in the last half)"]
+    for gamma in (0.02, 0.005, 0.00125):
+        panel = curves[f"gamma = {gamma:g}"] = {}
+        for method, rule, options in (("EF21-SGD", "ef21", {}), ("EF21-SGDM", "ef21-sgdm", {"eta": min(1.0, 10 * gamma)}),
+                                      ("EControl", "econtrol", {"eta": 0.5})):  # fmt: skip
+            one = Quadratics(np.ones(1), np.zeros((1, 2)))
+            _, panel[method] = descend(carriers(comm, 1), one, 1, rule, TopK(k=1), gamma=gamma,
+                                       steps=config.steps or 20_000, x0=np.ones(2), every=10, noise=noise,
+                                       options=options)  # fmt: skip
+        lines.append(f"{gamma:<10g}" + "".join(f"{floor(panel[m]):<11.2g}" for m in panel))
+    return Outcome(rows_of(curves), "\n".join(lines), lambda path: draw_against_steps(curves, path))
+
+
+def participation(comm: Any, config: ReproduceConfig) -> Outcome:
+    """Run EF21-PP with fewer and fewer of 20 clients, Top-1, on phishing: the best factor halves with them. Collective."""
+    n, panels = 20, dict[str, Curves]()
+    lines = ["participation  factor   steps  bits sent  ||grad f||^2"]
+    problem = logistic_regression(comm, config.data, "phishing", n)
+    constants = smoothness(comm, problem, n)
+    x0 = np.random.RandomState(0).normal(size=problem.d)
+    panel = panels["phishing"] = {}
+    for share, factor in ((1.0, 16), (0.5, 8), (0.25, 4), (0.125, 2)):
+        gamma = factor * step_size("ef21", constants, 1 / problem.d)
+        _, curve = descend(comm, problem, n, "ef21-pp", TopK(k=1), gamma=gamma, steps=config.steps or 5000, x0=x0, every=20,
+                           tolerance=1e-14, options={"participation": share})  # fmt: skip
+        panel[f"{share:.1%} of the clients"] = curve
+        lines.append(
+            f"{share:<13.1%} {factor:7} {curve.steps[-1]:7} {curve.sent_bits[-1]:10.3g}  {curve.squared_norms[-1]:.1e}"
+        )
+    return Outcome(rows_of(panels), "\n".join(lines), lambda path: draw_against_bits(panels, path))
+
+
+def bidirectional(comm: Any, config: ReproduceConfig) -> Outcome:
+    """Run EF21-BC on phishing: Top-2 up, and less and less down. Collective."""
+    n, panels = 20, dict[str, Curves]()
+    lines = ["down      steps  bits up   ||grad f||^2"]
+    problem = logistic_regression(comm, config.data, "phishing", n)
+    gamma = 8 * step_size("ef21", smoothness(comm, problem, n), 2 / problem.d)
+    x0 = np.random.RandomState(0).normal(size=problem.d)
+    panel = panels["phishing"] = {}
+    for k in (2, 4, 8, 16, problem.d):
+        reply = TopK(k=k) if k < problem.d else Identity()
+        _, curve = descend(comm, problem, n, "ef21-bc", TopK(k=2), gamma=gamma, steps=config.steps or 3000, x0=x0, every=20,
+                           tolerance=1e-14, options={"reply": reply})  # fmt: skip
+        name = f"Top-{k} down" if k < problem.d else "all down"
+        panel[name] = curve
+        lines.append(f"{name:<9}{curve.steps[-1]:6} {curve.sent_bits[-1]:8.3g}   {curve.squared_norms[-1]:.1e}")
+    return Outcome(rows_of(panels), "\n".join(lines), lambda path: draw_against_steps(panels, path))
+
+
+def weights(comm: Any, config: ReproduceConfig) -> Outcome:
+    """Run EF21 and EF21-W with 1000 clients that are smooth to different degrees. Collective."""
+    n, d, panels = 1000, 20, dict[str, Curves]()
+    alpha, tolerance = 1 / d, 1e-6
+    lines = ["spread  L_QM / L_AM  step sizes, W to EF21  steps EF21  steps EF21-W  saved"]
+    for spread in (0.0, 1.0, 2.0):
+        scales = np.random.default_rng(4).lognormal(0.0, spread, n)
+        scales *= n / scales.sum()
+        own = own_clients(comm, n)
+        problem = Quadratics(scales[own.start : own.stop],
+                             np.array([np.random.default_rng((5, client)).normal(size=d) for client in own]))  # fmt: skip
+        constants, needed = smoothness(comm, problem, n), {}
+        gammas = {rule: step_size(rule, constants, alpha) for rule in ("ef21", "ef21-w")}
+        panel = panels[f"spread {spread:g}"] = {}
+        for rule, gamma in gammas.items():
+            _, panel[rule] = descend(comm, problem, n, rule, TopK(k=1), gamma=gamma, steps=config.steps or 1500,
+                                     x0=np.ones(d), every=5, tolerance=tolerance,
+                                     weights=scales / n if rule == "ef21-w" else None)  # fmt: skip
+            needed[rule] = panel[rule].steps[-1]
+        lines.append(f"{spread:<6g} {constants.quadratic_mean / constants.arithmetic_mean:12.2f} "
+                     f"{gammas['ef21-w'] / gammas['ef21']:23.2f} {needed['ef21']:11} {needed['ef21-w']:13} "
+                     f"{1 - needed['ef21-w'] / needed['ef21']:6.0%}")  # fmt: skip
+    return Outcome(rows_of(panels), "\n".join(lines), lambda path: draw_against_steps(panels, path))

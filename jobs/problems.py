@@ -122,14 +122,14 @@ def zeta_quadratics(clients: range, n: int, d: int, zeta: float, seed: int, *, e
 
     ``f_i(x) = 1/2 ||A_i x - b_i||^2`` up to a constant, with ``A_i = (i / sqrt(n)) I``, ``b_i ~ N(0, (zeta / i)^2 I)`` for
     i = 1 ... n: the gradients at the optimum have size zeta whatever n is. With `equal`, ``A_i = I`` and
-    ``b_i ~ N(0, zeta^2 / d I)``, which leaves the number of clients as the only difference between problems.
+    ``b_i ~ N(0, zeta^2 I)``, which leaves the number of clients as the only difference between problems.
     """
     scales, shifts = np.empty(len(clients)), np.empty((len(clients), d))
     for row, client in enumerate(clients):
         i, normal = client + 1, np.random.default_rng((seed, client)).normal(size=d)
         a = 1.0 if equal else i / np.sqrt(n)
         scales[row] = a * a
-        shifts[row] = a * normal * (zeta / np.sqrt(d) if equal else zeta / i)
+        shifts[row] = a * normal * (zeta if equal else zeta / i)
     return Quadratics(scales, shifts)
 
 

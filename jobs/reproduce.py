@@ -72,6 +72,14 @@ class Experiment:
 EXPERIMENTS: Mapping[str, Experiment] = {
     "ef21": Experiment("EF21, EF14, EF21+ and gradient descent on four LIBSVM sets (arXiv 2106.05203)", "ef21", True),
     "econtrol": Experiment("EControl and others on least squares over zeta (arXiv 2311.05645)", "econtrol"),
+    "speedup": Experiment("stochastic methods over the number of clients: EControl's linear speed-up", "speedup"),
+    "stability": Experiment("EControl over eta and the step size", "stability"),
+    "counterexample": Experiment(
+        "EF21-SGD does not converge in two dimensions, SGDM and EControl do (arXiv 2305.15155)", "counterexample"
+    ),
+    "ef21-w": Experiment("EF21-W against EF21, 1000 clients of different smoothness (arXiv 2402.10774)", "weights"),
+    "ef21-pp": Experiment("EF21-PP with 100 to 12.5 % of 20 clients (arXiv 2110.03294)", "participation", True),
+    "ef21-bc": Experiment("EF21-BC: Top-2 up, Top-2 to everything down (arXiv 2110.03294)", "bidirectional", True),
 }
 
 
@@ -79,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the experiment named first on COMM_WORLD."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["--list"]:
-        print("\n".join(f"{name:<12}{experiment.text}" for name, experiment in EXPERIMENTS.items()))
+        print("\n".join(f"{name:<16}{experiment.text}" for name, experiment in EXPERIMENTS.items()))
         return
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     config = parse(ReproduceConfig, arguments, prog="mpi-ef reproduce NAME", description=__doc__ or "")

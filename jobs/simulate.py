@@ -94,7 +94,8 @@ def descend(
             curve.squared_norms.append(squared)
             dense = min(step, dense_steps)
             curve.sent_bits.append(8 * plan.message_nbytes / clients + 64 * problem.d * dense)
-            curve.paper_bits.append(32.0 * (kept * (step - dense) + problem.d * dense))
+            messages = plan.message_nbytes / compressor.wire_nbytes(problem.d, np.float64)
+            curve.paper_bits.append(32.0 * (kept * messages / clients + problem.d * dense))
             if squared < tolerance or not np.isfinite(squared) or squared > 1e30 or step == steps:
                 break
         if noise is not None:

@@ -55,6 +55,12 @@ class VirtualComm:
     def Set_attr(self, keyval: int, value: Any) -> None:
         self._attributes[keyval] = value
 
+    def Split(self, color: int) -> "VirtualComm":
+        """Only where every rank is alone afterwards."""
+        colors = self._share("Split", color)
+        assert len(set(colors)) == len(colors)
+        return VirtualComm(_World(1), 0)
+
     def _share(self, call: str, value: Any) -> list[Any]:
         """Share `value` with all ranks; two barriers keep the slots from being overwritten too early.
 
