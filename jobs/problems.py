@@ -15,7 +15,17 @@ from mpi_ef.collectives import ClientsMean
 from mpi_ef.compress import Identity
 from mpi_ef.feedback.theory import Smoothness
 
-__all__ = ["LogisticRegression", "Problem", "Quadratics", "Vector", "smoothness", "zeta_quadratics"]
+__all__ = [
+    "LogisticRegression",
+    "Problem",
+    "Quadratics",
+    "Tridiagonal",
+    "Vector",
+    "smoothness",
+    "soft_threshold",
+    "tridiagonal",
+    "zeta_quadratics",
+]
 
 Vector = NDArray[np.float64]
 
@@ -37,7 +47,7 @@ class Problem(Protocol):
         """Return the bounds H_i on the Hessians of these clients times `direction`, (m, d)."""
 
     def client_smoothness(self) -> Vector:
-        """Return the largest eigenvalues of the H_i, (m,)."""
+        """Return the largest eigenvalues of the H_i in magnitude, (m,)."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,71 @@ def zeta_quadratics(clients: range, n: int, d: int, zeta: float, seed: int, *, e
     return Quadratics(scales, shifts)
 
 
+@dataclass(frozen=True)
+class Tridiagonal:
+    """``f_i(x) = x^T A_i x / 2 - b_i^T x`` with ``A_i = scale_i tridiag(-1, 2, -1) + shift I`` (3PC, arXiv 2202.00998).
+
+    Parameters
+    ----------
+    scales : (m,)
+    firsts : (m,)
+        First entry of b_i; the others are 0.
+    shift : float
+    d : int
+    """
+
+    scales: Vector
+    firsts: Vector
+    shift: float
+    d: int
+
+    def curvature(self, direction: Vector) -> Vector:
+        """Return ``A_i direction`` of these clients, (m, d)."""
+        product = 2.0 * direction
+        product[:-1] -= direction[1:]
+        product[1:] -= direction[:-1]
+        rows: Vector = self.scales[:, None] * product + self.shift * direction
+        return rows
+
+    def gradients(self, x: Vector) -> Vector:
+        """Return the gradients of these clients at `x`, (m, d)."""
+        rows = self.curvature(x)
+        rows[:, 0] -= self.firsts
+        return rows
+
+    def values(self, x: Vector) -> Vector:
+        """Return f_i(x) of these clients, (m,)."""
+        values: Vector = 0.5 * (self.curvature(x) @ x) - self.firsts * x[0]
+        return values
+
+    def client_smoothness(self) -> Vector:
+        """Return the largest eigenvalues of the A_i in magnitude, (m,)."""
+        ends = 2.0 - 2.0 * np.cos(np.pi * np.array([1, self.d]) / (self.d + 1))
+        largest: Vector = np.abs(self.scales[:, None] * ends + self.shift).max(axis=1)
+        return largest
+
+
+def tridiagonal(
+    clients: range, n: int, d: int, spread: float, *, seed: int = 12345, least: float = 1e-6
+) -> Tridiagonal:
+    """Return the synthetic quadratics of 3PC: ``nu_i / 4 tridiag(-1, 2, -1)``, shifted so that f has curvature `least`.
+
+    ``nu_i = 1 + spread * N(0, 1)``, ``b_i = nu_i / 4 (-1 + spread * N(0, 1)) e_1``; drawn for all n clients from `seed`.
+    """
+    rng = np.random.default_rng(seed)
+    nu = 1.0 + spread * rng.normal(size=n)
+    firsts = nu / 4 * (-1.0 + spread * rng.normal(size=n))
+    smallest = nu.mean() / 4 * (2.0 - 2.0 * np.cos(np.pi / (d + 1)))
+    own = slice(clients.start, clients.stop)
+    return Tridiagonal(nu[own] / 4, firsts[own], least - smallest, d)
+
+
+def soft_threshold(x: Vector, threshold: float) -> Vector:
+    """Return the proximal point of ``threshold * ||x||_1``."""
+    shrunk: Vector = np.sign(x) * np.maximum(np.abs(x) - threshold, 0.0)
+    return shrunk
+
+
 def smoothness(comm: Any, problem: Problem, clients: int) -> Smoothness:
     """Return L and the L_i without gathering data: d products with a vector travel, and n numbers. Collective.
 
@@ -151,4 +226,4 @@ def smoothness(comm: Any, problem: Problem, clients: int) -> Smoothness:
         plan.exchange(problem.curvature(direction).reshape(-1)).set_mean(row)
     own = [float(value) for value in problem.client_smoothness()]
     everybody = [value for values in comm.allgather(own) for value in values]
-    return Smoothness(float(np.linalg.eigvalsh((mean + mean.T) / 2)[-1]), tuple(everybody))
+    return Smoothness(float(np.abs(np.linalg.eigvalsh((mean + mean.T) / 2)).max()), tuple(everybody))

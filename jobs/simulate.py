@@ -56,6 +56,7 @@ def descend(
     tolerance: float = 0.0,
     noise: Callable[[int, int], Vector] | None = None,
     weights: Vector | None = None,
+    prox: Callable[[Vector, float], Vector] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Vector, Curve]:
     """Run ``x -= gamma * rule(gradients at x)`` from `x0` and look at the gradient of f every so many steps. Collective.
@@ -72,6 +73,9 @@ def descend(
         Stop when ||grad f(x)||^2 falls below.
     noise : callable, optional
         What is added to the gradient of a client: ``noise(client, step)``, (d,).
+    prox : callable, optional
+        Of a regulariser R that is not smooth: every step ends with ``x = prox(x, gamma)``, the minimizer of
+        ``gamma R(y) + ||y - x||^2 / 2``. With the rule "ef21" this is EF21-Prox (arXiv 2110.03294).
     options : mapping, optional
         Of the rule.
 
@@ -105,4 +109,6 @@ def descend(
             x = x - gamma * full
         else:
             x = x - feedback.step(gamma * gradients) if rule == "ef14" else x - gamma * feedback.step(gradients)
+        if prox is not None:
+            x = prox(x, gamma)
     return x, curve

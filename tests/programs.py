@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from vectors_for_tests import gaussian
 
-from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean
+from mpi_ef.collectives import ClientsMean, DenseMean, GatherMean, TwoPhaseMean
 from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.optim import EF21, DistributedOptimizer, EControl
@@ -59,6 +59,37 @@ def rule_steps(rule, plan, d, dtype, steps=5, dense_steps=0):
         rank = comm.Get_rank()
         out = [feedback.step(gaussian(rank, d, dtype, step=step)).copy() for step in range(steps)]
         return {"results": out, "per rank": feedback.per_rank(), "replicated": feedback.replicated()}
+
+    return program
+
+
+CLIENT_D, CLIENTS_IN_ALL = 37, 7
+CLIENT_OPTIONS = {"econtrol": {"eta": 0.1}, "ef21-bc": {"reply": TopK(0.3)}, "ef21-pp": {"participation": 0.4}}
+CLIENT_WEIGHTS = np.arange(1.0, CLIENTS_IN_ALL + 1) / (CLIENTS_IN_ALL * (CLIENTS_IN_ALL + 1) / 2)
+
+
+def own_vectors(plan, step, dtype=np.float64):
+    """Return a vector for each client of this rank, a function of the number of the client alone."""
+    return np.array([gaussian(client, plan.d, dtype, step=step) for client in range(plan.first, plan.first + plan.own)])
+
+
+def clients_feedback(comm, rule, dtype=np.float64, dense_steps=1):
+    """Return a rule at work for seven clients, with options that are not its defaults."""
+    weights = CLIENT_WEIGHTS if rule == "ef21-w" else None
+    compressor = RandK(0.2, seed=3) if rule == "marina" else TopK(0.1)
+    plan = ClientsMean(comm, compressor, CLIENT_D, dtype, clients=CLIENTS_IN_ALL, weights=weights)
+    return ErrorFeedback(rule, plan, dense_steps=dense_steps, **CLIENT_OPTIONS.get(rule, {}))
+
+
+def client_steps(rule, *, count=6, dense_steps=1, dtype=np.float64):
+    """Return a program that gives the results and, by client, the state of some steps."""
+
+    def program(comm):
+        feedback = clients_feedback(comm, rule, dtype, dense_steps)
+        plan = feedback.plan
+        out = [feedback.step(own_vectors(plan, step, dtype)).copy() for step in range(count)]
+        local = {name: a.reshape(plan.own, CLIENT_D).copy() for name, a in feedback.per_rank().items()}
+        return {"results": out, "local": local, "replicated": feedback.replicated(), "bytes": plan.message_nbytes}
 
     return program
 

@@ -4,10 +4,13 @@ import lzma
 
 import numpy as np
 import pytest
+import virtual
 
+from mpi_ef.compress import TopK
 from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.jobs.libsvm import SPLITS, load_libsvm, split_rows
-from mpi_ef.jobs.problems import LogisticRegression, zeta_quadratics
+from mpi_ef.jobs.problems import LogisticRegression, Quadratics, soft_threshold, tridiagonal, zeta_quadratics
+from mpi_ef.jobs.simulate import descend
 
 SHAPES = {"phishing": (11055, 68), "mushrooms": (8124, 112), "a9a": (32561, 123), "w8a": (49749, 300)}
 
@@ -99,7 +102,11 @@ def test_splits_are_what_they_are_called():
 def test_gradients_are_those_of_the_values():
     rng = np.random.default_rng(0)
     rows = [(rng.normal(size=(7, 5)), np.where(rng.random(7) < 0.5, 1.0, -1.0)) for _ in range(3)]
-    for problem in (LogisticRegression(rows), zeta_quadratics(range(1, 4), 6, 5, 3.0, seed=0)):
+    for problem in (
+        LogisticRegression(rows),
+        zeta_quadratics(range(1, 4), 6, 5, 3.0, seed=0),
+        tridiagonal(range(3), 9, 5, 0.8),
+    ):
         x, h = rng.normal(size=5), 1e-6
         for j, unit in enumerate(np.eye(5)):
             slope = (problem.values(x + h * unit) - problem.values(x - h * unit)) / (2 * h)
@@ -109,7 +116,7 @@ def test_gradients_are_those_of_the_values():
             assert (bend <= np.sqrt(5) * problem.client_smoothness() + 1e-4).all()
         for client, largest in enumerate(problem.client_smoothness()):
             h_i = np.array([problem.curvature(unit)[client] for unit in np.eye(5)])
-            np.testing.assert_allclose(np.linalg.eigvalsh(h_i)[-1], largest, rtol=1e-12)
+            np.testing.assert_allclose(np.abs(np.linalg.eigvalsh(h_i)).max(), largest, rtol=1e-12)
 
 
 def test_clients_do_not_agree_by_zeta():
@@ -118,3 +125,32 @@ def test_clients_do_not_agree_by_zeta():
         optimum = problem.shifts.mean(axis=0) / problem.scales.mean()
         assert np.sqrt(np.mean((problem.shifts**2).sum(axis=1)) / 400 * n) == pytest.approx(10.0, rel=0.1)
         assert np.allclose(problem.gradients(optimum).mean(axis=0), 0, atol=1e-9)
+
+
+def test_quadratics_of_3pc_have_the_least_curvature_that_is_asked_for():
+    n, d = 10, 30
+    problem = tridiagonal(range(n), n, d, 0.8)
+    hessian = np.array([problem.curvature(unit) for unit in np.eye(d)]).mean(axis=1)
+    np.testing.assert_allclose(np.linalg.eigvalsh(hessian)[0], 1e-6, rtol=1e-6)
+    parts = [tridiagonal(range(4), n, d, 0.8), tridiagonal(range(4, n), n, d, 0.8)]
+    x = np.random.default_rng(0).normal(size=d)
+    np.testing.assert_array_equal(np.concatenate([part.gradients(x) for part in parts]), problem.gradients(x))
+
+
+def test_ef21_prox():
+    """Without a regulariser EF21; with the 1-norm the soft-thresholded mean, which is what quadratics ask for."""
+    targets = np.random.default_rng(0).normal(size=(4, 12))
+    problem = Quadratics(np.ones(4), targets)
+
+    def run(prox):
+        def program(comm):
+            return descend(
+                comm, problem, 4, "ef21", TopK(k=3), gamma=0.05, steps=1500, x0=np.ones(12), every=100, prox=prox
+            )[0]
+
+        return virtual.results(1, program)[0]
+
+    np.testing.assert_array_equal(run(lambda x, _: x), run(None))
+    x = run(lambda x, gamma: soft_threshold(x, 0.4 * gamma))
+    np.testing.assert_allclose(x, soft_threshold(targets.mean(axis=0), 0.4), atol=1e-8)
+    assert (x == 0).sum() == (abs(targets.mean(axis=0)) < 0.4).sum() > 0

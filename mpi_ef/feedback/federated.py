@@ -57,28 +57,32 @@ def ef21_pp(s: EF21PPState, plan: Plan, grad: Vector) -> Vector:
 
 @dataclass(kw_only=True)
 class EF21WState(EF21State):
-    """g_i estimates grad_i / (n w_i); g is the mean with weights w_i."""
+    """g_i estimates grad_i / (n w_i); g is the mean with weights w_i. participation, seed: as EF21-PP, EF21-W-PP then."""
 
     u_i: Vector = spare()
+    participation: float = 1.0
+    seed: int = 0
 
 
 def ef21_w(s: EF21WState, plan: Plan, grad: Vector) -> Vector:
     """Take one step of EF21-W and return g. The plan has the weights ``w_i = L_i / sum_j L_j``.
 
     Richtarik, Gasanov, Burlachenko 2024 (Error Feedback Reloaded, arXiv 2402.10774); with smoother clients weighing
-    less the step size may be ``1 / (L + L_AM xi)``, with L_AM in the place of L_QM::
+    less the step size may be ``1 / (L + L_AM xi)``, with L_AM in the place of L_QM. With gradients of minibatches this is
+    EF21-W-SGD, with a sample S_t of the clients EF21-W-PP::
 
-        c_i = C(grad_i / (n w_i) - g_i)
+        c_i = C(grad_i / (n w_i) - g_i)     for i in S_t, else 0
         g_i = g_i + c_i
         g   = g + sum_i w_i c_i
     """
     plan = _clients("ef21-w", plan)
     if plan.weights is None:
         raise OptionError("ef21-w: the plan has no weights; pass weights=L_i / sum(L_i) to ClientsMean")
-    own = plan.weights[plan.first : plan.first + plan.own]
+    mine = slice(plan.first, plan.first + plan.own)
+    own, chosen = plan.weights[mine], participants(plan.clients, s.participation, s.seed, plan.exchanges)[mine]
     factors = (1.0 / (plan.clients * own)).astype(plan.dtype)
     np.multiply(grad.reshape(plan.own, plan.d), factors[:, None], out=s.u_i.reshape(plan.own, plan.d))
-    c = plan.exchange(lazy(s.u_i) - s.g_i)
+    c = plan.exchange(lazy(s.u_i) - s.g_i, speaks=chosen)
     c.add_own(s.g_i)
     c.add_mean(s.g)
     return s.g

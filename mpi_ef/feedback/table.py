@@ -90,7 +90,7 @@ RULES: Mapping[str, Rule] = {
         Rule(ef21_sgd2m, EF21SGD2MState, lambda _: {"eta": 0.1}),
         Rule(ef21_hb, EF21HBState, lambda _: {"eta": 0.5}),
         Rule(ef21_pp, EF21PPState, lambda _: {"participation": 0.5, "seed": 0}),
-        Rule(ef21_w, EF21WState),
+        Rule(ef21_w, EF21WState, lambda _: {"participation": 1.0, "seed": 0}),
         Rule(ef21_bc, EF21BCState, lambda _: {"reply": Identity()}),
         Rule(ef21_plus, EF21PlusState),
         Rule(ef21_page, EF21PAGEState),

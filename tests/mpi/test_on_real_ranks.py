@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import virtual
-from programs import OPTIMIZERS, PLANS, RULES, exchanges, rule_steps, same_bits, training
+from programs import OPTIMIZERS, PLANS, RULES, client_steps, exchanges, rule_steps, same_bits, training
 from vectors_for_tests import gaussian
 
 from mpi_ef.collectives import GatherMean, TwoPhaseMean, allgather, allreduce
 from mpi_ef.collectives import frames as frames_module
 from mpi_ef.compress import Identity, Sign, TopK
 from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError, PeerError, ShapeError
+from mpi_ef.feedback import RULES as ALL_RULES
 from mpi_ef.optim import EF21, DistributedOptimizer, EControl
 
 pytestmark = pytest.mark.mpi
@@ -40,6 +41,16 @@ def test_plans_give_the_bits_of_virtual_ranks(comm, plan, dtype):
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_give_the_bits_of_virtual_ranks(comm, rule, plan):
     same_as_virtual(comm, rule_steps(rule, plan, 1001, np.float32, dense_steps=1))
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_rules_of_many_clients_give_the_bits_of_one_rank(comm, rule):
+    """However many ranks carry them, uneven numbers and silent clients included."""
+    real = client_steps(rule)(comm)
+    alone = virtual.results(1, client_steps(rule))[0]
+    assert same_bits(real["results"], alone["results"])
+    assert same_bits(real["replicated"], alone["replicated"])
+    assert real["bytes"] == alone["bytes"]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
