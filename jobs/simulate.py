@@ -97,7 +97,7 @@ def descend(
             curve.steps.append(step)
             curve.squared_norms.append(squared)
             dense = min(step, dense_steps)
-            curve.sent_bits.append(8 * plan.message_nbytes / clients + 64 * problem.d * dense)
+            curve.sent_bits.append(8 * plan.all_message_nbytes / clients + 64 * problem.d * dense)
             messages = plan.message_nbytes / compressor.wire_nbytes(problem.d, np.float64)
             curve.paper_bits.append(32.0 * (kept * messages / clients + problem.d * dense))
             if squared < tolerance or not np.isfinite(squared) or squared > 1e30 or step == steps:

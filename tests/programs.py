@@ -64,7 +64,12 @@ def rule_steps(rule, plan, d, dtype, steps=5, dense_steps=0):
 
 
 CLIENT_D, CLIENTS_IN_ALL = 37, 7
-CLIENT_OPTIONS = {"econtrol": {"eta": 0.1}, "ef21-bc": {"reply": TopK(0.3)}, "ef21-pp": {"participation": 0.4}}
+CLIENT_OPTIONS = {
+    "econtrol": {"eta": 0.1},
+    "d-ec-sgd": {"correction": RandK(0.3, seed=5)},
+    "ef21-bc": {"reply": TopK(0.3)},
+    "ef21-pp": {"participation": 0.4},
+}
 CLIENT_WEIGHTS = np.arange(1.0, CLIENTS_IN_ALL + 1) / (CLIENTS_IN_ALL * (CLIENTS_IN_ALL + 1) / 2)
 
 

@@ -150,7 +150,7 @@ def test_one_bad_client_is_told_on_all_ranks_and_changes_nothing():
 def test_aggregate_is_the_mean_of_the_local_estimates(rule):
     """Law 5."""
     world = gathered(virtual.results(2, client_steps(rule)))
-    name = "h" if rule == "econtrol" else "g"
+    name = "h" if rule in ("econtrol", "d-ec-sgd") else "g"
     local = world["local"].get(f"{name}_i", world["replicated"].get("all_i", np.zeros(0)).reshape(-1, D))
     np.testing.assert_allclose(world["replicated"][name], local.mean(axis=0), atol=1e-12)
 
@@ -292,3 +292,21 @@ def test_lazy_vectors_of_several_clients_are_cut_between_them():
         np.testing.assert_array_equal(out, expected)
 
     virtual.results(2, program)
+
+
+@pytest.mark.parametrize("rule", ["ef14", "econtrol", "d-ec-sgd"])
+def test_what_is_not_sent_is_in_the_errors(rule):
+    """Law 5, the virtual iterate: sum of the results + mean e_i = sum of the mean gradients."""
+    world = gathered(virtual.results(2, client_steps(rule, count=8, dense_steps=0)))
+    wanted = sum(gaussian(client, D, np.float64, step=step) for client in range(CLIENTS) for step in range(8)) / CLIENTS
+    np.testing.assert_allclose(sum(world["results"]) + world["local"]["e_i"].mean(axis=0), wanted, atol=1e-12)
+
+
+def test_both_messages_are_counted():
+    def program(comm):
+        feedback = clients_feedback(comm, "d-ec-sgd", dense_steps=0)
+        feedback.step(own_vectors(feedback.plan, 0))
+        return feedback.plan.all_message_nbytes, feedback.sent_nbytes > feedback.plan.sent_nbytes > 0
+
+    expected = sum(c.wire_nbytes(D, np.float64) for c in (TOP, RandK(0.3, seed=5))) * CLIENTS
+    assert virtual.results(2, program) == [(expected, True)] * 2

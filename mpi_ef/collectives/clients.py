@@ -6,7 +6,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mpi_ef.compress import Combination, Compressor, Identity, Keep, Source
+from mpi_ef.compress import Combination, Compressor, Keep, Source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.compress.compressor import words
 from mpi_ef.errors import MpiEfError, OptionError, ShapeError
@@ -195,9 +195,14 @@ class ClientsMean(Plan):
         for row in np.flatnonzero(self._heard == client).tolist():
             self._codec.add(self._received[row : row + 1], out, scale)
 
-    def dense(self) -> Plan:
-        """Return a plan for whole vectors of the same clients. Collective."""
-        return ClientsMean(self.comm, Identity(), self.d, self.dtype, clients=self.clients, weights=self.weights)
+    def _like(self, compressor: Compressor) -> Plan:
+        return ClientsMean(self.comm, compressor, self.d, self.dtype, clients=self.clients, weights=self.weights)
+
+    @property
+    def all_message_nbytes(self) -> int:
+        """Bytes of all messages so far, those through siblings included."""
+        siblings = [plan for plan in self._siblings.values() if isinstance(plan, ClientsMean)]
+        return self.message_nbytes + sum(plan.message_nbytes for plan in siblings)
 
     @property
     def traffic(self) -> Traffic:

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpi_ef.compress import Combination, Compressor, Keep, Source, source
+from mpi_ef.compress import Combination, Compressor, Identity, Keep, Source, source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
 
@@ -98,6 +98,7 @@ class Plan(ABC):
         self._started = False
         self._request: Any = None
         self._every_time: int | None = None  # bytes that an exchange sends
+        self._siblings: dict[Compressor, Plan] = {}
 
         def facts() -> dict[str, object]:
             if not isinstance(compressor, Compressor):
@@ -162,10 +163,29 @@ class Plan(ABC):
         """Let the next ``set_mean(again=True)`` start afresh: somebody else has written to its array. Local."""
 
     def dense(self) -> "Plan":
-        """Return a plan for the uncompressed mean of the same vectors. Collective."""
-        from .dense import DenseMean
+        """Return a new plan for the uncompressed mean of the same vectors. Collective."""
+        return self._like(Identity())
 
-        return DenseMean(self.comm, self.d, self.dtype)
+    def sibling(self, compressor: Compressor) -> "Plan":
+        """Return a plan for the same vectors with another compressor, kept for the next time. Collective the first time.
+
+        For rules that send two messages. Its number of exchanges, the key of random compressors, is set to this plan's.
+        """
+        if compressor not in self._siblings:
+            self._siblings[compressor] = self._like(compressor)
+        sibling = self._siblings[compressor]
+        sibling.exchanges = self.exchanges
+        return sibling
+
+    def _like(self, compressor: Compressor) -> "Plan":
+        from .plans import plan_for
+
+        return plan_for(self.comm, compressor, self.d, self.dtype)
+
+    @property
+    def all_sent_nbytes(self) -> int:
+        """Bytes that have left this rank through this plan and its siblings."""
+        return self.sent_nbytes + sum(sibling.sent_nbytes for sibling in self._siblings.values())
 
     @property
     def own_d(self) -> int:

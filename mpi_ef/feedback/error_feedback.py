@@ -106,7 +106,7 @@ class ErrorFeedback:
     def _retire_dense(self) -> None:
         """Let go of the dense plan, but not of its account."""
         if self._dense is not None:
-            self._dense_sent_nbytes += self._dense.sent_nbytes
+            self._dense_sent_nbytes += self._dense.all_sent_nbytes
             for name, spent in self._dense.seconds.items():
                 self._dense_seconds[name] += spent
             self._dense = None
@@ -114,10 +114,10 @@ class ErrorFeedback:
     @property
     def sent_nbytes(self) -> int:
         """Bytes that have left this rank in all steps so far, see :class:`Traffic`."""
-        return self._dense_nbytes() + self.plan.sent_nbytes
+        return self._dense_nbytes() + self.plan.all_sent_nbytes
 
     def _dense_nbytes(self) -> int:
-        return self._dense_sent_nbytes + (self._dense.sent_nbytes if self._dense else 0)
+        return self._dense_sent_nbytes + (self._dense.all_sent_nbytes if self._dense else 0)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -136,7 +136,7 @@ class ErrorFeedback:
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all arrays and counters of this rank. Local."""
         arrays = {name: array.copy() for name, array in (self.per_rank() | self.replicated()).items()}
-        counters = {"steps": self.steps, "exchanges": self.plan.exchanges, "sent_nbytes": self.plan.sent_nbytes,
+        counters = {"steps": self.steps, "exchanges": self.plan.exchanges, "sent_nbytes": self.plan.all_sent_nbytes,
                     "dense_sent_nbytes": self._dense_nbytes()}  # fmt: skip
         return {**self._identity(), "arrays": arrays, "options": dict(self.options), **counters}
 

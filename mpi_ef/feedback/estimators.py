@@ -1,17 +1,26 @@
-"""Rules that are told more than a gradient: changes of gradients, whole or not; and rules that send now and then."""
+"""Rules that are told more than a gradient, send more than one message, or send now and then."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mpi_ef.collectives import Plan
-from mpi_ef.compress import Identity, Keep, RandK, lazy
+from mpi_ef.compress import Compressor, Identity, Keep, RandK, lazy
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 
 from .federated import _clients
 from .rules import EF21State
-from .state import State, per_rank, replicated, spare
+from .state import State, per_rank, replicated, scratch, spare
 
-__all__ = ["CLAGState", "EF21PAGEState", "MARINAState", "clag", "ef21_page", "marina"]
+__all__ = [
+    "CLAGState",
+    "DECSGDState",
+    "EF21PAGEState",
+    "MARINAState",
+    "clag",
+    "d_ec_sgd",
+    "ef21_page",
+    "marina",
+]
 
 
 @dataclass(kw_only=True)
@@ -92,3 +101,39 @@ def clag(s: CLAGState, plan: Plan, grad: Vector) -> Vector:
     c.add_mean(s.g)
     s.y_i[:] = grad
     return s.g
+
+
+@dataclass(kw_only=True)
+class DECSGDState(State):
+    """e_i: error of this rank. h_i: what it has told of its gradient. h: mean of the h_i. correction: a RandK."""
+
+    e_i: Vector = per_rank()
+    h_i: Vector = per_rank()
+    h: Vector = replicated()
+    step: Vector = scratch()
+    spare: Vector = spare()
+    correction: Compressor = field(default_factory=lambda: RandK(0.1))
+
+
+def d_ec_sgd(s: DECSGDState, plan: Plan, grad: Vector) -> Vector:
+    """Take one step of D-EC-SGD with bias correction and return h + mean_i Delta_i, with the old h.
+
+    Stich 2020 (On Communication Compression for Distributed Optimization on Heterogeneous Data, arXiv 2009.02388): the two
+    messages per step that EControl does without. Q is the unbiased RandK times its largest admissible weight
+    ``1 / (1 + omega)``, which is RandK without scaling::
+
+        Delta_i = C(e_i + grad_i - h_i)
+        e_i     = e_i + grad_i - h_i - Delta_i
+        step    = h + mean_i Delta_i
+        h_i     = h_i + Q(grad_i - h_i)
+        h       = h + mean_i Q(grad_i - h_i)
+    """
+    p_i = lazy(s.e_i) + grad - s.h_i
+    delta = plan.exchange(p_i, keep=Keep(p_i, into=s.spare, less_message=True))
+    q = plan.sibling(s.correction).exchange(lazy(grad) - s.h_i)
+    s.e_i, s.spare = s.spare, s.e_i
+    s.step[:] = s.h
+    delta.add_mean(s.step)
+    q.add_own(s.h_i)
+    q.add_mean(s.h)
+    return s.step

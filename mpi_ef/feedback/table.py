@@ -6,11 +6,11 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
-from mpi_ef.compress import Compressor, Identity
+from mpi_ef.compress import Compressor, Identity, RandK
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 
-from .estimators import CLAGState, EF21PAGEState, MARINAState, clag, ef21_page, marina
+from .estimators import CLAGState, DECSGDState, EF21PAGEState, MARINAState, clag, d_ec_sgd, ef21_page, marina
 from .federated import EF21BCState, EF21PlusState, EF21PPState, EF21WState, ef21_bc, ef21_plus, ef21_pp, ef21_w
 from .momentum import EF21HBState, EF21SGD2MState, EF21SGDMState, ef21_hb, ef21_sgd2m, ef21_sgdm
 from .rules import EControlState, EF14State, EF21State, econtrol, ef14, ef21
@@ -77,6 +77,7 @@ _RANGES: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
     "participation": (lambda v: 0.0 < _number(v) <= 1.0, "in (0, 1]", "0.5 lets half of the clients take part"),
     "seed": (lambda v: isinstance(v, int) and v >= 0, "a non-negative integer", "0 is one"),
     "zeta": (lambda v: _number(v) >= 0.0, "a number >= 0", "1.0 is usual"),
+    "correction": (lambda v: isinstance(v, RandK), "a RandK", "its messages must be right in expectation"),
     "reply": (lambda v: isinstance(v, Compressor), "a compressor", "pass for example TopK(0.1)"),
 }
 
@@ -96,6 +97,7 @@ RULES: Mapping[str, Rule] = {
         Rule(ef21_page, EF21PAGEState),
         Rule(marina, MARINAState),
         Rule(clag, CLAGState, lambda _: {"zeta": 1.0}),
+        Rule(d_ec_sgd, DECSGDState, lambda _: {"correction": RandK(0.1)}),
     )
 }
 
