@@ -110,10 +110,13 @@ def run(comm: Any, name: str, config: ReproduceConfig) -> None:
         lines = [json.dumps(row) + "\n" for row in outcome.rows]
         (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
         (folder / "table.txt").write_text(outcome.table + "\n", encoding="utf-8")
-        outcome.draw(folder / f"{name}.png")
+        print(outcome.table)
+        try:
+            outcome.draw(folder / f"{name}.png")
+        except DataError as error:  # without matplotlib the numbers are still there
+            print(f"\nno picture: {error}")
     except OSError as error:
         raise DataError(f"reproduce: cannot write to {folder} ({error}); pass another --out") from None
-    print(outcome.table)
     print(f"\nwritten to {folder}")
 
 

@@ -85,6 +85,20 @@ def test_least_squares():
     assert sent * 4 < dense
 
 
+def test_reproduce(tmp_path):
+    """More ranks than clients of an experiment, an uneven number of them, and missing data."""
+    tables = []
+    for n in (1, 3):
+        ended = run(n, "-m", "mpi_ef.jobs.cli", "reproduce", "speedup", "--steps", 8, "--out", tmp_path / str(n))
+        assert ended.status == 0, ended.text
+        tables.append((tmp_path / str(n) / "speedup" / "table.txt").read_text())
+        assert tables[0] in ended.text
+    assert tables[0] == tables[1]
+    ended = run(2, "-m", "mpi_ef.jobs.cli", "reproduce", "ef21", "--data", tmp_path)
+    assert ended.status == 2
+    assert len(ended.lines_with("has no file phishing; get it from https://")) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
