@@ -96,6 +96,24 @@ def test_who_is_silent_adds_nothing_and_costs_nothing(compressor):
     assert same_bits(virtual.results(3, program)[2], virtual.results(1, program)[0])
 
 
+def test_a_split_exchange_lets_all_clients_speak():
+    """Also after one in which some were silent."""
+
+    def program(comm):
+        plan = ClientsMean(comm, TOP, D, np.float64, clients=CLIENTS)
+        x, out = own_vectors(plan, 0).reshape(-1), [np.zeros(D) for _ in range(2)]
+        plan.exchange(x).add_mean(out[0])
+        plan.exchange(x, speaks=np.zeros(plan.own, np.bool_), notes=np.ones(plan.own, np.uint8))
+        plan.start(x)
+        plan.wait().add_mean(out[1])
+        assert not plan.notes.any()
+        return out
+
+    for first, second in virtual.results(2, program):
+        assert same_bits(first, second)
+        assert first.any()
+
+
 def test_weights_weigh():
     def program(comm):
         plan = ClientsMean(comm, Identity(), D, np.float64, clients=CLIENTS, weights=CLIENT_WEIGHTS)

@@ -116,6 +116,11 @@ class ClientsMean(Plan):
         self._notes = np.zeros(self.own, np.uint8) if notes is None else np.asarray(notes, np.uint8)
         return super().exchange(x, keep=keep)
 
+    def start(self, x: Vector | Combination, *, keep: Keep | None = None) -> None:
+        """Encode `x`, all clients speaking; nothing travels before :meth:`wait`. See :meth:`Plan.start`."""
+        self._speaks, self._notes = np.ones(self.own, np.bool_), np.zeros(self.own, np.uint8)
+        super().start(x, keep=keep)
+
     def _sent_last(self) -> int:
         return self._last_nbytes
 

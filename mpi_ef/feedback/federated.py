@@ -96,6 +96,7 @@ class EF21BCState(State):
     mean: Vector = replicated()
     g: Vector = replicated()
     reply: Compressor = field(default_factory=Identity)
+    server: Reply | None = None
 
 
 def ef21_bc(s: EF21BCState, plan: Plan, grad: Vector) -> Vector:
@@ -113,8 +114,12 @@ def ef21_bc(s: EF21BCState, plan: Plan, grad: Vector) -> Vector:
     c = plan.exchange(lazy(grad) - s.g_i)
     c.add_own(s.g_i)
     c.add_mean(s.mean)
-    # In a dense first step the way back is dense, too.
-    Reply(Identity() if isinstance(plan.compressor, Identity) else s.reply, plan).add(lazy(s.mean) - s.g, s.g, step)
+    if isinstance(plan.compressor, Identity):  # a dense step is dense both ways
+        s.g[:] = s.mean
+        return s.g
+    if s.server is None:
+        s.server = Reply(s.reply, plan)
+    s.server.add(lazy(s.mean) - s.g, s.g, step)
     return s.g
 
 
