@@ -50,6 +50,16 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, start: Any
     return builder.bitcast(builder.gep(data, [start]), element.as_pointer())
 
 
+def _store(builder: Any, value: Any, target: Any, align: int, past_caches: bool) -> None:
+    store = builder.store(value, target, align=_LINE if past_caches else align)
+    if past_caches:
+        store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+
+
+def _either_sign(builder: Any, positive: Any, step: Any) -> Any:
+    return builder.select(positive, _splat(builder, step), _splat(builder, builder.fneg(step)))
+
+
 def _splat(builder: Any, value: Any) -> Any:
     vector = ir.VectorType(value.type, GROUP)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
@@ -159,11 +169,9 @@ def _adding_signed(past_caches: bool) -> Any:
             origin = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], vector)
             target = _pointer(context, builder, signature.args[4], arguments[4], arguments[5], vector)
             positive = builder.bitcast(arguments[2], ir.VectorType(ir.IntType(1), GROUP))
-            steps = builder.select(positive, _splat(builder, arguments[3]), _splat(builder, builder.fneg(arguments[3])))
+            steps = _either_sign(builder, positive, arguments[3])
             value = builder.fadd(builder.load(origin, align=align), steps)
-            store = builder.store(value, target, align=_LINE if past_caches else align)
-            if past_caches:
-                store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+            _store(builder, value, target, align, past_caches)
             return context.get_dummy_value()
 
         return types.void(array, types.int64, types.uint64, array.dtype, out, types.int64), generate
@@ -188,11 +196,9 @@ def _subtracting_signs(past_caches: bool) -> Any:
             target = _pointer(context, builder, signature.args[4], arguments[4], arguments[5], vector)
             zeros = ir.Constant(vector, [0.0] * GROUP)
             positive = builder.fcmp_ordered(">=", builder.load(signs, align=align), zeros)
-            steps = builder.select(positive, _splat(builder, arguments[3]), _splat(builder, builder.fneg(arguments[3])))
+            steps = _either_sign(builder, positive, arguments[3])
             value = builder.fsub(builder.load(origin, align=align), steps)
-            store = builder.store(value, target, align=_LINE if past_caches else align)
-            if past_caches:
-                store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+            _store(builder, value, target, align, past_caches)
             return context.get_dummy_value()
 
         return types.void(base, x, types.int64, x.dtype, out, types.int64), generate
@@ -243,8 +249,7 @@ def store_past_caches(_context: Any, source: Any, out: Any, start: Any) -> Any:
         origin, target = (
             _pointer(context, builder, signature.args[n], arguments[n], arguments[2], vector) for n in range(2)
         )
-        store = builder.store(builder.load(origin, align=source.dtype.bitwidth // 8), target, align=64)
-        store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+        _store(builder, builder.load(origin, align=source.dtype.bitwidth // 8), target, _LINE, True)
         return context.get_dummy_value()
 
     return types.void(source, out, types.int64), generate
@@ -352,9 +357,7 @@ def _form(past_caches: bool, a: Any, b: Any, c: Any, out: Any) -> Any:
             changes = (_add_term, _subtract_term, _add_scaled_term)
             for code, change in enumerate(changes, 1):
                 value = either(is_kind(n, code), value, partial(change, builder, term, scaled, n))
-        store = builder.store(value, pointer(8, arguments[9]), align=_LINE if past_caches else align)
-        if past_caches:
-            store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+        _store(builder, value, pointer(8, arguments[9]), align, past_caches)
         return context.get_dummy_value()
 
     number = a.dtype

@@ -114,6 +114,20 @@ def test_a_split_exchange_lets_all_clients_speak():
         assert first.any()
 
 
+@pytest.mark.parametrize(("said", "error"), [
+    ({"speaks": np.ones(9, np.bool_)}, ShapeError), ({"notes": np.ones(9, np.uint8)}, ShapeError),
+    ({"notes": np.full(3, 128, np.uint8)}, OptionError),
+])  # fmt: skip
+def test_wrong_words_of_one_rank_are_told_on_all(said, error):
+    def program(comm):
+        plan = ClientsMean(comm, TOP, D, np.float64, clients=6)
+        with pytest.raises(error if comm.Get_rank() == 1 else PeerError):
+            plan.exchange(own_vectors(plan, 0).reshape(-1), **(said if comm.Get_rank() == 1 else {}))
+        plan.exchange(own_vectors(plan, 1).reshape(-1))
+
+    virtual.results(2, program)
+
+
 def test_weights_weigh():
     def program(comm):
         plan = ClientsMean(comm, Identity(), D, np.float64, clients=CLIENTS, weights=CLIENT_WEIGHTS)
@@ -127,6 +141,7 @@ def test_weights_weigh():
 
 @pytest.mark.parametrize(("options", "error", "text"), [
     ({"clients": 2}, OptionError, "clients=2 on 3 ranks; every rank carries at least one client"),
+    ({"clients": 0}, OptionError, "clients=0 on 3 ranks"),
     ({"clients": 2.5}, OptionError, "clients=2.5 on 3 ranks"),
     ({"clients": 5, "weights": np.ones(4)}, OptionError, "weights of shape (4,); pass one finite number a client"),
     ({"clients": 5, "weights": np.full(5, np.nan)}, OptionError, "one finite number a client"),

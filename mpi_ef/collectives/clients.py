@@ -61,11 +61,11 @@ class ClientsMean(Plan):
         clients: int,
         weights: NDArray[np.floating] | None = None,
     ) -> None:
-        self.clients, self.weights, self.message_nbytes, self._last_nbytes = clients, weights, 0, 0
+        self._wanted, self.weights, self.message_nbytes, self._last_nbytes = clients, weights, 0, 0
         super().__init__(comm, compressor, d, dtype)
 
     def _bind(self) -> dict[str, object]:
-        n = self.clients
+        n = self._wanted
         if not isinstance(n, int | np.integer) or n < self.size:
             raise OptionError(
                 f"ClientsMean: clients={n!r} on {self.size} ranks; every rank carries at least one client"
@@ -76,7 +76,7 @@ class ClientsMean(Plan):
                 raise OptionError(
                     f"ClientsMean: weights of shape {self.weights.shape}; pass one finite number a client"
                 )
-        bounds = chunk_bounds(n, self.size)
+        self.clients, bounds = int(n), chunk_bounds(n, self.size)
         self._counts = np.diff(bounds)
         self.first, self.own = bounds[self.rank], int(self._counts[self.rank])
         self._codec = self.compressor.codec(self.d, self.dtype)
@@ -139,6 +139,8 @@ class ClientsMean(Plan):
         if self._speaks.shape != (self.own,) or self._notes.shape != (self.own,):
             return ShapeError(f"ClientsMean.exchange: speaks and notes have shapes {self._speaks.shape}, "
                               f"{self._notes.shape}; this rank carries {self.own} clients")  # fmt: skip
+        if (self._notes >= 128).any():
+            return OptionError(f"ClientsMean.exchange: a note of {self._notes.max()}; notes are below 128")
         if keep is not None and not self._speaks.all():
             return OptionError("ClientsMean.exchange: keep= with clients that do not speak; nothing is kept for those")
         return super()._problem(x, keep)
@@ -156,7 +158,8 @@ class ClientsMean(Plan):
     def _complete(self) -> None:
         began = perf_counter()
         self._mark(self._word)
-        self._word.wires[0, : self.own] = self._speaks | self._notes << 1
+        if self._refusal is None:  # else the header says all there is to say
+            self._word.wires[0, : self.own] = self._speaks | self._notes << 1
         self.comm.Allgather(self._word.message, self._words.message)
         self._inspect(self._words)
         said = np.concatenate([word[:count] for word, count in zip(self._words.wires, self._counts, strict=True)])

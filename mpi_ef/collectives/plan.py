@@ -83,14 +83,13 @@ class Plan(ABC):
     """
 
     own = 1
-    clients = 0
 
     def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32) -> None:
         subject = type(self).__name__
         if not hasattr(comm, "Iallgather") or not comm or comm.Is_inter():
             raise OptionError(f"{subject}: comm={comm!r} is not an intracommunicator; pass for example MPI.COMM_WORLD")
         self.comm, self.size, self.rank = comm, int(comm.Get_size()), int(comm.Get_rank())
-        self.clients = self.clients or self.size
+        self.clients = self.size
         self.compressor = compressor
         self.exchanges = self.sent_nbytes = 0
         self.seconds = {"encode": 0.0, "communicate": 0.0, "decode": 0.0}

@@ -45,9 +45,7 @@ def ef21_page(s: EF21PAGEState, plan: Plan, change: Vector, *, full: bool = Fals
     v_i = lazy(change) + (0.0 if full else 1.0) * lazy(s.v_i)
     c = plan.exchange(v_i - s.g_i, keep=Keep(v_i, into=s.spare))
     s.v_i, s.spare = s.spare, s.v_i
-    c.add_own(s.g_i)
-    c.add_mean(s.g)
-    return s.g
+    return s.follow(c)
 
 
 @dataclass(kw_only=True)
@@ -97,10 +95,8 @@ def clag(s: CLAGState, plan: Plan, grad: Vector) -> Vector:
     x, g_i, y_i = (a.reshape(plan.own, plan.d) for a in (grad, s.g_i, s.y_i))
     worse = ~(((x - g_i) ** 2).sum(axis=1) <= s.zeta * ((x - y_i) ** 2).sum(axis=1))  # NaN is told by who speaks
     c = plan.exchange(lazy(grad) - s.g_i, speaks=worse | ~y_i.any(axis=1))  # who has not spoken yet does
-    c.add_own(s.g_i)
-    c.add_mean(s.g)
     s.y_i[:] = grad
-    return s.g
+    return s.follow(c)
 
 
 @dataclass(kw_only=True)

@@ -50,9 +50,7 @@ def ef21_pp(s: EF21PPState, plan: Plan, grad: Vector) -> Vector:
     plan = _clients("ef21-pp", plan)
     chosen = participants(plan.clients, s.participation, s.seed, plan.exchanges)
     c = plan.exchange(lazy(grad) - s.g_i, speaks=chosen[plan.first : plan.first + plan.own])
-    c.add_own(s.g_i)
-    c.add_mean(s.g)
-    return s.g
+    return s.follow(c)
 
 
 @dataclass(kw_only=True)
@@ -83,9 +81,7 @@ def ef21_w(s: EF21WState, plan: Plan, grad: Vector) -> Vector:
     factors = (1.0 / (plan.clients * own)).astype(plan.dtype)
     np.multiply(grad.reshape(plan.own, plan.d), factors[:, None], out=s.u_i.reshape(plan.own, plan.d))
     c = plan.exchange(lazy(s.u_i) - s.g_i, speaks=chosen)
-    c.add_own(s.g_i)
-    c.add_mean(s.g)
-    return s.g
+    return s.follow(c)
 
 
 @dataclass(kw_only=True)

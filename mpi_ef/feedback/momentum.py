@@ -7,18 +7,16 @@ from mpi_ef.compress import Keep, lazy
 from mpi_ef.compress.combination import Vector
 
 from .rules import EF21State, ef21
-from .state import State, form, per_rank, replicated, spare
+from .state import form, per_rank, replicated, spare
 
 __all__ = ["EF21HBState", "EF21SGD2MState", "EF21SGDMState", "ef21_hb", "ef21_sgd2m", "ef21_sgdm"]
 
 
 @dataclass(kw_only=True)
-class EF21SGDMState(State):
-    """v_i: momentum of this rank's gradients. g_i: its estimate. g: mean of the g_i. eta: weight of the new gradient."""
+class EF21SGDMState(EF21State):
+    """Adds v_i: momentum of this rank's gradients. eta: weight of the new gradient."""
 
     v_i: Vector = per_rank()
-    g_i: Vector = per_rank()
-    g: Vector = replicated()
     spare: Vector = spare()
     eta: float = 0.1
 
@@ -37,9 +35,7 @@ def ef21_sgdm(s: EF21SGDMState, plan: Plan, grad: Vector) -> Vector:
     v_i = (1.0 - s.eta) * lazy(s.v_i) + s.eta * lazy(grad)
     c = plan.exchange(v_i - s.g_i, keep=Keep(v_i, into=s.spare))
     s.v_i, s.spare = s.spare, s.v_i
-    c.add_own(s.g_i)
-    c.add_mean(s.g)
-    return s.g
+    return s.follow(c)
 
 
 @dataclass(kw_only=True)
@@ -66,9 +62,7 @@ def ef21_sgd2m(s: EF21SGD2MState, plan: Plan, grad: Vector) -> Vector:
     c = plan.exchange(u_i - s.g_i, keep=Keep(u_i, into=s.second))
     s.v_i, s.spare = s.spare, s.v_i
     s.u_i, s.second = s.second, s.u_i
-    c.add_own(s.g_i)
-    c.add_mean(s.g)
-    return s.g
+    return s.follow(c)
 
 
 @dataclass(kw_only=True)

@@ -58,6 +58,12 @@ class EF21State(State):
     g_i: Vector = per_rank()
     g: Vector = replicated()
 
+    def follow(self, c: Plan) -> Vector:
+        """Do what all of the family end with, ``g_i = g_i + c_i``, ``g = g + mean_i c_i``, and return g."""
+        c.add_own(self.g_i)
+        c.add_mean(self.g)
+        return self.g
+
 
 def ef21(s: EF21State, plan: Plan, grad: Vector) -> Vector:
     """Take one step of EF21 and return g, the estimate of the mean gradient.
@@ -69,10 +75,7 @@ def ef21(s: EF21State, plan: Plan, grad: Vector) -> Vector:
         g_i = g_i + c_i
         g   = g + mean_i c_i
     """
-    c = plan.exchange(lazy(grad) - s.g_i)
-    c.add_own(s.g_i)
-    c.add_mean(s.g)
-    return s.g
+    return s.follow(plan.exchange(lazy(grad) - s.g_i))
 
 
 @dataclass(kw_only=True)
