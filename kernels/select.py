@@ -70,7 +70,7 @@ def select_largest(
     Without its sign bit a float orders like an integer. The k-th largest of a random sample, lowered by three standard
     deviations, is a threshold which slightly more than k entries exceed, whatever the distribution: one streaming pass
     collects them, and a histogram finds the k largest among them. Equal magnitudes may need a second pass. Once in
-    about a thousand selections the sample misleads: then a larger margin, and at last digit-by-digit counting.
+    about a thousand selections the sample misleads: then a larger sample and margin, and at last digit-by-digit counting.
     Memory touched: each term once, and `keep`; twice when the k-th largest magnitude is shared by many entries.
     """
     first, largest = 0, np.uint64(0)
@@ -95,15 +95,16 @@ def select_candidates(bounds: NDArray[np.int64], counts: NDArray[np.int64]) -> i
 
 
 @jit
-def _sample_size(d):
-    return max(64, min(d >> 6, _SAMPLE))
+def _sample_size(d, attempt):
+    """Return how many entries are looked at: each costs a cache miss, as much as ten candidates more or less."""
+    return min(max(64, int(math.sqrt(d))) << (2 * attempt), _SAMPLE)
 
 
 @jit
 def _rank_in_sample(d, k, attempt):
     """Return how far from the top of the sample the threshold lies, so that at least k of d entries exceed it."""
-    expected = _sample_size(d) * k / d
-    return int(expected + (3 + 5 * attempt) * math.sqrt(expected) + 4 + 28 * attempt)
+    expected = _sample_size(d, attempt) * k / d
+    return int(expected + (3 + 3 * attempt) * math.sqrt(expected) + 4 + 8 * attempt)
 
 
 @jit
@@ -111,8 +112,8 @@ def _room(d, k):
     """Return how many candidates there may be before the threshold counts as too low."""
     if d <= _SMALL:
         return d
-    rank = _rank_in_sample(d, k, 1)
-    return min(d, int((rank + 6 * math.sqrt(rank) + 16) * d / _sample_size(d)))
+    rank = _rank_in_sample(d, k, 0)
+    return min(d, int((rank + 6 * math.sqrt(rank) + 16) * d / _sample_size(d, 0)))
 
 
 @jit
@@ -127,7 +128,7 @@ def _select_segment(terms, factors, keep, keep_factors, start, stop, k,
     for attempt in range(2):
         rank = _rank_in_sample(d, k, attempt)
         threshold = np.uint64(0)
-        if rank <= _sample_size(d):
+        if rank <= _sample_size(d, attempt):
             threshold = _sample_threshold(terms, factors, start, d, rank, attempt, sample, histogram)
         found = _collect(terms, factors, keep, keep_factors, start, stop, threshold + one, _room(d, k),
                          indices, values, scratch)  # fmt: skip
@@ -146,7 +147,7 @@ def _select_segment(terms, factors, keep, keep_factors, start, stop, k,
 @jit
 def _sample_threshold(terms, factors, start, d, rank, attempt, sample, histogram):
     """Return the magnitude of the `rank`-th largest of a sample at pseudo-random places."""
-    m = _sample_size(d)
+    m = _sample_size(d, attempt)
     a, b, c = terms
     state = np.uint64(attempt)
     for j in range(m):

@@ -137,10 +137,10 @@ def test_select_largest_on_long_vectors(dtype, ratio, d):
             raise AssertionError(name) from error
 
 
-def sampled_places(d, size):
-    """Where the first two samples of select_largest look."""
+def sampled_places(d, sizes):
+    """Where the samples of select_largest look."""
     word, places = 2**64 - 1, []
-    for attempt in range(2):
+    for attempt, size in enumerate(sizes):
         for j in range(1, size + 1):
             state = attempt + j * 0x9E3779B97F4A7C15 & word
             state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & word
@@ -157,7 +157,7 @@ def test_select_when_the_samples_mislead(dtype, sampled):
 
     d, k = 50_000, 2500
     x = 1 + np.random.default_rng(0).random(d)
-    x[sampled_places(d, _sample_size(d))] *= sampled
+    x[sampled_places(d, [_sample_size(d, attempt) for attempt in range(2)])] *= sampled
     (terms, factors, _, kept), bounds, counts = whole(x.astype(dtype), k)
     scratch, histogram = np.empty(kernels.SELECT_SCRATCH, dtype), np.empty(2048, np.int64)
     for attempt in range(2):  # this test knows where the samples look

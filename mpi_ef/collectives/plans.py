@@ -7,6 +7,7 @@ from numpy.typing import DTypeLike
 
 from mpi_ef.compress import Codec, Compressor, Identity, Keep, Source, aligned_zeros, lazy, source
 from mpi_ef.compress.combination import Vector
+from mpi_ef.compress.compressor import Wires
 
 from .dense import DenseMean
 from .frames import NON_FINITE, Frames
@@ -171,6 +172,10 @@ class TwoPhaseMean(Plan):
         back_nbytes = max(codec.nbytes for codec in self._back)
         self._send, self._arrived = Frames(self.size, outward_nbytes), Frames(self.size, outward_nbytes)
         self._answer, self._result = Frames(1, back_nbytes), Frames(self.size, back_nbytes)
+        self._send_wires = [self._send.wire(j, codec) for j, codec in enumerate(self._outward)]
+        self._result_wires = [self._result.wire(j, codec) for j, codec in enumerate(self._back)]
+        self._arrived_wires = self._arrived.wires[:, : self._outward[self.rank].nbytes]
+        self._answer_wire = self._answer.wire(0, self._back[self.rank])
         chunk = self._stop(self.rank) - self._start(self.rank)
         self._fused = self._remember and self._back[self.rank].can_encode_sum(self._outward[self.rank])
         self._average = aligned_zeros(0 if self._fused else chunk, self.dtype)
@@ -186,8 +191,8 @@ class TwoPhaseMean(Plan):
     def _encode(self, x: Source) -> bool:
         finite = True
         for j, codec in enumerate(self._outward):
-            part, wire = x.part(self._start(j), self._stop(j)), self._send.wire(j, codec)
-            finite &= codec.encode(part, wire, step=2 * self.exchanges, rank=self.rank)
+            part = x.part(self._start(j), self._stop(j))
+            finite &= codec.encode(part, self._send_wires[j], step=2 * self.exchanges, rank=self.rank)
         return finite
 
     def _launch(self) -> None:
@@ -210,7 +215,7 @@ class TwoPhaseMean(Plan):
     def _encode_average(self) -> None:
         """Encode residual + average, and keep as the next residual what that message misses."""
         outward, back = self._outward[self.rank], self._back[self.rank]
-        arrived, wire = self._arrived.wires[:, : outward.nbytes], self._answer.wire(0, back)
+        arrived, wire = self._arrived_wires, self._answer_wire
         self._mark(self._answer)
         if self._fused:
             x = lazy(self._residual)
@@ -227,22 +232,29 @@ class TwoPhaseMean(Plan):
 
     def add_own(self, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale * C(x_r)`` to `out`, see :meth:`Plan.add_own`."""
-        self._add(self._outward, self._send, out, scale)
+        self._add(self._outward, self._send_wires, out, scale)
 
     def add_mean(self, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale`` times the second-phase result to `out`, see :meth:`Plan.add_mean`."""
-        self._add(self._back, self._result, out, scale)
+        self._add(self._back, self._result_wires, out, scale)
 
     def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:  # noqa: ARG002
         """Overwrite `out` with ``scale`` times the second-phase result, see :meth:`Plan.set_mean`."""
-        self._add(self._back, self._result, out, scale, overwrite=True)
+        self._add(self._back, self._result_wires, out, scale, overwrite=True)
 
-    def _add(self, codecs: list[Codec], frames: Frames, out: Vector, scale: float, *, overwrite: bool = False) -> None:
+    def _add(
+        self, codecs: list[Codec], wires: list[Wires], out: Vector, scale: float, *, overwrite: bool = False
+    ) -> None:
         began = perf_counter()
         for j, codec in enumerate(codecs):
             part = out[self._start(j) : self._stop(j)]
-            codec.add(frames.wire(j, codec)[None], part, scale, overwrite=overwrite)
+            codec.add(wires[j][None], part, scale, overwrite=overwrite)
         self.seconds["decode"] += perf_counter() - began
+
+    @property
+    def server_d(self) -> int:
+        """0: a rank is the server of its chunk, see :meth:`state`."""
+        return 0
 
     @property
     def alpha(self) -> float:

@@ -93,8 +93,9 @@ class Source(NamedTuple):
 
     def part(self, start: int, stop: int) -> "Source":
         """Return the entries from `start` to `stop`."""
-        a, b, c = self.terms
-        return self._replace(terms=(a[start:stop], b[start:stop], c[start:stop]), keep=self.keep[start:stop])
+        (a, b, c), factors, keep, keep_factors, less_message = self
+        terms = a[start:stop], b[start:stop], c[start:stop]
+        return Source(terms, factors, keep[start:stop], keep_factors, less_message)
 
 
 def _read_only(array: Vector) -> Vector:
@@ -121,9 +122,11 @@ def source(x: Vector | Combination, keep: Keep | None = None) -> Source:
     terms = x.terms if isinstance(x, Combination) else ((1.0, x),)
     vectors = [vector for _, vector in terms]
     dtype = vectors[0].dtype
-    if not all(vector.flags.c_contiguous for vector in vectors):
-        raise ShapeError("a vector is not contiguous; pass numpy.ascontiguousarray of it")
-    views = [_read_only(vector) for vector in vectors] + [_ABSENT[dtype]] * (MOST_TERMS - len(vectors))
+    views = [_ABSENT[dtype]] * MOST_TERMS
+    for n, vector in enumerate(vectors):
+        if not vector.flags.c_contiguous:
+            raise ShapeError("a vector is not contiguous; pass numpy.ascontiguousarray of it")
+        views[n] = _read_only(vector)
     three, factors = (views[0], views[1], views[2]), _ONE[dtype]
     if isinstance(x, Combination):
         factors = np.zeros(MOST_TERMS, dtype)

@@ -162,11 +162,13 @@ class _SignCodec(Codec):
         self._start = words(self._scales_nbytes)
         self._stop = self._start + -(-self.d // 8)
         self.nbytes = words(self._stop)
-        self._none = np.empty((0, self.nbytes), np.uint8)  # no messages to add
+        gaps = (slice(self._scales_nbytes, self._start), slice(self._stop, self.nbytes))
+        self._padding = [gap for gap in gaps if gap.start < gap.stop]
+        self._no_rows = self.rows(np.empty((0, self.nbytes), np.uint8), 0.0)
 
     def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:  # noqa: ARG002
         x = x if isinstance(x, Source) else source(x)
-        return self._encode(x, self.rows(self._none, 0.0), wire)
+        return self._encode(x, self._no_rows, wire)
 
     def encode_sum(self, codec: Codec, wires: Wires, factor: float, x: Source, wire: Wires) -> bool:
         """Write the message for x plus ``factor`` times the decoded `wires` of another codec for signs, in one pass."""
@@ -182,8 +184,8 @@ class _SignCodec(Codec):
         return wires[:, self._start : self._stop], scales, self._block, self.dtype.type(factor)
 
     def _encode(self, x: Source, rows: tuple[Wires, Vector, int, Any], wire: Wires) -> bool:
-        wire[self._scales_nbytes : self._start] = 0
-        wire[self._stop :] = 0
+        for gap in self._padding:
+            wire[gap] = 0
         bits, scales = wire[self._start : self._stop], wire[: self._scales_nbytes].view(self.dtype)
         finite: bool = kernels.encode_signs(*x, *rows, self._block, bits, scales, self._scratch(kernels.SIGNS_SCRATCH))
         return finite
