@@ -6,8 +6,8 @@ from statistics import median
 from typing import Any
 
 from mpi_ef.errors import DataError
+from mpi_ef.jobs.figures import pyplot, save
 from mpi_ef.jobs.metrics import in_bytes
-from mpi_ef.jobs.report import pyplot
 
 __all__ = ["Link", "Row", "break_even", "combine", "plot", "table"]
 
@@ -157,7 +157,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     DataError
         When matplotlib is not installed.
     """
-    plt = pyplot("bench")
+    plt = pyplot()
     rows, _, _, best, link = _parts(result)
     figure, (here, elsewhere) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     shown = [row for row in rows if row.kind != "local"][::-1]
@@ -185,6 +185,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
                   ylabel="milliseconds, by the model c + bytes / bandwidth")  # fmt: skip
     elsewhere.legend(fontsize=7)
     elsewhere.grid(visible=True, alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)

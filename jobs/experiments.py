@@ -1,6 +1,6 @@
 """The experiments behind ``mpi-ef reproduce``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,22 @@ from mpi_ef.collectives.agreement import agree
 from mpi_ef.compress import Identity, TopK
 from mpi_ef.errors import DataError
 from mpi_ef.feedback.theory import step_size
+from mpi_ef.jobs import figures
 from mpi_ef.jobs.libsvm import load_libsvm, split_rows
-from mpi_ef.jobs.problems import LogisticRegression, Quadratics, Vector, smoothness, zeta_quadratics
-from mpi_ef.jobs.report import pyplot
+from mpi_ef.jobs.problems import (
+    LogisticRegression,
+    Quadratics,
+    Vector,
+    rare_features,
+    smoothness,
+    zeta_quadratics,
+)
 from mpi_ef.jobs.reproduce import Outcome, ReproduceConfig
 from mpi_ef.jobs.simulate import Curve, descend
 
-__all__ = ["bidirectional", "counterexample", "econtrol", "ef21", "participation", "speedup", "stability", "weights"]
-
-LEAST = 1e-33  # what is drawn of ||grad f||^2; below it is rounding
+__all__ = [
+    "bidirectional", "counterexample", "econtrol", "ef21", "participation", "rare", "speedup", "stability", "weights",
+]  # fmt: skip
 
 Curves = dict[str, Curve]
 
@@ -94,39 +101,7 @@ def ef21(comm: Any, config: ReproduceConfig) -> Outcome:
             lines.append(f"{name:<10} {rule:<10} {k:4} {factor:7} {curve.steps[-1]:6} {curve.sent_bits[-1]:11.3g} "
                          f"{curve.paper_bits[-1]:16.3g} {min(curve.squared_norms):19.1e} "
                          f"{curve.squared_norms[-1]:10.1e}")  # fmt: skip
-    return Outcome(rows_of(curves), "\n".join(lines), lambda path: draw_against_bits(curves, path))
-
-
-def draw_against_bits(panels: dict[str, Curves], path: Path) -> None:
-    """Draw ||grad f||^2, a panel for each problem: above against bits really sent, below against bits as papers count."""
-    draw(panels, path, {"sent_bits": "bits sent per client, indices included",
-                        "paper_bits": "bits per client as papers count"})  # fmt: skip
-
-
-def draw_against_steps(panels: dict[str, Curves], path: Path) -> None:
-    """Draw ||grad f||^2 against steps, a panel for each problem."""
-    draw(panels, path, {"steps": "steps"}, xscale="linear")
-
-
-def draw(panels: dict[str, Curves], path: Path, abscissas: dict[str, str], xscale: str = "log") -> None:
-    """Draw ||grad f||^2, a column of panels for each problem, a row for each abscissa."""
-    plt = pyplot("reproduce")
-    figure, axes = plt.subplots(len(abscissas), len(panels), squeeze=False, sharey="col",
-                                figsize=(3.6 * len(panels), 3.2 * len(abscissas)), layout="constrained")  # fmt: skip
-    for column, (name, curves) in enumerate(panels.items()):
-        for row, (abscissa, label) in enumerate(abscissas.items()):
-            panel = axes[row, column]
-            for run, curve in curves.items():
-                panel.plot(getattr(curve, abscissa), curve.squared_norms, label=run, linewidth=1.2)
-            panel.set(yscale="log", xscale=xscale, xlabel=label)
-            panel.set_ylim(bottom=max(panel.get_ylim()[0], LEAST))
-            panel.grid(visible=True, alpha=0.3)
-        axes[0, column].set_title(name)
-        axes[0, column].legend(fontsize=8)
-    for panel in axes[:, 0]:
-        panel.set_ylabel("||grad f(x)||^2")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return Outcome(rows_of(curves), "\n".join(lines), lambda path: figures.against_bits(curves, path))
 
 
 def econtrol(comm: Any, config: ReproduceConfig) -> Outcome:
@@ -146,7 +121,7 @@ def econtrol(comm: Any, config: ReproduceConfig) -> Outcome:
             _, panel[method] = descend(comm, seen, n, rule, compressor, gamma=gamma, steps=config.steps or 3000, x0=x0,
                                        dense_steps=int(rule in ("ef21", "econtrol")), every=20, options=options)  # fmt: skip
             lines.append(f"{zeta:5g} {method:<10} {panel[method].squared_norms[-1]:.1e}")
-    return Outcome(rows_of(curves), "\n".join(lines), lambda path: draw_against_bits(curves, path))
+    return Outcome(rows_of(curves), "\n".join(lines), lambda path: figures.against_bits(curves, path))
 
 
 def ideal(comm: Any, problem: Quadratics) -> Quadratics:
@@ -160,10 +135,10 @@ def ideal(comm: Any, problem: Quadratics) -> Quadratics:
 def rows_of(panels: dict[str, Curves]) -> list[dict[str, Any]]:
     """Return the looks at all runs as rows of a metrics file."""
     return [
-        row
+        {"panel": panel, "run": name, **row}
         for panel, curves in panels.items()
         for name, curve in curves.items()
-        for row in curve.rows(f"{panel} {name}")
+        for row in curve.rows()
     ]
 
 
@@ -197,22 +172,7 @@ def speedup(comm: Any, config: ReproduceConfig) -> Outcome:
     floors = {method: [floor(panel[method]) for panel in panels.values()] for method in methods}
     lines = ["||grad f||^2 in the last half".ljust(12) + "".join(f"{f'n = {n}':>10}" for n in sizes)]
     lines += [f"{method:<29}" + "".join(f"{value:10.2g}" for value in values) for method, values in floors.items()]
-    return Outcome(rows_of(panels), "\n".join(lines), lambda path: draw_floors(floors, sizes, path))
-
-
-def draw_floors(floors: dict[str, list[float]], sizes: Sequence[int], path: Path) -> None:
-    """Draw where the error stays against the number of clients, both logarithmic; a line shows 1 / n."""
-    plt = pyplot("reproduce")
-    figure, axes = plt.subplots(figsize=(5.2, 4.2), layout="constrained")
-    for method, values in floors.items():
-        axes.plot(sizes, values, marker="o", label=method)
-    first = next(iter(floors.values()))[0]
-    axes.plot(sizes, [first / n for n in sizes], color="black", linestyle=":", label="1 / n")
-    axes.set(xscale="log", yscale="log", xlabel="clients", ylabel="||grad f||^2 that stays")
-    axes.grid(visible=True, alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return Outcome(rows_of(panels), "\n".join(lines), lambda path: figures.floors(floors, sizes, path))
 
 
 def stability(comm: Any, config: ReproduceConfig) -> Outcome:
@@ -221,33 +181,17 @@ def stability(comm: Any, config: ReproduceConfig) -> Outcome:
     problem = zeta_quadratics(own_clients(comm, n), n, d, zeta, seed=1)
     gamma = step_size("ef21", smoothness(comm, problem, n), alpha)
     etas, factors = (1 / 400, 0.05, 0.1, 0.3, 1.0, 2.0, 4.0), (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-    last, rows = np.empty((len(etas), len(factors))), []
+    last, panels = np.empty((len(etas), len(factors))), dict[str, Curves]()
     for i, eta in enumerate(etas):
+        panel = panels[f"eta = {eta:g} delta"] = {}
         for j, factor in enumerate(factors):
             _, curve = descend(comm, problem, n, "econtrol", TopK(alpha), gamma=factor * gamma, steps=config.steps or 2000,
                                x0=np.ones(d), every=50, options={"eta": eta * alpha})  # fmt: skip
             last[i, j] = min(curve.squared_norms[-1], 1e30)
-            rows += curve.rows(f"eta = {eta:g} delta, {factor:g} gamma")
+            panel[f"{factor:g} gamma"] = curve
     lines = ["eta / delta".ljust(12) + "".join(f"{f'{factor:g} gamma':>11}" for factor in factors)]
     lines += [f"{eta:<12g}" + "".join(f"{value:11.1e}" for value in row) for eta, row in zip(etas, last, strict=True)]
-    return Outcome(rows, "\n".join(lines), lambda path: draw_map(last, etas, factors, path))
-
-
-def draw_map(last: Vector, etas: Sequence[float], factors: Sequence[float], path: Path) -> None:
-    """Draw log10 of ||grad f||^2 at the end for every eta and step size."""
-    plt = pyplot("reproduce")
-    figure, axes = plt.subplots(figsize=(5.6, 4.4), layout="constrained")
-    image = axes.imshow(
-        np.log10(np.maximum(last, LEAST)), cmap="viridis_r", vmin=-30, vmax=5, aspect="auto", origin="lower"
-    )
-    axes.set_xticks(range(len(factors)), [f"{factor:g}" for factor in factors])
-    axes.set_yticks(range(len(etas)), [f"{eta:g}" for eta in etas])
-    axes.set(
-        xlabel="step size, multiple of EF21's", ylabel="eta / delta", title="EControl: log10 ||grad f||^2 at the end"
-    )
-    figure.colorbar(image, ax=axes)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return Outcome(rows_of(panels), "\n".join(lines), lambda path: figures.stability(last, etas, factors, path))
 
 
 def counterexample(comm: Any, config: ReproduceConfig) -> Outcome:
@@ -269,7 +213,7 @@ def counterexample(comm: Any, config: ReproduceConfig) -> Outcome:
                                        steps=config.steps or 20_000, x0=np.ones(2), every=10, noise=noise,
                                        options=options)  # fmt: skip
         lines.append(f"{gamma:<10g}" + "".join(f"{floor(panel[m]):<11.2g}" for m in panel))
-    return Outcome(rows_of(curves), "\n".join(lines), lambda path: draw_against_steps(curves, path))
+    return Outcome(rows_of(curves), "\n".join(lines), lambda path: figures.against_steps(curves, path))
 
 
 def participation(comm: Any, config: ReproduceConfig) -> Outcome:
@@ -288,7 +232,7 @@ def participation(comm: Any, config: ReproduceConfig) -> Outcome:
         lines.append(
             f"{share:<13.1%} {factor:7} {curve.steps[-1]:7} {curve.sent_bits[-1]:10.3g}  {curve.squared_norms[-1]:.1e}"
         )
-    return Outcome(rows_of(panels), "\n".join(lines), lambda path: draw_against_bits(panels, path))
+    return Outcome(rows_of(panels), "\n".join(lines), lambda path: figures.against_bits(panels, path))
 
 
 def bidirectional(comm: Any, config: ReproduceConfig) -> Outcome:
@@ -306,7 +250,7 @@ def bidirectional(comm: Any, config: ReproduceConfig) -> Outcome:
         name = f"Top-{k} down" if k < problem.d else "all down"
         panel[name] = curve
         lines.append(f"{name:<9}{curve.steps[-1]:6} {curve.sent_bits[-1]:8.3g}   {curve.squared_norms[-1]:.1e}")
-    return Outcome(rows_of(panels), "\n".join(lines), lambda path: draw_against_steps(panels, path))
+    return Outcome(rows_of(panels), "\n".join(lines), lambda path: figures.against_steps(panels, path))
 
 
 def weights(comm: Any, config: ReproduceConfig) -> Outcome:
@@ -331,4 +275,32 @@ def weights(comm: Any, config: ReproduceConfig) -> Outcome:
         lines.append(f"{spread:<6g} {constants.quadratic_mean / constants.arithmetic_mean:12.2f} "
                      f"{gammas['ef21-w'] / gammas['ef21']:23.2f} {needed['ef21']:11} {needed['ef21-w']:13} "
                      f"{1 - needed['ef21-w'] / needed['ef21']:6.0%}")  # fmt: skip
-    return Outcome(rows_of(panels), "\n".join(lines), lambda path: draw_against_steps(panels, path))
+    return Outcome(rows_of(panels), "\n".join(lines), lambda path: figures.against_steps(panels, path))
+
+
+def rare(comm: Any, config: ReproduceConfig) -> Outcome:
+    """Run EF21 on least squares whose features few clients know, with the step sizes of three analyses. Collective."""
+    n, d, panels = 100, 500, dict[str, Curves]()
+    lines = ["               step size, EF21 = 1     ||grad f||^2 at the end",
+             "c / n     c    r  support  rare features      EF21   support      rare        GD"]  # fmt: skip
+    for share in (0.05, 0.5, 0.9):
+        owners = int(np.ceil(share * n))
+        problem = rare_features(own_clients(comm, n), n, d, owners)
+        constants = smoothness(comm, problem, n)
+        most = max(comm.allgather(max(int((a != 0).any(axis=0).sum()) for a, _ in problem.parts)))
+        gammas = {
+            "EF21": step_size("ef21", constants, 1 / d),
+            "EF21, alpha of the support": step_size("ef21", constants, 1 / most),
+            "EF21, rare features": step_size("ef21-rare", constants, 1 / most, c=owners),
+            "GD": step_size("gd", constants, 1.0),
+        }
+        panel = panels[f"c / n = {share:g}"] = {}
+        for method, gamma in gammas.items():
+            compressor = Identity() if method == "GD" else TopK(k=1)
+            _, panel[method] = descend(comm, problem, n, "ef21", compressor, gamma=gamma, steps=config.steps or 10_000,
+                                       x0=np.zeros(d), dense_steps=0, every=50, tolerance=1e-12)  # fmt: skip
+        plain, support, rarely, _ = gammas.values()
+        lines.append(f"{share:<6g} {owners:4} {most:4} {support / plain:8.2f} {rarely / plain:14.2f}"
+                     + "".join(f"{curve.squared_norms[-1]:10.1e}" for curve in panel.values()))  # fmt: skip
+    compressed = {name: {m: curve for m, curve in panel.items() if m != "GD"} for name, panel in panels.items()}
+    return Outcome(rows_of(panels), "\n".join(lines), lambda path: figures.against_steps(compressed, path))

@@ -6,7 +6,7 @@ alone. ``f`` is the mean of all clients' ``f_i``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,13 @@ from mpi_ef.compress import Identity
 from mpi_ef.feedback.theory import Smoothness
 
 __all__ = [
+    "LeastSquares",
     "LogisticRegression",
     "Problem",
     "Quadratics",
     "Tridiagonal",
     "Vector",
+    "rare_features",
     "smoothness",
     "soft_threshold",
     "tridiagonal",
@@ -51,19 +53,31 @@ class Problem(Protocol):
 
 
 @dataclass(frozen=True)
-class LogisticRegression:
-    """``f_i(x) = mean_j log(1 + exp(-b_j a_j x)) + weight * sum_l x_l^2 / (1 + x_l^2)`` (EF21, arXiv 2106.05203, section 5).
+class _Regression:
+    """``f_i(x) = mean_j loss(a_j x, b_j) + weight * sum_l x_l^2 / (1 + x_l^2)``.
 
     Parameters
     ----------
     parts : sequence of (A_i, b_i)
-        (m_i, d) float64 and (m_i,) in {-1, +1}: the rows of these clients.
+        (m_i, d) and (m_i,) float64: the rows of these clients.
     weight : float
         Of the nonconvex regulariser, whose second derivative is at most 2.
     """
 
     parts: Sequence[tuple[Vector, Vector]]
-    weight: float = 0.1
+    weight: float = 0.0
+
+    bend: ClassVar[float]  # the largest second derivative of the loss
+
+    @staticmethod
+    def loss(product: Vector, b: Vector) -> Vector:
+        """Return the losses of rows whose products with x are given."""
+        raise NotImplementedError
+
+    @staticmethod
+    def slope(product: Vector, b: Vector) -> Vector:
+        """Return the derivatives of :meth:`loss` by the products."""
+        raise NotImplementedError
 
     @property
     def d(self) -> int:
@@ -73,23 +87,95 @@ class LogisticRegression:
     def gradients(self, x: Vector) -> Vector:
         """Return the gradients of these clients at `x`, (m, d)."""
         regular = self.weight * 2.0 * x / (1.0 + x * x) ** 2
-        rows = np.empty((len(self.parts), x.size))
-        for row, (a, b) in zip(rows, self.parts, strict=True):
-            row[:] = a.T @ (-b / (1.0 + np.exp(b * (a @ x)))) / b.size + regular
-        return rows
+        return np.array([a.T @ self.slope(a @ x, b) / b.size + regular for a, b in self.parts])
 
     def values(self, x: Vector) -> Vector:
         """Return f_i(x) of these clients, (m,)."""
         regular = self.weight * float((x * x / (1.0 + x * x)).sum())
-        return np.array([np.logaddexp(0.0, -b * (a @ x)).mean() + regular for a, b in self.parts])
+        return np.array([self.loss(a @ x, b).mean() + regular for a, b in self.parts])
 
     def curvature(self, direction: Vector) -> Vector:
-        """Return ``(A_i^T A_i / (4 m_i) + 2 weight) direction`` of these clients, (m, d)."""
-        return np.array([a.T @ (a @ direction) / (4 * b.size) for a, b in self.parts]) + 2 * self.weight * direction
+        """Return ``(bend A_i^T A_i / m_i + 2 weight) direction`` of these clients, (m, d)."""
+        products = np.array([a.T @ (a @ direction) / b.size for a, b in self.parts])
+        return self.bend * products + 2 * self.weight * direction
 
     def client_smoothness(self) -> Vector:
-        """Return ``L_i = lambda_max(A_i^T A_i) / (4 m_i) + 2 weight`` of these clients, (m,)."""
-        return np.array([np.linalg.norm(a, 2) ** 2 / (4 * b.size) for a, b in self.parts]) + 2 * self.weight
+        """Return ``L_i = bend lambda_max(A_i^T A_i) / m_i + 2 weight`` of these clients, (m,)."""
+        return np.array([self.bend * np.linalg.norm(a, 2) ** 2 / b.size for a, b in self.parts]) + 2 * self.weight
+
+
+@dataclass(frozen=True)
+class LogisticRegression(_Regression):
+    """The loss is ``log(1 + exp(-b_j a_j x))``, b_j in {-1, +1} (EF21, arXiv 2106.05203). See :class:`_Regression`."""
+
+    weight: float = 0.1
+
+    bend = 0.25
+
+    @staticmethod
+    def loss(product: Vector, b: Vector) -> Vector:
+        """Return ``log(1 + exp(-b product))``."""
+        losses: Vector = np.logaddexp(0.0, -b * product)
+        return losses
+
+    @staticmethod
+    def slope(product: Vector, b: Vector) -> Vector:
+        """Return ``-b / (1 + exp(b product))``."""
+        slopes: Vector = -b / (1.0 + np.exp(b * product))
+        return slopes
+
+
+@dataclass(frozen=True)
+class LeastSquares(_Regression):
+    """The loss is ``(a_j x - b_j)^2``. See :class:`_Regression`."""
+
+    bend = 2.0
+
+    @staticmethod
+    def loss(product: Vector, b: Vector) -> Vector:
+        """Return ``(product - b)^2``."""
+        losses: Vector = (product - b) ** 2
+        return losses
+
+    @staticmethod
+    def slope(product: Vector, b: Vector) -> Vector:
+        """Return ``2 (product - b)``."""
+        slopes: Vector = 2.0 * (product - b)
+        return slopes
+
+
+def rare_features(
+    clients: range,
+    n: int,
+    d: int,
+    owners: int,
+    *,
+    samples: int = 12,
+    mu: float = 1.0,
+    largest: float = 20.0,
+    seed: int = 0,
+) -> LeastSquares:
+    """Return least squares in which every feature is known to `owners` of the n clients only (arXiv 2305.15264).
+
+    A client's rows are zero outside of its features; the eigenvalues of its Hessian lie evenly between `mu` and `largest`,
+    shrunk by 0.81, those of client 0 higher. After the authors' generator, where the text of the paper leaves things open.
+    """
+    rng = np.random.default_rng(seed)
+    owned = np.zeros((n, d), np.bool_)
+    for feature in range(d):
+        owned[rng.permutation(n)[:owners], feature] = True
+    parts = []
+    for client in clients:
+        rng = np.random.default_rng((seed, client))
+        features = np.flatnonzero(owned[client])
+        rank = min(samples, features.size)
+        values = 0.9 * np.sqrt((largest - mu) * np.linspace(0.0, 1.0, rank) + mu) + (1.0 if client == 0 else 0.0)
+        left, right = (np.linalg.qr(rng.normal(size=(size, rank)))[0] for size in (samples, features.size))
+        a = np.zeros((samples, d))
+        a[:, features] = left @ (values[:, None] * right.T)
+        b = a @ np.full(d, 0.5) + rng.uniform(-2.0, 2.0, samples)
+        parts.append((np.sqrt(samples / 2) * a, np.sqrt(samples / 2) * b))
+    return LeastSquares(parts)
 
 
 @dataclass(frozen=True)

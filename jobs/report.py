@@ -1,103 +1,165 @@
-"""Tabulate and draw finished runs: ``mpi-ef report runs/dense runs/topk --plot curves.png``. Needs no MPI."""
+"""Tabulate and draw finished runs: ``mpi-ef report RUN... --html report.html``. Needs no MPI.
+
+A RUN is a folder that ``mpi-ef train`` or ``mpi-ef reproduce`` has written, or a file of ``mpi-ef bench --json``.
+"""
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpi_ef.errors import DataError, MpiEfError
 from mpi_ef.jobs.metrics import in_bytes
 
-__all__ = ["main", "pyplot", "read_run"]
+__all__ = ["Section", "main", "read_sections"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a report says of runs of one kind.
+
+    Attributes
+    ----------
+    kind : str
+        Of the program that wrote the runs; names the pictures where there are several.
+    title, text : str
+    draw : callable
+        Draws into a file.
+    """
+
+    kind: str
+    title: str
+    text: str
+    draw: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class _Run:
+    name: str
+    summary: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a table of the runs, the first one as the baseline, and draw them when asked to."""
-    parser = argparse.ArgumentParser(prog="mpi-ef report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that mpi-ef train has written")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw validation loss against bytes and steps")
+    """Print tables of the runs, and draw them when asked to."""
+    parser = argparse.ArgumentParser(prog="mpi-ef report", description=(__doc__ or "").partition("\n")[2])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder or file of a finished run")
+    parser.add_argument("--plot", type=Path, metavar="PNG",
+                        help="draw losses against bytes, time and steps; what is lost, state, times of phases")  # fmt: skip
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write tables and pictures into one page")
     arguments = parser.parse_args(argv)
     try:
-        runs = {str(path): read_run(path) for path in arguments.runs}
-        print(table(runs))
+        sections = read_sections(arguments.runs)
+        print("\n\n".join(section.text for section in sections))
         if arguments.plot:
-            plot(runs, arguments.plot)
+            for section in sections:
+                section.draw(_path_for(section, arguments.plot, alone=len(sections) == 1))
+        if arguments.html:
+            from mpi_ef.jobs.page import write
+
+            write(sections, arguments.html)
     except MpiEfError as error:
         raise SystemExit(f"mpi-ef: {error}") from None
 
 
-def read_run(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the summary and the metrics rows of a finished run.
+def _path_for(section: Section, path: Path, *, alone: bool) -> Path:
+    return path if alone else path.with_name(f"{path.stem}-{section.kind}{path.suffix}")
+
+
+def read_sections(paths: Sequence[Path]) -> list[Section]:
+    """Return what there is to say of the runs, by the programs that wrote them; trained ones together, dense first.
 
     Raises
     ------
     DataError
-        When the folder holds no finished run.
+        When a path holds no finished run.
     """
+    trained, others = [], []
+    for path in paths:
+        if path.is_file():
+            others.append(_benched(path))
+        elif (path / "table.txt").is_file():
+            others.append(_reproduced(path))
+        else:
+            trained.append(_trained(path))
+    if not trained:
+        return others
+    names = _short_names([run.name for run in trained])
+    trained = [_Run(name, run.summary, run.rows) for name, run in zip(names, trained, strict=True)]
+    trained.sort(key=lambda run: run.summary["config"]["compressor"] != "identity")  # stable: the order given otherwise
+
+    def draw(path: Path) -> None:
+        from mpi_ef.jobs import figures
+
+        figures.training({run.name: run.rows for run in trained}, path)
+
+    return [Section("train", "Training", table(trained), draw), *others]
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Return the last parts of paths where they tell them apart, else the paths."""
+    short = [Path(name).name for name in names]
+    return short if len(set(short)) == len(short) else list(names)
+
+
+def _trained(path: Path) -> _Run:
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return summary, [json.loads(line) for line in lines]
-    except (OSError, json.JSONDecodeError) as error:
-        raise DataError(
-            f"{path}: holds no finished run ({error}); name a folder that mpi-ef train has written"
-        ) from None
+        rows = _lines(path)
+        rows[-1]["step"], summary["val_loss"], summary["config"]["compressor"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path}: holds no finished run ({error}); name a folder that mpi-ef train or reproduce has "
+                        "written, or a file of mpi-ef bench --json") from None  # fmt: skip
+    return _Run(str(path), summary, rows)
 
 
-def table(runs: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]) -> str:
-    """Return one line per run: losses, bytes, times."""
-    first = next(iter(runs.values()))[0]["val_loss"]
-    width = max(len(name) for name in runs)
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _reproduced(path: Path) -> Section:
+    from mpi_ef.jobs.simulate import Curve
+
+    panels: dict[str, dict[str, Curve]] = {}
+    try:
+        text = (path / "table.txt").read_text(encoding="utf-8").rstrip()
+        for row in _lines(path):
+            panels.setdefault(row["panel"], {}).setdefault(row["run"], Curve()).append_row(row)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: metrics.jsonl is damaged ({error!r}); run mpi-ef reproduce again") from None
+
+    def draw(target: Path) -> None:
+        from mpi_ef.jobs import figures
+
+        figures.against_bits_and_steps(panels, target)
+
+    return Section(path.name, f"Reproduced: {path.name}", text, draw)
+
+
+def _benched(path: Path) -> Section:
+    from mpi_ef.jobs import bench_report
+
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        text = bench_report.table(result)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: is no result of mpi-ef bench --json ({error!r})") from None
+    return Section(path.stem, f"Benchmark: {path.stem}", text, lambda target: bench_report.plot(result, target))
+
+
+def table(runs: Sequence[_Run]) -> str:
+    """Return one line per run: losses, bytes, times; the first run is what the others are compared with."""
+    first = runs[0].summary["val_loss"]
+    width = max(3, *(len(run.name) for run in runs))
     lines = [f"{'run':<{width}}  val. loss  to first  sent/rank   dense/sent  ms/step"]
-    for name, (summary, _) in runs.items():
-        sent = summary["sent_nbytes"]
+    for run in runs:
+        summary, sent = run.summary, run.summary["sent_nbytes"]
         lines.append(
-            f"{name:<{width}}  {summary['val_loss']:9.4f}  {100 * (summary['val_loss'] / first - 1):+7.1f}%  "
+            f"{run.name:<{width}}  {summary['val_loss']:9.4f}  {100 * (summary['val_loss'] / first - 1):+7.1f}%  "
             f"{in_bytes(sent):>9}  {summary['dense_nbytes'] / max(1, sent):10.1f}x  "
             f"{1e3 * summary['seconds_per_step']:7.1f}"
         )
     return "\n".join(lines)
-
-
-def pyplot(program: str) -> Any:
-    """Return matplotlib.pyplot, drawing to files only.
-
-    Raises
-    ------
-    DataError
-        When matplotlib is not installed.
-    """
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
-        raise DataError(f"{program}: matplotlib is not installed; pip install matplotlib") from None
-    return plt
-
-
-def plot(runs: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]], path: Path) -> None:
-    """Draw validation loss against bytes sent per rank (logarithmic) and against steps.
-
-    Raises
-    ------
-    DataError
-        When matplotlib is not installed.
-    """
-    plt = pyplot("report")
-    figure, (by_bytes, by_steps) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for name, (_, rows) in runs.items():
-        shown = [row for row in rows if row["val_loss"] is not None]
-        losses = [row["val_loss"] for row in shown]
-        by_bytes.plot([max(1, row["sent_nbytes"]) for row in shown], losses, marker=".")
-        by_steps.plot([row["step"] for row in shown], losses, marker=".", label=Path(name).name)
-    by_bytes.set(xscale="log", xlabel="bytes sent per rank", ylabel="validation loss (nats)")
-    by_steps.set(xlabel="steps")
-    by_steps.legend(loc="upper right")
-    for axes in (by_bytes, by_steps):
-        axes.grid(visible=True, alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -78,6 +78,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         "EF21-SGD does not converge in two dimensions, SGDM and EControl do (arXiv 2305.15155)", "counterexample"
     ),
     "ef21-w": Experiment("EF21-W against EF21, 1000 clients of different smoothness (arXiv 2402.10774)", "weights"),
+    "ef21-rare": Experiment("EF21 where features are rare, with larger step sizes (arXiv 2305.15264)", "rare"),
     "ef21-pp": Experiment("EF21-PP with 100 to 12.5 % of 20 clients (arXiv 2110.03294)", "participation", True),
     "ef21-bc": Experiment("EF21-BC: Top-2 up, Top-2 to everything down (arXiv 2110.03294)", "bidirectional", True),
 }

@@ -34,11 +34,21 @@ class Curve:
     sent_bits: list[float] = field(default_factory=list)
     paper_bits: list[float] = field(default_factory=list)
 
-    def rows(self, run: str) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
         """Return the looks as rows of a metrics file."""
-        names = ("steps", "squared_norms", "sent_bits", "paper_bits")
-        return [dict(zip(("run", "step", "squared_norm", "sent_bits", "paper_bits"), (run, *look), strict=True))
-                for look in zip(*(getattr(self, name) for name in names), strict=True)]  # fmt: skip
+        return [
+            {"step": step, "squared_norm": norm, "sent_bits": sent, "paper_bits": paper}
+            for step, norm, sent, paper in zip(
+                self.steps, self.squared_norms, self.sent_bits, self.paper_bits, strict=True
+            )
+        ]
+
+    def append_row(self, row: Mapping[str, Any]) -> None:
+        """Add a look that :meth:`rows` has returned."""
+        self.steps.append(row["step"])
+        self.squared_norms.append(row["squared_norm"])
+        self.sent_bits.append(row["sent_bits"])
+        self.paper_bits.append(row["paper_bits"])
 
 
 def descend(

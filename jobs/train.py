@@ -109,20 +109,21 @@ def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
         For unusable data or options, on all ranks.
     """
     from mpi_ef.jobs.metrics import Metrics, Progress
-    from mpi_ef.jobs.trainer import COLUMNS, Trainer
+    from mpi_ef.jobs.trainer import Trainer
 
     trainer = Trainer(comm, config)
     root = comm.Get_rank() == 0
-    metrics = Metrics(config.out, COLUMNS) if root else None
+    metrics = Metrics(config.out, trainer.columns) if root else None
     if root:
         (config.out / "config.toml").write_text(to_toml(config), encoding="utf-8")
         print(trainer.headline(), flush=True)
     progress = Progress(config.steps)
     row: dict[str, Any] = {}
     for step in range(1, config.steps + 1):
-        trainer.step()
         evaluate = step == config.steps or step % config.eval_every == 0
-        if not evaluate and step % config.log_every:
+        logged = evaluate or step % config.log_every == 0
+        trainer.step(watched=logged)
+        if not logged:
             continue
         row = trainer.row(evaluate=evaluate)
         if metrics is not None:

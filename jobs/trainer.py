@@ -1,5 +1,6 @@
 """The training loop's inside: model, shards, optimizer, validation, times."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,8 @@ from mpi_ef.optim import DistributedOptimizer
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["COLUMNS", "Trainer"]
+__all__ = ["Trainer"]
 
-COLUMNS = ["step", "epoch", "lr", "loss", "val_loss", "val_accuracy", "sent_nbytes", "dense_nbytes", "seconds",
-           *(f"seconds_{phase}" for phase in PHASES)]  # fmt: skip
 _EVALUATION_BATCH = 256
 
 
@@ -77,9 +76,22 @@ class Trainer:
                 f"{in_bytes(plan.traffic.sent_nbytes)} per step and rank "
                 f"(dense: {in_bytes(plan.traffic.dense_nbytes)})")  # fmt: skip
 
-    def step(self) -> None:
-        """Take one optimizer step on the next batch of this rank."""
+    @property
+    def columns(self) -> list[str]:
+        """Names of what :meth:`row` returns. Local."""
+        times = [f"{which}seconds_{phase}" for phase in PHASES for which in ("", "min_", "max_")]
+        return ["step", "epoch", "lr", "loss", "val_loss", "val_accuracy", "sent_nbytes", "dense_nbytes", "lost",
+                *(f"norm_{name}" for name in self._state()), "seconds", *times]  # fmt: skip
+
+    def _state(self) -> "dict[str, np.ndarray]":
+        feedback = self.optimizer.feedback
+        return feedback.per_rank() | feedback.replicated()
+
+    def step(self, *, watched: bool = False) -> None:
+        """Take one optimizer step on the next batch of this rank; a watched one measures what compression loses."""
         self.steps += 1
+        plan = self.optimizer.feedback.plan
+        plan.watched, plan.lost = watched, None
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.steps)
         began = perf_counter()
@@ -113,7 +125,7 @@ class Trainer:
         row = {"step": self.steps, "epoch": self.epoch, "lr": learning_rate(self.config, self.steps),
                "loss": loss / max(1.0, count), "val_loss": None, "val_accuracy": None,
                "sent_nbytes": feedback.sent_nbytes,
-               "dense_nbytes": self.steps * feedback.plan.traffic.dense_nbytes}  # fmt: skip
+               "dense_nbytes": self.steps * feedback.plan.traffic.dense_nbytes, **self._diagnosis()}  # fmt: skip
         if evaluate:
             paused = perf_counter()
             row |= self._evaluate()
@@ -121,7 +133,22 @@ class Trainer:
         row["seconds"] = perf_counter() - self._began
         seconds = self._seconds | feedback.seconds
         seconds["update"] = seconds["optimizer"] - sum(feedback.seconds.values())
-        return row | {f"seconds_{phase}": seconds[phase] for phase in PHASES}
+        spent = self._all([seconds[phase] for phase in PHASES])
+        for prefix, values in (("", spent.mean(axis=0)), ("min_", spent.min(axis=0)), ("max_", spent.max(axis=0))):
+            row |= {f"{prefix}seconds_{phase}": float(value) for phase, value in zip(PHASES, values, strict=True)}
+        return row
+
+    def _diagnosis(self) -> dict[str, float | None]:
+        """Return what the last exchange lost, mean over ranks, and norms of the state, mean square over ranks."""
+        plan, state = self.optimizer.feedback.plan, self._state()
+        lost = np.nan if plan.lost is None else plan.lost
+        means = self._all([lost, *(float(np.linalg.norm(array)) ** 2 for array in state.values())]).mean(axis=0)
+        parts = [
+            plan.size if name.startswith("plan.") else 1 for name in state
+        ]  # a plan's arrays are parts of a vector
+        norms = np.sqrt(parts * means[1:]).tolist()
+        row = {f"norm_{name}": norm for name, norm in zip(state, norms, strict=True)}
+        return {"lost": None if np.isnan(means[0]) else float(means[0]), **row}
 
     def _evaluate(self) -> dict[str, float | None]:
         total, right, count = 0.0, 0, 0
@@ -138,9 +165,13 @@ class Trainer:
         return {"val_loss": total / number, "val_accuracy": None if self.data.labels is None else hits / number}
 
     def _sum(self, *values: float) -> list[float]:
+        return self._all(values).sum(axis=0).tolist()  # type: ignore[no-any-return]
+
+    def _all(self, values: Sequence[float]) -> "np.ndarray":
+        """Return the values of all ranks, (ranks, values)."""
         rows = np.empty((self.comm.Get_size(), len(values)))
         self.comm.Allgather(np.array(values, np.float64), rows)
-        return rows.sum(axis=0).tolist()  # type: ignore[no-any-return]
+        return rows
 
     def replicas_equal(self) -> bool:
         """Tell whether the parameters are the same bits on all ranks."""

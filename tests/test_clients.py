@@ -188,6 +188,14 @@ def test_aggregate_is_the_mean_of_the_local_estimates(rule):
     np.testing.assert_allclose(world["replicated"][name], local.mean(axis=0), atol=1e-12)
 
 
+def test_what_the_server_has_not_told_yet_is_behind():
+    """Law 5 of EF21-BC, gathered."""
+    world = gathered(virtual.results(2, client_steps("ef21-bc")))
+    told = world["replicated"]["g"] + world["replicated"]["behind"]
+    assert world["replicated"]["behind"].any()
+    np.testing.assert_allclose(told, world["local"]["g_i"].mean(axis=0), atol=1e-12)
+
+
 def test_weighted_aggregate_is_the_weighted_mean():
     world = gathered(virtual.results(2, client_steps("ef21-w")))
     np.testing.assert_allclose(world["replicated"]["g"], CLIENT_WEIGHTS @ world["local"]["g_i"], atol=1e-12)

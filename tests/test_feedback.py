@@ -1,12 +1,14 @@
 """Laws of the error-feedback rules, on virtual ranks."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import virtual
 from programs import PLANS, RULES, rule_steps, same_bits
 from vectors_for_tests import gaussian
 
-from mpi_ef.collectives import DenseMean, GatherMean
+from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, chunk_bounds
 from mpi_ef.compress import Identity, RandK, Sign, TopK, lazy
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
@@ -410,3 +412,51 @@ def test_a_combination_is_no_vector_for_a_rule():
     peer, error = virtual.run(2, program)
     assert isinstance(error, MpiEfError)
     assert isinstance(peer, PeerError)
+
+
+def top(v, k):
+    """Top-k as anybody would write it; among equal magnitudes the lowest index first."""
+    chosen = np.argsort(-np.abs(v), kind="stable")[:k]
+    out = np.zeros_like(v)
+    out[chosen] = v[chosen]
+    return out
+
+
+@each_world
+def test_ef21_bc_in_two_phases_is_the_pseudocode(n):
+    """Every rank is the server of a chunk: clients and servers select from chunks. Against a plain loop, and law 5."""
+    steps, up, down = 12, 3, 1
+    vectors = [[gaussian(rank, D, np.float64, step=step) for rank in range(n)] for step in range(steps)]
+    bounds = chunk_bounds(D, n)
+    chunks = [slice(low, high) for low, high in pairwise(bounds)]
+
+    def program(comm):
+        plan = TwoPhaseMean(comm, TopK(k=up), D, np.float64, reply=TopK(k=down))
+        feedback = ErrorFeedback("ef21-bc", plan, dense_steps=1)
+        results = [feedback.step(rows[comm.Get_rank()]).copy() for rows in vectors]
+        return {"results": results, "per rank": feedback.per_rank(), "replicated": feedback.replicated()}
+
+    rows = virtual.results(n, program)
+    g_i = np.array(vectors[0])
+    g = g_i.mean(axis=0)
+    for step in range(1, steps):
+        for i, grad in enumerate(vectors[step]):
+            for chunk in chunks:
+                g_i[i, chunk] += top(grad[chunk] - g_i[i, chunk], up)
+        for chunk in chunks:
+            g[chunk] += top(g_i.mean(axis=0)[chunk] - g[chunk], down)
+        for row in rows:
+            np.testing.assert_allclose(row["results"][step], g, atol=1e-13)
+    assert abs(residual(rows)).max() > 0.1  # the way back really was narrow
+    np.testing.assert_allclose(g + residual(rows), mean_over_ranks(rows, "per rank", "g_i"), atol=1e-13)
+    assert not rows[0]["replicated"]["behind"].size
+
+
+def test_ef21_bc_refuses_a_second_reply():
+    def program(comm):
+        plan = TwoPhaseMean(comm, TopK(0.1), D, reply=TopK(0.5))
+        ErrorFeedback("ef21-bc", plan, reply=TopK(0.2)).step(gaussian(comm.Get_rank(), D))
+
+    for outcome in virtual.run(2, program):
+        assert isinstance(outcome, OptionError)
+        assert "which has a reply of its own; pass it there" in str(outcome)

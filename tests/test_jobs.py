@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, LaunchError, PeerError
-from mpi_ef.jobs import cli, report
+from mpi_ef.jobs import cli
 from mpi_ef.jobs.bench_report import Link, Row, break_even, combine, table
 from mpi_ef.jobs.config import option, parse, to_toml
 from mpi_ef.jobs.data import Digits, Text, batches, shard
@@ -243,20 +243,6 @@ def test_fewer_samples_than_ranks(tmp_path):
     assert {type(error) for error in errors} == {DataError}
     assert all(error.everywhere for error in errors)
     assert "9 samples for 10 ranks" in str(errors[0])
-
-
-def test_report(tmp_path, capsys):
-    for name, lr in (("slow", 1e-4), ("fast", 0.02)):
-        config = TrainConfig(model="mlp", steps=8, warmup=1, eval_every=2, lr=lr, out=tmp_path / name)
-        virtual.results(2, lambda comm, config=config: train(comm, config))
-    capsys.readouterr()
-    picture = tmp_path / "pictures" / "curves.png"
-    report.main([str(tmp_path / "slow"), str(tmp_path / "fast"), "--plot", str(picture)])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
-    assert picture.read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(SystemExit, match="holds no finished run"):
-        report.main([str(tmp_path / "absent")])
 
 
 def bench_row(name, kind, milliseconds, sent, own=None):

@@ -9,7 +9,15 @@ import virtual
 from mpi_ef.compress import TopK
 from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.jobs.libsvm import SPLITS, load_libsvm, split_rows
-from mpi_ef.jobs.problems import LogisticRegression, Quadratics, soft_threshold, tridiagonal, zeta_quadratics
+from mpi_ef.jobs.problems import (
+    LeastSquares,
+    LogisticRegression,
+    Quadratics,
+    rare_features,
+    soft_threshold,
+    tridiagonal,
+    zeta_quadratics,
+)
 from mpi_ef.jobs.simulate import descend
 
 SHAPES = {"phishing": (11055, 68), "mushrooms": (8124, 112), "a9a": (32561, 123), "w8a": (49749, 300)}
@@ -104,6 +112,9 @@ def test_gradients_are_those_of_the_values():
     rows = [(rng.normal(size=(7, 5)), np.where(rng.random(7) < 0.5, 1.0, -1.0)) for _ in range(3)]
     for problem in (
         LogisticRegression(rows),
+        LeastSquares(rows),
+        LeastSquares(rows, weight=0.3),
+        rare_features(range(3), 5, 5, 2, samples=4),
         zeta_quadratics(range(1, 4), 6, 5, 3.0, seed=0),
         tridiagonal(range(3), 9, 5, 0.8),
     ):
@@ -117,6 +128,22 @@ def test_gradients_are_those_of_the_values():
         for client, largest in enumerate(problem.client_smoothness()):
             h_i = np.array([problem.curvature(unit)[client] for unit in np.eye(5)])
             np.testing.assert_allclose(np.abs(np.linalg.eigvalsh(h_i)).max(), largest, rtol=1e-12)
+
+
+def test_rare_features_are_rare():
+    """Every feature is known to as many clients as asked for; Hessians have the eigenvalues asked for on them."""
+    n, d, owners = 20, 80, 6
+    problem = rare_features(range(n), n, d, owners, samples=6, seed=1)
+    known = np.array([(a != 0).any(axis=0) for a, _ in problem.parts])
+    assert (known.sum(axis=0) == owners).all()
+    halves = [rare_features(own, n, d, owners, samples=6, seed=1) for own in (range(7), range(7, n))]
+    x = np.random.default_rng(0).normal(size=d)
+    np.testing.assert_array_equal(np.concatenate([half.gradients(x) for half in halves]), problem.gradients(x))
+    assert not problem.gradients(x)[~known].any()
+    for client, (a, b) in enumerate(problem.parts):
+        hessian = np.linalg.eigvalsh(2 / b.size * a.T @ a)[-6:]
+        expected = (0.9 * np.sqrt(19 * np.linspace(0, 1, 6) + 1) + (client == 0)) ** 2
+        np.testing.assert_allclose(hessian, expected, rtol=1e-9)
 
 
 def test_clients_do_not_agree_by_zeta():

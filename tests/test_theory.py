@@ -37,8 +37,16 @@ def test_step_sizes():
     assert step_size("ef21-sgdm", SOME, 0.1, eta=0.1) == pytest.approx(min(0.1 / (20 * np.sqrt(12.5)), 0.1 / 7))
     assert step_size("ef21-sgd2m", SOME, 0.9, eta=0.01) == pytest.approx(0.01 / 16)
     assert step_size("ef21-pp", SOME, 0.5, participation=1.0) == step_size("ef21", SOME, 0.5)
-    sizes = [step_size("ef21-pp", SOME, 0.5, participation=p) for p in (0.1, 0.5, 0.9, 1.0)]
-    assert sizes == sorted(sizes)
+    for rule, plain in (("ef21-pp", "ef21"), ("ef21-w-pp", "ef21-w")):
+        sizes = [step_size(rule, SOME, 0.5, participation=p) for p in (0.1, 0.5, 0.9, 1.0)]
+        assert sizes == sorted(sizes)
+        assert sizes[-1] == step_size(plain, SOME, 0.5)
+    for rule in ("ef21", "ef21-w"):
+        assert step_size(f"{rule}-sgd", SOME, 0.1) == step_size(rule, SOME, 0.05)
+        assert step_size(rule, SOME, 1.0, mu=0.5) == 1.0  # gradient descent, whatever mu is
+        assert step_size(rule, SOME, 1e-4, mu=1.0) < step_size(rule, SOME, 1e-4)
+    assert step_size("ef21", SOME, 0.1, mu=1e-3) == pytest.approx(1 / (1 + np.sqrt(25) * 18.4868), rel=1e-5)
+    assert step_size("ef21", Smoothness(1.0, (1e-9,)), 0.1, mu=1.0) == pytest.approx(theta(0.1) / 2)
     assert step_size("marina", SOME, 1.0) == 1.0
     assert step_size("marina", SOME, 0.1) == pytest.approx(1 / (1 + np.sqrt(0.9 * 9 / (0.1 * 4))))
     sizes = [step_size("clag", SOME, 0.5, zeta=zeta) for zeta in (100.0, 10.0, 0.0)]
@@ -50,6 +58,8 @@ def test_step_sizes():
     (lambda: step_size("nonsense", SOME, 0.1), "there are formulas for gd, ef21"),
     (lambda: step_size("ef21", SOME, 0.0), "alpha=0.0 is not in (0, 1]"),
     (lambda: step_size("ef21", SOME, 1.5), "alpha=1.5 is not in (0, 1]"),
+    (lambda: step_size("ef21", SOME, 0.5, mu=2.0), "mu=2.0 is not in (0, 1]"),
+    (lambda: step_size("d-ec-sgd", SOME, 0.5), "tune it near"),
     (lambda: step_size("ef21-sgdm", SOME, 0.1), "eta"),
     (lambda: step_size("ef21-sgdm", SOME, 0.1, eta=2.0), "eta=2.0 is not in (0, 1]"),
     (lambda: step_size("ef21-rare", SOME, 0.1, c=5), "c=5 is not in 1 ... n=4"),

@@ -4,11 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from mpi_ef import kernels
 from mpi_ef.compress import Combination, Compressor, Identity, Keep, Source, source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
@@ -73,6 +74,10 @@ class Plan(ABC):
         Bytes that have left this rank in all exchanges so far.
     seconds : dict of str to float
         Wall time of this rank in "encode", "communicate" and "decode", added up over all exchanges.
+    watched : bool
+        Whether exchanges measure what is lost, in passes and memory of their own. False at first.
+    lost : float or None
+        ``||x - C(x)||^2 / ||x||^2`` of this rank's last watched exchange.
 
     Raises
     ------
@@ -93,6 +98,7 @@ class Plan(ABC):
         self.compressor = compressor
         self.exchanges = self.sent_nbytes = 0
         self.seconds = {"encode": 0.0, "communicate": 0.0, "decode": 0.0}
+        self.watched, self.lost = False, cast("float | None", None)
         self._refusal: MpiEfError | None = None
         self._started = False
         self._request: Any = None
@@ -197,6 +203,11 @@ class Plan(ABC):
         return self.clients * self.d
 
     @property
+    def server_d(self) -> int:
+        """Length of what every rank keeps where it plays the server; 0 where the ranks share that."""
+        return self.d
+
+    @property
     @abstractmethod
     def traffic(self) -> Traffic:
         """Bytes of one exchange."""
@@ -264,6 +275,16 @@ class Plan(ABC):
                 self._refusal.__cause__ = error
         self._started = True
         self.seconds["encode"] += perf_counter() - began
+        if self.watched and self._refusal is None:
+            self.lost = self._measure_loss(source(x))
+
+    def _measure_loss(self, x: Source) -> float:
+        missing, decoding = np.empty(self.own_d, self.dtype), self.seconds["decode"]
+        kernels.combine(x.terms, x.factors, missing, np.empty(kernels.COMBINE_SCRATCH, self.dtype))
+        whole = float(np.linalg.norm(missing))
+        self.add_own(missing, -1.0)
+        self.seconds["decode"] = decoding
+        return (float(np.linalg.norm(missing)) / whole) ** 2 if whole else 0.0
 
     def wait(self) -> Self:
         """Finish the exchange begun by :meth:`start`. Collective."""

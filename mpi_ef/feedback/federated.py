@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ef.collectives import ClientsMean, Plan
+from mpi_ef.collectives import ClientsMean, Plan, TwoPhaseMean
 from mpi_ef.compress import Compressor, Identity, lazy
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
@@ -86,11 +86,11 @@ def ef21_w(s: EF21WState, plan: Plan, grad: Vector) -> Vector:
 
 @dataclass(kw_only=True)
 class EF21BCState(State):
-    """g_i: this rank's estimate. mean: of the g_i, which the server knows. g: what all know. reply: C', the way back."""
+    """g_i: this rank's estimate. g: what all know. behind: mean of the g_i, less g. reply: C', the way back."""
 
     g_i: Vector = per_rank()
-    mean: Vector = replicated()
     g: Vector = replicated()
+    behind: Vector = field(metadata={"kind": "replicated", "size": "server_d"})
     reply: Compressor = field(default_factory=Identity)
     server: Reply | None = None
 
@@ -98,24 +98,35 @@ class EF21BCState(State):
 def ef21_bc(s: EF21BCState, plan: Plan, grad: Vector) -> Vector:
     """Take one step of EF21-BC and return g: both ways are compressed.
 
-    Fatkhullin et al. 2021 (EF21 with Bells & Whistles, arXiv 2110.03294). Gathered messages reach every rank, and every rank
-    does what the server would do, so the bytes of the way back are saved, not sent; see :class:`Reply`::
+    Fatkhullin et al. 2021 (EF21 with Bells & Whistles, arXiv 2110.03294)::
 
-        c_i  = C(grad_i - g_i)
-        g_i  = g_i + c_i
-        mean = mean + mean_i c_i
-        g    = g + C'(mean - g)
+        c_i = C(grad_i - g_i)
+        g_i = g_i + c_i
+        g   = g + C'(mean_i g_i - g)
+
+    The server keeps ``behind = mean_i g_i - g``, to which it adds mean_i c_i, and off which it takes what it sends. In a
+    :class:`TwoPhaseMean` every rank is the server of a chunk, `behind` is the plan's residual and C' its reply, on each
+    chunk. Gathered messages reach every rank, and every rank plays the server: the way back costs nothing, see
+    :class:`Reply`.
     """
+    if isinstance(plan, TwoPhaseMean) and s.reply not in (Identity(), plan.reply):
+        raise OptionError(
+            f"ef21-bc: reply={s.reply} beside a TwoPhaseMean, which has a reply of its own; pass it there"
+        )
     step = plan.exchanges
     c = plan.exchange(lazy(grad) - s.g_i)
     c.add_own(s.g_i)
-    c.add_mean(s.mean)
+    if not s.behind.size:
+        c.add_mean(s.g)
+        return s.g
+    c.add_mean(s.behind)
     if isinstance(plan.compressor, Identity):  # a dense step is dense both ways
-        s.g[:] = s.mean
+        s.g += s.behind
+        s.behind.fill(0)
         return s.g
     if s.server is None:
         s.server = Reply(s.reply, plan)
-    s.server.add(lazy(s.mean) - s.g, s.g, step)
+    s.server.move(s.behind, s.g, step)
     return s.g
 
 

@@ -57,7 +57,7 @@ class State:
 
 
 class Reply:
-    """The compressed way back from the server. Every rank does what the server would do, so nothing travels.
+    """The compressed way back from a server that every rank plays, so that nothing travels.
 
     Attributes
     ----------
@@ -71,10 +71,11 @@ class Reply:
         self._rank = plan.clients
         self.nbytes = self._codec.nbytes
 
-    def add(self, x: Combination, out: Vector, step: int) -> None:
-        """Add C(x) to `out`; `step` is the key of random compressors."""
-        self._codec.encode(source(x), self._wire, step=step, rank=self._rank)
-        self._codec.add_encoded(self._wire, out)
+    def move(self, behind: Vector, out: Vector, step: int) -> None:
+        """Take C'(behind) off `behind` and add it to `out`; `step` is the key of random compressors."""
+        self._codec.encode(source(behind), self._wire, step=step, rank=self._rank)
+        for factor, vector in ((-1.0, behind), (1.0, out)):
+            self._codec.add_encoded(self._wire, vector, factor)
 
 
 def form(x: Combination, into: Vector) -> Vector:

@@ -93,14 +93,35 @@ def three_point(alpha: float, *, zeta: float = 0.0) -> tuple[float, float]:
     return theta(alpha), max(beta(alpha), zeta)
 
 
-def _ef21(s: Smoothness, alpha: float) -> float:
-    """Nonconvex f, arXiv 2106.05203, theorem 1."""
-    return 1.0 / (s.whole + s.quadratic_mean * xi(alpha))
+def _ef21(s: Smoothness, alpha: float, *, mu: float | None = None) -> float:
+    """Nonconvex f, arXiv 2106.05203, theorem 1; with the Polyak-Lojasiewicz condition theorem 2."""
+    return _with_reach(s, s.quadratic_mean, alpha, mu)
 
 
-def _ef21_w(s: Smoothness, alpha: float) -> float:
+def _ef21_w(s: Smoothness, alpha: float, *, mu: float | None = None) -> float:
     """Take L_AM in the place of L_QM, arXiv 2402.10774."""
-    return 1.0 / (s.whole + s.arithmetic_mean * xi(alpha))
+    return _with_reach(s, s.arithmetic_mean, alpha, mu)
+
+
+def _with_reach(s: Smoothness, reach: float, alpha: float, mu: float | None) -> float:
+    """``1 / (L + reach xi)``; ``min(1 / (L + reach xi sqrt(2)), theta / (2 mu))`` where ||grad f||^2 >= 2 mu (f - f*)."""
+    if mu is None:
+        return 1.0 / (s.whole + reach * xi(alpha))
+    return min(1.0 / (s.whole + reach * xi(alpha) * sqrt(2.0)), theta(alpha) / (2.0 * _checked("mu", mu, most=s.whole)))
+
+
+def _ef21_sgd(s: Smoothness, alpha: float) -> float:
+    """Gradients of minibatches, of bounded variance: EF21 with half of alpha.
+
+    Young's inequality with rho = alpha / (2 (1 - alpha)) parts the noise of the new gradient from ``C(x) - x``: what is left
+    of the error is ``(1 + rho) (1 - alpha) = 1 - alpha / 2``. Noise changes where the method stops, not its step size.
+    """
+    return _ef21(s, alpha / 2)
+
+
+def _ef21_w_sgd(s: Smoothness, alpha: float) -> float:
+    """As EF21-SGD, with L_AM."""
+    return _ef21_w(s, alpha / 2)
 
 
 def _ef21_rare(s: Smoothness, alpha: float, *, c: int) -> float:
@@ -120,11 +141,20 @@ def _clag(s: Smoothness, alpha: float, *, zeta: float = 1.0) -> float:
     return 1.0 / (s.whole + s.quadratic_mean * sqrt(b / a))
 
 
-def _pp(s: Smoothness, alpha: float, *, participation: float, slack: float = 1e-3) -> float:
+def _ef21_pp(s: Smoothness, alpha: float, *, participation: float, slack: float = 1e-3) -> float:
     """Partial participation with equal probabilities, as in the authors' code for arXiv 2305.15264."""
+    return _participating(s, s.quadratic_mean, alpha, participation, slack)
+
+
+def _ef21_w_pp(s: Smoothness, alpha: float, *, participation: float, slack: float = 1e-3) -> float:
+    """As EF21-PP, with L_AM, arXiv 2402.10774."""
+    return _participating(s, s.arithmetic_mean, alpha, participation, slack)
+
+
+def _participating(s: Smoothness, reach: float, alpha: float, participation: float, slack: float) -> float:
     p = _checked("participation", participation)
     if p == 1.0:
-        return _ef21(s, alpha)
+        return _with_reach(s, reach, alpha, None)
     shrink = 1.0 - (1.0 + slack) * (1.0 - alpha)
     contraction = slack * p + shrink * p - slack
     if contraction <= 0:
@@ -132,7 +162,7 @@ def _pp(s: Smoothness, alpha: float, *, participation: float, slack: float = 1e-
                           "take more clients, or more of each vector")  # fmt: skip
     growth = (1.0 + 1.0 / slack) * (1.0 - alpha)
     bracket = growth * p + (1.0 + 1.0 / slack) * (1.0 - p)
-    return 1.0 / (s.whole + s.quadratic_mean * sqrt(bracket / contraction))
+    return 1.0 / (s.whole + reach * sqrt(bracket / contraction))
 
 
 def _marina(s: Smoothness, alpha: float, *, p: float | None = None) -> float:
@@ -147,7 +177,10 @@ _STEP_SIZES: Mapping[str, Callable[..., float]] = {
     "ef21-plus": _ef21,
     "ef21-w": _ef21_w,
     "ef21-rare": _ef21_rare,
-    "ef21-pp": _pp,
+    "ef21-sgd": _ef21_sgd,
+    "ef21-w-sgd": _ef21_w_sgd,
+    "ef21-pp": _ef21_pp,
+    "ef21-w-pp": _ef21_w_pp,
     "ef21-sgdm": _sgdm(20.0, 7.0),  # arXiv 2305.15155, theorem 3
     "ef21-sgd2m": _sgdm(60.0, 16.0),
     "clag": _clag,
@@ -160,6 +193,7 @@ _WITHOUT = {
     "ef21-hb": "its constant is not certain; tune it below the step size of ef21",
     "ef21-bc": "its constant is not certain; tune it below the step size of ef21",
     "ef21-page": "its constant is not certain; tune it below the step size of ef21",
+    "d-ec-sgd": "its analysis is for (strongly) convex f; tune it near the step size of ef21",
 }
 
 
@@ -169,13 +203,13 @@ def step_size(rule: str, smoothness: Smoothness, alpha: float, **options: Any) -
     Parameters
     ----------
     rule : str
-        A name in the table of rules, "gd", or "ef21-rare".
+        A name in the table of rules, or "gd", "ef21-sgd", "ef21-w-sgd", "ef21-w-pp", "ef21-rare".
     smoothness : Smoothness
     alpha : float
         Contraction constant, in (0, 1].
     options
         What the formula wants besides: ``eta=`` (SGDM), ``zeta=`` (CLAG), ``participation=`` (PP), ``c=`` (rare features),
-        ``p=`` (MARINA).
+        ``p=`` (MARINA). ``mu=`` of ef21 and ef21-w: f has the Polyak-Lojasiewicz property with that constant.
 
     Raises
     ------

@@ -1,0 +1,149 @@
+"""What runs leave behind, put together: tables, pictures, a page."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import virtual
+from programs import PLANS, same_bits
+from vectors_for_tests import gaussian
+
+from mpi_ef.compress import lazy
+from mpi_ef.jobs import report, reproduce
+from mpi_ef.jobs.reproduce import ReproduceConfig
+from mpi_ef.jobs.train import PHASES, TrainConfig, train
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_watched_exchanges_measure_what_is_lost_and_change_nothing(plan):
+    d = 501
+
+    def program(comm):
+        watched, other = (PLANS[plan](comm, d, np.float64) for _ in range(2))
+        watched.watched = True
+        a, b = (gaussian(comm.Get_rank(), d, np.float64, step=step) for step in (0, 1))
+        message, means = np.zeros(d), np.zeros((2, d))
+        for p, mean in zip((watched, other), means, strict=True):
+            p.exchange(lazy(a) - b).add_mean(mean)
+        assert same_bits(*means)
+        assert other.lost is None
+        watched.add_own(message)
+        expected = ((a - b - message) ** 2).sum() / ((a - b) ** 2).sum()
+        np.testing.assert_allclose(watched.lost, expected, rtol=1e-12, atol=1e-30)
+        assert (watched.lost > 0) == (plan not in ("dense", "gather identity"))
+        watched.exchange(np.zeros(d))
+        assert watched.lost == 0.0
+
+    virtual.results(3, program)
+
+
+def trained(folder, *, ranks=2, **options):
+    config = TrainConfig(model="mlp", steps=8, warmup=1, eval_every=4, log_every=2, out=folder, **options)
+    virtual.results(ranks, lambda comm: train(comm, config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Four trained runs, a reproduced experiment and a benchmark."""
+    folder = tmp_path_factory.mktemp("runs")
+    trained(folder / "sparse")
+    trained(folder / "dense", compressor="identity", placement="gradient")
+    trained(folder / "<odd>", compressor="sign", dense_steps=3)
+    trained(folder / "ef21", placement="gradient", rule="ef21", optimizer="sgd")
+    config = ReproduceConfig(out=folder, steps=6)
+    virtual.results(2, lambda comm: reproduce.run(comm, "speedup", config))
+    unknown = dict.fromkeys(("entry_bits", "index_bits", "local_seconds", "touched_bytes"))
+    row = {"name": "MPI_Allreduce", "kind": "dense", "median_seconds": 2.0, "min_seconds": 1.0, "max_seconds": 3.0,
+           "sent_nbytes": 10, **unknown}  # fmt: skip
+    bench = {"ranks": 2, "d": 5, "ratio": 0.1, "repeats": 3, "launches": 1, "mpi": "Some MPI",
+             "link": {"latency_seconds": 1e-6, "bytes_per_second": 1e9}, "rows": [row]}  # fmt: skip
+    (folder / "bench.json").write_text(json.dumps(bench))
+    return folder
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["sparse", "dense", "<odd>", "ef21"])
+def test_metrics_say_what_is_lost_how_large_the_state_is_and_where_time_goes(runs, name):
+    rows = rows_of(runs / name)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    state = {"sparse": ["e_i"], "dense": ["e_i"], "<odd>": ["e_i", "plan.residual"], "ef21": ["g_i", "g"]}[name]
+    assert [key for key in rows[0] if key.startswith("norm_")] == [f"norm_{part}" for part in state]
+    for row in rows:
+        for phase in PHASES:
+            assert 0 <= row[f"min_seconds_{phase}"] <= row[f"seconds_{phase}"] <= row[f"max_seconds_{phase}"]
+        if name == "dense":
+            assert row["lost"] == row["norm_e_i"] == 0
+        elif name == "<odd>" and row["step"] <= 3:
+            assert row["lost"] is None  # a dense step
+        else:
+            assert 0 < row["lost"] < 1
+            assert all(row[f"norm_{part}"] > 0 for part in state)
+
+
+def test_table_pictures_and_page(runs, tmp_path, capsys):
+    paths = [str(runs / name) for name in ("sparse", "<odd>", "dense", "ef21", "speedup", "bench.json")]
+    report.main([*paths, "--plot", str(tmp_path / "new" / "all.png"), "--html", str(tmp_path / "page" / "all.html")])
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[:5]] == [
+        "run",
+        "dense",
+        "sparse",
+        "<odd>",
+        "ef21",
+    ]  # dense is the baseline
+    assert "+0.0%" in lines[1]
+    assert "EControl" in out
+    assert "Some MPI" in out
+    names = {"all-train.png", "all-speedup.png", "all-bench.png"}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == names
+    assert all((tmp_path / "new" / name).read_bytes()[:4] == b"\x89PNG" for name in names)
+    page = (tmp_path / "page" / "all.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)  # nothing is loaded from elsewhere
+    assert "&lt;odd&gt;" in page
+    assert "<odd>" not in page
+
+
+def test_one_kind_of_runs_takes_the_name_as_it_is(runs, tmp_path):
+    report.main([str(runs / "ef21"), "--plot", str(tmp_path / "one.svg")])
+    assert b"<svg" in (tmp_path / "one.svg").read_bytes()
+
+
+def test_runs_of_the_same_name_are_told_apart(runs, tmp_path, capsys):
+    trained(tmp_path / "sparse")
+    capsys.readouterr()
+    report.main([str(runs / "sparse"), str(tmp_path / "sparse")])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        str(runs / "sparse"), str(tmp_path / "sparse")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "arguments", "text"), [
+    ({}, ["absent"], "absent: holds no finished run"),
+    ({"run/summary.json": "{}", "run/metrics.jsonl": "{}"}, ["run"], "run: holds no finished run"),
+    ({"run/table.txt": "", "run/metrics.jsonl": '{"step": 1}'}, ["run"], "run: metrics.jsonl is damaged"),
+    ({"some.json": "[1, 2]"}, ["some.json"], "some.json: is no result of mpi-ef bench --json"),
+    ({"some.json": "{"}, ["some.json"], "some.json: is no result of mpi-ef bench --json"),
+])  # fmt: skip
+def test_what_is_no_run(tmp_path, monkeypatch, files, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit) as caught:
+        report.main(arguments)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(("option", "name", "text"), [
+    ("--plot", "curves.xyz", "the picture cannot be written"), ("--html", "a file/page.html", "the page cannot be written"),
+])  # fmt: skip
+def test_what_cannot_be_written(runs, tmp_path, option, name, text):
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(SystemExit, match=text):
+        report.main([str(runs / "sparse"), option, str(tmp_path / name)])
