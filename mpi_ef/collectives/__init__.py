@@ -8,7 +8,7 @@ from .clients import ClientsMean
 from .dense import DenseMean
 from .frames import Frames
 from .onecall import allgather, allreduce
-from .plan import Comm, Plan, Traffic
+from .plan import Comm, Offer, Plan, Traffic
 from .plans import GatherMean, TwoPhaseMean, chunk_bounds, plan_for
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "DenseMean",
     "Frames",
     "GatherMean",
+    "Offer",
     "Plan",
     "Traffic",
     "TwoPhaseMean",

@@ -17,7 +17,7 @@ from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteEr
 from .agreement import agree, ranks_text
 from .frames import NON_FINITE, OK, REJECTED, Frames, header_of, status_of
 
-__all__ = ["Comm", "Plan", "Traffic", "dense_nbytes"]
+__all__ = ["Comm", "Offer", "Plan", "Traffic", "dense_nbytes"]
 
 # An mpi4py intracommunicator. Its type is not named here because importing mpi4py.MPI would start MPI.
 Comm = Any
@@ -43,6 +43,34 @@ class Traffic:
     sent_nbytes: int
     received_nbytes: int
     dense_nbytes: int
+
+
+@dataclass(frozen=True)
+class Offer:
+    """An exchange that somebody else makes, at once or in two parts. See :meth:`Plan.exchange` for what it takes.
+
+    Attributes
+    ----------
+    plan : Plan
+    x, keep
+    words : dict
+        What the plan wants to know besides, for example who speaks.
+    """
+
+    plan: "Plan"
+    x: Vector | Combination
+    keep: Keep | None
+    words: dict[str, Any]
+
+    def exchange(self) -> "Plan":
+        """Do it now. Collective."""
+        return self.plan.exchange(self.x, keep=self.keep, **self.words)
+
+    def start(self) -> None:
+        """Start it; ``plan.wait()`` finishes. Collective."""
+        if self.words:
+            raise OptionError(f"{type(self.plan).__name__}: an exchange with {', '.join(self.words)} cannot be split")
+        self.plan.start(self.x, keep=self.keep)
 
 
 class Plan(ABC):
@@ -248,6 +276,15 @@ class Plan(ABC):
         """
         self._begin(x, keep)
         return self.wait()
+
+    def offer(self, x: Vector | Combination, *, keep: Keep | None = None, **words: Any) -> Offer:
+        """Return the exchange of `x` for somebody else to make. Local."""
+        return Offer(self, x, keep, words)
+
+    def progress(self) -> None:
+        """Let MPI work on what :meth:`start` has begun, which happens inside of MPI calls only. Local."""
+        if self._request is not None:
+            self._request.Test()
 
     def start(self, x: Vector | Combination, *, keep: Keep | None = None) -> None:
         """Encode `x` and start to exchange it; `x` may be changed as soon as this returns. Collective.

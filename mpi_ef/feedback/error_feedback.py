@@ -10,6 +10,7 @@ from mpi_ef.collectives.agreement import agree
 from mpi_ef.compress.combination import Combination, Vector
 from mpi_ef.errors import OptionError, ShapeError
 
+from .state import Steps
 from .table import rule_named
 
 __all__ = ["ErrorFeedback"]
@@ -53,6 +54,7 @@ class ErrorFeedback:
         agree(plan.comm, "ErrorFeedback", facts, "build it from the same arguments everywhere")
         self.state = self.rule.state.zeros(plan, **self.options)
         self._dense: Plan | None = None
+        self._under_way: tuple[Steps, Plan] | None = None
         self._dense_sent_nbytes = 0
         self._dense_seconds = dict.fromkeys(plan.seconds, 0.0)
 
@@ -80,15 +82,72 @@ class ErrorFeedback:
         ShapeError, DtypeError
             On a rank whose vector does not fit; all other ranks raise `PeerError`.
         """
+        steps = self._steps(vector, whole, inputs)
+        return self._finish(steps, next(steps).exchange())
+
+    def start(self, vector: Vector) -> None:
+        """Begin a step: the vector may be changed as soon as this returns. :meth:`arrive` and :meth:`finish` follow.
+
+        Collective; all ranks split a step, or none does. See :meth:`Plan.start`.
+        """
+        steps = self._steps(vector, whole=False, inputs={})
+        offer = next(steps)
+        offer.start()
+        self._under_way = steps, offer.plan
+
+    def progress(self) -> None:
+        """Let MPI work on the step under way. Local."""
+        if self._under_way is not None:
+            self._under_way[1].progress()
+
+    def arrive(self) -> None:
+        """Wait for the messages of the step under way. Collective.
+
+        No state changes: when this raises, here or in another one of several buckets, :meth:`drop` leaves everything as it
+        was.
+
+        Raises
+        ------
+        As :meth:`step`.
+        """
+        if self._under_way is None:
+            raise OptionError("ErrorFeedback: no step is under way; call start(vector) first")
+        try:
+            self._under_way[1].wait()
+        except BaseException:
+            self.drop()
+            raise
+
+    def drop(self) -> None:
+        """Forget the step under way, whose messages have arrived. Local."""
+        self._under_way = None
+
+    def finish(self) -> Vector:
+        """Update the state with the messages that have arrived and return what :meth:`step` returns. Local.
+
+        Collective with rules that send a second message.
+        """
+        if self._under_way is None:
+            raise OptionError("ErrorFeedback: no step is under way; call start(vector) and arrive() first")
+        (steps, plan), self._under_way = self._under_way, None
+        return self._finish(steps, plan)
+
+    def _steps(self, vector: Vector, whole: bool, inputs: dict[str, Any]) -> Steps:
         plan = self._current(whole)
         if isinstance(vector, np.ndarray) and vector.shape == (plan.own, plan.d) and vector.flags.c_contiguous:
             vector = vector.reshape(-1)
         if not (isinstance(vector, np.ndarray) and vector.shape == (plan.own_d,) and vector.dtype == plan.dtype):
             # Raises here what is wrong, and PeerError on all other ranks.
             plan.exchange(np.asarray(vector) if isinstance(vector, Combination) else vector)
-        result = self.rule.step(self.state, plan, vector, **inputs)
+        return self.rule.step(self.state, plan, vector, **inputs)
+
+    def _finish(self, steps: Steps, plan: Plan) -> Vector:
+        try:
+            while True:
+                plan = steps.send(plan).exchange()
+        except StopIteration as end:
+            result: Vector = end.value.view()
         self.steps += 1
-        result = result.view()
         result.flags.writeable = False
         return result
 

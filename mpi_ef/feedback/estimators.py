@@ -9,7 +9,7 @@ from mpi_ef.errors import OptionError
 
 from .federated import _clients
 from .rules import EF21State
-from .state import State, per_rank, replicated, scratch, spare
+from .state import State, Steps, per_rank, replicated, scratch, spare
 
 __all__ = [
     "CLAGState",
@@ -31,7 +31,7 @@ class EF21PAGEState(EF21State):
     spare: Vector = spare()
 
 
-def ef21_page(s: EF21PAGEState, plan: Plan, change: Vector, *, full: bool = False) -> Vector:
+def ef21_page(s: EF21PAGEState, plan: Plan, change: Vector, *, full: bool = False) -> Steps:
     """Take one step of EF21-PAGE and return g.
 
     Fatkhullin et al. 2021 (EF21 with Bells & Whistles, arXiv 2110.03294). `change` is ``grad_i(x) - grad_i(x_before)`` over
@@ -43,7 +43,7 @@ def ef21_page(s: EF21PAGEState, plan: Plan, change: Vector, *, full: bool = Fals
         g   = g + mean_i c_i
     """
     v_i = lazy(change) + (0.0 if full else 1.0) * lazy(s.v_i)
-    c = plan.exchange(v_i - s.g_i, keep=Keep(v_i, into=s.spare))
+    c = yield plan.offer(v_i - s.g_i, keep=Keep(v_i, into=s.spare))
     s.v_i, s.spare = s.spare, s.v_i
     return s.follow(c)
 
@@ -55,7 +55,7 @@ class MARINAState(State):
     g: Vector = replicated()
 
 
-def marina(s: MARINAState, plan: Plan, change: Vector) -> Vector:
+def marina(s: MARINAState, plan: Plan, change: Vector) -> Steps:
     """Take one step of MARINA and return g.
 
     Gorbunov, Burlachenko, Li, Richtarik 2021 (MARINA, arXiv 2102.07845). `change` is ``grad_i(x) - grad_i(x_before)``; in a
@@ -65,11 +65,14 @@ def marina(s: MARINAState, plan: Plan, change: Vector) -> Vector:
         g = mean_i grad_i(x) if whole else g + mean_i Q(grad_i(x) - grad_i(x_before))
     """
     if isinstance(plan.compressor, Identity):
-        plan.exchange(change).set_mean(s.g)
+        whole = yield plan.offer(change)
+        whole.set_mean(s.g)
         return s.g
     if not isinstance(plan.compressor, RandK):
         raise OptionError(f"marina: {plan.compressor} is not unbiased; take RandK")
-    plan.exchange(change).add_mean(s.g, plan.d / plan.compressor.count(plan.d))
+    factor = plan.d / plan.compressor.count(plan.d)
+    q = yield plan.offer(change)
+    q.add_mean(s.g, factor)
     return s.g
 
 
@@ -81,7 +84,7 @@ class CLAGState(EF21State):
     zeta: float = 1.0
 
 
-def clag(s: CLAGState, plan: Plan, grad: Vector) -> Vector:
+def clag(s: CLAGState, plan: Plan, grad: Vector) -> Steps:
     """Take one step of CLAG, with the identity compressor LAG, and return g.
 
     Richtarik et al. 2022 (3PC, arXiv 2202.00998)::
@@ -94,7 +97,7 @@ def clag(s: CLAGState, plan: Plan, grad: Vector) -> Vector:
     plan = _clients("clag", plan)
     x, g_i, y_i = (a.reshape(plan.own, plan.d) for a in (grad, s.g_i, s.y_i))
     worse = ~(((x - g_i) ** 2).sum(axis=1) <= s.zeta * ((x - y_i) ** 2).sum(axis=1))  # NaN is told by who speaks
-    c = plan.exchange(lazy(grad) - s.g_i, speaks=worse | ~y_i.any(axis=1))  # who has not spoken yet does
+    c = yield plan.offer(lazy(grad) - s.g_i, speaks=worse | ~y_i.any(axis=1))  # who has not spoken yet does
     s.y_i[:] = grad
     return s.follow(c)
 
@@ -111,7 +114,7 @@ class DECSGDState(State):
     correction: Compressor = field(default_factory=lambda: RandK(0.1))
 
 
-def d_ec_sgd(s: DECSGDState, plan: Plan, grad: Vector) -> Vector:
+def d_ec_sgd(s: DECSGDState, plan: Plan, grad: Vector) -> Steps:
     """Take one step of D-EC-SGD with bias correction and return h + mean_i Delta_i, with the old h.
 
     Stich 2020 (On Communication Compression for Distributed Optimization on Heterogeneous Data, arXiv 2009.02388): the two
@@ -125,8 +128,8 @@ def d_ec_sgd(s: DECSGDState, plan: Plan, grad: Vector) -> Vector:
         h       = h + mean_i Q(grad_i - h_i)
     """
     p_i = lazy(s.e_i) + grad - s.h_i
-    delta = plan.exchange(p_i, keep=Keep(p_i, into=s.spare, less_message=True))
-    q = plan.sibling(s.correction).exchange(lazy(grad) - s.h_i)
+    delta = yield plan.offer(p_i, keep=Keep(p_i, into=s.spare, less_message=True))
+    q = yield plan.sibling(s.correction).offer(lazy(grad) - s.h_i)
     s.e_i, s.spare = s.spare, s.e_i
     s.step[:] = s.h
     delta.add_mean(s.step)

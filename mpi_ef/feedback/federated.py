@@ -11,7 +11,7 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 
 from .rules import EF21State
-from .state import Reply, State, per_rank, replicated, spare
+from .state import Reply, State, Steps, per_rank, replicated, spare
 
 __all__ = ["EF21BCState", "EF21PPState", "EF21PlusState", "EF21WState", "ef21_bc", "ef21_plus", "ef21_pp", "ef21_w"]
 
@@ -38,7 +38,7 @@ def participants(clients: int, share: float, seed: int, step: int) -> NDArray[np
     return draw < max(1, round(share * clients))
 
 
-def ef21_pp(s: EF21PPState, plan: Plan, grad: Vector) -> Vector:
+def ef21_pp(s: EF21PPState, plan: Plan, grad: Vector) -> Steps:
     """Take one step of EF21-PP and return g. Clients outside of the sample S_t neither compute nor send.
 
     Fatkhullin et al. 2021 (EF21 with Bells & Whistles, arXiv 2110.03294)::
@@ -49,7 +49,7 @@ def ef21_pp(s: EF21PPState, plan: Plan, grad: Vector) -> Vector:
     """
     plan = _clients("ef21-pp", plan)
     chosen = participants(plan.clients, s.participation, s.seed, plan.exchanges)
-    c = plan.exchange(lazy(grad) - s.g_i, speaks=chosen[plan.first : plan.first + plan.own])
+    c = yield plan.offer(lazy(grad) - s.g_i, speaks=chosen[plan.first : plan.first + plan.own])
     return s.follow(c)
 
 
@@ -62,7 +62,7 @@ class EF21WState(EF21State):
     seed: int = 0
 
 
-def ef21_w(s: EF21WState, plan: Plan, grad: Vector) -> Vector:
+def ef21_w(s: EF21WState, plan: Plan, grad: Vector) -> Steps:
     """Take one step of EF21-W and return g. The plan has the weights ``w_i = L_i / sum_j L_j``.
 
     Richtarik, Gasanov, Burlachenko 2024 (Error Feedback Reloaded, arXiv 2402.10774); with smoother clients weighing
@@ -80,7 +80,7 @@ def ef21_w(s: EF21WState, plan: Plan, grad: Vector) -> Vector:
     own, chosen = plan.weights[mine], participants(plan.clients, s.participation, s.seed, plan.exchanges)[mine]
     factors = (1.0 / (plan.clients * own)).astype(plan.dtype)
     np.multiply(grad.reshape(plan.own, plan.d), factors[:, None], out=s.u_i.reshape(plan.own, plan.d))
-    c = plan.exchange(lazy(s.u_i) - s.g_i, speaks=chosen)
+    c = yield plan.offer(lazy(s.u_i) - s.g_i, speaks=chosen)
     return s.follow(c)
 
 
@@ -95,7 +95,7 @@ class EF21BCState(State):
     server: Reply | None = None
 
 
-def ef21_bc(s: EF21BCState, plan: Plan, grad: Vector) -> Vector:
+def ef21_bc(s: EF21BCState, plan: Plan, grad: Vector) -> Steps:
     """Take one step of EF21-BC and return g: both ways are compressed.
 
     Fatkhullin et al. 2021 (EF21 with Bells & Whistles, arXiv 2110.03294)::
@@ -114,7 +114,7 @@ def ef21_bc(s: EF21BCState, plan: Plan, grad: Vector) -> Vector:
             f"ef21-bc: reply={s.reply} beside a TwoPhaseMean, which has a reply of its own; pass it there"
         )
     step = plan.exchanges
-    c = plan.exchange(lazy(grad) - s.g_i)
+    c = yield plan.offer(lazy(grad) - s.g_i)
     c.add_own(s.g_i)
     if not s.behind.size:
         c.add_mean(s.g)
@@ -140,7 +140,7 @@ class EF21PlusState(State):
     plain: Vector = spare()
 
 
-def ef21_plus(s: EF21PlusState, plan: Plan, grad: Vector) -> Vector:
+def ef21_plus(s: EF21PlusState, plan: Plan, grad: Vector) -> Steps:
     """Take one step of EF21+ and return g. Deterministic compressors only; memory n d on every rank.
 
     Richtarik, Sokolov, Fatkhullin 2021 (EF21, arXiv 2106.05203), section on EF21+; one bit tells which of the two it is::
@@ -159,11 +159,11 @@ def ef21_plus(s: EF21PlusState, plan: Plan, grad: Vector) -> Vector:
     plan.compress(grad, into=s.plain)
     markov += own
     closer = ((markov - x) ** 2).sum(axis=1) <= ((plain - x) ** 2).sum(axis=1)
-    c = plan.exchange(np.where(closer[:, None], x - own, x).reshape(-1), notes=closer.astype(np.uint8))
+    yield plan.offer(np.where(closer[:, None], x - own, x).reshape(-1), notes=closer.astype(np.uint8))
     s.g.fill(0)
     for client, row in enumerate(rows):
-        if not c.notes[client]:
+        if not plan.notes[client]:
             row.fill(0)
-        c.add_message(client, row)
+        plan.add_message(client, row)
         s.g += row / plan.clients
     return s.g

@@ -7,7 +7,7 @@ from mpi_ef.compress import Keep, lazy
 from mpi_ef.compress.combination import Vector
 
 from .rules import EF21State, ef21
-from .state import form, per_rank, replicated, spare
+from .state import Steps, form, per_rank, replicated, spare
 
 __all__ = ["EF21HBState", "EF21SGD2MState", "EF21SGDMState", "ef21_hb", "ef21_sgd2m", "ef21_sgdm"]
 
@@ -21,7 +21,7 @@ class EF21SGDMState(EF21State):
     eta: float = 0.1
 
 
-def ef21_sgdm(s: EF21SGDMState, plan: Plan, grad: Vector) -> Vector:
+def ef21_sgdm(s: EF21SGDMState, plan: Plan, grad: Vector) -> Steps:
     """Take one step of EF21-SGDM and return g.
 
     Fatkhullin, Tyurin, Richtarik 2023 (Momentum Provably Improves Error Feedback, arXiv 2305.15155); eta is the weight of
@@ -33,7 +33,7 @@ def ef21_sgdm(s: EF21SGDMState, plan: Plan, grad: Vector) -> Vector:
         g   = g + mean_i c_i
     """
     v_i = (1.0 - s.eta) * lazy(s.v_i) + s.eta * lazy(grad)
-    c = plan.exchange(v_i - s.g_i, keep=Keep(v_i, into=s.spare))
+    c = yield plan.offer(v_i - s.g_i, keep=Keep(v_i, into=s.spare))
     s.v_i, s.spare = s.spare, s.v_i
     return s.follow(c)
 
@@ -46,7 +46,7 @@ class EF21SGD2MState(EF21SGDMState):
     second: Vector = spare()
 
 
-def ef21_sgd2m(s: EF21SGD2MState, plan: Plan, grad: Vector) -> Vector:
+def ef21_sgd2m(s: EF21SGD2MState, plan: Plan, grad: Vector) -> Steps:
     """Take one step of EF21-SGD2M and return g.
 
     The same paper, appendix; v_i takes a pass over memory of its own::
@@ -59,7 +59,7 @@ def ef21_sgd2m(s: EF21SGD2MState, plan: Plan, grad: Vector) -> Vector:
     """
     v_i = form((1.0 - s.eta) * lazy(s.v_i) + s.eta * lazy(grad), into=s.spare)
     u_i = (1.0 - s.eta) * lazy(s.u_i) + s.eta * lazy(v_i)
-    c = plan.exchange(u_i - s.g_i, keep=Keep(u_i, into=s.second))
+    c = yield plan.offer(u_i - s.g_i, keep=Keep(u_i, into=s.second))
     s.v_i, s.spare = s.spare, s.v_i
     s.u_i, s.second = s.second, s.u_i
     return s.follow(c)
@@ -73,7 +73,7 @@ class EF21HBState(EF21State):
     eta: float = 0.5
 
 
-def ef21_hb(s: EF21HBState, plan: Plan, grad: Vector) -> Vector:
+def ef21_hb(s: EF21HBState, plan: Plan, grad: Vector) -> Steps:
     """Take one step of EF21-HB and return v, the direction of the heavy-ball step.
 
     Fatkhullin, Sokolov, Gorbunov, Li, Richtarik 2021 (EF21 with Bells & Whistles, arXiv 2110.03294); as in the authors'
@@ -82,7 +82,7 @@ def ef21_hb(s: EF21HBState, plan: Plan, grad: Vector) -> Vector:
         g = EF21's g
         v = eta v + g
     """
-    g = ef21(s, plan, grad)
+    g = yield from ef21(s, plan, grad)
     s.v *= s.eta
     s.v += g
     return s.v

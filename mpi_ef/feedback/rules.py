@@ -3,10 +3,11 @@
 State exists from construction on; its arrays are named as in the papers and marked *per rank* or *replicated*. Every
 function is one step in the order of operations of its paper.
 
-Notation: n ranks, C the compressor, ``c = plan.exchange(v)`` sends C(v); ``c.add_own(a)`` is a += C(v) of this rank,
+Notation: n ranks, C the compressor, ``c = yield plan.offer(v)`` sends C(v); ``c.add_own(a)`` is a += C(v) of this rank,
 ``c.add_mean(a)`` is a += mean over the ranks, ``keep=Keep(p, into=a, less_message=True)`` is a = p - C(v). Vectors like
 ``lazy(grad) - g_i`` are formed while they are encoded. State is always updated with what was sent, never with what was
-meant, and only once all ranks are known to have sent something finite: what replaces it waits in ``spare``.
+meant, and only once all ranks are known to have sent something finite: what replaces it waits in ``spare``. Rules are
+generators, because who drives them decides when a message travels: at once, or while the next one is prepared.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from mpi_ef.collectives import Plan
 from mpi_ef.compress import Keep, lazy
 from mpi_ef.compress.combination import Vector
 
-from .state import State, per_rank, replicated, scratch, spare
+from .state import State, Steps, per_rank, replicated, scratch, spare
 
 __all__ = ["EControlState", "EF14State", "EF21State", "econtrol", "ef14", "ef21"]
 
@@ -29,7 +30,7 @@ class EF14State(State):
     spare: Vector = spare()
 
 
-def ef14(s: EF14State, plan: Plan, u: Vector) -> Vector:
+def ef14(s: EF14State, plan: Plan, u: Vector) -> Steps:
     """Take one step of EF14 and return mean_i Delta_i, to be subtracted from x.
 
     Seide et al. 2014; Stich, Cordonnier, Jaggi 2018 (Mem-SGD, arXiv 1809.07599); Karimireddy et al. 2019
@@ -45,7 +46,7 @@ def ef14(s: EF14State, plan: Plan, u: Vector) -> Vector:
     in gradient units: the same iterates for constant gamma; otherwise old errors are re-weighted by the new gamma.
     """
     p_i = lazy(s.e_i) + u
-    delta = plan.exchange(p_i, keep=Keep(p_i, into=s.spare, less_message=True))
+    delta = yield plan.offer(p_i, keep=Keep(p_i, into=s.spare, less_message=True))
     s.e_i, s.spare = s.spare, s.e_i
     delta.set_mean(s.mean, again=True)
     return s.mean
@@ -65,7 +66,7 @@ class EF21State(State):
         return self.g
 
 
-def ef21(s: EF21State, plan: Plan, grad: Vector) -> Vector:
+def ef21(s: EF21State, plan: Plan, grad: Vector) -> Steps:
     """Take one step of EF21 and return g, the estimate of the mean gradient.
 
     Richtarik, Sokolov, Fatkhullin 2021 (EF21, arXiv 2106.05203); the gradient is taken where the paper takes
@@ -75,7 +76,8 @@ def ef21(s: EF21State, plan: Plan, grad: Vector) -> Vector:
         g_i = g_i + c_i
         g   = g + mean_i c_i
     """
-    return s.follow(plan.exchange(lazy(grad) - s.g_i))
+    c = yield plan.offer(lazy(grad) - s.g_i)
+    return s.follow(c)
 
 
 @dataclass(kw_only=True)
@@ -89,7 +91,7 @@ class EControlState(State):
     eta: float = 0.0
 
 
-def econtrol(s: EControlState, plan: Plan, grad: Vector) -> Vector:
+def econtrol(s: EControlState, plan: Plan, grad: Vector) -> Steps:
     """Take one step of EControl and return the new h, the direction of the step.
 
     Gao, Islamov, Stich 2023 (EControl, arXiv 2311.05645); e_i uses the old h_i, the step the new h::
@@ -100,7 +102,8 @@ def econtrol(s: EControlState, plan: Plan, grad: Vector) -> Vector:
         h       = h + mean_i Delta_i
     """
     e_i = lazy(s.e_i)
-    delta = plan.exchange(s.eta * e_i + grad - s.h_i, keep=Keep(e_i + grad - s.h_i, into=s.spare, less_message=True))
+    keep = Keep(e_i + grad - s.h_i, into=s.spare, less_message=True)
+    delta = yield plan.offer(s.eta * e_i + grad - s.h_i, keep=keep)
     s.e_i, s.spare = s.spare, s.e_i
     delta.add_own(s.h_i)
     delta.add_mean(s.h)

@@ -1,16 +1,20 @@
 """What the rules share: named state arrays, and the way back from a server that all ranks play."""
 
+from collections.abc import Generator
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import numpy as np
 
 from mpi_ef import kernels
-from mpi_ef.collectives import Plan
+from mpi_ef.collectives import Offer, Plan
 from mpi_ef.compress import Combination, Compressor, aligned_zeros, source
 from mpi_ef.compress.combination import Vector
 
-__all__ = ["Reply", "State", "form", "per_rank", "replicated", "scratch", "spare"]
+__all__ = ["Reply", "State", "Steps", "form", "per_rank", "replicated", "scratch", "spare"]
+
+# What a rule is: it offers messages, is handed the plans that have exchanged them, and returns its result, (d,).
+Steps = Generator[Offer, Plan, Vector]
 
 
 def _array(kind: str, size: str) -> Any:

@@ -7,14 +7,13 @@ from math import isfinite
 from typing import Any
 
 from mpi_ef.compress import Compressor, Identity, RandK
-from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 
 from .estimators import CLAGState, DECSGDState, EF21PAGEState, MARINAState, clag, d_ec_sgd, ef21_page, marina
 from .federated import EF21BCState, EF21PlusState, EF21PPState, EF21WState, ef21_bc, ef21_plus, ef21_pp, ef21_w
 from .momentum import EF21HBState, EF21SGD2MState, EF21SGDMState, ef21_hb, ef21_sgd2m, ef21_sgdm
 from .rules import EControlState, EF14State, EF21State, econtrol, ef14, ef21
-from .state import State
+from .state import State, Steps
 
 __all__ = ["RULES", "Rule", "rule_named"]
 
@@ -35,7 +34,7 @@ class Rule:
         Below this constant the defaults are no guide.
     """
 
-    step: Callable[..., Vector]
+    step: Callable[..., Steps]
     state: type[State]
     options: Callable[[float], Options] = lambda _alpha: {}
     least_alpha: float = 0.0
