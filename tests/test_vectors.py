@@ -132,7 +132,7 @@ def test_sparse_gradients_are_refused():
     [
         ([], OptionError, "no parameter requires a gradient"),
         ([torch.nn.Parameter(torch.ones(2), requires_grad=False)], OptionError, "no parameter requires a gradient"),
-        ([torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))], DtypeError, "torch.bfloat16 on cpu"),
+        ([torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))], DtypeError, "torch.complex64 on cpu"),
         ([torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2).double())], DtypeError, "float64 on cpu"),
         ([torch.nn.Parameter(torch.ones(2, device="meta"))], DtypeError, "torch.float32 on meta"),
     ],

@@ -1,0 +1,153 @@
+"""A vector in runs of whole parameters, each with a rule of its own: messages travel while autograd is still at work."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpi_ef.collectives.agreement import ranks_text
+from mpi_ef.compress.combination import Vector
+from mpi_ef.errors import NonFiniteError, OptionError
+from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.vectors import FlatParameters
+
+__all__ = ["Bucket", "Buckets", "bucket_slices"]
+
+
+@dataclass
+class Bucket:
+    """A run of parameters.
+
+    Attributes
+    ----------
+    numbers : range
+        Which parameters.
+    part : slice
+        Where they are in the vector.
+    feedback : ErrorFeedback
+    """
+
+    numbers: range
+    part: slice
+    feedback: ErrorFeedback
+
+
+def bucket_slices(flat: FlatParameters, nbytes: int | None) -> list[tuple[range, slice]]:
+    """Return runs of parameters of about so many bytes, the last parameters first: those autograd is done with first."""
+    if nbytes is None:
+        return [(range(len(flat.parameters)), slice(0, flat.d))]
+    if nbytes < 1:
+        raise OptionError(f"DistributedOptimizer: bucket_nbytes={nbytes} is not positive; 25_000_000 is usual")
+    most, runs, stop = max(1, nbytes // flat.dtype.itemsize), [], len(flat.parameters)
+    for number in reversed(range(len(flat.parameters))):
+        if number == 0 or flat.starts[stop] - flat.starts[number - 1] > most:
+            runs.append((range(number, stop), slice(flat.starts[number], flat.starts[stop])))
+            stop = number
+    return runs
+
+
+class Buckets:
+    """The rules of all buckets, which step together or not at all.
+
+    A step starts the exchange of every bucket, in this order on all ranks; waits for all; and changes state only when all
+    have arrived, so that a NaN in the last bucket leaves the first as it was. With `overlap` a bucket starts as soon as
+    autograd has made all its gradients.
+
+    Parameters
+    ----------
+    flat : FlatParameters
+    buckets : sequence of Bucket
+    overlap : bool
+    """
+
+    def __init__(self, flat: FlatParameters, buckets: Sequence[Bucket], *, overlap: bool) -> None:
+        self._flat, self._buckets, self._started, self._open = flat, list(buckets), 0, True
+        self._bucket_of = {number: n for n, bucket in enumerate(self._buckets) for number in bucket.numbers}
+        self._missing = [set(bucket.numbers) for bucket in self._buckets]
+        self.early = 0  # how many buckets of the last step started during the backward pass
+        if overlap:
+            flat.watch(self._arrived)
+
+    def __iter__(self) -> Iterator[Bucket]:
+        return iter(self._buckets)
+
+    def _arrived(self, number: int) -> None:
+        """Take note that autograd has made a gradient, and start the buckets that are whole now."""
+        if not self._open:
+            return
+        n = self._bucket_of[number]
+        if n < self._started:
+            raise OptionError("DistributedOptimizer: a second backward pass before step(); with overlap=True, do all but "
+                              "the last one of a step inside `with optimizer.no_sync():`")  # fmt: skip
+        self._missing[n].discard(number)
+        while self._started < len(self._buckets) and not self._missing[self._started]:
+            self._start_next(self._flat.gradients)
+        for bucket in self._buckets[: self._started]:
+            bucket.feedback.progress()
+
+    def _start_next(self, vector: Vector) -> None:
+        bucket = self._buckets[self._started]
+        self._started += 1
+        bucket.feedback.start(vector[bucket.part])
+
+    def pause(self, paused: bool) -> None:
+        """Let gradients only add up, or travel again. Local."""
+        self._open = not paused
+
+    def step(self, vector: Vector) -> None:
+        """Replace `vector`, (d,), by the results of the rules. Collective.
+
+        Raises
+        ------
+        NonFiniteError
+            On all ranks, with all state as it was.
+        """
+        if len(self._buckets) == 1:
+            np.copyto(vector, self._buckets[0].feedback.step(vector))
+            return
+        if broken := self.arrive(vector):
+            self.drop()
+            raise NonFiniteError(
+                f"DistributedOptimizer: NaN or Inf on {ranks_text(broken)}; nothing was changed", broken
+            )
+        self.finish(vector)
+
+    def arrive(self, vector: Vector) -> tuple[int, ...]:
+        """Start what has not started, wait for everything, and return the ranks with a NaN or Inf. Collective."""
+        self.early = self._started
+        while self._started < len(self._buckets):
+            self._start_next(vector)
+        broken: set[int] = set()
+        for bucket in self._buckets:
+            try:
+                bucket.feedback.arrive()
+            except NonFiniteError as error:
+                broken |= set(error.ranks)
+        self._started = 0
+        self._missing = [set(bucket.numbers) for bucket in self._buckets]
+        return tuple(sorted(broken))
+
+    def drop(self) -> None:
+        """Forget what has arrived; all state is as it was. Local."""
+        for bucket in self._buckets:
+            bucket.feedback.drop()
+
+    def finish(self, out: Vector) -> None:
+        """Update all states, and write the results of the rules to `out`, (d,). Local."""
+        for bucket in self._buckets:
+            np.copyto(out[bucket.part], bucket.feedback.finish())
+
+    def arrays(self, kind: Callable[[ErrorFeedback], dict[str, Vector]]) -> dict[str, Vector]:
+        """Return the arrays of all buckets; with several, their names begin with the number of the bucket. Local."""
+        if len(self._buckets) == 1:
+            return kind(self._buckets[0].feedback)
+        return {
+            f"{n}.{name}": array
+            for n, bucket in enumerate(self._buckets)
+            for name, array in kind(bucket.feedback).items()
+        }
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return the state of all rules. Local."""
+        return [bucket.feedback.state_dict() for bucket in self._buckets]

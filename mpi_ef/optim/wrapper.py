@@ -1,0 +1,382 @@
+"""Any torch optimizer with a rule under it, and the papers' own EF21 and EControl."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from inspect import Parameter, signature
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.optim import SGD, Optimizer
+
+from mpi_ef.collectives import Plan, plan_for
+from mpi_ef.collectives.plan import Comm
+from mpi_ef.compress import Compressor, TopK
+from mpi_ef.compress.combination import Vector
+from mpi_ef.errors import MpiEfError, OptionError
+from mpi_ef.feedback import ErrorFeedback
+
+from .buckets import Bucket, Buckets, bucket_slices
+from .flat import FlatOptimizer
+
+__all__ = ["EF21", "BucketReport", "DistributedOptimizer", "EControl", "PlanBuilder"]
+
+PlanBuilder = Callable[[Comm, Compressor, int, Any], Plan]
+OVERLAPPED_NBYTES = 25_000_000
+
+
+@dataclass(frozen=True)
+class BucketReport:
+    """What an observed step says of a bucket.
+
+    Attributes
+    ----------
+    step, bucket : int
+    sent_nbytes, dense_nbytes : int
+        Of this step, and of an uncompressed allreduce.
+    lost : float or None
+        ``||x - C(x)||^2 / ||x||^2`` of this rank's message; None in a dense step.
+    norms : dict of str to float
+        Of this rank's state.
+    seconds : dict of str to float
+        Of this step, by phase.
+    """
+
+    step: int
+    bucket: int
+    sent_nbytes: int
+    dense_nbytes: int
+    lost: float | None
+    norms: dict[str, float]
+    seconds: dict[str, float]
+
+
+class DistributedOptimizer(FlatOptimizer):
+    """Put an error-feedback rule under any torch optimizer. Construction and :meth:`step` are collective.
+
+    Two placements are possible, and the difference matters:
+
+    * ``"update"``: every rank lets the optimizer take its own step with its own gradient; the rule exchanges the
+      updates (in parameter units, learning rate included) and all ranks apply the same mean. For Adam-like optimizers:
+      their moments see real gradients. The moments are state of each rank.
+    * ``"gradient"``: the rule exchanges the gradients and the optimizer sees the rule's estimate of their mean, the
+      same on all ranks, so that its own state is replicated. For SGD-like optimizers, EF21 and EControl.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Already built on the model's parameters; any whose step needs no closure. Its groups, hyper-parameters and
+        state are shared with this object, so learning-rate schedulers take either. Parameters in 16 bits are replaced by
+        float32 masters in its groups.
+    comm : MPI.Comm
+    compressor : Compressor
+        ``TopK(0.01, segments="parameters")`` keeps 1 % of every parameter, at least one entry.
+    placement : {"update", "gradient"}
+    rule : str
+        A name in :data:`mpi_ef.feedback.RULES`.
+    plan : callable, optional
+        ``plan(comm, compressor, d, dtype)`` builds the collective, for example the class `TwoPhaseMean`.
+        :func:`mpi_ef.collectives.plan_for` by default.
+    dense_steps : int
+        The first steps exchange whole vectors.
+    bucket_nbytes : int, optional
+        Cut the vector into runs of parameters of about so many bytes, each with a rule of its own; by default there is one.
+    overlap : bool
+        Send a bucket as soon as autograd has made its gradients. Placement "gradient" only; buckets of 25 MB by default.
+        The results are the same bits as without. Gradients cannot be clipped or unscaled after the backward pass then.
+    **options
+        Options of the rule, for example ``eta`` of EControl.
+
+    Attributes
+    ----------
+    feedback : ErrorFeedback
+        The rule at work: state, traffic, timing. Of the first bucket where there are several.
+
+    Raises
+    ------
+    DisagreementError
+        On all ranks, when parameters, optimizers or options differ between them.
+    DtypeError, OptionError
+        When the parameters are of a dtype that is not supported or not on the CPU, or an option is out of range.
+
+    Notes
+    -----
+    The parameters given to the optimizer are broadcast from rank 0 at construction, frozen ones too; what it was not
+    given, and buffers, are not. A parameter without gradient takes part with zeros. Memory:
+    one gradient vector, the rule's state, and for "update" one more copy of the parameters.
+    """
+
+    _observer: Callable[[list[BucketReport]], None] | None = None
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        comm: Comm,
+        compressor: Compressor,
+        *,
+        placement: Literal["update", "gradient"] = "update",
+        rule: str = "ef14",
+        plan: PlanBuilder = plan_for,
+        dense_steps: int = 0,
+        bucket_nbytes: int | None = None,
+        overlap: bool = False,
+        **options: Any,
+    ) -> None:
+        self.optimizer, self.placement, self._overlap = optimizer, placement, overlap
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._share()
+        if overlap and bucket_nbytes is None:
+            bucket_nbytes = OVERLAPPED_NBYTES
+
+        def facts() -> dict[str, object]:
+            self._check_arguments()
+            return {"the optimizer": type(optimizer).__name__, "rule": rule, "options": options, "placement": placement,
+                    "dense_steps": dense_steps, "bucket_nbytes": bucket_nbytes, "overlap": overlap}  # fmt: skip
+
+        self._lay_out(comm, facts)
+        buckets = []
+        for numbers, part in bucket_slices(self.flat, bucket_nbytes):
+            sizes = tuple(self.flat.parameters[number].numel() for number in numbers)
+            parted = plan(comm, _of_parameters(compressor, sizes), part.stop - part.start, self.flat.dtype)
+            buckets.append(Bucket(numbers, part, ErrorFeedback(rule, parted, dense_steps=dense_steps, **options)))
+        self.buckets = Buckets(self.flat, buckets, overlap=overlap)
+        self.feedback = buckets[0].feedback
+        self._before = self.flat.values.copy() if placement == "update" else None
+
+    def _check_arguments(self) -> None:
+        optimizer = self.optimizer
+        if self.placement not in ("update", "gradient"):
+            raise OptionError(
+                f"DistributedOptimizer: placement={self.placement!r} is unknown; take 'update' or 'gradient'"
+            )
+        if self._overlap and self.placement == "update":
+            raise OptionError("DistributedOptimizer: overlap=True with placement='update', whose updates exist only after "
+                              "the backward pass; take placement='gradient', or overlap=False")  # fmt: skip
+        closure = signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is Parameter.empty:
+            raise OptionError(
+                f"DistributedOptimizer: {type(optimizer).__name__} evaluates the model several times in a step; "
+                "take an optimizer whose step needs no closure"
+            )
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+
+    def channels(self) -> Sequence[ErrorFeedback]:
+        """Return the rules of all buckets. Local."""
+        return [bucket.feedback for bucket in self.buckets]
+
+    def per_rank(self) -> dict[str, Vector]:
+        """Return the arrays of the rule that differ between ranks. Not copies. Local."""
+        return self.buckets.arrays(ErrorFeedback.per_rank)
+
+    def replicated(self) -> dict[str, Vector]:
+        """Return the arrays of the rule that are equal on all ranks. Not copies. Local."""
+        return self.buckets.arrays(ErrorFeedback.replicated)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let gradients add up without travelling: around all backward passes of a step but the last. Local."""
+        self.buckets.pause(True)
+        try:
+            yield
+        finally:
+            self.buckets.pause(False)
+
+    def _ready(self, problem: MpiEfError | None) -> tuple[int, ...]:
+        if not self._overlap:
+            return super()._ready(problem)
+        # Buckets are under way already, and all ranks have to take part in all of them before anybody can complain.
+        arrived = self.buckets.arrive(self.flat.gradients)
+        try:
+            broken = tuple(sorted({*super()._ready(problem), *arrived}))
+        except BaseException:
+            self.buckets.drop()
+            raise
+        if broken:
+            self.buckets.drop()
+        return broken
+
+    def _collect(self) -> MpiEfError | None:
+        if self._overlap and getattr(self, "grad_scale", None) is not None:
+            return OptionError("DistributedOptimizer: GradScaler with overlap=True: scaled gradients have left already; "
+                               "take overlap=False")  # fmt: skip
+        return super()._collect()
+
+    def _update(self) -> None:
+        if self._before is not None:
+            self._exchange_updates(self._before)
+        else:
+            gradients = self.flat.gradients
+            if self._overlap:
+                self.buckets.finish(gradients)
+            else:
+                self.buckets.step(gradients)
+            self.optimizer.step()
+        self._report()
+
+    def _exchange_updates(self, before: np.ndarray) -> None:
+        values = self.flat.values
+        np.copyto(before, values)
+        self.optimizer.step()
+        np.subtract(before, values, out=values)  # for a moment the parameters are this rank's update
+        try:
+            self.buckets.step(values)
+        except BaseException:
+            np.copyto(values, before)
+            raise
+        np.subtract(before, values, out=values)
+
+    @property
+    def observer(self) -> Callable[[list[BucketReport]], None] | None:
+        """Called after every step with a list of :class:`BucketReport`; None, as at first, costs nothing.
+
+        Measuring takes passes over memory of its own.
+        """
+        return self._observer
+
+    @observer.setter
+    def observer(self, observer: Callable[[list[BucketReport]], None] | None) -> None:
+        self._observer = observer
+        self._accounts = [(channel.sent_nbytes, channel.seconds) for channel in self.channels()]
+        for channel in self.channels():
+            channel.plan.watched, channel.plan.lost = observer is not None, None
+
+    def _report(self) -> None:
+        if self._observer is None:
+            return
+        reports, accounts = [], self._accounts
+        self._accounts = [(channel.sent_nbytes, channel.seconds) for channel in self.channels()]
+        for n, (channel, old, new) in enumerate(zip(self.channels(), accounts, self._accounts, strict=True)):
+            norms = {name: float(np.linalg.norm(a)) for name, a in (channel.per_rank() | channel.replicated()).items()}
+            seconds = {name: spent - old[1][name] for name, spent in new[1].items()}
+            traffic = channel.plan.traffic
+            reports.append(BucketReport(self.steps + 1, n, new[0] - old[0], traffic.dense_nbytes, channel.plan.lost, norms,
+                                        seconds))  # fmt: skip
+            channel.plan.lost = None
+        self._observer(reports)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of all state of this rank: the torch optimizer's, the rule's, counters. Local; save it per rank."""
+        feedback = self.buckets.state()
+        for saved in feedback:  # tensors, because torch.load takes no numpy arrays by default
+            saved["arrays"] = {name: torch.from_numpy(array) for name, array in saved["arrays"].items()}
+        return {"optimizer": deepcopy(self.optimizer.state_dict()), "feedback": feedback, "placement": self.placement,
+                "steps": self.steps, "skipped_steps": self.skipped_steps}  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local; call on all ranks.
+
+        Parameters are not part of it: load the model's state as well. The next :meth:`step` raises on all ranks when
+        some have loaded and others have not.
+
+        Raises
+        ------
+        OptionError, ShapeError
+            When it belongs to another rule, placement, rank, world size or model.
+        """
+        if state_dict["placement"] != self.placement:
+            raise OptionError(f"load_state_dict: the saved placement is {state_dict['placement']!r}, here it is "
+                              f"{self.placement!r}; build the optimizer as it was")  # fmt: skip
+        saved = [dict(part) for part in state_dict["feedback"]]
+        if len(saved) != len(self.channels()):
+            raise OptionError(f"load_state_dict: the saved state has {len(saved)} buckets, here there are "
+                              f"{len(self.channels())}; build the optimizer as it was")  # fmt: skip
+        for part, channel in zip(saved, self.channels(), strict=True):
+            part["arrays"] = {name: tensor.numpy() for name, tensor in part["arrays"].items()}
+            channel.check_state_dict(part)
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        for part, channel in zip(saved, self.channels(), strict=True):
+            channel.load_state_dict(part)
+        self.steps, self.skipped_steps = state_dict["steps"], state_dict["skipped_steps"]
+        self._share()
+
+
+def _of_parameters(compressor: Compressor, sizes: tuple[int, ...]) -> Compressor:
+    """Return the compressor with the lengths of these parameters where it wants to know them."""
+    if isinstance(compressor, TopK) and compressor.segments == "parameters":
+        return replace(compressor, segments=sizes)
+    return compressor
+
+
+class EF21(DistributedOptimizer):
+    """EF21 (arXiv 2106.05203): SGD along an estimate of the gradient that compression cannot bias away.
+
+    ``x = x - lr * g``, where g follows :func:`mpi_ef.feedback.ef21`. Made for large or full batches.
+
+    Parameters
+    ----------
+    params : iterable of parameters or of groups, as for torch optimizers
+    comm : MPI.Comm
+    compressor : Compressor
+    lr : float
+        gamma. Theory: at most ``1 / (L + L_QM * sqrt(beta / theta))``; in practice larger by powers of two.
+    momentum, weight_decay : float
+        Of the SGD step that follows, on the aggregated estimate: equal on all ranks.
+    dense_steps : int
+        1 starts with g_i^0 = grad f_i(x^0), as the authors' code does; 0 with zero.
+    plan, overlap
+        See :class:`DistributedOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        comm: Comm,
+        compressor: Compressor,
+        *,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        dense_steps: int = 1,
+        plan: PlanBuilder = plan_for,
+        overlap: bool = False,
+    ) -> None:
+        sgd = SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        super().__init__(sgd, comm, compressor, placement="gradient", rule="ef21", plan=plan,
+                         dense_steps=dense_steps, overlap=overlap)  # fmt: skip
+
+
+class EControl(DistributedOptimizer):
+    """EControl (arXiv 2311.05645): error feedback whose strength is controlled, for noisy and different gradients.
+
+    ``x = x - lr * h``, where h follows :func:`mpi_ef.feedback.econtrol`.
+
+    Parameters
+    ----------
+    params : iterable of parameters or of groups, as for torch optimizers
+    comm : MPI.Comm
+    compressor : Compressor
+    lr : float
+        gamma.
+    eta : float, optional
+        Strength of the feedback; 0.3 times the contraction constant by default. Grid worth trying: 0.05, 0.1, 0.3, 1
+        times that constant.
+    momentum, weight_decay : float
+        Of the SGD step that follows, on the aggregated estimate: equal on all ranks.
+    dense_steps : int
+        1 starts with h_i^0 = grad f_i(x^0), as in the paper; 0 with zero.
+    plan, overlap
+        See :class:`DistributedOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        comm: Comm,
+        compressor: Compressor,
+        *,
+        lr: float,
+        eta: float | None = None,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        dense_steps: int = 1,
+        plan: PlanBuilder = plan_for,
+        overlap: bool = False,
+    ) -> None:
+        sgd = SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        options: dict[str, Any] = {} if eta is None else {"eta": eta}
+        super().__init__(sgd, comm, compressor, placement="gradient", rule="econtrol", plan=plan,
+                         dense_steps=dense_steps, overlap=overlap, **options)  # fmt: skip
