@@ -2,6 +2,7 @@
 # make test   set everything up and run lint, types and all tests
 # make bench  all methods against dense allreduce, medians over five launches (about four minutes; D=100000 for short vectors)
 # make curves the runs behind the picture in the README (about ten minutes)
+# make optimizers  the runs behind the table of optimizers in the README, each with three learning rates (about half an hour)
 #
 # PYTHON=python3.12 takes another interpreter, MPI=mpich the other MPI from the Python index.
 PYTHON ?= python3
@@ -12,6 +13,7 @@ VENV ?= .venv-$(MPI)
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 RANKS := 1 2 3 4
+FREEZE := 130
 LAUNCHES := 1 2 3 4 5
 D ?= 25000000
 comma := ,
@@ -34,7 +36,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TRAIN := $(BIN)/mpiexec -n 2 $(BIN)/mpi-ef train --steps $(STEPS)
 DENSE := --compressor identity --placement gradient --beta1 0.9
 
-.PHONY: demo test lint types test-serial test-mpi bench curves clean
+.PHONY: demo test lint types test-serial test-mpi bench curves optimizers clean
 
 demo: $(VENV)/run
 	$(TRAIN) --out $(OUT)/demo
@@ -70,6 +72,25 @@ curves: $(VENV)/test
 	$(TRAIN) --eval-every 50 --compressor sign --out $(OUT)/sign
 	$(BIN)/mpi-ef report $(OUT)/dense-lr-0.006 $(OUT)/dense-lr-0.003 $(OUT)/dense-lr-0.01 $(OUT)/topk-1-percent $(OUT)/sign \
 	    --plot docs/loss_against_bytes.png
+
+# name, learning rates, options
+define compare
+	for lr in $(2); do $(TRAIN) --lr $$lr $(3) --out $(OUT)/optimizers/$(1)-lr-$$lr; done
+endef
+
+optimizers: $(VENV)/test
+	$(call compare,adamw-dense,0.003 0.006 0.01,--optimizer adamw $(DENSE))
+	$(call compare,sgd-dense,0.1 0.3 1,--optimizer sgd --compressor identity --placement gradient)
+	$(call compare,adamw-topk,0.003 0.006 0.01,--optimizer adamw)
+	$(call compare,adamw-sign,0.003 0.006 0.01,--optimizer adamw --compressor sign)
+	$(call compare,onebit-adam,0.003 0.006 0.01,--optimizer onebit-adam --freeze $(FREEZE))
+	$(call compare,zero-one-adam,0.003 0.006 0.01,--optimizer zero-one-adam --freeze $(FREEZE))
+	$(call compare,onebit-lamb,0.01 0.02 0.05,--optimizer onebit-lamb --freeze $(FREEZE))
+	$(call compare,lion,0.0005 0.001 0.002,--optimizer lion)
+	$(call compare,signum,0.0005 0.001 0.002,--optimizer signum)
+	$(call compare,ef21-muon,0.01 0.02 0.05,--optimizer ef21-muon --ratio 0.1 --dense-steps 1 --clip 0)
+	$(call compare,powersgd,0.1 0.3 1,--optimizer powersgd --rank 4)
+	$(BIN)/mpi-ef report --best $(OUT)/optimizers/*-lr-*
 
 # torch first and pinned, so that nothing else pulls in another build of it. PIP_ARGS takes options of pip, for example an
 # index that has CPU builds of torch where the usual one brings gigabytes of CUDA packages.

@@ -120,3 +120,31 @@ def _local(d: int, ratio: float) -> Iterator[Method]:
                  lambda x: kernels.select_largest(*source(x)[:4], bounds, counts, *places, *scratch))  # fmt: skip
     yield Method("select TopK and code it", "local", lambda x: codec.encode(x, wire))
     yield Method("torch.topk, one thread", "local", lambda x: torch.topk(torch.from_numpy(x).abs(), k, sorted=False))
+    yield from _updates(d)
+
+
+def _updates(d: int) -> Iterator[Method]:
+    """Yield what Adam does beside its exchange, here and by torch with one thread; the vector is the gradient."""
+    import torch
+
+    real = np.float32
+    m, v, x, inverse = (np.full(d, value, real) for value in (0.1, 0.01, 1.0, 10.0))
+
+    def warm(gradient: np.ndarray) -> None:
+        kernels.adam(gradient, real(0.9), real(0.999), real(1e-3), real(1.0), real(1e-8), real(0.999), m, v, x)
+
+    def frozen(gradient: np.ndarray) -> None:
+        kernels.preconditioned_step(gradient, inverse, real(1e-3), real(0.999), x)
+
+    yield Method("1-bit Adam's update, warm-up", "local", warm)
+    yield Method("1-bit Adam's update, frozen", "local", frozen)
+    for way in ("fused", "foreach"):
+        p = torch.nn.Parameter(torch.ones(d))
+        options: dict[str, Any] = {way: True}
+        adam = torch.optim.AdamW([p], **options)
+
+        def step(gradient: np.ndarray, p: torch.nn.Parameter = p, adam: torch.optim.Optimizer = adam) -> None:
+            p.grad = torch.from_numpy(gradient)
+            adam.step()
+
+        yield Method(f"torch's AdamW, {way}", "local", step)

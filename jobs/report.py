@@ -49,9 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, metavar="PNG",
                         help="draw losses against bytes, time and steps; what is lost, state, times of phases")  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="FILE", help="write tables and pictures into one page")
+    parser.add_argument("--best", action="store_true",
+                        help="of trained runs that differ in the learning rate only, show the best")  # fmt: skip
     arguments = parser.parse_args(argv)
     try:
-        sections = read_sections(arguments.runs)
+        sections = read_sections(arguments.runs, best=arguments.best)
         print("\n\n".join(section.text for section in sections))
         if arguments.plot:
             for section in sections:
@@ -68,8 +70,10 @@ def _path_for(section: Section, path: Path, *, alone: bool) -> Path:
     return path if alone else path.with_name(f"{path.stem}-{section.kind}{path.suffix}")
 
 
-def read_sections(paths: Sequence[Path]) -> list[Section]:
+def read_sections(paths: Sequence[Path], *, best: bool = False) -> list[Section]:
     """Return what there is to say of the runs, by the programs that wrote them; trained ones together, dense first.
+
+    With `best`, of trained runs that differ in the learning rate (and the folder) only, the one that ended best.
 
     Raises
     ------
@@ -86,6 +90,8 @@ def read_sections(paths: Sequence[Path]) -> list[Section]:
             trained.append(_trained(path))
     if not trained:
         return others
+    if best:
+        trained = _best(trained)
     names = _short_names([run.name for run in trained])
     trained = [_Run(name, run.summary, run.rows) for name, run in zip(names, trained, strict=True)]
     trained.sort(key=lambda run: run.summary["config"]["compressor"] != "identity")  # stable: the order given otherwise
@@ -96,6 +102,16 @@ def read_sections(paths: Sequence[Path]) -> list[Section]:
         figures.training({run.name: run.rows for run in trained}, path)
 
     return [Section("train", "Training", table(trained), draw), *others]
+
+
+def _best(runs: Sequence[_Run]) -> list[_Run]:
+    kept: dict[str, _Run] = {}
+    for run in runs:
+        same = {key: value for key, value in run.summary["config"].items() if key not in ("lr", "out")}
+        key = json.dumps(same, sort_keys=True)
+        if key not in kept or not run.summary["val_loss"] >= kept[key].summary["val_loss"]:  # also when that is NaN
+            kept[key] = run
+    return list(kept.values())
 
 
 def _short_names(names: Sequence[str]) -> list[str]:

@@ -13,10 +13,9 @@ from mpi_ef.jobs import launch
 from mpi_ef.jobs.config import option, parse, to_toml
 
 if TYPE_CHECKING:
-    from mpi_ef.compress import Compressor
     from mpi_ef.jobs.trainer import Trainer
 
-__all__ = ["PHASES", "TrainConfig", "build_compressor", "learning_rate", "main", "train"]
+__all__ = ["PHASES", "TrainConfig", "learning_rate", "main", "train"]
 
 # Parts of a step: load a batch; forward and backward; compress; wait for messages; apply messages; all else of the
 # optimizer's step.
@@ -36,22 +35,29 @@ class TrainConfig:
     layers: int = option(4, "blocks of the gpt")
     heads: int = option(4, "attention heads of the gpt")
     width: int = option(128, "width of the gpt")
-    optimizer: Literal["adamw", "sgd"] = option("adamw", "torch optimizer on every rank")
+    optimizer: Literal["adamw", "sgd", "onebit-adam", "zero-one-adam", "onebit-lamb", "lion", "signum", "ef21-muon",
+                       "powersgd"] = option("adamw", "adamw, sgd: torch's on every rank, with a rule under it")  # fmt: skip
     lr: float = option(0.006, "peak learning rate; linear warm-up, then cosine to a tenth of it")
     warmup: int = option(40, "steps of linear warm-up")
     momentum: float = option(0.9, "of sgd")
-    beta1: float = option(
-        0.5, "momentum of adamw; sparse feedback delays updates, which acts like momentum: 0.9 when dense"
+    beta1: float | None = option(
+        None, "momentum of Adam's kind; 0.9, but 0.5 for adamw when compressed, because feedback delays updates"
     )
+    beta2: float = option(0.99, "of Adam's kind: weight of the past in the variance")
     weight_decay: float = option(0.1, "of the optimizer")
     rule: Literal["ef14", "ef21", "econtrol"] = option("ef14", "error-feedback rule")
     placement: Literal["update", "gradient"] = option(
         "update", "what is exchanged: the optimizer's update, or the gradient"
     )
-    compressor: Literal["topk", "randk", "sign", "quantize", "identity"] = option(
-        "topk", "identity exchanges everything"
+    compressor: Literal["topk", "randk", "sign", "vote", "low-rank", "quantize", "identity"] | None = option(
+        None, "identity exchanges everything; what the optimizer is made for when left out, topk for most"
     )
     ratio: float = option(0.01, "share of entries that topk and randk keep")
+    block: int = option(1024, "entries that share a scale of sign")
+    rank: int = option(4, "of low-rank")
+    freeze: int = option(0, "steps of dense warm-up of the 1-bit optimizers; 0 waits until the variance has settled")
+    local_steps: int = option(200, "steps of zero-one-adam after which the time between two exchanges doubles")
+    overlap: bool = option(False, "let buckets travel during the backward pass; placement gradient, no clipping")
     per_parameter: bool = option(False, "topk keeps its share of every parameter, not of the whole model")
     values: Literal["full", "bf16", "fp16", "int8"] = option("bf16", "how kept or quantized values travel")
     eta: float | None = option(
@@ -66,15 +72,31 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what would fail later, before MPI is started."""
-        least = {"steps": 1, "batch": 1, "context": 1, "layers": 1, "heads": 1, "width": 1, "log_every": 1, "eval_every": 1,
-                 "warmup": 0, "dense_steps": 0, "seed": 0, "lr": 0.0, "weight_decay": 0.0, "clip": 0.0}  # fmt: skip
+        ones = (
+            "steps",
+            "batch",
+            "context",
+            "layers",
+            "heads",
+            "width",
+            "block",
+            "rank",
+            "local_steps",
+            "log_every",
+            "eval_every",
+        )
+        zeros = ("freeze", "warmup", "dense_steps", "seed", "lr", "weight_decay", "clip")
+        least = dict.fromkeys(ones, 1.0) | dict.fromkeys(zeros, 0.0)
         for name, limit in least.items():
             if not getattr(self, name) >= limit:  # also refuses NaN
-                raise ConfigError(f"{name}={getattr(self, name)} is too small; the least is {limit}")
-        for name in ("momentum", "beta1"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"{name}={getattr(self, name)} is not in [0, 1)")
-        if self.per_parameter and self.compressor != "topk":
+                raise ConfigError(f"{name}={getattr(self, name)} is too small; the least is {limit:g}")
+        for name in ("momentum", "beta1", "beta2"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < 1.0:
+                raise ConfigError(f"{name}={value} is not in [0, 1)")
+        if self.overlap and self.clip:
+            raise ConfigError("overlap sends gradients before their norm is known; pass clip=0 with it")
+        if self.per_parameter and self.compressor not in (None, "topk"):
             raise ConfigError(f"per_parameter goes with compressor=topk; here it is {self.compressor}")
         if not 0.0 < self.ratio <= 1.0:
             raise ConfigError(f"ratio={self.ratio} is not in (0, 1]; 0.01 keeps one entry in a hundred")
@@ -125,6 +147,8 @@ def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
         trainer.step(watched=logged)
         if not logged:
             continue
+        if step == config.steps:
+            trainer.optimizer.synchronize()
         row = trainer.row(evaluate=evaluate)
         if metrics is not None:
             metrics.write(row)
@@ -137,20 +161,6 @@ def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
         (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print(_table(summary), flush=True)
     return summary
-
-
-def build_compressor(config: TrainConfig) -> "Compressor":
-    """Return the compressor that the options describe."""
-    from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK
-
-    values: Compressor = Identity() if config.values == "full" else Quantize(config.values)
-    if config.compressor == "topk":
-        return TopK(config.ratio, values=values, segments="parameters" if config.per_parameter else None)
-    if config.compressor == "randk":
-        return RandK(config.ratio, values=values, seed=config.seed)
-    if config.compressor == "sign":
-        return Sign(block=1024)
-    return values if config.compressor == "quantize" else Identity()
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -15,8 +15,8 @@ from mpi_ef.collectives.agreement import agree
 from mpi_ef.jobs import models
 from mpi_ef.jobs.data import Dataset, Digits, Text, batches, shard
 from mpi_ef.jobs.metrics import in_bytes
-from mpi_ef.jobs.train import PHASES, TrainConfig, build_compressor, learning_rate
-from mpi_ef.optim import DistributedOptimizer
+from mpi_ef.jobs.optimizers import build_optimizer
+from mpi_ef.jobs.train import PHASES, TrainConfig, learning_rate
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,27 +54,18 @@ class Trainer:
         self._batches = batches(samples, config.batch, seed=config.seed, rank=rank)
         bounds = chunk_bounds(self.data.held_out_size, size)
         self._held_out = np.arange(bounds[rank], bounds[rank + 1])
-        options: dict[str, Any] = {} if config.eta is None else {"eta": config.eta}
-        self.optimizer = DistributedOptimizer(
-            _torch_optimizer(config, self.model),
-            comm,
-            build_compressor(config),
-            placement=config.placement,
-            rule=config.rule,
-            dense_steps=config.dense_steps,
-            **options,
-        )
+        self.optimizer = build_optimizer(config, self.model, comm)
         self._loss_sum, self._loss_count = 0.0, 0
         self._seconds = {"data": 0.0, "compute": 0.0, "optimizer": 0.0}
         self._began = perf_counter()
 
     def headline(self) -> str:
         """Return a line that says what is trained and what travels. Local."""
-        plan, flat = self.optimizer.feedback.plan, self.optimizer.flat
-        return (f"{self.config.model}: {flat.d:,} parameters on {plan.size} ranks, {self.data.size:,} training samples; "
-                f"{self.config.optimizer} with {self.config.rule} on the {self.config.placement}, {plan.compressor}: "
-                f"{in_bytes(plan.traffic.sent_nbytes)} per step and rank "
-                f"(dense: {in_bytes(plan.traffic.dense_nbytes)})")  # fmt: skip
+        plans, dense = self.optimizer.plans(), in_bytes(self.optimizer.dense_nbytes)
+        sent = in_bytes(sum(plan.traffic.sent_nbytes for plan in plans))
+        return (f"{self.config.model}: {self.optimizer.flat.d:,} parameters on {self.comm.Get_size()} ranks, "
+                f"{self.data.size:,} training samples; {self.config.optimizer}, {plans[0].compressor}: {sent} per step and "
+                f"rank when compressed (dense: {dense})")  # fmt: skip
 
     @property
     def columns(self) -> list[str]:
@@ -84,14 +75,12 @@ class Trainer:
                 *(f"norm_{name}" for name in self._state()), "seconds", *times]  # fmt: skip
 
     def _state(self) -> "dict[str, np.ndarray]":
-        feedback = self.optimizer.feedback
-        return feedback.per_rank() | feedback.replicated()
+        return self.optimizer.per_rank() | self.optimizer.replicated()
 
     def step(self, *, watched: bool = False) -> None:
         """Take one optimizer step on the next batch of this rank; a watched one measures what compression loses."""
         self.steps += 1
-        plan = self.optimizer.feedback.plan
-        plan.watched, plan.lost = watched, None
+        self.optimizer.watch(watched)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.steps)
         began = perf_counter()
@@ -112,27 +101,25 @@ class Trainer:
         self._seconds["optimizer"] += perf_counter() - began
 
     def _clip(self) -> None:
-        gradients = self.optimizer.flat.gradients
-        norm = float(np.linalg.norm(gradients))
-        if 0.0 < self.config.clip < norm:
-            gradients *= gradients.dtype.type(self.config.clip / norm)
+        if self.config.clip and not self.optimizer.clip:  # those that clip by all ranks' gradients do it themselves
+            self.optimizer.clip_gradients(self.config.clip)
 
     def row(self, *, evaluate: bool) -> dict[str, Any]:
         """Return one row of metrics; the loss is the mean since the row before."""
-        feedback = self.optimizer.feedback
         loss, count = self._sum(self._loss_sum, self._loss_count)
         self._loss_sum, self._loss_count = 0.0, 0
         row = {"step": self.steps, "epoch": self.epoch, "lr": learning_rate(self.config, self.steps),
                "loss": loss / max(1.0, count), "val_loss": None, "val_accuracy": None,
-               "sent_nbytes": feedback.sent_nbytes,
-               "dense_nbytes": self.steps * feedback.plan.traffic.dense_nbytes, **self._diagnosis()}  # fmt: skip
+               "sent_nbytes": self.optimizer.sent_nbytes, "dense_nbytes": self.steps * self.optimizer.dense_nbytes,
+               **self._diagnosis()}  # fmt: skip
         if evaluate:
             paused = perf_counter()
             row |= self._evaluate()
             self._began += perf_counter() - paused  # training time, without validation
         row["seconds"] = perf_counter() - self._began
-        seconds = self._seconds | feedback.seconds
-        seconds["update"] = seconds["optimizer"] - sum(feedback.seconds.values())
+        exchanges = self.optimizer.seconds
+        seconds = self._seconds | exchanges
+        seconds["update"] = seconds["optimizer"] - sum(exchanges.values())
         spent = self._all([seconds[phase] for phase in PHASES])
         for prefix, values in (("", spent.mean(axis=0)), ("min_", spent.min(axis=0)), ("max_", spent.max(axis=0))):
             row |= {f"{prefix}seconds_{phase}": float(value) for phase, value in zip(PHASES, values, strict=True)}
@@ -140,12 +127,11 @@ class Trainer:
 
     def _diagnosis(self) -> dict[str, float | None]:
         """Return what the last exchange lost, mean over ranks, and norms of the state, mean square over ranks."""
-        plan, state = self.optimizer.feedback.plan, self._state()
-        lost = np.nan if plan.lost is None else plan.lost
+        state, lost = self._state(), self.optimizer.lost
+        lost = np.nan if lost is None else lost
         means = self._all([lost, *(float(np.linalg.norm(array)) ** 2 for array in state.values())]).mean(axis=0)
-        parts = [
-            plan.size if name.startswith("plan.") else 1 for name in state
-        ]  # a plan's arrays are parts of a vector
+        # Arrays of plans are parts of a vector: their norms add up, those of other arrays are averaged.
+        parts = [self.comm.Get_size() if ".plan." in f".{name}" else 1 for name in state]
         norms = np.sqrt(parts * means[1:]).tolist()
         row = {f"norm_{name}": norm for name, norm in zip(state, norms, strict=True)}
         return {"lost": None if np.isnan(means[0]) else float(means[0]), **row}
@@ -188,14 +174,3 @@ def _build(config: TrainConfig) -> "tuple[Dataset, nn.Module]":
     text = Text(config.text, context=config.context, seed=config.seed)
     sizes = {"context": config.context, "layers": config.layers, "heads": config.heads, "width": config.width}
     return text, models.GPT(text.vocabulary, **sizes)
-
-
-def _torch_optimizer(config: TrainConfig, model: "nn.Module") -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, 0.99))

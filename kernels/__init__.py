@@ -6,8 +6,12 @@ results agree bit for bit. Vectors are float32 or float64; indices are int64 in 
 """
 
 from ._stream import BLOCK
+from .adam import adam, adam_step, l1_norm, preconditioned_step, sign_step, update_moments
 from .coding import decode_indices, encode_indices, low_bits, lower_nbytes, upper_nbytes
 from .finite import all_finite
+from .layers import add_layers, follow_momentum, layer_norms, scaled_momentum
+from .lowrank import add_low_rank, orthonormalise
+from .momentum import local_step, momentum_step
 from .quantize import QUANTIZE_SCRATCH, add_quantized, quantize
 from .sample import sample_indices
 from .select import SELECT_SCRATCH, select_candidates, select_largest
@@ -20,7 +24,11 @@ __all__ = [
     "QUANTIZE_SCRATCH",
     "SELECT_SCRATCH",
     "SIGNS_SCRATCH",
+    "adam",
+    "adam_step",
     "add_dense",
+    "add_layers",
+    "add_low_rank",
     "add_quantized",
     "add_signs",
     "add_sparse",
@@ -30,13 +38,23 @@ __all__ = [
     "decode_indices",
     "encode_indices",
     "encode_signs",
+    "follow_momentum",
     "gather",
+    "l1_norm",
+    "layer_norms",
+    "local_step",
     "low_bits",
     "lower_nbytes",
     "mean_rows",
+    "momentum_step",
+    "orthonormalise",
+    "preconditioned_step",
     "quantize",
     "sample_indices",
+    "scaled_momentum",
     "select_candidates",
     "select_largest",
+    "sign_step",
+    "update_moments",
     "upper_nbytes",
 ]

@@ -3,8 +3,14 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from .reference_steps import add_layers, follow_momentum, layer_norms, local_step, momentum_step, scaled_momentum
+
 __all__ = [
+    "adam",
+    "adam_step",
     "add_dense",
+    "add_layers",
+    "add_low_rank",
     "add_quantized",
     "add_signs",
     "add_sparse",
@@ -14,11 +20,21 @@ __all__ = [
     "decode_indices",
     "encode_indices",
     "encode_signs",
+    "follow_momentum",
     "gather",
+    "l1_norm",
+    "layer_norms",
+    "local_step",
     "mean_rows",
+    "momentum_step",
+    "orthonormalise",
+    "preconditioned_step",
     "quantize",
     "sample_indices",
+    "scaled_momentum",
     "select_largest",
+    "sign_step",
+    "update_moments",
 ]
 
 Vector = NDArray[np.floating]
@@ -297,3 +313,103 @@ def sample_indices(
         drawn = _mix(state) % (last + 1)
         taken.add(last if drawn in taken else drawn)
     indices[:] = sorted(taken)
+
+
+def orthonormalise(rows: Vector, spans: NDArray[np.int64], rank: int, spare: Vector) -> None:
+    """Make the rows of every factor orthonormal; rows that depend on those before become zero, or a spare row."""
+    for start, size in spans:
+        span = slice(start, start + rank * size)
+        factor, others = rows[span].reshape(rank, size), spare[span].reshape(-1, size)
+        for k, row in enumerate(factor):
+            row[:] = _freed(row, factor[:k])
+            if others.size and not row.any():
+                row[:] = _freed(others[k], factor[:k])
+
+
+def _freed(row: Vector, earlier: Vector) -> Vector:
+    """Return the unit vector of what `row` has beyond the rows before it; zero when that is rounding error."""
+    largest = np.abs(row).max()
+    if largest == 0:
+        return row
+    x: Vector = (row.astype(np.float64) / np.float64(largest)).astype(row.dtype)
+    before = np.sqrt(_dot(x, x))
+    for _ in range(2):
+        for other in earlier:
+            x = (x - _dot(x, other) * other.astype(np.float64)).astype(row.dtype)
+    length = np.sqrt(_dot(x, x))
+    if length <= 16 * float(np.finfo(row.dtype).eps) * before:
+        return np.zeros_like(row)
+    unit: Vector = (x.astype(np.float64) / length).astype(row.dtype)
+    return unit
+
+
+def _dot(x: Vector, y: Vector) -> np.float64:
+    """Add products in eight sums, those by halves, then what follows the last group of eight."""
+    products = x.astype(np.float64) * y
+    whole = x.size // 8 * 8
+    sums = np.cumsum(np.vstack([np.zeros(8), products[:whole].reshape(-1, 8)]), axis=0)[-1]
+    while sums.size > 1:
+        sums = sums[: sums.size // 2] + sums[sums.size // 2 :]
+    total: np.float64 = np.cumsum(np.concatenate([sums, products[whole:]]))[-1]
+    return total
+
+
+def add_low_rank(
+    left: Vector,
+    right: Vector,
+    parts: NDArray[np.int64],
+    rank: int,
+    factor: np.floating,
+    overwrite: bool,
+    out: Vector,
+    scratch: Vector,  # noqa: ARG001
+) -> None:
+    """Add ``factor`` times the products of factors, and times what travels whole, to `out`."""
+    if overwrite:
+        out[:] = 0
+    for rows, columns in parts:
+        size = rows * (columns or 1)
+        if columns == 0:
+            thin, left = np.split(left, [rows])
+            value = thin
+        else:
+            (thin, left), (wide, right) = np.split(left, [rank * rows]), np.split(right, [rank * columns])
+            terms = thin.reshape(rank, rows, 1) * wide.reshape(rank, 1, columns)
+            value = sum(terms[1:], start=terms[0]).reshape(-1)
+        part, out = np.split(out, [size])
+        part += factor * value
+
+
+def update_moments(grad: Vector, beta1: np.floating, beta2: np.floating, m: Vector, v: Vector) -> None:
+    """Take the mean and the mean square of gradients along."""
+    one = m.dtype.type(1)
+    m[:] = beta1 * m + (one - beta1) * grad
+    v[:] = beta2 * v + (one - beta2) * (grad * grad)
+
+
+def adam_step(
+    m: Vector, v: Vector, step: np.floating, root_factor: np.floating, eps: np.floating, decay: np.floating, x: Vector
+) -> None:
+    """Take a step of Adam."""
+    x[:] = decay * x - step * (m / (root_factor * np.sqrt(v) + eps))
+
+
+def adam(grad: Vector, beta1, beta2, step, root_factor, eps, decay, m: Vector, v: Vector, x: Vector) -> None:
+    """Do what `update_moments` and `adam_step` do."""
+    update_moments(grad, beta1, beta2, m, v)
+    adam_step(m, v, step, root_factor, eps, decay, x)
+
+
+def preconditioned_step(m: Vector, inverse: Vector, step: np.floating, decay: np.floating, x: Vector) -> None:
+    """Take a step along a preconditioned direction."""
+    x[:] = decay * x - step * (m * inverse)
+
+
+def l1_norm(x: Vector) -> float:
+    """Return the sum of magnitudes."""
+    return _sum_magnitudes(np.abs(x))
+
+
+def sign_step(direction: Vector, step: np.floating, decay: np.floating, x: Vector) -> None:
+    """Take a step of equal length in every entry."""
+    x[:] = decay * x - step * np.sign(direction)

@@ -7,50 +7,111 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, allgather, allreduce, plan_for
-    from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK
+    from mpi_ef.buffers import synchronize_buffers
+    from mpi_ef.collectives import (
+        ClientsMean,
+        DenseMean,
+        GatherMean,
+        LowRankMean,
+        TwoPhaseMean,
+        allgather,
+        allreduce,
+        plan_for,
+    )
+    from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
+    from mpi_ef.data import ShardedSampler, generator_for, loader_context, random_state, seed_rank, set_random_state
+    from mpi_ef.ddp import FeedbackHook
     from mpi_ef.errors import MpiEfError
     from mpi_ef.feedback import ErrorFeedback
-    from mpi_ef.optim import EF21, DistributedOptimizer, EControl
+    from mpi_ef.optim import (
+        EF21,
+        DistributedOptimizer,
+        EControl,
+        EF21Muon,
+        Lion,
+        OneBitAdam,
+        OneBitLamb,
+        PowerSGD,
+        Signum,
+        ZeroOneAdam,
+    )
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "allgather": "collectives",
+    "allreduce": "collectives",
+    "ClientsMean": "collectives",
     "DenseMean": "collectives",
     "DistributedOptimizer": "optim",
     "EControl": "optim",
     "EF21": "optim",
+    "EF21Muon": "optim",
     "ErrorFeedback": "feedback",
+    "FeedbackHook": "ddp",
     "GatherMean": "collectives",
+    "generator_for": "data",
     "Identity": "compress",
+    "Lion": "optim",
+    "loader_context": "data",
+    "LowRank": "compress",
+    "LowRankMean": "collectives",
     "MpiEfError": "errors",
+    "OneBitAdam": "optim",
+    "OneBitLamb": "optim",
+    "plan_for": "collectives",
+    "PowerSGD": "optim",
     "Quantize": "compress",
     "RandK": "compress",
+    "random_state": "data",
+    "seed_rank": "data",
+    "set_random_state": "data",
+    "ShardedSampler": "data",
     "Sign": "compress",
+    "Signum": "optim",
+    "synchronize_buffers": "buffers",
     "TopK": "compress",
     "TwoPhaseMean": "collectives",
-    "allgather": "collectives",
-    "allreduce": "collectives",
-    "plan_for": "collectives",
+    "Vote": "compress",
+    "ZeroOneAdam": "optim",
 }
 
 __all__ = [
     "EF21",
+    "ClientsMean",
     "DenseMean",
     "DistributedOptimizer",
     "EControl",
+    "EF21Muon",
     "ErrorFeedback",
+    "FeedbackHook",
     "GatherMean",
     "Identity",
+    "Lion",
+    "LowRank",
+    "LowRankMean",
     "MpiEfError",
+    "OneBitAdam",
+    "OneBitLamb",
+    "PowerSGD",
     "Quantize",
     "RandK",
+    "ShardedSampler",
     "Sign",
+    "Signum",
     "TopK",
     "TwoPhaseMean",
+    "Vote",
+    "ZeroOneAdam",
     "allgather",
     "allreduce",
+    "generator_for",
+    "loader_context",
     "plan_for",
+    "random_state",
+    "seed_rank",
+    "set_random_state",
+    "synchronize_buffers",
 ]
 
 

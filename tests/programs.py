@@ -4,8 +4,9 @@ import numpy as np
 import torch
 from vectors_for_tests import gaussian
 
-from mpi_ef.collectives import ClientsMean, DenseMean, GatherMean, TwoPhaseMean
-from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK
+from mpi_ef.collectives import ClientsMean, DenseMean, GatherMean, LowRankMean, TwoPhaseMean
+from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK
+from mpi_ef.feedback import RULES as ALL_RULES
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.optim import EF21, DistributedOptimizer, EControl
 
@@ -23,6 +24,10 @@ PLANS = {
     "two-phase randk": lambda comm, d, dtype: TwoPhaseMean(comm, RandK(0.3), d, dtype),
     "two-phase int8": lambda comm, d, dtype: TwoPhaseMean(comm, Quantize("int8", block=64), d, dtype),
     "two-phase without residual": lambda comm, d, dtype: TwoPhaseMean(comm, Sign(), d, dtype, residual=False),
+    "gather low rank": lambda comm, d, dtype: GatherMean(comm, LowRank(1), d, dtype),
+    "low rank": lambda comm, d, dtype: LowRankMean(
+        comm, LowRank(2, shapes=((d // 12, 2, 3), (d % 12,), (3, 2 * (d // 12)))), d, dtype
+    ),
 }
 SIZES = (0, 1, 3, 8, 65, 1001)
 RULES = ("ef14", "ef21", "econtrol")
@@ -51,11 +56,17 @@ def exchanges(plan, d, dtype, steps=3):
     return program
 
 
+def feedback_through(plan, rule, comm, d, dtype, dense_steps=0):
+    """Return a rule at work. EControl is told its eta where the plan's worst case says nothing about a good one."""
+    options = {"eta": 0.1} if (plan, rule) == ("low rank", "econtrol") else {}
+    return ErrorFeedback(rule, PLANS[plan](comm, d, dtype), dense_steps=dense_steps, **options)
+
+
 def rule_steps(rule, plan, d, dtype, steps=5, dense_steps=0):
     """Return a program that gives the results of all steps and the state at the end."""
 
     def program(comm):
-        feedback = ErrorFeedback(rule, PLANS[plan](comm, d, dtype), dense_steps=dense_steps)
+        feedback = feedback_through(plan, rule, comm, d, dtype, dense_steps)
         rank = comm.Get_rank()
         out = [feedback.step(gaussian(rank, d, dtype, step=step)).copy() for step in range(steps)]
         return {"results": out, "per rank": feedback.per_rank(), "replicated": feedback.replicated()}
@@ -64,6 +75,7 @@ def rule_steps(rule, plan, d, dtype, steps=5, dense_steps=0):
 
 
 CLIENT_D, CLIENTS_IN_ALL = 37, 7
+CLIENT_RULES = [rule for rule in ALL_RULES if rule != "ef14-momentum"]  # which is for one vector a rank
 CLIENT_OPTIONS = {
     "econtrol": {"eta": 0.1},
     "d-ec-sgd": {"correction": RandK(0.3, seed=5)},

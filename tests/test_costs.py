@@ -40,7 +40,8 @@ def test_memory_touched_by_a_step(rule, plan, compressor, limit):
         vectors = [gaussian(comm.Get_rank(), d, step=t) for t in range(3)]
         for x in vectors[:2]:
             feedback.step(x)
-        # Rank 0 counts for the whole process: the other rank begins and ends its step while it does.
+        # Rank 0 counts for the whole process: the other rank ends its last step before, and this one while it does.
+        comm.allgather("ready")
         with counted() if comm.Get_rank() == 0 else nullcontext() as touched:
             comm.allgather("counting")
             feedback.step(vectors[2])

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import virtual
-from programs import PLANS, RULES, rule_steps, same_bits
+from programs import PLANS, RULES, feedback_through, rule_steps, same_bits
 from vectors_for_tests import gaussian
 
 from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, chunk_bounds
@@ -212,11 +212,11 @@ def test_save_load_step_is_step(rule, plan):
 
     def program(comm):
         rank = comm.Get_rank()
-        one = ErrorFeedback(rule, PLANS[plan](comm, D, np.float32), dense_steps=1)
+        one = feedback_through(plan, rule, comm, D, np.float32, dense_steps=1)
         for step in range(4):
             one.step(gaussian(rank, D, step=step))
         saved = one.state_dict()
-        two = ErrorFeedback(rule, PLANS[plan](comm, D, np.float32), dense_steps=1)
+        two = feedback_through(plan, rule, comm, D, np.float32, dense_steps=1)
         two.load_state_dict(saved)
         for step in range(4, 7):
             u = gaussian(rank, D, step=step)
@@ -255,7 +255,7 @@ def test_load_refuses_what_does_not_belong_here(change, error, words):
 def test_a_broken_gradient_on_one_rank_leaves_every_state_as_it_was(rule, plan):
     def program(comm):
         rank = comm.Get_rank()
-        feedback = ErrorFeedback(rule, PLANS[plan](comm, D, np.float32))
+        feedback = feedback_through(plan, rule, comm, D, np.float32)
         feedback.step(gaussian(rank, D))
         before = feedback.state_dict()
         broken = gaussian(rank, D, step=1)

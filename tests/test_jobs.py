@@ -21,7 +21,8 @@ from mpi_ef.jobs.config import option, parse, to_toml
 from mpi_ef.jobs.data import Digits, Text, batches, shard
 from mpi_ef.jobs.launch import check_world
 from mpi_ef.jobs.metrics import Metrics, Progress, in_bytes
-from mpi_ef.jobs.train import TrainConfig, build_compressor, learning_rate, train
+from mpi_ef.jobs.optimizers import build_compressor
+from mpi_ef.jobs.train import TrainConfig, learning_rate, train
 
 
 @dataclass(frozen=True)

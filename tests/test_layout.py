@@ -16,10 +16,14 @@ ALLOWED = {
     "collectives": ["kernels", "compress"],
     "feedback": ["kernels", "compress", "collectives"],
     "vectors": ["kernels", "compress", "collectives"],
+    "data": ["collectives"],
+    "buffers": ["collectives"],
+    "workers": [],
     "optim": ["kernels", "compress", "collectives", "feedback", "vectors"],
-    "jobs": ["kernels", "compress", "collectives", "feedback", "vectors", "optim"],
+    "ddp": ["kernels", "compress", "collectives", "feedback", "vectors"],
+    "jobs": ["kernels", "compress", "collectives", "feedback", "vectors", "data", "buffers", "optim"],
     "slurm": [],
-    "__init__": ["compress", "collectives", "feedback", "vectors", "optim"],
+    "__init__": ["compress", "collectives", "feedback", "vectors", "data", "buffers", "optim", "ddp"],
 }
 # Third-party packages that a room may not name.
 FORBIDDEN = {
@@ -28,7 +32,11 @@ FORBIDDEN = {
     "collectives": {"torch", "numba", "h5py"},
     "feedback": {"torch", "numba", "mpi4py", "h5py"},
     "vectors": {"numba", "mpi4py"},
+    "data": {"numba", "mpi4py", "h5py"},
+    "buffers": {"numba", "mpi4py", "h5py"},
+    "workers": {"torch", "numba", "h5py"},
     "optim": {"numba", "mpi4py"},
+    "ddp": {"numba", "mpi4py"},
     "jobs": {"numba"},
 }
 
@@ -101,6 +109,9 @@ def loaded_after(code: str) -> set[str]:
         ("import mpi_ef.collectives, mpi_ef.feedback", {"torch", "mpi4py.MPI"}),
         ("from mpi_ef import TopK, allreduce, ErrorFeedback", {"torch", "mpi4py.MPI"}),
         ("import mpi_ef.optim", {"mpi4py.MPI"}),
+        ("import mpi_ef.ddp", {"mpi4py.MPI"}),
+        ("import mpi_ef.data, mpi_ef.buffers", {"mpi4py.MPI"}),
+        ("import mpi_ef.workers", {"torch", "mpi4py.MPI", "numba", "numpy"}),
         ("import mpi_ef.jobs.cli, mpi_ef.jobs.train, mpi_ef.jobs.report", {"torch", "mpi4py.MPI", "numba"}),
         ("import mpi_ef.jobs.least_squares", {"torch", "mpi4py.MPI"}),
     ],

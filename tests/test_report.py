@@ -115,6 +115,14 @@ def test_one_kind_of_runs_takes_the_name_as_it_is(runs, tmp_path):
     assert b"<svg" in (tmp_path / "one.svg").read_bytes()
 
 
+def test_the_best_learning_rate_is_picked(tmp_path, capsys):
+    paths = [str(trained(tmp_path / f"{rule}-{lr}", rule=rule, lr=lr, placement="gradient", optimizer="sgd"))
+             for rule in ("ef14", "ef21") for lr in (1e-6, 0.1)]  # fmt: skip
+    capsys.readouterr()
+    report.main([*paths, "--best"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "ef14-0.1", "ef21-0.1"]
+
+
 def test_runs_of_the_same_name_are_told_apart(runs, tmp_path, capsys):
     trained(tmp_path / "sparse")
     capsys.readouterr()

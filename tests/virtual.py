@@ -28,6 +28,10 @@ class _Request:
     def Wait(self) -> None:
         self._finish()
 
+    def Test(self) -> bool:
+        """A virtual message arrives when somebody waits for it."""
+        return False
+
 
 class VirtualComm:
     """One rank's end of a virtual world."""

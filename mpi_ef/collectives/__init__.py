@@ -7,6 +7,7 @@ A *plan* is built once (collective: all ranks together, same arguments) and exch
 from .clients import ClientsMean
 from .dense import DenseMean
 from .frames import Frames
+from .lowrank import LowRankMean
 from .onecall import allgather, allreduce
 from .plan import Comm, Offer, Plan, Traffic
 from .plans import GatherMean, TwoPhaseMean, chunk_bounds, plan_for
@@ -17,6 +18,7 @@ __all__ = [
     "DenseMean",
     "Frames",
     "GatherMean",
+    "LowRankMean",
     "Offer",
     "Plan",
     "Traffic",

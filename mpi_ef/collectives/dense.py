@@ -1,7 +1,7 @@
 """The uncompressed mean, block by block through the cache."""
 
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -14,7 +14,7 @@ from mpi_ef.errors import MpiEfError, NonFiniteError
 from .frames import NON_FINITE, Frames, status_of
 from .plan import Comm, Plan, Traffic, dense_nbytes
 
-__all__ = ["DenseMean"]
+__all__ = ["DenseMean", "RankOrderMean"]
 
 BLOCK_NBYTES = 4 << 20  # of the vector; what one rank receives of it at a time should fit its second-level cache
 
@@ -40,6 +40,68 @@ class _Block(NamedTuple):
         others[rank] = 0
         return cls(low, high, size, slice(rank * size, (rank + 1) * size), others, np.arange(n) * size,
                    np.full(n, rank * size))  # fmt: skip
+
+
+class RankOrderMean:
+    """The mean of whole vectors, summed in rank order, without a word on whether a rank can take part.
+
+    What :class:`DenseMean` and other plans have in common: steps 1 to 4 of the former.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    d : int
+    dtype : numpy dtype
+        float32 or float64.
+    seconds : dict of str to float
+        Where the time spent in "communicate" and "decode" is added.
+
+    Attributes
+    ----------
+    nbytes : int
+        What one mean moves out of a rank, and as much into it.
+    """
+
+    def __init__(self, comm: Comm, d: int, dtype: DTypeLike, seconds: dict[str, float]) -> None:
+        self._comm, self._seconds = comm, seconds
+        self._dtype: np.dtype[Any] = np.dtype(dtype)
+        self._size, self._rank = n, rank = int(comm.Get_size()), int(comm.Get_rank())
+        itemsize = self._dtype.itemsize
+        longest = max(1, min(-(-d // n), BLOCK_NBYTES // (n * itemsize)))
+        self._arrived = np.zeros(n * longest, self._dtype)
+        self._blocks = [_Block.of(low, min(low + n * longest, d), n, rank) for low in range(0, d, n * longest)]
+        self._padded = np.zeros((2, n * self._blocks[-1].size if self._blocks else 0), self._dtype)
+        self.nbytes = 2 * (n - 1) * itemsize * sum(block.size for block in self._blocks)
+
+    def form(self, x: Vector, factor: float, out: Vector) -> bool:
+        """Write ``factor`` times the sum over the ranks of `x` to `out`; tell if this rank's share is finite. Collective.
+
+        Parameters
+        ----------
+        x : (d,) of the dtype, contiguous, read only
+        factor : float, rounded to the dtype; multiplies every vector before it is added
+        out : (d,) of the dtype, contiguous, not `x`, overwritten, with the same bits on all ranks
+        """
+        began, decoding, weight, finite = perf_counter(), self._seconds["decode"], self._dtype.type(factor), True
+        for block in self._blocks:
+            finite &= self._form_block(block, x[block.low : block.high], weight, out[block.low : block.high])
+        self._seconds["communicate"] += perf_counter() - began - (self._seconds["decode"] - decoding)
+        return finite
+
+    def _form_block(self, block: _Block, x: Vector, factor: np.floating, result: Vector) -> bool:
+        n, target = self._size, result
+        if x.size % n:
+            self._padded[0, : x.size] = x
+            x, result = self._padded
+        arrived, own, mine = self._arrived[: n * block.size], x[block.mine], result[block.mine]
+        self._comm.Alltoallv([x, (block.others, block.places)], [arrived, (block.others, block.places)])
+        began = perf_counter()
+        finite: bool = kernels.mean_rows(arrived.reshape(n, block.size), own, self._rank, factor, mine)
+        self._seconds["decode"] += perf_counter() - began
+        self._comm.Alltoallv([result, (block.others, block.own_place)], [result, (block.others, block.places)])
+        if result is not target:
+            target[:] = result[: target.size]
+        return finite
 
 
 class DenseMean(Plan):
@@ -74,19 +136,14 @@ class DenseMean(Plan):
         super().__init__(comm, Identity(), d, dtype)
 
     def _bind(self) -> dict[str, object]:
-        n = self.size
-        self._slice = max(1, min(-(-self.d // n), BLOCK_NBYTES // (n * self.dtype.itemsize)))
-        self._ready, self._known = Frames(1, 0), Frames(n, 0)
-        self._arrived = np.zeros(n * self._slice, self.dtype)
-        self._blocks = [_Block.of(low, min(low + n * self._slice, self.d), n, self.rank)
-                        for low in range(0, self.d, n * self._slice)]  # fmt: skip
-        self._padded = np.zeros((2, n * self._blocks[-1].size if self._blocks else 0), self.dtype)
+        self._ready, self._known = Frames(1, 0), Frames(self.size, 0)
+        self._rank_order = RankOrderMean(self.comm, self.d, self.dtype, self.seconds)
         self._scratch = np.empty(kernels.COMBINE_SCRATCH, self.dtype)
         self._result = aligned_zeros(self.d, self.dtype)
         self._own: Vector | None = None
         self._target: Vector | None = None  # what allreduce writes to
         self._x: Vector = np.empty(0, self.dtype)  # this rank's vector: the caller's while exchange runs, else _own
-        self._factor = self.dtype.type(1.0 / n)
+        self._factor = 1.0 / self.size
         return {}
 
     def _problem(self, x: Vector | Combination, keep: Keep | None) -> MpiEfError | None:
@@ -129,34 +186,13 @@ class DenseMean(Plan):
             self._mark(self._ready)
         self._communicate(self.comm.Allgather, self._ready, self._known)
         self._inspect(self._known)
-        began, decoding = perf_counter(), self.seconds["decode"]
-        finite = True
-        for block in self._blocks:
-            finite &= self._mean_of_block(block)
-        self.seconds["communicate"] += perf_counter() - began - (self.seconds["decode"] - decoding)
+        finite = self._rank_order.form(self._x, self._factor, self._result)
         self._mark(self._ready)
         if not finite:
             self._ready.header["status"] = NON_FINITE
         self._communicate(self.comm.Allgather, self._ready, self._known)
         if status_of(self._known, NON_FINITE):
             self._blame()
-
-    def _mean_of_block(self, block: "_Block") -> bool:
-        """Fill the block of the result, and tell whether this rank's slice of it is finite."""
-        n, x, result = self.size, self._x[block.low : block.high], self._result[block.low : block.high]
-        target = result
-        if x.size % n:
-            self._padded[0, : x.size] = x
-            x, result = self._padded
-        arrived, own, mine = self._arrived[: n * block.size], x[block.mine], result[block.mine]
-        self.comm.Alltoallv([x, (block.others, block.places)], [arrived, (block.others, block.places)])
-        began = perf_counter()
-        finite: bool = kernels.mean_rows(arrived.reshape(n, block.size), own, self.rank, self._factor, mine)
-        self.seconds["decode"] += perf_counter() - began
-        self.comm.Alltoallv([result, (block.others, block.own_place)], [result, (block.others, block.places)])
-        if result is not target:
-            target[:] = result[: target.size]
-        return finite
 
     def _blame(self) -> None:
         """Raise on all ranks, naming those whose vectors are not finite."""
@@ -206,7 +242,7 @@ class DenseMean(Plan):
         """
         own, factor = self._result, self._factor
         in_place = np.may_share_memory(x, out)
-        self._factor = self.dtype.type(scale / self.size)
+        self._factor = scale / self.size
         self._target, self._result = out, own if in_place else out
         try:
             self.exchange(x)
@@ -218,6 +254,5 @@ class DenseMean(Plan):
     @property
     def traffic(self) -> Traffic:
         """Bytes of one exchange."""
-        entries = sum(block.size for block in self._blocks)
-        nbytes = 2 * (self.size - 1) * (entries * self.dtype.itemsize + self._ready.frame_nbytes)
+        nbytes = self._rank_order.nbytes + 2 * (self.size - 1) * self._ready.frame_nbytes
         return Traffic(nbytes, nbytes, dense_nbytes(self))

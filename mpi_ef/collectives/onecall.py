@@ -20,7 +20,7 @@ __all__ = ["allgather", "allreduce"]
 KEPT_PLANS = 16  # per communicator; the one unused for longest is dropped
 
 _Key = tuple[str, Compressor, int, str]
-_keyval: int | None = None
+_keyvals: dict[type, int] = {}  # by kind of communicator
 
 
 def allreduce(
@@ -33,9 +33,10 @@ def allreduce(
 ) -> Any:
     """Return the mean, or the sum, of the compressed vectors of all ranks, the same bits on every rank. Collective.
 
-    Sparse compressors (TopK, RandK) go through :class:`GatherMean`, Identity through :class:`DenseMean`, others through
-    :class:`TwoPhaseMean` without residual, which compresses twice. What compression loses is lost: for repeated sums
-    use an error-feedback rule of :mod:`mpi_ef.feedback`, which sends it later.
+    Sparse compressors (TopK, RandK) go through :class:`GatherMean`, Identity through :class:`DenseMean`, LowRank through
+    :class:`LowRankMean` without warm start, others through :class:`TwoPhaseMean` without residual, which compresses
+    twice. What compression loses is lost: for repeated sums use an error-feedback rule of :mod:`mpi_ef.feedback`, which
+    sends it later.
 
     Parameters
     ----------
@@ -200,11 +201,11 @@ def _build(comm: Comm, key: _Key) -> Plan:
 
 def _cache(comm: Comm) -> OrderedDict[_Key, Plan]:
     """Return the plans kept as an attribute of `comm`; MPI drops them when the communicator is freed."""
-    global _keyval  # noqa: PLW0603
-    if _keyval is None:
-        _keyval = type(comm).Create_keyval()
-    cache: OrderedDict[_Key, Plan] | None = comm.Get_attr(_keyval)
+    kind = type(comm)
+    if kind not in _keyvals:
+        _keyvals[kind] = kind.Create_keyval()
+    cache: OrderedDict[_Key, Plan] | None = comm.Get_attr(_keyvals[kind])
     if cache is None:
         cache = OrderedDict()
-        comm.Set_attr(_keyval, cache)
+        comm.Set_attr(_keyvals[kind], cache)
     return cache

@@ -249,6 +249,12 @@ class Plan(ABC):
         """Return this rank's named arrays that the next exchanges depend on; a checkpoint saves them. Local."""
         return {}
 
+    def undo(self) -> None:  # noqa: B027
+        """Take back what the last exchange has changed of :meth:`state`, because nobody will use its messages. Local.
+
+        Once, and only after one that has not raised.
+        """
+
     def exchange(self, x: Vector | Combination, *, keep: Keep | None = None) -> Self:
         """Send this rank's message and receive those of all. Collective.
 

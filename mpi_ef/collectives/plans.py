@@ -5,12 +5,13 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpi_ef.compress import Codec, Compressor, Identity, Keep, Source, aligned_zeros, lazy, source
+from mpi_ef.compress import Codec, Compressor, Identity, Keep, LowRank, Source, aligned_zeros, lazy, source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.compress.compressor import Wires
 
 from .dense import DenseMean
 from .frames import NON_FINITE, Frames
+from .lowrank import LowRankMean
 from .plan import Comm, Plan, Traffic, dense_nbytes
 
 __all__ = ["GatherMean", "TwoPhaseMean", "chunk_bounds", "plan_for"]
@@ -267,6 +268,10 @@ class TwoPhaseMean(Plan):
         nbytes = (self.size - 1) * (self._send.frame_nbytes + self._answer.frame_nbytes)
         return Traffic(nbytes, nbytes, dense_nbytes(self))
 
+    def undo(self) -> None:
+        """Remember the residual from before the last exchange, see :meth:`Plan.undo`."""
+        self._residual, self._next = self._next, self._residual
+
     def state(self) -> dict[str, np.ndarray]:
         """Return the residual of this rank's chunk, (chunk,) of the plan's dtype; empty without a residual."""
         return {"residual": self._residual} if self._remember else {}
@@ -275,17 +280,22 @@ class TwoPhaseMean(Plan):
 def plan_for(
     comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *, residual: bool = True
 ) -> Plan:
-    """Return the plan that suits a compressor: gathered for sparse ones, dense for Identity, else two-phase. Collective.
+    """Return the plan that suits a compressor. Collective.
+
+    Gathered for sparse ones, dense for Identity, :class:`LowRankMean` for LowRank, else two-phase.
 
     Parameters
     ----------
     comm, compressor, d, dtype
         See :class:`Plan`.
     residual : bool
-        Whether a two-phase plan keeps the error of its second phase.
+        Whether the plan keeps something from one exchange to the next: a two-phase plan the error of its second phase, a
+        low-rank one the factor it begins with.
     """
     if isinstance(compressor, Identity):
         return DenseMean(comm, d, dtype)
+    if isinstance(compressor, LowRank):
+        return LowRankMean(comm, compressor, d, dtype, warm_start=residual)
     if getattr(compressor, "sparse", True):  # what is no compressor is refused there, on all ranks
         return GatherMean(comm, compressor, d, dtype)
     return TwoPhaseMean(comm, compressor, d, dtype, residual=residual)

@@ -7,7 +7,9 @@ What is encoded may be a combination of vectors that is only formed while it is 
 
 from .combination import Combination, Keep, Source, aligned_zeros, lazy, source
 from .compressor import Codec, Compressor
-from .dense import Identity, Quantize, Sign
+from .dense import Identity, Quantize, Sign, Vote
+from .lowrank import LowRank
+from .parameters import for_parameters
 from .sparse import RandK, TopK
 
 __all__ = [
@@ -16,12 +18,15 @@ __all__ = [
     "Compressor",
     "Identity",
     "Keep",
+    "LowRank",
     "Quantize",
     "RandK",
     "Sign",
     "Source",
     "TopK",
+    "Vote",
     "aligned_zeros",
+    "for_parameters",
     "lazy",
     "source",
 ]

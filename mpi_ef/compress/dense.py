@@ -12,7 +12,7 @@ from mpi_ef.errors import OptionError
 from .combination import Source, Vector, source, writable
 from .compressor import Codec, Compressor, Wires, words
 
-__all__ = ["Identity", "Quantize", "Sign"]
+__all__ = ["Identity", "Quantize", "Sign", "Vote"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -193,3 +193,53 @@ class _SignCodec(Codec):
     def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
         rows = self.rows(wires, factor)
         kernels.add_signs(*rows, overwrite, writable(out), self._scratch(kernels.SIGNS_SCRATCH))
+
+
+@dataclass(frozen=True, repr=False)
+class Vote(Compressor):
+    """Keep one bit per entry and nothing else: ``C(x) = sign(x)``. For majority votes.
+
+    On a :class:`TwoPhaseMean` without residual every entry of the mean is the sign that most ranks have sent (Bernstein et
+    al. 2018, signSGD, arXiv 1802.04434). sign(0), and a tie, is +1 in one exchange and -1 in the next, so that what nobody
+    votes on stays where it is. Not contractive: no error feedback for it, alpha = 0.
+    """
+
+    def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
+        """Return a codec for bits."""
+        return _VoteCodec(d, dtype)
+
+    def alpha(self, d: int) -> float:  # noqa: ARG002
+        """Return 0: the message says nothing about magnitudes."""
+        return 0.0
+
+
+class _VoteCodec(Codec):
+    """Wire: the bits, most significant first, padded to whole words."""
+
+    def __init__(self, d: int, dtype: DTypeLike) -> None:
+        super().__init__(d, dtype)
+        self._used = -(-self.d // 8)
+        self.nbytes = words(self._used)
+        blocks = -(-self.d // kernels.BLOCK)
+        self._magnitudes = np.zeros(blocks, self.dtype)  # the kernel writes them, nobody reads them
+        self._nobody = np.empty((0, self._used), np.uint8), np.empty((0, blocks), self.dtype)
+
+    def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:  # noqa: ARG002
+        x = x if isinstance(x, Source) else source(x)
+        bits, odd = wire[: self._used], step >> 1 & 1  # a two-phase plan counts two steps an exchange
+        turned = x._replace(less_message=False, factors=-x.factors if odd else x.factors)
+        rows = (*self._nobody, kernels.BLOCK, self.dtype.type(0))
+        finite: bool = kernels.encode_signs(*turned, *rows, kernels.BLOCK, bits, self._magnitudes,
+                                            self._scratch(kernels.SIGNS_SCRATCH))  # fmt: skip
+        wire[self._used :] = 0
+        if odd:  # signs of -x, turned around, are those of x but for zeros
+            np.invert(bits, out=bits)
+            bits[self.d // 8 :] &= np.uint8(0xFF00 >> self.d % 8 & 0xFF)  # none beyond d
+        if x.keep.size and x.less_message:
+            self.add(wire[None], x.keep, -1.0)
+        return finite
+
+    def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
+        ones = np.ones((len(wires), self._magnitudes.size), self.dtype)
+        kernels.add_signs(wires[:, : self._used], ones, kernels.BLOCK, self.dtype.type(factor), overwrite, writable(out),
+                          self._scratch(kernels.SIGNS_SCRATCH))  # fmt: skip

@@ -115,12 +115,14 @@ class ErrorFeedback:
         try:
             self._under_way[1].wait()
         except BaseException:
-            self.drop()
+            self._under_way = None
             raise
 
     def drop(self) -> None:
-        """Forget the step under way, whose messages have arrived. Local."""
-        self._under_way = None
+        """Forget the step under way, whose messages have arrived, if there is one: all state is as before. Local."""
+        if self._under_way is not None:
+            self._under_way[1].undo()
+            self._under_way = None
 
     def finish(self) -> Vector:
         """Update the state with the messages that have arrived and return what :meth:`step` returns. Local.

@@ -5,11 +5,82 @@ from dataclasses import dataclass
 from mpi_ef.collectives import Plan
 from mpi_ef.compress import Keep, lazy
 from mpi_ef.compress.combination import Vector
+from mpi_ef.errors import OptionError
 
 from .rules import EF21State, ef21
-from .state import Steps, form, per_rank, replicated, spare
+from .state import State, Steps, form, per_rank, replicated, scratch, spare
 
-__all__ = ["EF21HBState", "EF21SGD2MState", "EF21SGDMState", "ef21_hb", "ef21_sgd2m", "ef21_sgdm"]
+__all__ = [
+    "EF14MomentumState",
+    "EF21HBState",
+    "EF21SGD2MState",
+    "EF21SGDMState",
+    "LionState",
+    "ef14_momentum",
+    "ef21_hb",
+    "ef21_sgd2m",
+    "ef21_sgdm",
+    "lion",
+]
+
+
+@dataclass(kw_only=True)
+class EF14MomentumState(State):
+    """e_i: what this rank has not sent yet. m: the momentum that all know. beta: its weight."""
+
+    e_i: Vector = per_rank()
+    m: Vector = replicated()
+    spare: Vector = spare()
+    beta: float = 0.9
+
+
+def ef14_momentum(s: EF14MomentumState, plan: Plan, grad: Vector) -> Steps:
+    """Take one step of error feedback on momentum and return m.
+
+    Tang et al. 2021 (1-bit Adam, arXiv 2102.02888): what all ranks know of the momentum replaces what each of them has::
+
+        m_i     = beta m + (1 - beta) grad_i
+        Delta_i = C(e_i + m_i)
+        e_i     = e_i + m_i - Delta_i
+        m       = mean_i Delta_i
+    """
+    if plan.own != 1:
+        raise OptionError(f"ef14-momentum: {plan.own} vectors on a rank share one momentum; give every rank one client")
+    m_i = s.beta * lazy(s.m) + (1.0 - s.beta) * lazy(grad)
+    p_i = lazy(s.e_i) + m_i
+    delta = yield plan.offer(p_i, keep=Keep(p_i, into=s.spare, less_message=True))
+    s.e_i, s.spare = s.spare, s.e_i
+    delta.set_mean(s.m)
+    return s.m
+
+
+@dataclass(kw_only=True)
+class LionState(State):
+    """m_i: momentum of this rank. vote: the last result. beta1: its weight in the vote, beta2: in itself."""
+
+    m_i: Vector = per_rank()
+    vote: Vector = scratch()
+    spare: Vector = spare()
+    beta1: float = 0.9
+    beta2: float = 0.99
+
+
+def lion(s: LionState, plan: Plan, grad: Vector) -> Steps:
+    """Take one step of Lion and return mean_i C(u_i), whose sign is the direction of the step. There is no feedback.
+
+    Chen et al. 2023 (Lion, arXiv 2302.06675), distributed: with :class:`mpi_ef.compress.Vote` the majority decides (Liu et
+    al. 2024, arXiv 2404.00438). With ``beta1 = beta2`` it is Signum (arXiv 1802.04434), with both 0 signSGD::
+
+        u_i = beta1 m_i + (1 - beta1) grad_i
+        m_i = beta2 m_i + (1 - beta2) grad_i
+        vote = mean_i C(u_i)
+    """
+    m_i, g = lazy(s.m_i), lazy(grad)
+    keep = Keep(s.beta2 * m_i + (1.0 - s.beta2) * g, into=s.spare)
+    votes = yield plan.offer(s.beta1 * m_i + (1.0 - s.beta1) * g, keep=keep)
+    s.m_i, s.spare = s.spare, s.m_i
+    votes.set_mean(s.vote)
+    return s.vote
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,18 @@ from mpi_ef.errors import OptionError
 
 from .estimators import CLAGState, DECSGDState, EF21PAGEState, MARINAState, clag, d_ec_sgd, ef21_page, marina
 from .federated import EF21BCState, EF21PlusState, EF21PPState, EF21WState, ef21_bc, ef21_plus, ef21_pp, ef21_w
-from .momentum import EF21HBState, EF21SGD2MState, EF21SGDMState, ef21_hb, ef21_sgd2m, ef21_sgdm
+from .momentum import (
+    EF14MomentumState,
+    EF21HBState,
+    EF21SGD2MState,
+    EF21SGDMState,
+    LionState,
+    ef14_momentum,
+    ef21_hb,
+    ef21_sgd2m,
+    ef21_sgdm,
+    lion,
+)
 from .rules import EControlState, EF14State, EF21State, econtrol, ef14, ef21
 from .state import State, Steps
 
@@ -73,6 +84,7 @@ def _number(value: object) -> float:
 
 _RANGES: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
     "eta": (lambda v: 0.0 <= _number(v) <= 1.0, "in [0, 1]", "try 0.3 * alpha for EControl, 0.1 for momentum"),
+    **{beta: (lambda v: 0.0 <= _number(v) < 1.0, "in [0, 1)", "0.9 is usual") for beta in ("beta", "beta1", "beta2")},
     "participation": (lambda v: 0.0 < _number(v) <= 1.0, "in (0, 1]", "0.5 lets half of the clients take part"),
     "seed": (lambda v: isinstance(v, int) and v >= 0, "a non-negative integer", "0 is one"),
     "zeta": (lambda v: _number(v) >= 0.0, "a number >= 0", "1.0 is usual"),
@@ -86,6 +98,8 @@ RULES: Mapping[str, Rule] = {
         Rule(ef14, EF14State),
         Rule(ef21, EF21State),
         Rule(econtrol, EControlState, lambda alpha: {"eta": 0.3 * alpha}, least_alpha=1e-4),
+        Rule(ef14_momentum, EF14MomentumState, lambda _: {"beta": 0.9}),
+        Rule(lion, LionState, lambda _: {"beta1": 0.9, "beta2": 0.99}),
         Rule(ef21_sgdm, EF21SGDMState, lambda _: {"eta": 0.1}),
         Rule(ef21_sgd2m, EF21SGD2MState, lambda _: {"eta": 0.1}),
         Rule(ef21_hb, EF21HBState, lambda _: {"eta": 0.5}),

@@ -1,5 +1,23 @@
 """Torch optimizers over MPI."""
 
-from .wrapper import EF21, BucketReport, DistributedOptimizer, EControl
+from .adam import OneBitAdam
+from .descent import EF21, EControl, PowerSGD
+from .lamb import OneBitLamb
+from .muon import EF21Muon
+from .signs import Lion, Signum
+from .wrapper import BucketReport, DistributedOptimizer
+from .zero_one import ZeroOneAdam
 
-__all__ = ["EF21", "BucketReport", "DistributedOptimizer", "EControl"]
+__all__ = [
+    "EF21",
+    "BucketReport",
+    "DistributedOptimizer",
+    "EControl",
+    "EF21Muon",
+    "Lion",
+    "OneBitAdam",
+    "OneBitLamb",
+    "PowerSGD",
+    "Signum",
+    "ZeroOneAdam",
+]

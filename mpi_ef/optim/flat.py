@@ -3,7 +3,7 @@
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, overload
+from typing import Any, overload
 from zlib import crc32
 
 import numpy as np
@@ -11,11 +11,13 @@ import torch
 from torch.optim import Optimizer
 
 from mpi_ef import kernels
+from mpi_ef.collectives import Plan
 from mpi_ef.collectives.agreement import agree, ranks_text
 from mpi_ef.collectives.frames import NON_FINITE, OK, REJECTED
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import DisagreementError, MpiEfError, OptionError
+from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters
 
 __all__ = ["Channel", "FlatOptimizer", "hyper_parameters"]
@@ -23,16 +25,7 @@ __all__ = ["Channel", "FlatOptimizer", "hyper_parameters"]
 _READY = np.dtype([("status", "u4"), ("groups", "u4"), ("steps", "u4"), ("zero", "u4"), ("squared_norm", "f8")])
 
 
-class Channel(Protocol):
-    """A plan, or a rule at work on one."""
-
-    @property
-    def sent_nbytes(self) -> int:
-        """Bytes that have left this rank."""
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Wall time by phase."""
+Channel = Plan | ErrorFeedback
 
 
 class FlatOptimizer(Optimizer):
@@ -111,6 +104,21 @@ class FlatOptimizer(Optimizer):
             for name, seconds in channel.seconds.items():
                 spent[name] += seconds
         return spent
+
+    def plans(self) -> list[Plan]:
+        """Return the plans of the channels. Local."""
+        return [channel if isinstance(channel, Plan) else channel.plan for channel in self.channels()]
+
+    def watch(self, watched: bool) -> None:
+        """Let the next steps measure what compression loses, in passes of their own, or not. Local."""
+        for plan in self.plans():
+            plan.watched, plan.lost = watched, None
+
+    @property
+    def lost(self) -> float | None:
+        """``||x - C(x)||^2 / ||x||^2`` of this rank's last watched step, mean over its exchanges; None in a dense one."""
+        seen = [plan.lost for plan in self.plans() if plan.lost is not None]
+        return sum(seen) / len(seen) if seen else None
 
     def _retire(self, channel: Channel) -> None:
         """Let go of a channel, but not of its account."""
@@ -245,6 +253,9 @@ class FlatOptimizer(Optimizer):
         if norm > most:
             self.flat.gradients *= self.flat.dtype.type(most / norm)
         return norm
+
+    def synchronize(self) -> None:
+        """Make parameters equal on all ranks where an optimizer lets them differ for a while. Collective."""
 
     def check_replicas(self) -> None:
         """Raise on all ranks unless all parameters are the same bits everywhere. Collective.

@@ -1,19 +1,19 @@
-"""Any torch optimizer with a rule under it, and the papers' own EF21 and EControl."""
+"""Any torch optimizer with a rule under it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from mpi_ef.collectives import Plan, plan_for
 from mpi_ef.collectives.plan import Comm
-from mpi_ef.compress import Compressor, TopK
+from mpi_ef.compress import Compressor, Identity, for_parameters
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import MpiEfError, OptionError
 from mpi_ef.feedback import ErrorFeedback
@@ -21,7 +21,7 @@ from mpi_ef.feedback import ErrorFeedback
 from .buckets import Bucket, Buckets, bucket_slices
 from .flat import FlatOptimizer
 
-__all__ = ["EF21", "BucketReport", "DistributedOptimizer", "EControl", "PlanBuilder"]
+__all__ = ["BucketReport", "DistributedOptimizer", "PlanBuilder"]
 
 PlanBuilder = Callable[[Comm, Compressor, int, Any], Plan]
 OVERLAPPED_NBYTES = 25_000_000
@@ -138,12 +138,14 @@ class DistributedOptimizer(FlatOptimizer):
         self._lay_out(comm, facts)
         buckets = []
         for numbers, part in bucket_slices(self.flat, bucket_nbytes):
-            sizes = tuple(self.flat.parameters[number].numel() for number in numbers)
-            parted = plan(comm, _of_parameters(compressor, sizes), part.stop - part.start, self.flat.dtype)
+            shapes = tuple(tuple(self.flat.parameters[number].shape) for number in numbers)
+            parted = plan(comm, for_parameters(compressor, shapes), part.stop - part.start, self.flat.dtype)
             buckets.append(Bucket(numbers, part, ErrorFeedback(rule, parted, dense_steps=dense_steps, **options)))
         self.buckets = Buckets(self.flat, buckets, overlap=overlap)
         self.feedback = buckets[0].feedback
-        self._before = self.flat.values.copy() if placement == "update" else None
+        # One rank that loses nothing need not take its update apart and put it together again, which rounds.
+        whole = placement == "gradient" or (comm.Get_size() == 1 and isinstance(compressor, Identity))
+        self._before = None if whole else self.flat.values.copy()
 
     def _check_arguments(self) -> None:
         optimizer = self.optimizer
@@ -292,91 +294,3 @@ class DistributedOptimizer(FlatOptimizer):
             channel.load_state_dict(part)
         self.steps, self.skipped_steps = state_dict["steps"], state_dict["skipped_steps"]
         self._share()
-
-
-def _of_parameters(compressor: Compressor, sizes: tuple[int, ...]) -> Compressor:
-    """Return the compressor with the lengths of these parameters where it wants to know them."""
-    if isinstance(compressor, TopK) and compressor.segments == "parameters":
-        return replace(compressor, segments=sizes)
-    return compressor
-
-
-class EF21(DistributedOptimizer):
-    """EF21 (arXiv 2106.05203): SGD along an estimate of the gradient that compression cannot bias away.
-
-    ``x = x - lr * g``, where g follows :func:`mpi_ef.feedback.ef21`. Made for large or full batches.
-
-    Parameters
-    ----------
-    params : iterable of parameters or of groups, as for torch optimizers
-    comm : MPI.Comm
-    compressor : Compressor
-    lr : float
-        gamma. Theory: at most ``1 / (L + L_QM * sqrt(beta / theta))``; in practice larger by powers of two.
-    momentum, weight_decay : float
-        Of the SGD step that follows, on the aggregated estimate: equal on all ranks.
-    dense_steps : int
-        1 starts with g_i^0 = grad f_i(x^0), as the authors' code does; 0 with zero.
-    plan, overlap
-        See :class:`DistributedOptimizer`.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        comm: Comm,
-        compressor: Compressor,
-        *,
-        lr: float,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        dense_steps: int = 1,
-        plan: PlanBuilder = plan_for,
-        overlap: bool = False,
-    ) -> None:
-        sgd = SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        super().__init__(sgd, comm, compressor, placement="gradient", rule="ef21", plan=plan,
-                         dense_steps=dense_steps, overlap=overlap)  # fmt: skip
-
-
-class EControl(DistributedOptimizer):
-    """EControl (arXiv 2311.05645): error feedback whose strength is controlled, for noisy and different gradients.
-
-    ``x = x - lr * h``, where h follows :func:`mpi_ef.feedback.econtrol`.
-
-    Parameters
-    ----------
-    params : iterable of parameters or of groups, as for torch optimizers
-    comm : MPI.Comm
-    compressor : Compressor
-    lr : float
-        gamma.
-    eta : float, optional
-        Strength of the feedback; 0.3 times the contraction constant by default. Grid worth trying: 0.05, 0.1, 0.3, 1
-        times that constant.
-    momentum, weight_decay : float
-        Of the SGD step that follows, on the aggregated estimate: equal on all ranks.
-    dense_steps : int
-        1 starts with h_i^0 = grad f_i(x^0), as in the paper; 0 with zero.
-    plan, overlap
-        See :class:`DistributedOptimizer`.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        comm: Comm,
-        compressor: Compressor,
-        *,
-        lr: float,
-        eta: float | None = None,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        dense_steps: int = 1,
-        plan: PlanBuilder = plan_for,
-        overlap: bool = False,
-    ) -> None:
-        sgd = SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        options: dict[str, Any] = {} if eta is None else {"eta": eta}
-        super().__init__(sgd, comm, compressor, placement="gradient", rule="econtrol", plan=plan,
-                         dense_steps=dense_steps, overlap=overlap, **options)  # fmt: skip

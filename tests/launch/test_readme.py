@@ -53,6 +53,40 @@ def test_the_diff_also_starts_from_a_script_that_runs(tmp_path):
     assert run(1, script, within=90).status == 0
 
 
+def distributed(script):
+    """Return the script with the added lines of the README's diff, each after the line that it follows there in meaning."""
+    (diff,) = (body for kind, body in BLOCKS if kind == "diff")
+    added = [line[1:] for line in diff.splitlines() if line.startswith("+")]
+    imports = [line for line in added if "import" in line]
+    (share,), (wrap,) = ([line for line in added if word in line] for word in ("comm.size", "DistributedOptimizer"))
+    assert len(added) == len(imports) + 2
+    lines = []
+    for line in script.splitlines():
+        lines += [share] if line.startswith("model = ") else []
+        lines += [line]
+        lines += imports if line == "import torch" else [wrap] if line.startswith("optimizer = ") else []
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("placement", ["update", "gradient"])
+def test_a_training_script_of_forty_lines_becomes_distributed(tmp_path, placement):
+    """On one rank, with the identity, it prints the same losses, bit for bit; on several it learns as well."""
+    plain = Path(__file__).with_name("plain_training.py")
+    script = tmp_path / "script.py"
+    options = f'mpi_ef.Identity(), placement="{placement}")'
+    script.write_text(distributed(plain.read_text()).replace("mpi_ef.TopK(0.05))", options))
+    assert options in script.read_text()
+    before, after = run(1, plain, within=90), run(1, "-m", "mpi4py", script, within=90)
+    losses = before.lines_with("loss")
+    assert len(losses) == 6
+    assert after.lines_with("loss") == losses, after.text
+    ended = run(2, "-m", "mpi4py", script, within=90)
+    assert ended.status == 0, ended.text
+    values = [float.fromhex(line.split()[-1]) for line in ended.lines_with("epoch 5")]
+    assert len(values) == 2
+    assert max(values) < 0.7 * float.fromhex(losses[0].split()[-1])
+
+
 @pytest.mark.parametrize("command", list(dict.fromkeys(commands())))
 def test_commands_are_known(command, capsys):
     """Targets exist, and every flag of mpi-ef is one (what they do is tested elsewhere)."""

@@ -1,0 +1,131 @@
+"""Adam-like updates of a whole vector in one pass."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._jit import jit
+from ._vector import GROUP, sum_magnitudes
+
+__all__ = ["adam", "adam_step", "l1_norm", "preconditioned_step", "sign_step", "update_moments"]
+
+
+@jit
+def update_moments(
+    grad: NDArray[np.floating],
+    beta1: np.floating,
+    beta2: np.floating,
+    m: NDArray[np.floating],
+    v: NDArray[np.floating],
+) -> None:
+    """Take the mean and the mean square of gradients along: ``m = beta1 m + (1 - beta1) grad``, v with ``grad^2``.
+
+    Parameters
+    ----------
+    grad : (d,) float32 or float64
+    beta1, beta2 : scalars of the dtype of `grad`
+    m, v : (d,) of that dtype, updated
+    """
+    one = m.dtype.type(1)
+    for i in range(m.size):
+        m[i] = beta1 * m[i] + (one - beta1) * grad[i]
+        v[i] = beta2 * v[i] + (one - beta2) * (grad[i] * grad[i])
+
+
+@jit
+def adam_step(
+    m: NDArray[np.floating],
+    v: NDArray[np.floating],
+    step: np.floating,
+    root_factor: np.floating,
+    eps: np.floating,
+    decay: np.floating,
+    x: NDArray[np.floating],
+) -> None:
+    """Take a step of Adam: ``x = decay x - step m / (root_factor sqrt(v) + eps)``.
+
+    Parameters
+    ----------
+    m, v : (d,) float32 or float64
+    step, root_factor, eps, decay : scalars of that dtype
+    x : (d,) of that dtype, updated
+    """
+    for i in range(x.size):
+        x[i] = decay * x[i] - step * (m[i] / (root_factor * np.sqrt(v[i]) + eps))
+
+
+@jit
+def adam(
+    grad: NDArray[np.floating],
+    beta1: np.floating,
+    beta2: np.floating,
+    step: np.floating,
+    root_factor: np.floating,
+    eps: np.floating,
+    decay: np.floating,
+    m: NDArray[np.floating],
+    v: NDArray[np.floating],
+    x: NDArray[np.floating],
+) -> None:
+    """Do what :func:`update_moments` and then :func:`adam_step` do, in one pass.
+
+    Parameters
+    ----------
+    grad : (d,) float32 or float64
+    beta1, beta2, step, root_factor, eps, decay : scalars of that dtype
+    m, v, x : (d,) of that dtype, updated
+    """
+    one = m.dtype.type(1)
+    for i in range(x.size):
+        m_i = beta1 * m[i] + (one - beta1) * grad[i]
+        v_i = beta2 * v[i] + (one - beta2) * (grad[i] * grad[i])
+        x[i] = decay * x[i] - step * (m_i / (root_factor * np.sqrt(v_i) + eps))
+        m[i] = m_i
+        v[i] = v_i
+
+
+@jit
+def preconditioned_step(
+    m: NDArray[np.floating],
+    inverse: NDArray[np.floating],
+    step: np.floating,
+    decay: np.floating,
+    x: NDArray[np.floating],
+) -> None:
+    """Take a step along a preconditioned direction: ``x = decay x - step (m inverse)``.
+
+    Parameters
+    ----------
+    m, inverse : (d,) float32 or float64
+    step, decay : scalars of that dtype
+    x : (d,) of that dtype, updated
+    """
+    for i in range(x.size):
+        x[i] = decay * x[i] - step * (m[i] * inverse[i])
+
+
+@jit
+def l1_norm(x: NDArray[np.floating]) -> float:
+    """Return the sum of magnitudes of `x`, (d,) float32 or float64; the same bits on every machine.
+
+    Groups of 64 are added in the dtype of x, halves upon halves; they, and what follows the last one, in order in float64.
+    """
+    total, whole = 0.0, x.size // GROUP * GROUP
+    for g in range(0, whole, GROUP):
+        total += sum_magnitudes(x, g)
+    for i in range(whole, x.size):
+        total += abs(x[i])
+    return total
+
+
+@jit
+def sign_step(direction: NDArray[np.floating], step: np.floating, decay: np.floating, x: NDArray[np.floating]) -> None:
+    """Take a step of equal length in every entry: ``x = decay x - step sign(direction)``, where sign(0) = 0.
+
+    Parameters
+    ----------
+    direction : (d,) float32 or float64
+    step, decay : scalars of that dtype
+    x : (d,) of that dtype, updated
+    """
+    for i in range(x.size):
+        x[i] = decay * x[i] - step * np.sign(direction[i])

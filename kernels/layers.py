@@ -1,0 +1,173 @@
+"""What LAMB does layer by layer, all layers in one pass over the vector: the same bits on every processor.
+
+A layer is the part of a vector from ``starts[p]`` to ``starts[p + 1]``.
+"""
+
+from math import sqrt
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._jit import jit
+from ._stream import BLOCK
+
+__all__ = ["add_layers", "follow_momentum", "layer_norms", "scaled_momentum"]
+
+_LANES = 64
+
+
+@jit
+def layer_norms(x: NDArray[np.floating], starts: NDArray[np.int64], norms: NDArray[np.float64]) -> None:
+    """Write the norms of the layers of `x` to `norms`.
+
+    Parameters
+    ----------
+    x : (d,) float32 or float64
+    starts : (layers + 1,) int64
+    norms : (layers,) float64, overwritten
+
+    Notes
+    -----
+    Squares are added in float64: entry i of a layer in sum ``i % 64``, these 64 in order, then what follows the last 64.
+    """
+    sums = np.empty(_LANES)
+    for p in range(norms.size):
+        norms[p] = sqrt(_sum_of_squares(x[starts[p] : starts[p + 1]], sums))
+
+
+@jit
+def _sum_of_squares(x, sums):
+    sums[:] = 0.0
+    whole = x.size // _LANES * _LANES
+    for g in range(0, whole, _LANES):
+        for q in range(_LANES):
+            value = np.float64(x[g + q])
+            sums[q] += value * value
+    total = 0.0
+    for q in range(_LANES):
+        total += sums[q]
+    for i in range(whole, x.size):
+        total += np.float64(x[i]) * np.float64(x[i])
+    return total
+
+
+@jit
+def add_layers(
+    values: NDArray[np.floating],
+    factors: NDArray[np.floating],
+    starts: NDArray[np.int64],
+    out: NDArray[np.floating],
+) -> None:
+    """Add every layer of `values`, times a factor of its own, to `out`.
+
+    Parameters
+    ----------
+    values : (d,) float32 or float64
+    factors : (layers,) of that dtype
+    starts : (layers + 1,) int64
+    out : (d,) of that dtype, updated
+    """
+    for p in range(factors.size):
+        low, high = starts[p], starts[p + 1]
+        _add(values[low:high], factors[p], out[low:high])
+
+
+@jit
+def _add(values, factor, out):
+    for i in range(out.size):
+        out[i] += factor * values[i]
+
+
+@jit
+def scaled_momentum(
+    grad: NDArray[np.floating],
+    m: NDArray[np.floating],
+    beta: np.floating,
+    scales: NDArray[np.floating],
+    starts: NDArray[np.int64],
+    out: NDArray[np.floating],
+) -> None:
+    """Write every layer of ``beta m + (1 - beta) grad``, times a scale of its own, to `out`.
+
+    Parameters
+    ----------
+    grad, m : (d,) float32 or float64
+    beta : scalar of that dtype
+    scales : (layers,) of that dtype
+    starts : (layers + 1,) int64
+    out : (d,) of that dtype, overwritten
+    """
+    for p in range(scales.size):
+        low, high = starts[p], starts[p + 1]
+        _form(grad[low:high], m[low:high], beta, scales[p], out[low:high])
+
+
+@jit
+def _form(grad, m, beta, scale, out):
+    one = out.dtype.type(1)
+    for i in range(out.size):
+        out[i] = scale * (beta * m[i] + (one - beta) * grad[i])
+
+
+@jit
+def follow_momentum(
+    sent: NDArray[np.floating],
+    inverse: NDArray[np.floating],
+    betas: NDArray[np.floating],
+    root_factor: np.floating,
+    eps: np.floating,
+    scales: NDArray[np.floating],
+    least: NDArray[np.floating],
+    starts: NDArray[np.int64],
+    m: NDArray[np.floating],
+    fresh: NDArray[np.floating],
+    ratios: NDArray[np.floating],
+) -> None:
+    """Take a new momentum over, and into the variance the gradient that must have led to it; compare with the frozen one.
+
+    With ``m' = sent / scale`` and ``grad = (m' - beta1 m) / (1 - beta1)``: ``fresh = beta2 fresh + (1 - beta2) grad^2``,
+    ``m = m'``, and the ratio of a layer is the largest quotient of ``1 / inverse`` and ``max(root_factor sqrt(fresh), least)
+    + eps``.
+
+    Parameters
+    ----------
+    sent : (d,) float32 or float64
+    inverse : (d,) of that dtype; entries with a zero have no part in a ratio
+    betas : (2,) of that dtype
+    root_factor, eps : scalars of that dtype
+    scales, least : (layers,) of that dtype
+    starts : (layers + 1,) int64
+    m, fresh : (d,) of that dtype, updated
+    ratios : (layers,) of that dtype, overwritten; zero where all of a layer's `inverse` is
+    """
+    seen = np.empty(_LANES, m.dtype)
+    for p in range(scales.size):
+        seen[:] = 0
+        for low in range(starts[p], starts[p + 1], BLOCK):
+            high = min(low + BLOCK, starts[p + 1])
+            _follow(sent[low:high], betas, scales[p], m[low:high], fresh[low:high])
+            _compare(inverse[low:high], fresh[low:high], root_factor, least[p], eps, seen)
+        ratios[p] = seen.max()
+
+
+@jit
+def _follow(sent, betas, scale, m, fresh):
+    one, beta1, beta2 = m.dtype.type(1), betas[0], betas[1]
+    back = one / scale
+    for i in range(m.size):
+        new = back * sent[i]
+        grad = (new - beta1 * m[i]) / (one - beta1)
+        m[i] = new
+        fresh[i] = beta2 * fresh[i] + (one - beta2) * (grad * grad)
+
+
+@jit
+def _compare(inverse, fresh, root_factor, least, eps, seen):
+    """Let every lane see the largest ratio of its entries."""
+    one = fresh.dtype.type(1)
+    for g in range(0, fresh.size, _LANES):
+        for q in range(min(_LANES, fresh.size - g)):
+            root = root_factor * np.sqrt(fresh[g + q])
+            root = max(root, least) + eps
+            ratio = one / (root * inverse[g + q]) if inverse[g + q] > 0 else one - one
+            seen[q] = max(seen[q], ratio)

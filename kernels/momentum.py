@@ -1,0 +1,77 @@
+"""Steps along a momentum over a variance that does not change."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._jit import jit
+from ._stream import BLOCK
+
+__all__ = ["local_step", "momentum_step"]
+
+
+@jit
+def momentum_step(
+    grad: NDArray[np.floating],
+    inverse: NDArray[np.floating],
+    beta: np.floating,
+    step: np.floating,
+    decay: np.floating,
+    m: NDArray[np.floating],
+    x: NDArray[np.floating],
+) -> None:
+    """Take a gradient into the momentum, then a step: ``m = beta m + (1 - beta) grad``, ``x = decay x - step (m inverse)``.
+
+    Parameters
+    ----------
+    grad, inverse : (d,) float32 or float64
+    beta, step, decay : scalars of that dtype
+    m, x : (d,) of that dtype, updated
+    """
+    one = m.dtype.type(1)
+    for i in range(x.size):
+        m[i] = beta * m[i] + (one - beta) * grad[i]
+        x[i] = decay * x[i] - step * (m[i] * inverse[i])
+
+
+@jit
+def local_step(
+    grad: NDArray[np.floating],
+    inverse: NDArray[np.floating],
+    start: NDArray[np.floating],
+    beta: np.floating,
+    weight: np.floating,
+    step: np.floating,
+    decay: np.floating,
+    m: NDArray[np.floating],
+    u: NDArray[np.floating],
+    x: NDArray[np.floating],
+) -> None:
+    """Take a gradient into the momentum, that into a mean of momenta, and place x where this mean leads from `start`.
+
+    ``m = beta m + (1 - beta) grad``, ``u = (1 - weight) u + weight m``, ``x = decay start - step (u inverse)``.
+
+    Parameters
+    ----------
+    grad, inverse, start : (d,) float32 or float64
+    beta, weight, step, decay : scalars of that dtype
+    m, u : (d,) of that dtype, updated
+    x : (d,) of that dtype, overwritten
+    """
+    for low in range(0, x.size, BLOCK):
+        part = slice(low, min(low + BLOCK, x.size))
+        _average(grad[part], beta, weight, m[part], u[part])
+        _place(inverse[part], start[part], step, decay, u[part], x[part])
+
+
+@jit
+def _average(grad, beta, weight, m, u):
+    one = m.dtype.type(1)
+    for i in range(m.size):
+        m[i] = beta * m[i] + (one - beta) * grad[i]
+        u[i] = (one - weight) * u[i] + weight * m[i]
+
+
+@jit
+def _place(inverse, start, step, decay, u, x):
+    for i in range(x.size):
+        x[i] = decay * start[i] - step * (u[i] * inverse[i])

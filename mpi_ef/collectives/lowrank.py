@@ -1,0 +1,212 @@
+"""The mean of matrices as a product of two thin factors that all ranks find together: PowerSGD's exchange."""
+
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from mpi_ef import kernels
+from mpi_ef.compress import Compressor, LowRank, Source, aligned_zeros, source
+from mpi_ef.compress.combination import Vector, writable
+from mpi_ef.errors import NonFiniteError, OptionError
+
+from .dense import RankOrderMean
+from .frames import Frames
+from .plan import Comm, Plan, Traffic, dense_nbytes
+
+__all__ = ["LowRankMean"]
+
+
+class LowRankMean(Plan):
+    """Mean of matrices by one step of a power iteration over all ranks: two thin dense means. For :class:`LowRank`.
+
+    PowerSGD (Vogels, Karimireddy, Jaggi 2019, arXiv 1905.13727, algorithm 1). For all matrices of the vector at once,
+    M_i that of rank i and Q the factor that the last exchange has found, orthonormalised:
+
+    1. P_i = M_i Q; what is no matrix joins the message whole.
+    2. Allgather 8 bytes: is every rank ready?
+    3. P = mean_i P_i in rank order, then its columns are made orthonormal.
+    4. Q_i = M_i^T P.
+    5. Q = mean_i Q_i in rank order.
+
+    :meth:`add_own` adds ``P Q_i^T = P P^T M_i``, :meth:`add_mean` adds ``P Q^T = P P^T mean_i M_i``: the mean of the own
+    messages, and for a mean that changes slowly soon its best approximation of rank r. P and Q are received, and what is
+    made of them (orthonormal columns, the product) does not depend on the processor: the same bits on every rank.
+
+    Columns of P that depend on others become zero; such columns of Q are drawn anew, so that a matrix that was zero, or
+    of lower rank, is seen when it changes.
+
+    Cost per exchange: ``2 (n - 1) / n`` times the factors, r (p + q) numbers a matrix, and what travels whole; independent
+    of n. Memory: two left factors and four right ones, and the vector where it is neither plain nor what `keep` leaves
+    behind anyway.
+
+    Parameters
+    ----------
+    comm, d, dtype
+        See :class:`Plan`.
+    compressor : LowRank
+    warm_start : bool
+        False begins every exchange with new random numbers: the plan is then without state from one to the next.
+
+    Notes
+    -----
+    Nothing of the size of a factor travels before :meth:`wait`: P must be known for Q_i. `keep.into` belongs to the plan
+    from :meth:`start` to :meth:`wait`. A product that overflows raises `NonFiniteError` on all ranks, as a NaN or Inf in
+    `x` does, and leaves Q as it was.
+    """
+
+    def __init__(
+        self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *, warm_start: bool = True
+    ) -> None:
+        self._warm_start = warm_start
+        super().__init__(comm, compressor, d, dtype)
+
+    def _bind(self) -> dict[str, object]:
+        if not isinstance(self.compressor, LowRank):
+            raise OptionError(f"LowRankMean: compressor={self.compressor} has no factors; take LowRank, or build the plan "
+                              "with plan_for")  # fmt: skip
+        self._seed, self._factors = int(self.compressor.seed), self.compressor.factors(self.d)
+        sizes = self._factors.left_size, self._factors.right_size
+        self._left, self._right = (aligned_zeros(size, self.dtype) for size in sizes)  # P and Q
+        self._own_left, self._own_right = (aligned_zeros(size, self.dtype) for size in sizes)  # P_i, then P; Q_i
+        self._basis, self._drawn, self._earlier = (aligned_zeros(sizes[1], self.dtype) for _ in range(3))
+        self._factors.draw((self._seed, 0), self._drawn)
+        self._basis[:] = self._drawn
+        self._nothing = np.empty(0, self.dtype)
+        self._orthonormalise_basis()
+        self._mean_left, self._mean_right = (RankOrderMean(self.comm, size, self.dtype, self.seconds) for size in sizes)
+        self._ready, self._known = Frames(1, 0), Frames(self.size, 0)
+        self._scratch = np.empty(kernels.COMBINE_SCRATCH, self.dtype)
+        self._formed: Vector | None = None
+        self._x = self._unsent = self._nothing  # this rank's vector; what its message is to be taken off
+        self._borrowed = False  # _x is the caller's
+        self._missing: Vector | None = None
+        return {"warm_start": self._warm_start}
+
+    def _orthonormalise_basis(self) -> None:
+        kernels.orthonormalise(self._basis, self._factors.right_spans, self._factors.rank, self._drawn)
+
+    def _encode(self, x: Source) -> bool:
+        target = self._target(x)
+        finite: bool = kernels.combine(x.terms, x.factors, target, self._scratch)
+        if x.keep.size and x.keep is not target:
+            kernels.combine(x.terms, x.keep_factors, x.keep, self._scratch)
+        self._unsent = x.keep if x.less_message else self._nothing
+        self._missing = None
+        if not self._warm_start:
+            self._factors.draw((self._seed, self.exchanges), self._drawn)
+            self._basis[:] = self._drawn
+            self._orthonormalise_basis()
+        if finite:
+            self._factors.multiply(self._x, self._basis, self._own_left)
+        return finite
+
+    def _target(self, x: Source) -> Vector:
+        """Choose what holds this rank's vector until Q_i is known, and return what that vector has to be written to."""
+        self._borrowed = False
+        if x.keep.size and np.array_equal(x.keep_factors, x.factors):
+            self._x = x.keep
+        elif x.factors[0] == 1 and not x.terms[1].size:
+            self._x, self._borrowed = x.terms[0], True
+            return self._nothing
+        else:
+            self._x = self._own_memory()
+        return self._x
+
+    def _own_memory(self) -> Vector:
+        if self._formed is None:
+            self._formed = aligned_zeros(self.d, self.dtype)
+        return self._formed
+
+    def _launch(self) -> None:
+        if self._refusal is None and self._borrowed:
+            memory = self._own_memory()
+            memory[:] = self._x
+            self._x, self._borrowed = memory, False
+        self._mark(self._ready)
+        self._request = self.comm.Iallgather(self._ready.message, self._known.message)
+
+    def _complete(self) -> None:
+        if self._request is None:
+            self._mark(self._ready)
+        self._communicate(self.comm.Allgather, self._ready, self._known)
+        self._inspect(self._known)
+        factors, none = self._factors, self._nothing
+        self._mean(self._mean_left, self._own_left, self._left)
+        began = perf_counter()
+        kernels.orthonormalise(self._left, factors.left_spans, factors.rank, none)
+        factors.copy_left(self._left, self._own_left)
+        factors.multiply_back(self._x, self._left, self._own_right)
+        self.seconds["encode"] += perf_counter() - began
+        self._mean(self._mean_right, self._own_right, self._right)
+        self._conclude()
+
+    def _mean(self, mean: RankOrderMean, own: Vector, out: Vector) -> None:
+        mean.form(own, 1.0 / self.size, out)
+        if not kernels.all_finite(out):  # all ranks see the same numbers
+            raise NonFiniteError("LowRankMean.exchange: a product of finite numbers overflows; nothing was changed "
+                                 "anywhere, so this step can be skipped", ())  # fmt: skip
+
+    def _conclude(self) -> None:
+        """Do what waits for the success of all ranks: the next Q, what is kept, what is measured."""
+        began = perf_counter()
+        if self._warm_start:
+            self._earlier[:] = self._basis
+            self._basis[:] = self._right
+            self._orthonormalise_basis()
+        self.seconds["encode"] += perf_counter() - began
+        if self._unsent.size:
+            self.add_own(self._unsent, -1.0)
+        self._x = self._unsent = self._nothing
+        if self._missing is not None:
+            self.lost = super()._measure_loss(source(self._missing))
+
+    def _measure_loss(self, x: Source) -> float:
+        """Remember x; what is lost of it can be told when P is known."""
+        self._missing = np.empty(self.d, self.dtype)
+        kernels.combine(x.terms, x.factors, self._missing, self._scratch)
+        return 1.0
+
+    def add_own(self, out: Vector, scale: float = 1.0) -> None:
+        """Add ``scale * P Q_i^T`` to `out`, see :meth:`Plan.add_own`."""
+        self._add(self._own_left, self._own_right, out, scale)
+
+    def add_mean(self, out: Vector, scale: float = 1.0) -> None:
+        """Add ``scale * P Q^T`` to `out`, see :meth:`Plan.add_mean`."""
+        self._add(self._left, self._right, out, scale)
+
+    def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:  # noqa: ARG002
+        """Overwrite `out` with ``scale * P Q^T``, see :meth:`Plan.set_mean`."""
+        self._add(self._left, self._right, out, scale, overwrite=True)
+
+    def _add(self, left: Vector, right: Vector, out: Vector, scale: float, *, overwrite: bool = False) -> None:
+        began, factors = perf_counter(), self._factors
+        kernels.add_low_rank(left, right, factors.parts, factors.rank, self.dtype.type(scale), overwrite, writable(out),
+                             self._scratch)  # fmt: skip
+        self.seconds["decode"] += perf_counter() - began
+
+    @property
+    def alpha(self) -> float:
+        """1 when everything travels whole, else 0.
+
+        P belongs to the mean and starts from the last one: no share of a rank's own matrix is certain to be sent in one
+        exchange, and a rank whose matrix is minus that of the others' sends none. Rules that derive an option from alpha
+        want that option.
+        """
+        return 0.0 if self._factors.right_size else 1.0
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes of one exchange."""
+        status = (self.size - 1) * self._ready.frame_nbytes
+        nbytes = status + self._mean_left.nbytes + self._mean_right.nbytes
+        return Traffic(nbytes, nbytes, dense_nbytes(self))
+
+    def undo(self) -> None:
+        """Begin the next exchange with the Q with which the last one began, see :meth:`Plan.undo`."""
+        if self._warm_start:
+            self._basis[:] = self._earlier
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return Q, orthonormalised, of the plan's dtype, the same on all ranks; nothing without a warm start."""
+        return {"Q": self._basis} if self._warm_start else {}

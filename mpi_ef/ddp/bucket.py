@@ -1,0 +1,123 @@
+"""A rule at work on one bucket of gradients, whose state can leave and enter by parameter."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpi_ef.collectives import TwoPhaseMean
+from mpi_ef.compress.combination import Vector
+from mpi_ef.errors import OptionError
+from mpi_ef.feedback import ErrorFeedback
+
+__all__ = ["FeedbackBucket", "Place", "Saved"]
+
+Saved = dict[str, Any]  # of one parameter: arrays of its shape by name, and counters
+
+_RESIDUAL = "plan.residual"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter lies in the vector of its bucket, and in which order of its entries."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+
+    @classmethod
+    def of_parameter(cls, name: str, p: Tensor, start: int) -> "Place":
+        """Return the place of a parameter that begins there; DDP keeps its strides, for example of channels_last."""
+        return cls(name, tuple(p.shape), torch.empty_like(p, device="meta").stride(), start)
+
+    def view(self, vector: Vector) -> Tensor:
+        """Return the parameter's entries of `vector` in the parameter's shape. Not a copy."""
+        return torch.from_numpy(vector).as_strided(self.shape, self.stride, self.start)
+
+
+class FeedbackBucket:
+    """The rule at work on the vector of one bucket, and which entries of it belong to which parameter.
+
+    State leaves and enters by parameter. The residual of `TwoPhaseMean` is shared among the ranks, a chunk for each: what
+    leaves a rank is its chunk with zeros around it, and the sum over the ranks enters. What other plans keep from one
+    exchange to the next belongs to the bucket as a whole.
+    """
+
+    def __init__(self, feedback: ErrorFeedback, places: Sequence[Place]) -> None:
+        self.feedback, self.places = feedback, tuple(places)
+        plan = feedback.plan
+        bounds = plan.bounds if isinstance(plan, TwoPhaseMean) and plan.state() else []
+        self._bounds: NDArray[np.int64] = np.array(bounds, np.int64)  # of the chunks of the residual
+        for name, array in self._arrays().items():
+            if array.size != plan.d and name != _RESIDUAL:
+                raise OptionError(f"FeedbackHook: {name} of {feedback.rule.name} on {type(plan).__name__} is not as long as "
+                                  "the gradient and cannot follow parameters; take another rule or plan")  # fmt: skip
+
+    def _arrays(self) -> dict[str, Vector]:
+        """Return the arrays with an entry for every one of the gradient, or of this rank's chunk of it. Not copies."""
+        kinds = (self.feedback.state.arrays(kind) for kind in ("per rank", "replicated"))
+        arrays = {name: array for kind in kinds for name, array in kind.items() if array.size}
+        return arrays | ({_RESIDUAL: self.feedback.plan.state()["residual"]} if self._bounds.size else {})
+
+    def arrive(self) -> None:
+        """Wait for the messages. Collective."""
+        self.feedback.arrive()
+
+    def drop(self) -> None:
+        """Forget the step under way after :meth:`arrive`. Local."""
+        self.feedback.drop()
+
+    def state(self) -> dict[str, Saved]:
+        """Return a copy of the state on this rank by parameter. Local."""
+        whole = {name: self._spread(name, array) for name, array in self._arrays().items()}
+        counters = {"steps": self.feedback.steps, "exchanges": self.feedback.plan.exchanges}
+        return {place.name: counters | {"arrays": {name: place.view(vector).clone(memory_format=torch.contiguous_format)
+                                                   for name, vector in whole.items()}}
+                for place in self.places}  # fmt: skip
+
+    def plan_state(self) -> dict[str, Tensor]:
+        """Return a copy of what belongs to no parameter. Local."""
+        kept = {} if self._bounds.size else self.feedback.plan.state()
+        return {name: torch.from_numpy(array.copy()) for name, array in kept.items()}
+
+    def fill(self, saved: Mapping[str, Saved], plan: Mapping[str, Tensor]) -> None:
+        """Overwrite the state with what :meth:`state` of other buckets has returned for these parameters. Collective.
+
+        `plan` is what :meth:`plan_state` of a bucket of the same parameters has returned, or empty.
+        """
+        arrays = self._arrays()
+        for place in self.places:
+            if (seen := saved[place.name]["arrays"].keys()) != arrays.keys():
+                raise OptionError(f"FeedbackHook: the saved state of {place.name} is {', '.join(seen)}, here it is "
+                                  f"{', '.join(arrays)}; build the hook as it was when saved")  # fmt: skip
+        for name, array in arrays.items():
+            whole = self._spread(name, array)
+            for place in self.places:
+                place.view(whole).copy_(saved[place.name]["arrays"][name])
+            if name == _RESIDUAL:
+                self._sum_chunk(whole, array)
+        for name, tensor in plan.items():
+            np.copyto(self.feedback.plan.state()[name], tensor.numpy())
+        counters = {key: max(saved[place.name][key] for place in self.places) for key in ("steps", "exchanges")}
+        self.feedback.load_state_dict(self.feedback.state_dict() | counters)
+
+    def _spread(self, name: str, array: Vector) -> Vector:
+        """Return an array of length d: this one, or a new one with this rank's chunk in its place."""
+        if name != _RESIDUAL:
+            return array
+        whole = np.zeros(self._bounds[-1], array.dtype)
+        whole[self._bounds[self.feedback.plan.rank] :][: array.size] = array
+        return whole
+
+    def _sum_chunk(self, whole: Vector, chunk: Vector) -> None:
+        """Overwrite `chunk` with the sum over the ranks of this rank's chunk of `whole`. Collective."""
+        n, size = self.feedback.plan.size, chunk.size
+        arrived = np.empty((n, size), chunk.dtype)
+        outward, inward = (np.diff(self._bounds), self._bounds[:-1]), (np.full(n, size), np.arange(n) * size)
+        self.feedback.plan.comm.Alltoallv([whole, outward], [arrived, inward])
+        np.sum(arrived, axis=0, out=chunk)

@@ -1,0 +1,254 @@
+"""The communication hook: the rule at work under DistributedDataParallel."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from mpi_ef.collectives import Plan, plan_for
+from mpi_ef.collectives.agreement import agree, ranks_text
+from mpi_ef.collectives.plan import Comm
+from mpi_ef.compress import Compressor, for_parameters
+from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError
+from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.feedback.table import rule_named
+
+from .bucket import FeedbackBucket, Place, Saved
+from .process_group import ProcessGroupComm
+
+__all__ = ["FeedbackHook"]
+
+PlanBuilder = Callable[[Comm, Compressor, int, Any], Plan]
+
+
+class FeedbackHook:
+    """Put an error-feedback rule under DistributedDataParallel: gradients travel compressed. Construction is collective.
+
+    ``hook = FeedbackHook(model, TopK(0.01))`` registers itself as the model's communication hook; the training loop stays as
+    it is. The gradients that ``backward`` leaves are the rule's estimate of their mean over the ranks, the same bits on
+    all ranks. So this is the placement "gradient" of :class:`mpi_ef.DistributedOptimizer`, for SGD-like optimizers.
+
+    Every bucket is compressed on its own: ``TopK(0.01)`` keeps 1 % of each bucket, ``TopK(0.01, segments="parameters")``
+    1 % of each parameter. Its exchange begins when the bucket is ready, and goes on while backward computes the others.
+    DDP's first backward has one bucket of all parameters, and cuts them by ``bucket_cap_mb`` afterwards.
+
+    Parameters
+    ----------
+    model : DistributedDataParallel
+        In CPU memory, with parameters in float32 or float64, and without a hook.
+    compressor : Compressor
+    rule : str
+        A name in :data:`mpi_ef.feedback.RULES`, for example "ef21", "econtrol" or "ef14".
+    process_group : torch.distributed.ProcessGroup, optional
+        Of the same ranks as the model's, which is the default.
+    plan : callable, optional
+        ``plan(comm, compressor, d, dtype)`` builds the collective of a bucket.
+    dense_steps : int
+        The first steps exchange whole vectors; 1 is the papers' start with the first gradient.
+    **options
+        Options of the rule, for example ``eta``.
+
+    Attributes
+    ----------
+    steps : int
+        Completed steps.
+    skipped_steps : int
+        Backward passes that changed no state because some rank's gradient had a NaN or Inf.
+
+    Raises
+    ------
+    DisagreementError
+        On all ranks, when they were given different models, compressors, rules or options.
+    DtypeError, OptionError
+        When a parameter or an argument is not usable; ranks whose own are fine raise `PeerError`.
+
+    Notes
+    -----
+    When any rank's gradient has a NaN or Inf in any bucket, all gradients become NaN on all ranks, no state changes, and
+    rank 0 warns: a ``GradScaler`` or a check of your own then skips the optimizer's step everywhere.
+
+    State belongs to parameters: when DDP cuts its buckets anew, as it does after the first backward, it is re-cut. It is in
+    units of the gradient: keep the scale constant where the loss is scaled. ``clip_grad_norm_`` after backward clips the
+    rule's estimate, which EF21 and EControl stand, while EF14 loses what is cut off. A parameter that no rank has used
+    keeps the gradient it had, while the rule counts a zero for it.
+
+    Cost beyond the exchanges: one allgather of 12 bytes in every backward, before the first bucket. Memory: the state of
+    the rule, and the buffers of one plan for every bucket.
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        compressor: Compressor,
+        *,
+        rule: str = "ef21",
+        process_group: dist.ProcessGroup | None = None,
+        plan: PlanBuilder = plan_for,
+        dense_steps: int = 0,
+        **options: Any,
+    ) -> None:
+        if not isinstance(model, DistributedDataParallel):
+            raise OptionError(f"FeedbackHook: model is a {type(model).__name__}; pass DistributedDataParallel(model)")
+        self.comm = ProcessGroupComm(model.process_group if process_group is None else process_group)
+        self.compressor, self.rule, self.dense_steps, self.options = compressor, rule, dense_steps, options
+        self.steps = self.skipped_steps = 0
+        self._plan = plan
+        self._parameters = {name: p for name, p in model.module.named_parameters()
+                            if p.requires_grad and name not in model.parameters_to_ignore}  # fmt: skip
+        self._names: dict[Tensor, str] = {p: name for name, p in self._parameters.items()}
+        self._buckets: dict[tuple[str, ...], FeedbackBucket] = {}
+        self._loose: dict[str, Saved] = {}  # state of parameters that are in no bucket yet
+        self._loose_plans: dict[tuple[str, ...], dict[str, Tensor]] = {}  # loaded, of buckets that have not come yet
+        self._under_way: list[tuple[FeedbackBucket, Tensor, Future[Tensor]]] = []
+        self._loads = self._earlier_sent_nbytes = 0
+        agree(self.comm, "FeedbackHook", lambda: self._facts(model), "build the same model and hook on every rank")
+        model.register_comm_hook(self, type(self).run)
+
+    def _facts(self, model: DistributedDataParallel) -> dict[str, object]:
+        rule_named(self.rule)
+        if not isinstance(self.compressor, Compressor):
+            raise OptionError(
+                f"FeedbackHook: compressor={self.compressor!r} is no compressor; pass for example TopK(0.01)"
+            )
+        if self.comm.ranks != (theirs := dist.get_process_group_ranks(model.process_group)):
+            raise OptionError(f"FeedbackHook: process_group has the ranks {self.comm.ranks}, the model's {theirs}; pass one "
+                              "of the same ranks")  # fmt: skip
+        for name, p in self._parameters.items():
+            if p.dtype not in (torch.float32, torch.float64) or p.device.type != "cpu":
+                raise DtypeError(f"FeedbackHook: parameter {name} is {p.dtype} on {p.device}; make it torch.float32 or "
+                                 "torch.float64 on cpu")  # fmt: skip
+        parameters = {f"parameter {name}": f"{tuple(p.shape)} {p.dtype}" for name, p in self._parameters.items()}
+        return {"the names of the parameters": list(self._parameters), **parameters, "compressor": self.compressor,
+                "rule": self.rule, "dense_steps": self.dense_steps, "options": self.options}  # fmt: skip
+
+    def run(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+        """Start the step of one bucket; with the last one, finish those of all. DDP calls this. Collective.
+
+        Raises
+        ------
+        DisagreementError
+            On all ranks, when state was loaded on some of them only.
+        """
+        if bucket.index() == 0:
+            self._begin()
+        buffer = bucket.buffer()
+        if buffer.layout is not torch.strided or buffer.device.type != "cpu":
+            raise DtypeError(f"FeedbackHook: a gradient is {buffer.layout} on {buffer.device}; take dense ones on the cpu "
+                             "(sparse=False in embeddings)")  # fmt: skip
+        names = tuple(self._names[p] for p in bucket.parameters())
+        if names not in self._buckets:
+            self._build(names, buffer, bucket.gradients())
+        known, future = self._buckets[names], Future[Tensor]()
+        known.feedback.start(buffer.detach().numpy())
+        self._under_way.append((known, buffer, future))
+        if bucket.is_last():
+            self._finish()
+        return future
+
+    def _begin(self) -> None:
+        """Make sure that all ranks are about to do the same. Collective."""
+        facts = {"completed steps": self.steps, "skipped steps": self.skipped_steps, "times loaded": self._loads}
+        answers = np.empty((self.comm.Get_size(), len(facts)), np.uint32)
+        self.comm.Allgather(np.array(list(facts.values()), np.uint32), answers)
+        if (answers != answers[0]).any():
+            agree(self.comm, "FeedbackHook", lambda: facts, "load its state on all ranks or on none")
+
+    def _build(self, names: tuple[str, ...], buffer: Tensor, gradients: list[Tensor]) -> None:
+        """Put the rule to work on a bucket that was not seen before, with the state of its parameters. Collective."""
+        for old in [old for old in self._buckets if not set(old).isdisjoint(names)]:
+            left = self._buckets.pop(old)
+            self._loose |= left.state()
+            self._earlier_sent_nbytes += left.feedback.sent_nbytes
+        compressor = for_parameters(self.compressor, [tuple(g.shape) for g in gradients])
+        plan = self._plan(self.comm, compressor, buffer.numel(), buffer.detach().numpy().dtype)
+        feedback = ErrorFeedback(self.rule, plan, dense_steps=self.dense_steps, **self.options)
+        places = [Place.of_parameter(name, self._parameters[name], int(g.storage_offset() - buffer.storage_offset()))
+                  for name, g in zip(names, gradients, strict=True)]  # fmt: skip
+        fresh = FeedbackBucket(feedback, places)
+        if self._loose:
+            fresh.fill(self._loose, self._loose_plans.pop(names, {}))
+            for name in names:
+                del self._loose[name]
+        self._buckets[names] = fresh
+
+    def _finish(self) -> None:
+        """Wait for the messages of all buckets, then update all states or none, and hand the gradients on. Collective."""
+        under_way, self._under_way = self._under_way, []
+        broken: set[int] | None = None
+        for bucket, _, _ in under_way:
+            try:
+                bucket.arrive()
+            except NonFiniteError as error:
+                broken = (broken or set()) | set(error.ranks)
+        for bucket, buffer, _ in under_way:
+            if broken is None:
+                np.copyto(buffer.detach().numpy(), bucket.feedback.finish())
+            else:
+                bucket.drop()
+                buffer.detach().fill_(torch.nan)
+        self.steps, self.skipped_steps = self.steps + (broken is None), self.skipped_steps + (broken is not None)
+        for _, buffer, future in under_way:
+            future.set_result(buffer)
+        if broken is not None and self.comm.Get_rank() == 0:
+            where = f" on {ranks_text(sorted(broken))}" if broken else ""
+            warnings.warn(f"step {self.steps}: NaN or Inf in the gradient{where}; all gradients are NaN on all ranks now, "
+                          "so skip the optimizer's step", RuntimeWarning, stacklevel=2)  # fmt: skip
+
+    @property
+    def sent_nbytes(self) -> int:
+        """Bytes that have left this rank in all steps so far, see :class:`mpi_ef.collectives.Traffic`."""
+        return self._earlier_sent_nbytes + sum(bucket.feedback.sent_nbytes for bucket in self._buckets.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of all state of this rank, tensors by parameter and array. Local; save it on every rank."""
+        state, plans = dict(self._loose), dict(self._loose_plans)
+        for names, bucket in self._buckets.items():
+            state |= bucket.state()
+            plans[names] = bucket.plan_state()
+        counters = {"steps": self.steps, "skipped_steps": self.skipped_steps, "sent_nbytes": self.sent_nbytes}
+        return {**self._identity(), **counters,
+                "parameters": {name: state[name] for name in self._parameters if name in state},
+                "plans": [{"bucket": list(names), "arrays": plan} for names, plan in plans.items() if plan]}  # fmt: skip
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what must be the same where a saved state is loaded."""
+        return {"rule": self.rule, "compressor": str(self.compressor), "rank": self.comm.Get_rank(),
+                "size": self.comm.Get_size()}  # fmt: skip
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned on the same rank of a group of the same size. Local; call on all ranks.
+
+        Before the first backward or later; the buckets need not be those of then. Parameters are not part of it.
+
+        Raises
+        ------
+        OptionError, ShapeError
+            When it belongs to another rule, compressor, rank, group size or model; nothing is changed then.
+        """
+        for name, value in self._identity().items():
+            if saved[name] != value:
+                raise OptionError(f"load_state_dict: the saved {name} is {saved[name]}, here it is {value}; load on "
+                                  "each rank what that rank saved")  # fmt: skip
+        state: dict[str, Saved] = saved["parameters"]
+        if state and state.keys() != self._parameters.keys():
+            name = min(state.keys() ^ self._parameters.keys())
+            where = "saved state" if name in state else "model"
+            raise OptionError(
+                f"load_state_dict: parameter {name} is in the {where} only; load into the model it was saved from"
+            )
+        for name, of_parameter in state.items():
+            p = self._parameters[name]
+            for array, tensor in of_parameter["arrays"].items():
+                if tensor.shape != p.shape or tensor.dtype != p.dtype:
+                    raise ShapeError(f"load_state_dict: {array} of {name} is {tuple(tensor.shape)} {tensor.dtype}, here it "
+                                     f"is {tuple(p.shape)} {p.dtype}; load into the model it was saved from")  # fmt: skip
+        self._buckets, self._loose, self._loads = {}, dict(state), self._loads + 1
+        self._loose_plans = {tuple(plan["bucket"]): plan["arrays"] for plan in saved["plans"]}
+        self.steps, self.skipped_steps = saved["steps"], saved["skipped_steps"]
+        self._earlier_sent_nbytes = saved["sent_nbytes"]

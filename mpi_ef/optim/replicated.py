@@ -1,0 +1,115 @@
+"""Optimizers whose update is computed here, on the vector of all parameters, the same on all ranks."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from mpi_ef.collectives.plan import Comm
+from mpi_ef.compress import aligned_zeros
+from mpi_ef.compress.combination import Vector
+from mpi_ef.errors import OptionError, ShapeError
+from mpi_ef.feedback import ErrorFeedback
+
+from .flat import Channel, FlatOptimizer, hyper_parameters
+
+__all__ = ["ReplicatedOptimizer", "checked"]
+
+
+def checked(subject: str, fits: bool, text: str) -> None:
+    """Raise `OptionError` unless an option fits."""
+    if not fits:
+        raise OptionError(f"{subject}: {text}")
+
+
+class ReplicatedOptimizer(FlatOptimizer):
+    """What OneBitAdam and its relatives share: groups, named arrays, rules at work, saving and loading.
+
+    A subclass fills `arrays` with vectors that are equal on all ranks, `rules` with rules at work, and names in `counters`
+    the attributes that are saved as they are.
+    """
+
+    counters: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        comm: Comm,
+        defaults: dict[str, Any],
+        facts: Callable[[], Mapping[str, object]],
+    ) -> None:
+        Optimizer.__init__(self, params, defaults)
+        self.arrays: dict[str, Vector] = {}
+        self.rules: dict[str, ErrorFeedback] = {}
+        self._dense: Channel | None = None
+        self._lay_out(comm, facts)
+
+    def _zeros(self) -> Vector:
+        return aligned_zeros(self.flat.d, self.flat.dtype)
+
+    def channels(self) -> Sequence[Channel]:
+        """Return what this optimizer speaks through now. Local."""
+        return [*self.rules.values(), *([] if self._dense is None else [self._dense])]
+
+    def per_rank(self) -> dict[str, Vector]:
+        """Return the arrays of the rules that differ between ranks. Not copies. Local."""
+        return self._of_rules(ErrorFeedback.per_rank)
+
+    def replicated(self) -> dict[str, Vector]:
+        """Return the arrays, besides the parameters, that are equal on all ranks. Not copies. Local."""
+        return self.arrays | self._of_rules(ErrorFeedback.replicated)
+
+    def _of_rules(self, kind: Callable[[ErrorFeedback], dict[str, Vector]]) -> dict[str, Vector]:
+        if len(self.rules) == 1:
+            return kind(next(iter(self.rules.values())))
+        return {f"{rule}.{name}": a for rule, feedback in self.rules.items() for name, a in kind(feedback).items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of all state of this rank: arrays, rules, counters, hyper-parameters. Local; save it per rank."""
+        rules = {name: feedback.state_dict() for name, feedback in self.rules.items()}
+        for saved in rules.values():  # tensors, because torch.load takes no numpy arrays by default
+            saved["arrays"] = {name: torch.from_numpy(array) for name, array in saved["arrays"].items()}
+        return {"optimizer": type(self).__name__, "groups": [dict(group) for group in hyper_parameters(self)],
+                "arrays": {name: torch.from_numpy(array.copy()) for name, array in self.arrays.items()}, "rules": rules,
+                "counters": {name: getattr(self, name) for name in ("steps", "skipped_steps", *self.counters)}}  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local; call on all ranks.
+
+        Parameters are not part of it: load the model's state as well. The next :meth:`step` raises on all ranks when
+        some have loaded and others have not.
+
+        Raises
+        ------
+        OptionError, ShapeError
+            When it belongs to another optimizer, rank, world size or model; nothing is changed then.
+        """
+        subject, saved = "load_state_dict", state_dict
+        checked(subject, saved["optimizer"] == type(self).__name__,
+                f"the state is of {saved['optimizer']}, this is {type(self).__name__}; build it as it was")  # fmt: skip
+        checked(subject, len(saved["groups"]) == len(self.param_groups),
+                f"the saved state has {len(saved['groups'])} groups, here there are {len(self.param_groups)}; build the "
+                "optimizer as it was")  # fmt: skip
+        for name, array in saved["arrays"].items():
+            if name not in self.arrays or tuple(array.shape) != self.arrays[name].shape:
+                raise ShapeError(f"{subject}: {name} is {tuple(array.shape)}, here there is no such array; load into the "
+                                 "model it was saved from")  # fmt: skip
+        rules = {}
+        for name, feedback in self.rules.items():
+            rules[name] = dict(saved["rules"][name])
+            rules[name]["arrays"] = {key: tensor.numpy() for key, tensor in rules[name]["arrays"].items()}
+            feedback.check_state_dict(rules[name])
+        for group, values in zip(self.param_groups, saved["groups"], strict=True):
+            group.update(values)
+        for name, array in saved["arrays"].items():
+            np.copyto(self.arrays[name], array.numpy())
+        for name, feedback in self.rules.items():
+            feedback.load_state_dict(rules[name])
+        for name, value in saved["counters"].items():
+            setattr(self, name, value)
+        self._loaded()
+
+    def _loaded(self) -> None:
+        """Derive again what follows from what was loaded."""

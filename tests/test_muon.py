@@ -1,0 +1,87 @@
+"""EF21-Muon: orthogonalised steps along an EF21 estimate of the momentum."""
+
+import numpy as np
+import pytest
+import torch
+from training import alone, assert_close, assert_replicas, assert_resumes, assert_skips_broken_gradients, trained
+
+from mpi_ef.collectives import TwoPhaseMean
+from mpi_ef.compress import Identity, Quantize, TopK
+from mpi_ef.optim import EF21Muon
+from mpi_ef.optim.muon import LinearMinimization, orthogonalized
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 5), (3, 40), (40, 3), (64, 32)])
+def test_singular_values_become_about_one(shape):
+    matrix = torch.from_numpy(np.random.default_rng(0).normal(size=shape))
+    result = orthogonalized(matrix)
+    u, s, vt = np.linalg.svd(matrix.numpy(), full_matrices=False)
+    assert result.shape == matrix.shape
+    large = s > 1e-2 * np.linalg.norm(s)
+    values = np.einsum("pk,pq,kq->k", u, result.numpy(), vt)
+    assert (abs(values[large] - 1) < 0.4).all()
+    rotated = u.T @ result.numpy() @ vt.T
+    np.testing.assert_allclose(rotated - np.diag(np.diag(rotated)), 0, atol=1e-9)  # the same singular vectors
+
+
+def test_zero_stays_zero():
+    assert not orthogonalized(torch.zeros(3, 4)).any()
+
+
+def test_it_agrees_with_torchs_muon():
+    """Torch works in bfloat16: singular values to two digits."""
+    torch.manual_seed(0)
+    start, target = torch.randn(24, 16), torch.randn(24, 16)
+    mine, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    ours = LinearMinimization([mine], lr=0.05, weight_decay=0.1, vector_radius=0.1)
+    muon = torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1, momentum=0.0, nesterov=False)
+    for _ in range(10):
+        for p, optimizer in ((mine, ours), (theirs, muon)):
+            p.grad = p.detach() - target
+            optimizer.step()
+    assert (mine - theirs).norm() < 0.02 * (mine - start).norm()
+
+
+class PlainMuon(torch.optim.Optimizer):
+    """Muon with an exponential average, and signs for vectors, as EF21-Muon's dense original."""
+
+    def __init__(self, params, *, lr, beta, weight_decay):
+        super().__init__(params, {"lr": lr})
+        self.beta, self.inner = beta, LinearMinimization(params, lr=lr, weight_decay=weight_decay, vector_radius=0.1)
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    v = self.state[p].setdefault("v", torch.zeros_like(p))
+                    v.mul_(1 - self.beta).add_(self.beta * p.grad)
+                    p.grad = v.clone()
+        self.inner.step()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_with_the_identity_it_is_muon(n):
+    rows = trained(n, 20, lambda net, comm: EF21Muon(net.parameters(), comm, Identity(), lr=0.02, beta=0.2,
+                                                     weight_decay=0.1), dtype=torch.float64)  # fmt: skip
+    plain = alone(n, 20, lambda net: PlainMuon([p for p in net.parameters() if p.requires_grad], lr=0.02, beta=0.2,
+                                               weight_decay=0.1), dtype=torch.float64)  # fmt: skip
+    assert_close(rows[0][0], plain, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("plan", [None, TwoPhaseMean])
+def test_replicas_are_equal_and_learn(n, plan):
+    options = {} if plan is None else {"plan": plan}
+    rows = trained(n, 150, lambda net, comm: EF21Muon(net.parameters(), comm, TopK(0.2, values=Quantize("bf16")), lr=0.02,
+                                                      **options))  # fmt: skip
+    assert_replicas(rows)
+    for _, losses, _ in rows:
+        assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:3])
+
+
+def test_saved_and_loaded_a_step_is_the_same():
+    assert_resumes(2, lambda net, comm: EF21Muon(net.parameters(), comm, TopK(0.2)), before=5)
+
+
+def test_broken_gradients_are_skipped():
+    assert_skips_broken_gradients(3, lambda net, comm: EF21Muon(net.parameters(), comm, TopK(0.2)))

@@ -1,0 +1,227 @@
+"""Buckets: the same bits whether they travel during the backward pass or after it, and all of them or none."""
+
+import numpy as np
+import pytest
+import torch
+import virtual
+from programs import loss_of, model, same_bits
+from training import assert_resumes, assert_skips_broken_gradients, parameters_of, seeded
+
+from mpi_ef.collectives import TwoPhaseMean, plan_for
+from mpi_ef.compress import Identity, LowRank, Quantize, Sign, TopK
+from mpi_ef.errors import DisagreementError, MpiEfError, OptionError
+from mpi_ef.optim import EF21, DistributedOptimizer
+
+WAYS = {
+    "ef21 topk": ("ef21", TopK(0.2, values=Quantize("bf16")), plan_for),
+    "ef21 topk of parameters": ("ef21", TopK(0.2, segments="parameters"), plan_for),
+    "ef14 sign": ("ef14", Sign(block=16), plan_for),
+    "econtrol topk": ("econtrol", TopK(0.2), plan_for),
+    "ef21-sgdm two phases": ("ef21-sgdm", TopK(0.3), TwoPhaseMean),
+    "ef14 identity": ("ef14", Identity(), plan_for),
+    "ef14 low rank": ("ef14", LowRank(2, shapes="parameters"), plan_for),
+}
+each_way = pytest.mark.parametrize("way", WAYS)
+
+
+def build(net, comm, way, *, overlap, bucket_nbytes=100, dense_steps=1):
+    rule, compressor, plan = WAYS[way]
+    sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.5)
+    return DistributedOptimizer(sgd, comm, compressor, placement="gradient", rule=rule, plan=plan, overlap=overlap,
+                                bucket_nbytes=bucket_nbytes, dense_steps=dense_steps)  # fmt: skip
+
+
+def run(net, optimizer, rank, steps):
+    early = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(net, rank, step).backward()
+        optimizer.step()
+        early.append(optimizer.buckets.early)
+    return early
+
+
+@each_way
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_overlap_changes_no_bit(way, n):
+    def program(comm):
+        outcomes = []
+        for overlap in (False, True):
+            net = model()
+            optimizer = build(net, comm, way, overlap=overlap)
+            early = run(net, optimizer, comm.Get_rank(), range(8))
+            assert len(list(optimizer.buckets)) > 3
+            assert (max(early) > 2) == overlap
+            outcomes.append((parameters_of(net), optimizer.per_rank(), optimizer.replicated(), optimizer.sent_nbytes))
+        assert same_bits(*outcomes)
+        return outcomes[0][0]
+
+    rows = virtual.results(n, program)
+    assert all(same_bits(row, rows[0]) for row in rows)
+
+
+def test_one_bucket_is_the_whole_vector_and_buckets_hold_whole_parameters_the_last_first():
+    def program(comm):
+        for nbytes, least in ((None, 1), (10**9, 1), (100, 4), (1, 6)):
+            optimizer = build(model(), comm, "ef14 sign", overlap=False, bucket_nbytes=nbytes)
+            buckets, flat = list(optimizer.buckets), optimizer.flat
+            assert len(buckets) >= least
+            assert (len(buckets) == 1) == (least == 1)
+            numbers = [number for bucket in buckets[::-1] for number in bucket.numbers]
+            assert numbers == list(range(len(flat.parameters)))
+            assert [bucket.part for bucket in buckets[::-1]] == [
+                slice(flat.starts[b.numbers.start], flat.starts[b.numbers.stop]) for b in buckets[::-1]]  # fmt: skip
+
+    virtual.results(2, program)
+
+
+def test_gradients_add_up_without_travelling():
+    """no_sync() around all but the last backward pass equals one backward pass of the sum."""
+
+    def program(comm):
+        rank, nets = comm.Get_rank(), [model(), model()]
+        apart, together = (build(net, comm, "ef21 topk", overlap=True) for net in nets)
+        for step in range(5):
+            apart.zero_grad()
+            with apart.no_sync():
+                loss_of(nets[0], rank, 2 * step).backward()
+                assert apart.sent_nbytes == together.sent_nbytes
+            loss_of(nets[0], rank, 2 * step + 1).backward()
+            apart.step()
+            together.zero_grad()
+            (loss_of(nets[1], rank, 2 * step) + loss_of(nets[1], rank, 2 * step + 1)).backward()
+            together.step()
+        for a, b in zip(*map(parameters_of, nets), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        assert apart.buckets.early > 2
+
+    virtual.results(2, program)
+
+
+def test_parameters_unused_on_some_ranks_only():
+    """Nobody hangs: what has not started during the backward pass starts in step()."""
+
+    def program(comm):
+        outcomes = []
+        for overlap in (False, True):
+            branches = seeded(torch.nn.ModuleList(torch.nn.Linear(7, 3) for _ in range(4)))
+            optimizer = EF21(branches.parameters(), comm, TopK(0.5), lr=0.1, overlap=overlap)
+            for step in range(4):
+                optimizer.zero_grad(set_to_none=True)
+                chosen = branches[(comm.Get_rank() + step) % 4]
+                chosen(torch.full((2, 7), 1.0 + step)).square().sum().backward()
+                optimizer.step()
+            outcomes.append(parameters_of(branches))
+        assert same_bits(*outcomes)
+        return outcomes[0]
+
+    rows = virtual.results(3, program)
+    assert all(same_bits(row, rows[0]) for row in rows)
+
+
+def test_gradients_set_to_none_by_the_model():
+    def program(comm):
+        nets = [model(), model()]
+        for net in nets:
+            optimizer = build(net, comm, "ef21 topk", overlap=True)
+            for step in range(4):
+                (net if net is nets[0] else optimizer).zero_grad(set_to_none=True)
+                loss_of(net, comm.Get_rank(), step).backward()
+                optimizer.step()
+        assert same_bits(*map(parameters_of, nets))
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@each_way
+def test_a_broken_gradient_in_one_bucket_leaves_all_buckets_as_they_were(way, overlap):
+    assert_skips_broken_gradients(2, lambda net, comm: build(net, comm, way, overlap=overlap))
+
+
+@pytest.mark.parametrize("way", ["ef21 topk", "ef14 sign", "ef14 low rank"])
+def test_saved_and_loaded_a_step_is_the_same(way):
+    assert_resumes(2, lambda net, comm: build(net, comm, way, overlap=True), before=3)
+
+
+def test_a_second_backward_pass_is_told():
+    def program(comm):
+        net = model()
+        build(net, comm, "ef21 topk", overlap=True)
+        loss_of(net, comm.Get_rank(), 0).backward()
+        with pytest.raises(OptionError, match="a second backward pass before step"):
+            loss_of(net, comm.Get_rank(), 1).backward()
+
+    virtual.results(2, program)
+
+
+def test_ranks_that_drift_apart_are_told_although_buckets_are_under_way():
+    def program(comm):
+        net = model()
+        optimizer = build(net, comm, "ef21 topk", overlap=True)
+        run(net, optimizer, comm.Get_rank(), range(2))
+        before = parameters_of(net), {k: v.copy() for k, v in optimizer.per_rank().items()}
+        optimizer.param_groups[0]["lr"] = 0.1 + comm.Get_rank()
+        with pytest.raises(DisagreementError, match="hyper-parameters"):
+            run(net, optimizer, comm.Get_rank(), [2])
+        assert same_bits((parameters_of(net), optimizer.per_rank()), before)
+        optimizer.param_groups[0]["lr"] = 0.1
+        run(net, optimizer, comm.Get_rank(), [3])
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    ({"placement": "update", "overlap": True}, "overlap=True with placement='update'"),
+    ({"placement": "gradient", "bucket_nbytes": 0}, "bucket_nbytes=0 is not positive"),
+])  # fmt: skip
+def test_bad_options(options, text):
+    def program(comm):
+        DistributedOptimizer(torch.optim.SGD(model().parameters(), lr=1), comm, TopK(0.1), **options)
+
+    for outcome in virtual.run(2, program):
+        assert isinstance(outcome, MpiEfError)
+        assert text in str(outcome)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_observer_sees_every_bucket(overlap):
+    def program(comm):
+        net, seen = model(), []
+        optimizer = build(net, comm, "ef21 topk", overlap=overlap)
+        run(net, optimizer, comm.Get_rank(), range(2))
+        optimizer.observer = seen.append
+        before = optimizer.sent_nbytes
+        run(net, optimizer, comm.Get_rank(), range(2, 4))
+        optimizer.observer = None
+        run(net, optimizer, comm.Get_rank(), [4])
+        assert [[report.step for report in reports] for reports in seen] == [[step] * len(list(optimizer.buckets))
+                                                                            for step in (3, 4)]  # fmt: skip
+        last = optimizer.sent_nbytes - before
+        assert sum(report.sent_nbytes for reports in seen for report in reports) * 3 == last * 2
+        for report in (report for reports in seen for report in reports):
+            assert 0 <= report.lost < 1
+            assert set(report.norms) == {"g_i", "g"}
+            assert all(spent >= 0 for spent in report.seconds.values())
+            assert report.dense_nbytes > 0
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+def test_replicas_that_differ_are_named(placement):
+    def program(comm):
+        net = model()
+        sgd = torch.optim.SGD(net.named_parameters(), lr=0.05)
+        optimizer = DistributedOptimizer(sgd, comm, TopK(0.2), placement=placement)
+        optimizer.check_replicas_every = 2
+        run(net, optimizer, comm.Get_rank(), range(4))
+        with torch.no_grad():
+            net.last.weight[1, 2] += 1e-6 * (comm.Get_rank() == 1)
+        with pytest.raises(DisagreementError) as caught:
+            run(net, optimizer, comm.Get_rank(), range(4, 8))
+        return str(caught.value), optimizer.steps
+
+    for text, steps in virtual.results(3, program):
+        assert "after step 6 parameter last.weight (3, 5) is not on rank 1 what it is on rank 0" in text
+        assert steps == 6

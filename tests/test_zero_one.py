@@ -1,0 +1,567 @@
+"""0/1 Adam: a seldom variance, replicas that part and meet again, and nothing that explodes."""
+
+import io
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import virtual
+from hypothesis import given
+from hypothesis import strategies as st
+from programs import loss_of, same_bits
+from test_adam import dying_network
+from training import (
+    alone,
+    assert_close,
+    assert_resumes,
+    assert_skips_broken_gradients,
+    loss_in,
+    net_of,
+    parameters_of,
+    trained,
+)
+
+from mpi_ef import kernels
+from mpi_ef.compress import Identity, Sign, TopK
+from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError
+from mpi_ef.kernels import reference
+from mpi_ef.optim import OneBitAdam, ZeroOneAdam
+from mpi_ef.optim.adam import VarianceWatch
+from mpi_ef.optim.zero_one import RareWatch
+
+each_world = pytest.mark.parametrize("n", [1, 2, 3])
+SIGNS = Sign(block=16)
+# Updates of the variance in steps 1, 2, 3, 5, 7, 11, 15 ...; after 12 steps syncs in every one, then every 2nd, 4th.
+SHORT = {"lr": 1e-2, "var_freeze_step": 12, "var_update_scaler": 2, "local_step_scaler": 6, "local_step_clipper": 4}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_kernels_are_their_twins(dtype):
+    @given(st.integers(0, 5000), st.integers(0, 2**32))
+    def check(d, seed):
+        rng = np.random.default_rng(seed)
+        grad, start, *outputs = (rng.normal(size=d).astype(dtype) for _ in range(5))
+        inverse, scalars = rng.random(d).astype(dtype), [dtype(value) for value in rng.random(4)]
+        for name, inputs, count in (("momentum_step", (grad, inverse), 3), ("local_step", (grad, inverse, start), 4)):
+            mine, theirs = ([a.copy() for a in outputs[: count - 1]] for _ in range(2))
+            getattr(kernels, name)(*inputs, *scalars[:count], *mine)
+            getattr(reference, name)(*inputs, *scalars[:count], *theirs)
+            for a, b in zip(mine, theirs, strict=True):
+                assert a.tobytes() == b.tobytes(), name
+
+    check()
+
+
+def groups_of(net):
+    named = list(net.parameters())
+    return [{"params": named[:3], "lr": 2e-2}, {"params": named[3:], "weight_decay": 0.3}]
+
+
+@each_world
+@pytest.mark.parametrize("compressor", [SIGNS, Identity()], ids=str)
+def test_before_the_first_signs_it_is_adamw(n, compressor):
+    def schedule(optimizer, step):
+        optimizer.param_groups[0]["lr"] = 2e-2 * 0.9**step
+
+    options = {"lr": 1e-2, "betas": (0.8, 0.99), "compressor": compressor}
+    rows = trained(n, 16, lambda net, comm: ZeroOneAdam(groups_of(net), comm, **options), dtype=torch.float64,
+                   each=schedule)  # fmt: skip
+    adamw = alone(n, 16, lambda net: torch.optim.AdamW(groups_of(net), lr=1e-2, betas=(0.8, 0.99), weight_decay=0.0),
+                  dtype=torch.float64, each=schedule)  # fmt: skip
+    assert_close(rows[0][0], adamw, rtol=1e-12, atol=1e-14)
+
+
+class Plain:
+    """0/1 Adam as in the paper without compression, decay decoupled, in float64: u is a sum, x is undone and redone."""
+
+    def __init__(self, n, dtype, options, groups=None):
+        self.n, self.o = (
+            n,
+            {"betas": (0.9, 0.999), "eps": 1e-8, "bias_correction": True, "variance_floor": 0.1} | options,
+        )
+        self.nets = [net_of(dtype) for _ in range(n)]
+        self.trained = [p.requires_grad for p in self.nets[0].parameters()]
+        trained = [p for p in self.nets[0].parameters() if p.requires_grad]
+        self.sizes = [p.numel() for p in trained]
+        decays = {id(p): (number, group.get("weight_decay", 0.0)) for number, group in enumerate(groups(self.nets[0]))
+                  for p in group["params"]} if groups else {}  # fmt: skip
+        places = [decays.get(id(p), (0, 0.0)) for p in trained]
+        self.group_of = np.repeat([number for number, _ in places], self.sizes)
+        self.decay = np.repeat([decay for _, decay in places], self.sizes)
+        self.x = [np.concatenate([p.detach().double().numpy().ravel() for p in trained]) for _ in range(n)]
+        d = sum(self.sizes)
+        self.v, self.m, self.u = np.zeros(d), [np.zeros(d)] * n, [np.zeros(d)] * n
+        self.updates = self.last = self.t = 0
+
+    def gradients(self):
+        rows = []
+        for rank, net in enumerate(self.nets):
+            trained = [p for p in net.parameters() if p.requires_grad]
+            with torch.no_grad():
+                for p, part in zip(trained, np.split(self.x[rank], np.cumsum(self.sizes)[:-1]), strict=True):
+                    p.copy_(torch.from_numpy(part).view(p.shape))
+            net.zero_grad()
+            loss_in(net, rank, self.t - 1).backward()
+            rows.append(np.concatenate([np.zeros(p.numel()) if p.grad is None else p.grad.double().numpy().ravel()
+                                        for p in trained]))  # fmt: skip
+        return rows
+
+    def inverse(self, floor):
+        c2 = 1 - self.o["betas"][1] ** self.updates if self.o["bias_correction"] else 1.0
+        parts = []
+        for v in np.split(self.v / c2, np.cumsum(self.sizes)[:-1]):
+            root = np.maximum(np.sqrt(v), floor * np.sqrt(v.mean()))
+            parts.append(1 / (root + self.o["eps"]) if root.any() else 0 * root)
+        return np.concatenate(parts)
+
+    def step(self, lrs):
+        """One step of all ranks; `lrs` by group. Return whether the replicas are the same afterwards."""
+        self.t += 1
+        t, o, (b1, b2), grads = self.t, self.o, self.o["betas"], self.gradients()
+        lr = np.asarray(lrs, float)[self.group_of]
+        gamma = lr / (1 - b1**t if o["bias_correction"] else 1.0)
+        keep = 1 - lr * self.decay
+        if t <= o["var_freeze_step"]:
+            mean = np.mean(grads, axis=0)
+            if not self.updates or t - self.last == 2 ** ((self.updates - 1) // o["var_update_scaler"]):
+                self.v = b2 * self.v + (1 - b2) * mean**2
+                self.updates, self.last = self.updates + 1, t
+            m = b1 * self.m[0] + (1 - b1) * mean
+            inverse = self.inverse(0.0 if self.updates == t else o["variance_floor"])
+            self.m, self.x = [m] * self.n, [keep * self.x[0] - gamma * m * inverse] * self.n
+            self.interval, self.since, self.age = 1, 0, 0
+            self.start, self.total, self.left = self.x[0], 0.0, 1.0
+            return True
+        inverse = self.inverse(o["variance_floor"])
+        self.m = [b1 * m + (1 - b1) * g for m, g in zip(self.m, grads, strict=True)]
+        self.x = [keep * x - gamma * m * inverse for x, m in zip(self.x, self.m, strict=True)]
+        self.u = [keep * u + gamma * m for u, m in zip(self.u, self.m, strict=True)]
+        self.total, self.left = keep * self.total + gamma, keep * self.left
+        self.since += 1
+        meet = self.since >= self.interval
+        if meet:
+            mean = np.mean(self.u, axis=0)
+            self.x = [self.left * self.start - mean * inverse] * self.n
+            self.m = [np.divide(mean, self.total, out=np.mean(self.m, axis=0), where=self.total > 0)] * self.n
+            self.u, self.start, self.total, self.left, self.since = [0 * mean] * self.n, self.x[0], 0.0, 1.0, 0
+        self.age += 1
+        if self.age % o["local_step_scaler"] == 0:
+            self.interval = min(o["local_step_clipper"], 2 * self.interval)
+        return meet
+
+
+def lrs_of(step):
+    """Falling, zero for a while, and back at once."""
+    return (0.0, 0.0) if 22 <= step < 29 else (2e-2 * 0.95**step, 1e-2)
+
+
+@each_world
+@pytest.mark.parametrize(("more", "dtype", "tolerance"), [
+    ({}, torch.float64, 1e-12), ({}, torch.float32, 1e-5), ({"local_step_clipper": 1}, torch.float32, 1e-5),
+    ({"local_step_clipper": 1}, torch.float64, 1e-12), ({"variance_floor": 0.0}, torch.float64, 1e-12),
+    ({"bias_correction": False}, torch.float64, 1e-12),  # such long steps at first that float32 goes a way of its own
+], ids=str)  # fmt: skip
+def test_with_the_identity_it_is_the_plain_algorithm(n, more, dtype, tolerance):
+    """Step by step on every rank, with groups, decay and a schedule that comes down to zero."""
+    options = SHORT | more
+
+    def schedule(optimizer, step):
+        for group, lr in zip(optimizer.param_groups, lrs_of(step), strict=True):
+            group["lr"] = lr
+
+    rows = trained(n, 45, lambda net, comm: ZeroOneAdam(groups_of(net), comm, compressor=Identity(), **options),
+                   dtype=dtype, each=schedule)  # fmt: skip
+    plain, met = Plain(n, dtype, options, groups_of), 0
+    for step in range(45):
+        met += plain.step(lrs_of(step))
+        for rank in range(n):
+            flat = np.concatenate([p.ravel() for p, is_trained in zip(rows[rank][0][step], plain.trained, strict=True)
+                                   if is_trained])  # fmt: skip
+            distance = np.linalg.norm(flat - plain.x[rank])
+            assert distance <= tolerance * np.linalg.norm(flat), f"step {step} on rank {rank}"
+    assert met == (45 if more.get("local_step_clipper") == 1 else 12 + 6 + 3 + 5)
+
+
+@pytest.mark.parametrize("compressor", [SIGNS, TopK(0.1)], ids=str)
+@each_world
+def test_replicas_meet_in_the_same_bits_and_learn(n, compressor):
+    def program(comm):
+        net = net_of()
+        optimizer = ZeroOneAdam(net.parameters(), comm, compressor=compressor, **SHORT)
+        optimizer.check_replicas_every = 5
+        seen, losses = [], []
+        for step in range(120):
+            optimizer.zero_grad()
+            loss = loss_of(net, comm.Get_rank(), step)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            copies = {name: a.copy() for name, a in optimizer.replicated().items()}
+            seen.append((optimizer.synchronized, parameters_of(net), copies, set(optimizer.per_rank())))
+        return seen, losses
+
+    rows = virtual.results(n, program)
+    for step, states in enumerate(zip(*(seen for seen, _ in rows), strict=True)):
+        meets = states[0][0]
+        assert meets == (step < 18 or (step < 24 and step % 2 == 1) or (step >= 24 and step % 4 == 3))
+        for state in states[1:]:
+            assert state[0] == meets
+            assert same_bits(state[1], states[0][1]) == meets
+            assert same_bits(state[2], states[0][2])
+        assert set(states[0][2]) == ({"m", "v", "u", "x"} if step < 11 else {"v", "x"})
+        assert states[0][3] >= ({"e_i"} if step < 11 else {"e_i", "m", "u"})
+    for _, losses in rows:
+        assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[10:20])
+
+
+def test_exchanges_become_rare():
+    """The variance is updated after 1, 1, 2, 2, 4, 4 ... steps; what travels in a step says what it was."""
+    kinds = []
+
+    def program(comm):
+        net = net_of()
+        optimizer = ZeroOneAdam(net.parameters(), comm, compressor=SIGNS, **SHORT | {"var_freeze_step": 30})
+        for step in range(60):
+            optimizer.zero_grad()
+            loss_of(net, comm.Get_rank(), step).backward()
+            before = optimizer.sent_nbytes
+            optimizer.step()
+            if comm.Get_rank() == 0:
+                kinds.append(optimizer.sent_nbytes - before)
+        assert optimizer.frozen_step == 30
+        assert optimizer.variance_updates == 8
+        assert optimizer.local_step_interval == 4
+        return optimizer.dense_nbytes
+
+    dense = virtual.results(2, program)[0]
+    whole = [step for step, kind in enumerate(kinds, 1) if kind >= dense]
+    assert whole == [1, 2, 3, 5, 7, 11, 15, 23]
+    assert [step for step, kind in enumerate(kinds, 1) if kind == 0] == [
+        step for step in range(37, 61) if (step % 2 if step <= 42 else (step - 42) % 4)
+    ]
+
+
+def test_errors_stay_bounded():
+    rows = []
+
+    def program(comm):
+        net, norms, losses = net_of(), [], []
+        optimizer = ZeroOneAdam(net.parameters(), comm, compressor=SIGNS, **SHORT | {"local_step_scaler": 40})
+        for step in range(300):
+            optimizer.zero_grad()
+            loss = loss_of(net, comm.Get_rank(), step)
+            loss.backward()
+            optimizer.step()
+            norms.append(float(np.linalg.norm(optimizer.per_rank()["e_i"])))
+            losses.append(loss.item())
+        rows.append((norms, losses))
+
+    virtual.results(2, program)
+    for norms, losses in rows:
+        assert max(norms[150:]) < 2 * max(norms[13:100])
+        assert np.mean(losses[-20:]) < 0.2 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+@pytest.mark.parametrize("freeze", [50, 400])
+@pytest.mark.parametrize("compressor", [Sign(), Sign(block=64)], ids=str)
+def test_dead_units_do_not_explode(bias_correction, compressor, freeze):
+    """Before the freeze too: signs are in the momentum as soon as the variance is not updated in every step."""
+
+    def program(comm):
+        net, losses = dying_network(), []
+        optimizer = ZeroOneAdam(net.parameters(), comm, lr=3e-3, betas=(0.9, 0.99), var_freeze_step=freeze,
+                                local_step_scaler=100, local_step_clipper=4, compressor=compressor,
+                                bias_correction=bias_correction)  # fmt: skip
+        for step in range(550):
+            optimizer.zero_grad()
+            loss = loss_of(net, comm.Get_rank(), step)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    for losses in virtual.results(2, program):
+        assert np.isfinite(losses).all()
+        assert np.mean(losses[-20:]) < np.mean(losses[45:55])
+
+
+def test_a_layer_without_input_stays_where_it_is():
+    def program(comm):
+        torch.manual_seed(1)
+        net = torch.nn.ModuleList([torch.nn.Linear(7, 3), torch.nn.Linear(4, 3, bias=False)])
+        optimizer = ZeroOneAdam(net.parameters(), comm, compressor=Sign(), **SHORT)
+        before = net[1].weight.detach().clone()
+        for step in range(512):
+            optimizer.zero_grad()
+            (loss_of(net[0], comm.Get_rank(), step) + net[1](torch.zeros(2, 4)).sum()).backward()
+            optimizer.step()
+        assert torch.isfinite(net[0].weight).all()
+        assert (net[1].weight == before).all()
+
+    virtual.results(2, program)
+
+
+def test_learning_rates_may_fall_to_nothing_and_come_back():
+    """The mean momentum is the average of the last ones: nothing is divided by the sum of learning rates."""
+
+    def program(comm):
+        net, losses = net_of(), []
+        optimizer = ZeroOneAdam(net.parameters(), comm, compressor=SIGNS, **SHORT)
+        for step in range(200):
+            optimizer.param_groups[0]["lr"] = 0.0 if step % 40 < 3 else 1e-2 * (1e-7 if step % 40 > 25 else 1.0)
+            optimizer.zero_grad()
+            loss = loss_of(net, comm.Get_rank(), step)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    for losses in virtual.results(2, program):
+        assert np.max(losses[20:]) < 1.5 * np.max(losses[:5])
+        assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("before", [1, 3, 4, 6, 9, 12, 13, 19, 20, 25, 26, 28])
+def test_saved_and_loaded_a_step_is_the_same(before):
+    """With an exact step next, with a compressed one, at the freeze, at and between synchronisations."""
+    assert_resumes(2, lambda net, comm: ZeroOneAdam(groups_of(net), comm, compressor=SIGNS, **SHORT), before=before,
+                   after=6)  # fmt: skip
+
+
+def test_parameters_of_every_rank_come_back_with_the_optimizer():
+    """The model of rank 0 is all that has to be saved of models; and states can be loaded across the freeze."""
+
+    def program(comm):
+        rank = comm.Get_rank()
+
+        def run(net, optimizer, steps):
+            for step in steps:
+                optimizer.zero_grad()
+                loss_of(net, rank, step).backward()
+                optimizer.step()
+
+        net, other = net_of(), net_of()
+        optimizer = ZeroOneAdam(net.parameters(), comm, compressor=SIGNS, **SHORT)
+        again = ZeroOneAdam(other.parameters(), comm, compressor=SIGNS, **SHORT)
+        run(net, optimizer, range(9))
+        early = parameters_of(net), optimizer.state_dict()
+        run(net, optimizer, range(9, 26))
+        assert not optimizer.synchronized
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        other.load_state_dict(comm.allgather(net.state_dict())[0])
+        again.load_state_dict(torch.load(file, weights_only=True))
+        assert same_bits(parameters_of(net), parameters_of(other))
+        run(net, optimizer, range(26, 40))
+        run(other, again, range(26, 40))
+        assert same_bits(parameters_of(net), parameters_of(other))
+        for replica, replayed in ((net, optimizer), (other, again)):
+            with torch.no_grad():
+                for p, value in zip(replica.parameters(), early[0], strict=True):
+                    p.copy_(torch.from_numpy(value))
+            replayed.load_state_dict(early[1])
+            assert replayed.frozen_step is None
+            run(replica, replayed, range(9, 26))
+        assert same_bits(parameters_of(net), parameters_of(other))
+        return torch.equal(net.first.weight, other.first.weight)
+
+    assert all(virtual.results(2, program))
+
+
+def test_broken_gradients_are_skipped_in_every_phase():
+    for warm in (3, 6, 14, 24, 26):
+        assert_skips_broken_gradients(3, lambda net, comm: ZeroOneAdam(net.parameters(), comm, compressor=SIGNS, **SHORT),
+                                      warm=warm)  # fmt: skip
+
+
+def test_what_cannot_be_sent_changes_nothing():
+    """An overflow that only the exchange sees: parameters are this rank's again."""
+
+    def program(comm):
+        net = net_of()
+        optimizer = ZeroOneAdam(net.parameters(), comm, compressor=SIGNS, **SHORT)
+        rule = optimizer.rules["momentum"]
+        for step in range(27):
+            optimizer.zero_grad()
+            loss_of(net, comm.Get_rank(), step).backward()
+            optimizer.step()
+        assert optimizer.local_steps == 3
+        before = parameters_of(net), optimizer.state_dict()
+        sending = rule.step
+        rule.step = lambda vector: (_ for _ in ()).throw(NonFiniteError("overflow", (0,)))
+        for call in (optimizer.step, optimizer.synchronize):
+            with pytest.raises(NonFiniteError):
+                call()
+            assert same_bits(parameters_of(net), before[0])
+        rule.step = sending
+        after = optimizer.state_dict()
+        assert after["counters"] == before[1]["counters"]
+        assert all(torch.equal(a, after["arrays"][name]) for name, a in before[1]["arrays"].items())
+
+    virtual.results(2, program)
+
+
+def test_replicas_meet_when_they_are_asked_to():
+    def program(comm):
+        net = net_of()
+        optimizer = ZeroOneAdam(net.parameters(), comm, compressor=SIGNS, **SHORT)
+        met = []
+        for step in range(60):
+            if step in {10, 25, 26, 41}:
+                optimizer.synchronize()
+                assert optimizer.synchronized
+                met.append(parameters_of(net))
+            optimizer.zero_grad()
+            loss = loss_of(net, comm.Get_rank(), step)
+            loss.backward()
+            optimizer.step()
+        return met, loss.item()
+
+    rows = virtual.results(3, program)
+    assert all(same_bits(met, rows[0][0]) for met, _ in rows)
+
+
+def test_drifted_replicas_are_found_between_synchronisations():
+    def program(comm):
+        net = net_of()
+        optimizer = ZeroOneAdam(net.parameters(), comm, compressor=SIGNS, **SHORT)
+        for step in range(26):
+            optimizer.zero_grad()
+            loss_of(net, comm.Get_rank(), step).backward()
+            optimizer.step()
+        before = parameters_of(net)
+        optimizer.check_replicas()
+        assert same_bits(parameters_of(net), before)
+        optimizer.arrays["x"][0] += comm.Get_rank()
+        with pytest.raises(DisagreementError, match="parameter number 0"):
+            optimizer.check_replicas()
+
+    virtual.results(2, program)
+
+
+def test_16_bit_parameters():
+    rows = trained(
+        2, 40, lambda net, comm: ZeroOneAdam(net.parameters(), comm, compressor=SIGNS, **SHORT), dtype=torch.bfloat16
+    )
+    for step in (11, 17, 23, 39):
+        assert same_bits(rows[0][0][step], rows[1][0][step])
+    assert not same_bits(rows[0][0][37], rows[1][0][37])
+    assert np.mean(rows[0][1][-5:]) < 0.8 * np.mean(rows[0][1][:5])
+
+
+def test_nothing_that_was_not_sent_is_lost_at_the_freeze():
+    def program(comm):
+        net = net_of()
+        optimizer = ZeroOneAdam(net.parameters(), comm, compressor=SIGNS, betas=(0.8, 0.99), **SHORT)
+        for step in range(12):
+            optimizer.zero_grad()
+            loss_of(net, comm.Get_rank(), step).backward()
+            if step == 11:
+                twin = ZeroOneAdam(net_of().parameters(), comm, compressor=SIGNS, betas=(0.8, 0.99),
+                                   **SHORT | {"var_freeze_step": 99})  # fmt: skip
+                twin.load_state_dict(optimizer.state_dict())
+                twin.flat.values[:] = optimizer.flat.values
+                twin.flat.gradients[:] = optimizer.flat.gradients
+                twin.step()
+            optimizer.step()
+        mine, theirs = optimizer.rules["momentum"].per_rank(), twin.rules["momentum"].per_rank()
+        assert set(mine) == {"e_i", "plan.residual"}
+        for name, unsent in mine.items():
+            assert unsent.any()
+            np.testing.assert_allclose(unsent, 0.2 * theirs[name], rtol=1e-6)
+
+    virtual.results(2, program)
+
+
+def test_the_freeze_by_itself():
+    """As the watch of 1-bit Adam, with the bias of a variance that was updated less often; and it is saved."""
+    every, seldom, v = VarianceWatch(0.9), RareWatch(0.9), np.full(7, 1e-3, np.float32)
+    for step in range(1, 30):
+        v = np.float32(0.9) * v + np.float32(0.1 / step)
+        assert every.settled(step, v, 0.1) == seldom.has_settled(step, step, v, 0.1)
+    assert every.looks == seldom.looks
+    steady, updates, v = RareWatch(0.9), 0, np.zeros(130, np.float32)
+    for step in range(1, 12):
+        if step < 4 or step % 2:
+            v, updates = np.float32(0.9) * v + np.float32(0.1), updates + 1
+        assert steady.has_settled(step, updates, v, 1.0) == (step == 11)
+
+    def build(net, comm):
+        return ZeroOneAdam(net.parameters(), comm, lr=1e-3, betas=(0.9, 0.9), compressor=SIGNS, var_update_scaler=4)
+
+    frozen = [optimizer.frozen_step for _, _, optimizer in trained(2, 60, build)]
+    assert frozen[0] == frozen[1]
+    assert 11 <= frozen[0] < 60
+    assert_resumes(2, build, before=frozen[0] - 2, after=5)
+
+
+def test_with_a_synchronisation_every_step_it_is_1_bit_adam():
+    """What is exchanged after the freeze is the new momentum, and errors are momenta. To rounding."""
+
+    def build(kind, net, comm):
+        more = {"freeze_step": 10} if kind is OneBitAdam else {"var_freeze_step": 10}
+        return kind(net.parameters(), comm, lr=1e-2, compressor=SIGNS, **more)
+
+    rows = [trained(2, 25, lambda net, comm, kind=kind: build(kind, net, comm), dtype=torch.float64)
+            for kind in (ZeroOneAdam, OneBitAdam)]  # fmt: skip
+    assert_close(rows[0][0][0], rows[1][0][0], rtol=1e-9, atol=1e-11)
+
+
+def test_clipping_is_global_after_the_freeze():
+    seen = {}
+
+    def program(comm):
+        net = net_of()
+        optimizer = ZeroOneAdam(net.parameters(), comm, clip=0.5, compressor=SIGNS, **SHORT)
+        for step in range(27):
+            optimizer.zero_grad()
+            (100 * (comm.Get_rank() + 1) * loss_of(net, comm.Get_rank(), step)).backward()
+            optimizer.step()
+            seen[step, comm.Get_rank()] = float(np.linalg.norm(optimizer.flat.gradients)) ** 2
+
+    virtual.results(2, program)
+    for step in range(27):
+        np.testing.assert_allclose((seen[step, 0] + seen[step, 1]) / 2, 0.25, rtol=1e-5)
+
+
+def test_a_thirtieth_of_the_bytes_and_then_less():
+    def program(comm):
+        net = torch.nn.Linear(200, 50)
+        optimizer = ZeroOneAdam(net.parameters(), comm, var_freeze_step=2, local_step_scaler=4, local_step_clipper=4)
+        marks = [0]
+        for step in range(18):
+            net.zero_grad()
+            net(torch.full((1, 200), 1.0 + comm.Get_rank() + step)).square().sum().backward()
+            optimizer.step()
+            marks.append(optimizer.sent_nbytes)
+        sent = [after - before for before, after in pairwise(marks)]
+        assert all(optimizer.dense_nbytes > 25 * nbytes for nbytes in sent[2:])
+        assert optimizer.dense_nbytes * 8 > 25 * 4 * sum(sent[-8:])
+        assert sum(nbytes == 0 for nbytes in sent) == 2 + 6
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    ({"betas": (0.9, 1.0)}, "ZeroOneAdam: betas=(0.9, 1.0) are not in [0, 1)"),
+    ({"var_freeze_step": 0}, "var_freeze_step=0; the variance"),
+    ({"var_update_scaler": 0}, "var_update_scaler=0 is not a positive integer"),
+    ({"local_step_scaler": 1.5}, "local_step_scaler=1.5 is not a positive integer"),
+    ({"local_step_clipper": -1}, "local_step_clipper=-1 is not a positive integer"),
+    ({"variance_floor": -0.1}, "variance_floor=-0.1 is not in [0, 1]"), ({"clip": -1.0}, "clip=-1.0 is negative"),
+])  # fmt: skip
+def test_bad_options(options, text):
+    for outcome in virtual.run(2, lambda comm: ZeroOneAdam(net_of().parameters(), comm, **options)):
+        assert isinstance(outcome, OptionError)
+        assert text in str(outcome)
+        assert "\n" not in str(outcome)
+
+
+def test_ranks_with_other_options_all_learn_about_it():
+    for outcome in virtual.run(2, lambda comm: ZeroOneAdam(net_of().parameters(), comm,
+                                                           local_step_clipper=4 + comm.Get_rank())):  # fmt: skip
+        assert isinstance(outcome, DisagreementError)
+        assert "local_step_clipper: 4 on rank 0; 5 on rank 1" in str(outcome)
