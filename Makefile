@@ -2,7 +2,7 @@
 # make test   set everything up and run lint, types and all tests
 # make bench  all methods against dense allreduce, medians over five launches (about four minutes; D=100000 for short vectors)
 # make curves the runs behind the picture in the README (about ten minutes)
-# make optimizers  the runs behind the table of optimizers in the README, each with three learning rates (about half an hour)
+# make optimizers  the runs behind the table of optimizers in the README, each with two or three learning rates (half an hour)
 #
 # PYTHON=python3.12 takes another interpreter, MPI=mpich the other MPI from the Python index.
 PYTHON ?= python3
@@ -80,16 +80,16 @@ endef
 
 optimizers: $(VENV)/test
 	$(call compare,adamw-dense,0.003 0.006 0.01,--optimizer adamw $(DENSE))
-	$(call compare,sgd-dense,0.1 0.3 1,--optimizer sgd --compressor identity --placement gradient)
-	$(call compare,adamw-topk,0.003 0.006 0.01,--optimizer adamw)
-	$(call compare,adamw-sign,0.003 0.006 0.01,--optimizer adamw --compressor sign)
-	$(call compare,onebit-adam,0.003 0.006 0.01,--optimizer onebit-adam --freeze $(FREEZE))
-	$(call compare,zero-one-adam,0.003 0.006 0.01,--optimizer zero-one-adam --freeze $(FREEZE))
-	$(call compare,onebit-lamb,0.01 0.02 0.05,--optimizer onebit-lamb --freeze $(FREEZE))
-	$(call compare,lion,0.0005 0.001 0.002,--optimizer lion)
-	$(call compare,signum,0.0005 0.001 0.002,--optimizer signum)
-	$(call compare,ef21-muon,0.01 0.02 0.05,--optimizer ef21-muon --ratio 0.1 --dense-steps 1 --clip 0)
-	$(call compare,powersgd,0.1 0.3 1,--optimizer powersgd --rank 4)
+	$(call compare,sgd-dense,0.3 1,--optimizer sgd --compressor identity --placement gradient)
+	$(call compare,adamw-topk,0.006 0.01,--optimizer adamw)
+	$(call compare,adamw-sign,0.006 0.01,--optimizer adamw --compressor sign)
+	$(call compare,onebit-adam,0.003 0.006,--optimizer onebit-adam --freeze $(FREEZE))
+	$(call compare,zero-one-adam,0.003 0.006,--optimizer zero-one-adam --freeze $(FREEZE))
+	$(call compare,onebit-lamb,0.02 0.05,--optimizer onebit-lamb --freeze $(FREEZE))
+	$(call compare,lion,0.001 0.002,--optimizer lion)
+	$(call compare,signum,0.001 0.002,--optimizer signum)
+	$(call compare,ef21-muon,0.02 0.05,--optimizer ef21-muon --ratio 0.1 --dense-steps 1 --clip 0)
+	$(call compare,powersgd,0.3 1,--optimizer powersgd --rank 4)
 	$(BIN)/mpi-ef report --best $(OUT)/optimizers/*-lr-*
 
 # torch first and pinned, so that nothing else pulls in another build of it. PIP_ARGS takes options of pip, for example an

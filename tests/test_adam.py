@@ -6,7 +6,7 @@ import torch
 import virtual
 from hypothesis import given
 from hypothesis import strategies as st
-from programs import loss_of
+from programs import loss_of, same_bits
 from training import (
     alone,
     assert_close,
@@ -14,6 +14,7 @@ from training import (
     assert_resumes,
     assert_skips_broken_gradients,
     net_of,
+    parameters_of,
     seeded,
     trained,
 )
@@ -165,6 +166,29 @@ def test_the_watch_over_the_variance_is_saved():
         return optimizer.frozen_step
 
     assert virtual.results(2, program) == frozen
+
+
+def test_a_warm_up_is_loaded_into_an_optimizer_that_was_further():
+    def program(comm):
+        nets = [net_of(), net_of()]
+        young, old = (OneBitAdam(net.parameters(), comm, freeze_step=4, compressor=Sign(block=16)) for net in nets)
+        for optimizer, net, steps in ((young, nets[0], range(2)), (old, nets[1], range(7))):
+            for step in steps:
+                optimizer.zero_grad()
+                loss_of(net, comm.Get_rank(), step).backward()
+                optimizer.step()
+        assert (young.frozen_step, old.frozen_step) == (None, 4)
+        old.load_state_dict(young.state_dict())
+        nets[1].load_state_dict(nets[0].state_dict())
+        for optimizer, net in ((young, nets[0]), (old, nets[1])):
+            for step in range(2, 8):
+                optimizer.zero_grad()
+                loss_of(net, comm.Get_rank(), step).backward()
+                optimizer.step()
+        assert same_bits(*map(parameters_of, nets))
+        assert young.frozen_step == old.frozen_step == 4
+
+    virtual.results(2, program)
 
 
 def test_broken_gradients_are_skipped_before_and_after_the_freeze():

@@ -511,3 +511,28 @@ def test_long_frames_are_counted_in_larger_units(monkeypatch):
     assert frames.wires.shape == (2, 200)
     buffer, count, unit = frames.message
     assert (buffer is frames.bytes, count, unit.Get_size()) == (True, 4, 64)
+
+
+def test_plans_are_kept_by_every_kind_of_communicator_under_its_own_key():
+    """One key for all would be foreign to the others; it was that of the first kind."""
+    kept = {}
+
+    class Strict(virtual.VirtualComm):
+        KEY = 17
+
+        @classmethod
+        def Create_keyval(cls):
+            return cls.KEY
+
+        def Get_attr(self, keyval):
+            assert keyval == self.KEY
+            return super().Get_attr(keyval)
+
+    class Other(Strict):
+        KEY = 18
+
+    for kind in (Strict, Other, Strict):
+        comm = kind(virtual._World(1), 0)
+        x = gaussian(0, 40)
+        np.testing.assert_array_equal(allreduce(comm, x, Identity()), x)
+        kept[kind] = comm

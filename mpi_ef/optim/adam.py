@@ -114,7 +114,9 @@ class OneBitAdam(ReplicatedOptimizer):
         return momentum
 
     def _update(self) -> None:
-        if self._dense is not None:
+        if self.frozen_step is None:
+            if self._dense is None:  # loaded into an optimizer that was further
+                self._dense = DenseMean(self.comm, self.flat.d, self.flat.dtype)
             self._adam(self._dense)
         else:
             m = self.rules["momentum"].step(self.flat.gradients)
@@ -176,11 +178,11 @@ class VarianceWatch:
         self._beta2, self._period = beta2, max(1, round(0.1 / (1.0 - beta2)))
         self.looks: list[tuple[float, float]] = []
 
-    def settled(self, step: int, v: Vector, lr: float) -> bool:
-        """Look at v (d,) after step number `step`; the same answer on all ranks. Local."""
+    def settled(self, step: int, v: Vector, lr: float, *, updates: int | None = None) -> bool:
+        """Look at v (d,) after step number `step` and so many updates of v; the same answer on all ranks. Local."""
         if step % self._period:
             return False
-        norm = kernels.l1_norm(v) / (1.0 - self._beta2**step)
+        norm = kernels.l1_norm(v) / (1.0 - self._beta2 ** (step if updates is None else updates))
         self.looks = [*self.looks[-10:], (norm, lr)]
         if len(self.looks) < 11:
             return False

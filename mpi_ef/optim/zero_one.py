@@ -130,7 +130,7 @@ class ZeroOneAdam(ReplicatedOptimizer):
         self.rules["momentum"] = ErrorFeedback("ef14", plan(comm, compressor, self.flat.d, self.flat.dtype))
         self.arrays.update({name: self._zeros() for name in ("m", "v", "u", "x")})
         self._dense: DenseMean | None = None
-        self._watch, self._inverse = RareWatch(betas[1]), self._zeros()
+        self._watch, self._inverse = VarianceWatch(betas[1]), self._zeros()
         self.frozen_step: int | None = None
         self.variance_updates = self.variance_step = 0
         self._start_afresh()
@@ -187,7 +187,7 @@ class ZeroOneAdam(ReplicatedOptimizer):
         else:
             self._step_compressed(step)
         lr = max(group["lr"] for group in self.param_groups)
-        settled = self._watch.has_settled(step, self.variance_updates, self.arrays["v"], lr)
+        settled = self._watch.settled(step, self.arrays["v"], lr, updates=self.variance_updates)
         if settled if self.var_freeze_step is None else step >= self.var_freeze_step:
             self._freeze(step)
 
@@ -328,18 +328,3 @@ class ZeroOneAdam(ReplicatedOptimizer):
             self.flat.publish()
         elif self.variance_updates:
             self._divide()
-
-
-class RareWatch(VarianceWatch):
-    """The watch over a variance that not every step updates: its bias is corrected by the number of updates."""
-
-    def has_settled(self, step: int, updates: int, v: Vector, lr: float) -> bool:
-        """Look at v (d,) after step number `step`; the same answer on all ranks. Local."""
-        if step % self._period:
-            return False
-        norm = kernels.l1_norm(v) / (1.0 - self._beta2**updates)
-        self.looks = [*self.looks[-10:], (norm, lr)]
-        if len(self.looks) < 11:
-            return False
-        old, old_lr = self.looks[0]
-        return lr <= old_lr and min(norm, old) >= self.TOLERANCE * max(norm, old) > 0.0

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +13,16 @@ from mpi_ef.jobs import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+BLOCKS = FENCED.findall(TEXT)
+TRAINING = FENCED.findall((ROOT / "docs" / "training.md").read_text(encoding="utf-8"))
 KINDS = {"python", "diff", "console", "text"}
 
 
 def programs():
-    """The Python blocks as they are, and the diffs as the script that they lead to."""
-    for kind, body in BLOCKS:
-        if kind == "python":
+    """The Python blocks as they are, and the diffs as the script that they lead to; not those for torchrun."""
+    for kind, body in BLOCKS + TRAINING:
+        if kind == "python" and "mpi4py" in body:
             yield body
         elif kind == "diff":
             yield "".join(line[1:] for line in body.splitlines(keepends=True) if not line.startswith("-"))
@@ -51,6 +55,17 @@ def test_the_diff_also_starts_from_a_script_that_runs(tmp_path):
     script.write_text(before, encoding="utf-8")
     assert "mpi" not in before.lower()
     assert run(1, script, within=90).status == 0
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_program_for_torchrun(tmp_path, n):
+    (program,) = (body for kind, body in TRAINING if kind == "python" and "mpi4py" not in body)
+    script = tmp_path / "program.py"
+    script.write_text(program, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), str(script)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(re.findall(r"rank (\d): sent \d+ bytes", ended.stdout)) == [str(rank) for rank in range(n)]
 
 
 def distributed(script):
