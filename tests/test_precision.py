@@ -144,12 +144,15 @@ def test_grad_scaler_overflow_on_one_rank_skips_on_all(name, unscale):
         assert virtual.results(2, program) == [2.0**10, 2.0**9]
 
 
-def test_grad_scaler_with_overlap_is_refused_on_all_ranks():
+@pytest.mark.parametrize("unscale", [False, True])
+def test_grad_scaler_with_overlap_is_refused_on_all_ranks(unscale):
     def program(comm):
         net = fresh(torch.float32)
         optimizer = BUILDERS["ef21 overlap"](net, comm)
         scaler = torch.amp.GradScaler("cpu")
         scaler.scale(loss_with(net, torch.float32, comm.Get_rank(), 0)).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
         scaler.step(optimizer)
 
     for outcome in virtual.run(2, program):

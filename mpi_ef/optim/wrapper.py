@@ -202,7 +202,7 @@ class DistributedOptimizer(FlatOptimizer):
         return broken
 
     def _collect(self) -> MpiEfError | None:
-        if self._overlap and getattr(self, "grad_scale", None) is not None:
+        if self._overlap and hasattr(self, "found_inf"):  # set by GradScaler while it calls step
             return OptionError("DistributedOptimizer: GradScaler with overlap=True: scaled gradients have left already; "
                                "take overlap=False")  # fmt: skip
         return super()._collect()
