@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         Signum,
         ZeroOneAdam,
     )
+    from mpi_ef.stopping import Stopper
 
 __version__ = "0.1.0"
 
@@ -69,6 +70,7 @@ _HOME = {
     "ShardedSampler": "data",
     "Sign": "compress",
     "Signum": "optim",
+    "Stopper": "stopping",
     "synchronize_buffers": "buffers",
     "TopK": "compress",
     "TwoPhaseMean": "collectives",
@@ -99,6 +101,7 @@ __all__ = [
     "ShardedSampler",
     "Sign",
     "Signum",
+    "Stopper",
     "TopK",
     "TwoPhaseMean",
     "Vote",

@@ -18,12 +18,13 @@ ALLOWED = {
     "vectors": ["kernels", "compress", "collectives"],
     "data": ["collectives"],
     "buffers": ["collectives"],
+    "stopping": ["collectives"],
     "workers": [],
     "optim": ["kernels", "compress", "collectives", "feedback", "vectors"],
     "ddp": ["kernels", "compress", "collectives", "feedback", "vectors"],
-    "jobs": ["kernels", "compress", "collectives", "feedback", "vectors", "data", "buffers", "optim"],
+    "jobs": ["kernels", "compress", "collectives", "feedback", "vectors", "data", "buffers", "stopping", "optim"],
     "slurm": [],
-    "__init__": ["compress", "collectives", "feedback", "vectors", "data", "buffers", "optim", "ddp"],
+    "__init__": ["compress", "collectives", "feedback", "vectors", "data", "buffers", "stopping", "optim", "ddp"],
 }
 # Third-party packages that a room may not name.
 FORBIDDEN = {
@@ -34,6 +35,7 @@ FORBIDDEN = {
     "vectors": {"numba", "mpi4py"},
     "data": {"numba", "mpi4py", "h5py"},
     "buffers": {"numba", "mpi4py", "h5py"},
+    "stopping": {"torch", "numba", "mpi4py", "h5py"},
     "workers": {"torch", "numba", "h5py"},
     "optim": {"numba", "mpi4py"},
     "ddp": {"numba", "mpi4py"},
