@@ -21,15 +21,20 @@ class Metrics:
         Created when missing; files of an earlier run in it are replaced.
     columns : list of str
         A row may leave some out: null in JSON, empty in CSV.
+    after : int
+        Go on after this step of an earlier run in the folder: its rows up to there stay.
     """
 
-    def __init__(self, folder: Path, columns: list[str]) -> None:
+    def __init__(self, folder: Path, columns: list[str], *, after: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._columns = columns
+        earlier = _rows_up_to(after, folder / "metrics.jsonl") if after else []
         self._json = (folder / "metrics.jsonl").open("w", encoding="utf-8")
         self._csv = (folder / "metrics.csv").open("w", encoding="utf-8", newline="")
         self._writer = csv.DictWriter(self._csv, columns)
         self._writer.writeheader()
+        for row in earlier:
+            self.write({name: row.get(name) for name in columns})
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row and flush, so that a killed run keeps it."""
@@ -42,6 +47,19 @@ class Metrics:
         """Close both files."""
         self._json.close()
         self._csv.close()
+
+
+def _rows_up_to(step: int, path: Path) -> list[dict[str, Any]]:
+    """Return the rows of an earlier run; a last line that was cut off is none."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] <= step:
+            rows.append(row)
+    return rows
 
 
 class Progress:

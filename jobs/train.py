@@ -68,11 +68,18 @@ class TrainConfig:
     seed: int = option(0, "of model, shards and order")
     log_every: int = option(10, "steps between rows of metrics")
     eval_every: int = option(100, "steps between validations")
+    checkpoint_every: int = option(0, "steps between two checkpoints in the folder checkpoints of --out; 0 writes none")
+    keep: int = option(3, "how many of the last checkpoints stay")
+    resume: Literal["no", "exact", "redistribute", "reset"] = option(
+        "no",
+        "go on from the newest checkpoint in --out, if there is one; the last two also with another number of ranks",
+    )
     out: Path = option(Path("runs/train"), "folder for metrics.jsonl, metrics.csv, summary.json and config.toml")
 
     def __post_init__(self) -> None:
         """Refuse what would fail later, before MPI is started."""
         ones = (
+            "keep",
             "steps",
             "batch",
             "context",
@@ -85,7 +92,7 @@ class TrainConfig:
             "log_every",
             "eval_every",
         )
-        zeros = ("freeze", "warmup", "dense_steps", "seed", "lr", "weight_decay", "clip")
+        zeros = ("checkpoint_every", "freeze", "warmup", "dense_steps", "seed", "lr", "weight_decay", "clip")
         least = dict.fromkeys(ones, 1.0) | dict.fromkeys(zeros, 0.0)
         for name, limit in least.items():
             if not getattr(self, name) >= limit:  # also refuses NaN
@@ -114,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         import torch
 
         torch.set_num_threads(launch.threads_per_rank(comm))
+        torch.set_flush_denormal(True)  # subnormal gradients, common under plain SGD, take ten times as long
         train(comm, config)
 
     launch.run(program)
@@ -130,30 +138,36 @@ def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
     DataError, OptionError, DisagreementError
         For unusable data or options, on all ranks.
     """
+    from mpi_ef.jobs.interruptible import Interruptible
     from mpi_ef.jobs.metrics import Metrics, Progress
     from mpi_ef.jobs.trainer import Trainer
 
     trainer = Trainer(comm, config)
-    root = comm.Get_rank() == 0
-    metrics = Metrics(config.out, trainer.columns) if root else None
+    run = Interruptible(comm, config, trainer)
+    root, start = comm.Get_rank() == 0, run.resume()
+    metrics = Metrics(config.out, trainer.columns, after=start) if root else None
     if root:
         (config.out / "config.toml").write_text(to_toml(config), encoding="utf-8")
         print(trainer.headline(), flush=True)
     progress = Progress(config.steps)
     row: dict[str, Any] = {}
-    for step in range(1, config.steps + 1):
+    for step in range(start + 1, config.steps + 1):
         evaluate = step == config.steps or step % config.eval_every == 0
         logged = evaluate or step % config.log_every == 0
         trainer.step(watched=logged)
-        if not logged:
-            continue
         if step == config.steps:
             trainer.optimizer.synchronize()
-        row = trainer.row(evaluate=evaluate)
-        if metrics is not None:
+        if logged:
+            row = trainer.row(evaluate=evaluate)
+        if metrics is not None and logged:
             metrics.write(row)
             if evaluate or progress.due():
                 progress.show(step, _line(row))
+        if run.ends_after(step):
+            break
+    run.close()
+    if run.stopped is not None or not row:
+        return {"steps": trainer.steps, "stopped": run.stopped}
     summary = _summary(trainer, config, row)
     if metrics is not None:
         progress.close()
@@ -183,12 +197,14 @@ def _line(row: dict[str, Any]) -> str:
 
 def _summary(trainer: "Trainer", config: TrainConfig, row: dict[str, Any]) -> dict[str, Any]:
     phases = {name: row[f"seconds_{name}"] / config.steps for name in PHASES}
+    fingerprints = trainer.fingerprints()
     return {
         "ranks": trainer.comm.Get_size(), "parameters": trainer.optimizer.flat.d, "steps": config.steps,
         "loss": row["loss"], "val_loss": row["val_loss"], "val_accuracy": row["val_accuracy"],
         "sent_nbytes": row["sent_nbytes"], "dense_nbytes": row["dense_nbytes"],
         "seconds": row["seconds"], "seconds_per_step": row["seconds"] / config.steps, "phases_seconds_per_step": phases,
-        "skipped_steps": trainer.optimizer.skipped_steps, "replicas_equal": trainer.replicas_equal(),
+        "skipped_steps": trainer.optimizer.skipped_steps,
+        "replicas_equal": len(set(fingerprints)) == 1, "parameters_crc32": fingerprints[0],
         "config": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()},
     }  # fmt: skip
 

@@ -57,6 +57,7 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.model, comm)
         self._loss_sum, self._loss_count = 0.0, 0
         self._seconds = {"data": 0.0, "compute": 0.0, "optimizer": 0.0}
+        self._earlier = dict.fromkeys(("all", *PHASES), 0.0)  # before the run was interrupted
         self._began = perf_counter()
 
     def headline(self) -> str:
@@ -116,14 +117,31 @@ class Trainer:
             paused = perf_counter()
             row |= self._evaluate()
             self._began += perf_counter() - paused  # training time, without validation
-        row["seconds"] = perf_counter() - self._began
-        exchanges = self.optimizer.seconds
-        seconds = self._seconds | exchanges
-        seconds["update"] = seconds["optimizer"] - sum(exchanges.values())
+        seconds = self._spent()
+        row["seconds"] = seconds["all"]
         spent = self._all([seconds[phase] for phase in PHASES])
         for prefix, values in (("", spent.mean(axis=0)), ("min_", spent.min(axis=0)), ("max_", spent.max(axis=0))):
             row |= {f"{prefix}seconds_{phase}": float(value) for phase, value in zip(PHASES, values, strict=True)}
         return row
+
+    def _spent(self) -> dict[str, float]:
+        """Return the seconds of this rank by phase, and of all, those before an interruption included. Local."""
+        exchanges = self.optimizer.seconds
+        seconds = self._seconds | exchanges | {"all": perf_counter() - self._began}
+        seconds["update"] = seconds["optimizer"] - sum(exchanges.values())
+        return {name: earlier + seconds[name] for name, earlier in self._earlier.items()}
+
+    def position(self) -> dict[str, Any]:
+        """Return what :meth:`go_on` wants to know besides what a checkpoint has. Local."""
+        return {"seconds": self._spent(), "loss": [self._loss_sum, self._loss_count]}
+
+    def go_on(self, steps: int, position: dict[str, Any]) -> None:
+        """Be where a run was after so many steps: this rank's batches, times, losses since the last row. Local."""
+        self.steps, self._earlier = steps, position["seconds"]
+        self._loss_sum, self._loss_count = position["loss"]
+        for _ in range(steps):
+            self.epoch, _ = next(self._batches)
+        self._began = perf_counter()
 
     def _diagnosis(self) -> dict[str, float | None]:
         """Return what the last exchange lost, mean over ranks, and norms of the state, mean square over ranks."""
@@ -159,9 +177,10 @@ class Trainer:
         self.comm.Allgather(np.array(values, np.float64), rows)
         return rows
 
-    def replicas_equal(self) -> bool:
-        """Tell whether the parameters are the same bits on all ranks."""
-        return len(set(self.comm.allgather(crc32(self.optimizer.flat.values.tobytes())))) == 1
+    def fingerprints(self) -> list[int]:
+        """Return a hash of the parameters of every rank."""
+        hashes: list[int] = self.comm.allgather(crc32(self.optimizer.flat.values.tobytes()))
+        return hashes
 
 
 def _loss(logits: "Tensor", targets: "Tensor") -> "Tensor":

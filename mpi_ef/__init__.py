@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpi_ef.buffers import synchronize_buffers
+    from mpi_ef.checkpoint import Store, open_checkpoint
+    from mpi_ef.checkpoint.state import Training
     from mpi_ef.collectives import (
         ClientsMean,
         DenseMean,
@@ -60,6 +62,7 @@ _HOME = {
     "MpiEfError": "errors",
     "OneBitAdam": "optim",
     "OneBitLamb": "optim",
+    "open_checkpoint": "checkpoint",
     "plan_for": "collectives",
     "PowerSGD": "optim",
     "Quantize": "compress",
@@ -71,8 +74,10 @@ _HOME = {
     "Sign": "compress",
     "Signum": "optim",
     "Stopper": "stopping",
+    "Store": "checkpoint",
     "synchronize_buffers": "buffers",
     "TopK": "compress",
+    "Training": "checkpoint.state",
     "TwoPhaseMean": "collectives",
     "Vote": "compress",
     "ZeroOneAdam": "optim",
@@ -102,7 +107,9 @@ __all__ = [
     "Sign",
     "Signum",
     "Stopper",
+    "Store",
     "TopK",
+    "Training",
     "TwoPhaseMean",
     "Vote",
     "ZeroOneAdam",
@@ -110,6 +117,7 @@ __all__ = [
     "allreduce",
     "generator_for",
     "loader_context",
+    "open_checkpoint",
     "plan_for",
     "random_state",
     "seed_rank",

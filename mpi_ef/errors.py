@@ -1,6 +1,7 @@
 """Errors of mpi_ef: one line each, *subject: what is wrong, with the values; what to do*."""
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "DisagreementError",
@@ -75,3 +76,15 @@ class ConfigError(MpiEfError, ValueError):
 
 class DataError(MpiEfError, ValueError):
     """Training data are unusable, for example an empty text or fewer samples than ranks."""
+
+
+class CheckpointError(MpiEfError, OSError):
+    """A checkpoint cannot be written or read.
+
+    Attributes
+    ----------
+    damaged : bool
+        True when the files are there and readable, but what they hold is not what was written.
+    """
+
+    damaged: bool = False

@@ -23,8 +23,20 @@ ALLOWED = {
     "optim": ["kernels", "compress", "collectives", "feedback", "vectors"],
     "ddp": ["kernels", "compress", "collectives", "feedback", "vectors"],
     "jobs": ["kernels", "compress", "collectives", "feedback", "vectors", "data", "buffers", "stopping", "optim"],
+    "checkpoint": ["kernels", "compress", "collectives", "feedback", "vectors", "optim", "data"],
     "slurm": [],
-    "__init__": ["compress", "collectives", "feedback", "vectors", "data", "buffers", "stopping", "optim", "ddp"],
+    "__init__": [
+        "compress",
+        "collectives",
+        "feedback",
+        "vectors",
+        "data",
+        "buffers",
+        "stopping",
+        "optim",
+        "ddp",
+        "checkpoint",
+    ],
 }
 # Third-party packages that a room may not name.
 FORBIDDEN = {
@@ -39,6 +51,7 @@ FORBIDDEN = {
     "workers": {"torch", "numba", "h5py"},
     "optim": {"numba", "mpi4py"},
     "ddp": {"numba", "mpi4py"},
+    "checkpoint": {"numba", "mpi4py"},
     "jobs": {"numba"},
 }
 

@@ -8,6 +8,7 @@ from .clients import ClientsMean
 from .dense import DenseMean
 from .frames import Frames
 from .lowrank import LowRankMean
+from .memory import Move
 from .onecall import allgather, allreduce
 from .plan import Comm, Offer, Plan, Traffic
 from .plans import GatherMean, TwoPhaseMean, chunk_bounds, plan_for
@@ -19,6 +20,7 @@ __all__ = [
     "Frames",
     "GatherMean",
     "LowRankMean",
+    "Move",
     "Offer",
     "Plan",
     "Traffic",

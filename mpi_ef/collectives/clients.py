@@ -12,6 +12,7 @@ from mpi_ef.compress.compressor import words
 from mpi_ef.errors import MpiEfError, OptionError, ShapeError
 
 from .frames import Frames
+from .memory import Move
 from .plan import Comm, Plan, Traffic
 from .plans import chunk_bounds
 
@@ -205,6 +206,11 @@ class ClientsMean(Plan):
 
     def _like(self, compressor: Compressor) -> Plan:
         return ClientsMean(self.comm, compressor, self.d, self.dtype, clients=self.clients, weights=self.weights)
+
+    @property
+    def share(self) -> Move:
+        """Clients move with their number: all their vectors are one, of which this rank gets those of its clients."""
+        return Move("cut", start=self.first * self.d, stop=(self.first + self.own) * self.d)
 
     @property
     def all_message_nbytes(self) -> int:

@@ -12,6 +12,7 @@ from mpi_ef.errors import NonFiniteError, OptionError
 
 from .dense import RankOrderMean
 from .frames import Frames
+from .memory import Move
 from .plan import Comm, Plan, Traffic, dense_nbytes
 
 __all__ = ["LowRankMean"]
@@ -210,3 +211,7 @@ class LowRankMean(Plan):
     def state(self) -> dict[str, np.ndarray]:
         """Return Q, orthonormalised, of the plan's dtype, the same on all ranks; nothing without a warm start."""
         return {"Q": self._basis} if self._warm_start else {}
+
+    def moves(self) -> dict[str, Move]:
+        """Return that Q is the same on all ranks."""
+        return {"Q": Move("same")}

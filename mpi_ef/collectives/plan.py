@@ -16,6 +16,7 @@ from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteEr
 
 from .agreement import agree, ranks_text
 from .frames import NON_FINITE, OK, REJECTED, Frames, header_of, status_of
+from .memory import Memory
 
 __all__ = ["Comm", "Offer", "Plan", "Traffic", "dense_nbytes"]
 
@@ -73,7 +74,7 @@ class Offer:
         self.plan.start(self.x, keep=self.keep)
 
 
-class Plan(ABC):
+class Plan(Memory, ABC):
     """A compressed mean over the ranks of a communicator, built once, executed many times.
 
     After ``plan.exchange(x)`` the plan holds the messages of this exchange, until the next one starts:
@@ -192,7 +193,7 @@ class Plan(ABC):
             then replaces the previous one entry by entry.
         """
 
-    def forget(self) -> None:  # noqa: B027
+    def forget(self) -> None:
         """Let the next ``set_mean(again=True)`` start afresh: somebody else has written to its array. Local."""
 
     def dense(self) -> "Plan":
@@ -244,16 +245,6 @@ class Plan(ABC):
     def alpha(self) -> float:
         """Contraction constant of what this rank's message goes through, see :meth:`Compressor.alpha`."""
         return self.compressor.alpha(self.d)
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Return this rank's named arrays that the next exchanges depend on; a checkpoint saves them. Local."""
-        return {}
-
-    def undo(self) -> None:  # noqa: B027
-        """Take back what the last exchange has changed of :meth:`state`, because nobody will use its messages. Local.
-
-        Once, and only after one that has not raised.
-        """
 
     def exchange(self, x: Vector | Combination, *, keep: Keep | None = None) -> Self:
         """Send this rank's message and receive those of all. Collective.

@@ -12,6 +12,7 @@ from mpi_ef.compress.compressor import Wires
 from .dense import DenseMean
 from .frames import NON_FINITE, Frames
 from .lowrank import LowRankMean
+from .memory import Move
 from .plan import Comm, Plan, Traffic, dense_nbytes
 
 __all__ = ["GatherMean", "TwoPhaseMean", "chunk_bounds", "plan_for"]
@@ -275,6 +276,10 @@ class TwoPhaseMean(Plan):
     def state(self) -> dict[str, np.ndarray]:
         """Return the residual of this rank's chunk, (chunk,) of the plan's dtype; empty without a residual."""
         return {"residual": self._residual} if self._remember else {}
+
+    def moves(self) -> dict[str, Move]:
+        """Return that the residuals of all chunks are one vector, cut anew for other ranks."""
+        return {"residual": Move("cut", start=self._start(self.rank), stop=self._stop(self.rank))}
 
 
 def plan_for(

@@ -1,11 +1,12 @@
 """A rule at work: state and plan bound together, dense first steps, saving and loading."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from mpi_ef.collectives import Plan
+from mpi_ef.collectives import Move, Plan
 from mpi_ef.collectives.agreement import agree
 from mpi_ef.compress.combination import Combination, Vector
 from mpi_ef.errors import OptionError, ShapeError
@@ -188,24 +189,77 @@ class ErrorFeedback:
 
     def per_rank(self) -> dict[str, Vector]:
         """Return the named arrays that differ between ranks, those of the plan included. Not copies."""
-        return self.state.arrays("per rank") | {f"plan.{k}": v for k, v in self.plan.state().items()}
+        return self.state.arrays("per rank") | self._of_plan(same=False)
 
     def replicated(self) -> dict[str, Vector]:
         """Return the named arrays that are equal on all ranks. Not copies."""
-        return self.state.arrays("replicated")
+        return self.state.arrays("replicated") | self._of_plan(same=True)
+
+    def _of_plan(self, *, same: bool) -> dict[str, Vector]:
+        moves = self.plan.moves()
+        return {f"plan.{k}": v for k, v in self.plan.state().items() if (moves[k].how == "same") == same}
+
+    def moves(self) -> dict[str, Move]:
+        """Return how each array of :meth:`per_rank` gets to another number of ranks. Local.
+
+        Those of clients move with their client; of others the mean over the ranks stays what it was, that of the estimates
+        equal to its aggregate, and what the plan owes of it, to the last bit; residuals of chunks are cut anew.
+        """
+        share, state, plan = self.plan.share, self.plan.state(), self.plan.moves()
+        own = self.state.moves()
+        for name, move in own.items():
+            own[name] = share or replace(move, owed=f"plan.{move.owed}" if move.owed in state else "")
+        return own | {f"plan.{name}": plan[name] for name in state}
+
+    def forget(self) -> None:
+        """Set errors, residuals and estimates to what they are at the start; momenta stay. Local, alike on all ranks.
+
+        A rule with estimates does its dense steps again.
+        """
+        if self.state.forget():
+            for array in self._of_plan(same=False).values():
+                array.fill(0)
+        self.plan.forget()
+        if self.state.estimates():
+            self.steps = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all arrays and counters of this rank. Local."""
         arrays = {name: array.copy() for name, array in (self.per_rank() | self.replicated()).items()}
-        counters = {"steps": self.steps, "exchanges": self.plan.exchanges, "sent_nbytes": self.plan.all_sent_nbytes,
-                    "dense_sent_nbytes": self._dense_nbytes()}  # fmt: skip
+        counters = {"steps": self.steps, "exchanges": self.plan.exchanges, **self.account()}
         return {**self._identity(), "arrays": arrays, "options": dict(self.options), **counters}
 
+    def identity(self) -> dict[str, str]:
+        """Return what must be the same where a saved state is loaded, on any number of ranks. Local."""
+        objects = {name: str(option) for name, option in self.options.items() if not isinstance(option, int | float)}
+        plan = {"plan": type(self.plan).__name__, "compressor": str(self.plan.compressor)}
+        clients = {} if self.plan.share is None else {"clients": str(self.plan.clients)}
+        return {"rule": self.rule.name} | plan | clients | objects
+
     def _identity(self) -> dict[str, Any]:
-        """Return what must be the same where a saved state is loaded."""
-        plan = self.plan
-        return {"rule": self.rule.name, "plan": type(plan).__name__, "compressor": str(plan.compressor),
-                "rank": plan.rank, "size": plan.size}  # fmt: skip
+        return self.identity() | {"rank": self.plan.rank, "size": self.plan.size}
+
+    def settings(self) -> dict[str, Any]:
+        """Return numbers that are the same on all ranks: counters and options. Local."""
+        options = {name: option for name, option in self.options.items() if isinstance(option, int | float)}
+        return {"steps": self.steps, "exchanges": self.plan.exchanges, "options": options}
+
+    def account(self) -> dict[str, int]:
+        """Return counters of this rank: bytes that it has sent. Local."""
+        return {"sent_nbytes": self.plan.all_sent_nbytes, "dense_sent_nbytes": self._dense_nbytes()}
+
+    def load_settings(self, settings: Mapping[str, Any], account: Mapping[str, int]) -> None:
+        """Restore what :meth:`settings` and :meth:`account` returned; arrays are written by the caller, before or after.
+
+        Local; alike on all ranks.
+        """
+        self.options |= settings["options"]
+        for name, option in self.options.items():
+            setattr(self.state, name, option)
+        self.steps, self.plan.exchanges = settings["steps"], settings["exchanges"]
+        self.plan.sent_nbytes = account.get("sent_nbytes", 0)
+        self.plan.forget()
+        self._dense, self._dense_sent_nbytes = None, account.get("dense_sent_nbytes", 0)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local; call on all ranks.
@@ -218,16 +272,7 @@ class ErrorFeedback:
         self.check_state_dict(saved)
         for name, array in (self.per_rank() | self.replicated()).items():
             array[:] = saved["arrays"][name]
-        self.options = dict(saved["options"])
-        for name, option in self.options.items():
-            setattr(self.state, name, option)
-        self.steps, self.plan.exchanges, self.plan.sent_nbytes = (
-            saved["steps"],
-            saved["exchanges"],
-            saved["sent_nbytes"],
-        )
-        self.plan.forget()
-        self._dense, self._dense_sent_nbytes = None, saved["dense_sent_nbytes"]
+        self.load_settings(saved, saved)
 
     def check_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Raise unless `saved` can be loaded here. Local.

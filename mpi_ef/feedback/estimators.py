@@ -9,7 +9,7 @@ from mpi_ef.errors import OptionError
 
 from .federated import _clients
 from .rules import EF21State
-from .state import State, Steps, per_rank, replicated, scratch, spare
+from .state import State, Steps, error, estimate, kept, momentum, replicated, scratch, spare
 
 __all__ = [
     "CLAGState",
@@ -27,7 +27,7 @@ __all__ = [
 class EF21PAGEState(EF21State):
     """v_i: this rank's PAGE estimate of its gradient."""
 
-    v_i: Vector = per_rank()
+    v_i: Vector = momentum()
     spare: Vector = spare()
 
 
@@ -52,7 +52,7 @@ def ef21_page(s: EF21PAGEState, plan: Plan, change: Vector, *, full: bool = Fals
 class MARINAState(State):
     """g: estimate of the mean gradient."""
 
-    g: Vector = replicated()
+    g: Vector = kept()
 
 
 def marina(s: MARINAState, plan: Plan, change: Vector) -> Steps:
@@ -80,7 +80,7 @@ def marina(s: MARINAState, plan: Plan, change: Vector) -> Steps:
 class CLAGState(EF21State):
     """y_i: the gradient before. zeta: a client is silent while its estimate is that much worse than a step old gradient."""
 
-    y_i: Vector = per_rank()
+    y_i: Vector = error()  # moves with its client
     zeta: float = 1.0
 
 
@@ -106,8 +106,8 @@ def clag(s: CLAGState, plan: Plan, grad: Vector) -> Steps:
 class DECSGDState(State):
     """e_i: error of this rank. h_i: what it has told of its gradient. h: mean of the h_i. correction: a RandK."""
 
-    e_i: Vector = per_rank()
-    h_i: Vector = per_rank()
+    e_i: Vector = error()
+    h_i: Vector = estimate(of="h", owed="")  # told by the second message, through a plan without a residual
     h: Vector = replicated()
     step: Vector = scratch()
     spare: Vector = spare()

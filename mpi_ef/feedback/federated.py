@@ -11,7 +11,7 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 
 from .rules import EF21State
-from .state import Reply, State, Steps, per_rank, replicated, spare
+from .state import Reply, State, Steps, error, replicated, spare
 
 __all__ = ["EF21BCState", "EF21PPState", "EF21PlusState", "EF21WState", "ef21_bc", "ef21_plus", "ef21_pp", "ef21_w"]
 
@@ -88,9 +88,9 @@ def ef21_w(s: EF21WState, plan: Plan, grad: Vector) -> Steps:
 class EF21BCState(State):
     """g_i: this rank's estimate. g: what all know. behind: mean of the g_i, less g. reply: C', the way back."""
 
-    g_i: Vector = per_rank()
+    g_i: Vector = error()  # what is behind belongs to their mean, not to g
     g: Vector = replicated()
-    behind: Vector = field(metadata={"kind": "replicated", "size": "server_d"})
+    behind: Vector = replicated("server_d")
     reply: Compressor = field(default_factory=Identity)
     server: Reply | None = None
 
@@ -134,7 +134,7 @@ def ef21_bc(s: EF21BCState, plan: Plan, grad: Vector) -> Steps:
 class EF21PlusState(State):
     """all_i: the estimates of all clients, (n, d) on every rank, because a message alone does not tell the new ones."""
 
-    all_i: Vector = field(metadata={"kind": "replicated", "size": "clients_d"})
+    all_i: Vector = replicated("clients_d")
     g: Vector = replicated()
     markov: Vector = spare()
     plain: Vector = spare()

@@ -8,7 +8,7 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 
 from .rules import EF21State, ef21
-from .state import State, Steps, form, per_rank, replicated, scratch, spare
+from .state import State, Steps, error, form, kept, momentum, scratch, spare
 
 __all__ = [
     "EF14MomentumState",
@@ -28,8 +28,8 @@ __all__ = [
 class EF14MomentumState(State):
     """e_i: what this rank has not sent yet. m: the momentum that all know. beta: its weight."""
 
-    e_i: Vector = per_rank()
-    m: Vector = replicated()
+    e_i: Vector = error()
+    m: Vector = kept()
     spare: Vector = spare()
     beta: float = 0.9
 
@@ -58,7 +58,7 @@ def ef14_momentum(s: EF14MomentumState, plan: Plan, grad: Vector) -> Steps:
 class LionState(State):
     """m_i: momentum of this rank. vote: the last result. beta1: its weight in the vote, beta2: in itself."""
 
-    m_i: Vector = per_rank()
+    m_i: Vector = momentum()
     vote: Vector = scratch()
     spare: Vector = spare()
     beta1: float = 0.9
@@ -87,7 +87,7 @@ def lion(s: LionState, plan: Plan, grad: Vector) -> Steps:
 class EF21SGDMState(EF21State):
     """Adds v_i: momentum of this rank's gradients. eta: weight of the new gradient."""
 
-    v_i: Vector = per_rank()
+    v_i: Vector = momentum()
     spare: Vector = spare()
     eta: float = 0.1
 
@@ -113,7 +113,7 @@ def ef21_sgdm(s: EF21SGDMState, plan: Plan, grad: Vector) -> Steps:
 class EF21SGD2MState(EF21SGDMState):
     """Adds u_i: momentum of the momentum v_i."""
 
-    u_i: Vector = per_rank()
+    u_i: Vector = momentum()
     second: Vector = spare()
 
 
@@ -140,7 +140,7 @@ def ef21_sgd2m(s: EF21SGD2MState, plan: Plan, grad: Vector) -> Steps:
 class EF21HBState(EF21State):
     """Adds v: the step. eta: heavy-ball momentum."""
 
-    v: Vector = replicated()
+    v: Vector = kept()
     eta: float = 0.5
 
 

@@ -16,7 +16,7 @@ from mpi_ef.collectives import Plan
 from mpi_ef.compress import Keep, lazy
 from mpi_ef.compress.combination import Vector
 
-from .state import State, Steps, per_rank, replicated, scratch, spare
+from .state import State, Steps, error, estimate, replicated, scratch, spare
 
 __all__ = ["EControlState", "EF14State", "EF21State", "econtrol", "ef14", "ef21"]
 
@@ -25,7 +25,7 @@ __all__ = ["EControlState", "EF14State", "EF21State", "econtrol", "ef14", "ef21"
 class EF14State(State):
     """e_i: what this rank has not sent yet. mean: the last result."""
 
-    e_i: Vector = per_rank()
+    e_i: Vector = error()
     mean: Vector = scratch()
     spare: Vector = spare()
 
@@ -56,7 +56,7 @@ def ef14(s: EF14State, plan: Plan, u: Vector) -> Steps:
 class EF21State(State):
     """g_i: this rank's gradient estimate, known to all. g: mean of the g_i."""
 
-    g_i: Vector = per_rank()
+    g_i: Vector = estimate(of="g")
     g: Vector = replicated()
 
     def follow(self, c: Plan) -> Vector:
@@ -84,8 +84,8 @@ def ef21(s: EF21State, plan: Plan, grad: Vector) -> Steps:
 class EControlState(State):
     """e_i: error of this rank. h_i: its gradient estimate. h: mean of the h_i. eta: strength of the feedback."""
 
-    e_i: Vector = per_rank()
-    h_i: Vector = per_rank()
+    e_i: Vector = error()
+    h_i: Vector = estimate(of="h")
     h: Vector = replicated()
     spare: Vector = spare()
     eta: float = 0.0

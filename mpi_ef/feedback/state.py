@@ -7,28 +7,52 @@ from typing import Any, Self
 import numpy as np
 
 from mpi_ef import kernels
-from mpi_ef.collectives import Offer, Plan
+from mpi_ef.collectives import Move, Offer, Plan
 from mpi_ef.compress import Combination, Compressor, aligned_zeros, source
 from mpi_ef.compress.combination import Vector
 
-__all__ = ["Reply", "State", "Steps", "form", "per_rank", "replicated", "scratch", "spare"]
+__all__ = ["Reply", "State", "Steps", "error", "estimate", "form", "kept", "momentum", "replicated", "scratch", "spare"]
 
 # What a rule is: it offers messages, is handed the plans that have exchanged them, and returns its result, (d,).
 Steps = Generator[Offer, Plan, Vector]
 
 
-def _array(kind: str, size: str) -> Any:
-    return field(metadata={"kind": kind, "size": size})
+def _array(kind: str, size: str, **more: Any) -> Any:
+    return field(metadata={"kind": kind, "size": size, **more})
 
 
-def per_rank() -> Any:
-    """Mark an array of the length of this rank's vectors, different on every rank."""
-    return _array("per rank", "own_d")
+# Arrays of the length of this rank's vectors, different on every rank. What a run that goes on with another number of ranks
+# makes of them keeps the means over the ranks that the rules live on; :meth:`State.moves` has it from here. Those that are
+# `forgotten` can be set to zero, together: a rule then begins anew.
 
 
-def replicated() -> Any:
-    """Mark an array of length d, the same on all ranks."""
-    return _array("replicated", "d")
+def error() -> Any:
+    """Mark what a rank has not sent yet: other ranks get the mean, so that nothing is lost and nothing sent twice."""
+    return _array("per rank", "own_d", move=Move("mean"), forgotten=True)
+
+
+def estimate(of: str, owed: str = "residual") -> Any:
+    """Mark what all know of a rank's vector, and of which `of` is the mean: other ranks get that mean, to the last bit.
+
+    A plan that remembers what it has not told yet, as array `owed`, has told so much less of the mean: g + residual is the
+    mean of the g_i then, and what other ranks get.
+    """
+    return _array("per rank", "own_d", move=Move("copy", of=of, owed=owed), forgotten=True)
+
+
+def momentum() -> Any:
+    """Mark an average of a rank's own gradients: other ranks get the mean. Not forgotten: it owes nothing to anybody."""
+    return _array("per rank", "own_d", move=Move("mean"), forgotten=False)
+
+
+def replicated(size: str = "d") -> Any:
+    """Mark an array that is the same on all ranks and forgotten with the estimates of which it is the mean."""
+    return _array("replicated", size, forgotten=True)
+
+
+def kept() -> Any:
+    """Mark an array of length d, the same on all ranks, that is not forgotten: no estimate belongs to it."""
+    return _array("replicated", "d", forgotten=False)
 
 
 def scratch() -> Any:
@@ -58,6 +82,23 @@ class State:
     def arrays(self, kind: str) -> dict[str, Vector]:
         """Return the arrays marked "per rank" or "replicated", by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("kind") == kind}
+
+    @classmethod
+    def moves(cls) -> dict[str, Move]:
+        """Return for each array marked "per rank" how it gets to another number of ranks."""
+        return {f.name: f.metadata["move"] for f in fields(cls) if "move" in f.metadata}
+
+    @classmethod
+    def estimates(cls) -> bool:
+        """Tell whether the rule follows gradients by estimates, which a start anew has to begin with a whole vector."""
+        return any(f.metadata.get("kind") == "replicated" and f.metadata["forgotten"] for f in fields(cls))
+
+    def forget(self) -> bool:
+        """Set errors and estimates to zero, as they are before the first step; momenta stay. Tell whether there are any."""
+        forgotten = [getattr(self, f.name) for f in fields(self) if f.metadata.get("forgotten")]
+        for array in forgotten:
+            array.fill(0)
+        return bool(forgotten)
 
 
 class Reply:

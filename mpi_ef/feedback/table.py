@@ -1,4 +1,22 @@
-"""The table of rules. To add one: write its function and its state, and a line here."""
+"""The table of rules. To add one: write its function and its state, and a line here.
+
+When a run goes on with another number of ranks (:meth:`State.moves`, :meth:`ErrorFeedback.moves`), every new rank gets
+
+===================================  ===============================  ================================================
+marked as                            gets                             so that stays what it was
+===================================  ===============================  ================================================
+error: e_i, EF21-BC's g_i            the mean of the old ranks'       mean_i e_i: nothing lost, nothing sent twice
+estimate: g_i, h_i                   g or h, and a plan's residual    mean_i g_i = g (+ residual), to the last bit
+momentum: m_i, v_i, u_i              the mean of the old ranks'       the mean momentum
+replicated, kept: g, h, m, v, all_i  itself                           everything
+TwoPhaseMean's residual              its chunk of all residuals       all residuals one after the other
+LowRankMean's Q                      itself                           everything
+anything of ClientsMean              the vectors of its clients       results, to the last bit
+===================================  ===============================  ================================================
+
+A start anew (:meth:`ErrorFeedback.forget`) sets errors, estimates, what is replicated and residuals to zero; not momenta,
+nor what is kept: m, heavy ball's v, MARINA's g.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

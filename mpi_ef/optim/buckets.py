@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters
 
 __all__ = ["Bucket", "Buckets", "bucket_slices"]
+
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -138,14 +140,14 @@ class Buckets:
         for bucket in self._buckets:
             np.copyto(out[bucket.part], bucket.feedback.finish())
 
-    def arrays(self, kind: Callable[[ErrorFeedback], dict[str, Vector]]) -> dict[str, Vector]:
-        """Return the arrays of all buckets; with several, their names begin with the number of the bucket. Local."""
+    def arrays(self, kind: Callable[[ErrorFeedback], dict[str, Value]]) -> dict[str, Value]:
+        """Return what is named by all buckets; with several, names begin with the number of the bucket. Local."""
         if len(self._buckets) == 1:
             return kind(self._buckets[0].feedback)
         return {
-            f"{n}.{name}": array
+            f"{n}.{name}": value
             for n, bucket in enumerate(self._buckets)
-            for name, array in kind(bucket.feedback).items()
+            for name, value in kind(bucket.feedback).items()
         }
 
     def state(self) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from mpi_ef import kernels
-from mpi_ef.collectives import Plan
+from mpi_ef.collectives import Move, Plan
 from mpi_ef.collectives.agreement import agree, ranks_text
 from mpi_ef.collectives.frames import NON_FINITE, OK, REJECTED
 from mpi_ef.collectives.plan import Comm
@@ -20,7 +20,7 @@ from mpi_ef.errors import DisagreementError, MpiEfError, OptionError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters
 
-__all__ = ["Channel", "FlatOptimizer", "hyper_parameters"]
+__all__ = ["Channel", "FlatOptimizer", "group_sizes", "hyper_parameters"]
 
 _READY = np.dtype([("status", "u4"), ("groups", "u4"), ("steps", "u4"), ("zero", "u4"), ("squared_norm", "f8")])
 
@@ -139,6 +139,48 @@ class FlatOptimizer(Optimizer):
     @abstractmethod
     def replicated(self) -> dict[str, Vector]:
         """Return the named arrays, besides the parameters, that are equal on all ranks. Not copies. Local."""
+
+    @abstractmethod
+    def moves(self) -> dict[str, Move]:
+        """Return how each array that may be in :meth:`per_rank` gets to another number of ranks. Local."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, str]:
+        """Return what must be the same where a saved state is loaded, on any number of ranks. Local."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return what is the same on all ranks besides parameters and arrays: groups, counters. Not copies. Local."""
+
+    @abstractmethod
+    def account(self) -> dict[str, Any]:
+        """Return what a rank counts for itself: bytes. Local."""
+
+    @abstractmethod
+    def load_settings(self, settings: Mapping[str, Any], account: Mapping[str, Any]) -> None:
+        """Restore what :meth:`settings` and :meth:`account` returned. Local; arrays and parameters, then :meth:`loaded`."""
+
+    def loaded(self) -> None:
+        """Derive again what follows from parameters, arrays and settings that were written. Local."""
+        self.flat.publish()
+
+    def forget(self) -> None:
+        """Let every rule start with errors and estimates of zero, see :meth:`ErrorFeedback.forget`. Local."""
+        for channel in self.channels():
+            if isinstance(channel, ErrorFeedback):
+                channel.forget()
+
+    def own_state(self) -> dict[str, Any]:
+        """Return further state that differs between ranks, of tensors and plain containers. Not copies. Local."""
+        return {}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`own_state` returned, after :meth:`load_settings`. Local."""
+
+    @property
+    def shared_values(self) -> Vector:
+        """The parameters, (d,), as far as they are the same on all ranks. Not a copy; read only."""
+        return self.flat.values
 
     @abstractmethod
     def _update(self) -> None:
@@ -299,6 +341,11 @@ class FlatOptimizer(Optimizer):
                 f"{type(self).__name__}: a group cannot be added later; build it after all groups are known"
             )
         super().add_param_group(param_group)
+
+
+def group_sizes(optimizer: Optimizer) -> str:
+    """Return how many parameters each group has, as text."""
+    return ", ".join(str(len(group["params"])) for group in optimizer.param_groups)
 
 
 def hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -1,21 +1,24 @@
 """Optimizers whose update is computed here, on the vector of all parameters, the same on all ranks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.optim import Optimizer
 
+from mpi_ef.collectives import Move
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import aligned_zeros
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
 
-from .flat import Channel, FlatOptimizer, hyper_parameters
+from .flat import Channel, FlatOptimizer, group_sizes, hyper_parameters
 
 __all__ = ["ReplicatedOptimizer", "checked"]
+
+Value = TypeVar("Value")
 
 
 def checked(subject: str, fits: bool, text: str) -> None:
@@ -61,7 +64,44 @@ class ReplicatedOptimizer(FlatOptimizer):
         """Return the arrays, besides the parameters, that are equal on all ranks. Not copies. Local."""
         return self.arrays | self._of_rules(ErrorFeedback.replicated)
 
-    def _of_rules(self, kind: Callable[[ErrorFeedback], dict[str, Vector]]) -> dict[str, Vector]:
+    def moves(self) -> dict[str, Move]:
+        """Return how each array that may be in :meth:`per_rank` gets to another number of ranks. Local."""
+        return self._of_rules(ErrorFeedback.moves)
+
+    def identity(self) -> dict[str, str]:
+        """Return what must be the same where a saved state is loaded: optimizer and rules. Local."""
+        named = {"optimizer": type(self).__name__, "parameters by group": group_sizes(self)}
+        return named | self._of_rules(ErrorFeedback.identity)
+
+    def settings(self) -> dict[str, Any]:
+        """Return groups and counters. Not copies. Local."""
+        return {"groups": hyper_parameters(self), "counters": self._counters(),
+                "rules": {name: feedback.settings() for name, feedback in self.rules.items()}}  # fmt: skip
+
+    def account(self) -> dict[str, Any]:
+        """Return the bytes that each rule, and what is there no more, has sent from this rank. Local."""
+        others = self.sent_nbytes - sum(feedback.sent_nbytes for feedback in self.rules.values())
+        return {"other_nbytes": others, "rules": {name: feedback.account() for name, feedback in self.rules.items()}}
+
+    def load_settings(self, settings: Mapping[str, Any], account: Mapping[str, Any]) -> None:
+        """Restore what :meth:`settings` and :meth:`account` returned. Local."""
+        for group, values in zip(self.param_groups, settings["groups"], strict=True):
+            group.update(values)
+        for name, feedback in self.rules.items():
+            feedback.load_settings(settings["rules"][name], account.get("rules", {}).get(name, {}))
+        self._dense, self._retired_nbytes = None, account.get("other_nbytes", 0)  # it is built again when it is needed
+        for name, value in settings["counters"].items():
+            setattr(self, name, value)
+
+    def loaded(self) -> None:
+        """Derive again what follows from parameters, arrays and settings that were written. Local."""
+        super().loaded()
+        self._loaded()
+
+    def _counters(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("steps", "skipped_steps", *self.counters)}
+
+    def _of_rules(self, kind: Callable[[ErrorFeedback], dict[str, Value]]) -> dict[str, Value]:
         if len(self.rules) == 1:
             return kind(next(iter(self.rules.values())))
         return {f"{rule}.{name}": a for rule, feedback in self.rules.items() for name, a in kind(feedback).items()}
@@ -73,7 +113,7 @@ class ReplicatedOptimizer(FlatOptimizer):
             saved["arrays"] = {name: torch.from_numpy(array) for name, array in saved["arrays"].items()}
         return {"optimizer": type(self).__name__, "groups": [dict(group) for group in hyper_parameters(self)],
                 "arrays": {name: torch.from_numpy(array.copy()) for name, array in self.arrays.items()}, "rules": rules,
-                "counters": {name: getattr(self, name) for name in ("steps", "skipped_steps", *self.counters)}}  # fmt: skip
+                "counters": self._counters()}  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local; call on all ranks.

@@ -1,6 +1,6 @@
 """Any torch optimizer with a rule under it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from mpi_ef.collectives import Plan, plan_for
+from mpi_ef.collectives import Move, Plan, plan_for
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor, Identity, for_parameters
 from mpi_ef.compress.combination import Vector
@@ -19,7 +19,7 @@ from mpi_ef.errors import MpiEfError, OptionError
 from mpi_ef.feedback import ErrorFeedback
 
 from .buckets import Bucket, Buckets, bucket_slices
-from .flat import FlatOptimizer
+from .flat import FlatOptimizer, group_sizes
 
 __all__ = ["BucketReport", "DistributedOptimizer", "PlanBuilder"]
 
@@ -177,6 +177,48 @@ class DistributedOptimizer(FlatOptimizer):
     def replicated(self) -> dict[str, Vector]:
         """Return the arrays of the rule that are equal on all ranks. Not copies. Local."""
         return self.buckets.arrays(ErrorFeedback.replicated)
+
+    def moves(self) -> dict[str, Move]:
+        """Return how each array of :meth:`per_rank` gets to another number of ranks. Local."""
+        return self.buckets.arrays(ErrorFeedback.moves)
+
+    def identity(self) -> dict[str, str]:
+        """Return what must be the same where a saved state is loaded: optimizer, placement, rules. Local."""
+        named = {"optimizer": f"{type(self).__name__} of {type(self.optimizer).__name__}", "placement": self.placement}
+        named |= {"parameters by group": group_sizes(self), "number of buckets": str(len(self.channels()))}
+        return named | self.buckets.arrays(ErrorFeedback.identity)
+
+    def settings(self) -> dict[str, Any]:
+        """Return counters, groups and, with placement "gradient", the torch optimizer's state. Not copies. Local."""
+        inner = self.optimizer.state_dict()
+        state = inner["state"] if self.placement == "gradient" else None
+        return {"steps": self.steps, "skipped_steps": self.skipped_steps, "groups": inner["param_groups"], "state": state,
+                "rules": [channel.settings() for channel in self.channels()]}  # fmt: skip
+
+    def account(self) -> dict[str, Any]:
+        """Return the bytes that each rule has sent from this rank. Local."""
+        return {"rules": [channel.account() for channel in self.channels()]}
+
+    def own_state(self) -> dict[str, Any]:
+        """Return the torch optimizer's state with placement "update", where it has seen this rank's gradients. Local."""
+        return {"state": self.optimizer.state_dict()["state"]} if self.placement == "update" else {}
+
+    def load_settings(self, settings: Mapping[str, Any], account: Mapping[str, Any]) -> None:
+        """Restore what :meth:`settings` and :meth:`account` returned. Local."""
+        self._load_inner(settings["state"] or {}, settings["groups"])
+        accounts = account.get("rules", [{}] * len(self.channels()))
+        for channel, part, count in zip(self.channels(), settings["rules"], accounts, strict=True):
+            channel.load_settings(part, count)
+        self.steps, self.skipped_steps = settings["steps"], settings["skipped_steps"]
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`own_state` returned. Local."""
+        if state:
+            self._load_inner(state["state"], self.optimizer.state_dict()["param_groups"])
+
+    def _load_inner(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._share()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpi_ef import kernels
-from mpi_ef.collectives import DenseMean, plan_for
+from mpi_ef.collectives import DenseMean, Move, plan_for
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor, Sign, lazy
 from mpi_ef.compress.combination import Vector
@@ -171,6 +171,18 @@ class ZeroOneAdam(ReplicatedOptimizer):
         """Return the named arrays that differ between ranks: momenta too, once the variance is frozen. Not copies. Local."""
         own = {} if self.frozen_step is None else {name: self.arrays[name] for name in ("m", "u")}
         return own | super().per_rank()
+
+    def moves(self) -> dict[str, Move]:
+        """Return how each array that may be in :meth:`per_rank` gets to another number of ranks: m and u as the mean.
+
+        Between synchronisations replicas are then the same: where the mean of all ranks' steps leads from x. Local.
+        """
+        return {name: Move("mean") for name in ("m", "u")} | super().moves()
+
+    @property
+    def shared_values(self) -> Vector:
+        """The parameters, (d,), of now or, where ranks have gone on alone, of the last synchronisation. Not a copy."""
+        return self.flat.values if self.synchronized else self.arrays["x"]
 
     def replicated(self) -> dict[str, Vector]:
         """Return the named arrays that are equal on all ranks: also x, where they were synchronised. Not copies. Local."""

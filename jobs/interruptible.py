@@ -1,0 +1,85 @@
+"""What lets a run be interrupted: checkpoints, signals, deadlines, and going on from there."""
+
+import os
+import threading
+from typing import Any
+
+from mpi_ef.checkpoint import Store
+from mpi_ef.checkpoint.state import Training
+from mpi_ef.jobs.train import TrainConfig
+from mpi_ef.jobs.trainer import Trainer
+from mpi_ef.stopping import SIGNALS, Stopper
+
+__all__ = ["Interruptible"]
+
+
+class Interruptible:
+    """The checkpoints of one training run, and when it stops. Every method is collective.
+
+    Without ``checkpoint_every`` and ``resume`` it does nothing, and signals do what they always do.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    config : TrainConfig
+    trainer : Trainer
+
+    Attributes
+    ----------
+    stopped : str or None
+        Why the run has stopped before its end.
+    """
+
+    def __init__(self, comm: Any, config: TrainConfig, trainer: Trainer) -> None:
+        self.comm, self.config, self.trainer = comm, config, trainer
+        self.stopped: str | None = None
+        self._store = self._stopper = None
+        if config.checkpoint_every or config.resume != "no":
+            job = os.environ.get("SLURM_JOB_ID", "")
+            self._store = Store(config.out / "checkpoints", keep_last=config.keep, job=job)
+        if config.checkpoint_every:
+            end = os.environ.get("SLURM_JOB_END_TIME")
+            # Python lets only the main thread have signals, which is where programs run.
+            signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+            self._stopper = Stopper(comm, signals=signals, deadline=float(end) if end else None)
+        self._training = Training(model=trainer.model, optimizer=trainer.optimizer, seed=config.seed)
+
+    def resume(self) -> int:
+        """Put everything back to where the newest checkpoint was, and return its step; 0 without one."""
+        if self._store is None or self.config.resume == "no":
+            return 0
+        start = self._training.resume(self._store, self.comm, policy=self.config.resume)
+        if start:
+            self.trainer.go_on(start, self._training.document)
+        if self.comm.Get_rank() == 0:
+            (self.config.out / "requeue").unlink(missing_ok=True)
+            left = (
+                f"; {self.config.steps - start} steps left" if start < self.config.steps else "; nothing is left to do"
+            )
+            print(
+                f"resumed after step {start}{left}" if start else "no checkpoint yet: starting from nothing", flush=True
+            )
+        return start
+
+    def ends_after(self, step: int) -> bool:
+        """Save after this step if it is time; tell whether the run is to end here."""
+        config = self.config
+        if self._store is None or self._stopper is None:
+            return False
+        stop = self._stopper.should_stop()
+        if stop or step % config.checkpoint_every == 0 or step == config.steps:
+            self._training.save(self._store, self.comm, step, document=self.trainer.position())
+        if not stop or step == config.steps:
+            return False
+        self.stopped = self._stopper.reason
+        self._stopper.mark_requeue(config.out / "requeue")
+        if self.comm.Get_rank() == 0:
+            print(f"stopped after step {step}: {self.stopped}; go on with --resume exact", flush=True)
+        return True
+
+    def close(self) -> None:
+        """Give signals and the folder back."""
+        if self._stopper is not None:
+            self._stopper.close()
+        if self._store is not None:
+            self._store.close()

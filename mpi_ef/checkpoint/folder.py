@@ -1,0 +1,145 @@
+"""What only rank 0 does in a folder of checkpoints: making room, publishing, marking, deleting."""
+
+import logging
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from mpi_ef.errors import CheckpointError
+
+from .lock import FolderLock, Owner, age_seconds
+from .master import BAD, LATEST, committed_steps, read_master, step_name, sync_folder, write_durably, write_master
+from .rankfile import FileEntry
+
+__all__ = ["Folder"]
+
+_OWNER = "OWNER"
+_log = logging.getLogger("mpi_ef.checkpoint")
+
+
+class Folder:
+    """A folder of checkpoints, as rank 0 sees it. All calls are local.
+
+    Parameters
+    ----------
+    path : Path
+    keep_last, keep_every, job : see `Store`
+    """
+
+    def __init__(self, path: Path, keep_last: int, keep_every: int, job: str) -> None:
+        self._path, self._keep_last, self._keep_every, self._job = path, keep_last, keep_every, job
+        self._lock: FolderLock | None = None
+
+    def path_of(self, step: int) -> Path:
+        """Return the directory of a step."""
+        return self._path / step_name(step)
+
+    def make_place(self, step: int, run: str) -> str:
+        """Take the lock, remove what dead jobs have left, and make a directory to write to; return its name."""
+        self._path.mkdir(parents=True, exist_ok=True)
+        owner = Owner.this_process(self._job, run)
+        if self._lock is None:
+            self._lock = FolderLock(self._path, owner)
+        self._lock.check()
+        self._remove_leftovers(run)
+        place = self._path / f".tmp-{step_name(step)}-{uuid.uuid4().hex[:12]}"
+        place.mkdir()
+        try:
+            owner.write(place / _OWNER)
+        except OSError:
+            self.abandon(place.name)
+            raise
+        return place.name
+
+    def abandon(self, place: str) -> None:
+        """Remove a directory that did not become a checkpoint."""
+        shutil.rmtree(self._path / place, ignore_errors=True)
+
+    def publish(self, place: str, step: int, run: str, document: Any, files: list[FileEntry]) -> None:
+        """Make what was written a checkpoint: master file, marker, name. Then delete what is not kept any more."""
+        if self._lock is None:
+            raise CheckpointError(f"{self._path}: the store was closed; save again")
+        written, final, aside = self._path / place, self.path_of(step), None
+        write_master(written, step, run, document, files)
+        (written / _OWNER).unlink(missing_ok=True)
+        self._lock.check()
+        if final.exists():  # stays valid under its other name while the new one has none: see committed_steps
+            aside = self._path / f".old-{final.name}-{uuid.uuid4().hex[:12]}"
+            final.rename(aside)
+        try:
+            written.rename(final)
+        except OSError:
+            if aside is not None:
+                aside.rename(final)
+            raise
+        try:
+            sync_folder(self._path)
+            write_durably(self._path / LATEST, f"{final.name}\n".encode())
+            self._prune(step, aside)
+        except OSError as error:  # the checkpoint is there; a later save tries again
+            _log.warning("%s: saved, but older ones could not be tidied up: %s", final, error)
+
+    def opens(self, path: Path) -> bool:
+        """Tell whether master file and sizes are right; mark the checkpoint when they are not."""
+        try:
+            read_master(path)
+        except CheckpointError as error:
+            if not error.damaged:
+                raise
+            self.mark(path, [str(error)])
+            return False
+        return True
+
+    def name_at(self, step: int) -> str:
+        """Return the name of the directory where the checkpoint of `step` is."""
+        found = dict(committed_steps(self._path)).get(step)
+        if found is None:
+            marked = self.path_of(step) / BAD
+            if marked.is_file():
+                reason = " ".join(marked.read_text(encoding="utf-8", errors="replace").split())
+                raise CheckpointError(f"{marked.parent} is damaged: {reason}; use another checkpoint")
+            steps = ", ".join(str(other) for other, _ in committed_steps(self._path)[-5:])
+            raise CheckpointError(f"{self._path} has none; the last steps there are: {steps or 'none'}")
+        return found.name
+
+    def mark(self, path: Path, problems: list[str]) -> None:
+        """Write into a checkpoint why it is not to be used; where that is impossible, go without."""
+        _log.warning("%s: damaged, will not be used: %s", path, problems[0])
+        try:
+            write_durably(path / BAD, ("\n".join(problems[:20]) + "\n").encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            _log.warning("%s: cannot be marked as damaged: %s", path, error)
+
+    def release(self) -> None:
+        """Give up the lock."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _remove_leftovers(self, run: str) -> None:
+        for path in self._path.glob(".tmp-*"):
+            owner = Owner.read(path / _OWNER)
+            if owner is None or owner.run == run or owner.gone(age_seconds(path)):
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self._path.glob(".old-step-*"):
+            if path not in dict(committed_steps(self._path)).values():
+                self._drop(path)
+
+    def _prune(self, saved: int, aside: Path | None) -> None:
+        if aside is not None:
+            self._drop(aside)
+        good = committed_steps(self._path)
+        newest = {step for step, _ in good[-self._keep_last :]}
+        for step, path in good:
+            if step not in newest and step != saved and not (self._keep_every and step % self._keep_every == 0):
+                self._drop(path)
+        for marked in self._path.glob(f"step-*/{BAD}"):
+            if marked.parent.name < step_name(min(newest, default=saved)):
+                self._drop(marked.parent)
+
+    def _drop(self, path: Path) -> None:
+        """Take the name away first: a directory that is half deleted is never taken for a checkpoint."""
+        doomed = self._path / f".tmp-drop-{uuid.uuid4().hex[:12]}"
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

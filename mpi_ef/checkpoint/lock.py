@@ -1,0 +1,208 @@
+"""One job writes to a folder of checkpoints: a lock file that tells who, and outlives nobody for long."""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+import weakref
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mpi_ef.errors import CheckpointError
+
+__all__ = ["LOCK", "FolderLock", "Owner", "age_seconds"]
+
+LOCK = "LOCK"
+_BEAT_SECONDS = 15.0
+_SILENT_SECONDS = 120.0  # a lock on another host that nobody has touched for so long has no owner
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process that writes checkpoints.
+
+    Attributes
+    ----------
+    host : str
+    pid : int
+    started : str
+        When the process began, as the kernel counts: process numbers are used again.
+    job : str
+        Identity of the batch job that stays when it is requeued; may be empty.
+    run : str
+        Identity of the run.
+    since : str
+        Local time, for people.
+    token : str
+        Different for every lock taken.
+    """
+
+    host: str
+    pid: int
+    started: str
+    job: str
+    run: str
+    since: str
+    token: str
+
+    @classmethod
+    def this_process(cls, job: str, run: str) -> "Owner":
+        """Return the owner that this process is."""
+        pid, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %z")
+        return cls(socket.gethostname(), pid, _started(pid), job, run, since, uuid.uuid4().hex)
+
+    @classmethod
+    def read(cls, path: Path) -> "Owner | None":
+        """Return the owner that a file tells; None when it is gone or tells none."""
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**told) if all(type(told[name]) is kind for name, kind in cls.__annotations__.items()) else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def write(self, path: Path) -> None:
+        """Write the owner to a new file."""
+        with path.open("x", encoding="utf-8") as file:
+            json.dump(asdict(self), file)
+
+    def gone(self, silent_seconds: float) -> bool:
+        """Tell whether the process has ended, as far as this host can know."""
+        if self.host != socket.gethostname():
+            return silent_seconds > _SILENT_SECONDS
+        return _started(self.pid) != self.started
+
+    def same_process(self, other: "Owner") -> bool:
+        """Tell whether both are one process."""
+        return (self.host, self.pid, self.started) == (other.host, other.pid, other.started)
+
+
+class FolderLock:
+    """The right to write to a folder, held until `release` or the end of the process.
+
+    A lock is taken over when its process on this host has ended, when it belongs to an earlier start of the same batch
+    job on another host, or when its host has not touched it for two minutes: a thread touches it four times a minute.
+    Ages are differences of times of the folder's file system, so clocks need not agree.
+
+    Parameters
+    ----------
+    folder : Path
+    owner : Owner
+
+    Raises
+    ------
+    CheckpointError
+        Another job writes there.
+    """
+
+    def __init__(self, folder: Path, owner: Owner) -> None:
+        self._path, self._owner = folder / LOCK, owner
+        mine = folder / f".{LOCK}-{owner.token}"
+        owner.write(mine)
+        try:
+            for _ in range(5):
+                try:
+                    os.link(mine, self._path)  # appears whole, or not at all when there is one
+                    break
+                except FileExistsError:
+                    self._remove_stale()
+            else:
+                raise CheckpointError(f"{folder}: other jobs take the lock all the time; let one of them write there")
+        finally:
+            mine.unlink(missing_ok=True)
+        ended = threading.Event()
+        beat = threading.Thread(target=_beat, args=(self._path, owner, ended), daemon=True, name="checkpoint lock")
+        beat.start()
+        self._finalizer = weakref.finalize(self, _release, self._path, owner, ended)
+
+    def check(self) -> None:
+        """Raise unless the lock is still this one's: a process that slept for minutes may have lost it."""
+        holder = Owner.read(self._path)
+        if holder is None or holder.token != self._owner.token:
+            raise CheckpointError(
+                f"{self._path}: the lock was taken over by {_who(holder)}; let one job write there, or give this one "
+                f"another folder"
+            )
+
+    def release(self) -> None:
+        """Let others write."""
+        self._finalizer()
+
+    def _remove_stale(self) -> None:
+        holder, silent_seconds = Owner.read(self._path), age_seconds(self._path)
+        if holder is None and silent_seconds < _SILENT_SECONDS and self._path.exists():
+            raise CheckpointError(f"{self._path}: it cannot be read; remove it when no job writes there")
+        if holder is not None and not (
+            holder.gone(silent_seconds)
+            or holder.same_process(self._owner)
+            or (holder.job and holder.job == self._owner.job and holder.host != self._owner.host)
+        ):
+            raise CheckpointError(
+                f"{self._path.parent}: {_who(holder)} writes checkpoints there; give this job another folder, or "
+                f"remove {LOCK} if that one has ended"
+            )
+        aside = self._path.with_name(f".{LOCK}-stale-{self._owner.token}")
+        try:
+            self._path.rename(aside)  # of several that find it stale, one gets it
+        except FileNotFoundError:
+            return
+        if Owner.read(aside) != holder:  # somebody else was faster, and this is the new lock: put it back
+            aside.rename(self._path)
+            return
+        aside.unlink()
+
+
+def _who(holder: Owner | None) -> str:
+    if holder is None:
+        return "nobody that can be named"
+    job = f" of job {holder.job}" if holder.job else ""
+    return f"process {holder.pid}{job} on {holder.host} (since {holder.since})"
+
+
+def _beat(path: Path, owner: Owner, ended: threading.Event) -> None:
+    while not ended.wait(_BEAT_SECONDS):
+        holder = Owner.read(path)
+        if holder is not None and holder.token == owner.token:
+            try:
+                os.utime(path)
+            except OSError:
+                continue
+
+
+def _release(path: Path, owner: Owner, ended: threading.Event) -> None:
+    ended.set()
+    holder = Owner.read(path)
+    if holder is not None and holder.token == owner.token and holder.pid == os.getpid():
+        path.unlink(missing_ok=True)
+
+
+def age_seconds(path: Path) -> float:
+    """Return how long ago `path` was changed, by the clock of its file system."""
+    probe = path.with_name(f".probe-{uuid.uuid4().hex}")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - path.stat().st_mtime
+    except OSError:
+        return 0.0
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _started(pid: int) -> str:
+    """Return when a process began; empty when there is none. Without /proc, whether there is one must do."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return ""
+    else:
+        return "" if after_name[0] in "ZX" else f"{boot} {after_name[19]}"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        return "running"
+    return "running"

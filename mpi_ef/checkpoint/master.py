@@ -1,0 +1,195 @@
+"""Names in a folder of checkpoints; the master file, and the marker that makes a checkpoint valid."""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from mpi_ef.errors import CheckpointError
+
+from .rankfile import DamageError, FileEntry, reading
+
+__all__ = [
+    "BAD",
+    "COMMIT",
+    "LATEST",
+    "MASTER",
+    "VERSION",
+    "Master",
+    "committed_steps",
+    "rank_name",
+    "read_master",
+    "step_name",
+    "sync_folder",
+    "write_durably",
+    "write_master",
+]
+
+MASTER, COMMIT, BAD, LATEST = "master.json", "COMMIT", "BAD", "LATEST"
+FORMAT, VERSION, MIN_READER = "mpi_ef.checkpoint", 1, 1
+_STEP = re.compile(r"step-(\d{8,18})|\.old-step-(\d{8,18})-[0-9a-f]+")
+
+
+@dataclass(frozen=True)
+class Master:
+    """What ``master.json`` says.
+
+    Attributes
+    ----------
+    step, world_size : int
+    run : str
+        Identity of the run, kept when it is continued.
+    document : JSON
+    files : tuple of FileEntry
+        One per rank, in the order of ranks.
+    written_by : dict of str to str
+        Versions of mpi_ef, NumPy, h5py and Python.
+    written_at : str
+        Time, ISO 8601, UTC.
+    """
+
+    step: int
+    world_size: int
+    run: str
+    document: Any
+    files: tuple[FileEntry, ...]
+    written_by: dict[str, str]
+    written_at: str
+
+
+def step_name(step: int) -> str:
+    """Return the name of the directory of a step; names sort like steps."""
+    return f"step-{step:08d}"
+
+
+def rank_name(rank: int) -> str:
+    """Return the name of a rank's file."""
+    return f"rank-{rank:05d}.h5"
+
+
+def committed_steps(folder: Path) -> list[tuple[int, Path]]:
+    """Return steps and directories of the checkpoints that were finished and are not marked, oldest first.
+
+    A checkpoint that was being replaced when its job was killed lies under another name; it counts where its step has
+    no other.
+    """
+    found: dict[int, Path] = {}
+    for path in sorted(folder.glob("step-*")) + sorted(folder.glob(".old-step-*")):
+        match = _STEP.fullmatch(path.name)
+        if match and (path / COMMIT).is_file() and not (path / BAD).exists():
+            found.setdefault(int(match[1] or match[2]), path)
+    return sorted(found.items())
+
+
+def write_master(folder: Path, step: int, run: str, document: Any, files: list[FileEntry]) -> None:
+    """Write the master file, then the marker: the checkpoint is valid from then on, wherever it lies."""
+    text = json.dumps({
+        "format": FORMAT, "version": VERSION, "min_reader": MIN_READER, "step": step, "world_size": len(files), "run": run,
+        "written_at": datetime.now(UTC).isoformat(timespec="seconds"), "written_by": _versions(),
+        "files": [{"name": entry.name, "size": entry.size, "crc32": f"{entry.crc32:08x}", "data": entry.data}
+                  for entry in files],
+        "document": document,
+    }, indent=1).encode()  # fmt: skip
+    write_durably(folder / MASTER, text)
+    sync_folder(folder)  # the names of all ranks' files are on the disk before the marker is
+    write_durably(folder / COMMIT, f"{hashlib.sha256(text).hexdigest()}\n".encode())
+    sync_folder(folder)
+
+
+def read_master(folder: Path) -> Master:
+    """Read and check the master file and the marker of a checkpoint; sizes of the rank files are compared.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    with reading(folder):
+        for name in (COMMIT, MASTER) if folder.is_dir() else ():
+            if not (folder / name).is_file():
+                raise DamageError(f"{name} is missing")
+        text, mark = (folder / MASTER).read_bytes(), (folder / COMMIT).read_bytes()
+        if mark != f"{hashlib.sha256(text).hexdigest()}\n".encode():
+            raise DamageError("master.json is not what COMMIT says")
+        told = json.loads(text)
+        if not isinstance(told, dict) or told.get("format") != FORMAT:
+            raise ValueError("master.json is of another format")
+        _check_reader(folder, told)
+        master = _parse(told)
+        for entry in master.files:
+            if not (folder / entry.name).is_file():
+                raise DamageError(f"{entry.name} is missing")
+            size = (folder / entry.name).stat().st_size
+            if size != entry.size:
+                raise DamageError(f"{entry.name} has {size} bytes where {entry.size} were written")
+        return master
+
+
+def _check_reader(folder: Path, told: dict[str, Any]) -> None:
+    needed = told.get("min_reader")
+    if type(needed) is not int or needed < 1:
+        raise ValueError("master.json has no version")
+    if needed > VERSION:
+        raise CheckpointError(
+            f"{folder}: it needs a reader of version {needed}, and this one is version {VERSION}; "
+            f"read it with the mpi_ef that wrote it, or a newer one"
+        )
+
+
+def _parse(told: dict[str, Any]) -> Master:
+    files = tuple(_parse_file(rank, row) for rank, row in enumerate(told["files"]))
+    counts_fit = type(told["step"]) is int and told["step"] >= 0 and told["world_size"] == len(files) > 0
+    texts = [told["run"], told["written_at"], *told["written_by"].values()]
+    if not counts_fit or not all(isinstance(text, str) for text in texts):
+        raise ValueError("master.json has fields of wrong types")
+    return Master(
+        told["step"], len(files), told["run"], told["document"], files, told["written_by"], told["written_at"]
+    )
+
+
+def _parse_file(rank: int, row: dict[str, Any]) -> FileEntry:
+    """Only the name that rank's file has passes: no path leads out of the directory."""
+    if row["name"] != rank_name(rank):
+        raise ValueError(f"master.json names {row['name']!r} where {rank_name(rank)} belongs")
+    data = tuple((offset, nbytes) for offset, nbytes in row["data"])
+    end = 0
+    for offset, nbytes in data:
+        if type(offset) is not int or type(nbytes) is not int or offset < end or nbytes < 1:
+            raise ValueError(f"master.json describes {row['name']} wrongly")
+        end = offset + nbytes
+    if type(row["size"]) is not int or not end <= row["size"]:
+        raise ValueError(f"master.json describes {row['name']} wrongly")
+    return FileEntry(row["name"], row["size"], int(row["crc32"], 16), data)
+
+
+def _versions() -> dict[str, str]:
+    try:
+        mine = metadata.version("mpi_ef")
+    except metadata.PackageNotFoundError:
+        mine = "unknown"
+    return {"mpi_ef": mine, "numpy": np.__version__, "h5py": h5py.__version__, "python": sys.version.split()[0]}
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a small file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names in `folder`."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

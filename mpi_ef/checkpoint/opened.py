@@ -1,0 +1,161 @@
+"""Reading a checkpoint: local, without MPI, from any process that sees its directory."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpi_ef.errors import CheckpointError
+
+from .dtypes import DTYPES
+from .master import Master, read_master
+from .pieces import Piece, check_tiles
+from .rankfile import RankFile, reading
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+Names = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
+
+
+def open_checkpoint(path: str | Path) -> "Checkpoint":
+    """Open the checkpoint in the directory `path`. Local: works without MPI, on a login node too.
+
+    Only the master file is read, and the sizes of the others are compared; each rank's file is checked when something
+    of it is asked for, and every array when it is read.
+
+    Raises
+    ------
+    CheckpointError
+        It is damaged, unfinished, of a newer version, or cannot be read.
+    """
+    return Checkpoint(Path(path))
+
+
+class Checkpoint:
+    """A checkpoint on disk. All calls are local; whatever is wrong with the files is a `CheckpointError`.
+
+    Attributes
+    ----------
+    path : Path
+    step : int
+    world_size : int
+        How many ranks wrote it.
+    run : str
+        Identity of the run.
+    document : JSON
+        Of all ranks.
+    written_by : dict of str to str
+        Versions of mpi_ef, NumPy, h5py and Python.
+    written_at : str
+        ISO 8601, UTC.
+    nbytes : int
+        Bytes of all files with arrays.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._master: Master = read_master(path)
+        self._files: dict[int, RankFile] = {}
+        self._shared: dict[str, list[tuple[RankFile, Piece]]] | None = None
+        self.step = self._master.step
+        self.world_size = self._master.world_size
+        self.run = self._master.run
+        self.document: Any = self._master.document
+        self.written_by = dict(self._master.written_by)
+        self.written_at = self._master.written_at
+        self.nbytes = sum(entry.size for entry in self._master.files)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, step={self.step}, world_size={self.world_size})"
+
+    def rank_document(self, rank: int) -> Any:
+        """Return the JSON document of `rank`."""
+        return self._file(rank).document
+
+    def replicated_names(self) -> Names:
+        """Return name, shape and dtype of every array that all ranks share."""
+        return {name: (parts[0][1].shape, DTYPES[parts[0][1].dtype]) for name, parts in self._replicated().items()}
+
+    def per_rank_names(self, rank: int) -> Names:
+        """Return name, shape and dtype of every array of `rank`."""
+        return {
+            piece.name: (piece.shape, DTYPES[piece.dtype])
+            for piece in self._file(rank).pieces
+            if piece.kind == "per_rank"
+        }
+
+    def replicated(self, name: str) -> NDArray[Any]:
+        """Return an array that all ranks share, put together from the stripes of all files."""
+        parts = self._replicated().get(name)
+        if parts is None:
+            raise CheckpointError(f"{self.path}: it has no replicated array {name!r}; see replicated_names()")
+        return self._read(parts)
+
+    def per_rank(self, name: str, rank: int) -> NDArray[Any]:
+        """Return an array of `rank`."""
+        file = self._file(rank)
+        for piece in file.pieces:
+            if (piece.kind, piece.name) == ("per_rank", name):
+                check_tiles(self.path, [piece])
+                return self._read([(file, piece)])
+        raise CheckpointError(f"{self.path}: rank {rank} has no array {name!r}; see per_rank_names({rank})")
+
+    def verify(self) -> list[str]:
+        """Read all files and return what is wrong, one line each; an empty list when nothing is."""
+        problems = list(self.verify_files(range(self.world_size)))
+        if not problems:
+            try:
+                self._replicated()
+            except CheckpointError as error:
+                problems.append(str(error))
+        return problems
+
+    def verify_files(self, ranks: range) -> Iterator[str]:
+        """Read the files of some ranks and yield what is wrong with them."""
+        for rank in ranks:
+            try:
+                yield from self._file(rank).verify()
+            except CheckpointError as error:
+                if not error.damaged:
+                    raise
+                yield str(error)
+
+    def _file(self, rank: int) -> RankFile:
+        if not 0 <= rank < self.world_size:
+            raise CheckpointError(f"{self.path}: it has no rank {rank}; ask for ranks 0 to {self.world_size - 1}")
+        if rank not in self._files:
+            told: dict[str, str | int] = {
+                "rank": rank,
+                "world_size": self.world_size,
+                "step": self.step,
+                "run": self.run,
+            }
+            entry = self._master.files[rank]
+            self._files[rank] = RankFile(self.path / entry.name, entry, told)
+        return self._files[rank]
+
+    def _replicated(self) -> dict[str, list[tuple[RankFile, Piece]]]:
+        """Return the parts of every replicated array, in order and complete."""
+        if self._shared is not None:
+            return self._shared
+        found: dict[str, list[tuple[RankFile, Piece]]] = {}
+        for rank in range(self.world_size):
+            file = self._file(rank)
+            for piece in file.pieces:
+                if piece.kind == "replicated":
+                    found.setdefault(piece.name, []).append((file, piece))
+        for parts in found.values():
+            check_tiles(self.path, [piece for _, piece in parts])
+        self._shared = found
+        return found
+
+    def _read(self, parts: list[tuple[RankFile, Piece]]) -> NDArray[Any]:
+        first = parts[0][1]
+        with reading(self.path):
+            array = np.empty(first.whole_nbytes, np.uint8)
+            for file, piece in parts:
+                file.read(piece, array[piece.begin : piece.begin + piece.nbytes])
+            values: NDArray[Any] = array.view(DTYPES[first.dtype]).reshape(first.shape)
+        return values

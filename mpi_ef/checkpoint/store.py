@@ -1,0 +1,385 @@
+"""A folder of checkpoints: saving, at once or in the background, and finding the newest valid one."""
+
+import json
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar
+
+from numpy.typing import NDArray
+
+from mpi_ef.collectives.agreement import agree, ranks_text
+from mpi_ef.errors import CheckpointError, OptionError
+
+from .dtypes import dtype_name
+from .folder import Folder
+from .master import FORMAT, VERSION, committed_steps, rank_name
+from .opened import Checkpoint
+from .pieces import Piece, Room, cut_pieces, pack
+from .rankfile import FileEntry, write_rank_file
+
+__all__ = ["Pending", "Store"]
+
+Arrays = Mapping[str, NDArray[Any]]
+T = TypeVar("T")
+
+
+class Store:
+    """Checkpoints of a run in a folder that all ranks see, one directory per step. Construction is local.
+
+    A checkpoint is valid from the moment on that its directory gets its name, never before; a process that is killed
+    leaves what was valid as it was. Only one job at a time writes to a folder; any number may read.
+
+    Parameters
+    ----------
+    folder : path
+        Created when something is saved.
+    keep_last : int
+        How many of the newest checkpoints stay; older ones are deleted after a new one has become valid.
+    keep_every : int
+        Checkpoints whose step is a multiple of this stay for ever; 0 for none.
+    job : str
+        Identity of the batch job that stays when it is requeued: it may take over its own lock from another host.
+
+    Attributes
+    ----------
+    run : str
+        Identity of the run; that of the checkpoint that `newest` or `at` returned last.
+    """
+
+    def __init__(self, folder: str | Path, *, keep_last: int = 3, keep_every: int = 0, job: str = "") -> None:
+        if keep_last < 1 or keep_every < 0:
+            raise OptionError(
+                f"Store: keep_last={keep_last}, keep_every={keep_every}; keep at least the last one, and every N-th or 0"
+            )
+        self.folder = Path(folder)
+        self.run = uuid.uuid4().hex
+        self._on_disk = Folder(self.folder, keep_last, keep_every, job)
+        self._room = Room()
+        self._pending: Pending | None = None
+
+    def save(
+        self, comm: Any, step: int, *, replicated: Arrays, per_rank: Arrays, document: Any, rank_document: Any
+    ) -> Path:
+        """Save the state of a step. Collective over `comm`.
+
+        Sends a few hundred bytes per rank; writes 1/n of the replicated bytes and all of its own on every rank.
+
+        Parameters
+        ----------
+        comm : MPI communicator
+        step : int
+            A checkpoint of the same step is replaced.
+        replicated : mapping of str to array
+            The same on all ranks, bit for bit; every rank writes a part. Any layout in memory.
+        per_rank : mapping of str to array
+            This rank's own; names and shapes may differ.
+        document : JSON
+            The same on all ranks; rank 0's is written.
+        rank_document : JSON
+            This rank's own.
+
+        Returns
+        -------
+        Path
+            The directory of the checkpoint, which the disk has now.
+
+        Raises
+        ------
+        CheckpointError
+            On all ranks together. Nothing is left of the attempt, and older checkpoints are as they were.
+        """
+        pending = self._start(comm, _Save("Store.save", step, replicated, per_rank, document, rank_document), None)
+        pending.write()
+        return pending.finish(comm)
+
+    def save_async(
+        self, comm: Any, step: int, *, replicated: Arrays, per_rank: Arrays, document: Any, rank_document: Any
+    ) -> "Pending":
+        """Copy the state of a step, and write it in the background. Collective over `comm`.
+
+        Arrays may change as soon as this returns. A thread writes and makes no MPI call; the checkpoint becomes valid
+        in `finish`, which is collective. One save is in flight: one that is still there is finished first. The copies
+        take 1/n of the replicated bytes plus all of this rank's own, in memory that is kept for the next save.
+
+        Parameters and errors are those of `save`; what fails in the background is raised by `finish`, or by the next save
+        instead of saving, on all ranks.
+        """
+        save = _Save("Store.save_async", step, replicated, per_rank, document, rank_document)
+        pending = self._start(comm, save, self._room)
+        pending.write_in_background()
+        return pending
+
+    def finish(self, comm: Any) -> Path | None:
+        """Wait for the save in flight, make it valid, delete what is not kept any more. Collective over `comm`.
+
+        Returns
+        -------
+        Path or None
+            Its directory; None when there was none in flight.
+
+        Raises
+        ------
+        CheckpointError
+            On all ranks together when one of them could not write.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        subject, disk, root = f"{pending.subject}, step {pending.step}", self._on_disk, comm.Get_rank() == 0
+
+        def undo() -> None:
+            if root:
+                disk.abandon(pending.place)
+
+        entries = _together(comm, subject, pending.result, undo)
+        _together(
+            comm, subject, lambda: disk.publish(pending.place, pending.step, self.run, pending.document, entries)
+            if root else None, undo,
+        )  # fmt: skip
+        pending.path = disk.path_of(pending.step)
+        return pending.path
+
+    def newest(self, comm: Any) -> Checkpoint | None:
+        """Return the newest checkpoint whose every byte is what was written, None when there is none. Collective.
+
+        Rank 0 looks into the folder; the ranks share the work of reading all files. A damaged checkpoint gets a file
+        ``BAD`` that tells the reason, and is not looked at again.
+
+        Raises
+        ------
+        CheckpointError
+            On all ranks: the newest one cannot be read at all, or only by a newer mpi_ef. An older one is not taken then,
+            as that might be repaired; put a file ``BAD`` into its directory to pass it over.
+        """
+        rejected: set[str] = set()
+
+        def candidate() -> str | None:
+            if comm.Get_rank():
+                return None
+            for _, path in reversed(committed_steps(self.folder)):
+                if path.name not in rejected and self._on_disk.opens(path):
+                    return path.name
+            return None
+
+        while True:
+            name = _together(comm, "Store.newest", candidate)[0]
+            if name is None:
+                return None
+            checkpoint, problems = self._verified(comm, "Store.newest", name)
+            if not problems:
+                return checkpoint
+            rejected.add(name)
+
+    def at(self, comm: Any, step: int) -> Checkpoint:
+        """Return the checkpoint of `step`, after reading all of it. Collective over `comm`.
+
+        Raises
+        ------
+        CheckpointError
+            On all ranks: there is none, or it is damaged.
+        """
+        subject = f"Store.at, step {step}"
+        found = _together(comm, subject, lambda: None if comm.Get_rank() else self._on_disk.name_at(step))[0]
+        checkpoint, problems = self._verified(comm, subject, str(found))
+        if problems:
+            error = CheckpointError(f"{subject}: {checkpoint.path} is damaged: {problems[0]}; use another checkpoint")
+            error.damaged = error.everywhere = True
+            raise error
+        return checkpoint
+
+    def steps(self) -> list[int]:
+        """Return the steps of the checkpoints that were finished and not found damaged, in order. Local."""
+        return [step for step, _ in committed_steps(self.folder)]
+
+    def close(self) -> None:
+        """Drop a save in flight, and let other jobs write to the folder. Local; also happens when the process ends."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.wait()
+            if pending.entry_rank == 0:
+                self._on_disk.abandon(pending.place)
+        self._on_disk.release()
+
+    def _start(self, comm: Any, save: "_Save", room: Room | None) -> "Pending":
+        """Finish what is in flight, agree on what comes, make its directory."""
+        self.finish(comm)
+        rank, size = comm.Get_rank(), comm.Get_size()
+        try:
+            agree(
+                comm, save.subject, lambda: save.prepare(rank, size, room), "save the same replicated arrays everywhere"
+            )
+        except Exception as raised:
+            error = CheckpointError(str(raised) or type(raised).__name__)
+            error.everywhere = True
+            raise error from raised
+        place, self.run = _together(
+            comm, save.subject, lambda: ("", "") if rank else (self._on_disk.make_place(save.step, self.run), self.run)
+        )[0]  # fmt: skip
+        told = {
+            "format": FORMAT,
+            "version": VERSION,
+            "rank": rank,
+            "world_size": size,
+            "step": save.step,
+            "run": self.run,
+        }
+        self._pending = Pending(self, save, place, told)
+        return self._pending
+
+    def _verified(self, comm: Any, subject: str, name: str) -> tuple[Checkpoint, list[str]]:
+        """Open a checkpoint on all ranks, and verify it together: each rank every n-th file."""
+        rank, size = comm.Get_rank(), comm.Get_size()
+
+        def share() -> tuple[Checkpoint, list[str]]:
+            checkpoint = Checkpoint(self.folder / name)
+            return checkpoint, list(checkpoint.verify_files(range(rank, checkpoint.world_size, size)))
+
+        opened: list[Checkpoint] = []
+
+        def problems_here() -> list[str]:
+            checkpoint, problems = share()
+            opened.append(checkpoint)
+            return problems
+
+        problems = [problem for theirs in _together(comm, subject, problems_here) for problem in theirs]
+        if not problems:
+            self.run = opened[0].run
+        elif rank == 0:
+            self._on_disk.mark(self.folder / name, problems)
+        return opened[0], problems
+
+
+@dataclass
+class _Save:
+    """What one rank was asked to save, then what it has to write."""
+
+    subject: str
+    step: int
+    replicated: Arrays
+    per_rank: Arrays
+    document: Any
+    rank_document: Any
+    packed: list[tuple[Piece, memoryview]] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def prepare(self, rank: int, size: int, room: Room | None) -> dict[str, object]:
+        """Check and pack everything; return what must be equal on all ranks."""
+        if type(self.step) is not int or not 0 <= self.step < 10**18:
+            raise OptionError(f"{self.subject}: step={self.step!r} is no number of a step; count from 0")
+        layout = [(name, dtype_name(array.dtype), array.shape) for name, array in sorted(self.replicated.items())]
+        self.document = _checked_json(self.subject, self.document) if rank == 0 else None
+        self.rank_document = _checked_json(self.subject, self.rank_document)
+        cut = list(cut_pieces(self.replicated, self.per_rank, rank, size))
+        if room is not None:
+            room.clear(sum(piece.nbytes for piece, _ in cut))
+        self.packed, self.sizes = pack(cut, room)
+        nbytes = sum(array.nbytes for array in self.replicated.values())
+        digest = sha256(repr(layout).encode("utf-8", "backslashreplace")).hexdigest()
+        return {"step": self.step,
+                "replicated arrays": f"{len(layout)} arrays of {nbytes} bytes (layout {digest[:8]})"}  # fmt: skip
+
+
+class Pending:
+    """A save that has begun: its arrays are copied, its files are being written.
+
+    Attributes
+    ----------
+    step : int
+    path : Path or None
+        The directory of the checkpoint, when it has become valid.
+    """
+
+    def __init__(self, store: Store, save: _Save, place: str, told: dict[str, str | int]) -> None:
+        self.subject, self.step, self.place, self.document = save.subject, save.step, place, save.document
+        self.entry_rank = int(told["rank"])
+        self.path: Path | None = None
+        self._store, self._save, self._told = store, save, told
+        self._entry: FileEntry | None = None
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether this rank has written its file, or failed to. Local."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def finish(self, comm: Any) -> Path:
+        """Do what `Store.finish` does, when this save is the one in flight. Collective over `comm`."""
+        if self._store._pending is self:  # noqa: SLF001
+            self._store.finish(comm)
+        if self.path is None:
+            raise CheckpointError(f"{self.subject}, step {self.step}: it was dropped or has failed; save again")
+        return self.path
+
+    def write(self) -> None:
+        """Write this rank's file; what goes wrong is kept for `result`. Makes no MPI call."""
+        path = self._store.folder / self.place / rank_name(self.entry_rank)
+        try:
+            self._entry = write_rank_file(
+                path, self._save.packed, self._save.sizes, self._told, self._save.rank_document
+            )
+        except Exception as error:
+            self._error = error
+
+    def write_in_background(self) -> None:
+        """Start a thread that writes."""
+        self._thread = threading.Thread(target=self.write, name=f"checkpoint {self.step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the thread. Local."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def result(self) -> FileEntry:
+        """Return what was written, or raise what went wrong. Local; waits for the thread."""
+        self.wait()
+        self._save.packed.clear()
+        if self._entry is None:
+            raise self._error or CheckpointError("nothing was written")
+        return self._entry
+
+
+def _together(comm: Any, subject: str, action: Callable[[], T], undo: Callable[[], None] = lambda: None) -> list[T]:
+    """Call `action` on all ranks and return what it returned on each, or raise the same error on all. Collective.
+
+    `undo` is called everywhere before the error is raised, when no rank works on its action any more.
+    """
+    try:
+        mine: tuple[Any, str, bool] = (action(), "", False)
+    except Exception as raised:
+        mine = (None, str(raised) or type(raised).__name__, getattr(raised, "damaged", False))
+    answers: list[tuple[Any, str, bool]] = comm.allgather(mine)
+    failed = [rank for rank, (_, text, _) in enumerate(answers) if text]
+    if not failed:
+        return [value for value, _, _ in answers]
+    undo()
+    text = answers[failed[0]][1]
+    where = ranks_text([rank for rank in failed if answers[rank][1] == text]) if comm.Get_size() > 1 else ""
+    others = f" ({where}; {len(failed)} of {len(answers)} ranks failed)" if where else ""
+    error = CheckpointError(f"{subject}: {text}{others}")
+    error.damaged, error.everywhere = answers[failed[0]][2], True
+    raise error
+
+
+def _checked_json(subject: str, document: Any) -> Any:
+    """Return what reading `document` back will give; refuse what JSON would change without a word."""
+    for value in _values(document):
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            raise CheckpointError(
+                f"{subject}: a document has keys that are no text, {list(value)[:3]!r}; JSON needs text"
+            )
+        if not isinstance(value, dict | list | tuple | str | int | float | bool | type(None)):
+            raise CheckpointError(f"{subject}: a document holds {type(value).__name__}, which is not JSON; convert it")
+    return json.loads(json.dumps(document))
+
+
+def _values(document: Any) -> Any:
+    yield document
+    if isinstance(document, dict | list | tuple):
+        for value in document.values() if isinstance(document, dict) else document:
+            yield from _values(value)

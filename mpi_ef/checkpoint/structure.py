@@ -1,0 +1,157 @@
+"""The HDF5 structure of a rank's file: made in memory without the data, and checked before data are read."""
+
+import io
+from typing import Any
+
+import h5py
+from h5py import h5d, h5o, h5p, h5s
+
+from .dtypes import DTYPES, hdf5_type
+
+__all__ = ["INDEX", "Extents", "check_structure", "make_structure"]
+
+INDEX = "index"
+"""Name of the dataset that holds the JSON index."""
+
+Extents = dict[str, tuple[int, int]]
+"""Of every dataset: where its bytes begin in the file, and how many they are."""
+
+_PAGE = 4096
+_LARGE = 1 << 16  # datasets from this size on begin at a page
+
+
+class _Sparse(io.RawIOBase):
+    """A file in memory that keeps only the pages that were written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pages: dict[int, bytearray] = {}
+        self.size = 0
+        self._place = 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._place = offset + (0, self._place, self.size)[whence]
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(data).cast("B")
+        for done, page, start, count in self._spans(view.nbytes):
+            kept = self.pages.setdefault(page, bytearray(_PAGE))
+            kept[start : start + count] = view[done : done + count]
+        self._place += view.nbytes
+        self.size = max(self.size, self._place)
+        return view.nbytes
+
+    def readinto(self, data: Any, /) -> int:
+        view = memoryview(data).cast("B")
+        for done, page, start, count in self._spans(view.nbytes):
+            view[done : done + count] = self.pages.get(page, bytearray(_PAGE))[start : start + count]
+        self._place += view.nbytes
+        return view.nbytes
+
+    def truncate(self, size: int | None = None, /) -> int:
+        self.size = self._place if size is None else size
+        return self.size
+
+    def _spans(self, nbytes: int) -> Any:
+        done = 0
+        while done < nbytes:
+            page, start = divmod(self._place + done, _PAGE)
+            count = min(_PAGE - start, nbytes - done)
+            yield done, page, start, count
+            done += count
+
+
+def make_structure(
+    sizes: dict[str, int], attributes: dict[str, str | int]
+) -> tuple[list[tuple[int, bytes]], int, Extents]:
+    """Make an HDF5 file with contiguous datasets of given sizes, without their data.
+
+    HDF5 never sees the disk: a full one leaves it with files that read as zeros, or kills the process.
+
+    Parameters
+    ----------
+    sizes : dict of str to int
+        Bytes of `INDEX`, and of the buffer of every dtype; all above zero.
+    attributes : dict
+        Written to the root group, for people who open the file with other programs.
+
+    Returns
+    -------
+    list of (int, bytes)
+        What to write where.
+    int
+        Bytes of the whole file.
+    Extents
+        Where the data belong.
+    """
+    file, extents = _Sparse(), Extents()
+    with h5py.File(file, "w", libver=("earliest", "v110"), locking=False, alignment_threshold=_LARGE,
+                   alignment_interval=_PAGE) as made:  # fmt: skip
+        made.attrs.update(attributes)
+        creation = h5p.create(h5p.DATASET_CREATE)
+        creation.set_layout(h5d.CONTIGUOUS)
+        creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+        creation.set_fill_time(h5d.FILL_TIME_NEVER)
+        for name, nbytes in sizes.items():
+            dtype = "uint8" if name == INDEX else name
+            space = h5s.create_simple((nbytes // DTYPES[dtype].itemsize,))
+            dataset = h5d.create(made.id, name.encode(), hdf5_type(dtype), space, creation)
+            extents[name] = (dataset.get_offset(), nbytes)
+    places = (page * _PAGE for page in sorted(file.pages))
+    return [(place, bytes(file.pages[place // _PAGE][: file.size - place])) for place in places], file.size, extents
+
+
+def check_structure(path: str, size: int) -> Extents:
+    """Return where the data of a file lie, after making sure that they lie in it and nowhere else.
+
+    Only hard links to datasets of the root group pass, contiguous, one-dimensional, of the type that their name says,
+    without filters, external files and virtual sources, inside of the file and apart from each other.
+
+    Raises
+    ------
+    ValueError
+        What is wrong.
+    """
+    extents = Extents()
+    with h5py.File(path, "r", locking=False) as file:
+        group = file.id
+        if len(group) > len(DTYPES) + 1:
+            raise ValueError(f"it has {len(group)} links where datasets of {len(DTYPES)} dtypes are possible")
+        for key in group:
+            name = key.decode(errors="replace")
+            if group.links.get_info(key).type != h5py.h5l.TYPE_HARD:
+                raise ValueError(f"{name!r} is a link to somewhere else")
+            if name != INDEX and name not in DTYPES:
+                raise ValueError(f"{name!r} is no dataset of a checkpoint")
+            extents[name] = _extent(h5o.open(group, key), name)
+    if INDEX not in extents:
+        raise ValueError("it has no index")
+    end = 0
+    for offset, nbytes in sorted(extents.values()):
+        if offset < end or offset + nbytes > size:
+            raise ValueError("its datasets overlap or reach beyond its end")
+        end = offset + nbytes
+    return extents
+
+
+def _extent(dataset: Any, name: str) -> tuple[int, int]:
+    if not isinstance(dataset, h5d.DatasetID):
+        raise ValueError(f"{name!r} is no dataset")  # noqa: TRY004
+    creation, space, dtype = dataset.get_create_plist(), dataset.get_space(), "uint8" if name == INDEX else name
+    if creation.get_external_count():
+        raise ValueError(f"{name!r} lies in another file")
+    if creation.get_layout() != h5d.CONTIGUOUS or creation.get_nfilters():
+        raise ValueError(f"{name!r} is virtual, chunked, compact or filtered")
+    if not dataset.get_type().equal(hdf5_type(dtype)):
+        raise ValueError(f"{name!r} does not hold {dtype} values")
+    if space.get_simple_extent_type() != h5s.SIMPLE or space.get_simple_extent_ndims() != 1:
+        raise ValueError(f"{name!r} has not one dimension")
+    nbytes = space.get_simple_extent_npoints() * DTYPES[dtype].itemsize
+    offset = dataset.get_offset()
+    if offset is None or dataset.get_storage_size() != nbytes:
+        raise ValueError(f"{name!r} declares {nbytes} bytes and stores {dataset.get_storage_size()}")
+    return offset, nbytes

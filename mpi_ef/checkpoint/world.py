@@ -1,0 +1,258 @@
+"""What was saved by one world, read by a rank of another: as it was, or moved so that the means over the ranks stay."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpi_ef.collectives import Move
+from mpi_ef.errors import DtypeError, OptionError, ShapeError
+
+from .tree import Array, decoded, encoded, tensor_of
+
+__all__ = ["Past", "Snapshot", "Stored", "mean_over_ranks"]
+
+REPLICATED, PER_RANK, EITHER = "replicated", "per rank", "either"
+Leaf = Mapping[str, Any]
+
+
+class Stored(Protocol):
+    """A checkpoint that can be read: what :class:`Past` asks of the storage."""
+
+    @property
+    def step(self) -> int:
+        """Completed steps when it was written."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that wrote it."""
+
+    @property
+    def document(self) -> Any:
+        """JSON that is the same for all ranks."""
+
+    def rank_document(self, rank: int) -> Any:
+        """Return the JSON of a rank."""
+
+    def replicated(self, name: str) -> Array:
+        """Return an array that was the same on all ranks."""
+
+    def per_rank(self, name: str, rank: int) -> Array:
+        """Return an array of a rank."""
+
+
+@dataclass
+class Snapshot:
+    """What one rank gives to a checkpoint: values by name, as JSON and arrays.
+
+    Attributes
+    ----------
+    trees, arrays : dict of str to dict
+        By "replicated", "per rank" and, until :meth:`decide`, "either"; by name.
+    """
+
+    trees: dict[str, dict[str, Any]] = field(default_factory=lambda: {REPLICATED: {}, PER_RANK: {}, EITHER: {}})
+    arrays: dict[str, dict[str, Array]] = field(default_factory=lambda: {REPLICATED: {}, PER_RANK: {}})
+    _open: dict[str, dict[str, Array]] = field(default_factory=dict)
+
+    def add(self, name: str, value: Any, kind: str) -> None:
+        """Add a value: "replicated", "per rank", or "either", which is decided by whether it is the same on all ranks."""
+        arrays = self._open.setdefault(name, {}) if kind == EITHER else self.arrays[kind]
+        self.trees[kind][name] = encoded(value, name, arrays)
+
+    def undecided(self) -> dict[str, bytes]:
+        """Return a hash of every value that may be the same on all ranks. Local; a pass over memory."""
+        return {name: _hash(tree, self._open[name]) for name, tree in self.trees[EITHER].items()}
+
+    def decide(self, hashes: list[dict[str, bytes]]) -> None:
+        """Sort in what :meth:`undecided` has returned on all ranks. Local; alike everywhere."""
+        for name, tree in self.trees[EITHER].items():
+            kind = REPLICATED if len({of_rank[name] for of_rank in hashes}) == 1 else PER_RANK
+            self.trees[kind][name] = tree
+            self.arrays[kind] |= self._open.pop(name)
+        self.trees[EITHER].clear()
+
+
+def _hash(tree: Any, arrays: Mapping[str, Array]) -> bytes:
+    digest = sha256(repr(tree).encode())
+    for array in arrays.values():
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.digest()
+
+
+@dataclass
+class Past:
+    """A checkpoint, seen from rank `rank` of `size`.
+
+    Attributes
+    ----------
+    found : Stored
+    rank, size : int
+        Of the world that reads.
+    notes : list of str
+        What was not put back as it was.
+    """
+
+    found: Stored
+    rank: int
+    size: int
+    notes: list[str] = field(default_factory=list)
+    _read: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def same_world(self) -> bool:
+        """Whether as many ranks read as have written."""
+        return self.found.world_size == self.size
+
+    @property
+    def old_rank(self) -> int:
+        """The old rank whose place this rank takes where something of one of them is as good as of another."""
+        return self.rank % self.found.world_size
+
+    def _trees(self, rank: int) -> Mapping[str, Any]:
+        if rank not in self._read:
+            self._read[rank] = self.found.rank_document(rank)["values"]
+        return self._read[rank]
+
+    def kind(self, name: str) -> str | None:
+        """Return "replicated", "per rank", or None where there is no such value."""
+        if name in self.found.document["values"]:
+            return REPLICATED
+        return PER_RANK if name in self._trees(0) else None
+
+    def names(self) -> set[str]:
+        """Return the names of all values."""
+        return {*self.found.document["values"], *self._trees(0)}
+
+    def tree(self, name: str, rank: int | None = None) -> Any:
+        """Return the JSON of a value, of rank `rank` where ranks differ."""
+        if self.kind(name) == REPLICATED:
+            return self.found.document["values"][name]
+        return self._trees(self.old_rank if rank is None else rank)[name]
+
+    def _array(self, name: str, kind: str | None, rank: int) -> Array:
+        return self.found.replicated(name) if kind == REPLICATED else self.found.per_rank(name, rank)
+
+    def value(self, name: str) -> Any:
+        """Return a value as it was: the one of this rank's old rank where ranks differ."""
+        kind, rank = self.kind(name), self.old_rank
+
+        def tensor(leaf: Leaf) -> Tensor:
+            return tensor_of(self._array(leaf["name"], kind, rank), leaf["dtype"], leaf["shape"])
+
+        return decoded(self.tree(name), tensor, lambda leaf: self._array(leaf, kind, rank))
+
+    def mean(self, name: str) -> Any:
+        """Return a value of which every tensor is the mean over the old ranks, and everything else was the same on all.
+
+        Raises
+        ------
+        OptionError
+            It was not.
+        """
+        if self.same_world or self.kind(name) == REPLICATED:
+            return self.value(name)
+        old = range(self.found.world_size)
+        trees = [self.tree(name, rank) for rank in old]
+        if any(tree != trees[0] for tree in trees):
+            raise OptionError(f"resume: {name} differs between the {len(old)} ranks that saved it, not in tensors alone; "
+                              f"resume on {len(old)} ranks")  # fmt: skip
+
+        def tensor(leaf: Leaf) -> Tensor:
+            parts = (tensor_of(self.found.per_rank(leaf["name"], r), leaf["dtype"], leaf["shape"]) for r in old)
+            return mean_over_ranks(parts, leaf["name"])
+
+        return decoded(trees[0], tensor, lambda leaf: self.found.per_rank(leaf, 0))
+
+    def moved(self, name: str, move: Move | None) -> Array:
+        """Return this rank's array of that name; where ranks differ and their number has changed, as `move` says.
+
+        `move.of` and `move.owed` are the ends of names that begin as `name` does.
+        """
+        kind, worlds = self.kind(name), range(self.found.world_size)
+        if kind == REPLICATED or self.same_world or move is None:
+            return self._array(name, kind, self.old_rank)
+        if move.how == "copy":
+            prefix = name[: name.rindex(".") + 1]
+            aggregate = self.found.replicated(prefix + move.of)
+            if move.owed:
+                aggregate = aggregate + np.concatenate(
+                    [self.found.per_rank(prefix + move.owed, rank) for rank in worlds]
+                )
+            return aggregate
+        if move.how == "cut":
+            return _cut((self.found.per_rank(name, rank) for rank in worlds), move.start, move.stop, name)
+        parts = (torch.from_numpy(np.array(self.found.per_rank(name, rank))) for rank in worlds)
+        return mean_over_ranks(parts, name).numpy()
+
+    def write(self, name: str, out: Array, move: Move | None = None) -> None:
+        """Overwrite `out` with what :meth:`moved` returns.
+
+        Raises
+        ------
+        ShapeError
+            It is not of that shape and dtype.
+        """
+        array = self.moved(name, move)
+        if array.shape != out.shape or array.dtype != out.dtype:
+            raise ShapeError(f"resume: {name} was read as {array.shape} {array.dtype}, here it is {out.shape} {out.dtype}; "
+                             "the checkpoint is damaged, resume from another one")  # fmt: skip
+        np.copyto(out, array)
+
+    def check_array(self, name: str, array: Array, move: Move | None) -> None:
+        """Raise unless the array of that name has the shape and dtype of `array`, as far as they stay. Local; reads no data.
+
+        Raises
+        ------
+        ShapeError, DtypeError
+        """
+        leaf = self.tree(name)
+        if leaf["dtype"] != array.dtype.name:
+            raise DtypeError(f"resume: {name} is {leaf['dtype']} in the checkpoint and {array.dtype} here; build the model "
+                             "as it was")  # fmt: skip
+        worlds, shape = range(self.found.world_size), tuple(leaf["shape"])
+        if move is not None and move.how == "cut" and not self.same_world and self.kind(name) == PER_RANK:
+            whole = sum(self.tree(name, rank)["shape"][0] for rank in worlds)
+            if (self.rank == self.size - 1 and whole != move.stop) or whole < move.stop:
+                raise ShapeError(f"resume: {name} has {whole} entries on all ranks together in the checkpoint and "
+                                 f"{move.stop} here; build the model as it was")  # fmt: skip
+        elif shape != array.shape:
+            raise ShapeError(
+                f"resume: {name} is {shape} in the checkpoint and {array.shape} here; build the model as it was"
+            )
+
+
+def _cut(parts: Iterable[Array], start: int, stop: int, name: str) -> Array:
+    """Return the entries ``start ... stop - 1`` of the parts one after the other."""
+    pieces, place = [], 0
+    for part in parts:
+        pieces.append(part[max(0, start - place) : max(0, stop - place)])
+        place += part.size
+    if place < stop:
+        raise ShapeError(f"resume: {name} has {place} entries on all ranks together; {stop} are needed")
+    return np.concatenate(pieces)
+
+
+def mean_over_ranks(parts: Iterable[Tensor], name: str) -> Tensor:
+    """Return the mean, added up in float64 in rank order and rounded once; what is equal on all ranks keeps its bits.
+
+    Raises
+    ------
+    OptionError
+        Whole numbers or booleans that differ.
+    """
+    rest: Iterator[Tensor] = iter(parts)
+    first, count = next(rest), 1
+    wide = torch.complex128 if first.is_complex() else torch.float64
+    total, same = first.to(wide, copy=True), torch.ones_like(first, dtype=torch.bool)
+    for part in rest:
+        total, count = total.add_(part), count + 1
+        same &= part == first
+    if not (first.is_floating_point() or first.is_complex()) and not bool(same.all()):
+        raise OptionError(f"resume: {name} holds whole numbers that differ between the {count} ranks that saved it; "
+                          f"resume on {count} ranks")  # fmt: skip
+    return torch.where(same, first, (total / count).to(first.dtype))

@@ -1,0 +1,136 @@
+"""Training that is stopped, killed and continued ends with the parameters of one that was left alone."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from launching import finish, run, start
+
+STEPS = 300
+SMALL = ["--steps", STEPS, "--warmup", 20, "--batch", 4, "--context", 16, "--layers", 1, "--heads", 2, "--width", 16,
+         "--log-every", 10, "--eval-every", 100, "--checkpoint-every", 20]  # fmt: skip
+LIMIT = 120
+
+
+def arguments(out, *more):
+    return ["-m", "mpi_ef.jobs.train", *SMALL, *more, "--out", out]
+
+
+def summary(out):
+    return json.loads((out / "summary.json").read_text())
+
+
+def losses(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["val_loss"], row["sent_nbytes"]) for row in rows]
+
+
+def ranks_of(out):
+    """Return the processes that train into this folder, without their launcher."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"mpi_ef.jobs.train" in words and str(out).encode() in words and b"python" in words[0]:
+            found.append(int(process.name))
+    return found
+
+
+def wait_for(condition, process):
+    until = time.monotonic() + LIMIT
+    while not condition():
+        assert process.poll() is None, finish(process, within=1).text
+        assert time.monotonic() < until, "it takes too long"
+        time.sleep(0.005)
+
+
+def has_checkpoints(out, least):
+    return lambda: len(list(out.glob("checkpoints/step-*"))) >= least
+
+
+@pytest.fixture(
+    scope="module", params=[["--optimizer", "adamw"], ["--optimizer", "onebit-adam", "--freeze", 50]], ids=str
+)
+def whole(request, tmp_path_factory):
+    """A run that nobody disturbs."""
+    out = tmp_path_factory.mktemp("whole")
+    ended = run(2, *arguments(out, *request.param), within=LIMIT)
+    assert ended.status == 0, ended.text
+    return out, request.param
+
+
+def assert_same(out, whole):
+    assert summary(out)["parameters_crc32"] == summary(whole)["parameters_crc32"]
+    assert summary(out)["replicas_equal"]
+    assert losses(out) == losses(whole)  # no row twice, none missing
+
+
+def test_a_signal_saves_and_the_run_goes_on(whole, tmp_path):
+    whole, options = whole
+    process = start(2, *arguments(tmp_path, *options))
+    wait_for(has_checkpoints(tmp_path, 1), process)
+    os.kill(ranks_of(tmp_path)[0], signal.SIGUSR1)
+    ended = finish(process, within=LIMIT)
+    assert ended.status == 0, ended.text
+    assert "go on with --resume exact" in ended.text
+    assert (tmp_path / "requeue").read_text().startswith("SIGUSR1 on rank ")
+    assert not (tmp_path / "summary.json").exists()
+    ended = run(2, *arguments(tmp_path, *options, "--resume", "exact"), within=LIMIT)
+    assert ended.status == 0, ended.text
+    assert "resumed after step" in ended.text
+    assert not (tmp_path / "requeue").exists()
+    assert_same(tmp_path, whole)
+    again = run(2, *arguments(tmp_path, *options, "--resume", "exact"), within=LIMIT)
+    assert again.status == 0, again.text
+    assert "nothing is left to do" in again.text
+
+
+def test_kills_at_any_moment(whole, tmp_path):
+    """SIGKILL to one rank or to all, also inside of a save, again and again."""
+    whole, options = whole
+    rng, kills = random.Random(0), 0
+    while True:
+        process = start(2, *arguments(tmp_path, *options, "--resume", "exact", "--keep", 2))
+        seen = len(list(tmp_path.glob("checkpoints/step-*")))
+        if kills < 6:
+            newest = max((path.name for path in tmp_path.glob("checkpoints/step-*")), default="")
+            wait_for(lambda newest=newest: any(p.name > newest for p in tmp_path.glob("checkpoints/step-*")), process)
+            time.sleep(rng.random() * 0.15)
+            victims = ranks_of(tmp_path)
+            for pid in victims if rng.random() < 0.5 else victims[:1]:
+                os.kill(pid, signal.SIGKILL)
+            kills += 1
+            ended = finish(process, within=LIMIT)
+            if ended.status == 0:  # it was faster
+                break
+        else:
+            ended = finish(process, within=LIMIT)
+            assert ended.status == 0, ended.text
+            break
+        assert seen <= 3
+    assert kills >= 3
+    assert_same(tmp_path, whole)
+
+
+def test_another_number_of_ranks(whole, tmp_path):
+    _, options = whole
+    process = start(2, *arguments(tmp_path, *options))
+    wait_for(has_checkpoints(tmp_path, 1), process)
+    os.kill(ranks_of(tmp_path)[-1], signal.SIGTERM)
+    assert finish(process, within=LIMIT).status == 0
+    refused = run(3, *arguments(tmp_path, *options, "--resume", "exact"), within=LIMIT)
+    assert refused.status == 2
+    assert len(refused.lines_with("was saved by 2 ranks, here there are 3")) == 1, refused.text
+    ended = run(3, *arguments(tmp_path, *options, "--resume", "redistribute"), within=LIMIT)
+    assert ended.status == 0, ended.text
+    assert summary(tmp_path)["ranks"] == 3
+    assert summary(tmp_path)["replicas_equal"]
+    rows = losses(tmp_path)
+    assert [row[0] for row in rows] == list(range(10, STEPS + 1, 10))
+    assert rows[-1][1] < rows[1][1]

@@ -1,0 +1,520 @@
+"""Saving and finding checkpoints: bits, agreement of the ranks, full disks, killed jobs, pruning, locks."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from checkpoint_cases import any_bits, assert_holds, save, shared
+from virtual import results, run
+
+from mpi_ef.checkpoint import Store, folder, lock, open_checkpoint, rankfile, store
+from mpi_ef.errors import CheckpointError, OptionError
+
+DATA = Path(__file__).parent / "data" / "checkpoint-v1"
+NOTHING = {"replicated": {}, "per_rank": {}, "document": None, "rank_document": None}
+
+
+def arrays_of(step: int, rank: int, count: int = 1000) -> dict:
+    """A save that can be told from that of any other step."""
+    return {
+        "replicated": {"x": np.full(count, step, np.float32), "y": np.full(3, step)},
+        "per_rank": {"e": np.full(count // 2, 1000 * step + rank)},
+        "document": {"step": step},
+        "rank_document": [step, rank],
+    }
+
+
+def is_step(found, step: int) -> bool:
+    """Whether all of a checkpoint belongs to one step."""
+    ranks = range(found.world_size)
+    return (
+        found.step == found.document["step"] == step
+        and (found.replicated("x") == step).all()
+        and (found.replicated("y") == step).all()
+        and all((found.per_rank("e", rank) == 1000 * step + rank).all() for rank in ranks)
+        and all(found.rank_document(rank) == [step, rank] for rank in ranks)
+    )
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_every_bit_comes_back(tmp_path, n):
+    path = save(tmp_path, 7, n)
+    assert_holds(path, 7, n)
+    assert open_checkpoint(path).verify() == []
+    assert sorted(p.name for p in path.iterdir()) == ["COMMIT", "master.json", *(f"rank-{r:05d}.h5" for r in range(n))]
+
+
+def test_golden_files_can_be_read():
+    """What the first release wrote stays readable: a change of the format is a visible act."""
+    assert_holds(DATA / "step-00000003", 3, 2)
+    assert open_checkpoint(DATA / "step-00000003").verify() == []
+
+
+def test_the_format_is_the_golden_one(tmp_path):
+    """Same index, same names and sizes of buffers, same master, but for identities and versions."""
+
+    def told(path):
+        master = json.loads((path / "master.json").read_text())
+        with h5py.File(path / "rank-00001.h5") as file:
+            index = json.loads(file["index"][:].tobytes())
+            buffers = {name: (file[name].shape, str(file[name].dtype), file[name].id.get_offset()) for name in file}
+            attributes = {name: value for name, value in file.attrs.items() if name != "run"}
+        for one in (master, index):
+            del one["run"]
+        rows = [{k: v for k, v in row.items() if k != "crc32"} for row in master["files"]]
+        return rows, {k: master[k] for k in master if k not in ("files", "written_at", "written_by")}, index, attributes, {
+            name: what[:2] for name, what in buffers.items()}  # fmt: skip
+
+    mine, golden = told(save(tmp_path, 3)), told(DATA / "step-00000003")
+    assert mine[1:] == golden[1:]
+    if h5py.version.hdf5_version_tuple[0] == 2:  # where HDF5 puts its structure is its own business
+        assert mine[0] == golden[0]
+
+
+def test_other_programs_can_read_the_buffers(tmp_path):
+    path = save(tmp_path, 7, 1)
+    with h5py.File(path / "rank-00000.h5") as file:
+        rows = {row["name"]: row for row in json.loads(file["index"][:].tobytes())["arrays"]}
+        row = rows["float64 values"]
+        start = row["offset"] // 8
+        assert file["float64"][start : start + 87].tobytes() == shared(7)["float64 values"].tobytes()
+        row = rows["bf16"]
+        got = file["bfloat16"][row["offset"] // 2 :][:35]  # HDF5 converts: the type describes itself
+        wide = (shared(7)["bf16"].view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(-1)
+        assert np.array_equal(got, wide, equal_nan=True)
+        assert file.attrs["format"] == "mpi_ef.checkpoint"
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_megabytes_are_striped(tmp_path, n):
+    x, e = any_bits(1, "float32", 3_000_001), any_bits(2, "float64", 400_001)
+
+    def program(comm):
+        st = Store(tmp_path)
+        st.save(comm, 1, replicated={"x": x, "y": x[:5]}, per_rank={"e": e}, document=None, rank_document=None)
+        found = st.newest(comm)
+        assert found.replicated("x").tobytes() == x.tobytes()
+        assert found.per_rank("e", comm.Get_rank()).tobytes() == e.tobytes()
+        return found.path
+
+    path = results(n, program)[0]
+    sizes = [(path / f"rank-{r:05d}.h5").stat().st_size for r in range(n)]
+    assert max(sizes) - min(sizes) < 50_000
+    assert sum(sizes) < x.nbytes + n * e.nbytes + n * 20_000
+
+
+def test_another_number_of_ranks_reads(tmp_path):
+    save(tmp_path, 5, 3)
+    for n in (1, 2, 4):
+        for found in results(n, lambda comm: Store(tmp_path).newest(comm)):
+            assert_holds(found.path, 5, 3)
+
+
+def test_ranks_that_disagree_all_raise(tmp_path):
+    def program(comm):
+        rank = comm.Get_rank()
+        Store(tmp_path).save(comm, 1, **NOTHING | {"replicated": {"x": np.zeros(3 + rank)}})
+
+    for error in run(2, program):
+        assert isinstance(error, CheckpointError)
+        assert "ranks disagree on replicated arrays: 1 arrays of 24 bytes" in str(error)
+    assert not tmp_path.exists() or not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"replicated": {"x": np.array(["a"], object)}}, "dtype object cannot be stored"),
+        ({"per_rank": {"x": np.array(["a"])}}, "dtype <U1 cannot be stored"),
+        ({"rank_document": {1: 2}}, "keys that are no text"),
+        ({"rank_document": [np.float32(1)]}, "holds float32, which is not JSON"),
+        ({"per_rank": {"x": np.zeros(2, np.longdouble)}}, "cannot be stored"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_everywhere(tmp_path, change, words):
+    def program(comm):
+        bad = change if comm.Get_rank() == 1 else {}
+        Store(tmp_path).save(comm, 1, **NOTHING | bad)
+
+    for error in run(3, program):
+        assert isinstance(error, CheckpointError)
+        assert words in str(error) or "disagree" in str(error)
+
+
+def test_wrong_options():
+    with pytest.raises(OptionError, match="keep_last=0"):
+        Store(Path("x"), keep_last=0)
+    for error in run(2, lambda comm: Store(Path("x")).save(comm, -1, **NOTHING)):
+        assert isinstance(error, CheckpointError)
+
+
+def failing(monkeypatch, module, name, error, when=lambda *a: True):
+    real = getattr(module, name)
+
+    def call(*arguments, **options):
+        if when(*arguments):
+            raise error
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, name, call)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EIO])
+def test_one_rank_that_fails_fails_all(tmp_path, monkeypatch, rank, code, asynchronous):
+    save(tmp_path, 1, 3)
+    failing(monkeypatch, store, "write_rank_file", OSError(code, os.strerror(code)),
+            lambda path, *rest: path.name == f"rank-{rank:05d}.h5")  # fmt: skip
+
+    def program(comm):
+        st, me = Store(tmp_path), comm.Get_rank()
+        try:
+            if asynchronous:
+                pending = st.save_async(comm, 2, **arrays_of(2, me))
+                pending.finish(comm)
+            else:
+                st.save(comm, 2, **arrays_of(2, me))
+        except CheckpointError as error:
+            return str(error), st.newest(comm).step, error.everywhere
+        return None
+
+    answers = results(3, program)
+    assert answers[0][0].startswith(f"Store.save{'_async' * asynchronous}, step 2: ")
+    assert os.strerror(code) in answers[0][0]
+    assert f"rank {rank}; 1 of 3 ranks failed" in answers[0][0]
+    assert answers == [(answers[0][0], 1, True)] * 3
+    assert_holds(tmp_path / "step-00000001", 1, 3)
+    assert not list(tmp_path.glob(".tmp*"))
+    monkeypatch.undo()
+    results(3, lambda comm: Store(tmp_path).save(comm, 2, **arrays_of(2, comm.Get_rank())))
+    assert is_step(open_checkpoint(tmp_path / "step-00000002"), 2)
+
+
+@pytest.mark.parametrize("name", ["write_master", "sync_folder"])
+def test_rank_0_that_cannot_commit_fails_all(tmp_path, monkeypatch, name):
+    save(tmp_path, 1, 2)
+    module = folder if name == "write_master" else __import__("mpi_ef.checkpoint.master", fromlist=["x"])
+    failing(monkeypatch, module, name, OSError(28, "No space left on device"))
+    errors = run(2, lambda comm: Store(tmp_path).save(comm, 2, **arrays_of(2, comm.Get_rank())))
+    assert all("No space left" in str(error) for error in errors)
+    assert Store(tmp_path).steps() == [1]
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    """A real file system of one megabyte. Every size of what is free is tried, down to where no name fits."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False, capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system is refused here: {mounted.stderr.strip()}")
+    try:
+        results(2, lambda comm: Store(disk / "run").save(comm, 1, **arrays_of(1, comm.Get_rank())))
+        for count in (300_000, 1000):
+            for free in (64, 5, 4, 3, 2, 1, 0) if count == 1000 else (64,):
+                fill_all_but(disk, free * 4096)
+                errors = run(
+                    2,
+                    lambda comm, count=count: Store(disk / "run").save(comm, 2, **arrays_of(2, comm.Get_rank(), count)),
+                )
+                (disk / "ballast").unlink()
+                assert len({str(error) for error in errors}) == 1
+                if isinstance(errors[0], CheckpointError):
+                    assert "No space left on device" in str(errors[0])
+                    assert not list((disk / "run").glob("*tmp*"))
+                else:
+                    assert free == 64
+                    assert count == 1000
+                    shutil.rmtree(disk / "run" / "step-00000002")
+                assert is_step(results(2, lambda comm: Store(disk / "run").newest(comm))[1], 1)
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
+
+
+def fill_all_but(disk: Path, nbytes: int) -> None:
+    state = os.statvfs(disk)
+    with (disk / "ballast").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(state.f_bavail * state.f_frsize - nbytes, 1))
+
+
+CHILD = """
+import sys; sys.path[:0] = [{tests!r}]
+from test_checkpoint_store import *
+first, asynchronous = int(sys.argv[2]), int(sys.argv[3])
+def program(comm):
+    st, me = Store(Path(sys.argv[1]), keep_last=2), comm.Get_rank()
+    for step in range(first, first + 100000):
+        if me == 0:
+            print(step, flush=True)
+        if asynchronous:
+            st.save_async(comm, step // 2 * 2, **arrays_of(step // 2 * 2, me, 200_000))
+        else:
+            st.save(comm, step // 2 * 2, **arrays_of(step // 2 * 2, me, 200_000))  # every step is replaced once
+run(2, program)
+"""
+
+
+@pytest.mark.parametrize("asynchronous", [0, 1])
+def test_killed_at_any_moment(tmp_path, asynchronous):
+    """Whatever was going on, the newest checkpoint is whole, of one step, and not older than the last that was saved."""
+    rng, seen = np.random.default_rng(asynchronous), 0
+    program = CHILD.format(tests=str(Path(__file__).parent))
+    for _ in range(12):
+        child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), str(seen), str(asynchronous)],
+                                 stdout=subprocess.PIPE, text=True)  # fmt: skip
+        step = int(child.stdout.readline())
+        stop = time.monotonic() + rng.uniform(0.0, 0.25)
+        while time.monotonic() < stop:
+            time.sleep(0.001)
+        child.send_signal(signal.SIGKILL)
+        lines = child.communicate()[0].split()
+        step = int(lines[-1]) if lines else step
+        found = results(2, lambda comm: Store(tmp_path).newest(comm))[0]
+        if found is None:
+            assert step <= 2
+            continue
+        assert is_step(found, found.step)
+        assert found.verify() == []
+        assert found.step >= (step - 2 - 2 * asynchronous) // 2 * 2
+        assert not list(tmp_path.glob("step-*/BAD"))
+        seen = found.step + 2
+    results(2, lambda comm: Store(tmp_path).save(comm, seen, **arrays_of(seen, comm.Get_rank())))
+    assert not list(tmp_path.glob(".tmp*"))
+    assert not list(tmp_path.glob(".old*"))
+
+
+def test_a_replacement_that_was_cut_short(tmp_path):
+    """Between two renames the step has no directory of its own; the old one still counts."""
+    path = save(tmp_path, 4)
+    aside = path.rename(tmp_path / ".old-step-00000004-0123456789ab")
+    assert Store(tmp_path).steps() == [4]
+    assert_holds(results(2, lambda comm: Store(tmp_path).newest(comm))[0].path, 4)
+    save(tmp_path, 3)
+    assert_holds(aside, 4)
+    save(tmp_path, 4)
+    save(tmp_path, 5)
+    assert not aside.exists()
+
+
+def test_in_the_background_only_the_copy_is_waited_for(tmp_path, monkeypatch):
+    go, real = threading.Event(), rankfile.write_rank_file
+
+    def slow(*arguments):
+        assert go.wait(30)
+        return real(*arguments)
+
+    monkeypatch.setattr(store, "write_rank_file", slow)
+
+    def program(comm):
+        st, me = Store(tmp_path), comm.Get_rank()
+        state = arrays_of(1, me, 100_000)
+        pending = st.save_async(comm, 1, **state)
+        state["replicated"]["x"][:] = -1  # the next step of the training
+        state["per_rank"]["e"][:] = -1
+        state["document"]["step"] = -1
+        assert not pending.done
+        assert st.steps() == []
+        comm.allgather(0)
+        go.set()
+        path = pending.finish(comm)
+        assert pending.done
+        assert pending.finish(comm) == path  # once more does nothing
+        second = st.save_async(comm, 2, **arrays_of(2, me))
+        st.save_async(comm, 3, **arrays_of(3, me))
+        assert second.path is not None
+        assert st.steps() == [1, 2]
+        st.finish(comm)
+        assert st.finish(comm) is None
+        return path
+
+    path = results(2, program)[0]
+    assert Store(tmp_path).steps() == [1, 2, 3]
+    for step in (1, 2, 3):
+        assert is_step(open_checkpoint(path.parent / f"step-{step:08d}"), step)
+
+
+def test_memory_for_copies_is_kept(tmp_path):
+    def program(comm):
+        st, rooms = Store(tmp_path), set()
+        for step in range(4):
+            st.save_async(comm, step, **arrays_of(step, 0, 10_000))
+            rooms.add(st._room._memory.__array_interface__["data"][0])
+        st.finish(comm)
+        return len(rooms)
+
+    assert results(1, program) == [1]
+
+
+def test_closing_drops_what_is_in_flight(tmp_path):
+    def program(comm):
+        st = Store(tmp_path)
+        pending = st.save_async(comm, 1, **arrays_of(1, comm.Get_rank()))
+        comm.allgather(0)
+        st.close()
+        comm.allgather(0)
+        pending.finish(comm)
+
+    assert all("dropped or has failed" in str(error) for error in run(2, program))
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "left"),
+    [(1, 0, [70]), (3, 0, [50, 60, 70]), (2, 30, [0, 30, 60, 70]), (100, 0, [0, 10, 20, 30, 40, 50, 60, 70])],
+)
+def test_what_is_kept(tmp_path, keep_last, keep_every, left):
+    def program(comm):
+        st = Store(tmp_path, keep_last=keep_last, keep_every=keep_every)
+        for step in range(0, 80, 10):
+            st.save(comm, step, **NOTHING)
+        return st.steps()
+
+    assert results(1, program) == [left]
+    assert sorted(int(path.name[5:]) for path in tmp_path.glob("step-*")) == left
+    assert (tmp_path / "LATEST").read_text() == "step-00000070\n"
+
+
+def test_after_going_back_the_new_one_is_not_deleted(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step, 1)
+    save(tmp_path, 5, 1, keep_last=2)
+    assert Store(tmp_path).steps() == [5, 20, 30]
+
+
+def test_damaged_ones_do_not_count_as_kept(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, 1)
+    for step in (2, 3):
+        (tmp_path / f"step-{step:08d}" / "BAD").write_text("somebody says so\n")
+    save(tmp_path, 4, 1, keep_last=2)
+    assert Store(tmp_path).steps() == [1, 4]
+    for step in (5, 6):
+        save(tmp_path, step, 1, keep_last=2)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000005", "step-00000006"]
+
+
+def test_the_hint_may_be_wrong(tmp_path):
+    save(tmp_path, 1)
+    for text in ("step-00000099\n", "../../etc", ""):
+        (tmp_path / "LATEST").write_text(text)
+        assert results(1, lambda comm: Store(tmp_path).newest(comm))[0].step == 1
+
+
+def test_nothing_there(tmp_path):
+    assert results(2, lambda comm: Store(tmp_path / "no").newest(comm)) == [None, None]
+    assert Store(tmp_path / "no").steps() == []
+    save(tmp_path, 3, 1)
+    for error in run(2, lambda comm: Store(tmp_path).at(comm, 4)):
+        assert str(error).startswith(f"Store.at, step 4: {tmp_path} has none; the last steps there are: 3")
+    found = results(2, lambda comm: Store(tmp_path).at(comm, 3))
+    assert [checkpoint.step for checkpoint in found] == [3, 3]
+
+
+def test_names_that_are_not_there(tmp_path):
+    found = open_checkpoint(save(tmp_path))
+    for call in (lambda: found.replicated("e_i"), lambda: found.per_rank("bf16", 0), lambda: found.per_rank("e_i", 2),
+                 lambda: found.rank_document(-1), lambda: open_checkpoint(tmp_path / "no")):  # fmt: skip
+        with pytest.raises(CheckpointError):
+            call()
+
+
+def test_a_run_keeps_its_identity(tmp_path):
+    def program(comm):
+        st = Store(tmp_path)
+        st.newest(comm)
+        st.save(comm, 1 if not st.steps() else 2, **NOTHING)
+        return st.run
+
+    assert len(set(results(2, program) + results(3, program))) == 1
+
+
+SLEEPER = "import sys, time; print('up', flush=True); time.sleep(600)"
+
+
+def lock_of(tmp_path, **changes):
+    save(tmp_path, 1, 1)
+    owner = vars(lock.Owner.this_process("", "another run")) | changes
+    (tmp_path / "LOCK").unlink(missing_ok=True)
+    (tmp_path / "LOCK").write_text(json.dumps(owner))
+
+
+def test_a_second_job_is_told_who_writes(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        lock_of(tmp_path, pid=other.pid, started=lock._started(other.pid), job="41", token="theirs")
+        errors = run(2, lambda comm: Store(tmp_path).save(comm, 2, **NOTHING))
+        assert len({str(error) for error in errors}) == 1
+        assert f"process {other.pid} of job 41 on " in str(errors[0])
+        assert "writes checkpoints there; give this job another folder, or remove LOCK" in str(errors[0])
+        assert "\n" not in str(errors[0])
+        assert results(2, lambda comm: Store(tmp_path).newest(comm))[0].step == 1  # reading needs no lock
+        tmp = tmp_path / ".tmp-step-00000002-aaaaaaaaaaaa"
+        tmp.mkdir()
+        (tmp / "OWNER").write_text((tmp_path / "LOCK").read_text())
+        other.kill()
+    save(tmp_path, 2, 1)  # its process is gone
+    assert Store(tmp_path).steps() == [1, 2]
+    assert not tmp.exists()
+
+
+def test_a_process_number_that_is_used_again(tmp_path):
+    lock_of(tmp_path, pid=os.getppid(), started="an earlier boot", token="theirs")
+    save(tmp_path, 2, 1)
+
+
+@pytest.mark.parametrize(("job", "age", "taken"), [("", 0, False), ("7", 0, True), ("8", 0, False), ("", 300, True)])
+def test_a_lock_on_another_host(tmp_path, job, age, taken):
+    lock_of(tmp_path, host="elsewhere", job=job, token="theirs")
+    now = time.time()
+    os.utime(tmp_path / "LOCK", (now - age, now - age))
+    error = run(1, lambda comm: Store(tmp_path, job="7").save(comm, 2, **NOTHING))[0]
+    assert isinstance(error, CheckpointError) is not taken, error
+
+
+def test_a_lock_that_was_lost_stops_the_commit(tmp_path):
+    def program(comm):
+        st = Store(tmp_path)
+        st.save(comm, 1, **NOTHING)
+        st.save_async(comm, 2, **NOTHING)
+        if comm.Get_rank() == 0:
+            lock.Owner.this_process("9", "").write(tmp_path / "new")
+            (tmp_path / "new").rename(tmp_path / "LOCK")
+        st.finish(comm)
+
+    assert all("the lock was taken over by" in str(error) for error in run(2, program))
+    assert Store(tmp_path).steps() == [1]
+
+
+def test_a_lock_that_nobody_can_read(tmp_path):
+    (tmp_path / "LOCK").write_text("{}")
+    assert "remove it when no job writes there" in str(run(1, lambda comm: Store(tmp_path).save(comm, 1, **NOTHING))[0])
+
+
+def test_locks_go_with_their_store(tmp_path):
+    def program(comm):
+        with_lock = Store(tmp_path)
+        with_lock.save(comm, 1, **NOTHING)
+        assert (tmp_path / "LOCK").exists()
+        with_lock.close()
+        with_lock.close()
+        assert not (tmp_path / "LOCK").exists()
+        with_lock.save(comm, 2, **NOTHING)
+
+    results(1, program)
+    assert sorted(path.name for path in tmp_path.iterdir() if "LOCK" in path.name or "probe" in path.name) in (
+        [],
+        ["LOCK"],
+    )
