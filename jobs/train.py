@@ -13,6 +13,7 @@ from mpi_ef.jobs import launch
 from mpi_ef.jobs.config import option, parse, to_toml
 
 if TYPE_CHECKING:
+    from mpi_ef.jobs.metrics import Metrics, Progress
     from mpi_ef.jobs.trainer import Trainer
 
 __all__ = ["PHASES", "TrainConfig", "learning_rate", "main", "train"]
@@ -159,22 +160,28 @@ def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
             trainer.optimizer.synchronize()
         if logged:
             row = trainer.row(evaluate=evaluate)
-        if metrics is not None and logged:
-            metrics.write(row)
-            if evaluate or progress.due():
-                progress.show(step, _line(row))
+            _record(row, metrics, progress)
         if run.ends_after(step):
             break
     run.close()
-    if run.stopped is not None or not row:
-        return {"steps": trainer.steps, "stopped": run.stopped}
-    summary = _summary(trainer, config, row)
     if metrics is not None:
         progress.close()
         metrics.close()
+    if run.stopped is not None:
+        return {"steps": trainer.steps, "stopped": run.stopped}
+    summary = _summary(trainer, config, row or trainer.row(evaluate=True))  # no row: there was nothing left to do
+    if root:
         (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print(_table(summary), flush=True)
     return summary
+
+
+def _record(row: dict[str, Any], metrics: "Metrics | None", progress: "Progress") -> None:
+    """Let rank 0 write a row, and show it when it was evaluated or there was nothing to see for a while."""
+    if metrics is not None:
+        metrics.write(row)
+        if row["val_loss"] is not None or progress.due():
+            progress.show(row["step"], _line(row))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
