@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         import torch
 
         torch.set_num_threads(launch.threads_per_rank(comm))
-        torch.set_flush_denormal(True)  # subnormal gradients, common under plain SGD, take ten times as long
+        torch.set_flush_denormal(True)  # subnormal gradients, common under plain SGD, take several times as long
         train(comm, config)
 
     launch.run(program)
