@@ -1,7 +1,7 @@
 # make demo   set everything up and train a small GPT on 2 ranks, with 1 % of the update travelling
 # make test   set everything up and run lint, types and all tests
 # make bench  all methods against dense allreduce, medians over five launches (about four minutes; D=100000 for short vectors)
-# make optimizers  the runs behind the picture and the tables of optimizers in the README (a quarter of an hour)
+# make optimizers  the runs behind the picture and the tables of optimizers in the README (half an hour)
 #
 # PYTHON=python3.12 takes another interpreter, MPI=mpich the other MPI from the Python index.
 PYTHON ?= python3
@@ -72,16 +72,16 @@ endef
 
 optimizers: $(VENV)/test
 	$(call compare,adamw-dense,0.003 0.006 0.01,--optimizer adamw $(DENSE))
-	$(call compare,sgd-dense,0.3,--optimizer sgd --compressor identity --placement gradient)
-	$(call compare,adamw-topk,0.006 0.01,--optimizer adamw)
-	$(call compare,adamw-sign,0.006,--optimizer adamw --compressor sign)
-	$(call compare,onebit-adam,0.003 0.006,--optimizer onebit-adam --freeze $(FREEZE))
-	$(call compare,zero-one-adam,0.006,--optimizer zero-one-adam --freeze $(FREEZE))
-	$(call compare,onebit-lamb,0.02,--optimizer onebit-lamb --freeze $(FREEZE))
-	$(call compare,lion,0.001,--optimizer lion)
-	$(call compare,signum,0.001,--optimizer signum)
-	$(call compare,ef21-muon,0.02,--optimizer ef21-muon --ratio 0.1 --dense-steps 1 --clip 0)
-	$(call compare,powersgd,0.3,--optimizer powersgd --rank 4)
+	$(call compare,sgd-dense,0.1 0.3 1,--optimizer sgd --compressor identity --placement gradient)
+	$(call compare,adamw-topk,0.003 0.006 0.01,--optimizer adamw)
+	$(call compare,adamw-sign,0.003 0.006 0.01,--optimizer adamw --compressor sign)
+	$(call compare,onebit-adam,0.003 0.006 0.01,--optimizer onebit-adam --freeze $(FREEZE))
+	$(call compare,zero-one-adam,0.003 0.006 0.01,--optimizer zero-one-adam --freeze $(FREEZE))
+	$(call compare,onebit-lamb,0.01 0.02 0.04,--optimizer onebit-lamb --freeze $(FREEZE))
+	$(call compare,lion,0.0005 0.001 0.002,--optimizer lion)
+	$(call compare,signum,0.0005 0.001 0.002,--optimizer signum)
+	$(call compare,ef21-muon,0.01 0.02 0.04,--optimizer ef21-muon --ratio 0.1 --dense-steps 1 --clip 0)
+	$(call compare,powersgd,0.1 0.3 1,--optimizer powersgd --rank 4)
 	$(BIN)/mpi-ef report $(addprefix $(OUT)/optimizers/adamw-,dense-lr-0.006 dense-lr-0.003 dense-lr-0.01 topk-lr-0.006 sign-lr-0.006) \
 	    --plot docs/loss_against_bytes.png
 	$(BIN)/mpi-ef report --best $(OUT)/optimizers/*-lr-*

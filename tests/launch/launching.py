@@ -25,7 +25,12 @@ class Ended:
 
 
 def start(n: int, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """Start ``python ARGUMENTS`` on `n` ranks."""
+    """Start ``python ARGUMENTS`` on `n` ranks.
+
+    Their output is buffered by lines, also where PYTHONUNBUFFERED is set: Python would write a line and its end apart then,
+    and MPICH's launcher puts what other ranks print between the two.
+    """
+    environment = {"PYTHONUNBUFFERED": ""} | environment
     command = [MPIEXEC, "-n", str(n), sys.executable, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                             env=os.environ | environment, start_new_session=True)  # fmt: skip
