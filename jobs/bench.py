@@ -1,10 +1,11 @@
 """Measure every plan and rule against dense allreduce on this machine, alternating: ``mpiexec -n 2 mpi-ef bench``.
 
 Says where compression pays: it fits latency and bandwidth of the link between the ranks, and prints the bandwidth below
-which each method beats the fastest dense one.
+which each method beats the fastest dense one. ``mpi-ef bench checkpoint`` measures saving and loading.
 """
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,8 +48,14 @@ class BenchConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark on COMM_WORLD, or put the results of several launches together."""
-    config = parse(BenchConfig, argv, prog="mpi-ef bench", description=__doc__ or "")
+    """Run the benchmark on COMM_WORLD, or put the results of several launches together; or that of checkpoints."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["checkpoint"]:
+        from mpi_ef.jobs import bench_checkpoint
+
+        bench_checkpoint.main(arguments[1:])
+        return
+    config = parse(BenchConfig, arguments, prog="mpi-ef bench", description=__doc__ or "")
     if config.combine:
         try:
             show(config, combine([read(Path(name)) for name in config.combine.split(",")]))

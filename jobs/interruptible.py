@@ -34,31 +34,47 @@ class Interruptible:
         self.comm, self.config, self.trainer = comm, config, trainer
         self.stopped: str | None = None
         self._store = self._stopper = None
+        self._last = config.steps  # step after which this launch ends
         if config.checkpoint_every or config.resume != "no":
-            job = os.environ.get("SLURM_JOB_ID", "")
-            self._store = Store(config.out / "checkpoints", keep_last=config.keep, job=job)
+            job, restart = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
+            self._store = Store(config.out / "checkpoints", keep_last=config.keep, job=job,
+                                restart=int(restart) if restart.isdigit() else 0)  # fmt: skip
         if config.checkpoint_every:
-            end = os.environ.get("SLURM_JOB_END_TIME")
+            end = os.environ.get("SLURM_JOB_END_TIME", "")
             # Python lets only the main thread have signals, which is where programs run.
             signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
-            self._stopper = Stopper(comm, signals=signals, deadline=float(end) if end else None)
+            self._stopper = Stopper(comm, signals=signals, deadline=float(end) if end.isdigit() else None)
         self._training = Training(model=trainer.model, optimizer=trainer.optimizer, seed=config.seed)
 
     def resume(self) -> int:
         """Put everything back to where the newest checkpoint was, and return its step; 0 without one."""
+        self._claim()
+        start = self._resumed()
+        if self.config.stop_after:
+            self._last = min(self.config.steps, start + self.config.stop_after)
+        return start
+
+    def _claim(self) -> None:
+        """Become the only one who writes to the folder, before anything in it is changed. Collective."""
+        if self._store is not None and self.config.checkpoint_every:
+            self._store.claim(self.comm, new=self.config.resume == "no")
+            if self.comm.Get_rank() == 0:
+                (self.config.out / "requeue").unlink(missing_ok=True)
+
+    def _resumed(self) -> int:
         if self._store is None or self.config.resume == "no":
             return 0
         start = self._training.resume(self._store, self.comm, policy=self.config.resume)
-        if start:
-            self.trainer.go_on(start, self._training.document)
+        changed = self.trainer.go_on(start, self._training.document) if start else []
         if self.comm.Get_rank() == 0:
-            (self.config.out / "requeue").unlink(missing_ok=True)
             left = (
                 f"; {self.config.steps - start} steps left" if start < self.config.steps else "; nothing is left to do"
             )
             print(
                 f"resumed after step {start}{left}" if start else "no checkpoint yet: starting from nothing", flush=True
             )
+            for text in changed:
+                print(f"not as in the run that saved: {text}", flush=True)
         return start
 
     def ends_after(self, step: int) -> bool:
@@ -66,13 +82,15 @@ class Interruptible:
         config = self.config
         if self._store is None or self._stopper is None:
             return False
-        stop = self._stopper.should_stop()
-        if stop or step % config.checkpoint_every == 0 or step == config.steps:
-            self._training.save(self._store, self.comm, step, document=self.trainer.position())
-        if not stop or step == config.steps:
+        self._store.poll(self.comm)
+        ends = self._stopper.should_stop() or step == self._last
+        if ends or step % config.checkpoint_every == 0:
+            background = config.save_in_background and not ends
+            self._training.save(self._store, self.comm, step, document=self.trainer.position(), background=background)
+        if not ends or step == config.steps:
             return False
-        self.stopped = self._stopper.reason
-        self._stopper.mark_requeue(config.out / "requeue")
+        self.stopped = self._stopper.reason or f"after {config.stop_after} steps of this launch"
+        self._stopper.mark_requeue(config.out / "requeue", self.stopped)
         if self.comm.Get_rank() == 0:
             print(f"stopped after step {step}: {self.stopped}; go on with --resume exact", flush=True)
         return True

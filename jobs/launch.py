@@ -109,7 +109,7 @@ def _within(request: Any, seconds: float) -> bool:
 
 
 def _die(comm: Any, text: str, status: int) -> None:
-    sys.stderr.write(text + "\n")  # in one piece: print() writes the end apart under PYTHONUNBUFFERED, and lines of ranks mix
+    sys.stderr.write(text + "\n")  # in one piece: under PYTHONUNBUFFERED print() writes the end apart, and lines mix
     sys.stderr.flush()
     sys.stdout.flush()
     sleep(FORWARDING_SECONDS)  # a launcher that is told to abort may end before it has passed on what was printed

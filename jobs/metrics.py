@@ -28,13 +28,16 @@ class Metrics:
     def __init__(self, folder: Path, columns: list[str], *, after: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._columns = columns
-        earlier = _rows_up_to(after, folder / "metrics.jsonl") if after else []
-        self._json = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-        self._csv = (folder / "metrics.csv").open("w", encoding="utf-8", newline="")
+        finals = [folder / "metrics.jsonl", folder / "metrics.csv"]
+        earlier = _rows_up_to(after, finals[0]) if after else []
+        drafts = [path.with_name(f".{path.name}") for path in finals]
+        self._json, self._csv = (path.open("w", encoding="utf-8", newline="") for path in drafts)
         self._writer = csv.DictWriter(self._csv, columns)
         self._writer.writeheader()
         for row in earlier:
             self.write({name: row.get(name) for name in columns})
+        for draft, path in zip(drafts, finals, strict=True):
+            draft.replace(path)  # whoever is killed before has the earlier rows still
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row and flush, so that a killed run keeps it."""

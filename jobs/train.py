@@ -3,12 +3,13 @@
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mpi_ef.errors import ConfigError
+from mpi_ef.errors import ConfigError, DataError
 from mpi_ef.jobs import launch
 from mpi_ef.jobs.config import option, parse, to_toml
 
@@ -70,6 +71,10 @@ class TrainConfig:
     log_every: int = option(10, "steps between rows of metrics")
     eval_every: int = option(100, "steps between validations")
     checkpoint_every: int = option(0, "steps between two checkpoints in the folder checkpoints of --out; 0 writes none")
+    save_in_background: bool = option(False, "copy what is saved and write it while the training goes on")
+    stop_after: int = option(
+        0, "save and stop after so many steps of this launch, as a signal would; 0 goes on to the end"
+    )
     keep: int = option(3, "how many of the last checkpoints stay")
     resume: Literal["no", "exact", "redistribute", "reset"] = option(
         "no",
@@ -93,7 +98,17 @@ class TrainConfig:
             "log_every",
             "eval_every",
         )
-        zeros = ("checkpoint_every", "freeze", "warmup", "dense_steps", "seed", "lr", "weight_decay", "clip")
+        zeros = (
+            "checkpoint_every",
+            "stop_after",
+            "freeze",
+            "warmup",
+            "dense_steps",
+            "seed",
+            "lr",
+            "weight_decay",
+            "clip",
+        )
         least = dict.fromkeys(ones, 1.0) | dict.fromkeys(zeros, 0.0)
         for name, limit in least.items():
             if not getattr(self, name) >= limit:  # also refuses NaN
@@ -102,6 +117,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < 1.0:
                 raise ConfigError(f"{name}={value} is not in [0, 1)")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if (self.stop_after or self.save_in_background) and not self.checkpoint_every:
+            raise ConfigError("stop_after and save_in_background are about checkpoints; pass checkpoint_every as well")
         if self.overlap and self.clip:
             raise ConfigError("overlap sends gradients before their norm is known; pass clip=0 with it")
         if self.per_parameter and self.compressor not in (None, "topk"):
@@ -146,9 +166,11 @@ def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
     trainer = Trainer(comm, config)
     run = Interruptible(comm, config, trainer)
     root, start = comm.Get_rank() == 0, run.resume()
-    metrics = Metrics(config.out, trainer.columns, after=start) if root else None
+    metrics = None
     if root:
-        (config.out / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        with _writing(config.out):
+            metrics = Metrics(config.out, trainer.columns, after=start)
+            (config.out / "config.toml").write_text(to_toml(config), encoding="utf-8")
         print(trainer.headline(), flush=True)
     progress = Progress(config.steps)
     row: dict[str, Any] = {}
@@ -160,7 +182,8 @@ def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
             trainer.optimizer.synchronize()
         if logged:
             row = trainer.row(evaluate=evaluate)
-            _record(row, metrics, progress)
+            with _writing(config.out):
+                _record(row, metrics, progress)
         if run.ends_after(step):
             break
     run.close()
@@ -171,9 +194,19 @@ def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
         return {"steps": trainer.steps, "stopped": run.stopped}
     summary = _summary(trainer, config, row or trainer.row(evaluate=True))  # no row: there was nothing left to do
     if root:
-        (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        with _writing(config.out):
+            (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print(_table(summary), flush=True)
     return summary
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn what a file system refuses into one line. Local: only rank 0 writes these files."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror or error}; make room there, or give another --out") from error
 
 
 def _record(row: dict[str, Any], metrics: "Metrics | None", progress: "Progress") -> None:

@@ -37,6 +37,7 @@ class Trainer:
 
     def __init__(self, comm: Any, config: TrainConfig) -> None:
         self.comm, self.config, self.steps, self.epoch = comm, config, 0, 0
+        self._samples = 0  # that this rank has seen, or would have if it had been there from the start
         torch.manual_seed(config.seed)
         size, rank = comm.Get_size(), comm.Get_rank()
 
@@ -85,7 +86,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.steps)
         began = perf_counter()
-        self.epoch, indices = next(self._batches)
+        indices = self._next()
         inputs, targets = self.data.batch(indices, self.epoch)
         loaded = perf_counter()
         self.optimizer.zero_grad()
@@ -100,6 +101,11 @@ class Trainer:
         began = perf_counter()
         self.optimizer.step()
         self._seconds["optimizer"] += perf_counter() - began
+
+    def _next(self) -> "np.ndarray":
+        self.epoch, indices = next(self._batches)
+        self._samples += indices.size
+        return indices
 
     def _clip(self) -> None:
         if self.config.clip and not self.optimizer.clip:  # those that clip by all ranks' gradients do it themselves
@@ -133,15 +139,27 @@ class Trainer:
 
     def position(self) -> dict[str, Any]:
         """Return what :meth:`go_on` wants to know besides what a checkpoint has. Local."""
-        return {"seconds": self._spent(), "loss": [self._loss_sum, self._loss_count]}
+        return {"seconds": self._spent(), "loss": [self._loss_sum, self._loss_count], "samples": self._samples,
+                "ranks": self.comm.Get_size(), "options": _shaping(self.config)}  # fmt: skip
 
-    def go_on(self, steps: int, position: dict[str, Any]) -> None:
-        """Be where a run was after so many steps: this rank's batches, times, losses since the last row. Local."""
+    def go_on(self, steps: int, position: dict[str, Any]) -> list[str]:
+        """Be where a run was after so many steps: this rank's batches, times, losses since the last row. Local.
+
+        With another number of ranks: where this rank has seen its part of as many samples as all have seen then.
+
+        Returns
+        -------
+        list of str
+            Options that were others then, and are about more than what is written where.
+        """
         self.steps, self._earlier = steps, position["seconds"]
         self._loss_sum, self._loss_count = position["loss"]
-        for _ in range(steps):
-            self.epoch, _ = next(self._batches)
+        size, samples = self.comm.Get_size(), position["samples"] * position["ranks"]
+        while self._samples * size < samples:
+            self._next()
         self._began = perf_counter()
+        then, now = position["options"], _shaping(self.config)
+        return [f"{name} was {then.get(name)}, is {now.get(name)}" for name in now if then.get(name) != now[name]]
 
     def _diagnosis(self) -> dict[str, float | None]:
         """Return what the last exchange lost, mean over ranks, and norms of the state, mean square over ranks."""
@@ -181,6 +199,13 @@ class Trainer:
         """Return a hash of the parameters of every rank."""
         hashes: list[int] = self.comm.allgather(crc32(self.optimizer.flat.values.tobytes()))
         return hashes
+
+
+def _shaping(config: TrainConfig) -> dict[str, Any]:
+    """Return the options that the parameters depend on, as a checkpoint can hold them."""
+    apart = ("out", "resume", "keep", "checkpoint_every", "save_in_background", "stop_after", "log_every", "eval_every")
+    options = {name: value for name, value in asdict(config).items() if name not in apart}
+    return {name: str(value) if name == "text" else value for name, value in options.items()}
 
 
 def _loss(logits: "Tensor", targets: "Tensor") -> "Tensor":

@@ -110,19 +110,26 @@ class Stopper:
             self.reason = "the deadline is near" if number == _DEADLINE else f"{_name(number)} on rank {rank}"
         return self.reason is not None
 
-    def mark_requeue(self, path: Path) -> None:
-        """Let rank 0 write the reason to `path`, by which a batch script knows that there is more to do. Local.
+    def mark_requeue(self, path: Path, reason: str | None = None) -> None:
+        """Let rank 0 write why it stops to `path`, by which a batch script knows that there is more to do. Local.
+
+        Parameters
+        ----------
+        path : Path
+        reason : str, optional
+            Where the program stops for one of its own.
 
         Raises
         ------
         OptionError
-            Before :meth:`should_stop` has said yes.
+            Before :meth:`should_stop` has said yes, when there is no other reason.
         """
-        if self.reason is None:
+        reason = self.reason if reason is None else reason
+        if reason is None:
             raise OptionError("Stopper: mark_requeue was called although nothing has stopped the run")
         if self.comm.Get_rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.reason + "\n", encoding="utf-8")
+            path.write_text(reason + "\n", encoding="utf-8")
 
     def close(self) -> None:
         """Put back the handlers that were there before. Local."""

@@ -1,6 +1,6 @@
-"""Parameters and gradients of a torch model as views of two contiguous vectors, which numpy sees without a copy."""
+"""Parameters and gradients of a torch model as views of two contiguous vectors; the mean of tensors of several ranks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from mpi_ef.compress import aligned_zeros
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import DtypeError, OptionError, ShapeError
 
-__all__ = ["FlatParameters"]
+__all__ = ["FlatParameters", "mean_over_ranks"]
 
 _BROADCAST_NBYTES = 2**30  # per message, below the largest count of MPI
 _HALVES = (torch.bfloat16, torch.float16)
@@ -203,3 +203,24 @@ def _common_dtype(parameters: list[Tensor]) -> np.dtype[np.floating]:
     raise DtypeError(
         f"FlatParameters: parameters are {listed}; make them torch.float32, bfloat16 or float16, or torch.float64, on cpu"
     )
+
+
+def mean_over_ranks(parts: Iterable[Tensor], name: str) -> Tensor:
+    """Return the mean, added up in float64 in rank order and rounded once; what is equal on all ranks keeps its bits.
+
+    Raises
+    ------
+    OptionError
+        Whole numbers or booleans that differ.
+    """
+    rest: Iterator[Tensor] = iter(parts)
+    first, count = next(rest), 1
+    wide = torch.complex128 if first.is_complex() else torch.float64
+    total, same = first.to(wide, copy=True), torch.ones_like(first, dtype=torch.bool)
+    for part in rest:
+        total, count = total.add_(part), count + 1
+        same &= part == first
+    if not (first.is_floating_point() or first.is_complex()) and not bool(same.all()):
+        raise OptionError(f"resume: {name} holds whole numbers that differ between the {count} ranks that saved it; "
+                          f"resume on {count} ranks")  # fmt: skip
+    return torch.where(same, first, (total / count).to(first.dtype))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import h5py
@@ -12,6 +13,7 @@ from h5py import h5d, h5p, h5s
 from virtual import results, run
 
 from mpi_ef.checkpoint import Store, open_checkpoint
+from mpi_ef.checkpoint.checksum import BLOCK, checksum
 from mpi_ef.errors import CheckpointError
 
 FILES = ("rank-00000.h5", "rank-00001.h5", "master.json", "COMMIT")
@@ -378,8 +380,10 @@ def test_damaged_ones_are_marked_and_passed_over(copied, name, n):
 
 
 def test_all_damaged(copied):
+    """A run must not start from nothing as if there had been none."""
     (copied / "rank-00001.h5").unlink()
-    assert results(2, lambda comm: Store(copied.parent).newest(comm)) == [None, None]
+    for error in run(2, lambda comm: Store(copied.parent).newest(comm)):
+        assert "of 1 checkpoints none is whole" in str(error)
 
 
 def test_at_reads_everything(copied):
@@ -444,3 +448,41 @@ def test_a_file_that_cannot_be_read_now_is_not_marked(copied, monkeypatch):
         assert "Stale file handle" in str(error)
     monkeypatch.undo()
     assert results(2, lambda comm: Store(copied.parent).newest(comm))[0].step == 6
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, BLOCK - 8, BLOCK, BLOCK + 1, 3 * BLOCK + 24])
+def test_the_checksum_is_the_documented_one(nbytes):
+    data = np.random.default_rng(nbytes).integers(0, 256, nbytes, dtype=np.uint8)
+    parts, whole = [], nbytes // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        words = [int.from_bytes(data[at : at + 8].tobytes(), "little") for at in range(start, start + BLOCK, 8)]
+        parts += [sum(words[column::256]) for column in range(256)] + [
+            sum(words[at : at + 256]) for at in range(0, 131072, 256)
+        ]
+    sums = b"".join((total % 2**64).to_bytes(8, "little") for total in parts)
+    value = 0
+    for start in range(0, nbytes, BLOCK):
+        value = checksum(data[start : start + BLOCK].data, value)
+    assert value == zlib.crc32(sums + data[whole:].tobytes())
+
+
+def test_the_checksum_sees_flips_and_what_changes_places():
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 256, BLOCK, dtype=np.uint8)
+    known = checksum(data.data)
+    for _ in range(300):
+        byte, bit = int(rng.integers(BLOCK)), 1 << int(rng.integers(8))
+        data[byte] ^= bit
+        assert checksum(data.data) != known
+        data[byte] ^= bit
+    for size in (8, 512, 2048, 4096, 65536):
+        for _ in range(20):
+            first, second = rng.choice(BLOCK // size, 2, replace=False) * size
+            swapped = data.copy()
+            swapped[first : first + size], swapped[second : second + size] = (
+                data[second : second + size], data[first : first + size],
+            )  # fmt: skip
+            assert checksum(swapped.data) != known
+            swapped[first : first + size] = 0  # a block that never reached the disk
+            assert checksum(swapped.data) != known
+    assert checksum(data.data) == known

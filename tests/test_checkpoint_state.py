@@ -452,6 +452,91 @@ def test_buffers_that_differ_are_of_each_rank_and_others_are_written_once():
     assert virtual.results(1, fewer) == [[0.5] * 7]
 
 
+class Shares:
+    """An object of a user: each rank has a part of a sum, beside something large that is the same everywhere."""
+
+    def __init__(self, rank):
+        self.state = {"rank": rank, "part": torch.tensor([rank + 1.0]), "of": {"all": ({"large": torch.arange(5.0)},)},
+                      "ready": {"set": torch.ones(1)}}  # fmt: skip
+        self.forgotten = 0
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        assert type(state["of"]) is type(state["ready"]) is dict  # also where it has only been passed on
+        self.state = state
+
+    def state_dict_from(self, states, rank, size):
+        assert [state["rank"] for state in states] == list(range(len(states)))
+        assert states[0].keys() == self.state.keys()
+        part = sum(state["part"] for state in states) / size
+        return {**states[0], "rank": rank, "part": part, "ready": {**states[-1]["ready"]}}
+
+    def forget(self):
+        self.forgotten = self.state["part"].item()  # it has been loaded
+
+
+@pytest.mark.parametrize("policy", ["redistribute", "reset"])
+def test_objects_of_users_say_how_they_go_on_with_other_ranks(policy):
+    def program(comm):
+        shares = Shares(comm.Get_rank())
+        training = Training(shares=shares, random=False)
+        start = training.resume(store, comm, policy=policy)
+        training.save(store, comm, start + 1)
+        return shares, training.notes
+
+    store = MemoryStore()
+    for n in (1, 3, 2, 1):
+        resumed = bool(store.steps)
+        for rank, (shares, notes) in enumerate(quiet(n, program)):
+            assert shares.state["rank"] == rank
+            assert shares.state["of"]["all"][0]["large"].tolist() == [0, 1, 2, 3, 4]
+            assert shares.state["ready"]["set"].tolist() == [1]
+            assert shares.state["part"].item() * n == pytest.approx(1)
+            assert not any(note.startswith("shares differed") for note in notes)
+            anew = resumed and policy == "reset"
+            assert ("shares starts without errors and estimates" in notes) == anew
+            assert shares.forgotten == (shares.state["part"].item() if anew else 0)
+
+
+def test_of_the_states_of_other_ranks_only_what_is_asked_for_is_read():
+    class Frugal(Shares):
+        def state_dict_from(self, states, rank, size):
+            return {**states[1], "part": states[0]["part"], "of": {}}
+
+    store = MemoryStore()
+    virtual.results(2, lambda comm: Training(x=Frugal(comm.Get_rank()), random=False).save(store, comm, 1))
+    store.last.broken = {"x.of.all.0.large"}
+    frugal = Frugal(0)
+    with pytest.warns(RuntimeWarning, match="step 1 of 2 ranks goes on with 1"):
+        virtual.results(1, lambda comm: Training(x=frugal, random=False).resume(store, comm, policy="redistribute"))
+    assert (frugal.state["rank"], frugal.state["part"].item(), frugal.state["of"]) == (1, 1.0, {})
+    assert frugal.state["ready"]["set"].tolist() == [1]
+
+
+def test_objects_that_cannot_say_so_take_the_state_of_an_old_rank():
+    class Plain:
+        def __init__(self, comm):
+            self.state = {"saved by": comm.Get_rank()}
+
+        def state_dict(self):
+            return self.state
+
+        def load_state_dict(self, state):
+            self.state = state
+
+    def resume(comm):
+        plain = Plain(comm)
+        training = Training(plain=plain, random=False)
+        training.resume(store, comm, policy="redistribute")
+        return plain.state["saved by"], training.notes[1]
+
+    store, note = MemoryStore(), "plain differed between ranks: rank r takes that of old rank r mod 2"
+    virtual.results(2, lambda comm: Training(plain=Plain(comm), random=False).save(store, comm, 1))
+    assert quiet(3, resume) == [(0, note), (1, note), (0, note)]
+
+
 def test_random_numbers_go_on_and_new_ranks_begin_anew():
     def save(comm):
         torch.manual_seed(5)

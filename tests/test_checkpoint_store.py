@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -475,13 +476,119 @@ def test_a_process_number_that_is_used_again(tmp_path):
     save(tmp_path, 2, 1)
 
 
-@pytest.mark.parametrize(("job", "age", "taken"), [("", 0, False), ("7", 0, True), ("8", 0, False), ("", 300, True)])
-def test_a_lock_on_another_host(tmp_path, job, age, taken):
-    lock_of(tmp_path, host="elsewhere", job=job, token="theirs")
+@pytest.mark.parametrize(
+    ("job", "restart", "age", "taken"),
+    [("", 0, 0, False), ("7", 0, 0, True), ("7", 1, 0, False), ("8", 0, 0, False), ("", 0, 300, True)],
+)
+def test_a_lock_on_another_host(tmp_path, job, restart, age, taken):
+    """A later start of the same batch job takes it over; another step of the same start does not."""
+    lock_of(tmp_path, host="elsewhere", job=job, restart=restart, token="theirs")
     now = time.time()
     os.utime(tmp_path / "LOCK", (now - age, now - age))
-    error = run(1, lambda comm: Store(tmp_path, job="7").save(comm, 2, **NOTHING))[0]
+    error = run(1, lambda comm: Store(tmp_path, job="7", restart=1).save(comm, 2, **NOTHING))[0]
     assert isinstance(error, CheckpointError) is not taken, error
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_claiming_waits_for_a_sign_of_life(tmp_path, monkeypatch, alive):
+    """A host that died leaves a lock that looks fresh for two minutes."""
+    lock_of(tmp_path, host="elsewhere", token="theirs")
+    path, waits = tmp_path / "LOCK", []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if alive:
+            os.utime(path, (time.time() + 1, time.time() + 1))
+        monkeypatch.setattr(lock, "age_seconds", lambda _: 50.0 * len(waits))
+
+    monkeypatch.setattr(lock.time, "sleep", sleep)
+    errors = run(2, lambda comm: Store(tmp_path).claim(comm))
+    assert len(waits) == (1 if alive else 3)
+    assert [isinstance(error, CheckpointError) for error in errors] == [alive, alive]
+    if alive:
+        assert "process " in str(errors[0])
+
+
+def test_file_systems_without_hard_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock.os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "not here")))
+    save(tmp_path, 1, 1)
+    with subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        lock_of(tmp_path, pid=process.pid, started=lock._started(process.pid), token="theirs")
+        assert "writes checkpoints there" in str(run(1, lambda comm: Store(tmp_path).save(comm, 2, **NOTHING))[0])
+        process.kill()
+    save(tmp_path, 2, 1)
+    assert not list(tmp_path.glob(".LOCK*"))
+
+
+def test_polling_finishes_what_all_ranks_have_written(tmp_path, monkeypatch):
+    gate, write = threading.Event(), store.write_rank_file
+
+    def slowly(path, *arguments):
+        if path.name == "rank-00001.h5":
+            assert gate.wait(60)
+        return write(path, *arguments)
+
+    monkeypatch.setattr(store, "write_rank_file", slowly)
+
+    def program(comm):
+        mine = Store(tmp_path)
+        assert mine.poll(comm) is None
+        pending = mine.save_async(comm, 1, **NOTHING)
+        assert mine.poll(comm) is None
+        comm.allgather(None)
+        assert mine.steps() == []
+        comm.allgather(None)
+        gate.set()
+        pending.wait()
+        comm.allgather(None)
+        path = mine.poll(comm)
+        assert mine.poll(comm) is None
+        return path, mine.steps()
+
+    assert results(2, program) == [(tmp_path / "step-00000001", [1])] * 2
+
+
+def test_a_process_without_another_thread_writes_itself(tmp_path, monkeypatch):
+    class Broken(threading.Thread):
+        def start(self):
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(store, "threading", SimpleNamespace(Thread=Broken))
+    found = results(2, lambda comm: Store(tmp_path).save_async(comm, 1, **arrays_of(1, comm.Get_rank())).finish(comm))
+    assert is_step(open_checkpoint(found[0]), 1)
+
+
+def test_nothing_whole_is_an_error_not_a_start_from_nothing(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step, 2)
+    for file in tmp_path.glob("step-*/rank-00000.h5"):
+        file.write_bytes(file.read_bytes()[:-1])
+    for _ in range(2):
+        errors = run(3, lambda comm: Store(tmp_path).newest(comm))
+        assert len({str(error) for error in errors}) == 1
+        assert "of 2 checkpoints none is whole" in str(errors[0])
+
+
+def test_what_was_replaced_while_it_was_read_is_not_marked(tmp_path):
+    path = save(tmp_path, 1, 1)
+    seen = folder.identity(path)
+    shutil.rmtree(path)
+    save(tmp_path, 1, 1)
+    mine = Store(tmp_path)
+    mine._on_disk.mark(path, ["what the old one had"], seen)
+    assert mine.steps() == [1]
+    mine._on_disk.mark(path, ["what this one has"], folder.identity(path))
+    assert mine.steps() == []
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
+    save(tmp_path, 1, 1)
+    monkeypatch.setattr(
+        Path, "iterdir", lambda _: (_ for _ in ()).throw(PermissionError(errno.EACCES, "ticket expired"))
+    )
+    errors = run(2, lambda comm: Store(tmp_path).newest(comm))
+    assert all("ticket expired" in str(error) for error in errors)
 
 
 def test_a_lock_that_was_lost_stops_the_commit(tmp_path):

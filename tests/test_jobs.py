@@ -182,6 +182,29 @@ def test_metrics_files_agree(tmp_path):
     assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,loss", "1,0.5", "2,"]
 
 
+def test_metrics_go_on_and_a_kill_meanwhile_loses_nothing(tmp_path):
+    metrics = Metrics(tmp_path, ["step", "loss"])
+    for step in (1, 2, 3):
+        metrics.write({"step": step, "loss": 0.5})
+    metrics.close()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    kill = "import os, pathlib; from mpi_ef.jobs.metrics import Metrics; Metrics.write = lambda *_: os._exit(9)"
+    done = subprocess.run([sys.executable, "-c", f"{kill}; Metrics(pathlib.Path({str(tmp_path)!r}), [], after=2)"],
+                          check=False, timeout=60)  # fmt: skip
+    assert done.returncode == 9
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    metrics = Metrics(tmp_path, ["step", "loss"], after=2)
+    metrics.write({"step": 3, "loss": 0.25})
+    metrics.close()
+    assert [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        0.5,
+        0.5,
+        0.25,
+    ]
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,loss", "1,0.5", "2,0.5", "3,0.25"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.jsonl"]
+
+
 def test_a_log_gets_lines_and_a_terminal_one_line():
     class Terminal(io.StringIO):
         def isatty(self):

@@ -9,10 +9,20 @@ from typing import Any
 from mpi_ef.errors import CheckpointError
 
 from .lock import FolderLock, Owner, age_seconds
-from .master import BAD, LATEST, committed_steps, read_master, step_name, sync_folder, write_durably, write_master
+from .master import (
+    BAD,
+    COMMIT,
+    LATEST,
+    committed_steps,
+    read_master,
+    step_name,
+    sync_folder,
+    write_durably,
+    write_master,
+)
 from .rankfile import FileEntry
 
-__all__ = ["Folder"]
+__all__ = ["Folder", "identity"]
 
 _OWNER = "OWNER"
 _log = logging.getLogger("mpi_ef.checkpoint")
@@ -24,24 +34,31 @@ class Folder:
     Parameters
     ----------
     path : Path
-    keep_last, keep_every, job : see `Store`
+    keep_last, keep_every, job, restart : see `Store`
     """
 
-    def __init__(self, path: Path, keep_last: int, keep_every: int, job: str) -> None:
-        self._path, self._keep_last, self._keep_every, self._job = path, keep_last, keep_every, job
+    def __init__(self, path: Path, keep_last: int, keep_every: int, job: str, restart: int) -> None:
+        self._path, self._keep_last, self._keep_every = path, keep_last, keep_every
+        self._job, self._restart = job, restart
         self._lock: FolderLock | None = None
 
     def path_of(self, step: int) -> Path:
         """Return the directory of a step."""
         return self._path / step_name(step)
 
+    def claim(self, run: str, *, wait: bool = True) -> None:
+        """Make the folder and take the lock, unless this process has it."""
+        if not self._path.is_dir():
+            self._path.mkdir(parents=True, exist_ok=True)
+            sync_folder(self._path.parent)
+        if self._lock is None:
+            self._lock = FolderLock(self._path, Owner.this_process(self._job, run, self._restart), wait=wait)
+        self._lock.check()
+
     def make_place(self, step: int, run: str) -> str:
         """Take the lock, remove what dead jobs have left, and make a directory to write to; return its name."""
-        self._path.mkdir(parents=True, exist_ok=True)
-        owner = Owner.this_process(self._job, run)
-        if self._lock is None:
-            self._lock = FolderLock(self._path, owner)
-        self._lock.check()
+        self.claim(run, wait=False)
+        owner = Owner.this_process(self._job, run, self._restart)
         self._remove_leftovers(run)
         place = self._path / f".tmp-{step_name(step)}-{uuid.uuid4().hex[:12]}"
         place.mkdir()
@@ -75,19 +92,20 @@ class Folder:
             raise
         try:
             sync_folder(self._path)
+            self._prune(step, aside)  # first: on a full disk it makes the room that the next line needs
             write_durably(self._path / LATEST, f"{final.name}\n".encode())
-            self._prune(step, aside)
         except OSError as error:  # the checkpoint is there; a later save tries again
             _log.warning("%s: saved, but older ones could not be tidied up: %s", final, error)
 
     def opens(self, path: Path) -> bool:
         """Tell whether master file and sizes are right; mark the checkpoint when they are not."""
+        seen = identity(path)
         try:
             read_master(path)
         except CheckpointError as error:
             if not error.damaged:
                 raise
-            self.mark(path, [str(error)])
+            self.mark(path, [str(error)], seen)
             return False
         return True
 
@@ -103,8 +121,13 @@ class Folder:
             raise CheckpointError(f"{self._path} has none; the last steps there are: {steps or 'none'}")
         return found.name
 
-    def mark(self, path: Path, problems: list[str]) -> None:
-        """Write into a checkpoint why it is not to be used; where that is impossible, go without."""
+    def mark(self, path: Path, problems: list[str], seen: tuple[int, ...]) -> None:
+        """Write into a checkpoint why it is not to be used; where that is impossible, go without.
+
+        Not where the directory is no longer the one that was looked at, `seen`: its writer has replaced it meanwhile.
+        """
+        if identity(path) != seen:
+            return
         _log.warning("%s: damaged, will not be used: %s", path, problems[0])
         try:
             write_durably(path / BAD, ("\n".join(problems[:20]) + "\n").encode("utf-8", "backslashreplace"))
@@ -143,3 +166,12 @@ class Folder:
         doomed = self._path / f".tmp-drop-{uuid.uuid4().hex[:12]}"
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def identity(path: Path) -> tuple[int, ...]:
+    """Return what tells a checkpoint from another one that gets its directory's name later."""
+    try:
+        status = (path / COMMIT).stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_mtime_ns

@@ -1,6 +1,8 @@
 """One job writes to a folder of checkpoints: a lock file that tells who, and outlives nobody for long."""
 
+import errno
 import json
+import logging
 import os
 import socket
 import threading
@@ -15,7 +17,10 @@ from mpi_ef.errors import CheckpointError
 __all__ = ["LOCK", "FolderLock", "Owner", "age_seconds"]
 
 LOCK = "LOCK"
+_log = logging.getLogger("mpi_ef.checkpoint")
 _BEAT_SECONDS = 15.0
+_WATCH_SECONDS = 1.0
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # of file systems without hard links
 _SILENT_SECONDS = 120.0  # a lock on another host that nobody has touched for so long has no owner
 
 
@@ -31,6 +36,8 @@ class Owner:
         When the process began, as the kernel counts: process numbers are used again.
     job : str
         Identity of the batch job that stays when it is requeued; may be empty.
+    restart : int
+        How often that job was started again.
     run : str
         Identity of the run.
     since : str
@@ -43,15 +50,16 @@ class Owner:
     pid: int
     started: str
     job: str
+    restart: int
     run: str
     since: str
     token: str
 
     @classmethod
-    def this_process(cls, job: str, run: str) -> "Owner":
+    def this_process(cls, job: str, run: str, restart: int = 0) -> "Owner":
         """Return the owner that this process is."""
         pid, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %z")
-        return cls(socket.gethostname(), pid, _started(pid), job, run, since, uuid.uuid4().hex)
+        return cls(socket.gethostname(), pid, _started(pid), job, restart, run, since, uuid.uuid4().hex)
 
     @classmethod
     def read(cls, path: Path) -> "Owner | None":
@@ -73,6 +81,10 @@ class Owner:
             return silent_seconds > _SILENT_SECONDS
         return _started(self.pid) != self.started
 
+    def started_again(self, other: "Owner") -> bool:
+        """Tell whether `other` is a later start of the same batch job, which had to end before."""
+        return bool(self.job) and self.job == other.job and self.restart < other.restart
+
     def same_process(self, other: "Owner") -> bool:
         """Tell whether both are one process."""
         return (self.host, self.pid, self.started) == (other.host, other.pid, other.started)
@@ -82,13 +94,16 @@ class FolderLock:
     """The right to write to a folder, held until `release` or the end of the process.
 
     A lock is taken over when its process on this host has ended, when it belongs to an earlier start of the same batch
-    job on another host, or when its host has not touched it for two minutes: a thread touches it four times a minute.
+    job, or when its host has not touched it for two minutes: a thread touches it four times a minute.
     Ages are differences of times of the folder's file system, so clocks need not agree.
 
     Parameters
     ----------
     folder : Path
     owner : Owner
+    wait : bool
+        Watch a lock of another host until it was touched, and is refused, or was silent for two minutes. Else it is
+        refused at once.
 
     Raises
     ------
@@ -96,14 +111,14 @@ class FolderLock:
         Another job writes there.
     """
 
-    def __init__(self, folder: Path, owner: Owner) -> None:
-        self._path, self._owner = folder / LOCK, owner
+    def __init__(self, folder: Path, owner: Owner, *, wait: bool = False) -> None:
+        self._path, self._owner, self._wait = folder / LOCK, owner, wait
         mine = folder / f".{LOCK}-{owner.token}"
-        owner.write(mine)
         try:
+            owner.write(mine)
             for _ in range(5):
                 try:
-                    os.link(mine, self._path)  # appears whole, or not at all when there is one
+                    self._appear(mine)
                     break
                 except FileExistsError:
                     self._remove_stale()
@@ -129,6 +144,15 @@ class FolderLock:
         """Let others write."""
         self._finalizer()
 
+    def _appear(self, mine: Path) -> None:
+        """Give the lock its name: whole, or not at all when there is one."""
+        try:
+            os.link(mine, self._path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            self._owner.write(self._path)  # of those that try to make it, one does
+
     def _remove_stale(self) -> None:
         holder, silent_seconds = Owner.read(self._path), age_seconds(self._path)
         if holder is None and silent_seconds < _SILENT_SECONDS and self._path.exists():
@@ -136,7 +160,8 @@ class FolderLock:
         if holder is not None and not (
             holder.gone(silent_seconds)
             or holder.same_process(self._owner)
-            or (holder.job and holder.job == self._owner.job and holder.host != self._owner.host)
+            or holder.started_again(self._owner)
+            or (self._wait and self._falls_silent(holder))
         ):
             raise CheckpointError(
                 f"{self._path.parent}: {_who(holder)} writes checkpoints there; give this job another folder, or "
@@ -151,6 +176,25 @@ class FolderLock:
             aside.rename(self._path)
             return
         aside.unlink()
+
+    def _falls_silent(self, holder: Owner) -> bool:
+        """Watch a lock of another host: its owner touches it, or nobody does for two minutes."""
+        if holder.host == self._owner.host:
+            return False
+        touched = _changed(self._path)
+        _log.warning("%s: %s has it; waiting for a sign of life", self._path, _who(holder))
+        while _changed(self._path) == touched and Owner.read(self._path) == holder:
+            if age_seconds(self._path) > _SILENT_SECONDS:
+                return True
+            time.sleep(_WATCH_SECONDS)
+        return not self._path.exists()
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _who(holder: Owner | None) -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "VERSION",
     "Master",
     "committed_steps",
+    "damaged_steps",
     "rank_name",
     "read_master",
     "step_name",
@@ -83,11 +84,36 @@ def committed_steps(folder: Path) -> list[tuple[int, Path]]:
     no other.
     """
     found: dict[int, Path] = {}
-    for path in sorted(folder.glob("step-*")) + sorted(folder.glob(".old-step-*")):
+    for path in _directories(folder):
         match = _STEP.fullmatch(path.name)
-        if match and (path / COMMIT).is_file() and not (path / BAD).exists():
+        if match and _is_there(path / COMMIT) and not _is_there(path / BAD):
             found.setdefault(int(match[1] or match[2]), path)
     return sorted(found.items())
+
+
+def damaged_steps(folder: Path) -> list[Path]:
+    """Return the directories of the checkpoints that are marked as damaged."""
+    return [path for path in _directories(folder) if _STEP.fullmatch(path.name) and _is_there(path / BAD)]
+
+
+def _directories(folder: Path) -> list[Path]:
+    """Return what is in a folder, those under their own names first; nothing where there is no folder.
+
+    Any other error is raised: a folder that cannot be read now is not an empty one.
+    """
+    try:
+        paths = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(paths, key=lambda path: (path.name.startswith("."), path.name))
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def write_master(folder: Path, step: int, run: str, document: Any, files: list[FileEntry]) -> None:

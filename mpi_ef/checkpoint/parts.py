@@ -1,6 +1,6 @@
 """The parts of a training, each of which knows what of it is saved and how it is put back."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,9 +14,19 @@ from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.optim.flat import FlatOptimizer
 
 from .tree import Array
-from .world import EITHER, PER_RANK, REPLICATED, Past, Snapshot
+from .world import EITHER, PER_RANK, REPLICATED, Past, Snapshot, read
 
-__all__ = ["Arrays", "GeneratorPart", "ModelPart", "ObjectPart", "Part", "RandomPart", "StatePart", "part_of"]
+__all__ = [
+    "Arrays",
+    "GeneratorPart",
+    "ModelPart",
+    "Movable",
+    "ObjectPart",
+    "Part",
+    "RandomPart",
+    "StatePart",
+    "part_of",
+]
 
 Finish = Callable[[], None]
 
@@ -48,6 +58,14 @@ class Arrays(Protocol):
 
     def forget(self) -> None:
         """Start errors and estimates anew."""
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """What knows itself how it goes on with another number of ranks: `FeedbackHook`, and objects of users."""
+
+    def state_dict_from(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> Any:
+        """Return what rank `rank` of `size` loads, from what ``state_dict()`` was on all old ranks, in rank order. Local."""
 
 
 class Part(Protocol):
@@ -182,11 +200,9 @@ class ModelPart:
         for name, (optimizer, part, shape) in self._flat.items():
             past.write(name, optimizer.flat.values[part].reshape(shape))
         for name, tensor in self._named.items():
-            differs = past.kind(name) == PER_RANK and not past.same_world
-            if differs:
+            if past.kind(name) == PER_RANK and not past.same_world:
                 past.notes.append(f"{name} differed between ranks: averaged")
-            number = tensor.is_floating_point() or tensor.is_complex()
-            tensor.copy_(past.mean(name) if differs and number else past.value(name))
+            tensor.copy_(past.merged(name))
         if self._extra and self.model is not None:
             self.model.load_state_dict(past.value("model:extra"), strict=False)
         for optimizer in self.optimizers.values():
@@ -198,7 +214,7 @@ def _described(tensor: Tensor) -> str:
 
 
 class ObjectPart:
-    """Anything with ``state_dict()`` and ``load_state_dict()``: schedulers, samplers, scalers, torch optimizers."""
+    """Anything with ``state_dict()`` and ``load_state_dict()``: schedulers, samplers, scalers, hooks, torch optimizers."""
 
     def __init__(self, name: str, owner: Any) -> None:
         self.name, self.owner = name, owner
@@ -216,10 +232,13 @@ class ObjectPart:
 
     def restore(self, past: Past) -> Finish:
         """Read its state, and return the loading, which may be collective."""
-        if past.kind(self.name) == PER_RANK and not past.same_world:
-            past.notes.append(f"{self.name} differed between ranks: rank r takes that of old rank r mod "
-                              f"{past.found.world_size}")  # fmt: skip
-        state = past.value(self.name)
+        if isinstance(self.owner, Movable) and not past.same_world:
+            state = read(self.owner.state_dict_from(past.values(self.name), past.rank, past.size))
+        else:
+            if past.kind(self.name) == PER_RANK and not past.same_world:
+                past.notes.append(f"{self.name} differed between ranks: rank r takes that of old rank r mod "
+                                  f"{past.found.world_size}")  # fmt: skip
+            state = past.value(self.name)
         return lambda: self.owner.load_state_dict(state)
 
 

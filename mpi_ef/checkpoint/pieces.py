@@ -39,6 +39,7 @@ class Piece:
         Where in the dataset it is, in bytes.
     nbytes : int
     crc32 : int
+        What :func:`mpi_ef.checkpoint.checksum.checksum` makes of the bytes.
     """
 
     kind: Kind

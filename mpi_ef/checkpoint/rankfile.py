@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from mpi_ef.errors import CheckpointError
 
+from .checksum import BLOCK, checksum
 from .pieces import Piece, parse_piece
 from .structure import INDEX, check_structure, make_structure
 
 __all__ = ["DamageError", "FileEntry", "RankFile", "reading", "write_rank_file"]
-
-_BLOCK = 1 << 20  # bytes that are still in the cache when their checksum is computed
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ class RankFile:
     def verify(self) -> list[str]:
         """Read everything and return what is wrong with it."""
         problems: list[str] = []
-        block = np.empty(_BLOCK, np.uint8)
+        block = np.empty(BLOCK, np.uint8)
         with reading(self.path), self.path.open("rb", buffering=0) as file:
             before = _signature(file.fileno())
             for piece in self.pieces:
@@ -174,10 +173,10 @@ class RankFile:
     def _compare(self, descriptor: int, piece: Piece, into: NDArray[np.uint8]) -> None:
         """Read `piece` block by block; all blocks go to the same place when `into` has room for only one."""
         crc32, place = 0, self._place(piece)
-        for start in range(0, piece.nbytes, _BLOCK):
-            count = min(_BLOCK, piece.nbytes - start)
+        for start in range(0, piece.nbytes, BLOCK):
+            count = min(BLOCK, piece.nbytes - start)
             target = into[start : start + count] if into.nbytes >= piece.nbytes else into[:count]
-            crc32 = zlib.crc32(_read(descriptor, place + start, target).data, crc32)
+            crc32 = checksum(_read(descriptor, place + start, target).data, crc32)
         if crc32 != piece.crc32:
             raise DamageError(f"the bytes of {piece.kind} {piece.name!r} are not those that were written")
 
@@ -215,9 +214,9 @@ def _reserve(descriptor: int, size: int) -> None:
 def _write(descriptor: int, data: memoryview, place: int) -> int:
     """Write `data` at `place` and return its checksum."""
     crc32 = 0
-    for start in range(0, data.nbytes, _BLOCK):
-        block = data[start : start + _BLOCK]
-        crc32 = zlib.crc32(block, crc32)
+    for start in range(0, data.nbytes, BLOCK):
+        block = data[start : start + BLOCK]
+        crc32 = checksum(block, crc32)
         done = 0
         while done < block.nbytes:
             done += os.pwrite(descriptor, block[done:], place + start + done)
@@ -238,8 +237,8 @@ def _structure_crc32(descriptor: int, size: int, data: Sequence[tuple[int, int]]
     """Return the checksum of all bytes outside of `data`."""
     crc32, place = 0, 0
     for offset, nbytes in [*data, (size, 0)]:
-        for start in range(place, offset, _BLOCK):
-            block = np.empty(min(_BLOCK, offset - start), np.uint8)
+        for start in range(place, offset, BLOCK):
+            block = np.empty(min(BLOCK, offset - start), np.uint8)
             crc32 = zlib.crc32(_read(descriptor, start, block).data, crc32)
         place = offset + nbytes
     return crc32

@@ -16,7 +16,7 @@ from mpi_ef.collectives.plan import Comm
 from mpi_ef.errors import CheckpointError, MpiEfError, OptionError
 from mpi_ef.optim.flat import FlatOptimizer
 
-from .parts import Finish, ModelPart, Part, RandomPart, StatePart, part_of
+from .parts import Arrays, Finish, ModelPart, Movable, ObjectPart, Part, RandomPart, StatePart, part_of
 from .tree import Array
 from .world import EITHER, PER_RANK, REPLICATED, Past, Snapshot, Stored
 
@@ -64,7 +64,7 @@ class Training:
     **parts
         By name: optimizers of this package, rules at work (`ErrorFeedback`), torch generators, and whatever has
         ``state_dict()`` and ``load_state_dict()`` of plain containers and tensors: torch optimizers and schedulers,
-        `GradScaler`, `ShardedSampler`, your own. None is no part.
+        `GradScaler`, `ShardedSampler`, `FeedbackHook`, your own. None is no part.
 
     Attributes
     ----------
@@ -86,6 +86,11 @@ class Training:
     float64 in rank order; estimates become the aggregate, so that it is their mean to the last bit; residuals of chunks
     are cut anew; what belongs to clients moves with them. ``"reset"`` does the same and then sets errors, residuals and
     estimates to zero, as at the start. Both warn on rank 0 and leave what they have done in `notes`.
+
+    An object of your own that has differed between ranks takes on rank r the state of old rank r mod their number, unless it
+    has ``state_dict_from(states, rank, size)``, as `FeedbackHook` has: that returns what rank `rank` of `size` loads, given
+    what ``state_dict()`` was on all old ranks, in rank order; mappings to look at, read as far as they are looked at.
+    ``"reset"`` then calls ``forget()`` where there is one.
 
     **Precision.** Of parameters in 16 bits the float32 masters are saved.
     """
@@ -192,7 +197,7 @@ class Training:
                 self.document = past.value("document")
                 self.versions = dict(found.document["versions"])
             if policy == "reset" and not past.same_world:
-                _forget(parts, past)
+                finishes.extend(_forgetting(parts, past))
             return {}
 
         agree(comm, "Training.resume", put_back, "resume from the same directory on all ranks")
@@ -277,11 +282,14 @@ def _check_parts(parts: Mapping[str, Part], past: Past) -> None:
         part.check(past)
 
 
-def _forget(parts: Mapping[str, Part], past: Past) -> None:
+def _forgetting(parts: Mapping[str, Part], past: Past) -> Iterator[Finish]:
+    """Note which parts begin anew, and yield what makes them do so once everything is put back."""
     for name, part in parts.items():
-        if isinstance(part, StatePart):
-            part.owner.forget()
+        owner = part.owner if isinstance(part, StatePart | ObjectPart) else None
+        forget = getattr(owner, "forget", None)
+        if isinstance(owner, Arrays | Movable) and forget is not None:
             past.notes.append(f"{name} starts without errors and estimates")
+            yield forget
 
 
 def _finish(comm: Comm, finishes: list[Callable[[], None]]) -> None:

@@ -1,30 +1,33 @@
 """A folder of checkpoints: saving, at once or in the background, and finding the newest valid one."""
 
-import json
+import logging
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ef.collectives.agreement import agree, ranks_text
+from mpi_ef.collectives.agreement import agree
 from mpi_ef.errors import CheckpointError, OptionError
 
+from .documents import checked_json
 from .dtypes import dtype_name
-from .folder import Folder
-from .master import FORMAT, VERSION, committed_steps, rank_name
+from .folder import Folder, identity
+from .master import FORMAT, VERSION, committed_steps, damaged_steps, rank_name
 from .opened import Checkpoint
 from .pieces import Piece, Room, cut_pieces, pack
 from .rankfile import FileEntry, write_rank_file
+from .together import together
 
 __all__ = ["Pending", "Store"]
 
 Arrays = Mapping[str, NDArray[Any]]
-T = TypeVar("T")
+_log = logging.getLogger("mpi_ef.checkpoint")
 
 
 class Store:
@@ -42,7 +45,9 @@ class Store:
     keep_every : int
         Checkpoints whose step is a multiple of this stay for ever; 0 for none.
     job : str
-        Identity of the batch job that stays when it is requeued: it may take over its own lock from another host.
+        Identity of the batch job that stays when it is requeued.
+    restart : int
+        How often that job was started again: a later start takes over the lock of an earlier one, from any host.
 
     Attributes
     ----------
@@ -50,16 +55,45 @@ class Store:
         Identity of the run; that of the checkpoint that `newest` or `at` returned last.
     """
 
-    def __init__(self, folder: str | Path, *, keep_last: int = 3, keep_every: int = 0, job: str = "") -> None:
+    def __init__(
+        self, folder: str | Path, *, keep_last: int = 3, keep_every: int = 0, job: str = "", restart: int = 0
+    ) -> None:
         if keep_last < 1 or keep_every < 0:
             raise OptionError(
                 f"Store: keep_last={keep_last}, keep_every={keep_every}; keep at least the last one, and every N-th or 0"
             )
         self.folder = Path(folder)
         self.run = uuid.uuid4().hex
-        self._on_disk = Folder(self.folder, keep_last, keep_every, job)
+        self._on_disk = Folder(self.folder, keep_last, keep_every, job, restart)
         self._room = Room()
         self._pending: Pending | None = None
+
+    def claim(self, comm: Any, *, new: bool = False) -> None:
+        """Take the right to write to the folder, before anything else is written for the run. Collective over `comm`.
+
+        Otherwise the first save takes it. Where a job on another host has it, this waits until that one gives a sign of
+        life, a quarter of a minute, or none for two minutes: its host died, and the right is taken over.
+
+        Parameters
+        ----------
+        comm : MPI communicator
+        new : bool
+            The run is a new one: refuse a folder that has checkpoints. They would count as newer than the first of this run.
+
+        Raises
+        ------
+        CheckpointError
+            On all ranks: another job writes there, the folder cannot be made, or has checkpoints.
+        """
+
+        def take() -> None:
+            if comm.Get_rank() == 0:
+                self._on_disk.claim(self.run, wait=True)
+                if new and (steps := self.steps()):
+                    raise CheckpointError(f"{self.folder} has checkpoints of another run, up to step {steps[-1]}; resume "
+                                          "from them, or take another folder")  # fmt: skip
+
+        together(comm, "Store.claim", take)
 
     def save(
         self, comm: Any, step: int, *, replicated: Arrays, per_rank: Arrays, document: Any, rank_document: Any
@@ -135,13 +169,25 @@ class Store:
             if root:
                 disk.abandon(pending.place)
 
-        entries = _together(comm, subject, pending.result, undo)
-        _together(
+        entries = together(comm, subject, pending.result, undo)
+        together(
             comm, subject, lambda: disk.publish(pending.place, pending.step, self.run, pending.document, entries)
             if root else None, undo,
         )  # fmt: skip
         pending.path = disk.path_of(pending.step)
         return pending.path
+
+    def poll(self, comm: Any) -> Path | None:
+        """Do what `finish` does if all ranks have written their files; else, or with nothing in flight, return None.
+
+        Collective over `comm`; costs an allgather of a byte while a save is in flight. Call it now and then: a checkpoint
+        that is written but not finished does not count.
+        """
+        if self._pending is None:
+            return None
+        done = np.empty(comm.Get_size(), np.uint8)
+        comm.Allgather(np.array([self._pending.done], np.uint8), done)
+        return self.finish(comm) if done.all() else None
 
     def newest(self, comm: Any) -> Checkpoint | None:
         """Return the newest checkpoint whose every byte is what was written, None when there is none. Collective.
@@ -153,7 +199,7 @@ class Store:
         ------
         CheckpointError
             On all ranks: the newest one cannot be read at all, or only by a newer mpi_ef. An older one is not taken then,
-            as that might be repaired; put a file ``BAD`` into its directory to pass it over.
+            as that might be repaired; put a file ``BAD`` into its directory to pass it over. Or all there are, are damaged.
         """
         rejected: set[str] = set()
 
@@ -163,10 +209,13 @@ class Store:
             for _, path in reversed(committed_steps(self.folder)):
                 if path.name not in rejected and self._on_disk.opens(path):
                     return path.name
+            if count := len(rejected | {path.name for path in damaged_steps(self.folder)}):
+                raise CheckpointError(f"{self.folder}: of {count} checkpoints none is whole; see mpi-ef checkpoint verify, "
+                                      "and move the folder away to start from nothing")  # fmt: skip
             return None
 
         while True:
-            name = _together(comm, "Store.newest", candidate)[0]
+            name = together(comm, "Store.newest", candidate)[0]
             if name is None:
                 return None
             checkpoint, problems = self._verified(comm, "Store.newest", name)
@@ -183,7 +232,7 @@ class Store:
             On all ranks: there is none, or it is damaged.
         """
         subject = f"Store.at, step {step}"
-        found = _together(comm, subject, lambda: None if comm.Get_rank() else self._on_disk.name_at(step))[0]
+        found = together(comm, subject, lambda: None if comm.Get_rank() else self._on_disk.name_at(step))[0]
         checkpoint, problems = self._verified(comm, subject, str(found))
         if problems:
             error = CheckpointError(f"{subject}: {checkpoint.path} is damaged: {problems[0]}; use another checkpoint")
@@ -201,6 +250,7 @@ class Store:
         if pending is not None:
             pending.wait()
             if pending.entry_rank == 0:
+                _log.warning("%s: the save of step %d was not finished, and is dropped", self.folder, pending.step)
                 self._on_disk.abandon(pending.place)
         self._on_disk.release()
 
@@ -216,7 +266,7 @@ class Store:
             error = CheckpointError(str(raised) or type(raised).__name__)
             error.everywhere = True
             raise error from raised
-        place, self.run = _together(
+        place, self.run = together(
             comm, save.subject, lambda: ("", "") if rank else (self._on_disk.make_place(save.step, self.run), self.run)
         )[0]  # fmt: skip
         told = {
@@ -234,6 +284,8 @@ class Store:
         """Open a checkpoint on all ranks, and verify it together: each rank every n-th file."""
         rank, size = comm.Get_rank(), comm.Get_size()
 
+        seen = identity(self.folder / name)
+
         def share() -> tuple[Checkpoint, list[str]]:
             checkpoint = Checkpoint(self.folder / name)
             return checkpoint, list(checkpoint.verify_files(range(rank, checkpoint.world_size, size)))
@@ -245,11 +297,11 @@ class Store:
             opened.append(checkpoint)
             return problems
 
-        problems = [problem for theirs in _together(comm, subject, problems_here) for problem in theirs]
+        problems = [problem for theirs in together(comm, subject, problems_here) for problem in theirs]
         if not problems:
             self.run = opened[0].run
         elif rank == 0:
-            self._on_disk.mark(self.folder / name, problems)
+            self._on_disk.mark(self.folder / name, problems, seen)
         return opened[0], problems
 
 
@@ -271,13 +323,14 @@ class _Save:
         if type(self.step) is not int or not 0 <= self.step < 10**18:
             raise OptionError(f"{self.subject}: step={self.step!r} is no number of a step; count from 0")
         layout = [(name, dtype_name(array.dtype), array.shape) for name, array in sorted(self.replicated.items())]
-        self.document = _checked_json(self.subject, self.document) if rank == 0 else None
-        self.rank_document = _checked_json(self.subject, self.rank_document)
+        self.document = checked_json(self.subject, self.document) if rank == 0 else None
+        self.rank_document = checked_json(self.subject, self.rank_document)
         cut = list(cut_pieces(self.replicated, self.per_rank, rank, size))
         if room is not None:
             room.clear(sum(piece.nbytes for piece, _ in cut))
         self.packed, self.sizes = pack(cut, room)
         nbytes = sum(array.nbytes for array in self.replicated.values())
+        self.replicated = self.per_rank = {}  # what is needed of them is packed
         digest = sha256(repr(layout).encode("utf-8", "backslashreplace")).hexdigest()
         return {"step": self.step,
                 "replicated arrays": f"{len(layout)} arrays of {nbytes} bytes (layout {digest[:8]})"}  # fmt: skip
@@ -328,7 +381,11 @@ class Pending:
     def write_in_background(self) -> None:
         """Start a thread that writes."""
         self._thread = threading.Thread(target=self.write, name=f"checkpoint {self.step}")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # no more threads for this process: the other ranks must not notice
+            self._thread = None
+            self.write()
 
     def wait(self) -> None:
         """Wait for the thread. Local."""
@@ -342,44 +399,3 @@ class Pending:
         if self._entry is None:
             raise self._error or CheckpointError("nothing was written")
         return self._entry
-
-
-def _together(comm: Any, subject: str, action: Callable[[], T], undo: Callable[[], None] = lambda: None) -> list[T]:
-    """Call `action` on all ranks and return what it returned on each, or raise the same error on all. Collective.
-
-    `undo` is called everywhere before the error is raised, when no rank works on its action any more.
-    """
-    try:
-        mine: tuple[Any, str, bool] = (action(), "", False)
-    except Exception as raised:
-        mine = (None, str(raised) or type(raised).__name__, getattr(raised, "damaged", False))
-    answers: list[tuple[Any, str, bool]] = comm.allgather(mine)
-    failed = [rank for rank, (_, text, _) in enumerate(answers) if text]
-    if not failed:
-        return [value for value, _, _ in answers]
-    undo()
-    text = answers[failed[0]][1]
-    where = ranks_text([rank for rank in failed if answers[rank][1] == text]) if comm.Get_size() > 1 else ""
-    others = f" ({where}; {len(failed)} of {len(answers)} ranks failed)" if where else ""
-    error = CheckpointError(f"{subject}: {text}{others}")
-    error.damaged, error.everywhere = answers[failed[0]][2], True
-    raise error
-
-
-def _checked_json(subject: str, document: Any) -> Any:
-    """Return what reading `document` back will give; refuse what JSON would change without a word."""
-    for value in _values(document):
-        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
-            raise CheckpointError(
-                f"{subject}: a document has keys that are no text, {list(value)[:3]!r}; JSON needs text"
-            )
-        if not isinstance(value, dict | list | tuple | str | int | float | bool | type(None)):
-            raise CheckpointError(f"{subject}: a document holds {type(value).__name__}, which is not JSON; convert it")
-    return json.loads(json.dumps(document))
-
-
-def _values(document: Any) -> Any:
-    yield document
-    if isinstance(document, dict | list | tuple):
-        for value in document.values() if isinstance(document, dict) else document:
-            yield from _values(value)

@@ -1,7 +1,8 @@
 """What was saved by one world, read by a rank of another: as it was, or moved so that the means over the ranks stay."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from typing import Any, Protocol
 
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from mpi_ef.collectives import Move
 from mpi_ef.errors import DtypeError, OptionError, ShapeError
+from mpi_ef.vectors import mean_over_ranks
 
-from .tree import Array, decoded, encoded, tensor_of
+from .tree import _MARK, Array, decoded, encoded, tensor_of
 
-__all__ = ["Past", "Snapshot", "Stored", "mean_over_ranks"]
+__all__ = ["Past", "Snapshot", "Stored", "Unread", "mean_over_ranks", "read"]
 
 REPLICATED, PER_RANK, EITHER = "replicated", "per rank", "either"
 Leaf = Mapping[str, Any]
@@ -84,6 +86,33 @@ def _hash(tree: Any, arrays: Mapping[str, Array]) -> bytes:
     return digest.digest()
 
 
+class Unread(Mapping[str, Any]):
+    """A dict in a checkpoint, of which only what is asked for is read: all ranks' states at once may be too much."""
+
+    def __init__(self, tree: Mapping[str, Any], decode: Callable[[Any], Any]) -> None:
+        self._tree, self._decode = tree, decode
+
+    def __getitem__(self, key: str) -> Any:
+        return _unread(self._tree[key], self._decode)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tree)
+
+    def __len__(self) -> int:
+        return len(self._tree)
+
+
+def _unread(tree: Any, decode: Callable[[Any], Any]) -> Any:
+    return Unread(tree, decode) if isinstance(tree, dict) and _MARK not in tree else decode(tree)
+
+
+def read(value: Any) -> Any:
+    """Return a value in which every :class:`Unread` has become a dict."""
+    if type(value) in (list, tuple):
+        return type(value)(map(read, value))
+    return {key: read(part) for key, part in value.items()} if type(value) in (dict, Unread) else value
+
+
 @dataclass
 class Past:
     """A checkpoint, seen from rank `rank` of `size`.
@@ -139,12 +168,18 @@ class Past:
 
     def value(self, name: str) -> Any:
         """Return a value as it was: the one of this rank's old rank where ranks differ."""
-        kind, rank = self.kind(name), self.old_rank
+        return self._decoded(self.tree(name), self.kind(name), self.old_rank)
 
+    def values(self, name: str) -> list[Any]:
+        """Return a value as it was on each old rank, in rank order; plain dicts in it are :class:`Unread`."""
+        ranks, kind = range(self.found.world_size), self.kind(name)
+        return [_unread(self.tree(name, rank), partial(self._decoded, kind=kind, rank=rank)) for rank in ranks]
+
+    def _decoded(self, tree: Any, kind: str | None, rank: int) -> Any:
         def tensor(leaf: Leaf) -> Tensor:
             return tensor_of(self._array(leaf["name"], kind, rank), leaf["dtype"], leaf["shape"])
 
-        return decoded(self.tree(name), tensor, lambda leaf: self._array(leaf, kind, rank))
+        return decoded(tree, tensor, lambda leaf: self._array(leaf, kind, rank))
 
     def mean(self, name: str) -> Any:
         """Return a value of which every tensor is the mean over the old ranks, and everything else was the same on all.
@@ -167,6 +202,11 @@ class Past:
             return mean_over_ranks(parts, leaf["name"])
 
         return decoded(trees[0], tensor, lambda leaf: self.found.per_rank(leaf, 0))
+
+    def merged(self, name: str) -> Any:
+        """Return a tensor; where it differs between ranks and their number has changed, the mean of numbers with a point."""
+        dtype = getattr(torch, self.tree(name)["dtype"], torch.uint8)
+        return self.mean(name) if dtype.is_floating_point or dtype.is_complex else self.value(name)
 
     def moved(self, name: str, move: Move | None) -> Array:
         """Return this rank's array of that name; where ranks differ and their number has changed, as `move` says.
@@ -235,24 +275,3 @@ def _cut(parts: Iterable[Array], start: int, stop: int, name: str) -> Array:
     if place < stop:
         raise ShapeError(f"resume: {name} has {place} entries on all ranks together; {stop} are needed")
     return np.concatenate(pieces)
-
-
-def mean_over_ranks(parts: Iterable[Tensor], name: str) -> Tensor:
-    """Return the mean, added up in float64 in rank order and rounded once; what is equal on all ranks keeps its bits.
-
-    Raises
-    ------
-    OptionError
-        Whole numbers or booleans that differ.
-    """
-    rest: Iterator[Tensor] = iter(parts)
-    first, count = next(rest), 1
-    wide = torch.complex128 if first.is_complex() else torch.float64
-    total, same = first.to(wide, copy=True), torch.ones_like(first, dtype=torch.bool)
-    for part in rest:
-        total, count = total.add_(part), count + 1
-        same &= part == first
-    if not (first.is_floating_point() or first.is_complex()) and not bool(same.all()):
-        raise OptionError(f"resume: {name} holds whole numbers that differ between the {count} ranks that saved it; "
-                          f"resume on {count} ranks")  # fmt: skip
-    return torch.where(same, first, (total / count).to(first.dtype))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from mpi_ef.collectives import TwoPhaseMean
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.feedback.table import rule_named
+from mpi_ef.vectors import mean_over_ranks
 
-__all__ = ["FeedbackBucket", "Place", "Saved"]
+__all__ = ["FeedbackBucket", "Place", "Saved", "anew", "moved"]
 
 Saved = dict[str, Any]  # of one parameter: arrays of its shape by name, and counters
 
@@ -121,3 +124,36 @@ class FeedbackBucket:
         outward, inward = (np.diff(self._bounds), self._bounds[:-1]), (np.full(n, size), np.arange(n) * size)
         self.feedback.plan.comm.Alltoallv([whole, outward], [arrived, inward])
         np.sum(arrived, axis=0, out=chunk)
+
+
+def moved(of_ranks: Sequence[Mapping[str, Tensor]], rule: str, rank: int) -> dict[str, Tensor]:
+    """Return the arrays of a parameter on rank `rank` of another number of ranks, from those of all old ranks. Local.
+
+    As other optimizers' arrays move, see :mod:`mpi_ef.feedback.table`; but nobody knows the new chunks yet, so rank 0 brings
+    all that is left of the old ones.
+    """
+    first, moves = of_ranks[0], rule_named(rule).state.moves()
+
+    def residuals() -> Tensor:
+        return reduce(torch.add, (arrays[_RESIDUAL] for arrays in of_ranks))  # exact: each entry has been on one rank
+
+    def array(name: str) -> Tensor:
+        if name == _RESIDUAL:
+            return residuals() if rank == 0 else torch.zeros_like(first[name])
+        if name not in moves:
+            return first[name]
+        move = moves[name]
+        if move.how == "copy":
+            return first[move.of] + residuals() if f"plan.{move.owed}" in first else first[move.of]
+        return mean_over_ranks((arrays[name] for arrays in of_ranks), name)
+
+    return {name: array(name) for name in first}
+
+
+def anew(saved: Saved, rule: str) -> Saved:
+    """Return the state of a parameter with errors, residuals and estimates as at the start, see `ErrorFeedback.forget`."""
+    state = rule_named(rule).state
+    names = state.forgotten()
+    zero = names | {_RESIDUAL} if names else names
+    arrays = {name: torch.zeros_like(array) if name in zero else array for name, array in saved["arrays"].items()}
+    return saved | {"arrays": arrays} | ({"steps": 0} if state.estimates() else {})

@@ -1,7 +1,7 @@
 """The communication hook: the rule at work under DistributedDataParallel."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.table import rule_named
 
-from .bucket import FeedbackBucket, Place, Saved
+from .bucket import FeedbackBucket, Place, Saved, anew, moved
 from .process_group import ProcessGroupComm
 
 __all__ = ["FeedbackHook"]
@@ -56,6 +56,8 @@ class FeedbackHook:
 
     Attributes
     ----------
+    comm : ProcessGroupComm
+        Of these ranks.
     steps : int
         Completed steps.
     skipped_steps : int
@@ -77,6 +79,9 @@ class FeedbackHook:
     units of the gradient: keep the scale constant where the loss is scaled. ``clip_grad_norm_`` after backward clips the
     rule's estimate, which EF21 and EControl stand, while EF14 loses what is cut off. A parameter that no rank has used
     keeps the gradient it had, while the rule counts a zero for it.
+
+    As a part of :class:`mpi_ef.Training` it goes on with any number of ranks, with `comm` as the communicator:
+    ``Training(model=module, hook=hook).resume(store, hook.comm, policy="redistribute")``.
 
     Cost beyond the exchanges: one allgather of 12 bytes in every backward, before the first bucket. Memory: the state of
     the rule, and the buffers of one plan for every bucket.
@@ -221,10 +226,47 @@ class FeedbackHook:
         return {"rule": self.rule, "compressor": str(self.compressor), "rank": self.comm.Get_rank(),
                 "size": self.comm.Get_size()}  # fmt: skip
 
+    def state_dict_from(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> dict[str, Any]:
+        """Return what rank `rank` of `size` loads to go on where another number of ranks has been. Local.
+
+        Errors and momenta are the mean of the old ranks' then, estimates the aggregate and what plans owe of it, residuals
+        are cut anew: what the rules rely on stays what it was. `sent_nbytes` begins at 0. `Training` calls this.
+
+        Parameters
+        ----------
+        states : sequence of mapping
+            What :meth:`state_dict` returned on all old ranks, in rank order. Looked at one array after the other: mappings
+            that read what they are asked for will do.
+        rank, size : int
+            Of the group that goes on.
+
+        Returns
+        -------
+        dict
+            Load it with :meth:`load_state_dict` on that rank, all ranks before the same backward. It may share tensors
+            with `states`.
+        """
+        first = states[0]
+        parameters = {
+            name: {**saved, "arrays": moved([s["parameters"][name]["arrays"] for s in states], first["rule"], rank)}
+            for name, saved in first["parameters"].items()
+        }
+        return {**first, "rank": rank, "size": size, "sent_nbytes": 0, "parameters": parameters}
+
+    def forget(self) -> None:
+        """Set errors, residuals and estimates to what they are at the start; momenta stay. Local; call on all ranks.
+
+        Between two steps. A rule with estimates does its dense steps again.
+        """
+        saved = self.state_dict()
+        parameters = {name: anew(of_parameter, self.rule) for name, of_parameter in saved["parameters"].items()}
+        self.load_state_dict(saved | {"parameters": parameters})
+
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned on the same rank of a group of the same size. Local; call on all ranks.
 
         Before the first backward or later; the buckets need not be those of then. Parameters are not part of it.
+        What another number of ranks has saved goes through :meth:`state_dict_from` first.
 
         Raises
         ------

@@ -93,11 +93,16 @@ class State:
         """Tell whether the rule follows gradients by estimates, which a start anew has to begin with a whole vector."""
         return any(f.metadata.get("kind") == "replicated" and f.metadata["forgotten"] for f in fields(cls))
 
+    @classmethod
+    def forgotten(cls) -> set[str]:
+        """Return the names of the arrays that a start anew sets to zero: errors and estimates, not momenta."""
+        return {f.name for f in fields(cls) if f.metadata.get("forgotten")}
+
     def forget(self) -> bool:
         """Set errors and estimates to zero, as they are before the first step; momenta stay. Tell whether there are any."""
-        forgotten = [getattr(self, f.name) for f in fields(self) if f.metadata.get("forgotten")]
-        for array in forgotten:
-            array.fill(0)
+        forgotten = self.forgotten()
+        for name in forgotten:
+            getattr(self, name).fill(0)
         return bool(forgotten)
 
 

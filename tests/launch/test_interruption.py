@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -144,3 +146,72 @@ def test_another_number_of_ranks(whole, tmp_path):
     rows = losses(tmp_path)
     assert [row[0] for row in rows] == list(range(10, STEPS + 1, 10))
     assert rows[-1][1] < rows[1][1]
+
+
+def test_a_full_disk_stops_the_run_and_it_goes_on(whole, tmp_path):
+    """A real file system of a few megabytes, that checkpoints fill; what is whole stays whole, and is gone on from."""
+    whole, options = whole
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    mounted = subprocess.run(command, check=False, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system is refused here: {mounted.stderr.strip()}")
+    try:
+        out = disk / "run"
+        ended = run(2, *arguments(out, *options, "--keep", 1000), within=LIMIT)
+        assert ended.status == 2, ended.text
+        assert len(ended.lines_with("No space left on device")) == 1, ended.text
+        assert "Traceback" not in ended.text
+        assert len(list(out.glob("checkpoints/step-*"))) >= 2
+        assert not list(out.glob("checkpoints/.tmp*"))
+        ended = run(1, "-m", "mpi_ef.jobs.checkpoint", "verify", out, within=LIMIT)
+        assert ended.status == 0, ended.text
+        steps = sorted(out.glob("checkpoints/step-*"))
+        for old in steps[:-1]:
+            shutil.rmtree(old)
+        ended = run(2, *arguments(out, *options, "--keep", 1, "--resume", "exact"), within=LIMIT)
+        assert ended.status == 0, ended.text
+        assert f"resumed after step {int(steps[-1].name[5:])};" in ended.text
+        assert_same(out, whole)
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
+
+
+def test_stopping_after_so_many_steps(whole, tmp_path):
+    whole, options = whole
+    for launch in range(3):
+        ended = run(2, *arguments(tmp_path, *options, "--stop-after", STEPS // 3 + 1, "--save-in-background", "--resume",
+                                  "exact"), within=LIMIT)  # fmt: skip
+        assert ended.status == 0, ended.text
+        assert (tmp_path / "requeue").exists() == (launch < 2)
+    assert_same(tmp_path, whole)
+    refused = run(1, *arguments(tmp_path, "--checkpoint-every", 0, "--stop-after", 5), within=LIMIT)
+    assert refused.status == 2
+    assert "pass checkpoint_every as well" in refused.text
+
+
+def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(whole, tmp_path):
+    whole, options = whole
+    first = start(2, *arguments(tmp_path, *options))
+    wait_for(lambda: (tmp_path / "checkpoints" / "LOCK").exists(), first)
+    second = run(2, *arguments(tmp_path, *options, "--seed", 7), within=LIMIT)
+    assert second.status == 2
+    told = second.lines_with("mpi-ef: ")
+    assert len(told) == 1, second.text  # the latter if the first run was over before
+    assert "writes checkpoints there" in told[0] or "has checkpoints of another run" in told[0]
+    ended = finish(first, within=LIMIT)
+    assert ended.status == 0, ended.text
+    assert_same(tmp_path, whole)
+    again = run(2, *arguments(tmp_path, *options), within=LIMIT)
+    assert again.status == 2
+    assert len(again.lines_with("resume from them, or take another folder")) == 1, again.text
+    assert_same(tmp_path, whole)
+
+
+def test_other_options_are_named_when_going_on(whole, tmp_path):
+    _, options = whole
+    assert run(2, *arguments(tmp_path, *options, "--stop-after", 20), within=LIMIT).status == 0
+    ended = run(2, *arguments(tmp_path, *options, "--resume", "exact", "--stop-after", 5, "--lr", 0.001), within=LIMIT)
+    assert ended.status == 0, ended.text
+    assert ended.lines_with("not as in the run that saved") == ["not as in the run that saved: lr was 0.006, is 0.001"]

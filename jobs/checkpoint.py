@@ -1,0 +1,329 @@
+"""Look at checkpoints, compare them, hand them on: ``mpi-ef checkpoint ls RUN``. Needs no MPI; runs on a login node.
+
+A RUN is a folder of checkpoints, or the --out folder of a run that has one; where one CHECKPOINT is asked for, either
+stands for the newest in it.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mpi_ef.errors import CheckpointError, MpiEfError
+from mpi_ef.jobs.metrics import in_bytes
+
+__all__ = ["Found", "found_in", "main"]
+
+BAD = "BAD"  # in a checkpoint: what was found to be wrong with it
+_NAME = re.compile(r"step-(\d+)|\.(tmp|old)-step-(\d+)-.*")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A directory in a folder of checkpoints.
+
+    Attributes
+    ----------
+    path : str
+    step : int
+    state : str
+        "whole" (all files have their sizes), "damaged", "unreadable", "unfinished", or "replaced" (was being replaced by
+        another checkpoint of the same step).
+    reason : str
+        What is wrong.
+    world_size, nbytes : int or None
+    written_at : str or None
+    """
+
+    path: str
+    step: int
+    state: str
+    reason: str = ""
+    world_size: int | None = None
+    nbytes: int | None = None
+    written_at: str | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one of the tools. Exit status 0; 1 where something is damaged or differs; 2 for what cannot be done."""
+    arguments = _parser().parse_args(argv)
+    try:
+        sys.exit(arguments.tool(arguments))
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (MpiEfError, OSError) as error:
+        print(f"mpi-ef: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mpi-ef checkpoint", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    tools = parser.add_subparsers(required=True, metavar="TOOL")
+
+    def tool(function: Any, name: str, text: str, **places: Any) -> argparse.ArgumentParser:
+        added = tools.add_parser(name, help=text, description=text)
+        for place, settings in places.items():
+            added.add_argument(place.lower(), type=Path, metavar=place, **settings)
+        added.set_defaults(tool=function)
+        return added
+
+    listing = tool(_ls, "ls", "list what is in a folder of checkpoints", RUN={})
+    verify = tool(
+        _verify, "verify", "read every byte and compare checksums; status 1 if any is damaged",
+        PATH={"nargs": "+", "help": "a checkpoint, or a run: all of its checkpoints"},
+    )  # fmt: skip
+    inspect = tool(_inspect, "inspect", "tell what a checkpoint holds", CHECKPOINT={})
+    inspect.add_argument("--rank", type=int, default=0, help="whose own arrays to show (default: 0)")
+    inspect.add_argument("--values", action="store_true", help="read all arrays: norms, extremes, NaN and Inf")
+    diff = tool(_diff, "diff", "compare two checkpoints; status 1 if they differ", A={}, B={})
+    for each in (listing, verify, inspect, diff):
+        each.add_argument("--json", action="store_true", help="print JSON")
+    out = tool(_export, "export", "write one file for other programs: .safetensors or plain HDF5",
+               CHECKPOINT={}, FILE={"help": "its name ends in .safetensors or .h5"})  # fmt: skip
+    out.add_argument("--all", action="store_true", help="all arrays, also of the optimizer and of every rank")
+    return parser
+
+
+def _folder(path: Path) -> Path:
+    inside = path / "checkpoints"
+    return inside if inside.is_dir() else path
+
+
+def found_in(folder: Path) -> list[Found]:
+    """Return what is in a folder of checkpoints, by step. Local; reads the master files, no arrays.
+
+    Raises
+    ------
+    CheckpointError
+        There is no such folder, or it cannot be read.
+    """
+    try:
+        paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: {error.strerror}; give a folder of checkpoints or the --out of a run"
+        ) from None
+    return sorted((_found(path) for path in paths), key=lambda found: (found.step, found.path))
+
+
+def _found(path: Path) -> Found:
+    from mpi_ef.checkpoint import open_checkpoint
+
+    match = _NAME.fullmatch(path.name)
+    assert match is not None  # noqa: S101
+    step, kind, bad = int(match[1] or match[3]), match[2], path / BAD
+    if kind == "tmp":
+        return Found(str(path), step, "unfinished", "is being written, or was when its job ended")
+    try:
+        opened = open_checkpoint(path)
+    except CheckpointError as error:
+        text = str(error).removeprefix(f"{path}: ").removesuffix("; use another checkpoint")
+        return Found(str(path), step, "damaged" if error.damaged else "unreadable", text.removeprefix("damaged: "))
+    state, reason = ("replaced", "") if kind else ("whole", "")
+    if bad.exists():
+        state, reason = "damaged", bad.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    return Found(str(path), step, state, reason, opened.world_size, opened.nbytes, opened.written_at)
+
+
+def _newest(path: Path) -> Path:
+    """Return the directory of a checkpoint: this one, or the newest of a run."""
+    if (path / "master.json").exists() or _NAME.fullmatch(path.name):
+        return path
+    whole = [found for found in found_in(_folder(path)) if found.state in ("whole", "replaced")]
+    if not whole:
+        raise CheckpointError(f"{path}: has no checkpoint; mpi-ef checkpoint ls tells what is there")
+    return Path(whole[-1].path)
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    every = found_in(_folder(arguments.run))
+    if arguments.json:
+        print(json.dumps([asdict(found) for found in every], indent=1))
+        return 0
+    rows = [("step", "ranks", "size", "written (UTC)", "state")]
+    for found in every:
+        size = "" if found.nbytes is None else in_bytes(found.nbytes)
+        state = f"{found.state}: {found.reason}" if found.reason else found.state
+        when = (found.written_at or "").replace("T", " ").removesuffix("+00:00")
+        rows.append((str(found.step), str(found.world_size or ""), size, when, state))
+    print(_aligned(rows, left=2) if every else f"{_folder(arguments.run)}: no checkpoints")
+    return 0
+
+
+def _aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:
+    """Return rows in columns, the last `left` ones at the left of theirs, the others at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    turn = len(widths) - left
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i >= turn else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        .rstrip() for row in rows
+    )  # fmt: skip
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    told: list[dict[str, Any]] = []
+    for path in arguments.path:
+        alone = (path / "master.json").exists() or _NAME.fullmatch(path.name)
+        every = [_found(path)] if _NAME.fullmatch(path.name) else found_in(_folder(path)) if not alone else None
+        paths = [path] if every is None else [Path(found.path) for found in every if found.state != "unfinished"]
+        if not paths:
+            raise CheckpointError(f"{path}: has no checkpoint; mpi-ef checkpoint ls tells what is there")
+        for each in paths:
+            row = _verified(each)
+            told.append(row)
+            if not arguments.json:
+                print(_verdict(row), flush=True)
+    if arguments.json:
+        print(json.dumps(told, indent=1))
+    return int(any(row["problems"] for row in told))
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    from mpi_ef.checkpoint import open_checkpoint
+
+    began, nbytes = time.perf_counter(), 0
+    try:
+        opened = open_checkpoint(path)
+        nbytes, problems = opened.nbytes, opened.verify()
+    except CheckpointError as error:
+        problems = [str(error)]
+    if (path / BAD).exists() and not problems:
+        problems = [
+            f"every byte is what was written, but it is marked; nothing resumes from it before {BAD} is removed"
+        ]
+    return {"path": str(path), "nbytes": nbytes, "seconds": time.perf_counter() - began, "problems": problems}
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    if row["problems"]:
+        return "\n".join(f"{row['path']}: BAD: {problem}" for problem in row["problems"])
+    return f"{row['path']}: good, {in_bytes(row['nbytes'])} read in {row['seconds']:.1f} s"
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from mpi_ef.checkpoint import open_checkpoint
+
+    opened, rank = open_checkpoint(_newest(arguments.checkpoint)), arguments.rank
+    versions, parts = (_mapping(opened.document, name) for name in ("versions", "parts"))
+    parts = {name: facts for name, facts in parts.items() if isinstance(facts, dict)}
+    told = {
+        "path": str(opened.path), "step": opened.step, "world_size": opened.world_size, "run": opened.run,
+        "written_at": opened.written_at, "written_by": opened.written_by | versions,
+        "nbytes": opened.nbytes, "rank": rank, "parts": parts,
+        "replicated": list(_described(opened.replicated_names(), opened.replicated, values=arguments.values)),
+        "per_rank": list(_described(opened.per_rank_names(rank), lambda name: opened.per_rank(name, rank),
+                                    values=arguments.values)),
+    }  # fmt: skip
+    if arguments.json:
+        told |= {"document": opened.document, "rank_document": opened.rank_document(rank)}
+        print(json.dumps(told, indent=1))
+        return 0
+    by = ", ".join(f"{name} {version}" for name, version in sorted(told["written_by"].items()))
+    print(told["path"])
+    for name, text in (
+        ("step", opened.step), ("ranks", opened.world_size), ("size", in_bytes(opened.nbytes)), ("run", opened.run),
+        ("written", opened.written_at), ("by", by),
+    ):  # fmt: skip
+        print(f"  {name:<9}{text}")
+    for name, facts in told["parts"].items():
+        if name != "model" and facts:  # of the model these are shapes, which come below
+            print(f"  {name}")
+            print(_aligned([("   ", fact, str(value)) for fact, value in facts.items()], left=2))
+    for title, rows in (("the same on all ranks", told["replicated"]), (f"of rank {rank} alone", told["per_rank"])):
+        print(f"\n{len(rows)} arrays {title}, {in_bytes(sum(row['nbytes'] for row in rows))}")
+        if rows:
+            print(_aligned([_cells(row) for row in rows], left=0 if arguments.values else 1))
+    return 0
+
+
+def _mapping(document: Any, name: str) -> dict[str, Any]:
+    """Return an entry of a document as `Training` writes it; documents of others may be anything."""
+    value = document.get(name) if isinstance(document, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _described(names: Mapping[str, Any], read: Any, *, values: bool) -> Iterator[dict[str, Any]]:
+    for name, (shape, dtype) in sorted(names.items()):
+        of = dtype.names[0] if dtype.names else dtype.name
+        row: dict[str, Any] = {"name": name, "dtype": of, "shape": list(shape)}
+        row["nbytes"] = dtype.itemsize
+        for length in shape:
+            row["nbytes"] *= length
+        yield row | (_numbers(read(name)) if values else {})
+
+
+def _numbers(array: Any) -> dict[str, Any]:
+    import numpy as np
+
+    from mpi_ef.checkpoint.compare import wide
+
+    numbers = wide(array).reshape(-1)
+    finite = numbers[np.isfinite(numbers)]
+    with np.errstate(all="ignore"):
+        size = np.abs(finite) if finite.dtype.kind == "c" else finite
+        norm = float(np.linalg.norm(finite))
+    return {"norm": norm if np.isfinite(norm) else None, "min": _number(size.min()) if size.size else None,
+            "max": _number(size.max()) if size.size else None, "non_finite": int(numbers.size - finite.size)}  # fmt: skip
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if abs(value) < float("inf") else None  # JSON has no infinities
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    shape = " x ".join(map(str, row["shape"])) or "scalar"
+    cells = [row["dtype"], shape, in_bytes(row["nbytes"])]
+    if "norm" in row:
+        extremes = "-" if None in (row["min"], row["max"]) else f"{row['min']:.3g} ... {row['max']:.3g}"
+        cells += [
+            "-" if row["norm"] is None else f"norm {row['norm']:.4g}",
+            extremes,
+            f"{row['non_finite']} NaN or Inf" if row["non_finite"] else "",
+        ]
+    return [*cells, row["name"]] if "norm" not in row else [row["name"], *cells]
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from mpi_ef.checkpoint import open_checkpoint
+    from mpi_ef.checkpoint.compare import compare
+
+    a, b = (open_checkpoint(_newest(path)) for path in (arguments.a, arguments.b))
+    differences, same = [], 0
+    for difference in compare(a, b):
+        if difference is None:
+            same += 1
+            continue
+        differences.append(asdict(difference))
+        if not arguments.json:
+            print(f"{difference.where}: {difference.name}: {difference.text}")
+    if arguments.json:
+        print(json.dumps({"a": str(a.path), "b": str(b.path), "same": same, "differences": differences}, indent=1))
+        return int(bool(differences))
+    if a.world_size != b.world_size:
+        print("what ranks had for themselves was not compared: there is another number of them")
+    arrays = sum(bool(row["entries"]) for row in differences)
+    print(f"{same} arrays equal bit for bit, {arrays} not; {len(differences) - arrays} other differences")
+    return int(bool(differences))
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from mpi_ef.checkpoint import open_checkpoint
+    from mpi_ef.checkpoint.export import export
+
+    opened = open_checkpoint(_newest(arguments.checkpoint))
+    count = export(opened, arguments.file, everything=arguments.all)
+    size = arguments.file.stat().st_size
+    print(f"{count} arrays of step {opened.step} written to {arguments.file}, {in_bytes(size)}")
+    return 0
+
+
+if __name__ == "__main__":
+    main()
