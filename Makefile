@@ -2,7 +2,7 @@
 # make test   set everything up and run lint, types and all tests
 # make bench  all methods against dense allreduce, medians over five launches (about four minutes; D=100000 for short vectors)
 # make torture  kill trainings on 4 ranks sixty times, and compare their ends with undisturbed ones (ten minutes)
-# make worlds  the picture of a training that goes on with other numbers of ranks
+# make worlds  the picture of a training that goes on with other numbers of ranks (three minutes)
 # make optimizers  the runs behind the picture and the tables of optimizers in the README (half an hour)
 #
 # PYTHON=python3.12 takes another interpreter, MPI=mpich the other MPI from the Python index.
@@ -71,7 +71,7 @@ torture: $(VENV)/test
 	MPI_EF_TORTURE_KILLS=20 $(BIN)/python -m pytest -q -s tests/launch/test_torture.py
 
 # One training on 4 ranks; and one that goes on with 2, 3 and 4 ranks, in the two ways there are.
-ON := $(BIN)/mpi-ef train --steps 800 --eval-every 20 --batch 8 --checkpoint-every 200 --stop-after 200
+ON := $(BIN)/mpi-ef train --steps 400 --layers 2 --width 64 --batch 8 --log-every 5 --eval-every 20 --checkpoint-every 100 --stop-after 100
 worlds: $(VENV)/test
 	rm -rf $(OUT)/worlds
 	$(BIN)/mpiexec -n 4 $(ON) --stop-after 0 --out $(OUT)/worlds/4-ranks

@@ -13,6 +13,8 @@ PROGRAMS = {
     "train": "train a model over MPI with compressed communication",
     "bench": "measure plans and rules against dense allreduce on this machine",
     "checkpoint": "list, verify, inspect, compare and export checkpoints; needs no MPI",
+    "doctor": "look for everything that goes wrong before the first step, on a login node or on all ranks",
+    "slurm": "list, show, copy and submit batch templates",
     "report": "draw and tabulate finished runs: loss against bytes, time and steps",
     "reproduce": "run published experiments again; NAME, or --list",
     "least-squares": "solve a least-squares problem with rows on all ranks; NumPy only, no torch",

@@ -37,6 +37,7 @@ class Trainer:
 
     def __init__(self, comm: Any, config: TrainConfig) -> None:
         self.comm, self.config, self.steps, self.epoch = comm, config, 0, 0
+        self._earlier_sent = 0  # bytes, by another number of ranks
         self._samples = 0  # that this rank has seen, or would have if it had been there from the start
         torch.manual_seed(config.seed)
         size, rank = comm.Get_size(), comm.Get_rank()
@@ -117,7 +118,7 @@ class Trainer:
         self._loss_sum, self._loss_count = 0.0, 0
         row = {"step": self.steps, "epoch": self.epoch, "lr": learning_rate(self.config, self.steps),
                "loss": loss / max(1.0, count), "val_loss": None, "val_accuracy": None,
-               "sent_nbytes": self.optimizer.sent_nbytes, "dense_nbytes": self.steps * self.optimizer.dense_nbytes,
+               "sent_nbytes": self._sent(), "dense_nbytes": self.steps * self.optimizer.dense_nbytes,
                **self._diagnosis()}  # fmt: skip
         if evaluate:
             paused = perf_counter()
@@ -130,6 +131,9 @@ class Trainer:
             row |= {f"{prefix}seconds_{phase}": float(value) for phase, value in zip(PHASES, values, strict=True)}
         return row
 
+    def _sent(self) -> int:
+        return self._earlier_sent + self.optimizer.sent_nbytes
+
     def _spent(self) -> dict[str, float]:
         """Return the seconds of this rank by phase, and of all, those before an interruption included. Local."""
         exchanges = self.optimizer.seconds
@@ -140,7 +144,7 @@ class Trainer:
     def position(self) -> dict[str, Any]:
         """Return what :meth:`go_on` wants to know besides what a checkpoint has. Local."""
         return {"seconds": self._spent(), "loss": [self._loss_sum, self._loss_count], "samples": self._samples,
-                "ranks": self.comm.Get_size(), "options": _shaping(self.config)}  # fmt: skip
+                "sent_nbytes": self._sent(), "ranks": self.comm.Get_size(), "options": _shaping(self.config)}  # fmt: skip
 
     def go_on(self, steps: int, position: dict[str, Any]) -> list[str]:
         """Be where a run was after so many steps: this rank's batches, times, losses since the last row. Local.
@@ -154,6 +158,9 @@ class Trainer:
         """
         self.steps, self._earlier = steps, position["seconds"]
         self._loss_sum, self._loss_count = position["loss"]
+        self._earlier_sent = (
+            position["sent_nbytes"] - self.optimizer.sent_nbytes
+        )  # which is 0 after another number of ranks
         size, samples = self.comm.Get_size(), position["samples"] * position["ranks"]
         while self._samples * size < samples:
             self._next()

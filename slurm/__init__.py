@@ -1,1 +1,207 @@
-"""Batch templates, as package data."""
+"""Batch templates and what is known of some sites, as package data; what srun and MPI libraries say to each other."""
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib import resources
+
+from mpi_ef.errors import ConfigError, OptionError
+
+__all__ = ["PROFILES", "TEMPLATES", "Profile", "full_name", "parse_profile", "profile_text", "read_profile", "read_template",
+           "render"]  # fmt: skip
+
+TEMPLATES = {
+    "train.sbatch": "train on one node",
+    "train-nodes.sbatch": "train on several nodes",
+    "train-gpu.sbatch": "run a training program of yours on several nodes with GPUs",
+    "sweep.sbatch": "an array: one training per line of a list of options",
+    "chain.sbatch": "a long training as a chain of jobs, one after the other",
+    "preemptible.sbatch": "train on nodes that others may take away",
+    "container.sbatch": "train in an apptainer container",
+    "bench.sbatch": "mpi-ef bench on 1, 2, 4, ... nodes",
+    "tests.sbatch": "the package's tests on 1, 2, 3, ... ranks",
+    "train.pbs": "train under PBS Pro or OpenPBS",
+    "train.lsf": "train under LSF",
+}
+PROFILES = ("generic", "lumi-c", "lumi-g", "frontier", "perlmutter", "juwels", "tacc")
+
+_SITE = re.compile(r"^# ==== your site:.*\n", flags=re.MULTILINE)  # lines of a profile go below
+_OPTION = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is known of a site.
+
+    Attributes
+    ----------
+    name, description : str
+    tested : bool
+        False where everything is from public documentation and nobody has tried it there.
+    sources : tuple of str
+        Where it is from.
+    required : tuple of str
+        Options of sbatch that the site wants and only the user knows.
+    sbatch : mapping of str to str or None
+        Options of sbatch; None for one without value.
+    environment : mapping of str to str
+        Variables of the templates.
+    lines : tuple of str
+        Shell lines, for example ``module load ...``.
+    """
+
+    name: str
+    description: str
+    tested: bool = True
+    sources: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    sbatch: Mapping[str, str | None] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+
+
+def full_name(name: str) -> str:
+    """Return the file name of a template; "train" stands for "train.sbatch". Local.
+
+    Raises
+    ------
+    OptionError
+        There is no such template; the text names the nearest one.
+    """
+    for known in (name, f"{name}.sbatch"):
+        if known in TEMPLATES:
+            return known
+    raise OptionError(f"slurm: there is no template {name!r}; {_nearest(name, _short_names(), 'mpi-ef slurm list')}")
+
+
+def read_template(name: str) -> str:
+    """Return the text of a template. Local.
+
+    Raises
+    ------
+    OptionError
+        There is no such template.
+    """
+    return (resources.files(__name__) / full_name(name)).read_text(encoding="utf-8")
+
+
+def profile_text(name: str) -> str:
+    """Return the TOML document that tells what is known of a site. Local.
+
+    Raises
+    ------
+    OptionError
+        There is no such profile; the text names the nearest one.
+    """
+    if name not in PROFILES:
+        raise OptionError(f"slurm: there is no profile {name!r}; {_nearest(name, PROFILES, 'mpi-ef slurm list')}")
+    return (resources.files(__name__) / "profiles" / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def read_profile(name: str) -> Profile:
+    """Return what is known of a site. Local.
+
+    Raises
+    ------
+    OptionError
+        There is no such profile; the text names the nearest one.
+    """
+    return parse_profile(name, profile_text(name))
+
+
+def parse_profile(name: str, text: str) -> Profile:
+    """Return the profile that a TOML document describes. Local.
+
+    Raises
+    ------
+    ConfigError
+        It has keys that are unknown, or of the wrong type.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f'slurm: profile {name} is no TOML ({error}); write lines like partition = "standard"'
+        ) from None
+    kinds = {"description": str, "tested": bool, "sources": list, "required": list, "sbatch": dict,
+             "environment": dict, "lines": list}  # fmt: skip
+    for key, value in document.items():
+        if not isinstance(value, kinds.get(key, ())):
+            raise ConfigError(f"slurm: profile {name}: {key} = {value!r} is not known; take {', '.join(kinds)}")
+    texts = {key: tuple(map(str, document.get(key, ()))) for key in ("sources", "required", "lines")}
+    sbatch = {option: None if value is True else str(value) for option, value in document.get("sbatch", {}).items()}
+    environment = {variable: str(value) for variable, value in document.get("environment", {}).items()}
+    return Profile(
+        name,
+        document.get("description", name),
+        document.get("tested", True),
+        sbatch=sbatch,
+        environment=environment,
+        **texts,
+    )
+
+
+def render(text: str, profile: Profile | None = None, options: Mapping[str, str | None] | None = None) -> str:
+    """Return a Slurm template for a site, with other options of sbatch. Local.
+
+    Parameters
+    ----------
+    text : str
+        A template.
+    profile : Profile, optional
+        Its options replace those of the template, its shell lines and variables are written at "your site". A variable
+        that is set when the job is submitted wins.
+    options : mapping of str to str or None, optional
+        ``{"nodes": "4", "exclusive": None}`` makes the lines ``#SBATCH --nodes=4`` and ``#SBATCH --exclusive``. They
+        replace those of the profile.
+
+    Raises
+    ------
+    OptionError
+        Something that is no long option of sbatch, or a value that fits on no line.
+    """
+    settings: dict[str, str | None] = dict(profile.sbatch) if profile else {}
+    settings |= options or {}
+    for option, value in settings.items():
+        text = _with_option(text, option.replace("_", "-"), value)
+    if profile is None:
+        return text
+    lines = [f"# From the profile {profile.name}: {profile.description}."]
+    if not profile.tested:
+        lines.append("# Taken from public documentation, and never tried there.")
+    lines += profile.lines
+    lines += [f"export {name}=${{{name}-{_quoted(value)}}}" for name, value in profile.environment.items()]
+    block = "".join(f"{line}\n" for line in lines)
+    return _SITE.sub(lambda found: found[0] + block, text, count=1)
+
+
+def _with_option(text: str, option: str, value: str | None) -> str:
+    """Return the script with this option: on the line that has it, active or not, else below the last."""
+    if not _OPTION.fullmatch(option) or len(option) < 2:
+        raise OptionError(f"slurm: {option!r} is no long option of sbatch; set for example nodes=4 or account=project")
+    if value is not None and not re.fullmatch(r"[^\n\r\"\\]+", value):
+        raise OptionError(
+            f"slurm: {option}={value!r} fits on no #SBATCH line; leave out quotes, backslashes, line ends"
+        )
+    line = f"#SBATCH --{option}" if value is None else f"#SBATCH --{option}={_quoted(value)}"
+    for comment in ("", "#"):
+        present = re.compile(rf"^{comment}#SBATCH --{option}(=.*)?$", flags=re.MULTILINE)
+        if present.search(text):
+            return present.sub(lambda _: line, text, count=1)
+    *_, last = re.finditer(r"^#SBATCH .*$", text, flags=re.MULTILINE)
+    return f"{text[: last.end()]}\n{line}{text[last.end() :]}"
+
+
+def _quoted(value: str) -> str:
+    return f'"{value}"' if re.search(r"[\s#]", value) else value
+
+
+def _short_names() -> list[str]:
+    return [name.removesuffix(".sbatch") for name in TEMPLATES]
+
+
+def _nearest(word: str, known: Sequence[str], where: str) -> str:
+    close = get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"{where} shows all"

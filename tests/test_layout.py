@@ -33,6 +33,7 @@ ALLOWED = {
         "stopping",
         "optim",
         "checkpoint",
+        "slurm",
     ],
     "checkpoint": ["kernels", "compress", "collectives", "feedback", "vectors", "optim", "data"],
     "slurm": [],

@@ -146,6 +146,8 @@ def test_another_number_of_ranks(whole, tmp_path):
     rows = losses(tmp_path)
     assert [row[0] for row in rows] == list(range(10, STEPS + 1, 10))
     assert rows[-1][1] < rows[1][1]
+    sent = [row[3] for row in rows]
+    assert sent == sorted(sent)  # bytes of both numbers of ranks add up
 
 
 def test_a_full_disk_stops_the_run_and_it_goes_on(whole, tmp_path):

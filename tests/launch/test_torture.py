@@ -16,7 +16,7 @@ from launching import finish, run, start
 from test_interruption import arguments, comes_true, losses, ranks_of, summary
 
 RANKS, LIMIT = 4, 240
-KILLS = int(os.environ.get("MPI_EF_TORTURE_KILLS", "6"))  # of each of the trainings below
+KILLS = int(os.environ.get("MPI_EF_TORTURE_KILLS", "3"))  # of each of the trainings below
 STEPS = 200 + 50 * KILLS
 TRAININGS = {
     "topk of adamw": ["--optimizer", "adamw"],
