@@ -133,9 +133,14 @@ def _found(path: Path) -> Found:
     return Found(str(path), step, state, reason, opened.world_size, opened.nbytes, opened.written_at)
 
 
+def _is_checkpoint(path: Path) -> bool:
+    """Tell whether this is one, or was to be one, and not a folder of them; it may have been moved and have another name."""
+    return (path / "master.json").exists() or _NAME.fullmatch(path.name) is not None
+
+
 def _newest(path: Path) -> Path:
     """Return the directory of a checkpoint: this one, or the newest of a run."""
-    if (path / "master.json").exists() or _NAME.fullmatch(path.name):
+    if _is_checkpoint(path):
         return path
     whole = [found for found in found_in(_folder(path)) if found.state in ("whole", "replaced")]
     if not whole:
@@ -171,9 +176,10 @@ def _aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:
 def _verify(arguments: argparse.Namespace) -> int:
     told: list[dict[str, Any]] = []
     for path in arguments.path:
-        alone = (path / "master.json").exists() or _NAME.fullmatch(path.name)
-        every = [_found(path)] if _NAME.fullmatch(path.name) else found_in(_folder(path)) if not alone else None
-        paths = [path] if every is None else [Path(found.path) for found in every if found.state != "unfinished"]
+        if _is_checkpoint(path):
+            paths = [path]
+        else:
+            paths = [Path(found.path) for found in found_in(_folder(path)) if found.state != "unfinished"]
         if not paths:
             raise CheckpointError(f"{path}: has no checkpoint; mpi-ef checkpoint ls tells what is there")
         for each in paths:

@@ -245,6 +245,26 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
         subprocess.run(["umount", str(disk)], check=False)
 
 
+def test_a_read_only_folder_can_be_read(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], check=False, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system is refused here: {mounted.stderr.strip()}")
+    try:
+        results(2, lambda comm: Store(disk / "run").save(comm, 1, **arrays_of(1, comm.Get_rank())))
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for call in (lambda comm: Store(disk / "run").save(comm, 2, **arrays_of(2, comm.Get_rank())),
+                     lambda comm: Store(disk / "run").claim(comm)):  # fmt: skip
+            errors = run(2, call)
+            assert len({str(error) for error in errors}) == 1
+            assert isinstance(errors[0], CheckpointError)
+            assert "Read-only file system" in str(errors[0])
+        assert is_step(results(2, lambda comm: Store(disk / "run").newest(comm))[1], 1)
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
+
+
 def fill_all_but(disk: Path, nbytes: int) -> None:
     state = os.statvfs(disk)
     with (disk / "ballast").open("wb") as file:
