@@ -2,6 +2,7 @@
 # make test   set everything up and run lint, types and all tests
 # make bench  all methods against dense allreduce, medians over five launches (about four minutes; D=100000 for short vectors)
 # make torture  kill trainings on 4 ranks sixty times, and compare their ends with undisturbed ones (ten minutes)
+# make test-slurm  submit every batch template to a Slurm of four nodes on this machine; as root (six minutes)
 # make worlds  the picture of a training that goes on with other numbers of ranks (three minutes)
 # make optimizers  the runs behind the picture and the tables of optimizers in the README (half an hour)
 #
@@ -37,7 +38,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TRAIN := $(BIN)/mpiexec -n 2 $(BIN)/mpi-ef train --steps $(STEPS)
 DENSE := --compressor identity --placement gradient --beta1 0.9
 
-.PHONY: demo test lint types test-serial test-mpi bench torture worlds optimizers clean
+.PHONY: demo test lint types test-serial test-mpi test-slurm bench torture worlds optimizers clean
 
 demo: $(VENV)/run
 	$(TRAIN) --out $(OUT)/demo
@@ -60,6 +61,10 @@ test-mpi: $(VENV)/test
 	    echo "== $$n ranks, $(MPI)"; \
 	    MPI_EF_TEST_RANKS=$$n timeout -k 5 600 $(BIN)/mpiexec -n $$n $(BIN)/python -m pytest -q --color=no --with-mpi tests/mpi; \
 	done
+
+# Brings Slurm up from Debian's packages, installed where they are missing, and takes it down again. Needs root.
+test-slurm: $(VENV)/test
+	timeout -k 60 1500 $(BIN)/python -m pytest -q --color=no tests/slurm
 
 # Some launches are slower than others for all their life: medians over several tell more than one long one.
 bench: $(VENV)/test

@@ -1,0 +1,171 @@
+"""Runs that are interrupted in every way a cluster has end with the parameters of one that was left alone."""
+
+import os
+import signal
+
+import pytest
+from cluster import TINY, Place, assert_same
+
+SAVING = [*TINY, "--checkpoint-every", 5]
+ONE_NODE = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1")
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
+
+
+@pytest.fixture(scope="module")
+def whole(cluster):
+    return cluster.whole(2, *SAVING)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limited(cluster):
+    """A job that reaches its time limit while the other tests go on: Slurm looks at limits every 30 s only.
+
+    It asks for its signal 70 s before its two minutes are over, and gets it 20 to 50 s after its start; 60 s after its
+    start mpi-ef would stop by itself.
+    """
+    place = Place(cluster, cluster.folder / "time-limit")
+    place.slow(1.0)
+    options = (*ONE_NODE, "--nodelist=n1", "--time=2", "--signal=B:USR2@70")
+    yield place.submit("train", *TINY, options=options)
+    place.clear()
+
+
+def interrupted(place, template, options):
+    """Submit a run that stays slow until it has been restarted, and wait until it can be interrupted."""
+    place.slow()
+    job = place.submit(template, *TINY, options=options)
+    job.running_with_checkpoint()
+    return job
+
+
+def recovers(job, whole, reason=""):
+    """Let an interrupted run go on to its end, and compare it with the undisturbed one."""
+    job.restarted()
+    job.completes()
+    assert int(job.record()["Restarts"]) == 1, job
+    job.says("parameters on 2 ranks", 2)  # the log of the first launch is still there
+    job.says("no checkpoint yet")
+    job.says("resumed after step")
+    job.says(reason)
+    assert not (job.run / "requeue").exists()
+    assert_same(job.run, whole)
+
+
+def test_usr2_to_the_batch_script(place, whole):
+    job = interrupted(place, "train", ONE_NODE)
+    job.signal("USR2")
+    recovers(job, whole, "SIGUSR2 on rank")
+
+
+def preempted(job, place):
+    """Let a job of higher priority come and go that needs one of the nodes."""
+    rival = place.job(place.run("sbatch", "--parsable", "--partition=high", "--nodelist=n2", "--exclusive",
+                                "--output=rival", "--wrap=sleep 1").strip())  # fmt: skip
+    rival.completes()
+
+
+@pytest.mark.parametrize("partition", ["low", "gentle"])
+def test_a_job_of_higher_priority(place, whole, partition):
+    """With the seconds of KillWait, and with a GraceTime, in which Slurm tells the ranks only."""
+    job = interrupted(place, "preemptible", (*TWO_NODES, f"--partition={partition}", "--nodelist=n2,n3"))
+    preempted(job, place)
+    recovers(job, whole, "stopped after step")
+
+
+def test_a_job_of_higher_priority_before_the_first_save(place, whole):
+    job = place.submit("preemptible", *TINY, options=(*TWO_NODES, "--partition=gentle", "--nodelist=n2,n3"))
+    job.until(lambda _: len(place.notes()) == 2, "start of the ranks")
+    preempted(job, place)
+    job.completes()
+    assert int(job.record()["Restarts"]) == 1, job
+    assert_same(job.run, whole)
+
+
+def test_requeue_by_hand(place, whole):
+    job = interrupted(place, "train", ONE_NODE)
+    place.run("scontrol", "requeue", job.number)
+    recovers(job, whole, "stopped after step")
+
+
+def test_a_rank_is_killed(place, whole):
+    job = interrupted(place, "train-nodes", TWO_NODES)
+    job.running_with_checkpoint(2)
+    victim = place.notes(SLURM_PROCID="1")[0]
+    os.kill(victim["pid"], signal.SIGKILL)
+    recovers(job, whole)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["with the batch script", "without it"])
+def test_a_node_dies(cluster, place, whole, which):
+    job = interrupted(place, "train-nodes", (*TWO_NODES, "--exclude=n1"))
+    dead = job.nodes[which]
+    try:
+        cluster.crash(dead)
+        recovers(job, whole)
+        now = {note["host"] for note in place.notes(SLURM_RESTART_COUNT="1")}
+        assert now == {"n2", "n3", "n4"} - {dead}
+    finally:
+        cluster.revive(dead)
+
+
+def test_the_time_limit(limited, whole):
+    recovers(limited, whole, "SIGUSR2 on rank")
+
+
+# A program that stands for mpi-ef where only the batch script is of interest: each launch makes CHECKPOINTS checkpoints
+# more, asks for a requeue when ASKS is set, and leaves with STATUS.
+STAND_IN = """#!/bin/bash
+[ "$1" = train ] || exit 0
+while [ $# -gt 1 ]; do [ "$1" = --out ] && out=$2; shift; done
+if [ "${SLURM_PROCID:-0}" = 0 ]; then
+    mkdir -p "$out/checkpoints"
+    for ((i = 0; i < CHECKPOINTS; i++)); do
+        printf -v step "$out/checkpoints/step-%08d" $((10 + $(ls "$out/checkpoints" | wc -l)))
+        mkdir "$step"; touch "$step/COMMIT"
+    done
+    [ -n "$ASKS" ] && echo "asked to" >"$out/requeue"
+    echo "launch ${SLURM_RESTART_COUNT:-0}"
+fi
+exit "$STATUS"
+"""
+
+
+def test_requeues_end(place):
+    """A job that gets nowhere, fails before it has saved, has not trained at all, cannot work, never ends."""
+    stand_in = place.folder / "stand-in"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+
+    def submit(**variables):
+        return place.submit("train", options=("--nodes=1", "--ntasks-per-node=1"), MPI_EF=stand_in, MPI_TYPE="none",
+                            **variables)  # fmt: skip
+
+    stuck = submit(CHECKPOINTS=0, ASKS=1, STATUS=0)
+    broken = submit(CHECKPOINTS=0, ASKS="", STATUS=3)
+    silent = submit(CHECKPOINTS=0, ASKS="", STATUS=0)
+    wrong = submit(CHECKPOINTS=1, ASKS="", STATUS=2)
+    endless = submit(CHECKPOINTS=1, ASKS=1, STATUS=0, MAX_RESTARTS=2)
+    crashing = submit(CHECKPOINTS=1, ASKS="", STATUS=3, MAX_RESTARTS=1)
+    for job, restarts, status, words in (
+        (stuck, 0, None, "no progress"), (broken, 0, 3, "no progress"), (silent, 0, None, "no progress"), (wrong, 0, 2, ""),
+        (endless, 2, None, "MAX_RESTARTS"), (crashing, 1, 3, "MAX_RESTARTS"),
+    ):  # fmt: skip
+        assert job.end() == "FAILED", job
+        record = job.record()
+        code = int(record["ExitCode"].partition(":")[0])
+        assert code if status is None else code == status, job
+        assert int(record["Restarts"]) == restarts, job
+        assert words in job.log, job
+        assert [line for line in job.log.splitlines() if line.startswith("launch")] == [
+            f"launch {n}" for n in range(restarts + 1)
+        ], job
+
+
+def test_a_finished_run_is_not_trained_again(place, whole):
+    """The last save and the end of the job may fall together: a requeue then finds nothing left to do."""
+    folder = place.folder / "finished"
+    for _ in range(2):
+        job = place.submit("train", *TINY, options=ONE_NODE, RUN_DIR=folder)
+        job.completes()
+        assert_same(folder, whole)
+    job.says("nothing is left to do")
