@@ -1,8 +1,8 @@
 # make demo   set everything up and train a small GPT on 2 ranks, with 1 % of the update travelling
 # make test   set everything up and run lint, types and all tests
 # make bench  all methods against dense allreduce, medians over five launches (about four minutes; D=100000 for short vectors)
-# make torture  kill trainings on 4 ranks sixty times, and compare their ends with undisturbed ones (ten minutes)
-# make test-slurm  submit every batch template to a Slurm of four nodes on this machine; as root (six minutes)
+# make torture  kill trainings on 4 ranks sixty times, and compare their ends with undisturbed ones (twenty minutes)
+# make test-slurm  submit every batch template to a Slurm of four nodes on this machine; as root (five minutes)
 # make worlds  the picture of a training that goes on with other numbers of ranks (three minutes)
 # make optimizers  the runs behind the picture and the tables of optimizers in the README (half an hour)
 #

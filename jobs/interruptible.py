@@ -6,7 +6,7 @@ from typing import Any
 
 from mpi_ef.checkpoint import Store
 from mpi_ef.checkpoint.state import Training
-from mpi_ef.jobs.train import TrainConfig
+from mpi_ef.jobs.train import TrainConfig, writing
 from mpi_ef.jobs.trainer import Trainer
 from mpi_ef.stopping import SIGNALS, Stopper
 
@@ -56,9 +56,12 @@ class Interruptible:
 
     def _claim(self) -> None:
         """Become the only one who writes to the folder, before anything in it is changed. Collective."""
-        if self._store is not None and self.config.checkpoint_every:
+        if self._store is None:
+            return
+        if self.config.checkpoint_every:
             self._store.claim(self.comm, new=self.config.resume == "no")
-            if self.comm.Get_rank() == 0:
+        if self.comm.Get_rank() == 0:
+            with writing(self.config.out):
                 (self.config.out / "requeue").unlink(missing_ok=True)
 
     def _resumed(self) -> int:
@@ -90,7 +93,8 @@ class Interruptible:
         if not ends or step == config.steps:
             return False
         self.stopped = self._stopper.reason or f"after {config.stop_after} steps of this launch"
-        self._stopper.mark_requeue(config.out / "requeue", self.stopped)
+        with writing(config.out):
+            self._stopper.mark_requeue(config.out / "requeue", self.stopped)
         if self.comm.Get_rank() == 0:
             print(f"stopped after step {step}: {self.stopped}; go on with --resume exact", flush=True)
         return True

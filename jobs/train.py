@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mpi_ef.jobs.metrics import Metrics, Progress
     from mpi_ef.jobs.trainer import Trainer
 
-__all__ = ["PHASES", "TrainConfig", "learning_rate", "main", "train"]
+__all__ = ["PHASES", "TrainConfig", "learning_rate", "main", "train", "writing"]
 
 # Parts of a step: load a batch; forward and backward; compress; wait for messages; apply messages; all else of the
 # optimizer's step.
@@ -168,7 +168,7 @@ def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
     root, start = comm.Get_rank() == 0, run.resume()
     metrics = None
     if root:
-        with _writing(config.out):
+        with writing(config.out):
             metrics = Metrics(config.out, trainer.columns, after=start)
             (config.out / "config.toml").write_text(to_toml(config), encoding="utf-8")
         print(trainer.headline(), flush=True)
@@ -182,7 +182,7 @@ def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
             trainer.optimizer.synchronize()
         if logged:
             row = trainer.row(evaluate=evaluate)
-            with _writing(config.out):
+            with writing(config.out):
                 _record(row, metrics, progress)
         if run.ends_after(step):
             break
@@ -194,14 +194,14 @@ def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
         return {"steps": trainer.steps, "stopped": run.stopped}
     summary = _summary(trainer, config, row or trainer.row(evaluate=True))  # no row: there was nothing left to do
     if root:
-        with _writing(config.out):
+        with writing(config.out):
             (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print(_table(summary), flush=True)
     return summary
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """Turn what a file system refuses into one line. Local: only rank 0 writes these files."""
     try:
         yield

@@ -270,6 +270,16 @@ def test_exports_that_cannot_be(tmp_path, capsys, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
+@pytest.mark.parametrize("values", [3, ["model.x"], {"model.x": {"~": "tensor"}}, {"model.x": 7}])
+def test_a_strange_document_is_one_line(tmp_path, capsys, values):
+    document = {"values": values, "parts": {}}
+    results(1, lambda comm: Store(tmp_path / "run").save(comm, 1, replicated={}, per_rank={}, document=document,
+                                                         rank_document={"values": {}}))  # fmt: skip
+    status, text = call(capsys, "export", tmp_path / "run", tmp_path / "x.h5")
+    assert (status, text.count("\n")) == (2, 1), text
+    assert "export everything instead" in text
+
+
 def test_damage_leaves_no_export(tmp_path):
     trained(tmp_path / "run", 3)
     path = tmp_path / "run" / "step-00000003"

@@ -33,7 +33,8 @@ def export(checkpoint: Checkpoint, path: str | Path, *, everything: bool = False
     """Write a checkpoint to one file that other programs read; the name's end says how. Local.
 
     ``.safetensors`` for torch and its relatives (needs the package safetensors, and memory for all that is written), ``.h5``
-    for h5py and whatever reads HDF5: contiguous datasets of numbers, no compression, no links, one array in memory.
+    for h5py and whatever reads HDF5: contiguous datasets of numbers, no compression, no links. In memory is the model,
+    or with `everything` one array.
 
     Parameters
     ----------
@@ -81,15 +82,20 @@ def model_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     CheckpointError
     """
     document = checkpoint.document
-    names: list[str] = []
+    state: dict[str, Tensor] = {}
     if isinstance(document, dict) and {"values", "parts"} <= document.keys():
         past = Past(checkpoint, 0, 1)
-        names = sorted(name for name in past.names() if name.startswith(_MODEL))
-    if not names:
+        try:
+            names = sorted(name for name in past.names() if name.startswith(_MODEL))
+            state = {name.removeprefix(_MODEL): _tensor(past.merged(name)) for name in names}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"export: {checkpoint.path} has a document that Training did not write "
+                                  f"({type(error).__name__}: {error}); export everything instead") from error  # fmt: skip
+    if not state:
         raise OptionError(
             f"export: {checkpoint.path} has no model that mpi_ef.Training saved; export everything instead"
         )
-    return {name.removeprefix(_MODEL): _tensor(past.merged(name)) for name in names}
+    return state
 
 
 def _all_arrays(checkpoint: Checkpoint) -> Iterator[tuple[str, Array]]:

@@ -217,3 +217,11 @@ def test_other_options_are_named_when_going_on(whole, tmp_path):
     ended = run(2, *arguments(tmp_path, *options, "--resume", "exact", "--stop-after", 5, "--lr", 0.001), within=LIMIT)
     assert ended.status == 0, ended.text
     assert ended.lines_with("not as in the run that saved") == ["not as in the run that saved: lr was 0.006, is 0.001"]
+
+
+def test_a_marker_that_cannot_be_removed_is_one_line(tmp_path):
+    (tmp_path / "requeue").mkdir()
+    ended = run(2, *arguments(tmp_path), within=LIMIT)
+    assert ended.status == 2, ended.text
+    assert "Traceback" not in ended.text
+    assert len(ended.lines_with("make room there, or give another --out")) == 1, ended.text
