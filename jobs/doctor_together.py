@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import sleep
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from mpi_ef.jobs import doctor_checks
+from mpi_ef.jobs import doctor_checks, launch
 from mpi_ef.jobs.doctor_finding import Finding, Spot, Told, nodes_text, ranks_text
 from mpi_ef.jobs.doctor_mpi import judge_mpi
 from mpi_ef.jobs.doctor_roll import FAILED, Roll, SilenceError, Watch, bounded, wait_for
@@ -56,10 +56,10 @@ def examine(
     return report.status
 
 
-def _end(comm: Any, *, speaks: bool) -> None:
+def _end(comm: Any, *, speaks: bool) -> NoReturn:
     sys.stdout.flush()
     sleep(_FORWARDING_SECONDS if speaks else 2 * _MESSAGE_SECONDS)  # rank 0 ends all, unless it is not there
-    comm.Abort(1)
+    launch.abort(comm, 1)
 
 
 def _silent(ranks: Sequence[int], seconds: float) -> Finding:

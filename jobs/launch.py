@@ -5,11 +5,11 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, NoReturn
 
 from mpi_ef.errors import LaunchError, MpiEfError
 
-__all__ = ["abort_on_exception", "check_world", "run", "threads_per_rank"]
+__all__ = ["abort", "abort_on_exception", "check_world", "run", "threads_per_rank"]
 
 # What launchers tell each task about the number of tasks. srun sets the first for every step, and under --mpi=pmi2 also
 # PMI_SIZE: then Slurm is the one to talk about.
@@ -83,6 +83,16 @@ def abort_on_exception(comm: Any) -> None:
     sys.excepthook = hook
 
 
+def abort(comm: Any, status: int) -> NoReturn:
+    """End all ranks of `comm`, and never come back. Local.
+
+    MPICH's ``MPI_Abort`` may return while the launcher's signal is still on its way, and the program would go on.
+    """
+    comm.Abort(status)
+    sleep(PATIENCE_SECONDS)
+    os._exit(status)
+
+
 def threads_per_rank(comm: Any) -> int:
     """Return how many threads a rank may use without sharing a core with another rank. Collective.
 
@@ -108,9 +118,9 @@ def _within(request: Any, seconds: float) -> bool:
     return True
 
 
-def _die(comm: Any, text: str, status: int) -> None:
+def _die(comm: Any, text: str, status: int) -> NoReturn:
     sys.stderr.write(text + "\n")  # in one piece: under PYTHONUNBUFFERED print() writes the end apart, and lines mix
     sys.stderr.flush()
     sys.stdout.flush()
     sleep(FORWARDING_SECONDS)  # a launcher that is told to abort may end before it has passed on what was printed
-    comm.Abort(status)
+    abort(comm, status)

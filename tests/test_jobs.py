@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, LaunchError, PeerError
-from mpi_ef.jobs import cli
+from mpi_ef.jobs import cli, launch
 from mpi_ef.jobs.bench_report import Link, Row, break_even, combine, table
 from mpi_ef.jobs.config import option, parse, to_toml
 from mpi_ef.jobs.data import Digits, Text, batches, shard
@@ -314,7 +314,7 @@ def test_command_line(capsys):
 def test_help_never_starts_mpi(program):
     code = f"""
 import sys
-from mpi_ef.jobs import cli
+from mpi_ef.jobs import cli, launch
 try:
     cli.main([{program!r}, "--help"])
 except SystemExit as end:
@@ -385,3 +385,19 @@ def test_n_copies_of_rank_zero_are_noticed(environment, words):
     assert words in str(caught.value)
     check_world(2, environment)
     check_world(1, {"OMPI_COMM_WORLD_SIZE": "1", "SLURM_NTASKS": "8"})
+
+
+def test_nothing_runs_after_an_abort_that_returns(monkeypatch):
+    told, waited = [], []
+    comm = type("Comm", (), {"Abort": staticmethod(told.append)})
+
+    def leave(status):
+        raise SystemExit(status)  # os._exit never returns
+
+    monkeypatch.setattr(launch.os, "_exit", leave)
+    monkeypatch.setattr(launch, "sleep", waited.append)
+    with pytest.raises(SystemExit) as ended:
+        launch.abort(comm, 3)
+    assert ended.value.code == 3
+    assert told == [3]
+    assert waited == [launch.PATIENCE_SECONDS]
