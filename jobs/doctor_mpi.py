@@ -13,22 +13,17 @@ from typing import Any
 from mpi_ef.jobs.doctor_finding import Finding, Told, by_value, who
 from mpi_ef.jobs.doctor_roll import FAILED
 
-__all__ = ["ENDED", "judge_mpi", "library_facts", "mpi_missing", "start", "start_in_a_child", "wants"]
+__all__ = ["ENDED", "judge_mpi", "library_facts", "mpi_missing", "start", "start_in_a_child"]
 
 ENDED = "ended"  # the fact that MPI has taken the process down
-# Name, its words in the version text, the ABI, and what srun --mpi= it wants to hear.
+# Name, its words in the version text, the ABI.
 _LIBRARIES = (
-    ("Open MPI", r"(?:Open|Spectrum) MPI v?([\w.]+)", "openmpi", "pmix"),
-    ("Cray MPICH", r"CRAY MPICH version ([\w.]+)", "mpich", "cray_shasta"),
-    ("Intel MPI", r"Intel\(R\) MPI Library ([\w.]+)", "mpich", "pmi2"),
-    ("MVAPICH", r"MVAPICH\S*\s+Version\s*:\s*([\w.]+)", "mpich", "pmi2"),
-    ("MPICH", r"MPICH Version\s*:\s*([\w.]+)", "mpich", "pmi2"),
+    ("Open MPI", r"(?:Open|Spectrum) MPI v?([\w.]+)", "openmpi"),
+    ("Cray MPICH", r"CRAY MPICH version ([\w.]+)", "mpich"),
+    ("Intel MPI", r"Intel\(R\) MPI Library ([\w.]+)", "mpich"),
+    ("MVAPICH", r"MVAPICH\S*\s+Version\s*:\s*([\w.]+)", "mpich"),
+    ("MPICH", r"MPICH Version\s*:\s*([\w.]+)", "mpich"),
 )
-
-
-def wants(library: str) -> str:
-    """Return what a library wants to hear from ``srun --mpi=``; empty for an unknown one."""
-    return next((flavour for name, _, _, flavour in _LIBRARIES if name == library), "")
 
 
 def library_facts() -> dict[str, Any]:
@@ -41,7 +36,7 @@ def library_facts() -> dict[str, Any]:
 
     text = MPI.Get_library_version().split("\x00")[0]
     library, release, abi = " ".join(text.split())[:60], "", "unknown"
-    for name, pattern, its_abi, _ in _LIBRARIES:
+    for name, pattern, its_abi in _LIBRARIES:
         if match := re.search(pattern, text, re.IGNORECASE):
             library, release, abi = name, match[1], its_abi
             break

@@ -1,6 +1,5 @@
 """Who has started this process, and whether the ranks are one world; what to do when they are not."""
 
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpi_ef.jobs.doctor_finding import Finding
-from mpi_ef.jobs.doctor_mpi import wants
+from mpi_ef.slurm.mpi_types import offered_by, wanted
 
 __all__ = ["Launcher", "ended_at_start", "judge_world", "launcher_of", "lonely", "offered_by_srun"]
 
@@ -124,7 +123,6 @@ def _library(facts: Mapping[str, Any]) -> str:
 
 
 def _remedy(launcher: Launcher, facts: Mapping[str, Any], environment: Mapping[str, str]) -> str:
-    speaks = wants(str(facts.get("library")))
     if launcher.name != "srun":
         return (
             f"start it with the mpiexec that belongs to this library ({_mpiexec_beside(facts)}); this one is "
@@ -132,11 +130,12 @@ def _remedy(launcher: Launcher, facts: Mapping[str, Any], environment: Mapping[s
             "--mpi=cray_shasta"
         )
     offered = offered_by_srun()
+    speaks = wanted(str(facts.get("library")), offered)[1]
     asked = _asked_for(environment)
-    first = f"{facts.get('library')} wants srun --mpi={speaks}" if speaks else "try the others of srun --mpi=list"
+    first = f"{facts.get('library')} wants srun --mpi={speaks[0]}" if speaks else "try the others of srun --mpi=list"
     there = f"; srun here has: {', '.join(offered)}" if offered else ""
     lacking = ""
-    if offered and not any(name.startswith(speaks) for name in offered):
+    if speaks and offered and not set(speaks) & set(offered):
         lacking = ", which srun here does not have: start with mpiexec inside of sbatch"
     return (
         f"{first}{lacking} (these tasks were started with --mpi={asked}){there}. Choices: --mpi=pmix (Open MPI, "
@@ -159,14 +158,12 @@ def _mpiexec_beside(facts: Mapping[str, Any]) -> str:
     return str(beside) if beside.exists() else f"that of {facts.get('library', 'the MPI')}"
 
 
-def offered_by_srun(seconds: float = 10.0) -> list[str]:
+def offered_by_srun(seconds: float = 10.0) -> tuple[str, ...]:
     """Return what ``srun --mpi=list`` lists; nothing where there is no srun, or it does not answer. Local."""
     if shutil.which("srun") is None:
-        return []
+        return ()
     try:
         done = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, timeout=seconds, check=False)  # noqa: S607
     except (OSError, subprocess.TimeoutExpired):
-        return []
-    lines = (done.stdout + done.stderr).split("specific", maxsplit=1)[0].splitlines()
-    words = [line.strip().removeprefix("srun:").strip() for line in lines]
-    return [word for word in words if re.fullmatch(r"[a-z][a-z0-9_]*", word)]
+        return ()
+    return offered_by(done.stdout + done.stderr)

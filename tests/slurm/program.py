@@ -14,8 +14,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-NAMES = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_RESTART_COUNT",
-         "SLURM_ARRAY_TASK_ID", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NUMBA_CACHE_DIR")  # fmt: skip
+NAMES = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "SLURM_STEP_NUM_TASKS",
+         "SLURM_RESTART_COUNT", "SLURM_ARRAY_TASK_ID", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
+         "NUMBA_CACHE_DIR")  # fmt: skip
+TASK = {"SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK"}  # of srun, of mpirun
 
 
 def note(path):
@@ -52,7 +54,7 @@ def with_brake(path):
 
 
 if __name__ == "__main__":
-    if "SLURM_STEP_ID" in os.environ and "MPI_EF_TEST_NOTES" in os.environ:
+    if not TASK.isdisjoint(os.environ) and "MPI_EF_TEST_NOTES" in os.environ:
         note(Path(os.environ["MPI_EF_TEST_NOTES"]))
     os.environ.pop("NUMBA_CACHE_DIR", None)
     first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"

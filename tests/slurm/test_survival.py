@@ -4,7 +4,9 @@ import os
 import signal
 
 import pytest
-from cluster import TINY, Place, assert_same
+from cluster import BESIDE, STEPS, TINY, Place, assert_same, losses, summary
+
+from mpi_ef.jobs.survivors import OPTIONS
 
 SAVING = [*TINY, "--checkpoint-every", 5]
 ONE_NODE = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1")
@@ -106,6 +108,34 @@ def test_a_node_dies(cluster, place, whole, which):
         assert now == {"n2", "n3", "n4"} - {dead}
     finally:
         cluster.revive(dead)
+
+
+def test_ranks_that_outlive_another(cluster, place):
+    """Started by mpirun, with what ULFM needs: the job goes on without a new start; and it can still be told to stop."""
+    if not (BESIDE / "prterun").exists():
+        pytest.skip("only Open MPI lets ranks outlive others")
+    place.slow()
+    variables = {"LAUNCH": f"mpirun {OPTIONS}", "RUN_DIR": "runs/shrinking"}
+    arguments = [*TINY, "--on-failure", "shrink", "--resume", "redistribute"]
+    job = place.submit(
+        "train-nodes", *arguments, options=("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1"), **variables
+    )
+    run = place.folder / "runs" / "shrinking"
+    job.until(lambda _: (run / "checkpoints" / "step-00000010").exists(), "two checkpoints")
+    (victim,) = place.notes(OMPI_COMM_WORLD_RANK="2")
+    os.kill(victim["pid"], signal.SIGKILL)
+    job.until(lambda _: "rank 2 of 4 died; 3 go on" in job.log, "a shrunk world")
+    job.until(lambda _: "resumed after step" in job.log, "going on")
+    job.signal("USR2")
+    job.restarted()
+    job.completes()
+    job.says("SIGUSR2 on rank")
+    job.says("resumed after step", 2)
+    job.says("parameters on 4 ranks", 2)  # the new start has all of them again
+    assert int(job.record()["Restarts"]) == 1, job
+    assert summary(run)["steps"] == STEPS
+    assert summary(run)["replicas_equal"]
+    assert [row[0] for row in losses(run)] == list(range(5, STEPS + 1, 5))
 
 
 def test_the_time_limit(limited, whole):
