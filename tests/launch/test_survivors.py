@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,15 +55,14 @@ def stepwise(out, *parts):
     return out
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-def test_one_dies(victim, tmp_path):
+def test_the_one_that_writes_dies(tmp_path):
     out = tmp_path / "run"
     process = shrinking(out)
     wait_for(lambda: (out / "checkpoints" / "step-00000060").exists(), process)
-    kill(out, victim)
+    kill(out, 0)
     ended = finish(process, within=LIMIT)
     assert ended.status == 0, ended.text
-    assert ended.lines_with(f"rank {victim} of 4 died; 3 go on"), ended.text
+    assert ended.lines_with("rank 0 of 4 died; 3 go on"), ended.text
     (step,) = resumed(ended)
     assert summary(out)["ranks"] == 3
     assert_same(out, stepwise(tmp_path / "by-hand", (4, step), (3, 300)))
@@ -115,4 +113,3 @@ def test_it_has_to_be_started_so():
     ended = run(2, *arguments("nowhere", "--on-failure", "shrink"), within=LIMIT)
     assert ended.status == 2
     assert ended.lines_with("srun cannot"), ended.text
-    assert sys.executable
