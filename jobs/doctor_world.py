@@ -131,11 +131,13 @@ def _remedy(launcher: Launcher, facts: Mapping[str, Any], environment: Mapping[s
         )
     offered = offered_by_srun()
     speaks = wanted(str(facts.get("library")), offered)[1]
+    usable = [kind for kind in speaks if kind in offered]
+    best = next(iter((*usable, *speaks)), "")
     asked = _asked_for(environment)
-    first = f"{facts.get('library')} wants srun --mpi={speaks[0]}" if speaks else "try the others of srun --mpi=list"
+    first = f"{facts.get('library')} wants srun --mpi={best}" if best else "try the others of srun --mpi=list"
     there = f"; srun here has: {', '.join(offered)}" if offered else ""
     lacking = ""
-    if speaks and offered and not set(speaks) & set(offered):
+    if speaks and offered and not usable:
         lacking = ", which srun here does not have: start with mpiexec inside of sbatch"
     return (
         f"{first}{lacking} (these tasks were started with --mpi={asked}){there}. Choices: --mpi=pmix (Open MPI, "

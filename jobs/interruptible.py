@@ -7,7 +7,7 @@ from typing import Any
 from mpi_ef.checkpoint import Store
 from mpi_ef.checkpoint.state import Training
 from mpi_ef.jobs import early
-from mpi_ef.jobs.survivors import all_are_here
+from mpi_ef.jobs.survivors import Attempts, all_are_here
 from mpi_ef.jobs.train import TrainConfig, writing
 from mpi_ef.jobs.trainer import Trainer
 from mpi_ef.stopping import SIGNALS, Stopper
@@ -27,8 +27,8 @@ class Interruptible:
     comm : MPI.Comm
     config : TrainConfig
     trainer : Trainer
-    failures : int
-        How often ranks of this launch have died before.
+    attempts : Attempts
+        What earlier attempts of this launch have left, before ranks died.
 
     Attributes
     ----------
@@ -36,46 +36,46 @@ class Interruptible:
         Why the run has stopped before its end.
     """
 
-    def __init__(self, comm: Any, config: TrainConfig, trainer: Trainer, failures: int = 0) -> None:
-        self.comm, self.config, self.trainer = comm, config, trainer
+    def __init__(self, comm: Any, config: TrainConfig, trainer: Trainer, attempts: Attempts) -> None:
+        self.comm, self.config, self.trainer, self.attempts = comm, config, trainer, attempts
         self.stopped: str | None = None
         self._store = self._stopper = None
-        self._last = config.steps  # step after which this launch ends
+        self._policy: str = config.resume
+        if attempts.last is not None and config.resume != "reset":
+            self._policy = "redistribute"
         if config.checkpoint_every or config.resume != "no":
-            job, restart = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
-            restarts = (int(restart) if restart.isdigit() else 0) * _FAILURES + failures
+            job, restart = os.environ.get("SLURM_JOB_ID", attempts.launch), os.environ.get("SLURM_RESTART_COUNT", "0")
+            restarts = (int(restart) if restart.isdigit() else 0) * _FAILURES + attempts.failures
             self._store = Store(config.out / "checkpoints", keep_last=config.keep, job=job, restart=restarts)
         if config.checkpoint_every:
             end = os.environ.get("SLURM_JOB_END_TIME", "")
             # Python lets only the main thread have signals, which is where programs run.
             signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
             self._stopper = Stopper(comm, signals=signals, deadline=float(end) if end.isdigit() else None)
-            if number := early.noted():
+            if number := early.noted() or attempts.asked:
                 self._stopper.request(number)
         self._training = Training(model=trainer.model, optimizer=trainer.optimizer, seed=config.seed)
 
     def resume(self) -> int:
         """Put everything back to where the newest checkpoint was, and return its step; 0 without one."""
-        self._claim()
-        start = self._resumed()
-        if self.config.stop_after:
-            self._last = min(self.config.steps, start + self.config.stop_after)
-        return start
-
-    def _claim(self) -> None:
-        """Become the only one who writes to the folder, before anything in it is changed. Collective."""
         if self._store is None:
-            return
-        if self.config.checkpoint_every:
-            self._store.claim(self.comm, new=self.config.resume == "no")
+            return 0
+        if self.config.checkpoint_every:  # before anything in the folder is changed
+            self._store.claim(self.comm, new=self._policy == "no")
+        start = self._resumed()
         if self.comm.Get_rank() == 0:
             with writing(self.config.out):
-                (self.config.out / "requeue").unlink(missing_ok=True)
+                for name in ("requeue", "summary.json"):  # they tell how a run has ended
+                    (self.config.out / name).unlink(missing_ok=True)
+        if self.attempts.last is None:
+            stop = start + self.config.stop_after if self.config.stop_after else self.config.steps
+            self.attempts.last = min(self.config.steps, stop)
+        return start
 
     def _resumed(self) -> int:
-        if self._store is None or self.config.resume == "no":
+        if self._store is None or self._policy == "no":
             return 0
-        start = self._training.resume(self._store, self.comm, policy=self.config.resume)
+        start = self._training.resume(self._store, self.comm, policy=self._policy)
         changed = self.trainer.go_on(start, self._training.document) if start else []
         if self.comm.Get_rank() == 0:
             left = (
@@ -94,7 +94,7 @@ class Interruptible:
         if self._store is None or self._stopper is None:
             return False
         self._store.poll(self.comm)
-        ends = self._stopper.should_stop() or step == self._last
+        ends = self._stopper.should_stop() or step == self.attempts.last
         if ends or step % config.checkpoint_every == 0:
             if config.on_failure == "shrink":
                 all_are_here(self.comm)  # so that nothing is saved that a death has spoiled
@@ -113,5 +113,6 @@ class Interruptible:
         """Give signals and the folder back."""
         if self._stopper is not None:
             self._stopper.close()
+            self.attempts.asked = self._stopper.asked
         if self._store is not None:
             self._store.close()

@@ -100,10 +100,9 @@ def threads_per_rank(comm: Any) -> int:
     """
     from mpi4py import MPI
 
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    sharing = sum(bool(mine & theirs) for theirs in node.allgather(mine))
-    node.Free()
+    here = MPI.Get_processor_name()
+    sharing = sum(node == here and bool(mine & theirs) for node, theirs in comm.allgather((here, mine)))
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdigit() and int(asked) else max(1, len(mine) // sharing)
 

@@ -3,44 +3,81 @@
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from time import monotonic, sleep
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
+from uuid import uuid4
 
 from mpi_ef.errors import LaunchError, MpiEfError
 
-__all__ = ["OPTIONS", "all_are_here", "check", "outlive"]
+__all__ = ["OPTIONS", "Attempts", "all_are_here", "check", "outlive"]
 
 # Without the second, sums at the moment of a death may come out wrong and unnoticed where nodes have several ranks; without
 # the third, survivors may wait for ever for a connection to the dead rank.
 OPTIONS = "--with-ft ulfm --mca coll ^han --mca mpi_preconnect_mpi 1"
-_WANTED = {"OMPI_MCA_mpi_ft_enable": "1", "OMPI_MCA_coll": "^han", "OMPI_MCA_mpi_preconnect_mpi": "1"}
-
 _DETECTION_SECONDS = 2.0  # in which MPI learns of a death that has already spoiled a message
 
-T = TypeVar("T")
+
+@dataclass
+class Attempts:
+    """What one attempt of a launch leaves to the next, after ranks have died.
+
+    Attributes
+    ----------
+    failures : int
+        How often ranks have died.
+    launch : str
+        Identity of this launch, the same on all ranks.
+    last : int or None
+        The step after which this launch is to end; None as long as it has not taken the folder and resumed.
+    asked : int
+        The signal that has asked to stop; 0 for none.
+    """
+
+    failures: int = 0
+    launch: str = ""
+    last: int | None = None
+    asked: int = 0
+
+    def begin(self, comm: Any, failures: int) -> None:
+        """Agree on all of it: ranks may have come to different places. Collective."""
+        self.failures = failures
+        self.launch = comm.bcast(self.launch or uuid4().hex)
+        self.last = next((last for last in comm.allgather(self.last) if last is not None), None)
 
 
 def check(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise `LaunchError` unless this process was started so that ranks can outlive others. Local."""
-    missing = [f"{name}={value}" for name, value in _WANTED.items() if environment.get(name) != value]
-    if missing:
-        raise LaunchError(
-            f"on_failure=shrink: {', '.join(missing)} not set; start it with Open MPI's mpirun {OPTIONS} (srun cannot)"
+    """Raise `LaunchError` unless this process was started so that ranks can outlive others, as far as it can see. Local."""
+    without = environment.get("OMPI_MCA_coll", "")
+    if not (
+        "OMPI_COMM_WORLD_SIZE" in environment  # srun does not set it
+        and environment.get("OMPI_MCA_mpi_ft_enable") == "1"
+        and environment.get("OMPI_MCA_mpi_preconnect_mpi") == "1"
+        and without.startswith("^")
+        and "han" in without[1:].split(",")
+    ):
+        error = LaunchError(
+            f"on_failure=shrink: ranks would not outlive others; start with Open MPI's mpirun {OPTIONS}"
         )
+        error.everywhere = True  # all were started alike
+        raise error
 
 
-def outlive(comm: Any, program: Callable[[Any, int], T]) -> T:
-    """Return ``program(comm, 0)``; when ranks die, call it again on the others, with the number of failures. Collective.
+def outlive(comm: Any, program: Callable[[Any, int], object]) -> NoReturn:
+    """Call ``program(comm, 0)``; when ranks die, again on the others, with the number of failures. Collective.
 
     The program has to bring everything back by itself, from a checkpoint: whatever it had of the old communicator may be in
     the middle of a step. That is kept until the end, for MPI may still write to it.
 
-    After a failure this does not return: the process ends here, as MPI's own end waits for the dead in one of ten runs.
+    The process ends here, with status 0, or 2 for an error that all ranks have together: MPI's own end may wait for the
+    dead. An error that one rank has is raised, to end all.
 
     Parameters
     ----------
     comm : MPI.Comm
-        All the program may communicate over, so that a rank that waits in it learns of the failure.
+        All that the program may communicate over, so that a rank that waits in it learns of the failure: by calls for
+        buffers, and by ``bcast``, ``gather`` and ``allgather``. In duplicates of it, and in mpi4py's ``reduce`` and
+        ``allreduce`` of objects, which make some, ranks would wait for ever.
     program : callable
         Called with the communicator and how often ranks have died. Whatever it raises once a rank has died counts as a
         consequence: a collective may then return without an error, but with the wrong content.
@@ -48,25 +85,24 @@ def outlive(comm: Any, program: Callable[[Any, int], T]) -> T:
     from mpi4py import MPI
 
     comm.Set_errhandler(MPI.ERRORS_RETURN)
+    everyone = comm.Get_group()
     failures: list[Exception] = []
     while True:
         try:
-            result = program(comm, len(failures))
+            program(comm, len(failures))
             all_are_here(comm)
         except Exception as error:
             if isinstance(error, MPI.Exception) or _some_are_dead(comm):
                 failures.append(error)
-                left = _without_the_dead(comm)
+                left = _without_the_dead(comm, everyone)
                 if left.Get_size() == comm.Get_size():
                     raise  # nobody died: it would happen again
                 comm = left
                 continue
-            if failures and isinstance(error, MpiEfError) and error.everywhere:
+            if isinstance(error, MpiEfError) and error.everywhere:
                 _end(comm, f"mpi-ef: {error}", 2)
             raise
-        if failures:
-            _end(comm, "", 0)
-        return result
+        _end(comm, "", 0)
 
 
 def all_are_here(comm: Any) -> None:
@@ -93,7 +129,7 @@ def _some_are_dead(comm: Any) -> bool:
     return True
 
 
-def _without_the_dead(comm: Any) -> Any:
+def _without_the_dead(comm: Any, everyone: Any) -> Any:
     """Return a communicator of the survivors, in their old order. Collective over these."""
     from mpi4py import MPI
 
@@ -105,10 +141,9 @@ def _without_the_dead(comm: Any) -> Any:
     left.Set_errhandler(MPI.ERRORS_RETURN)
     gone = MPI.Group.Difference(comm.Get_group(), left.Get_group())
     if left.Get_rank() == 0 and gone.Get_size():
-        dead = MPI.Group.Translate_ranks(gone, list(range(gone.Get_size())), comm.Get_group())
-        sys.stdout.write(
-            f"{ranks_text(sorted(dead))} of {comm.Get_size()} died; {left.Get_size()} go on from the newest checkpoint\n"
-        )
+        dead = sorted(MPI.Group.Translate_ranks(gone, list(range(gone.Get_size())), everyone))
+        told = f"{ranks_text(dead)} died; {left.Get_size()} of {everyone.Get_size()} go on from the newest checkpoint"
+        sys.stdout.write(told + "\n")
         sys.stdout.flush()
     return left
 

@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -148,23 +148,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         early.note()
 
     def program(comm: Any) -> None:
-        import torch
-
-        torch.set_num_threads(launch.threads_per_rank(comm))
-        torch.set_flush_denormal(True)  # subnormal gradients, common under plain SGD, take several times as long
         if config.on_failure == "shrink":
             survivors.check()
-            fewer = replace(config, resume="reset" if config.resume == "reset" else "redistribute")
-            survivors.outlive(comm, lambda left, failures: train(left, fewer if failures else config, failures))
-        else:
-            train(comm, config)
+        import torch
+
+        torch.set_flush_denormal(True)  # subnormal gradients, common under plain SGD, take several times as long
+        attempts = survivors.Attempts()
+
+        def attempt(comm: Any, failures: int) -> None:
+            torch.set_num_threads(launch.threads_per_rank(comm))
+            if config.on_failure == "shrink":
+                attempts.begin(comm, failures)
+            train(comm, config, attempts)
+
+        if config.on_failure == "shrink":
+            survivors.outlive(comm, attempt)
+        attempt(comm, 0)
         if config.checkpoint_every:
             early.ignore()
 
     launch.run(program)
 
 
-def train(comm: Any, config: TrainConfig, failures: int = 0) -> dict[str, Any]:
+def train(comm: Any, config: TrainConfig, attempts: survivors.Attempts | None = None) -> dict[str, Any]:
     """Run one training and return its summary, the same on all ranks but for times. Collective.
 
     Rank 0 prints progress and writes ``metrics.jsonl``, ``metrics.csv``, ``config.toml`` and ``summary.json`` into
@@ -179,7 +185,7 @@ def train(comm: Any, config: TrainConfig, failures: int = 0) -> dict[str, Any]:
     from mpi_ef.jobs.trainer import Trainer
 
     trainer = Trainer(comm, config)
-    run = Interruptible(comm, config, trainer, failures)
+    run = Interruptible(comm, config, trainer, attempts or survivors.Attempts())
     try:
         return _train(trainer, config, run)
     finally:

@@ -85,6 +85,11 @@ class Stopper:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._asked = int(number)
 
+    @property
+    def asked(self) -> int:
+        """The signal that has reached this rank; SIGTERM when all stop for another reason, 0 when none do. Local."""
+        return self._asked or (0 if self.reason is None else int(signal.SIGTERM))
+
     def request(self, number: int = int(signal.SIGTERM)) -> None:
         """Do what a signal to this rank does. Local, also in a signal handler."""
         self._asked = int(number)

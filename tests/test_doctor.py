@@ -225,6 +225,8 @@ def test_lonely_ranks_where_srun_has_not_what_they_need(monkeypatch):
     monkeypatch.setattr(doctor_world, "offered_by_srun", lambda: ["none", "pmi2"])
     srun = doctor_world.Launcher("srun", "SLURM_STEP_NUM_TASKS", 4, 0)
     assert "srun here does not have" in doctor_world.lonely(srun, MPI | {"library": "Open MPI"}, {}).todo
+    monkeypatch.setattr(doctor_world, "offered_by_srun", lambda: ["none", "pmi2", "pmix_v4"])
+    assert "Open MPI wants srun --mpi=pmix_v4 (" in doctor_world.lonely(srun, MPI | {"library": "Open MPI"}, {}).todo
 
 
 def test_lonely_ranks_of_another_mpiexec():

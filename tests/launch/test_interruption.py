@@ -106,10 +106,11 @@ def test_a_signal_saves_and_the_run_goes_on(whole, tmp_path):
 def test_a_signal_to_a_rank_that_is_still_starting(tmp_path):
     """It counts once the rank can save, and does not kill it before."""
     process = start(2, *arguments(tmp_path))
-    wait_for(lambda: any(notes_usr2(pid) for pid in ranks_of(tmp_path)), process)
-    for pid in ranks_of(tmp_path):
-        if notes_usr2(pid):
-            os.kill(pid, signal.SIGUSR2)
+    wait_for(lambda: any(handles(pid, signal.SIGUSR2) for pid in ranks_of(tmp_path)), process)
+    starting = [pid for pid in ranks_of(tmp_path) if handles(pid, signal.SIGUSR2) and not handles(pid, signal.SIGTERM)]
+    for pid in starting:
+        os.kill(pid, signal.SIGUSR2)
+    assert starting, "it can save already"
     ended = finish(process, within=LIMIT)
     assert ended.status == 0, ended.text
     assert len(ended.lines_with("stopped after step 1: SIGUSR2 on rank")) == 1, ended.text
@@ -126,12 +127,12 @@ def test_a_signal_at_the_very_end(tmp_path):
     assert ended.status == 0, ended.text
 
 
-def notes_usr2(pid):
-    """Tell whether a process has a handler for it."""
+def handles(pid, number):
+    """Tell whether a process has a handler for a signal."""
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (signal.SIGUSR2 - 1) & 1)
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
     return False
 
 
@@ -162,6 +163,16 @@ def test_kills_at_any_moment(whole, tmp_path):
     assert_same(tmp_path, whole)
 
 
+def test_a_finished_run_that_is_to_be_longer_is_not_finished(whole, tmp_path):
+    """A batch script takes summary.json for the proof that nothing is left to do."""
+    whole, options = whole
+    out = shutil.copytree(whole, tmp_path / "run")
+    longer = [*options, "--resume", "exact", "--steps", STEPS + 20]
+    assert run(2, *arguments(out, *longer, "--stop-after", 5), within=LIMIT).status == 0
+    assert (out / "requeue").exists()
+    assert not (out / "summary.json").exists()
+
+
 def test_another_number_of_ranks(whole, tmp_path):
     _, options = whole
     process = start(2, *arguments(tmp_path, *options))
@@ -171,6 +182,7 @@ def test_another_number_of_ranks(whole, tmp_path):
     refused = run(3, *arguments(tmp_path, *options, "--resume", "exact"), within=LIMIT)
     assert refused.status == 2
     assert len(refused.lines_with("was saved by 2 ranks, here there are 3")) == 1, refused.text
+    assert (tmp_path / "requeue").exists()  # nothing was changed
     ended = run(3, *arguments(tmp_path, *options, "--resume", "redistribute"), within=LIMIT)
     assert ended.status == 0, ended.text
     assert summary(tmp_path)["ranks"] == 3

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,11 @@ def kill(out, rank):
 
 
 def shrinking(out, *more):
-    return start(4, *arguments(out, "--on-failure", "shrink", *more), launcher=ULFM)
+    return start(4, *arguments(out, "--on-failure", "shrink", "--keep", 40, *more), launcher=ULFM)
+
+
+def saved(out, step):
+    return lambda: (out / "checkpoints" / f"step-{step:08d}").exists()
 
 
 def resumed(ended):
@@ -49,7 +54,8 @@ def stepwise(out, *parts):
     """Do the same by new starts: `parts` are numbers of ranks, each with the step after which the next takes over."""
     begun = 0
     for ranks, step in parts:
-        ended = run(ranks, *arguments(out, "--resume", "redistribute", "--stop-after", step - begun), within=LIMIT)
+        ended = run(ranks, *arguments(out, "--steps", parts[-1][1], "--resume", "redistribute", "--stop-after",
+                                      step - begun), within=LIMIT)  # fmt: skip
         assert ended.status == 0, ended.text
         begun = step
     return out
@@ -58,28 +64,30 @@ def stepwise(out, *parts):
 def test_the_one_that_writes_dies(tmp_path):
     out = tmp_path / "run"
     process = shrinking(out)
-    wait_for(lambda: (out / "checkpoints" / "step-00000060").exists(), process)
+    wait_for(saved(out, 60), process)
     kill(out, 0)
     ended = finish(process, within=LIMIT)
     assert ended.status == 0, ended.text
-    assert ended.lines_with("rank 0 of 4 died; 3 go on"), ended.text
+    assert ended.lines_with("rank 0 died; 3 of 4 go on"), ended.text
     (step,) = resumed(ended)
     assert summary(out)["ranks"] == 3
+    assert summary(out)["config"]["resume"] == "no"  # as it was started
     assert_same(out, stepwise(tmp_path / "by-hand", (4, step), (3, 300)))
 
 
 def test_two_die_one_after_the_other(tmp_path):
-    out = tmp_path / "run"
-    process = shrinking(out, "--keep", 20)
-    for victim, after in ((3, 40), (1, 120)):
-        wait_for(lambda step=after: (out / "checkpoints" / f"step-{step:08d}").exists(), process)
+    out, steps = tmp_path / "run", 500
+    process = shrinking(out, "--steps", steps)
+    for victim, after in ((1, 40), (3, 100)):
+        wait_for(saved(out, after), process)
         kill(out, victim)
     ended = finish(process, within=LIMIT)
     assert ended.status == 0, ended.text
+    assert ended.lines_with("rank 3 died; 2 of 4 go on"), ended.text
     first, second = resumed(ended)
     assert 40 <= first < second
     assert summary(out)["ranks"] == 2
-    assert_same(out, stepwise(tmp_path / "by-hand", (4, first), (3, second), (2, 300)))
+    assert_same(out, stepwise(tmp_path / "by-hand", (4, first), (3, second), (2, steps)))
 
 
 def test_death_before_the_first_checkpoint(tmp_path):
@@ -93,23 +101,70 @@ def test_death_before_the_first_checkpoint(tmp_path):
     assert_same(out, stepwise(tmp_path / "by-hand", (3, 300)))
 
 
+def stopped(process, out, victim):
+    """Kill a rank and let the others wait for it: the launcher, which tells of deaths, is stopped."""
+    process.send_signal(signal.SIGSTOP)
+    kill(out, victim)
+    time.sleep(1.0)
+
+
+def test_a_signal_is_not_forgotten(tmp_path):
+    """It reaches a rank that waits for the dead one."""
+    out = tmp_path / "run"
+    process = shrinking(out)
+    wait_for(saved(out, 60), process)
+    stopped(process, out, 3)
+    for pid in ranks_of(out):
+        if rank_of(pid) == 1:
+            os.kill(pid, signal.SIGUSR1)
+    process.send_signal(signal.SIGCONT)
+    ended = finish(process, within=LIMIT)
+    assert ended.status == 0, ended.text
+    (step,) = resumed(ended)
+    assert ended.lines_with(f"stopped after step {step + 1}: SIGUSR1 on rank 1"), ended.text
+    assert (out / "requeue").exists()
+    assert not (out / "summary.json").exists()
+
+
 def test_an_error_after_a_death_ends_all(tmp_path):
     out = tmp_path / "run"
     process = shrinking(out)
-    wait_for(lambda: (out / "checkpoints" / "step-00000060").exists(), process)
-    os.kill(process.pid, signal.SIGSTOP)  # the launcher tells of the death when it goes on
-    kill(out, 3)
+    wait_for(saved(out, 60), process)
+    stopped(process, out, 3)
     for path in out.glob("checkpoints/step-*/rank-*"):
         path.write_bytes(b"")
-    os.kill(process.pid, signal.SIGCONT)
+    process.send_signal(signal.SIGCONT)
     ended = finish(process, within=LIMIT)
     assert ended.status == 2, ended.text
     assert len(ended.lines_with("none is whole")) == 1, ended.text
 
 
+def loads_torch(pid):
+    """Tell whether a rank has come so far: MPI was started before."""
+    return b"libtorch" in Path(f"/proc/{pid}/maps").read_bytes()
+
+
+def test_a_death_does_not_open_the_folder_of_another_run(tmp_path):
+    """A new run is refused there, also when a rank dies while it is starting."""
+    out = tmp_path / "run"
+    assert run(1, *arguments(out, "--stop-after", 20), within=LIMIT).status == 0
+    before = (out / "metrics.jsonl").read_bytes()
+    process = shrinking(out)
+    wait_for(lambda: [loads_torch(pid) for pid in ranks_of(out)] == 4 * [True], process)
+    kill(out, 2)
+    ended = finish(process, within=LIMIT)
+    assert ended.status == 2, ended.text
+    assert ended.lines_with("rank 2 died"), ended.text
+    assert len(ended.lines_with("has checkpoints of another run")) == 1, ended.text
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
 def test_it_has_to_be_started_so():
-    with pytest.raises(LaunchError, match="start it with Open MPI's mpirun --with-ft ulfm"):
-        check({"OMPI_MCA_mpi_ft_enable": "1"})
+    good = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_MCA_mpi_ft_enable": "1", "OMPI_MCA_mpi_preconnect_mpi": "1"}
+    check(good | {"OMPI_MCA_coll": "^hcoll,han"})
+    for bad in ({}, {"OMPI_MCA_coll": "han"}, {"OMPI_MCA_coll": "^hcoll"}):
+        with pytest.raises(LaunchError, match="start with Open MPI's mpirun --with-ft ulfm"):
+            check(good | bad)
     ended = run(2, *arguments("nowhere", "--on-failure", "shrink"), within=LIMIT)
     assert ended.status == 2
-    assert ended.lines_with("srun cannot"), ended.text
+    assert len(ended.lines_with("ranks would not outlive others")) == 1, ended.text
