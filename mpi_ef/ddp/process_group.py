@@ -1,9 +1,13 @@
 """A process group of torch.distributed in the place of an MPI communicator."""
 # ruff: noqa: N802 - the names are mpi4py's
 
+import atexit
+from collections import deque
 from collections.abc import Callable
 from itertools import count
+from time import monotonic, sleep
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -13,6 +17,9 @@ from torch import Tensor
 from mpi_ef.errors import OptionError, ShapeError
 
 __all__ = ["ProcessGroupComm"]
+
+_LETTING_GO_SECONDS = 2.0
+_lent: deque[ref[Any]] = deque(maxlen=256)  # memory that torch was given last
 
 _TAG = 0x4546  # of messages between two ranks, so that they do not meet those of other users of the group
 
@@ -26,6 +33,7 @@ class _Request:
     def Wait(self) -> None:
         for work in self._works:
             work.wait()
+        self._works = ()  # they hold the memory
 
     def Test(self) -> bool:
         return all(work.is_completed() for work in self._works)
@@ -149,6 +157,14 @@ class ProcessGroupComm:
         _Request(*works).Wait()
 
 
+@atexit.register
+def _wait_until_torch_lets_go() -> None:
+    """Wait, before Python ends, for threads of gloo that have not dropped NumPy's memory yet: later they would abort."""
+    limit = monotonic() + _LETTING_GO_SECONDS
+    while any(memory() is not None for memory in _lent) and monotonic() < limit:
+        sleep(0.001)
+
+
 def _bytes(call: str, array: Any) -> Tensor:
     """Return the memory of `array` as a tensor of bytes."""
     if not isinstance(array, np.ndarray):
@@ -157,7 +173,9 @@ def _bytes(call: str, array: Any) -> Tensor:
     if not array.flags.c_contiguous or not array.flags.writeable:
         raise ShapeError(f"ProcessGroupComm.{call}: an array {array.shape} is read-only or not contiguous; pass one that "
                          "can be written as a whole")  # fmt: skip
-    return torch.from_numpy(array.reshape(-1).view(np.uint8))
+    memory = array.reshape(-1).view(np.uint8)
+    _lent.append(ref(memory))
+    return torch.from_numpy(memory)
 
 
 def _read_only_bytes(call: str, array: Any) -> Tensor:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import ddp_program
@@ -14,6 +15,7 @@ from vectors_for_tests import gaussian
 from virtual import results
 
 from mpi_ef import ErrorFeedback, plan_for
+from mpi_ef.ddp import process_group
 
 # A stuck world is ended after this time; a healthy one needs 20 seconds, and more when it has to compile kernels.
 LIMIT = 240
@@ -74,3 +76,18 @@ def test_one_bucket_gives_the_bits_of_virtual_ranks(world, rule):
 
     for rows, wanted in zip(left_by_ranks(n, folder, f"bucket_{rule}"), results(n, program), strict=True):
         assert_same_bits(rows, wanted)
+
+
+def test_python_ends_after_torch_has_let_go(monkeypatch):
+    """A thread of gloo that drops NumPy's memory when Python is ending would abort the process."""
+    held = [process_group._bytes("test", np.zeros(8, np.uint8))]
+    lent = process_group._lent[-1]
+    thread = threading.Timer(0.2, held.clear)
+    thread.start()
+    process_group._wait_until_torch_lets_go()
+    assert lent() is None
+    thread.join()
+    held.append(process_group._bytes("test", np.zeros(8, np.uint8)))
+    monkeypatch.setattr(process_group, "_LETTING_GO_SECONDS", 0.1)
+    process_group._wait_until_torch_lets_go()  # comes back although this is never dropped
+    assert process_group._lent[-1]() is not None
