@@ -56,7 +56,7 @@ def run(program: Callable[[Any], None]) -> None:
     comm = MPI.COMM_WORLD
     leaving = comm.Dup()  # its barrier matches nothing that other ranks may be in the middle of
     try:
-        check_world(comm.Get_size())
+        _leave_together_unless_one_world(comm)
         program(comm)
     except MpiEfError as error:
         if not error.everywhere:
@@ -105,6 +105,15 @@ def threads_per_rank(comm: Any) -> int:
     sharing = sum(node == here and bool(mine & theirs) for node, theirs in comm.allgather((here, mine)))
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdigit() and int(asked) else max(1, len(mine) // sharing)
+
+
+def _leave_together_unless_one_world(comm: Any) -> None:
+    """Let tasks that are worlds of their own say so all, before the first that leaves ends the step of the others."""
+    try:
+        check_world(comm.Get_size())
+    except LaunchError:
+        sleep(PATIENCE_SECONDS)
+        raise
 
 
 def _within(request: Any, seconds: float) -> bool:

@@ -237,18 +237,21 @@ def test_lonely_ranks_of_another_mpiexec():
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "offered"),
     [
-        "MPI plugin types are...\n\tnone\n\tpmi2\n\tpmix\n",
-        "srun: MPI types are...\nsrun: none\nsrun: pmi2\nsrun: pmix\n",
+        (
+            "MPI plugin types are...\n\tnone\n\tpmi2\n\tpmix\nspecific pmix plugin versions available: pmix_v4\n",
+            ("none", "pmi2", "pmix", "pmix_v4"),
+        ),
+        ("srun: MPI types are...\nsrun: none\nsrun: pmi2\nsrun: pmix\n", ("none", "pmi2", "pmix")),
     ],
 )
-def test_what_srun_offers(tmp_path, monkeypatch, text):
+def test_what_srun_offers(tmp_path, monkeypatch, text, offered):
     program = tmp_path / "srun"
     program.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{text}END\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert doctor_world.offered_by_srun() == ("none", "pmi2", "pmix")
+    assert doctor_world.offered_by_srun() == offered
 
 
 def test_reasons_why_there_is_no_mpi(monkeypatch):

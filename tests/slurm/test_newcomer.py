@@ -37,8 +37,7 @@ def test_the_wrong_mpi_type_is_named(newcomer):
     """Every task is then a world of its own: training so would only look well."""
     job = newcomer.submit("train", *TINY, MPI_TYPE="none", options=("--nodes=1", "--ntasks-per-node=2"))
     assert job.end() == "FAILED", job
-    # The first that leaves with 2 ends the step; one that has just started may be killed before it says the same.
-    assert job.record()["ExitCode"] in ("2:0", "143:0")
+    assert job.record()["ExitCode"] == "2:0"
     assert job.record()["Restarts"] == "0"
     job.says("SLURM_STEP_NUM_TASKS=2, but the MPI world has 1 rank")
     job.says("--mpi=pmix")
