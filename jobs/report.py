@@ -5,6 +5,7 @@ A RUN is a folder that ``mpi-ef train`` or ``mpi-ef reproduce`` has written, or 
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,9 +110,15 @@ def _best(runs: Sequence[_Run]) -> list[_Run]:
     for run in runs:
         same = {key: value for key, value in run.summary["config"].items() if key not in ("lr", "out")}
         key = json.dumps(same, sort_keys=True)
-        if key not in kept or not run.summary["val_loss"] >= kept[key].summary["val_loss"]:  # also when that is NaN
+        if key not in kept or _end(run) < _end(kept[key]):
             kept[key] = run
     return list(kept.values())
+
+
+def _end(run: _Run) -> float:
+    """Return the last validation loss, infinite for a run that diverged."""
+    loss = float(run.summary["val_loss"])
+    return math.inf if math.isnan(loss) else loss
 
 
 def _short_names(names: Sequence[str]) -> list[str]:

@@ -39,7 +39,6 @@ class Trainer:
         self.comm, self.config, self.steps, self.epoch = comm, config, 0, 0
         self._earlier_sent = 0  # bytes, by another number of ranks
         self._samples = 0  # that this rank has seen, or would have if it had been there from the start
-        torch.manual_seed(config.seed)
         size, rank = comm.Get_size(), comm.Get_rank()
 
         def facts() -> dict[str, object]:
@@ -221,6 +220,7 @@ def _loss(logits: "Tensor", targets: "Tensor") -> "Tensor":
 
 
 def _build(config: TrainConfig) -> "tuple[Dataset, nn.Module]":
+    torch.manual_seed(config.seed)
     if config.model != "gpt":
         return Digits(), models.mlp() if config.model == "mlp" else models.cnn()
     text = Text(config.text, context=config.context, seed=config.seed)

@@ -1,13 +1,20 @@
 """Programs for a communicator, run on virtual ranks and on real ones. Data differ from rank to rank."""
 
+import threading
+from typing import Any
+from unittest import mock
+
 import numpy as np
 import torch
+import virtual
 from vectors_for_tests import gaussian
 
 from mpi_ef.collectives import ClientsMean, DenseMean, GatherMean, LowRankMean, TwoPhaseMean
 from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK
 from mpi_ef.feedback import RULES as ALL_RULES
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.jobs import trainer
+from mpi_ef.jobs.train import TrainConfig, train
 from mpi_ef.optim import EF21, DistributedOptimizer, EControl
 
 PLANS = {
@@ -109,6 +116,22 @@ def client_steps(rule, *, count=6, dense_steps=1, dtype=np.float64):
         return {"results": out, "local": local, "replicated": feedback.replicated(), "bytes": plan.message_nbytes}
 
     return program
+
+
+def trained(ranks: int, config: TrainConfig) -> list[dict[str, Any]]:
+    """Train on virtual ranks and return their summaries.
+
+    They build their models one after the other: torch has one generator a process, so that threads which seed it and
+    draw from it at the same time begin with other parameters every time.
+    """
+    build, one_at_a_time = trainer._build, threading.Lock()
+
+    def alone(config: TrainConfig) -> Any:
+        with one_at_a_time:
+            return build(config)
+
+    with mock.patch.object(trainer, "_build", alone):
+        return virtual.results(ranks, lambda comm: train(comm, config))
 
 
 def model() -> torch.nn.Module:

@@ -13,6 +13,7 @@ import pytest
 import virtual
 from hypothesis import given
 from hypothesis import strategies as st
+from programs import trained
 
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, LaunchError, PeerError
 from mpi_ef.jobs import cli, launch
@@ -246,7 +247,7 @@ def test_training_on_virtual_ranks(tmp_path, model):
     """The whole program, small: same summary on all ranks, loss falls, files are complete."""
     config = TrainConfig(model=model, steps=12, warmup=2, batch=8, context=16, layers=1, heads=2, width=16, eval_every=6,
                          log_every=3, lr=0.02, out=tmp_path / "run")  # fmt: skip
-    one, two = virtual.results(2, lambda comm: train(comm, config))
+    one, two = trained(2, config)
     times = {"seconds", "seconds_per_step", "phases_seconds_per_step"}
     assert {k: v for k, v in one.items() if k not in times} == {k: v for k, v in two.items() if k not in times}
     assert one["replicas_equal"]
