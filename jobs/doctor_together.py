@@ -2,7 +2,6 @@
 
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import sleep
@@ -22,7 +21,6 @@ __all__ = ["COMPILING_SECONDS", "examine", "judge_shared", "judge_warm_up", "spo
 COMPILING_SECONDS = 900.0
 _MESSAGE_SECONDS = 10.0
 _SEEING_SECONDS = 3.0
-_FORWARDING_SECONDS = 0.5  # a launcher that is told to abort may end before it has passed on what was printed
 
 Facts = dict[str, Any]
 
@@ -57,8 +55,8 @@ def examine(
 
 
 def _end(comm: Any, *, speaks: bool) -> NoReturn:
-    sys.stdout.flush()
-    sleep(_FORWARDING_SECONDS if speaks else 2 * _MESSAGE_SECONDS)  # rank 0 ends all, unless it is not there
+    if not speaks:
+        sleep(2 * _MESSAGE_SECONDS)  # rank 0 ends all, unless it is not there
     launch.abort(comm, 1)
 
 

@@ -1,9 +1,11 @@
 """Starting and ending MPI programs: one world or a clear word, and no rank that waits for a dead one."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from threading import current_thread, main_thread
 from time import monotonic, sleep
 from typing import Any, NoReturn
 
@@ -56,7 +58,12 @@ def run(program: Callable[[Any], None]) -> None:
     comm = MPI.COMM_WORLD
     leaving = comm.Dup()  # its barrier matches nothing that other ranks may be in the middle of
     try:
-        _leave_together_unless_one_world(comm)
+        check_world(comm.Get_size())
+    except LaunchError as error:
+        _die(
+            comm, f"mpi-ef: {error}", 2, seconds=PATIENCE_SECONDS
+        )  # the other tasks shall come so far, and say so as well
+    try:
         program(comm)
     except MpiEfError as error:
         if not error.everywhere:
@@ -66,6 +73,7 @@ def run(program: Callable[[Any], None]) -> None:
         # A launcher may kill rank 0 before it has printed, once another rank has left with status 2: leave together.
         if not _within(leaving.Ibarrier(), PATIENCE_SECONDS):
             _die(comm, f"mpi-ef: rank {comm.Get_rank()}: {error}", 2)  # not everybody is here after all
+        _keep(2)
         sys.exit(2)
     except Exception:
         _die(comm, f"mpi-ef: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}", 1)
@@ -84,10 +92,18 @@ def abort_on_exception(comm: Any) -> None:
 
 
 def abort(comm: Any, status: int) -> NoReturn:
-    """End all ranks of `comm`, and never come back. Local.
+    """End all ranks of `comm`, and never come back. Local; what this rank has printed comes through.
 
-    MPICH's ``MPI_Abort`` may return while the launcher's signal is still on its way, and the program would go on.
+    A launcher that is told to abort may end before it has passed on what was printed. And MPICH's ``MPI_Abort`` may return
+    while the launcher's signal is still on its way: the program would go on.
     """
+    _abort(comm, status, FORWARDING_SECONDS)
+
+
+def _abort(comm: Any, status: int, seconds: float) -> NoReturn:
+    sys.stdout.flush()
+    _keep(status)
+    sleep(seconds)
     comm.Abort(status)
     sleep(PATIENCE_SECONDS)
     os._exit(status)
@@ -107,13 +123,13 @@ def threads_per_rank(comm: Any) -> int:
     return int(asked) if asked.isdigit() and int(asked) else max(1, len(mine) // sharing)
 
 
-def _leave_together_unless_one_world(comm: Any) -> None:
-    """Let tasks that are worlds of their own say so all, before the first that leaves ends the step of the others."""
-    try:
-        check_world(comm.Get_size())
-    except LaunchError:
-        sleep(PATIENCE_SECONDS)
-        raise
+def _keep(status: int) -> None:
+    """Leave with this status also when told to: srun ends the tasks that are left once one has failed.
+
+    A step whose tasks all say what was wrong would end with the status of a signal otherwise.
+    """
+    if current_thread() is main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
 
 
 def _within(request: Any, seconds: float) -> bool:
@@ -126,9 +142,7 @@ def _within(request: Any, seconds: float) -> bool:
     return True
 
 
-def _die(comm: Any, text: str, status: int) -> NoReturn:
+def _die(comm: Any, text: str, status: int, *, seconds: float = FORWARDING_SECONDS) -> NoReturn:
     sys.stderr.write(text + "\n")  # in one piece: under PYTHONUNBUFFERED print() writes the end apart, and lines mix
     sys.stderr.flush()
-    sys.stdout.flush()
-    sleep(FORWARDING_SECONDS)  # a launcher that is told to abort may end before it has passed on what was printed
-    abort(comm, status)
+    _abort(comm, status, seconds)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,26 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the data sets in {SHARED_DATA}, which this machine does not have")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_memory(pytestconfig: pytest.Config):
+    """Remove what killed ranks leave in /dev/shm: megabytes each under MPICH, where containers have 64 MB at times."""
+    before = set(_segments())
+    yield
+    if _under_mpi(pytestconfig):
+        return
+    in_use = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):
+            in_use |= {word for word in maps.read_text(errors="replace").split() if word.startswith("/dev/shm/")}
+    for path in set(_segments()) - before:
+        if str(path) not in in_use:
+            path.unlink(missing_ok=True)
+
+
+def _segments() -> list[Path]:
+    return [path for name in ("mpich_shm_*", "sm_segment.*", "sem.mp-*") for path in Path("/dev/shm").glob(name)]
 
 
 def _under_mpi(config: pytest.Config) -> bool:

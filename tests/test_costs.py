@@ -158,7 +158,7 @@ def run_python(code, *arguments, **environment):
     kept = {k: v for k, v in os.environ.items() if k not in ("HOME", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=kept | environment, check=False
+        command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=kept | environment, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.split()

@@ -397,8 +397,9 @@ def test_nothing_runs_after_an_abort_that_returns(monkeypatch):
 
     monkeypatch.setattr(launch.os, "_exit", leave)
     monkeypatch.setattr(launch, "sleep", waited.append)
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         launch.abort(comm, 3)
     assert ended.value.code == 3
     assert told == [3]
-    assert waited == [launch.PATIENCE_SECONDS]
+    assert waited == [launch.FORWARDING_SECONDS, launch.PATIENCE_SECONDS]

@@ -16,6 +16,7 @@ from training import (
     assert_skips_broken_gradients,
     net_of,
     parameters_of,
+    seeded,
     trained,
 )
 
@@ -208,7 +209,8 @@ def test_layers_are_scaled_to_one_size():
     """So that a block of signs which lies across two layers does not drown the smaller one."""
 
     def program(comm):
-        net = torch.nn.ModuleList([torch.nn.Linear(7, 3), torch.nn.Linear(7, 3), torch.nn.Linear(4, 3, bias=False)])
+        shapes = ((7, 3), (7, 3), (4, 3))
+        net = seeded(torch.nn.ModuleList([torch.nn.Linear(*shape, bias=shape[0] == 7) for shape in shapes]))
         optimizer = OneBitLamb(net.parameters(), comm, lr=1e-3, freeze_step=5, compressor=Sign())
         for step in range(6):
             optimizer.zero_grad()
@@ -254,7 +256,7 @@ def test_dead_units_do_not_explode(bias_correction, compressor):
 
     def program(comm):
         net, losses = dying_network(), []
-        net.append(torch.nn.Linear(3, 3))
+        net.append(seeded(torch.nn.Linear(3, 3)))
         asleep = torch.nn.Linear(4, 3, bias=False)
         optimizer = OneBitLamb([*net.parameters(), *asleep.parameters()], comm, lr=1e-2, betas=(0.9, 0.99), freeze_step=50,
                                compressor=compressor, bias_correction=bias_correction)  # fmt: skip

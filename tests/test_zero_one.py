@@ -19,6 +19,7 @@ from training import (
     loss_in,
     net_of,
     parameters_of,
+    seeded,
     trained,
 )
 
@@ -288,8 +289,7 @@ def test_dead_units_do_not_explode(bias_correction, compressor, freeze):
 
 def test_a_layer_without_input_stays_where_it_is():
     def program(comm):
-        torch.manual_seed(1)
-        net = torch.nn.ModuleList([torch.nn.Linear(7, 3), torch.nn.Linear(4, 3, bias=False)])
+        net = seeded(torch.nn.ModuleList([torch.nn.Linear(7, 3), torch.nn.Linear(4, 3, bias=False)]))
         optimizer = ZeroOneAdam(net.parameters(), comm, compressor=Sign(), **SHORT)
         before = net[1].weight.detach().clone()
         for step in range(512):

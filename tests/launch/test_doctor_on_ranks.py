@@ -53,6 +53,7 @@ def test_all_findings_as_json(tmp_path, n):
         assert found["oversubscribed"]["level"] == "warning"
 
 
+@pytest.mark.timeout(1000)
 def test_the_warm_up_compiles_once_and_a_training_finds_everything_compiled(tmp_path):
     environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     for compiles in (True, False):

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from launching import finish, run, start
+from test_interruption import handles, wait_for
+
+from mpi_ef.jobs import launch
 
 SMALL = ["--steps", 20, "--warmup", 2, "--batch", 4, "--context", 16, "--layers", 1, "--heads", 2, "--width", 16,
          "--log-every", 5]  # fmt: skip
@@ -135,12 +138,21 @@ def test_wrong_options_need_no_mpi_to_be_noticed(tmp_path, arguments, words):
     assert "Traceback" not in done.stderr
 
 
-def test_n_copies_of_rank_zero():
-    done = subprocess.run([sys.executable, "-m", "mpi_ef.jobs.train"], capture_output=True, text=True, timeout=60,
-                          check=False, env=os.environ | {"SLURM_STEP_NUM_TASKS": "2"})  # fmt: skip
-    assert done.returncode != 0
-    assert "SLURM_STEP_NUM_TASKS=2, but the MPI world has 1 rank" in done.stderr
-    assert "--mpi=pmix" in done.stderr
+@pytest.mark.parametrize("told", [False, True], ids=["", "the first to leave ends the others"])
+def test_n_copies_of_rank_zero(told):
+    """Each says what is wrong before the first leaves, and ends with the same status, also when srun ends it."""
+    task = subprocess.Popen([sys.executable, "-m", "mpi_ef.jobs.train"], stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.STDOUT, env=os.environ | {"SLURM_STEP_NUM_TASKS": "2"})  # fmt: skip
+    began, first = time.monotonic(), task.stdout.readline()
+    if told:
+        wait_for(lambda: handles(task.pid, signal.SIGTERM), task)
+        task.terminate()
+    text = first + task.communicate(timeout=60)[0]
+    assert task.returncode == 2, text
+    assert "SLURM_STEP_NUM_TASKS=2, but the MPI world has 1 rank" in first
+    assert "--mpi=pmix" in first
+    if not told:
+        assert time.monotonic() - began >= launch.PATIENCE_SECONDS
 
 
 PROGRAM = """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from launching import finish, run, start
-from test_interruption import LIMIT, arguments, assert_same, ranks_of, summary, wait_for
+from test_interruption import LIMIT, STEPS, arguments, assert_same, ranks_of, summary, wait_for
 
 from mpi_ef.errors import LaunchError
 from mpi_ef.jobs.survivors import OPTIONS, check
@@ -72,22 +72,24 @@ def test_the_one_that_writes_dies(tmp_path):
     (step,) = resumed(ended)
     assert summary(out)["ranks"] == 3
     assert summary(out)["config"]["resume"] == "no"  # as it was started
-    assert_same(out, stepwise(tmp_path / "by-hand", (4, step), (3, 300)))
+    assert_same(out, stepwise(tmp_path / "by-hand", (4, step), (3, STEPS)))
 
 
 def test_two_die_one_after_the_other(tmp_path):
-    out, steps = tmp_path / "run", 500
-    process = shrinking(out, "--steps", steps)
-    for victim, after in ((1, 40), (3, 100)):
-        wait_for(saved(out, after), process)
-        kill(out, victim)
+    out = tmp_path / "run"
+    process = shrinking(out)
+    wait_for(saved(out, 40), process)
+    kill(out, 1)
+    before = max(int(path.name[5:]) for path in out.glob("checkpoints/step-*"))
+    wait_for(saved(out, before + 40), process)  # four ranks cannot have got so far
+    kill(out, 3)
     ended = finish(process, within=LIMIT)
     assert ended.status == 0, ended.text
     assert ended.lines_with("rank 3 died; 2 of 4 go on"), ended.text
     first, second = resumed(ended)
     assert 40 <= first < second
     assert summary(out)["ranks"] == 2
-    assert_same(out, stepwise(tmp_path / "by-hand", (4, first), (3, second), (2, steps)))
+    assert_same(out, stepwise(tmp_path / "by-hand", (4, first), (3, second), (2, STEPS)))
 
 
 def test_death_before_the_first_checkpoint(tmp_path):
@@ -98,7 +100,7 @@ def test_death_before_the_first_checkpoint(tmp_path):
     ended = finish(process, within=LIMIT)
     assert ended.status == 0, ended.text
     assert len(ended.lines_with("no checkpoint yet")) == 1, ended.text
-    assert_same(out, stepwise(tmp_path / "by-hand", (3, 300)))
+    assert_same(out, stepwise(tmp_path / "by-hand", (3, STEPS)))
 
 
 def stopped(process, out, victim):

@@ -35,13 +35,18 @@ def strike(process, out, rng):
     """Kill one rank or all, at a moment that the dice tell; return what was hit, None when the run was over before."""
     moment = rng.choice(["starting", "running", "saving", "saving", "saving"])
     folder = out / "checkpoints"
+    newest = max((path.name for path in folder.glob("step-*")), default="")
+
+    def saves():
+        return any(path.name > newest for path in folder.glob("step-*"))
+
     if not comes_true(lambda: len(ranks_of(out)) == RANKS, process):
         return None
     if moment == "starting":
-        time.sleep(rng.uniform(0.0, 4.0))
+        until = time.monotonic() + rng.uniform(0.0, 4.0)
+        comes_true(lambda: time.monotonic() > until or saves(), process)
     else:
-        newest = max((path.name for path in folder.glob("step-*")), default="")
-        if not comes_true(lambda: any(path.name > newest for path in folder.glob("step-*")), process):
+        if not comes_true(saves, process):
             return None
         time.sleep(rng.uniform(0.0, 0.3))
         if moment == "saving":
@@ -56,7 +61,7 @@ def strike(process, out, rng):
     return whom if victims else None
 
 
-@pytest.mark.timeout(60 + 40 * KILLS)
+@pytest.mark.timeout(120 + 120 * KILLS)
 @pytest.mark.parametrize("name", TRAININGS)
 def test_killed_again_and_again(name, tmp_path):
     options, hit, rng = TRAININGS[name], Counter(), random.Random(name)

@@ -158,7 +158,11 @@ def test_different_models_are_told_on_all(comm):
 
 @pytest.mark.parametrize("method", ["ef21", "econtrol"])
 def test_digits_by_label_with_one_twentieth_of_the_gradient(comm, method):
-    """EF21 and EControl, Top-5 %, each rank with its own labels: test accuracy within a point of dense SGD."""
+    """EF21 and EControl, Top-5 %, each rank with its own labels: test accuracy within a point of dense SGD.
+
+    Of three beginnings together, as one sample in 360 is a quarter of a point. The learning rate falls: with a constant one
+    EF21 on one rank ends up to 2.5 points below (batches as noise, which the lag of g_i adds to), sometimes.
+    """
     import torch
 
     from mpi_ef.jobs.data import Digits, batches, shard
@@ -167,12 +171,13 @@ def test_digits_by_label_with_one_twentieth_of_the_gradient(comm, method):
     data = Digits()
     order = np.argsort(data.labels, kind="stable")
 
-    def accuracy(build):
-        torch.manual_seed(0)
+    def accuracy(build, seed):
+        torch.manual_seed(seed)
         net = mlp()
         optimizer = build(net.parameters())
-        mine = batches(shard(data.size, comm.size, comm.rank, order=order), 256, seed=0, rank=comm.rank)
-        for _ in range(600):
+        mine = batches(shard(data.size, comm.size, comm.rank, order=order), 256, seed=seed, rank=comm.rank)
+        for step in range(600):
+            optimizer.param_groups[0]["lr"] = 0.5 * (1 - step / 600)
             epoch, indices = next(mine)
             inputs, targets = data.batch(indices, epoch)
             optimizer.zero_grad()
@@ -186,8 +191,8 @@ def test_digits_by_label_with_one_twentieth_of_the_gradient(comm, method):
         return DistributedOptimizer(torch.optim.SGD(parameters, lr=0.5), comm, Identity(), placement="gradient")
 
     kind = EF21 if method == "ef21" else EControl
-    reached = accuracy(lambda parameters: kind(parameters, comm, TopK(0.05), lr=0.5))
-    dense = accuracy(sgd)
+    reached = np.mean([accuracy(lambda parameters: kind(parameters, comm, TopK(0.05), lr=0.5), s) for s in range(3)])
+    dense = np.mean([accuracy(sgd, seed) for seed in range(3)])
     print(f"{method} on {comm.size} ranks: {100 * reached:.2f} %, dense {100 * dense:.2f} %")
     assert dense > 0.95
     assert reached >= dense - 0.01

@@ -111,7 +111,8 @@ class Cluster:
     def revive(self, node: str) -> None:
         """Start a node again after a crash."""
         subprocess.run([self.lab / "start", node], env=self.environment, check=True, timeout=10)
-        self.command("scontrol", "update", f"nodename={node}", "state=resume")
+        resume = ["scontrol", "update", f"nodename={node}", "state=resume"]  # refused if its slurmd has done it already
+        subprocess.run(resume, env=self.environment, check=False, capture_output=True, timeout=60)
         until = time.monotonic() + 60
         ask = ("sinfo", "--noheader", f"--nodes={node}", "--partition=debug", "--format=%T")
         while self.command(*ask).strip() != "idle":
@@ -259,7 +260,7 @@ class Place:
         rows = [row for row in rows if word in row["words"] and all(row.get(name) == v for name, v in wanted.items())]
         return sorted(rows, key=lambda row: int(row.get("OMPI_COMM_WORLD_RANK", row["SLURM_PROCID"])))
 
-    def slow(self, seconds: float = 0.1) -> None:
+    def slow(self, seconds: float = 0.5) -> None:
         """Make every step take so much longer."""
         draft = self.folder / ".brake"
         draft.write_text(str(seconds))

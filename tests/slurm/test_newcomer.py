@@ -19,7 +19,7 @@ def test_from_a_template_to_a_report(cluster, newcomer):
     text = script.read_text()
     assert text.count("##SBATCH --account=project\n") == 1
     script.write_text(text.replace("##SBATCH --account=project\n", "#SBATCH --account=physics\n"))
-    newcomer.slow(0.1)
+    newcomer.slow()
     job = newcomer.job(newcomer.run("sbatch", "--parsable", "train.sbatch", *TINY).strip())
     assert job.record()["Account"] == "physics"
     job.until(lambda _: f"step 30/{STEPS}" in job.log, "progress in the log")

@@ -22,12 +22,12 @@ def whole(cluster):
 def limited(cluster):
     """A job that reaches its time limit while the other tests go on: Slurm looks at limits every 30 s only.
 
-    It asks for its signal 70 s before its two minutes are over, and gets it 20 to 50 s after its start; 60 s after its
+    It asks for its signal 100 s before its three minutes are over, and gets it 50 to 80 s after its start; 120 s after its
     start mpi-ef would stop by itself.
     """
     place = Place(cluster, cluster.folder / "time-limit")
-    place.slow(1.0)
-    options = (*ONE_NODE, "--nodelist=n1", "--time=2", "--signal=B:USR2@70")
+    place.slow(2.0)
+    options = (*ONE_NODE, "--nodelist=n1", "--time=3", "--signal=B:USR2@100")
     yield place.submit("train", *TINY, options=options)
     place.clear()
 
@@ -75,6 +75,7 @@ def test_a_job_of_higher_priority(place, whole, partition):
 
 
 def test_a_job_of_higher_priority_before_the_first_save(place, whole):
+    place.slow(2.0)
     job = place.submit("preemptible", *TINY, options=(*TWO_NODES, "--partition=gentle", "--nodelist=n2,n3"))
     job.until(lambda _: len(place.notes()) == 2, "start of the ranks")
     preempted(job, place)
