@@ -9,7 +9,7 @@ from vectors_for_tests import gaussian
 from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, allgather, allreduce, chunk_bounds, plan_for
 from mpi_ef.collectives import dense as dense_module
 from mpi_ef.collectives import frames as frames_module
-from mpi_ef.compress import Identity, Keep, Sign, TopK, lazy
+from mpi_ef.compress import Combination, Identity, Keep, Sign, TopK, lazy, source
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
 
 RANKS = (1, 2, 3, 4)
@@ -233,6 +233,17 @@ def test_what_is_kept_is_made_of_what_is_sent():
     assert isinstance(wrong, OptionError)
     assert "not in what is sent" in str(wrong)
     assert isinstance(peer, PeerError)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_factors_are_what_they_are_whatever_came_before(dtype):
+    """Also the sign of a zero, which sums of zeros show."""
+    a, b = np.ones(2, dtype), np.ones(2, dtype)
+    for factors in ((0.0, -0.5), (-0.0, -0.5), (0.0, -0.5)):
+        x = Combination((factors[0], a), (factors[1], b))
+        formed = source(x, Keep(lazy(b), into=np.empty(2, dtype)))
+        assert formed.factors.tobytes() == np.array([0.0, -0.5, 0.0], dtype).tobytes()
+        assert formed.keep_factors.tobytes() == np.array([0.0, 1.0, 0.0], dtype).tobytes()
 
 
 def test_arithmetic_with_combinations():

@@ -376,7 +376,8 @@ class Plan(Memory, ABC):
 
     def _inspect(self, frames: Frames) -> None:
         """Raise, on all ranks, what the headers of the frames of all ranks say."""
-        if (frames.headers == header_of(self.exchanges, OK)).all():
+        headers = frames.headers.tolist()  # quicker than NumPy's comparison for as many as there are
+        if headers.count(header_of(self.exchanges, OK)) == len(headers):
             return
         subject = f"{type(self).__name__}.exchange"
         if rejected := status_of(frames, REJECTED):

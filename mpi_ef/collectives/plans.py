@@ -175,13 +175,18 @@ class TwoPhaseMean(Plan):
         self._send, self._arrived = Frames(self.size, outward_nbytes), Frames(self.size, outward_nbytes)
         self._answer, self._result = Frames(1, back_nbytes), Frames(self.size, back_nbytes)
         self._send_wires = [self._send.wire(j, codec) for j, codec in enumerate(self._outward)]
-        self._result_wires = [self._result.wire(j, codec) for j, codec in enumerate(self._back)]
+        self._send_parts = [wire[None] for wire in self._send_wires]
+        self._result_parts = [self._result.wire(j, codec)[None] for j, codec in enumerate(self._back)]
         self._arrived_wires = self._arrived.wires[:, : self._outward[self.rank].nbytes]
         self._answer_wire = self._answer.wire(0, self._back[self.rank])
         chunk = self._stop(self.rank) - self._start(self.rank)
         self._fused = self._remember and self._back[self.rank].can_encode_sum(self._outward[self.rank])
         self._average = aligned_zeros(0 if self._fused else chunk, self.dtype)
         self._residual, self._next = (aligned_zeros(chunk if self._remember else 0, self.dtype) for _ in range(2))
+        self._owed, self._owed_next = (
+            source(x := lazy(old), Keep(x, new, less_message=True))
+            for old, new in ((self._residual, self._next), (self._next, self._residual))
+        )
         return {"reply": self.reply, "residual": self._remember}
 
     def _start(self, chunk: int) -> int:
@@ -211,8 +216,7 @@ class TwoPhaseMean(Plan):
         self.seconds["encode"] += perf_counter() - began
         self._communicate(self.comm.Allgather, self._answer, self._result)
         self._inspect(self._result)
-        # Only now: a rank whose average overflowed makes all ranks raise, with nothing changed.
-        self._residual, self._next = self._next, self._residual
+        self._turn()  # only now: a rank whose average overflowed makes all ranks raise, with nothing changed
 
     def _encode_average(self) -> None:
         """Encode residual + average, and keep as the next residual what that message misses."""
@@ -220,8 +224,7 @@ class TwoPhaseMean(Plan):
         arrived, wire = self._arrived_wires, self._answer_wire
         self._mark(self._answer)
         if self._fused:
-            x = lazy(self._residual)
-            finite = back.encode_sum(outward, arrived, 1.0 / self.size, source(x, Keep(x, self._next, True)), wire)
+            finite = back.encode_sum(outward, arrived, 1.0 / self.size, self._owed, wire)
         else:
             outward.add(arrived, self._average, 1.0 / self.size, overwrite=True)
             x, keep = lazy(self._average), None
@@ -234,15 +237,15 @@ class TwoPhaseMean(Plan):
 
     def add_own(self, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale * C(x_r)`` to `out`, see :meth:`Plan.add_own`."""
-        self._add(self._outward, self._send_wires, out, scale)
+        self._add(self._outward, self._send_parts, out, scale)
 
     def add_mean(self, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale`` times the second-phase result to `out`, see :meth:`Plan.add_mean`."""
-        self._add(self._back, self._result_wires, out, scale)
+        self._add(self._back, self._result_parts, out, scale)
 
     def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:  # noqa: ARG002
         """Overwrite `out` with ``scale`` times the second-phase result, see :meth:`Plan.set_mean`."""
-        self._add(self._back, self._result_wires, out, scale, overwrite=True)
+        self._add(self._back, self._result_parts, out, scale, overwrite=True)
 
     def _add(
         self, codecs: list[Codec], wires: list[Wires], out: Vector, scale: float, *, overwrite: bool = False
@@ -250,7 +253,7 @@ class TwoPhaseMean(Plan):
         began = perf_counter()
         for j, codec in enumerate(codecs):
             part = out[self._start(j) : self._stop(j)]
-            codec.add(wires[j][None], part, scale, overwrite=overwrite)
+            codec.add(wires[j], part, scale, overwrite=overwrite)
         self.seconds["decode"] += perf_counter() - began
 
     @property
@@ -271,7 +274,11 @@ class TwoPhaseMean(Plan):
 
     def undo(self) -> None:
         """Remember the residual from before the last exchange, see :meth:`Plan.undo`."""
+        self._turn()
+
+    def _turn(self) -> None:
         self._residual, self._next = self._next, self._residual
+        self._owed, self._owed_next = self._owed_next, self._owed
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the residual of this rank's chunk, (chunk,) of the plan's dtype; empty without a residual."""

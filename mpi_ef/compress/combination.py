@@ -1,6 +1,7 @@
 """Vectors that are formed on the fly: what is sent, and what is kept of it, without a pass over memory of their own."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,7 +107,6 @@ def _read_only(array: Vector) -> Vector:
 
 _NOTHING: dict[Any, Vector] = {np.dtype(t): np.empty(0, t) for t in (np.float32, np.float64)}
 _ABSENT = {dtype: _read_only(array) for dtype, array in _NOTHING.items()}
-_ONE = {dtype: np.array([1, 0, 0], dtype) for dtype in _NOTHING}
 
 
 def source(x: Vector | Combination, keep: Keep | None = None) -> Source:
@@ -127,20 +127,25 @@ def source(x: Vector | Combination, keep: Keep | None = None) -> Source:
         if not vector.flags.c_contiguous:
             raise ShapeError("a vector is not contiguous; pass numpy.ascontiguousarray of it")
         views[n] = _read_only(vector)
-    three, factors = (views[0], views[1], views[2]), _ONE[dtype]
-    if isinstance(x, Combination):
-        factors = np.zeros(MOST_TERMS, dtype)
-        for n, (factor, _) in enumerate(terms):
-            factors[n] = factor
+    three, factors = (views[0], views[1], views[2]), _factors(dtype, *[factor for factor, _ in terms])
     if keep is None:
         return Source(three, factors, _NOTHING[dtype], factors, False)
-    kept = np.zeros(MOST_TERMS, dtype)
+    if keep.of is x:
+        return Source(three, factors, keep.into, factors, keep.less_message)
+    kept = [0.0] * len(vectors)
     for factor, vector in keep.of.terms:
         place = next((n for n, known in enumerate(vectors) if known is vector), None)
         if place is None:
             raise OptionError("Keep: `of` has a vector that is not in what is sent; combine the same arrays in both")
         kept[place] = factor
-    return Source(three, factors, keep.into, kept, keep.less_message)
+    return Source(three, factors, keep.into, _factors(dtype, *kept), keep.less_message)
+
+
+@lru_cache(maxsize=128)
+def _factors(dtype: "np.dtype[Any]", *factors: float) -> Vector:
+    three: Vector = np.array([*factors, 0.0, 0.0][:MOST_TERMS], dtype)
+    three += 0  # no -0.0, which the cache would take for 0.0
+    return three
 
 
 def writable(out: Vector) -> Vector:
