@@ -60,9 +60,8 @@ def run(program: Callable[[Any], None]) -> None:
     try:
         check_world(comm.Get_size())
     except LaunchError as error:
-        _die(
-            comm, f"mpi-ef: {error}", 2, seconds=PATIENCE_SECONDS
-        )  # the other tasks shall come so far, and say so as well
+        # The tasks beside this one shall come so far, and say so as well, before the first one leaves.
+        _die(comm, f"mpi-ef: {error}", 2, seconds=PATIENCE_SECONDS)
     try:
         program(comm)
     except MpiEfError as error:
