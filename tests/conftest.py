@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,7 @@ settings.register_profile(
 )  # fmt: skip
 settings.load_profile("mpi_ef")
 
+TMPDIR_OF_PRTE = "PRTE_MCA_prte_tmpdir_base"  # Open MPI's launcher
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -26,12 +28,20 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _shared_memory(pytestconfig: pytest.Config):
-    """Remove what killed ranks leave in /dev/shm: megabytes each under MPICH, where containers have 64 MB at times."""
-    before = set(_segments())
-    yield
+def _leftovers(pytestconfig: pytest.Config):
+    """Remove what is left of killed programs; under mpiexec nothing is.
+
+    Folders of Open MPI's mpiexec, which have its process number as a name: a later one with the same number would not start.
+    Segments in /dev/shm, megabytes for each rank under MPICH, where containers have 64 MB at times.
+    """
     if _under_mpi(pytestconfig):
+        yield
         return
+    before = set(_segments())
+    with tempfile.TemporaryDirectory(prefix="mpi-ef-", ignore_cleanup_errors=True) as folder:
+        os.environ[TMPDIR_OF_PRTE] = folder
+        yield
+        del os.environ[TMPDIR_OF_PRTE]
     in_use = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BESIDE = Path(sys.executable).parent / "mpiexec"
+TMPDIR_OF_PRTE = "PRTE_MCA_prte_tmpdir_base"  # Open MPI's launcher; tests/conftest.py sets it
 MPIEXEC = str(BESIDE) if BESIDE.exists() else shutil.which("mpiexec") or "mpiexec"
 
 
@@ -31,10 +32,18 @@ def start(n: int, *arguments: object, launcher: Sequence[str] = (), **environmen
     Their output is buffered by lines, also where PYTHONUNBUFFERED is set: Python would write a line and its end apart then,
     and MPICH's launcher puts what other ranks print between the two.
     """
+    _remove_folders_of_dead_launchers()
     environment = {"PYTHONUNBUFFERED": ""} | environment
     command = [MPIEXEC, *launcher, "-n", str(n), sys.executable, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                             env=os.environ | environment, start_new_session=True)  # fmt: skip
+
+
+def _remove_folders_of_dead_launchers() -> None:
+    """Make room for an mpiexec that is given the process number of one that was killed; see conftest.py."""
+    for folder in Path(os.environ.get(TMPDIR_OF_PRTE, "/nowhere")).glob("*.[0-9]*"):
+        if not Path("/proc", folder.suffix[1:]).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def finish(process: subprocess.Popen[str], *, within: float) -> Ended:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import finish, run, start
+from launching import TMPDIR_OF_PRTE, finish, run, start
 from test_interruption import handles, wait_for
 
 from mpi_ef.jobs import launch
@@ -136,6 +136,18 @@ def test_wrong_options_need_no_mpi_to_be_noticed(tmp_path, arguments, words):
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_a_killed_launcher_has_left_does_not_stop_another(tmp_path, monkeypatch):
+    """Open MPI's does not start where one with its process number has left a folder."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for number in (dead.pid, os.getpid()):
+        (tmp_path / f"ompi.{number}" / "1").mkdir(parents=True)
+    monkeypatch.setenv(TMPDIR_OF_PRTE, str(tmp_path))
+    ended = run(1, "-c", "print('well')")
+    assert ended.lines_with("well"), ended.text
+    assert [path.name for path in tmp_path.iterdir()] == [f"ompi.{os.getpid()}"]
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["", "the first to leave ends the others"])

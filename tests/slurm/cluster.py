@@ -42,7 +42,7 @@ class Cluster:
         self._wholes: dict[tuple[object, ...], Path] = {}
         self.disk = self.lab / "local"  # what a job sees there is its node's own
         ours = ("SLURM", "SBATCH", "SQUEUE", "MPI_EF", "MPI_TYPE", "RUN_DIR", "TEXT", "MAX_RESTARTS", "CHECKPOINT_EVERY",
-                "CONFIGS", "IMAGE", "APPTAINER", "LAUNCH", "FORWARD", "NODE_DIR")  # fmt: skip
+                "CONFIGS", "IMAGE", "APPTAINER", "LAUNCH", "FORWARD", "NODE_DIR", "PRTE_MCA_prte_tmpdir_base")  # fmt: skip
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         self.environment |= SETTINGS | {
             "SLURM_CONF": str(self.lab / "slurm.conf"),
