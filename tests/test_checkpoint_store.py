@@ -384,7 +384,6 @@ def test_closing_drops_what_is_in_flight(tmp_path):
     def program(comm):
         st = Store(tmp_path)
         pending = st.save_async(comm, 1, **arrays_of(1, comm.Get_rank()))
-        pending.wait()  # written by all, so that nobody writes while rank 0 removes; not published
         comm.allgather(0)
         st.close()
         comm.allgather(0)
@@ -392,6 +391,23 @@ def test_closing_drops_what_is_in_flight(tmp_path):
 
     assert all("dropped or has failed" in str(error) for error in run(2, program))
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_a_file_that_is_begun_while_its_directory_is_removed(tmp_path, monkeypatch):
+    """By a rank that has not heard of it."""
+    disk, real = folder.Folder(tmp_path, 1, 0, "", 0), shutil.rmtree
+    place = tmp_path / ".tmp-place"
+    place.mkdir()
+    late = iter([True])
+
+    def remove(path, **options):
+        if next(late, False):
+            return  # as when a file has come after its content was listed
+        real(path, **options)
+
+    monkeypatch.setattr(folder.shutil, "rmtree", remove)
+    disk.abandon(place.name)
+    assert not place.exists()
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ class Site:
 
     def start(self, name, *arguments, play="finish", **variables):
         """Start the script of a template as its batch system would."""
-        environment = self.environment | (self.slurm if name.endswith(".sbatch") else {})
+        environment = self.environment | (self.slurm if str(name).endswith(".sbatch") else {})
         environment |= {"PLAY": play} | {key: str(value) for key, value in variables.items()}
         environment = {key: value for key, value in environment.items() if value != "unset"}
         return subprocess.Popen(["bash", FOLDER / name, *arguments], cwd=self.folder, env=environment, text=True,
@@ -352,6 +352,15 @@ def test_a_signal_before_the_first_save_has_one_more_chance(site):
         assert site.calls("scontrol"), play
     assert "no progress" in site.job("train.sbatch", play=told.format("TERM"), status=140)
     assert not site.calls("scontrol")
+
+
+def test_a_signal_between_the_start_and_the_next_line_is_handed_on(site):
+    """The script does not know the number of its program yet."""
+    script, text = site.folder / "late.sbatch", (FOLDER / "train.sbatch").read_text()
+    assert text.count("\nprogram=$!\n") == 1
+    script.write_text(text.replace("\nprogram=$!\n", "\nsleep 0.3\nkill -USR2 $$\nprogram=$!\n"))
+    site.job(script, play="sleep 5; finish")
+    assert site.calls("scontrol")
 
 
 def test_preemption_with_grace_before_the_first_save_has_one_more_chance(site):

@@ -25,6 +25,7 @@ from .rankfile import FileEntry
 __all__ = ["Folder", "identity"]
 
 _OWNER = "OWNER"
+_REMOVALS = 5  # attempts
 _log = logging.getLogger("mpi_ef.checkpoint")
 
 
@@ -70,8 +71,11 @@ class Folder:
         return place.name
 
     def abandon(self, place: str) -> None:
-        """Remove a directory that did not become a checkpoint."""
-        shutil.rmtree(self._path / place, ignore_errors=True)
+        """Remove a directory that did not become a checkpoint, also while another rank still begins a file there."""
+        for _ in range(_REMOVALS):
+            shutil.rmtree(self._path / place, ignore_errors=True)
+            if not (self._path / place).exists():
+                break
 
     def publish(self, place: str, step: int, run: str, document: Any, files: list[FileEntry]) -> None:
         """Make what was written a checkpoint: master file, marker, name. Then delete what is not kept any more."""
