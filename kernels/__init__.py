@@ -5,6 +5,7 @@ of the same name and signature in :mod:`mpi_ef.kernels.reference`, written in pl
 results agree bit for bit. Vectors are float32 or float64; indices are int64 in ascending order; bytes are uint8.
 """
 
+from ._jit import machine_code as machine_code  # no kernel, so not in __all__
 from ._stream import BLOCK
 from .adam import adam, adam_step, l1_norm, preconditioned_step, sign_step, update_moments
 from .coding import decode_indices, encode_indices, low_bits, lower_nbytes, upper_nbytes

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core.event import Listener, register
 
-__all__ = ["jit"]
+__all__ = ["jit", "machine_code"]
 
 # No fastmath anywhere: NaN and Inf must be seen, and the NumPy twins must give the same bits.
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
@@ -36,6 +37,39 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
         return njit(**_OPTIONS)(function)  # type: ignore[no-any-return]
     _depend_on_the_whole_room(compiled)
     return compiled  # type: ignore[no-any-return]
+
+
+class _MachineCode(Listener):
+    """What Numba does in this process: it compiles, or loads what has been compiled. Calls of ready kernels cost nothing.
+
+    Attributes
+    ----------
+    made : int
+        Grows whenever machine code is compiled or loaded.
+    announce : callable or None
+        Called once, before the next kernel is compiled (not loaded), with the folder that will keep it; with "" where
+        none can.
+    """
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.announce: Callable[[str], object] | None = None
+        register("numba:compiler_lock", self)  # held for both
+        register("numba:compile", self)
+
+    def on_start(self, event: Any) -> None:
+        """Numba begins."""
+        self.made += 1
+        announce = self.announce
+        if announce is not None and event.kind == "numba:compile":
+            self.announce = None
+            announce(str(getattr(getattr(event.data["dispatcher"], "_cache", None), "cache_path", None) or ""))
+
+    def on_end(self, event: Any) -> None:
+        """Numba has ended."""
+
+
+machine_code = _MachineCode()
 
 
 def _depend_on_the_whole_room(compiled: Any) -> None:

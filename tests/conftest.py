@@ -6,7 +6,10 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import idle
+import patience
 import pytest
+import resident
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -16,7 +19,9 @@ settings.register_profile(
 settings.load_profile("mpi_ef")
 
 TMPDIR_OF_PRTE = "PRTE_MCA_prte_tmpdir_base"  # Open MPI's launcher
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+HERE = Path(__file__).resolve().parent
+SHARED_PROGRAMS = {"world", "whole", "ended"}  # fixtures that start programs for all tests of a module
+SHARED_DATA = HERE.parents[1] / "shared" / "data"
 
 
 @pytest.fixture
@@ -40,7 +45,10 @@ def _leftovers(pytestconfig: pytest.Config):
     before = set(_segments())
     with tempfile.TemporaryDirectory(prefix="mpi-ef-", ignore_cleanup_errors=True) as folder:
         os.environ[TMPDIR_OF_PRTE] = folder
+        if sleeping := idle.library():
+            os.environ["LD_PRELOAD"] = str(sleeping)
         yield
+        resident.close()
         del os.environ[TMPDIR_OF_PRTE]
     in_use = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
@@ -57,6 +65,18 @@ def _segments() -> list[Path]:
 
 def _under_mpi(config: pytest.Config) -> bool:
     return bool(config.getoption("with_mpi", default=False))
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Scale its time limit; one worker runs all tests that look at the same programs."""
+    marker = item.get_closest_marker("timeout")
+    seconds = marker.args[0] if marker else float(item.config.getini("timeout") or 0)
+    item.add_marker(pytest.mark.timeout(patience.limit(seconds)))
+    started = SHARED_PROGRAMS & set(getattr(item, "fixturenames", ()))
+    if started:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        which = [str(params[name]) for name in sorted(started) if name in params]
+        item.add_marker(pytest.mark.xdist_group(" ".join([item.path.stem, *which])))
 
 
 @pytest.hookimpl(trylast=True)

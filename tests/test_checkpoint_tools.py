@@ -7,6 +7,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import patience
 import pytest
 import torch
 from checkpoint_cases import own, save, shared
@@ -326,7 +327,9 @@ def test_without_mpi(tmp_path):
                       ["diff", tmp_path / "run", tmp_path / "run"], ["export", tmp_path / "run", out]):  # fmt: skip
         words = ["checkpoint", *map(str, arguments)]
         code = f"import sys; sys.modules['mpi4py'] = None; from mpi_ef.jobs.cli import main; main({words})"
-        done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=patience.limit(120)
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout
     assert out.exists()

@@ -9,6 +9,7 @@ from math import lgamma, log
 from pathlib import Path
 
 import numpy as np
+import patience
 import pytest
 import virtual
 from vectors_for_tests import gaussian
@@ -158,7 +159,13 @@ def run_python(code, *arguments, **environment):
     kept = {k: v for k, v in os.environ.items() if k not in ("HOME", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=kept | environment, check=False
+        command,
+        capture_output=True,
+        text=True,
+        timeout=patience.limit(280),
+        cwd=ROOT,
+        env=kept | environment,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.split()

@@ -11,6 +11,7 @@ from pathlib import Path
 from time import sleep
 
 import numpy as np
+import patience
 import pytest
 
 from mpi_ef.jobs import (
@@ -304,7 +305,12 @@ def test_an_mpi_that_ends_the_tasks_of_a_launcher(monkeypatch):
 def test_a_last_word_is_said_by_another_process(end, printed):
     code = f"import os; from mpi_ef.jobs.doctor_roll import LastWord; word = LastWord('gone'); {end}"
     done = subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60, check=False, cwd=ROOT
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=patience.limit(60),
+        check=False,
+        cwd=ROOT,
     )
     assert done.stdout.strip() == printed
 
@@ -764,7 +770,12 @@ def test_a_report_survives_a_judgement_that_breaks():
 def test_the_doctor_itself_needs_nothing_that_may_be_broken():
     program = "import sys, mpi_ef.jobs.doctor; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=patience.limit(60),
+        check=True,
+        cwd=ROOT,
     )
     assert not set(done.stdout.split()) & {"torch", "mpi4py", "mpi4py.MPI", "numba", "numpy", "h5py"}
 
@@ -782,7 +793,8 @@ def doctor(*arguments, code="", **environment):
         for name, value in os.environ.items()
         if not name.startswith(LAUNCHED) or name.startswith("OMPI_MCA")
     }
-    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=120,
+    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True,
+                          timeout=patience.limit(120),
                           check=False, cwd=ROOT, env=kept | environment)  # fmt: skip
     assert "Traceback" not in done.stdout + done.stderr
     return done
@@ -809,7 +821,9 @@ def test_one_process_without_a_launcher(tmp_path):
     done = doctor("--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "one process, started without a launcher" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("verdict:")
+    assert any(line.startswith("verdict:") for line in done.stdout.splitlines()[-2:]), (
+        done.stdout
+    )  # it may be two lines
     assert all(len(line) <= 100 for line in done.stdout.splitlines())
     assert list(tmp_path.iterdir()) == []
 

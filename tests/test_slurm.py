@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import patience
 import pytest
 
 from mpi_ef import slurm
@@ -222,7 +223,7 @@ class Site:
         """Run the script of a template and return what it printed."""
         self.calls_file.write_text("")
         process = self.start(name, *arguments, **options)
-        text, _ = process.communicate(timeout=60)
+        text, _ = process.communicate(timeout=patience.limit(60))
         assert process.returncode == status, text
         return text
 
@@ -409,7 +410,7 @@ def test_signals_reach_the_program_as_usr2(site, number):
     for _ in range(3):  # the wait is interrupted several times
         process.send_signal(number)
         time.sleep(0.05)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=patience.limit(60))
     assert process.returncode == 0, said
     assert "stopped at step 10: SIGUSR2 on rank 0" in said
     assert site.calls("scontrol") == ["scontrol requeue 7"]
@@ -732,7 +733,7 @@ def test_mpi_type(site):
     def ask(*words, **options):
         command = [sys.executable, "-m", "mpi_ef.jobs.cli", "slurm", "mpi-type", *words]
         ended = subprocess.run(command, env=site.environment, cwd=FOLDER.parent, capture_output=True, text=True, check=True,
-                               timeout=60, **options)  # fmt: skip
+                               timeout=patience.limit(60), **options)  # fmt: skip
         return ended.stdout, ended.stderr
 
     kind = ask()[0].strip()

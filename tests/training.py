@@ -2,11 +2,15 @@
 
 import copy
 import io
+from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 import virtual
 from programs import loss_of, model, same_bits
+
+from mpi_ef.optim.flat import FlatOptimizer
 
 
 def net_of(dtype=torch.float32):
@@ -18,6 +22,19 @@ def seeded(net):
     with torch.no_grad():
         for number, p in enumerate(net.parameters()):
             p.copy_(torch.from_numpy(np.random.default_rng(number).normal(size=p.shape) / 3))
+    return net
+
+
+def groups_of(net):
+    named = list(net.parameters())
+    return [{"params": named[:3], "lr": 2e-2}, {"params": named[3:], "weight_decay": 0.3}]
+
+
+def dying_network():
+    """Half of the hidden units are dead: their inputs are below zero for all data, so their gradients are exactly zero."""
+    net = seeded(torch.nn.Sequential(torch.nn.Linear(7, 32), torch.nn.ReLU(), torch.nn.Linear(32, 3)))
+    with torch.no_grad():
+        net[0].bias[:16] = -100.0
     return net
 
 
@@ -36,24 +53,63 @@ def parameters_of(net):
             for p in net.parameters()]  # fmt: skip
 
 
-def trained(n, steps, build, *, dtype=torch.float32, each=None):
-    """Return per rank: parameters after every step, losses, the optimizer."""
+@dataclass
+class Run:
+    """What a rank has seen: parameters, whether replicas had met, and what is equal on all ranks, after every step."""
+
+    path: list
+    met: list
+    shared: list
+    losses: list
+    optimizer: FlatOptimizer
+
+
+def trained(n, steps, build, *, dtype=torch.float32, each=None, sees=None):
+    """Train on n ranks, which start with other parameters: those of rank 0 must win. Return a run for every rank."""
 
     def program(comm):
-        net = net_of(dtype)
-        optimizer, path, losses = build(net, comm), [], []
+        rank, net = comm.Get_rank(), net_of(dtype)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(rank)
+        run = Run([], [], [], [], build(net, comm))
+        run.optimizer.check_replicas_every = 5
+        assert same_bits(parameters_of(net), parameters_of(net_of(dtype)))
         for step in range(steps):
             if each is not None:
-                each(optimizer, step)
-            optimizer.zero_grad()
-            loss = loss_in(net, comm.Get_rank(), step)
+                each(run.optimizer, step)
+            run.optimizer.zero_grad()
+            loss = loss_in(net, rank, step)
             loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            path.append(parameters_of(net))
-        return path, losses, optimizer
+            run.optimizer.step()
+            run.losses.append(loss.item())
+            run.path.append(parameters_of(net))
+            run.met.append(have_met(run.optimizer))
+            run.shared.append(copy.deepcopy(run.optimizer.replicated()))
+            if sees is not None:
+                sees(run.optimizer, step)
+        return run
 
     return virtual.results(n, program)
+
+
+def have_met(optimizer):
+    """Whether replicas are to be the same now."""
+    return getattr(optimizer, "synchronized", True)
+
+
+def everything(net, optimizer, *but):
+    """Parameters and all state, in arrays that can be compared; without what is named so in the state."""
+
+    def arrays(value):
+        if isinstance(value, torch.Tensor):
+            return value.detach().numpy().copy()
+        if isinstance(value, dict):
+            return {name: arrays(part) for name, part in value.items() if name not in but}
+        return [arrays(part) for part in value] if isinstance(value, list | tuple) else value
+
+    named = copy.deepcopy(optimizer.per_rank() | optimizer.replicated())
+    return parameters_of(net), named, arrays(optimizer.state_dict())
 
 
 def alone(n, steps, build, *, dtype=torch.float32, each=None):
@@ -80,9 +136,23 @@ def assert_close(path, expected, **tolerance):
             np.testing.assert_allclose(a, b, err_msg=f"after step {step}", **tolerance)
 
 
-def assert_replicas(rows):
-    for path, _, _ in rows[1:]:
-        assert same_bits(path, rows[0][0])
+def assert_replicas(runs):
+    for run in runs[1:]:
+        assert run.met == runs[0].met
+        assert same_bits(run.shared, runs[0].shared)
+        for step, met in enumerate(run.met):
+            assert same_bits(run.path[step], runs[0].path[step]) == met, f"after step {step}"
+
+
+def steps_of(net, optimizer, rank, steps):
+    """Take steps, and return the parameters after each."""
+    path = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(net, rank, step).backward()
+        optimizer.step()
+        path.append(parameters_of(net))
+    return path
 
 
 def assert_resumes(n, build, *, before, after=4):
@@ -91,54 +161,52 @@ def assert_resumes(n, build, *, before, after=4):
     def program(comm):
         rank, net = comm.Get_rank(), net_of()
         optimizer = build(net, comm)
-
-        def run(net, optimizer, steps):
-            for step in steps:
-                optimizer.zero_grad()
-                loss_of(net, rank, step).backward()
-                optimizer.step()
-
-        run(net, optimizer, range(before))
+        steps_of(net, optimizer, rank, range(before))
         file = io.BytesIO()
         torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, file)
         file.seek(0)
-        saved = torch.load(file)
+        saved = torch.load(file, weights_only=True)
         other = net_of()
         resumed = build(other, comm)
         other.load_state_dict(saved["net"])
         resumed.load_state_dict(saved["optimizer"])
         assert resumed.sent_nbytes <= optimizer.sent_nbytes
-        run(net, optimizer, range(before, before + after))
-        run(other, resumed, range(before, before + after))
-        assert same_bits(parameters_of(net), parameters_of(other))
-        assert same_bits(optimizer.replicated() | optimizer.per_rank(), resumed.replicated() | resumed.per_rank())
+        steps = range(before, before + after)
+        assert same_bits(steps_of(net, optimizer, rank, steps), steps_of(other, resumed, rank, steps))
+        assert same_bits(everything(net, optimizer), everything(other, resumed))
         assert resumed.steps == optimizer.steps == before + after
 
     virtual.results(n, program)
 
 
 def assert_skips_broken_gradients(n, build, *, warm=3):
-    """A NaN on one rank: all skip, nothing changes, and the next step is as if it had not been."""
-    import pytest
+    """A NaN or Inf on one rank: all skip, nothing changes, and the next step is as if it had not been."""
+    broken = [(n - 1, "first", float("nan")), (n // 2, "last", float("nan")), (n // 2, "last", float("inf"))]
+    messages = ("skipped_steps", "exchanges", "sent_nbytes")  # buckets that overlap have travelled already
 
     def program(comm):
-        rank, nets = comm.Get_rank(), [net_of(), net_of()]
-        optimizers = [build(net, comm) for net in nets]
-        for step in range(warm + 2):
-            for number, (net, optimizer) in enumerate(zip(nets, optimizers, strict=True)):
-                if step == warm and number == 0:
-                    optimizer.zero_grad()
-                    loss_of(net, rank, step).backward()
-                    if rank == n - 1:
-                        net.first.weight.grad[0, 0] = float("nan")
-                    before = parameters_of(net), copy.deepcopy(optimizer.per_rank() | optimizer.replicated())
-                    optimizer.step()
-                    assert same_bits((parameters_of(net), optimizer.per_rank() | optimizer.replicated()), before)
-                    assert optimizer.skipped_steps == 1
-                optimizer.zero_grad()
-                loss_of(net, rank, step).backward()
-                optimizer.step()
-            assert same_bits(*map(parameters_of, nets))
+        rank, (net, twin) = comm.Get_rank(), (net_of(), net_of())
+        optimizer, undisturbed = build(net, comm), build(twin, comm)
+        assert same_bits(*(steps_of(*pair, rank, range(warm)) for pair in ((net, optimizer), (twin, undisturbed))))
+        before = everything(net, optimizer, *messages)
+        for skipped, (whose, layer, value) in enumerate(broken, 1):
+            optimizer.zero_grad()
+            loss_of(net, rank, warm).backward()
+            if rank == whose:
+                getattr(net, layer).weight.grad[-1, -1] = value
+            optimizer.step()
+            assert same_bits(everything(net, optimizer, *messages), before)
+            assert optimizer.skipped_steps == skipped
+        after = range(warm, warm + 2)
+        path = steps_of(net, optimizer, rank, after)
+        assert same_bits(path, steps_of(twin, undisturbed, rank, after))
+        assert not same_bits(path[0], before[0])
+        return path[-1] if have_met(optimizer) else None
 
-    with pytest.warns(RuntimeWarning, match=f"skipped on all ranks: NaN or Inf in the gradient on rank {n - 1}"):
-        virtual.results(n, program)
+    with pytest.warns(RuntimeWarning) as caught:
+        rows = virtual.results(n, program)
+    assert all(same_bits(row, rows[0]) for row in rows)
+    told = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
+    assert told == [  # rank 0 speaks for all
+        f"step {warm} skipped on all ranks: NaN or Inf in the gradient on rank {whose}" for whose, *_ in broken
+    ]

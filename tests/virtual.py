@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import patience
 
 from mpi_ef.errors import MpiEfError
 
@@ -151,8 +152,8 @@ def run(size: int, program: Callable[[Any], Any]) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=240)  # less than a test has
-        assert not thread.is_alive(), "a virtual rank hangs"
+        thread.join(timeout=patience.limit(240))  # less than a test has
+        assert not thread.is_alive(), f"a virtual rank has not come to its end within {patience.explained(240)}"
     return results
 
 

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import patience
+import resident
+
 BESIDE = Path(sys.executable).parent / "mpiexec"
 TMPDIR_OF_PRTE = "PRTE_MCA_prte_tmpdir_base"  # Open MPI's launcher; tests/conftest.py sets it
 MPIEXEC = str(BESIDE) if BESIDE.exists() else shutil.which("mpiexec") or "mpiexec"
@@ -26,15 +29,23 @@ class Ended:
         return [line for line in self.text.splitlines() if words in line]
 
 
-def start(n: int, *arguments: object, launcher: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
+# Read while Python starts or modules are imported, which a fork of the resident process has behind it.
+READ_EARLY = ("MPI4PY_", "NUMBA_", "OMP_", "PYTHON")
+
+
+def start(n: int, *arguments: object, launcher: Sequence[str] = (), real: bool = False,
+          **environment: str) -> subprocess.Popen[str]:  # fmt: skip
     """Start ``python ARGUMENTS`` on `n` ranks, with more options for the launcher.
+
+    They are forks of a resident process, which saves their imports (see resident.py), unless `real` ones are asked for.
 
     Their output is buffered by lines, also where PYTHONUNBUFFERED is set: Python would write a line and its end apart then,
     and MPICH's launcher puts what other ranks print between the two.
     """
     _remove_folders_of_dead_launchers()
+    real = real or any(name.startswith(READ_EARLY) for name in environment)
     environment = {"PYTHONUNBUFFERED": ""} | environment
-    command = [MPIEXEC, *launcher, "-n", str(n), sys.executable, *map(str, arguments)]
+    command = [MPIEXEC, *launcher, "-n", str(n), *resident.command(*arguments, real=real)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                             env=os.environ | environment, start_new_session=True)  # fmt: skip
 
@@ -47,17 +58,25 @@ def _remove_folders_of_dead_launchers() -> None:
 
 
 def finish(process: subprocess.Popen[str], *, within: float) -> Ended:
-    """Wait for a program; one that takes longer than `within` seconds is killed and fails the test."""
+    """Wait for a program; one that takes longer than `within` seconds on a quiet machine is killed and fails the test."""
     began = time.perf_counter()
     try:
-        text, _ = process.communicate(timeout=within)
+        text, _ = process.communicate(timeout=patience.limit(within))
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         text, _ = process.communicate()
-        raise AssertionError(f"the program hangs; it printed:\n{text}") from None
+        raise AssertionError(f"no end within {patience.explained(within)}; the program printed:\n{text}") from None
     return Ended(process.returncode, text, time.perf_counter() - began)
 
 
-def run(n: int, *arguments: object, within: float = 120, **environment: str) -> Ended:
+def run(n: int, *arguments: object, within: float = 120, real: bool = False, **environment: str) -> Ended:
     """Start a program and wait for its end."""
-    return finish(start(n, *arguments, **environment), within=within)
+    return finish(start(n, *arguments, real=real, **environment), within=within)
+
+
+def run_alone(*arguments: object, within: float) -> Ended:
+    """Start ``python ARGUMENTS`` without a launcher, for ranks that it forks itself and that meet over gloo."""
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    process = subprocess.Popen(resident.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               errors="replace", env=environment, start_new_session=True)  # fmt: skip
+    return finish(process, within=within)

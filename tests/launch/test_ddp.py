@@ -1,15 +1,12 @@
 """The hook for DistributedDataParallel, on real processes and gloo: 1, 2 and 3 of them, one world for all programs."""
 
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import ddp_program
 import numpy as np
 import pytest
-from launching import finish
+from launching import run_alone
 from programs import PLANS, exchanges
 from vectors_for_tests import gaussian
 from virtual import results
@@ -25,10 +22,7 @@ LIMIT = 240
 def world(request, tmp_path_factory):
     """Number of ranks, the folder with what they left, and how the program ended."""
     folder = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, ddp_program.__file__, str(request.param), str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                               env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"}, start_new_session=True)  # fmt: skip
-    return request.param, folder, finish(process, within=LIMIT)
+    return request.param, folder, run_alone(ddp_program.__file__, request.param, folder, within=LIMIT)
 
 
 def left_by_ranks(n, folder: Path, name):

@@ -1,12 +1,8 @@
 """The hook for DistributedDataParallel goes on with another number of ranks: real processes, gloo, checkpoints on disk."""
 
-import os
-import subprocess
-import sys
-
 import ddp_resume_program
 import pytest
-from launching import finish
+from launching import run_alone
 
 # A stuck world is ended after this time; a healthy one needs 30 seconds, and more when it has to compile kernels.
 LIMIT = 240
@@ -14,10 +10,7 @@ LIMIT = 240
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    command = [sys.executable, ddp_resume_program.__file__, str(tmp_path_factory.mktemp("ddp"))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                               env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"}, start_new_session=True)  # fmt: skip
-    return finish(process, within=LIMIT)
+    return run_alone(ddp_resume_program.__file__, tmp_path_factory.mktemp("ddp"), within=LIMIT)
 
 
 @pytest.mark.parametrize("program", [program.__name__ for program in ddp_resume_program.PROGRAMS])

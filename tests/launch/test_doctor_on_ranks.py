@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import patience
 import pytest
 from launching import run
 
@@ -54,13 +55,17 @@ def test_all_findings_as_json(tmp_path, n):
 
 
 @pytest.mark.timeout(1000)
-def test_the_warm_up_compiles_once_and_a_training_finds_everything_compiled(tmp_path):
-    environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+@pytest.mark.parametrize("cold", [pytest.param(True, marks=pytest.mark.exhaustive), False])
+def test_the_warm_up_compiles_once_and_a_training_finds_everything_compiled(tmp_path, cold):
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")} if cold else {}
     for compiles in (True, False):
         ended = run(2, "-m", "mpi_ef.jobs.doctor", "--json", "--warmup", "--out", tmp_path, within=400, **environment)
         assert ended.status == 0, ended.text
         what = names(ended)["warm-up"]["what"]
-        assert ("all loaded from disk" in what) != compiles
+        assert (
+            "all loaded from disk" in what
+        ) != compiles or not cold  # what was there before the test is there already
+        assert "all loaded from disk" in what or compiles
         assert "warm-up-again" not in names(ended)
     script = tmp_path / "training.py"
     script.write_text(TRAINING)
@@ -145,13 +150,13 @@ def test_a_doctor_that_is_broken_itself_hangs_nobody(tmp_path):
     assert ended.status != 0
     assert "doctor: not looked at: TypeError" in names(ended)["check-failed"]["what"]
     assert "Traceback" not in ended.text
-    assert ended.seconds < 60
+    assert ended.seconds < patience.limit(60)
 
 
 def test_a_rank_that_is_killed_ends_the_doctor(tmp_path):
     ended = broken(tmp_path, 3, "doctor_checks.collect = lambda *_: os.kill(os.getpid(), 9)")
     assert ended.status != 0
-    assert ended.seconds < 60
+    assert ended.seconds < patience.limit(60)
 
 
 # ---- tasks that are no world
@@ -166,7 +171,7 @@ def copy(rank, *arguments, tasks=2, **environment):
 def alone(*arguments, **environment):
     command = [sys.executable, "-m", "mpi_ef.jobs.doctor", *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, env=os.environ | environment
+        command, capture_output=True, text=True, timeout=patience.limit(60), check=False, env=os.environ | environment
     )
 
 

@@ -11,16 +11,28 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import resident
 from launching import finish, run, start
 
-STEPS = 500
-SMALL = ["--steps", STEPS, "--warmup", 20, "--batch", 4, "--context", 16, "--layers", 1, "--heads", 2, "--width", 16,
-         "--log-every", 10, "--eval-every", 100, "--checkpoint-every", 20]  # fmt: skip
+STEPS = 200
+SMALL = ["--steps", STEPS, "--warmup", 20, "--batch", 4, "--log-every", 10, "--eval-every", 100,
+         "--checkpoint-every", 20]  # fmt: skip
+GPT = ["--context", 16, "--layers", 1, "--heads", 2, "--width", 16]
+MLP = ["--model", "mlp"]
+TRAININGS = {"topk of adamw": [*GPT, "--optimizer", "adamw"],
+             "1-bit adam": [*MLP, "--optimizer", "onebit-adam", "--freeze", 50]}  # fmt: skip
+FAULTY = Path(__file__).with_name("faulty_training.py")
 LIMIT = 120
 
 
 def arguments(out, *more):
     return ["-m", "mpi_ef.jobs.train", *SMALL, *more, "--out", out]
+
+
+def faulty(signal_, at, ranks, out, *more):
+    """The same, where ranks send themselves a signal after a step or at other places."""
+    fault = json.dumps({"signal": signal_, "at": at if isinstance(at, list) else [at], "ranks": ranks})
+    return [FAULTY, fault, *SMALL, *more, "--out", out]
 
 
 def summary(out):
@@ -34,15 +46,7 @@ def losses(out):
 
 def ranks_of(out):
     """Return the processes that train into this folder, without their launcher."""
-    found = []
-    for process in Path("/proc").iterdir():
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"mpi_ef.jobs.train" in words and str(out).encode() in words and b"python" in words[0]:
-            found.append(int(process.name))
-    return found
+    return [pid for pid, (words, _) in resident.processes().items() if str(out) in words]
 
 
 def comes_true(condition, process):
@@ -60,19 +64,29 @@ def wait_for(condition, process):
     assert comes_true(condition, process), finish(process, within=1).text
 
 
-def has_checkpoints(out, least):
-    return lambda: len(list(out.glob("checkpoints/step-*"))) >= least
+def is_stopped(pid):
+    """Tell whether a process has sent itself SIGSTOP."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
-@pytest.fixture(
-    scope="module", params=[["--optimizer", "adamw"], ["--optimizer", "onebit-adam", "--freeze", 50]], ids=str
-)
+def handles(pid, number):
+    """Tell whether a process has a handler for a signal."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
+@pytest.fixture(scope="module", params=TRAININGS)
 def whole(request, tmp_path_factory):
-    """A run that nobody disturbs."""
+    """A run that nobody disturbs, and its options."""
     out = tmp_path_factory.mktemp("whole")
-    ended = run(2, *arguments(out, *request.param), within=LIMIT)
+    ended = run(2, *arguments(out, *TRAININGS[request.param]), within=LIMIT)
     assert ended.status == 0, ended.text
-    return out, request.param
+    return out, TRAININGS[request.param]
 
 
 def assert_same(out, whole):
@@ -83,13 +97,10 @@ def assert_same(out, whole):
 
 def test_a_signal_saves_and_the_run_goes_on(whole, tmp_path):
     whole, options = whole
-    process = start(2, *arguments(tmp_path, *options))
-    wait_for(has_checkpoints(tmp_path, 1), process)
-    os.kill(ranks_of(tmp_path)[0], signal.SIGUSR1)
-    ended = finish(process, within=LIMIT)
+    ended = run(2, *faulty("SIGUSR1", 45, [0], tmp_path, *options), within=LIMIT)
     assert ended.status == 0, ended.text
     assert "go on with --resume exact" in ended.text
-    assert (tmp_path / "requeue").read_text().startswith("SIGUSR1 on rank ")
+    assert (tmp_path / "requeue").read_text().startswith("SIGUSR1 on rank 0")
     assert not (tmp_path / "summary.json").exists()
     ended = run(2, *arguments(tmp_path, *options, "--resume", "exact"), within=LIMIT)
     assert ended.status == 0, ended.text
@@ -105,35 +116,16 @@ def test_a_signal_saves_and_the_run_goes_on(whole, tmp_path):
 
 def test_a_signal_to_a_rank_that_is_still_starting(tmp_path):
     """It counts once the rank can save, and does not kill it before."""
-    process = start(2, *arguments(tmp_path))
-    wait_for(lambda: any(handles(pid, signal.SIGUSR2) for pid in ranks_of(tmp_path)), process)
-    starting = [pid for pid in ranks_of(tmp_path) if handles(pid, signal.SIGUSR2) and not handles(pid, signal.SIGTERM)]
-    for pid in starting:
-        os.kill(pid, signal.SIGUSR2)
-    assert starting, "it can save already"
-    ended = finish(process, within=LIMIT)
+    ended = run(2, *faulty("SIGUSR2", "building", [0, 1], tmp_path, *MLP), within=LIMIT)
     assert ended.status == 0, ended.text
     assert len(ended.lines_with("stopped after step 1: SIGUSR2 on rank")) == 1, ended.text
 
 
 def test_a_signal_at_the_very_end(tmp_path):
     """It does not kill ranks that have nothing left to save."""
-    process = start(2, *arguments(tmp_path))
-    wait_for(lambda: (tmp_path / "summary.json").exists(), process)
-    for pid in ranks_of(tmp_path):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGUSR2)
-    ended = finish(process, within=LIMIT)
+    ended = run(2, *faulty("SIGUSR2", "end", [0, 1], tmp_path, *MLP), within=LIMIT)
     assert ended.status == 0, ended.text
-
-
-def handles(pid, number):
-    """Tell whether a process has a handler for a signal."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
-    return False
+    assert (tmp_path / "summary.json").exists()
 
 
 def test_kills_at_any_moment(whole, tmp_path):
@@ -175,10 +167,7 @@ def test_a_finished_run_that_is_to_be_longer_is_not_finished(whole, tmp_path):
 
 def test_another_number_of_ranks(whole, tmp_path):
     _, options = whole
-    process = start(2, *arguments(tmp_path, *options))
-    wait_for(has_checkpoints(tmp_path, 1), process)
-    os.kill(ranks_of(tmp_path)[-1], signal.SIGTERM)
-    assert finish(process, within=LIMIT).status == 0
+    assert run(2, *faulty("SIGTERM", 45, [1], tmp_path, *options), within=LIMIT).status == 0
     refused = run(3, *arguments(tmp_path, *options, "--resume", "exact"), within=LIMIT)
     assert refused.status == 2
     assert len(refused.lines_with("was saved by 2 ranks, here there are 3")) == 1, refused.text
@@ -199,13 +188,13 @@ def test_a_full_disk_stops_the_run_and_it_goes_on(whole, tmp_path):
     whole, options = whole
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     mounted = subprocess.run(command, check=False, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"mounting a small file system is refused here: {mounted.stderr.strip()}")
     try:
         out = disk / "run"
-        ended = run(2, *arguments(out, *options, "--keep", 1000), within=LIMIT)
+        ended = run(2, *arguments(out, *options, "--checkpoint-every", 4, "--keep", 1000), within=LIMIT)
         assert ended.status == 2, ended.text
         assert len(ended.lines_with("No space left on device")) == 1, ended.text
         assert "Traceback" not in ended.text
@@ -232,20 +221,21 @@ def test_stopping_after_so_many_steps(whole, tmp_path):
         assert ended.status == 0, ended.text
         assert (tmp_path / "requeue").exists() == (launch < 2)
     assert_same(tmp_path, whole)
-    refused = run(1, *arguments(tmp_path, "--checkpoint-every", 0, "--stop-after", 5), within=LIMIT)
+    refused = run(1, *arguments(tmp_path, *MLP, "--checkpoint-every", 0, "--stop-after", 5), within=LIMIT)
     assert refused.status == 2
     assert "pass checkpoint_every as well" in refused.text
 
 
 def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(whole, tmp_path):
     whole, options = whole
-    first = start(2, *arguments(tmp_path, *options))
-    wait_for(lambda: (tmp_path / "checkpoints" / "LOCK").exists(), first)
+    first = start(2, *faulty("SIGSTOP", 30, [0], tmp_path, *options))
+    wait_for(lambda: [pid for pid in ranks_of(tmp_path) if is_stopped(pid)], first)
     second = run(2, *arguments(tmp_path, *options, "--seed", 7), within=LIMIT)
     assert second.status == 2
-    told = second.lines_with("mpi-ef: ")
-    assert len(told) == 1, second.text  # the latter if the first run was over before
-    assert "writes checkpoints there" in told[0] or "has checkpoints of another run" in told[0]
+    (told,) = second.lines_with("mpi-ef: ")
+    assert "writes checkpoints there" in told
+    (stopped,) = (pid for pid in ranks_of(tmp_path) if is_stopped(pid))
+    os.kill(stopped, signal.SIGCONT)
     ended = finish(first, within=LIMIT)
     assert ended.status == 0, ended.text
     assert_same(tmp_path, whole)
@@ -265,7 +255,7 @@ def test_other_options_are_named_when_going_on(whole, tmp_path):
 
 def test_a_marker_that_cannot_be_removed_is_one_line(tmp_path):
     (tmp_path / "requeue").mkdir()
-    ended = run(2, *arguments(tmp_path), within=LIMIT)
+    ended = run(2, *arguments(tmp_path, *MLP), within=LIMIT)
     assert ended.status == 2, ended.text
     assert "Traceback" not in ended.text
     assert len(ended.lines_with("make room there, or give another --out")) == 1, ended.text

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import patience
 import pytest
 from launching import TMPDIR_OF_PRTE, finish, run, start
 from test_interruption import handles, wait_for
@@ -19,18 +20,20 @@ SMALL = ["--steps", 20, "--warmup", 2, "--batch", 4, "--context", 16, "--layers"
          "--log-every", 5]  # fmt: skip
 # A stuck run is ended by the test after this time; a healthy one needs a few seconds.
 LIMIT = 90
+TESTS = Path(__file__).parents[1]
 
 
-def train(n, *arguments, **environment):
-    return run(n, "-m", "mpi_ef.jobs.train", *SMALL, *arguments, within=LIMIT, **environment)
+def train(n, *arguments, **options):
+    return run(n, "-m", "mpi_ef.jobs.train", *SMALL, *arguments, within=LIMIT, **options)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_train(tmp_path, n):
-    ended = train(n, "--out", tmp_path / "run")
+    ended = train(n, "--out", tmp_path / "run", real=n == 2)
     assert ended.status == 0, ended.text
     assert "equal bit for bit" in ended.text
-    assert "\r" not in ended.text  # no live line in a log
+    if n == 2:  # forks have another parent than a launcher
+        assert "\r" not in ended.text  # no live line in a log
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["ranks"] == n
     assert summary["skipped_steps"] == 0
@@ -121,7 +124,7 @@ def test_bad_input_is_one_line_for_all_ranks(tmp_path, arguments, words):
     lines = ended.lines_with(words)
     assert len(lines) == 1 if "--text" in arguments else 1 <= len(lines) <= 3, ended.text
     assert "Traceback" not in ended.text
-    assert ended.seconds < 30
+    assert ended.seconds < patience.limit(30)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +135,8 @@ def test_wrong_options_need_no_mpi_to_be_noticed(tmp_path, arguments, words):
     (tmp_path / "RUN").write_text("stepps = 3\n")
     arguments = [str(tmp_path / a) if a.isupper() else a for a in arguments]
     done = subprocess.run([sys.executable, "-m", "mpi_ef.jobs.cli", "train", *arguments], capture_output=True, text=True,
-                          timeout=60, check=False, env=os.environ | {"MPI4PY_LIBMPI": "/nowhere"})  # fmt: skip
+                          timeout=patience.limit(60), check=False,
+                          env=os.environ | {"MPI4PY_LIBMPI": "/nowhere"})  # fmt: skip
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -159,7 +163,7 @@ def test_n_copies_of_rank_zero(told):
     if told:
         wait_for(lambda: handles(task.pid, signal.SIGTERM), task)
         task.terminate()
-    text = first + task.communicate(timeout=60)[0]
+    text = first + task.communicate(timeout=patience.limit(60))[0]
     assert task.returncode == 2, text
     assert "SLURM_STEP_NUM_TASKS=2, but the MPI world has 1 rank" in first
     assert "--mpi=pmix" in first
@@ -202,7 +206,7 @@ def test_a_rank_that_raises_ends_all_with_its_message(tmp_path, fault, words, st
     ended = run(3, script, within=LIMIT)
     assert ended.status == status, ended.text
     assert ended.lines_with(words), ended.text
-    assert ended.seconds < 30
+    assert ended.seconds < patience.limit(30)
 
 
 DIFFERING = """
@@ -227,7 +231,7 @@ def test_ranks_that_fail_together_on_a_part_of_the_world_end_all_of_it(tmp_path)
     ended = run(3, script, within=LIMIT)
     assert ended.status == 2, ended.text
     assert ended.lines_with("GatherMean: ranks disagree on d: 100 on rank 0; 101 on rank 1"), ended.text
-    assert ended.seconds < 45
+    assert ended.seconds < patience.limit(45)
 
 
 def test_options_that_differ_between_ranks_are_told(tmp_path):
@@ -249,7 +253,7 @@ def test_a_rank_that_is_killed_ends_all(tmp_path):
     script.write_text(PROGRAM.format(fault="import os; os.kill(os.getpid(), 9)"))
     ended = run(3, script, within=LIMIT)
     assert ended.status != 0
-    assert ended.seconds < 30
+    assert ended.seconds < patience.limit(30)
     assert re.search("signal 9|KILLED BY SIGNAL: 9|SIGKILL|Killed", ended.text), ended.text
 
 
@@ -281,7 +285,7 @@ comm.Barrier()
     ended = run(2, script, within=LIMIT)
     assert ended.status == 1
     assert ended.lines_with("RuntimeError: lost on rank one"), ended.text
-    assert ended.seconds < 30
+    assert ended.seconds < patience.limit(30)
 
 
 FAILING_SUITE = """
@@ -299,16 +303,16 @@ def test_a_test_that_fails_on_one_rank_ends_the_suite(tmp_path):
     folder = tmp_path / "suite"
     folder.mkdir()
     (folder / "test_it.py").write_text(FAILING_SUITE)
-    (folder / "conftest.py").write_text((Path(__file__).parents[1] / "conftest.py").read_text())
+    (folder / "conftest.py").write_text((TESTS / "conftest.py").read_text())
     options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", folder, "-c", "/dev/null", folder]
-    ended = run(2, *options, "--with-mpi", within=LIMIT)
+    ended = run(2, *options, "--with-mpi", within=LIMIT, PYTHONPATH=str(TESTS))
     assert ended.status == 3, ended.text
     assert ended.lines_with("rank one says no")
-    assert ended.seconds < 30
+    assert ended.seconds < patience.limit(30)
     (folder / "test_it.py").write_text(
         FAILING_SUITE.replace("!= 1", ">= 0").replace("mark.mpi", "mark.mpi(min_size=3)")
     )
-    ended = run(2, *options, "--with-mpi", within=LIMIT, MPI_EF_TEST_RANKS="2")
+    ended = run(2, *options, "--with-mpi", within=LIMIT, MPI_EF_TEST_RANKS="2", PYTHONPATH=str(TESTS))
     assert ended.status != 0, ended.text
     assert ended.lines_with("expected all tests to run on 2 ranks"), ended.text
 
@@ -360,3 +364,22 @@ def test_steps_do_not_raise_the_peak_of_memory(tmp_path, which):
         grown.append(int(re.search(r"grown (\d+) kB", ended.text).group(1)))
     assert grown[0] < 2_000
     assert grown[1] > 10 * 15_625
+
+
+@pytest.mark.exhaustive  # compiles for half a minute; what decides is in test_jobs.py
+def test_kernels_are_compiled_once_and_outside_of_the_times(tmp_path):
+    """Rank 0 says so, and a run that compiles leaves out the same steps as one that loads."""
+    said, summaries = [], []
+    for out in (tmp_path / "cold", tmp_path / "warm"):
+        program = ["-m", "mpi_ef.jobs.train", *SMALL, "--compressor", "identity", "--out", out]  # few kernels
+        ended = run(2, *program, within=280, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+        assert ended.status == 0, ended.text
+        said.append(ended.lines_with("compiling kernels"))
+        summaries.append(json.loads((out / "summary.json").read_text()))
+    assert [len(lines) for lines in said] == [1, 0]
+    assert f"once per machine; they are kept in {tmp_path / 'cache'}" in said[0][0]
+    cold, warm = summaries
+    assert 0 < cold["untimed_steps"] == warm["untimed_steps"] <= 5
+    for summary in (cold, warm):  # compiling takes seconds, the timed steps of this model together a tenth of one
+        phases = sum(summary["phases_seconds_per_step"].values()) * (summary["steps"] - summary["untimed_steps"])
+        assert max(phases, summary["seconds"]) < cold["untimed_seconds"]

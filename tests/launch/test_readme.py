@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import patience
 import pytest
 from launching import run
 
@@ -57,13 +58,13 @@ def test_the_diff_also_starts_from_a_script_that_runs(tmp_path):
     assert run(1, script, within=90).status == 0
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_the_program_for_torchrun(tmp_path, n):
     (program,) = (body for kind, body in TRAINING if kind == "python" and "mpi4py" not in body)
     script = tmp_path / "program.py"
     script.write_text(program, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), str(script)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=patience.limit(120), check=False)
     assert ended.returncode == 0, ended.stderr
     assert sorted(re.findall(r"rank (\d): sent \d+ bytes", ended.stdout)) == [str(rank) for rank in range(n)]
 

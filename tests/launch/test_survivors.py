@@ -2,12 +2,13 @@
 
 import os
 import signal
-import time
-from pathlib import Path
 
 import pytest
+import resident
 from launching import finish, run, start
-from test_interruption import LIMIT, STEPS, arguments, assert_same, ranks_of, summary, wait_for
+from test_interruption import LIMIT, MLP, STEPS, assert_same, is_stopped, ranks_of, summary, wait_for
+from test_interruption import arguments as training
+from test_interruption import faulty as faulty_training
 
 from mpi_ef.errors import LaunchError
 from mpi_ef.jobs.survivors import OPTIONS, check
@@ -26,23 +27,18 @@ def _open_mpi():
         pytest.skip("only Open MPI 5 lets ranks outlive others")
 
 
+def arguments(out, *more):
+    return training(out, *MLP, *more)
+
+
 def rank_of(pid):
-    words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    (rank,) = (word.partition(b"=")[2] for word in words if word.startswith(b"OMPI_COMM_WORLD_RANK="))
-    return int(rank)
+    return int(resident.processes()[pid][1]["OMPI_COMM_WORLD_RANK"])
 
 
-def kill(out, rank):
-    (victim,) = (pid for pid in ranks_of(out) if rank_of(pid) == rank)
-    os.kill(victim, signal.SIGKILL)
-
-
-def shrinking(out, *more):
-    return start(4, *arguments(out, "--on-failure", "shrink", "--keep", 40, *more), launcher=ULFM)
-
-
-def saved(out, step):
-    return lambda: (out / "checkpoints" / f"step-{step:08d}").exists()
+def faulty(signal_, at, ranks, out, *more):
+    """Start 4 ranks of which some send themselves a signal at a known place."""
+    words = faulty_training(signal_, at, ranks, out, *MLP, "--on-failure", "shrink", "--keep", 40, *more)
+    return start(4, *words, launcher=ULFM)
 
 
 def resumed(ended):
@@ -63,10 +59,7 @@ def stepwise(out, *parts):
 
 def test_the_one_that_writes_dies(tmp_path):
     out = tmp_path / "run"
-    process = shrinking(out)
-    wait_for(saved(out, 60), process)
-    kill(out, 0)
-    ended = finish(process, within=LIMIT)
+    ended = finish(faulty("SIGKILL", 67, [0], out), within=LIMIT)
     assert ended.status == 0, ended.text
     assert ended.lines_with("rank 0 died; 3 of 4 go on"), ended.text
     (step,) = resumed(ended)
@@ -76,13 +69,14 @@ def test_the_one_that_writes_dies(tmp_path):
 
 
 def test_two_die_one_after_the_other(tmp_path):
+    """While another holds its breath: all others wait for it."""
     out = tmp_path / "run"
-    process = shrinking(out)
-    wait_for(saved(out, 40), process)
-    kill(out, 1)
-    before = max(int(path.name[5:]) for path in out.glob("checkpoints/step-*"))
-    wait_for(saved(out, before + 40), process)  # four ranks cannot have got so far
-    kill(out, 3)
+    process = faulty("SIGSTOP", [70, 130], [2], out)
+    for victim in (1, 3):
+        wait_for(lambda: any(is_stopped(pid) for pid in ranks_of(out)), process)
+        ranks = {rank_of(pid): pid for pid in ranks_of(out)}
+        os.kill(ranks[victim], signal.SIGKILL)
+        os.kill(ranks[2], signal.SIGCONT)
     ended = finish(process, within=LIMIT)
     assert ended.status == 0, ended.text
     assert ended.lines_with("rank 3 died; 2 of 4 go on"), ended.text
@@ -94,10 +88,7 @@ def test_two_die_one_after_the_other(tmp_path):
 
 def test_death_before_the_first_checkpoint(tmp_path):
     out = tmp_path / "run"
-    process = shrinking(out, "--checkpoint-every", 200)
-    wait_for(lambda: (out / "metrics.jsonl").exists(), process)
-    kill(out, 1)
-    ended = finish(process, within=LIMIT)
+    ended = finish(faulty("SIGKILL", 15, [1], out, "--checkpoint-every", 200), within=LIMIT)
     assert ended.status == 0, ended.text
     assert len(ended.lines_with("no checkpoint yet")) == 1, ended.text
     assert_same(out, stepwise(tmp_path / "by-hand", (3, STEPS)))
@@ -105,16 +96,16 @@ def test_death_before_the_first_checkpoint(tmp_path):
 
 def stopped(process, out, victim):
     """Kill a rank and let the others wait for it: the launcher, which tells of deaths, is stopped."""
+    wait_for(lambda: any(is_stopped(pid) for pid in ranks_of(out)), process)
     process.send_signal(signal.SIGSTOP)
-    kill(out, victim)
-    time.sleep(1.0)
+    (pid,) = (pid for pid in ranks_of(out) if rank_of(pid) == victim)
+    os.kill(pid, signal.SIGKILL)
 
 
 def test_a_signal_is_not_forgotten(tmp_path):
     """It reaches a rank that waits for the dead one."""
     out = tmp_path / "run"
-    process = shrinking(out)
-    wait_for(saved(out, 60), process)
+    process = faulty("SIGSTOP", 67, [3], out)
     stopped(process, out, 3)
     for pid in ranks_of(out):
         if rank_of(pid) == 1:
@@ -130,8 +121,7 @@ def test_a_signal_is_not_forgotten(tmp_path):
 
 def test_an_error_after_a_death_ends_all(tmp_path):
     out = tmp_path / "run"
-    process = shrinking(out)
-    wait_for(saved(out, 60), process)
+    process = faulty("SIGSTOP", 67, [3], out)
     stopped(process, out, 3)
     for path in out.glob("checkpoints/step-*/rank-*"):
         path.write_bytes(b"")
@@ -141,20 +131,12 @@ def test_an_error_after_a_death_ends_all(tmp_path):
     assert len(ended.lines_with("none is whole")) == 1, ended.text
 
 
-def loads_torch(pid):
-    """Tell whether a rank has come so far: MPI was started before."""
-    return b"libtorch" in Path(f"/proc/{pid}/maps").read_bytes()
-
-
 def test_a_death_does_not_open_the_folder_of_another_run(tmp_path):
     """A new run is refused there, also when a rank dies while it is starting."""
     out = tmp_path / "run"
     assert run(1, *arguments(out, "--stop-after", 20), within=LIMIT).status == 0
     before = (out / "metrics.jsonl").read_bytes()
-    process = shrinking(out)
-    wait_for(lambda: [loads_torch(pid) for pid in ranks_of(out)] == 4 * [True], process)
-    kill(out, 2)
-    ended = finish(process, within=LIMIT)
+    ended = finish(faulty("SIGKILL", "building", [2], out), within=LIMIT)
     assert ended.status == 2, ended.text
     assert ended.lines_with("rank 2 died"), ended.text
     assert len(ended.lines_with("has checkpoints of another run")) == 1, ended.text

@@ -1,6 +1,6 @@
 """Training on 4 ranks that is killed again and again, at any moment, and ends with the bits of one that nobody disturbed.
 
-A few kills here; ``make torture`` sets MPI_EF_TORTURE_KILLS, and counts what happened.
+``make torture`` sets MPI_EF_TORTURE_KILLS, and counts what happened. In the gate: test_interruption.py.
 """
 
 import json
@@ -13,15 +13,15 @@ from contextlib import suppress
 
 import pytest
 from launching import finish, run, start
-from test_interruption import arguments, comes_true, losses, ranks_of, summary
+from test_interruption import GPT, MLP, arguments, comes_true, losses, ranks_of, summary
 
 RANKS, LIMIT = 4, 240
 KILLS = int(os.environ.get("MPI_EF_TORTURE_KILLS", "3"))  # of each of the trainings below
 STEPS = 200 + 50 * KILLS
 TRAININGS = {
-    "topk of adamw": ["--optimizer", "adamw"],
-    "1-bit adam, saved in the background": ["--optimizer", "onebit-adam", "--freeze", 60, "--save-in-background"],
-    "econtrol": ["--optimizer", "sgd", "--placement", "gradient", "--rule", "econtrol", "--lr", 0.1],
+    "topk of adamw": [*GPT, "--optimizer", "adamw"],
+    "1-bit adam, saved in the background": [*MLP, "--optimizer", "onebit-adam", "--freeze", 60, "--save-in-background"],
+    "econtrol": [*MLP, "--optimizer", "sgd", "--placement", "gradient", "--rule", "econtrol", "--lr", 0.1],
 }
 
 
@@ -61,6 +61,7 @@ def strike(process, out, rng):
     return whom if victims else None
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(120 + 120 * KILLS)
 @pytest.mark.parametrize("name", TRAININGS)
 def test_killed_again_and_again(name, tmp_path):

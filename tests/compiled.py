@@ -1,0 +1,32 @@
+"""Compile what most tests run, on all cores, before workers and ranks all compile the same: ``python tests/compiled.py``."""
+
+import os
+import sys
+
+import numpy as np
+from programs import PLANS, RULES, rule_steps
+from virtual import results
+
+from mpi_ef.jobs.doctor_kernels import _optimizers
+
+
+def main() -> None:
+    """Share the work among forks of this process."""
+    cores, children = len(os.sched_getaffinity(0)), []
+    for number in range(cores):
+        child = os.fork()
+        if child == 0:
+            for plan in list(PLANS)[number::cores]:
+                for dtype in (np.float32, np.float64):
+                    for rule in RULES:
+                        results(2, rule_steps(rule, plan, 1001, dtype))
+            for step in list(_optimizers())[number::cores]:
+                step()
+            os._exit(0)
+        children.append(child)
+    failed = [child for child in children if os.waitpid(child, 0)[1]]
+    sys.exit(f"{len(failed)} of {cores} processes failed" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
