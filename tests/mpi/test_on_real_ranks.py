@@ -1,5 +1,7 @@
 """Law 3 and what only real ranks show. Run as ``mpiexec -n N python -m pytest --with-mpi tests/mpi``."""
 
+import os
+
 import numpy as np
 import pytest
 import virtual
@@ -13,6 +15,7 @@ from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError, PeerEr
 from mpi_ef.optim import EF21, DistributedOptimizer, EControl
 
 pytestmark = pytest.mark.mpi
+on_two_ranks = pytest.mark.exhaustive if os.environ.get("MPI_EF_TEST_RANKS") != "2" else lambda test: test
 
 
 @pytest.fixture
@@ -23,9 +26,9 @@ def comm():
 
 
 def same_as_virtual(comm, program):
-    """Compare this rank's result with that of the same virtual rank, bit for bit."""
+    """Compare this rank's result with that of the same virtual rank, bit for bit; rank 0 runs the virtual ones."""
     real = program(comm)
-    assert same_bits(real, virtual.results(comm.size, program)[comm.rank])
+    assert same_bits(real, comm.scatter(virtual.results(comm.size, program) if comm.rank == 0 else None))
     return real
 
 
@@ -46,7 +49,7 @@ def test_rules_give_the_bits_of_virtual_ranks(comm, rule, plan):
 def test_rules_of_many_clients_give_the_bits_of_one_rank(comm, rule):
     """However many ranks carry them, uneven numbers and silent clients included."""
     real = client_steps(rule)(comm)
-    alone = virtual.results(1, client_steps(rule))[0]
+    alone = comm.bcast(virtual.results(1, client_steps(rule))[0] if comm.rank == 0 else None)
     assert same_bits(real["results"], alone["results"])
     assert same_bits(real["replicated"], alone["replicated"])
     assert real["bytes"] == alone["bytes"]
@@ -156,8 +159,8 @@ def test_different_models_are_told_on_all(comm):
             build(3 + (comm.rank == 1))
 
 
-@pytest.mark.parametrize("method", ["ef21", "econtrol"])
-def test_digits_by_label_with_one_twentieth_of_the_gradient(comm, method):
+@on_two_ranks  # replicas have the same bits on any number, which the laws above see
+def test_digits_by_label_with_one_twentieth_of_the_gradient(comm):
     """EF21 and EControl, Top-5 %, each rank with its own labels: test accuracy within a point of dense SGD.
 
     Of three beginnings together, as one sample in 360 is a quarter of a point. The learning rate falls: with a constant one
@@ -190,9 +193,9 @@ def test_digits_by_label_with_one_twentieth_of_the_gradient(comm, method):
     def sgd(parameters):
         return DistributedOptimizer(torch.optim.SGD(parameters, lr=0.5), comm, Identity(), placement="gradient")
 
-    kind = EF21 if method == "ef21" else EControl
-    reached = np.mean([accuracy(lambda parameters: kind(parameters, comm, TopK(0.05), lr=0.5), s) for s in range(3)])
     dense = np.mean([accuracy(sgd, seed) for seed in range(3)])
-    print(f"{method} on {comm.size} ranks: {100 * reached:.2f} %, dense {100 * dense:.2f} %")
     assert dense > 0.95
-    assert reached >= dense - 0.01
+    for kind in (EF21, EControl):
+        reached = np.mean([accuracy(lambda p, kind=kind: kind(p, comm, TopK(0.05), lr=0.5), s) for s in range(3)])
+        print(f"{kind.__name__} on {comm.size} ranks: {100 * reached:.2f} %, dense {100 * dense:.2f} %")
+        assert reached >= dense - 0.01, kind
