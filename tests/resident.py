@@ -34,7 +34,7 @@ from pathlib import Path
 
 ALL_REAL = os.environ.get("MPI_EF_TEST_START") == "real"
 LISTENING = b"listening\n"
-FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+CLIENT = str(Path(__file__).with_name("resident_client.py"))
 _PR_SET_PDEATHSIG = 1
 _running: list["Resident"] = []
 
@@ -44,7 +44,7 @@ class Resident:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="mpi-ef-resident-"))
-        command = [sys.executable, __file__, "serve", str(self.folder)]
+        command = [sys.executable, __file__, str(self.folder)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         if self._process.stdout.readline() != LISTENING:
             self.close()
@@ -67,7 +67,7 @@ def command(*arguments: object, real: bool = False) -> list[str]:
         return [sys.executable, *map(str, arguments)]
     if not _running:
         _running.append(Resident())
-    return [sys.executable, "-I", "-S", __file__, "ask", str(_running[0].folder), *map(str, arguments)]
+    return [sys.executable, "-I", "-S", CLIENT, str(_running[0].folder), *map(str, arguments)]
 
 
 def processes() -> dict[int, tuple[list[str], dict[str, str]]]:
@@ -79,7 +79,7 @@ def processes() -> dict[int, tuple[list[str], dict[str, str]]]:
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             first, *words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            if "python" in first and __file__ not in words:
+            if "python" in first and CLIENT not in words and __file__ not in words:
                 environment = (process / "environ").read_bytes().decode(errors="replace").split("\0")
                 found[int(process.name)] = (words, dict(word.split("=", 1) for word in environment if "=" in word))
     return found
@@ -89,41 +89,6 @@ def close() -> None:
     """End the resident process, if there is one."""
     while _running:
         _running.pop().close()
-
-
-# ---- the client
-
-
-def ask(folder: str, arguments: list[str]) -> None:
-    """Hand everything over, pass signals on, end as the child ends."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
-    link = socket.socket(socket.AF_UNIX)
-    link.connect(f"{folder}/socket")
-    inherited = [int(name) for name in os.listdir("/proc/self/fd")]  # noqa: PTH208
-    inherited = [fd for fd in inherited if fd != link.fileno() and _is_open(fd)]
-    request = os.memfd_create("request")
-    document = json.dumps([arguments, dict(os.environ), str(Path.cwd()), inherited])
-    os.write(request, document.encode("utf-8", "surrogateescape"))
-    socket.send_fds(link, [b"!"], [request, *inherited])
-    (child,) = struct.unpack("i", link.recv(4))
-    for number in FORWARDED:
-        signal.signal(number, lambda number, _: os.kill(child, number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    answer = link.recv(4)
-    status = struct.unpack("i", answer)[0] if answer else 1
-    if status < 0:
-        if -status != signal.SIGKILL:
-            signal.signal(-status, signal.SIG_DFL)
-        os.kill(os.getpid(), -status)
-    os._exit(status)
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:  # it was that of the folder of descriptors
-        return False
-    return True
 
 
 # ---- the resident process
@@ -316,8 +281,6 @@ def end(status: int) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "ask":
-        ask(sys.argv[2], sys.argv[3:])
     import_everything()
-    server = Server(sys.argv[2])
+    server = Server(sys.argv[1])
     end(status_of(become(server.folder, server.serve())))

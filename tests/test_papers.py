@@ -67,6 +67,7 @@ def squared_gradient_norm(a, b, rule, *, k, factor, steps):
     return float((whole**2).sum()), gamma / factor, l_qm
 
 
+@pytest.mark.exhaustive  # the trajectories below are part of it
 def test_ef21_on_phishing_reaches_the_published_accuracy(shared_data):
     """n = 20, Top-1, 16 times the theory step size, 650 steps: ||grad f||^2 = 3.2e-11 for EF21, 3.3e-5 for EF14."""
     a, b = load(shared_data / "phishing.libsvm.xz")
@@ -163,7 +164,7 @@ PLAIN = {
 
 
 @pytest.mark.parametrize(("name", "steps"), [
-    ("phishing", 200), ("mushrooms", 200), ("a9a", 50), ("w8a", 50),
+    ("phishing", 200), ("mushrooms", 200), ("a9a", 20), ("w8a", 20),
     pytest.param("a9a", 200, marks=pytest.mark.exhaustive), pytest.param("w8a", 200, marks=pytest.mark.exhaustive),
 ])  # fmt: skip
 def test_trajectories_are_the_mathematics(shared_data, name, steps):

@@ -26,6 +26,7 @@ def test_experiments_do_not_depend_on_the_number_of_ranks(name, tmp_path):
     assert seen[0] == seen[1]
 
 
+@pytest.mark.exhaustive  # what these compute is looked at in test_papers.py, how they run above
 def test_experiments_on_data(tmp_path, shared_data):
     config = ReproduceConfig(data=shared_data, out=tmp_path, steps=5)
     virtual.results(2, lambda comm: reproduce.run(comm, "ef21", config))

@@ -1,13 +1,15 @@
 """``mpi-ef train`` with a fault at a known place: ``python faulty_training.py FAULT ARGUMENTS...``.
 
 FAULT is JSON: which ranks of the world send themselves which signal, and where: after a step (its number), while they build
-their model, before a save, or when the training has returned. A test that waits for such a moment may come too late.
+their model, before a save, or when the training has returned; or some seconds after that. A test that waits for such a
+moment may come too late.
 """
 
 import json
 import os
 import signal
 import sys
+from threading import Timer
 from typing import Any
 from unittest import mock
 
@@ -25,7 +27,10 @@ def strike(place: Any) -> None:
 
     if place in fault["at"] and COMM_WORLD.rank in fault["ranks"] and place not in done:
         done.append(place)
-        os.kill(os.getpid(), NUMBER)
+        if fault["after"]:
+            Timer(fault["after"], os.kill, (os.getpid(), NUMBER)).start()
+        else:
+            os.kill(os.getpid(), NUMBER)
 
 
 def step(self: trainer.Trainer, *arguments: Any, **options: Any) -> None:

@@ -57,7 +57,7 @@ def test_train_with_gradient_placement(tmp_path, options):
     assert "validation accuracy" in ended.text
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_bench(tmp_path, n):
     """Figures are complete and add up; medians over launches; a picture. How fast anything is decides nothing."""
     files = [tmp_path / f"{launch}.json" for launch in range(2)]
@@ -351,7 +351,8 @@ print("grown", comm.allreduce(grown, max), "kB", flush=True)
 """
 
 
-@pytest.mark.parametrize("which", ["topk", "econtrol", "sign", "dense"])
+@pytest.mark.parametrize("which", ["topk", pytest.param("econtrol", marks=pytest.mark.exhaustive), "sign",
+                                   pytest.param("dense", marks=pytest.mark.exhaustive)])  # fmt: skip
 def test_steps_do_not_raise_the_peak_of_memory(tmp_path, which):
     """On real ranks, everything counted that a process holds, MPI's buffers too; a vector has 15,625 kB. (What comes and
     goes within a step is looked for in test_costs.py.)"""

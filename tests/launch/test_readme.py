@@ -40,7 +40,7 @@ def test_every_block_is_of_a_kind_that_is_tested():
     assert len(list(programs())) >= 3
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.exhaustive), 3])
 @pytest.mark.parametrize("program", list(programs()), ids=lambda text: text.strip().splitlines()[0])
 def test_programs_run(tmp_path, program, n):
     script = tmp_path / "program.py"

@@ -56,9 +56,9 @@ def test_rules_of_many_clients_give_the_bits_of_one_rank(comm, rule):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_replicas_are_equal_bit_for_bit_after_200_steps(comm, name):
+def test_replicas_are_equal_bit_for_bit_after_many_steps(comm, name):
     """Law 1, on real ranks, with a tied, a frozen and an unused parameter; and law 3."""
-    parameters, losses = same_as_virtual(comm, training(name, 200))
+    parameters, losses = same_as_virtual(comm, training(name, 200 if comm.size == 2 else 70))
     everywhere = comm.allgather([p.tobytes() for p in parameters])
     assert all(theirs == everywhere[0] for theirs in everywhere)
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:3])
