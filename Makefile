@@ -17,6 +17,8 @@ VENV ?= .venv
 PIP_ARGS ?=
 WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc)
 RANKS := 1 2 3 4
+MARKS ?= not exhaustive
+SEED ?= $(shell date +%j)
 FREEZE := 130
 LAUNCHES := 1 2 3 4 5
 D ?= 25000000
@@ -45,7 +47,7 @@ PIP := $(BASE)/python -m pip --quiet --disable-pip-version-check
 INSTALL := install --constraint constraints.txt $(PIP_ARGS)
 TRAIN := $(BIN)/mpiexec -n 2 $(BIN)/mpi-ef train --steps $(STEPS)
 DENSE := --compressor identity --placement gradient --beta1 0.9
-PYTEST := $(BIN)/python -m pytest -q --durations=20
+PYTEST := $(BIN)/python -m pytest -q --durations=20 -m "$(MARKS)"
 PARALLEL := -n $(WORKERS) --dist loadgroup
 
 .PHONY: demo check test test-all lint types kernels test-serial test-mpi test-mpich test-launch test-slurm coverage bench torture worlds optimizers clean
@@ -60,6 +62,15 @@ check: $(VENV)/test $(READY)
 test: $(VENV)/test $(READY)
 	$(MAKE) -j2 lint types kernels
 	$(MAKE) test-serial test-mpi
+
+# Everything, with processes of their own; the order of the day (SEED) for what does not start any.
+test-all: $(VENV)/test $(READY)
+	$(MAKE) -j2 lint types kernels
+	MPI_EF_TEST_START=real MPI_EF_TORTURE_KILLS=20 $(MAKE) test-serial test-mpi MARKS=
+	MPI_EF_TEST_START=real $(MAKE) test-mpich MARKS=
+	$(MAKE) test-slurm
+	$(PYTEST) $(PARALLEL) --random-order --random-order-seed=$(SEED) --ignore=tests/mpi --ignore=tests/launch
+	$(MAKE) coverage
 
 lint: $(VENV)/test
 	$(BASE)/ruff check .
@@ -79,7 +90,7 @@ test-serial: $(VENV)/test $(READY)
 test-mpi: $(VENV)/test $(READY)
 	set -e; export LD_PRELOAD=$$($(BIN)/python tests/idle.py); for n in $(RANKS); do \
 	    echo "== $$n ranks, $(MPI)"; \
-	    MPI_EF_TEST_RANKS=$$n timeout -k 5 600 $(BIN)/mpiexec -n $$n $(BIN)/python -m pytest -q --color=no --with-mpi tests/mpi; \
+	    MPI_EF_TEST_RANKS=$$n timeout -k 5 600 $(BIN)/mpiexec -n $$n $(BIN)/python -m pytest -q --color=no -m "$(MARKS)" --with-mpi tests/mpi; \
 	done
 
 # What communicates and what depends on the launcher, with the other MPI. gloo, texts and ULFM do not change with it.
@@ -93,6 +104,12 @@ test-launch: $(VENV)/test $(READY)
 # Brings Slurm up from Debian's packages, installed where they are missing, and takes it down again. Needs root.
 test-slurm: $(VENV)/test $(READY)
 	timeout -k 60 1500 $(BIN)/python -m pytest -q --color=no --durations=20 $(SLURM_TESTS) tests/slurm
+
+# Which lines no test enters. Numba tells which lines of kernels it compiles, so these begin with an empty cache.
+coverage: $(VENV)/test
+	rm -rf .coverage* $(OUT)/coverage-kernels
+	NUMBA_JIT_COVERAGE=1 NUMBA_CACHE_DIR=$(abspath $(OUT))/coverage-kernels $(PYTEST) $(PARALLEL) --cov --cov-report= --ignore=tests/mpi
+	$(BASE)/coverage report --skip-covered --show-missing --skip-empty
 
 # Some launches are slower than others for all their life: medians over several tell more than one long one.
 bench: $(VENV)/test $(READY)

@@ -71,7 +71,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Scale its time limit; one worker runs all tests that look at the same programs."""
     marker = item.get_closest_marker("timeout")
     seconds = marker.args[0] if marker else float(item.config.getini("timeout") or 0)
-    item.add_marker(pytest.mark.timeout(patience.limit(seconds)))
+    item.add_marker(pytest.mark.timeout(patience.limit(seconds)), append=False)  # the first one counts
     started = SHARED_PROGRAMS & set(getattr(item, "fixturenames", ()))
     if started:
         params = item.callspec.params if hasattr(item, "callspec") else {}

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import patience
+
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 TEMPLATES = REPOSITORY / "slurm"
@@ -65,8 +67,8 @@ class Cluster:
                 **variables: object) -> str:  # fmt: skip
         """Run a program, with some more variables in its environment, and return what it printed."""
         environment = self.environment | {name: str(value) for name, value in variables.items()}
-        ended = subprocess.run([str(word) for word in words], env=environment, cwd=cwd, timeout=within, check=False,
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        ended = subprocess.run([str(word) for word in words], env=environment, cwd=cwd, check=False, text=True,
+                               timeout=patience.limit(within), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
         assert ended.returncode == status, f"{words} ended with status {ended.returncode}:\n{ended.stdout}"
         return ended.stdout
 
@@ -110,10 +112,10 @@ class Cluster:
 
     def revive(self, node: str) -> None:
         """Start a node again after a crash."""
-        subprocess.run([self.lab / "start", node], env=self.environment, check=True, timeout=10)
+        subprocess.run([self.lab / "start", node], env=self.environment, check=True, timeout=patience.limit(10))
         resume = ["scontrol", "update", f"nodename={node}", "state=resume"]  # refused if its slurmd has done it already
-        subprocess.run(resume, env=self.environment, check=False, capture_output=True, timeout=60)
-        until = time.monotonic() + 60
+        subprocess.run(resume, env=self.environment, check=False, capture_output=True, timeout=patience.limit(60))
+        until = time.monotonic() + patience.limit(60)
         ask = ("sinfo", "--noheader", f"--nodes={node}", "--partition=debug", "--format=%T")
         while self.command(*ask).strip() != "idle":
             assert time.monotonic() < until, self.command("sinfo", "--Node", "--long")
@@ -181,13 +183,13 @@ class Job:
 
     def until(self, condition: Callable[[list[dict[str, str]]], object], what: str, *, within: float = 150) -> None:
         """Wait until the condition on the job's records holds, while the job has not ended."""
-        until = time.monotonic() + within
+        until = time.monotonic() + patience.limit(within)
         while True:
             records = self.records()
             if condition(records):
                 return
             assert not all(r["JobState"] in ENDED for r in records), f"the job has ended before {what}: {self}"
-            assert time.monotonic() < until, f"no {what} after {within} s: {self}"
+            assert time.monotonic() < until, f"no {what} after {patience.explained(within)}: {self}"
             self._hurry(records)
             time.sleep(0.2)
 
@@ -202,11 +204,11 @@ class Job:
 
     def end(self, *, within: float = 240) -> str:
         """Wait for the end, which a requeue is not, and return the state; of an array, all states together."""
-        until, seen = time.monotonic() + within, 0
+        until, seen = time.monotonic() + patience.limit(within), 0
         while seen < 2:  # on its way back to the queue a job may look ended for a moment
             records = self.records()
             seen = seen + 1 if all(r["JobState"] in ENDED for r in records) else 0
-            assert time.monotonic() < until, f"the job has not ended after {within} s: {self}"
+            assert time.monotonic() < until, f"the job has not ended after {patience.explained(within)}: {self}"
             self._hurry(records)
             time.sleep(0.2)
         return " ".join(sorted({record["JobState"] for record in records}))

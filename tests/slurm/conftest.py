@@ -13,6 +13,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+import patience
 import pytest
 from cluster import Cluster, Place
 
@@ -23,7 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let time limits raise in the test, so that the cluster is still taken down in good order."""
     for item in items:
         if HERE in item.path.parents:
-            item.add_marker(pytest.mark.timeout(600, method="signal", func_only=True))
+            limit = patience.limit(600)
+            item.add_marker(pytest.mark.timeout(limit, method="signal", func_only=True), append=False)
 
 
 def _free_ports(count: int) -> int:
