@@ -57,7 +57,7 @@ demo: $(VENV)/run $(READY)
 
 check: $(VENV)/test $(READY)
 	$(MAKE) -j2 lint types kernels
-	$(PYTEST) $(PARALLEL) --ignore=tests/mpi --ignore=tests/launch
+	$(PYTEST) $(PARALLEL) -m "not exhaustive and not slow" --ignore=tests/mpi --ignore=tests/launch
 
 test: $(VENV)/test $(READY)
 	$(MAKE) -j2 lint types kernels

@@ -166,6 +166,7 @@ def import_everything() -> None:
     import h5py  # noqa: F401
     import sklearn.datasets  # noqa: F401
     import torch
+    from mpi4py._mpiabi import _get_mpiabi
     from virtual import results
 
     import mpi_ef.checkpoint.state
@@ -189,6 +190,7 @@ def import_everything() -> None:
                 optimizer.step()
 
     results(2, steps)
+    _get_mpiabi()  # loads the MPI library, and starts nothing
     assert "mpi4py.MPI" not in sys.modules
     for _ in range(1000):
         if len(os.listdir("/proc/self/task")) == 1:  # noqa: PTH208
@@ -271,13 +273,16 @@ def end(status: int) -> None:
     """Do what Python does at its end but free every object: a fork would copy all memory for that, in two seconds."""
     threading._shutdown()
     atexit._run_exitfuncs()
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.Finalize()  # as mpi4py does when Python is gone
+    mpi, leave = sys.modules.get("mpi4py.MPI"), os._exit
+    if mpi and mpi.Is_initialized():
+        if "MPICH" in mpi.Get_library_version():
+            leave = ctypes.CDLL(None).exit  # it says goodbye to its launcher in a handler of C's exit
+        if not mpi.Is_finalized():
+            mpi.Finalize()  # as mpi4py does when Python is gone
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
-    ctypes.CDLL(None).exit(status)  # MPICH takes its leave from the launcher in a handler of C's exit
+    leave(status)
 
 
 if __name__ == "__main__":

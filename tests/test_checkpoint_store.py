@@ -288,6 +288,7 @@ run(2, program)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [0, 1])
 def test_killed_at_any_moment(tmp_path, asynchronous):
     """Whatever was going on, the newest checkpoint is whole, of one step, and not older than the last that was saved."""

@@ -190,6 +190,7 @@ print(len(kernel.signatures), sum(kernel.stats.cache_hits.values()), sum(kernel.
 """
 
 
+@pytest.mark.slow
 def test_one_machine_code_per_dtype_and_none_made_twice(tmp_path):
     """Read-only vectors and combinations run through the code of plain ones, and the next process loads it from disk."""
     first = run_python(SELECT, NUMBA_CACHE_DIR=str(tmp_path))
@@ -258,12 +259,14 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("triple", ["aarch64-unknown-linux-gnu", "powerpc64le-unknown-linux-gnu"])
 def test_vector_instructions_compile_for_other_machines(triple):
     """The LLVM code of the kernels, not yet optimised for this machine, becomes code for others."""
     assert run_python(CROSS_COMPILE, triple, NUMBA_OPT="0") == ["compiled"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.exhaustive)])
 def test_kernels_give_the_same_bits_without_wide_vector_instructions(tmp_path, dtype):
     """On a processor of 2003: slower, but right."""
@@ -271,4 +274,4 @@ def test_kernels_give_the_same_bits_without_wide_vector_instructions(tmp_path, d
              "test_signs_of_long_vectors", "test_combining", "test_adding_signs")]  # fmt: skip
     code = f"import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', {dtype!r}, *{tests!r}]))"
     out = run_python(code, NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES="", NUMBA_CACHE_DIR=str(tmp_path))
-    assert "passed" in out
+    assert {"passed", "passed,"} & set(out)

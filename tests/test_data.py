@@ -317,6 +317,7 @@ class Numbers(Dataset):
         return i, torch.rand(()).item(), float(np.random.random()), random.random()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_data_loader_stops_and_goes_on(workers):
     def program(comm):

@@ -800,6 +800,7 @@ def doctor(*arguments, code="", **environment):
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "environment", "name", "status"),
     [
@@ -817,6 +818,7 @@ def test_without_mpi_everything_else_is_looked_at(tmp_path, code, environment, n
     assert "no-launcher" in findings
 
 
+@pytest.mark.slow
 def test_one_process_without_a_launcher(tmp_path):
     done = doctor("--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -837,6 +839,7 @@ def test_broken_packages_are_findings(tmp_path):
     assert [text.split(":")[0] for text in broken] == ["GPU", "workers", "kernels", "folder"]
 
 
+@pytest.mark.slow
 def test_a_folder_for_nobody_gives_status_1():
     done = doctor("--out", "/proc/self/runs")
     assert done.returncode == 1

@@ -170,6 +170,7 @@ for code in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_imports_load_only_what_is_needed():
     assert all(more >= fewer for (_, more), (_, fewer) in pairwise(ABSENT))
     command = [sys.executable, "-c", IMPORTING, *(code for code, _ in ABSENT)]

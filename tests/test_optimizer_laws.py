@@ -103,6 +103,7 @@ def test_the_freeze_comes_by_itself_and_when_it_would_have_without_an_interrupti
         assert_resumes(2, build, before=before, after=frozen[0] - before + 3)
 
 
+@pytest.mark.slow
 @cases(lambda row: row.dying)
 def test_dead_units_do_not_explode(row, case):
     """Entries without variance, and a layer whose inputs are zero: what turned other implementations into NaN."""
@@ -131,6 +132,7 @@ def test_dead_units_do_not_explode(row, case):
         assert max(errors[300:]) < 5 * max(errors[50:150]) if row.loses else not any(errors)
 
 
+@pytest.mark.slow
 @rows(lambda row: row.loses)
 def test_errors_stay_bounded(row):
     def program(comm):

@@ -163,6 +163,7 @@ PLAIN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [
     ("phishing", 200), ("mushrooms", 200), ("a9a", 20), ("w8a", 20),
     pytest.param("a9a", 200, marks=pytest.mark.exhaustive), pytest.param("w8a", 200, marks=pytest.mark.exhaustive),

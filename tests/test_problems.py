@@ -67,6 +67,7 @@ def test_files_that_cannot_be_read(tmp_path):
         load_libsvm(file(tmp_path, "1 4:1\n2 1:1\n"), columns=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_real_sets(shared_data, name):
     from sklearn.datasets import load_svmlight_file

@@ -11,6 +11,7 @@ from mpi_ef.jobs import reproduce
 from mpi_ef.jobs.reproduce import EXPERIMENTS, ReproduceConfig
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, experiment in EXPERIMENTS.items() if not experiment.wants_data])
 def test_experiments_do_not_depend_on_the_number_of_ranks(name, tmp_path):
     seen = []

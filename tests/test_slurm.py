@@ -346,6 +346,7 @@ def test_restarts_end(site):
     assert site.calls("scontrol")
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_save_has_one_more_chance(site):
     told = "kill -{} $PPID; sleep 5"  # to the batch script, which hands it on
     for play in (told.format("USR2"), "save 10; ask", told.format("TERM")):  # progress forgives
@@ -355,6 +356,7 @@ def test_a_signal_before_the_first_save_has_one_more_chance(site):
     assert not site.calls("scontrol")
 
 
+@pytest.mark.slow
 def test_a_signal_between_the_start_and_the_next_line_is_handed_on(site):
     """The script does not know the number of its program yet."""
     script, text = site.folder / "late.sbatch", (FOLDER / "train.sbatch").read_text()
