@@ -31,8 +31,10 @@ def arguments(out, *more):
     return training(out, *MLP, *more)
 
 
-def rank_of(pid):
-    return int(resident.processes()[pid][1]["OMPI_COMM_WORLD_RANK"])
+def by_rank(out):
+    """Return the processes that train into this folder by their ranks, all seen at one moment."""
+    return {int(environment["OMPI_COMM_WORLD_RANK"]): pid
+            for pid, (words, environment) in resident.processes().items() if str(out) in words}  # fmt: skip
 
 
 def faulty(signal_, at, ranks, out, *more):
@@ -74,7 +76,7 @@ def test_two_die_one_after_the_other(tmp_path):
     process = faulty("SIGSTOP", [70, 130], [2], out)
     for victim in (1, 3):
         wait_for(lambda: any(is_stopped(pid) for pid in ranks_of(out)), process)
-        ranks = {rank_of(pid): pid for pid in ranks_of(out)}
+        ranks = by_rank(out)
         os.kill(ranks[victim], signal.SIGKILL)
         os.kill(ranks[2], signal.SIGCONT)
     ended = finish(process, within=LIMIT)
@@ -98,8 +100,7 @@ def stopped(process, out, victim):
     """Kill a rank and let the others wait for it: the launcher, which tells of deaths, is stopped."""
     wait_for(lambda: any(is_stopped(pid) for pid in ranks_of(out)), process)
     process.send_signal(signal.SIGSTOP)
-    (pid,) = (pid for pid in ranks_of(out) if rank_of(pid) == victim)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(by_rank(out)[victim], signal.SIGKILL)
 
 
 def test_a_signal_is_not_forgotten(tmp_path):
@@ -107,9 +108,7 @@ def test_a_signal_is_not_forgotten(tmp_path):
     out = tmp_path / "run"
     process = faulty("SIGSTOP", 67, [3], out)
     stopped(process, out, 3)
-    for pid in ranks_of(out):
-        if rank_of(pid) == 1:
-            os.kill(pid, signal.SIGUSR1)
+    os.kill(by_rank(out)[1], signal.SIGUSR1)
     process.send_signal(signal.SIGCONT)
     ended = finish(process, within=LIMIT)
     assert ended.status == 0, ended.text
