@@ -1,6 +1,7 @@
 # make demo   set everything up and train a small GPT on 2 ranks, with 1 % of the update travelling
 # make check  lint, types, laws on virtual ranks and units (two minutes once kernels are compiled)
 # make test   all that a change can break on one machine: the above, real ranks, whole programs (ten minutes)
+# make test-mpich  real ranks and whole programs with the other MPI
 # make test-all  every launch, every kill, both MPIs, Slurm, random order, coverage; before a release (docs/testing.md)
 # make bench  all methods against dense allreduce, medians over five launches (about four minutes; D=100000 for short vectors)
 # make torture  kill trainings on 4 ranks sixty times, and compare their ends with undisturbed ones (twenty minutes)
@@ -15,8 +16,7 @@ STEPS ?= 800
 OUT ?= runs
 VENV ?= .venv
 PIP_ARGS ?=
-WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc)
-RANKS := 1 2 3 4
+WORKERS ?= $(shell echo $$(($$(env -u OMP_NUM_THREADS nproc) + 1)))
 MARKS ?= not exhaustive
 SEED ?= $(shell date +%j)
 FREEZE := 130
@@ -42,6 +42,7 @@ export OMPI_MCA_rmaps_base_oversubscribe = true
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export OMPI_MCA_mpi_yield_when_idle = true
 export MPIR_CVAR_POLLS_BEFORE_YIELD = 1
+unexport PYTHONDONTWRITEBYTECODE  # every process would compile all modules again
 
 PIP := $(BASE)/python -m pip --quiet --disable-pip-version-check
 INSTALL := install --constraint constraints.txt $(PIP_ARGS)
@@ -50,7 +51,7 @@ DENSE := --compressor identity --placement gradient --beta1 0.9
 PYTEST := $(BIN)/python -m pytest -q --durations=20 -m "$(MARKS)"
 PARALLEL := -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo check test test-all lint types kernels test-serial test-mpi test-mpich test-launch test-slurm coverage bench torture worlds optimizers clean
+.PHONY: demo check test test-all lint types kernels launch test-mpich test-slurm coverage bench torture worlds optimizers clean
 
 demo: $(VENV)/run $(READY)
 	$(TRAIN) --out $(OUT)/demo
@@ -61,12 +62,12 @@ check: $(VENV)/test $(READY)
 
 test: $(VENV)/test $(READY)
 	$(MAKE) -j2 lint types kernels
-	$(MAKE) test-serial test-mpi
+	$(PYTEST) $(PARALLEL) --ignore=tests/mpi
 
 # Everything, with processes of their own; the order of the day (SEED) for what does not start any.
 test-all: $(VENV)/test $(READY)
 	$(MAKE) -j2 lint types kernels
-	MPI_EF_TEST_START=real MPI_EF_TORTURE_KILLS=20 $(MAKE) test-serial test-mpi MARKS=
+	MPI_EF_TEST_START=real MPI_EF_TORTURE_KILLS=20 $(MAKE) test MARKS=
 	MPI_EF_TEST_START=real $(MAKE) test-mpich MARKS=
 	$(MAKE) test-slurm
 	$(PYTEST) $(PARALLEL) --random-order --random-order-seed=$(SEED) --ignore=tests/mpi --ignore=tests/launch
@@ -83,22 +84,11 @@ types: $(VENV)/test
 kernels: $(VENV)/test $(READY)
 	$(BIN)/python tests/compiled.py
 
-test-serial: $(VENV)/test $(READY)
-	$(PYTEST) $(PARALLEL) --ignore=tests/mpi
-
-# conftest.py fails a run in which a test was skipped or the ranks are not one world.
-test-mpi: $(VENV)/test $(READY)
-	set -e; export LD_PRELOAD=$$($(BIN)/python tests/idle.py); for n in $(RANKS); do \
-	    echo "== $$n ranks, $(MPI)"; \
-	    MPI_EF_TEST_RANKS=$$n timeout -k 5 600 $(BIN)/mpiexec -n $$n $(BIN)/python -m pytest -q --color=no -m "$(MARKS)" --with-mpi tests/mpi; \
-	done
-
 # What communicates and what depends on the launcher, with the other MPI. gloo, texts and ULFM do not change with it.
 test-mpich:
-	$(MAKE) test-mpi MPI=mpich
-	$(MAKE) test-launch MPI=mpich
+	$(MAKE) launch MPI=mpich
 
-test-launch: $(VENV)/test $(READY)
+launch: $(VENV)/test $(READY)
 	$(PYTEST) $(PARALLEL) tests/launch $(foreach file,ddp ddp_resume readme survivors,--ignore=tests/launch/test_$(file).py)
 
 # Brings Slurm up from Debian's packages, installed where they are missing, and takes it down again. Needs root.

@@ -45,7 +45,9 @@ class Resident:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="mpi-ef-resident-"))
         command = [sys.executable, __file__, str(self.folder)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a process with threads must not fork
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+                                         start_new_session=True)  # fmt: skip
         if self._process.stdout.readline() != LISTENING:
             self.close()
             raise AssertionError("the resident process did not start; its error is above")

@@ -6,6 +6,7 @@ import signal
 import socket
 import struct
 import sys
+from contextlib import suppress
 
 FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -22,8 +23,13 @@ def ask(folder: str, arguments: list[str]) -> None:
     os.write(request, document.encode("utf-8", "surrogateescape"))
     socket.send_fds(link, [b"!"], [request, *inherited])
     (child,) = struct.unpack("i", link.recv(4))
+
+    def forward(number: int, _frame: object) -> None:
+        with suppress(ProcessLookupError):  # the child has just ended, and its status is on the way
+            os.kill(child, number)
+
     for number in FORWARDED:
-        signal.signal(number, lambda number, _: os.kill(child, number))
+        signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     answer = link.recv(4)
     status = struct.unpack("i", answer)[0] if answer else 1

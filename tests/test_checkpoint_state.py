@@ -130,6 +130,7 @@ def moved(store, n, build, steps, policy="redistribute", dtype=torch.float32, **
     return quiet(n, program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILDERS)
 def test_four_ranks_two_three_and_four_again(name):
     store, path, replicas = MemoryStore(), [], name != "0/1 adam"

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
+import resident
 from checkpoint_cases import any_bits, assert_holds, save, shared
 from virtual import results, run
 
@@ -295,7 +296,7 @@ def test_killed_at_any_moment(tmp_path, asynchronous):
     rng, seen = np.random.default_rng(asynchronous), 0
     program = CHILD.format(tests=str(Path(__file__).parent))
     for _ in range(12):
-        child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), str(seen), str(asynchronous)],
+        child = subprocess.Popen(resident.command("-c", program, tmp_path, seen, asynchronous),
                                  stdout=subprocess.PIPE, text=True)  # fmt: skip
         step = int(child.stdout.readline())
         stop = time.monotonic() + rng.uniform(0.0, 0.25)

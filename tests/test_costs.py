@@ -176,26 +176,25 @@ import numpy as np
 from mpi_ef.compress import TopK, lazy, source
 from mpi_ef import kernels
 d = 5000
-for dtype in (np.float32, np.float64):
-    codec = TopK(0.1).codec(d, dtype)
-    wire = np.empty(codec.nbytes, np.uint8)
-    x, y = np.linspace(-1, 1, d).astype(dtype), np.ones(d, dtype)
-    frozen = x.copy()
-    frozen.flags.writeable = False
-    for vector in (x, frozen, source(lazy(x) - y), source(0.5 * lazy(x) + y - frozen)):
-        assert codec.encode(vector, wire)
-        codec.decode(wire)
+codec = TopK(0.1).codec(d)
+wire = np.empty(codec.nbytes, np.uint8)
+x, y = np.linspace(-1, 1, d, dtype=np.float32), np.ones(d, np.float32)
+frozen = x.copy()
+frozen.flags.writeable = False
+for vector in (x, frozen, source(lazy(x) - y), source(0.5 * lazy(x) + y - frozen)):
+    assert codec.encode(vector, wire)
+    codec.decode(wire)
 kernel = kernels.select_largest
 print(len(kernel.signatures), sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
 """
 
 
 @pytest.mark.slow
-def test_one_machine_code_per_dtype_and_none_made_twice(tmp_path):
+def test_one_machine_code_and_none_made_twice(tmp_path):
     """Read-only vectors and combinations run through the code of plain ones, and the next process loads it from disk."""
     first = run_python(SELECT, NUMBA_CACHE_DIR=str(tmp_path))
-    assert first == ["2", "0", "2"]
-    assert run_python(SELECT, NUMBA_CACHE_DIR=str(tmp_path)) == ["2", "2", "0"]
+    assert first == ["1", "0", "1"]
+    assert run_python(SELECT, NUMBA_CACHE_DIR=str(tmp_path)) == ["1", "1", "0"]
 
 
 def test_kernels_work_without_a_home_and_with_a_read_only_package(tmp_path):
@@ -260,7 +259,9 @@ print("compiled")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("triple", ["aarch64-unknown-linux-gnu", "powerpc64le-unknown-linux-gnu"])
+@pytest.mark.parametrize(
+    "triple", ["aarch64-unknown-linux-gnu", pytest.param("powerpc64le-unknown-linux-gnu", marks=pytest.mark.exhaustive)]
+)
 def test_vector_instructions_compile_for_other_machines(triple):
     """The LLVM code of the kernels, not yet optimised for this machine, becomes code for others."""
     assert run_python(CROSS_COMPILE, triple, NUMBA_OPT="0") == ["compiled"]

@@ -383,6 +383,7 @@ def test_ranks_have_random_numbers_of_their_own():
     assert len(set(seen)) == len(seen) == 2 * 4 * 5
 
 
+@pytest.mark.slow
 def test_torch_sees_another_seed_on_every_rank():
     """Its generator looks at 32 bits, where 100,000 random seeds would collide about once."""
     assert torch.equal(*(torch.rand(3, generator=torch.Generator().manual_seed(s)) for s in (5, 5 + 2**32)))

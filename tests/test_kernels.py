@@ -32,8 +32,11 @@ def test_every_kernel_has_a_twin_with_the_same_parameters():
 
 
 def terms_of(x, count):
-    """Return `count` vectors made of x, and empty ones in the place of the rest, as the kernels take them."""
-    return tuple([x, x[::-1].copy(), np.roll(x, 1)][:count] + [x[:0]] * (3 - count))
+    """Return `count` vectors made of x, and empty ones in the place of the rest, as codecs hand them to kernels."""
+    terms = tuple([x.view(), x[::-1].copy(), np.roll(x, 1)][:count] + [x[:0] for _ in range(3 - count)])
+    for term in terms:
+        term.flags.writeable = False  # other types are other machine code
+    return terms
 
 
 @st.composite

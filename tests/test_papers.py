@@ -165,8 +165,8 @@ PLAIN = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [
-    ("phishing", 200), ("mushrooms", 200), ("a9a", 20), ("w8a", 20),
-    pytest.param("a9a", 200, marks=pytest.mark.exhaustive), pytest.param("w8a", 200, marks=pytest.mark.exhaustive),
+    ("phishing", 200), ("a9a", 20),
+    *(pytest.param(name, 200, marks=pytest.mark.exhaustive) for name in ("mushrooms", "a9a", "w8a")),
 ])  # fmt: skip
 def test_trajectories_are_the_mathematics(shared_data, name, steps):
     """Steps of 20 clients on 1, 2 and 4 ranks against a loop of the papers' pseudocode, to 1e-12."""

@@ -16,7 +16,7 @@ from mpi_ef.jobs.reproduce import EXPERIMENTS, ReproduceConfig
 def test_experiments_do_not_depend_on_the_number_of_ranks(name, tmp_path):
     seen = []
     for n in (1, 3):
-        config = ReproduceConfig(out=tmp_path / str(n), steps=12)
+        config = ReproduceConfig(out=tmp_path / str(n), steps=5)
         virtual.results(n, lambda comm, config=config: reproduce.run(comm, name, config))
         folder = tmp_path / str(n) / name
         seen.append(((folder / "metrics.jsonl").read_text(), (folder / "table.txt").read_text()))

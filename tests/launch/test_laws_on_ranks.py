@@ -1,0 +1,19 @@
+"""The tests in tests/mpi under a launcher: laws on real ranks, and what only they show."""
+
+from pathlib import Path
+
+import launching
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "mpi"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("n", [4, 3, 2, 1])
+def test_on_real_ranks(n, pytestconfig):
+    """A rank in which a test fails ends all of them; conftest.py also fails runs in which a test was skipped."""
+    ended = launching.run(n, "-m", "pytest", "-q", "--color=no", "--durations=25", "-p", "no:cacheprovider", "--with-mpi",
+                          "-m", pytestconfig.option.markexpr, FOLDER, within=600, MPI_EF_TEST_RANKS=str(n))  # fmt: skip
+    print(ended.text)
+    assert ended.status == 0, ended.text
+    assert " passed" in ended.text
