@@ -50,17 +50,23 @@ def _leftovers(pytestconfig: pytest.Config):
         yield
         resident.close()
         del os.environ[TMPDIR_OF_PRTE]
-    in_use = set()
+    candidates = {path: number for path, number in _segments().items() if path not in before}
+    in_use = set()  # by number: the name that a semaphore has in its creator's map is that of a draft
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):
-            in_use |= {word for word in maps.read_text(errors="replace").split() if word.startswith("/dev/shm/")}
-    for path in set(_segments()) - before:
-        if str(path) not in in_use:
+            lines = maps.read_text(errors="replace").splitlines()
+            in_use |= {int(line.split()[4]) for line in lines if "/dev/shm/" in line}
+    for path, number in candidates.items():
+        if number not in in_use:
             path.unlink(missing_ok=True)
 
 
-def _segments() -> list[Path]:
-    return [path for name in ("mpich_shm_*", "sm_segment.*", "sem.mp-*") for path in Path("/dev/shm").glob(name)]
+def _segments() -> dict[Path, int]:
+    found = {}
+    for path in (path for name in ("mpich_shm_*", "sm_segment.*", "sem.mp-*") for path in Path("/dev/shm").glob(name)):
+        with suppress(FileNotFoundError):
+            found[path] = path.stat().st_ino
+    return found
 
 
 def _under_mpi(config: pytest.Config) -> bool:
