@@ -64,11 +64,11 @@ test: $(VENV)/test $(READY)
 	$(MAKE) -j2 lint types kernels
 	$(PYTEST) $(PARALLEL) --ignore=tests/mpi
 
-# Everything, with processes of their own; the order of the day (SEED) for what does not start any.
+# Everything, with processes of their own under Open MPI; the order of the day (SEED) for what does not start any.
 test-all: $(VENV)/test $(READY)
 	$(MAKE) -j2 lint types kernels
 	MPI_EF_TEST_START=real MPI_EF_TORTURE_KILLS=20 $(MAKE) test MARKS=
-	MPI_EF_TEST_START=real $(MAKE) test-mpich MARKS=
+	$(MAKE) test-mpich MARKS=
 	$(MAKE) test-slurm
 	$(PYTEST) $(PARALLEL) --random-order --random-order-seed=$(SEED) --ignore=tests/mpi --ignore=tests/launch
 	$(MAKE) coverage

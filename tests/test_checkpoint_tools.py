@@ -320,7 +320,6 @@ def test_a_full_disk_keeps_the_older_export(tmp_path, end):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_without_mpi(tmp_path):
     """On a login node, where mpi4py may find no library."""
     trained(tmp_path / "run", 3)

@@ -801,7 +801,6 @@ def doctor(*arguments, code="", **environment):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "environment", "name", "status"),
     [
@@ -819,7 +818,6 @@ def test_without_mpi_everything_else_is_looked_at(tmp_path, code, environment, n
     assert "no-launcher" in findings
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_one_process_without_a_launcher(tmp_path):
     done = doctor("--out", tmp_path)
@@ -841,7 +839,6 @@ def test_broken_packages_are_findings(tmp_path):
     assert [text.split(":")[0] for text in broken] == ["GPU", "workers", "kernels", "folder"]
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_folder_for_nobody_gives_status_1():
     done = doctor("--out", "/proc/self/runs")

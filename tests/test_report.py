@@ -87,7 +87,6 @@ def test_metrics_say_what_is_lost_how_large_the_state_is_and_where_time_goes(run
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_table_pictures_and_page(runs, tmp_path, capsys):
     paths = [str(runs / name) for name in ("sparse", "<odd>", "dense", "ef21", "speedup", "bench.json")]
     report.main([*paths, "--plot", str(tmp_path / "new" / "all.png"), "--html", str(tmp_path / "page" / "all.html")])
