@@ -4,47 +4,18 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from threading import current_thread, main_thread
 from time import monotonic, sleep
 from typing import Any, NoReturn
 
+from mpi_ef.collectives.world import check_world
 from mpi_ef.errors import LaunchError, MpiEfError
 
 __all__ = ["abort", "abort_on_exception", "check_world", "run", "threads_per_rank"]
 
-# What launchers tell each task about the number of tasks. srun sets the first for every step, and under --mpi=pmi2 also
-# PMI_SIZE: then Slurm is the one to talk about.
-_TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE")
-
 PATIENCE_SECONDS = 5.0
 FORWARDING_SECONDS = 0.3
-
-
-def check_world(size: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Raise `LaunchError` when a launcher started several tasks but the MPI world has one rank. Local.
-
-    Parameters
-    ----------
-    size : int
-        Size of COMM_WORLD.
-    environment : mapping
-        The environment variables of this process.
-    """
-    if size != 1:
-        return
-    for name in _TASKS:
-        text = environment.get(name, "")
-        if text.isdigit() and int(text) > 1:
-            cause = (
-                "try srun --mpi=pmix, --mpi=pmi2 or --mpi=cray_shasta (srun --mpi=list shows what there is)"
-                if name.startswith("SLURM")
-                else "start it with the mpiexec that belongs to the MPI library mpi4py uses "
-                "(python -c 'from mpi4py import MPI; print(MPI.Get_library_version())')"
-            )
-            raise LaunchError(
-                f"launch: {name}={text}, but the MPI world has 1 rank, so every task would train alone; {cause}"
-            )
 
 
 def run(program: Callable[[Any], None]) -> None:

@@ -1,11 +1,14 @@
 """Parameters and gradients of a torch model as views of two contiguous vectors; the mean of tensors of several ranks."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import aligned_zeros
@@ -16,18 +19,159 @@ __all__ = ["FlatParameters", "mean_over_ranks"]
 
 _BROADCAST_NBYTES = 2**30  # per message, below the largest count of MPI
 _HALVES = (torch.bfloat16, torch.float16)
-_HOOK = "_mpi_ef_hook"  # where a parameter keeps the handle of its hook, so that a later owner can take it off
+_hooks: Any = WeakTensorKeyDictionary()  # of every parameter in a vector: a later vector that has it takes them off
 Bytes = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+
+
+class _Part:
+    """One parameter `p`, and its places `value` and `gradient` in the vectors.
+
+    What is in ``p.grad`` counts, as in torch: None is no gradient, and whatever a program writes there before the step is
+    taken. Of a parameter in 16 bits, ``p.grad`` is in 16 bits and `gradient` the sum of the same in float32, which is taken
+    in its place as long as nobody else has changed ``p.grad`` since the last backward pass.
+    """
+
+    def __init__(self, number: int, p: Tensor, value: Tensor, gradient: Tensor) -> None:
+        self.number, self.p, self.value, self.gradient = number, p, value, gradient
+        self.half = p.dtype in _HALVES
+        self.arrived: Callable[[int], None] | None = None
+        self._summed: Tensor | None = None  # what autograd left in p.grad, and its version then
+        self._version = -1
+        self._lent: tuple[Tensor, Tensor | None] | None = None
+        value.copy_(p.detach())
+        if not self.half:
+            p.data = value
+        for old in _hooks.pop(p, ()):
+            old.remove()
+        hooks = [p.register_post_accumulate_grad_hook(self._accumulated)]  # type: ignore[no-untyped-call]
+        if self.half:
+            hooks.append(p.register_hook(self._add))  # type: ignore[no-untyped-call]
+        _hooks[p] = hooks
+
+    def _mark(self) -> None:
+        """Remember that `gradient` holds what is in ``p.grad`` now."""
+        self._summed = self.p.grad
+        self._version = -1 if self._summed is None else self._summed._version  # noqa: SLF001
+
+    @property
+    def untouched(self) -> bool:
+        """Whether ``p.grad`` is what it was at the last mark."""
+        grad = self.p.grad
+        return grad is self._summed and (grad is None or grad._version == self._version)  # noqa: SLF001
+
+    @torch.no_grad()
+    def _add(self, grad: Tensor) -> None:
+        """Add what autograd is about to add to ``p.grad``, without rounding the sum to 16 bits."""
+        if grad.layout is not torch.strided:
+            return
+        if self.p.grad is None:
+            self.gradient.zero_()
+        elif not self.untouched and self.p.grad.layout is torch.strided:
+            self.gradient.copy_(self.p.grad)
+        self.gradient.add_(grad)
+
+    def _accumulated(self, p: Tensor) -> None:
+        grad = p.grad
+        if grad is not None and grad.layout is torch.strided and not grad.requires_grad:  # the others wait for the step
+            if self.half:
+                self._mark()
+            else:
+                self.take()
+        if self.arrived is not None:
+            self.arrived(self.number)
+
+    @torch.no_grad()
+    def take(self) -> bool:
+        """Make `gradient` hold what is in ``p.grad``, zeros for None; tell whether there is something.
+
+        Raises
+        ------
+        DtypeError
+            The gradient is sparse.
+        """
+        p, grad = self.p, self.p.grad
+        if grad is None:
+            self.gradient.zero_()
+        elif grad is self.gradient:
+            pass
+        elif grad.layout is not torch.strided:
+            raise DtypeError(f"parameter {self.number} {tuple(p.shape)}: its gradient is sparse; use sparse=False in the "
+                             "embedding")  # fmt: skip
+        elif not self.half:
+            if grad.data_ptr() != self.gradient.data_ptr():
+                self.gradient.copy_(grad)
+            p.grad = self.gradient
+        elif not self.untouched:
+            self.gradient.copy_(grad)
+        self._mark()
+        return grad is not None
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Make `value` hold what has been written to the parameter.
+
+        Raises
+        ------
+        ShapeError
+            Its memory was replaced by some of another shape, dtype or device.
+        """
+        p = self.p
+        if self.half:
+            if p.dtype in _HALVES and p.shape == self.value.shape and p.device == self.value.device:
+                rounded = self.value.to(p.dtype)
+                if not torch.equal(p.view(torch.int16), rounded.view(torch.int16)):
+                    self.value.copy_(torch.where(p.view(torch.int16) == rounded.view(torch.int16), self.value, p))
+                return
+        elif p.data_ptr() == self.value.data_ptr() and p.shape == self.value.shape and p.dtype == self.value.dtype:
+            return
+        elif p.shape == self.value.shape and p.dtype == self.value.dtype and p.device == self.value.device:
+            self.value.copy_(p)
+            p.data = self.value
+            return
+        raise ShapeError(f"parameter {self.number} {tuple(p.shape)}: its memory was replaced (by model.to(...)?); build "
+                         "the optimizer after the model is in its final place")  # fmt: skip
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round `value` into a parameter that is kept in 16 bits."""
+        if self.half:
+            self.p.copy_(self.value)
+
+    @torch.no_grad()
+    def scaled(self, factor: float) -> None:
+        """Do the same to ``p.grad``, which is in 16 bits, as was done to `gradient`."""
+        if self.half and self.p.grad is not None:
+            self.p.grad.mul_(factor)
+            self._mark()
+
+    def lend(self, moving: bool) -> None:
+        """Let the parameter be its place in the vector, with its gradient there, or none."""
+        p = self.p
+        self._lent = p.data, p.grad
+        if self.half:
+            p.grad = None
+            p.data = self.value
+        p.grad = self.gradient if moving else None
+
+    def take_back(self) -> None:
+        """Let the parameter be what it was."""
+        assert self._lent is not None  # noqa: S101
+        (data, grad), p = self._lent, self.p
+        if self.half:
+            p.grad = None
+            p.data = data
+        p.grad, self._lent = grad, None
 
 
 class FlatParameters:
     """The trainable parameters of a model, laid out one after the other.
 
-    Every parameter becomes a view of `values` and its ``grad`` a view of `gradients`. Autograd accumulates into the
-    views, optimizers update through them; nothing is copied back and forth.
+    Every parameter becomes a view of `values`. Its ``grad`` becomes a view of `gradients` as soon as autograd has made it.
 
-    A parameter in 16 bits stays where it is: its *master* is a view of `values` in float32, to which its gradients are
-    added as soon as they are there, and of which it is a rounded copy after :meth:`publish`.
+    A parameter in 16 bits stays where it is. Its place in `values` is its *master*, in float32, of which it is a rounded
+    copy after :meth:`publish`. What a program writes to such a parameter goes into the master (:meth:`adopt`), entry by
+    entry where the two differ.
 
     Parameters
     ----------
@@ -38,15 +182,15 @@ class FlatParameters:
     ----------
     parameters, frozen : list of torch.nn.Parameter
         Those in the vectors, and those that did not require a gradient at construction.
-    masters : list of torch.nn.Parameter
-        What optimizers update: the parameters, those in 16 bits replaced by their masters.
     starts : list of int
         Where the parameters begin in the vectors, and `d`.
     d : int
         Number of trainable entries.
     dtype : numpy.dtype
         float32 or float64.
-    values, gradients : (d,) arrays that share memory with the masters and their gradients
+    values, gradients : (d,) arrays
+    present : (parameters,) array of bool
+        Which of them had a gradient when gradients were collected.
 
     Raises
     ------
@@ -62,97 +206,63 @@ class FlatParameters:
         self.frozen = [p for p in distinct if not p.requires_grad]
         self.dtype = _common_dtype(self.parameters)
         self.d = sum(p.numel() for p in self.parameters)
-        self.masters: list[Tensor] = []
         self.starts = [0]
-        self._arrived: Callable[[int], None] | None = None
         # NumPy's memory, because it asks for large pages and torch does not.
-        values, gradients = (torch.from_numpy(aligned_zeros(self.d, self.dtype)) for _ in range(2))
-        self._values: list[Tensor] = []
-        self._gradients: list[Tensor] = []
-        for p in self.parameters:
-            start, stop = self.starts[-1], self.starts[-1] + p.numel()
-            value, gradient = (flat[start:stop].view(p.shape) for flat in (values, gradients))
-            self._adopt(p, value, gradient)
-            self.starts.append(stop)
-        self.values: Vector = values.numpy()
-        self.gradients: Vector = gradients.numpy()
+        self.values: Vector = aligned_zeros(self.d, self.dtype)
+        self.gradients: Vector = aligned_zeros(self.d, self.dtype)
+        self._parts: list[_Part] = []
+        for number, p in enumerate(self.parameters):
+            place = slice(self.starts[-1], self.starts[-1] + p.numel())
+            # Tensors of their own, which count for each parameter how often it was changed.
+            value, gradient = (torch.from_numpy(flat[place]).view(p.shape) for flat in (self.values, self.gradients))
+            self._parts.append(_Part(number, p, value, gradient))
+            self.starts.append(place.stop)
+        self.present: Mask = np.zeros(len(self._parts), bool)
+        for part in self._parts:
+            part.take()
 
-    def _adopt(self, p: Tensor, value: Tensor, gradient: Tensor) -> None:
-        value.copy_(p.detach())
-        if p.grad is not None:
-            gradient.copy_(p.grad.detach())
-        if hasattr(p, _HOOK):
-            getattr(p, _HOOK).remove()
-        if p.dtype in _HALVES:
-            p.grad = None
-            self.masters.append(torch.nn.Parameter(value))
-            self._hook(len(self._values), p)
-        else:
-            p.data = value
-            self.masters.append(p)
-        self.masters[-1].grad = gradient
-        self._values.append(value)
-        self._gradients.append(gradient)
+    @property
+    def mixed(self) -> bool:
+        """Whether there are parameters in 16 bits."""
+        return any(part.half for part in self._parts)
 
-    def _hook(self, number: int, p: Tensor) -> None:
-        def accumulated(p: Tensor) -> None:
-            self._take(number, p)
-            if self._arrived is not None:
-                self._arrived(number)
-
-        setattr(p, _HOOK, p.register_post_accumulate_grad_hook(accumulated))  # type: ignore[no-untyped-call]
+    def place(self, number: int) -> slice:
+        """Return where a parameter is in the vectors."""
+        return slice(self.starts[number], self.starts[number + 1])
 
     def watch(self, arrived: Callable[[int], None]) -> None:
         """Call ``arrived(number)`` in every backward pass, when the gradient of that parameter is in `gradients`. Local."""
-        self._arrived = arrived
-        for number, p in enumerate(self.parameters):
-            if p.dtype not in _HALVES:
-                self._hook(number, p)
+        for part in self._parts:
+            part.arrived = arrived
 
-    @torch.no_grad()
-    def _take(self, number: int, p: Tensor) -> None:
-        """Make `gradients` hold what autograd has left in ``p.grad``."""
-        gradient = self._gradients[number]
-        if p.dtype in _HALVES:
-            if p.grad is not None:
-                self._refuse_sparse(number, p)
-                gradient.add_(p.grad)
-                p.grad = None
-        elif p.grad is None:
-            gradient.zero_()
-            p.grad = gradient
-        elif p.grad is not gradient:
-            self._refuse_sparse(number, p)
-            if p.grad.data_ptr() != gradient.data_ptr():
-                gradient.copy_(p.grad)
-            p.grad = gradient
+    def untouched(self, number: int) -> bool:
+        """Return whether the gradient of a parameter is what autograd has left. Local."""
+        return self._parts[number].untouched
 
-    @staticmethod
-    def _refuse_sparse(number: int, p: Tensor) -> None:
-        if p.grad is not None and p.grad.layout is not torch.strided:
-            raise DtypeError(
-                f"parameter {number} {tuple(p.shape)}: its gradient is sparse; use sparse=False in the embedding"
-            )
+    def zero_gradients(self, *, set_to_none: bool = True) -> None:
+        """Take all gradients away, or set those that there are to zero. Local."""
+        for part in self._parts:
+            if set_to_none:
+                part.p.grad = None
+            elif part.p.grad is not None:
+                part.p.grad = part.p.grad.detach().zero_()
 
-    def zero_gradients(self) -> None:
-        """Set all gradients to zero and make every ``grad`` a view of the vector again. Local."""
-        self.gradients.fill(0)
-        for p, master, gradient in zip(self.parameters, self.masters, self._gradients, strict=True):
-            if master is not p:
-                p.grad = None
-            master.grad = gradient
-
-    def collect_gradients(self) -> None:
-        """Make sure that `gradients` holds every parameter's gradient. Local.
-
-        Copies only what is not a view any more, for example after ``model.zero_grad(set_to_none=True)``. A parameter
-        without gradient (unused in this step, or frozen after construction) counts as zero: momentum, weight decay and
-        stored errors may still move it.
+    def adopt(self) -> None:
+        """Make `values` hold what a program has written to the parameters. Local.
 
         Raises
         ------
         ShapeError
-            A parameter's memory was replaced, for example by ``model.to(...)`` after construction.
+            A parameter's memory was replaced by some of another shape or dtype, for example by ``model.to(...)``.
+        """
+        for part in self._parts:
+            part.adopt()
+
+    def collect_gradients(self) -> None:
+        """Make `gradients` hold what is in every parameter's ``grad``, and zeros where there is none; fill `present`. Local.
+
+        Raises
+        ------
         DtypeError
             A gradient is sparse.
         OptionError
@@ -161,19 +271,50 @@ class FlatParameters:
         if any(p.requires_grad for p in self.frozen):
             raise OptionError("a parameter was unfrozen after the optimizer was built; unfreeze first, then build it "
                               "anew")  # fmt: skip
-        for number, (p, master, value) in enumerate(zip(self.parameters, self.masters, self._values, strict=True)):
-            if master is p and p.data_ptr() != value.data_ptr():
-                raise ShapeError(f"parameter {number} {tuple(p.shape)}: its memory was replaced (by model.to(...)?); build "
-                                 "the optimizer after the model is in its final place")  # fmt: skip
-            self._take(number, p)
-            master.grad = self._gradients[number]
+        for part in self._parts:
+            self.present[part.number] = part.take()
 
-    @torch.no_grad()
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply all gradients that there are. Local."""
+        self.gradients *= self.dtype.type(factor)
+        for part in self._parts:
+            part.scaled(factor)
+
+    @contextmanager
+    def lent(self, moving: Sequence[bool] | Mask | None = None) -> Iterator[None]:
+        """Let every parameter be its place in `values`, also those in 16 bits, while a torch optimizer steps. Local.
+
+        Parameters
+        ----------
+        moving : sequence of bool, optional
+            Which of them have a gradient then, their place in `gradients`; all by default.
+        """
+        of_frozen = [p.grad for p in self.frozen]  # they are not in the vectors, and would move on this rank alone
+        for p in self.frozen:
+            p.grad = None
+        for part in self._parts:
+            part.lend(moving is None or bool(moving[part.number]))
+        try:
+            yield
+        finally:
+            for part in self._parts:
+                part.take_back()
+            for p, grad in zip(self.frozen, of_frozen, strict=True):
+                p.grad = grad
+
     def publish(self) -> None:
         """Round the masters into the parameters that are kept in 16 bits. Local."""
-        for p, master in zip(self.parameters, self.masters, strict=True):
-            if master is not p:
-                p.copy_(master)
+        for part in self._parts:
+            part.publish()
+
+    def masters(self) -> dict[int, Tensor]:
+        """Return copies of the masters, by the number of the parameter in 16 bits. Local."""
+        return {part.number: part.value.clone() for part in self._parts if part.half}
+
+    def load_masters(self, masters: dict[int, Tensor]) -> None:
+        """Overwrite masters; parameters that are not their rounded copies in the next step win over them. Local."""
+        for number, master in masters.items():
+            self._parts[number].value.copy_(master)
 
     def broadcast(self, comm: Comm, root: int = 0) -> None:
         """Overwrite the parameters, frozen ones too, on all ranks with those of rank `root`. Collective."""

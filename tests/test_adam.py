@@ -51,7 +51,7 @@ class PlainAdam(torch.optim.Optimizer):
         b1, b2 = self.betas
         for group in self.param_groups:
             for p in group["params"]:
-                if not p.requires_grad:
+                if p.grad is None:
                     continue
                 s = self.state[p]
                 if not s:

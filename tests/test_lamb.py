@@ -38,7 +38,7 @@ class PlainLamb(torch.optim.Optimizer):
         self.t += 1
         for group in self.param_groups:
             for p in group["params"]:
-                if p.requires_grad:
+                if p.grad is not None:
                     s = self.state[p]
                     if not s:
                         s |= {

@@ -66,6 +66,7 @@ class Plain:
             loss_in(net, rank, self.t - 1).backward()
             rows.append(np.concatenate([np.zeros(p.numel()) if p.grad is None else p.grad.double().numpy().ravel()
                                         for p in trained]))  # fmt: skip
+            self.moving = np.repeat([p.grad is not None for p in trained], self.sizes)
         return rows
 
     def inverse(self, floor):
@@ -82,7 +83,7 @@ class Plain:
         t, o, (b1, b2), grads = self.t, self.o, self.o["betas"], self.gradients()
         lr = np.asarray(lrs, float)[self.group_of]
         gamma = lr / (1 - b1**t if o["bias_correction"] else 1.0)
-        keep = 1 - lr * self.decay
+        keep = np.where(self.moving, 1 - lr * self.decay, 1.0)
         if t <= o["var_freeze_step"]:
             mean = np.mean(grads, axis=0)
             if not self.updates or t - self.last == 2 ** ((self.updates - 1) // o["var_update_scaler"]):
@@ -323,11 +324,13 @@ def test_nothing_that_was_not_sent_is_lost_at_the_freeze():
             optimizer.zero_grad()
             loss_of(net, comm.Get_rank(), step).backward()
             if step == 11:
-                twin = ZeroOneAdam(net_of().parameters(), comm, compressor=SIGNS, betas=(0.8, 0.99),
+                other = net_of()
+                twin = ZeroOneAdam(other.parameters(), comm, compressor=SIGNS, betas=(0.8, 0.99),
                                    **SHORT | {"var_freeze_step": 99})  # fmt: skip
                 twin.load_state_dict(optimizer.state_dict())
                 twin.flat.values[:] = optimizer.flat.values
-                twin.flat.gradients[:] = optimizer.flat.gradients
+                for p, q in zip(other.parameters(), net.parameters(), strict=True):
+                    p.grad = None if q.grad is None else q.grad.clone()
                 twin.step()
             optimizer.step()
         mine, theirs = optimizer.rules["momentum"].per_rank(), twin.rules["momentum"].per_rank()

@@ -181,6 +181,8 @@ class ModelPart:
     def collect(self, into: Snapshot) -> None:
         """Add every parameter once, in the precision in which it is trained, and buffers."""
         self._look()
+        for optimizer in self.optimizers.values():
+            optimizer.flat.adopt()
         for name, (optimizer, part, shape) in self._flat.items():
             into.add(name, optimizer.shared_values[part].reshape(shape), REPLICATED)
         for name, tensor in self._named.items():

@@ -10,7 +10,7 @@ __all__ = ["agree", "ranks_text"]
 Facts = Mapping[str, object]
 
 
-def agree(comm: Any, subject: str, facts: Callable[[], Facts], remedy: str) -> None:
+def agree(comm: Any, subject: str, facts: Callable[[], Facts], remedy: str, tell: object = None) -> list[Any]:
     """Raise on all ranks unless `facts` returns equal values on all of them. Collective over `comm`.
 
     Parameters
@@ -23,6 +23,13 @@ def agree(comm: Any, subject: str, facts: Callable[[], Facts], remedy: str) -> N
         `PeerError` that quotes it.
     remedy : str
         What to do; ends the error message.
+    tell : object, optional
+        What this rank tells the others besides.
+
+    Returns
+    -------
+    list
+        What the ranks have told, in their order.
 
     Raises
     ------
@@ -31,24 +38,25 @@ def agree(comm: Any, subject: str, facts: Callable[[], Facts], remedy: str) -> N
     """
     error: Exception | None = None
     try:
-        mine: tuple[Facts | None, str] = (dict(facts()), "")
+        mine: tuple[Facts | None, str, object] = (dict(facts()), "", tell)
     except Exception as raised:
-        error, mine = raised, (None, str(raised) or type(raised).__name__)
-    answers: list[tuple[Facts | None, str]] = comm.allgather(mine)
+        error, mine = raised, (None, str(raised) or type(raised).__name__, None)
+    answers: list[tuple[Facts | None, str, Any]] = comm.allgather(mine)
     if error is not None:
         if isinstance(error, MpiEfError):
-            error.everywhere = all(text == mine[1] for _, text in answers)
+            error.everywhere = all(text == mine[1] for _, text, _ in answers)
         raise error
-    for rank, (_, text) in enumerate(answers):
+    for rank, (_, text, _) in enumerate(answers):
         if text:
             raise PeerError(f"{subject}: rank {rank} raised: {text}")
     for name in mine[0] or ():
         values: dict[str, list[int]] = {}
-        for rank, (theirs, _) in enumerate(answers):
+        for rank, (theirs, _, _) in enumerate(answers):
             values.setdefault(str((theirs or {}).get(name)), []).append(rank)
         if len(values) > 1:
             listed = "; ".join(f"{value} on {ranks_text(ranks)}" for value, ranks in values.items())
             raise DisagreementError(f"{subject}: ranks disagree on {name}: {listed}; {remedy}")
+    return [told for _, _, told in answers]
 
 
 def ranks_text(ranks: list[int] | tuple[int, ...]) -> str:

@@ -179,7 +179,7 @@ class DenseMean(Plan):
         if self._refusal is None and self._x is not self._own:
             self._copy(source(self._x))
         self._mark(self._ready)
-        self._request = self.comm.Iallgather(self._ready.message, self._known.message)
+        self._post(self.comm.Iallgather, self._ready, self._known)
 
     def _complete(self) -> None:
         if self._request is None:
@@ -197,7 +197,7 @@ class DenseMean(Plan):
     def _blame(self) -> None:
         """Raise on all ranks, naming those whose vectors are not finite."""
         self._ready.header["status"] = 0 if kernels.all_finite(self._x) else NON_FINITE
-        self.comm.Allgather(self._ready.message, self._known.message)
+        self._communicate(self.comm.Allgather, self._ready, self._known)
         self._inspect(self._known)
         raise NonFiniteError("DenseMean.exchange: the sum of the ranks' vectors overflows; nothing was changed anywhere, "
                              "so this step can be skipped", ())  # fmt: skip

@@ -2,7 +2,7 @@
 
 ::
 
-    frame   | step (u32) | status (u8) | 0 (3 bytes) | wire of the compressor | padding |
+    frame   | step (u32) | status (u8) | version (u8) | plan (u16) | wire of the compressor | padding |
 
 The status lets a rank that cannot take part (a NaN in its gradient, an array of the wrong shape) say so inside the
 exchange itself: all ranks see it and raise together, and no extra message is needed for that.
@@ -13,12 +13,19 @@ from typing import Any
 import numpy as np
 
 from mpi_ef.compress import Codec
+from mpi_ef.errors import DisagreementError, MpiEfError, PeerError
 
-__all__ = ["NON_FINITE", "OK", "REJECTED", "Frames", "header_of", "status_of"]
+from .agreement import ranks_text
 
-OK, NON_FINITE, REJECTED = 0, 1, 2
+__all__ = ["NON_FINITE", "NOTHING", "OK", "REJECTED", "WIRE_VERSION", "Frames", "header_of", "misunderstanding",
+           "status_of"]  # fmt: skip
 
-_HEADER = np.dtype([("step", "<u4"), ("status", "u1"), ("zero", "u1", (3,))])
+OK, NON_FINITE, REJECTED, NOTHING = 0, 1, 2, 255  # the last is what is there before anything has arrived
+
+# Of messages that cannot be read by a package with another version.
+WIRE_VERSION = 2
+
+_HEADER = np.dtype([("step", "<u4"), ("status", "u1"), ("version", "u1"), ("plan", "<u2")])
 
 # MPI counts are C ints in the calls every MPI has. Longer frames are counted in units of one MiB.
 LARGEST_COUNT = 2**31 - 1
@@ -31,7 +38,7 @@ class Frames:
     Attributes
     ----------
     bytes : (rows, frame_nbytes) uint8
-    header : (rows,) structured array with the fields ``step`` and ``status``
+    header : (rows,) structured array with the fields ``step``, ``status``, ``version`` and ``plan``
     headers : (rows,) uint64, the same 8 bytes as one number, for quick comparison
     wires : (rows, wire_nbytes) uint8, a view
     message : buffer specification for an MPI collective in which every rank has one row
@@ -53,6 +60,10 @@ class Frames:
         """Size of one frame in bytes."""
         return self.bytes.shape[1]
 
+    def expect(self) -> None:
+        """Let no header look like that of a message, before messages arrive in these frames."""
+        self.headers.fill(0xFFFFFFFFFFFFFFFF)
+
     def wire(self, row: int, codec: Codec) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the wire in `row` for `codec`, whose messages may be shorter than the row."""
         return self.wires[row, : codec.nbytes]
@@ -66,11 +77,27 @@ class Frames:
         return [self.bytes, self.frame_nbytes // UNIT_NBYTES, unit]
 
 
-def header_of(step: int, status: int) -> int:
+def header_of(step: int, status: int, plan: int) -> int:
     """Return the header of a frame as one number."""
-    return (step & 0xFFFFFFFF) | status << 32
+    return (step & 0xFFFFFFFF) | status << 32 | WIRE_VERSION << 40 | (plan & 0xFFFF) << 48
 
 
 def status_of(frames: Frames, status: int) -> tuple[int, ...]:
     """Return the rows of `frames` whose header carries `status`."""
     return tuple(np.flatnonzero(frames.header["status"] == status).tolist())
+
+
+def misunderstanding(frames: Frames, subject: str) -> MpiEfError | None:
+    """Return an error where `frames`, of all ranks, are not all messages of one exchange of one plan."""
+    if missing := status_of(frames, NOTHING):
+        return PeerError(f"{subject}: nothing has arrived from {ranks_text(missing)}; was the communicator freed?")
+    for field, what, remedy in (
+        ("version", "messages of version", "install one version of mpi_ef everywhere"),
+        ("plan", "plan number", "use the plans of a communicator in the same order on all ranks"),
+    ):
+        values = frames.header[field].tolist()
+        if len(set(values)) > 1:
+            return DisagreementError(
+                f"{subject}: ranks are not in the same exchange: {what} {values} by rank; {remedy}"
+            )
+    return None

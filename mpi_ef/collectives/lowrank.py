@@ -125,7 +125,7 @@ class LowRankMean(Plan):
             memory[:] = self._x
             self._x, self._borrowed = memory, False
         self._mark(self._ready)
-        self._request = self.comm.Iallgather(self._ready.message, self._known.message)
+        self._post(self.comm.Iallgather, self._ready, self._known)
 
     def _complete(self) -> None:
         if self._request is None:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from time import perf_counter
 from typing import Any, Self, cast
 
@@ -15,35 +16,18 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
 
 from .agreement import agree, ranks_text
-from .frames import NON_FINITE, OK, REJECTED, Frames, header_of, status_of
+from .frames import NON_FINITE, OK, REJECTED, WIRE_VERSION, Frames, header_of, misunderstanding, status_of
+from .in_flight import landed, took_off
 from .memory import Memory
+from .traffic import Traffic
+from .world import check_alone
 
 __all__ = ["Comm", "Offer", "Plan", "Traffic", "dense_nbytes"]
 
 # An mpi4py intracommunicator. Its type is not named here because importing mpi4py.MPI would start MPI.
 Comm = Any
 
-# Raised when messages of this version cannot be read by another one.
-WIRE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that one exchange moves into and out of one rank, headers and padding included.
-
-    A gathered frame counts once for every other rank, because each of them has to receive it; what an MPI library
-    sends beyond that is not seen here.
-
-    Attributes
-    ----------
-    sent_nbytes, received_nbytes : int
-    dense_nbytes : int
-        What a bandwidth-optimal uncompressed allreduce of the same vector sends: ``2 (n-1)/n * d * itemsize``.
-    """
-
-    sent_nbytes: int
-    received_nbytes: int
-    dense_nbytes: int
+_numbers = count(1)
 
 
 @dataclass(frozen=True)
@@ -122,6 +106,7 @@ class Plan(Memory, ABC):
         subject = type(self).__name__
         if not hasattr(comm, "Iallgather") or not comm or comm.Is_inter():
             raise OptionError(f"{subject}: comm={comm!r} is not an intracommunicator; pass for example MPI.COMM_WORLD")
+        check_alone(comm)
         self.comm, self.size, self.rank = comm, int(comm.Get_size()), int(comm.Get_rank())
         self.clients = self.size
         self.compressor = compressor
@@ -142,7 +127,8 @@ class Plan(Memory, ABC):
             return {"plan": subject, "compressor": compressor, "d": self.d, "dtype": self.dtype,
                     "wire version": WIRE_VERSION, **self._bind()}  # fmt: skip
 
-        agree(comm, subject, facts, "build the plan from the same arguments everywhere")
+        told = agree(comm, subject, facts, "build the plan from the same arguments everywhere", tell=next(_numbers))
+        self._number: int = told[0]  # of rank 0, which has all plans of this communicator; in every header
 
     @abstractmethod
     def _bind(self) -> dict[str, object]:
@@ -296,6 +282,8 @@ class Plan(Memory, ABC):
     def _begin(self, x: Vector | Combination, keep: Keep | None) -> None:
         if self._started:
             raise OptionError(f"{type(self).__name__}: start was called twice; call wait between them")
+        if not self.comm:
+            raise OptionError(f"{type(self).__name__}: its communicator was freed; build the plan anew, on another one")
         began = perf_counter()
         self._refusal = self._problem(x, keep)  # raised by all ranks together, see _inspect
         if self._refusal is None:
@@ -372,14 +360,16 @@ class Plan(Memory, ABC):
     def _mark(self, frames: Frames) -> None:
         """Write the headers of frames that leave this rank."""
         status = OK if self._refusal is None else NON_FINITE if isinstance(self._refusal, NonFiniteError) else REJECTED
-        frames.headers.fill(header_of(self.exchanges, status))
+        frames.headers.fill(header_of(self.exchanges, status, self._number))
 
     def _inspect(self, frames: Frames) -> None:
         """Raise, on all ranks, what the headers of the frames of all ranks say."""
         headers = frames.headers.tolist()  # quicker than a comparison of arrays for up to 200 ranks
-        if headers.count(header_of(self.exchanges, OK)) == len(headers):
+        if headers.count(header_of(self.exchanges, OK, self._number)) == len(headers):
             return
         subject = f"{type(self).__name__}.exchange"
+        if error := misunderstanding(frames, subject):
+            raise error
         if rejected := status_of(frames, REJECTED):
             texts = self.comm.allgather("" if self._refusal is None else str(self._refusal))
             if self._refusal is not None and self.rank in rejected:
@@ -395,14 +385,22 @@ class Plan(Memory, ABC):
         raise DisagreementError(f"{subject}: ranks are out of step: exchange number {steps} by rank; call the plan "
                                 "equally often on all ranks")  # fmt: skip
 
+    def _post(self, nonblocking: Callable[[Any, Any], Any], send: Frames, receive: Frames) -> None:
+        """Start a communication, which :meth:`_communicate` finishes."""
+        receive.expect()
+        self._request = nonblocking(send.message, receive.message)
+        took_off(self, self._request)
+
     def _communicate(self, blocking: Callable[[Any, Any], None], send: Frames, receive: Frames) -> None:
         """Finish what :meth:`_launch` has started, or do it now."""
         began = perf_counter()
         if self._request is None:
+            receive.expect()
             blocking(send.message, receive.message)
         else:
             self._request.Wait()
             self._request = None
+            landed(self)
         self.seconds["communicate"] += perf_counter() - began
 
 

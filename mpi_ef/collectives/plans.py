@@ -58,7 +58,7 @@ class GatherMean(Plan):
     def _launch(self) -> None:
         self._mark(self._send)
         self._turn()
-        self._request = self.comm.Iallgather(self._send.message, self._received.message)
+        self._post(self.comm.Iallgather, self._send, self._received)
 
     def _complete(self) -> None:
         if self._request is None:
@@ -204,7 +204,7 @@ class TwoPhaseMean(Plan):
 
     def _launch(self) -> None:
         self._mark(self._send)
-        self._request = self.comm.Ialltoall(self._send.message, self._arrived.message)
+        self._post(self.comm.Ialltoall, self._send, self._arrived)
 
     def _complete(self) -> None:
         if self._request is None:

@@ -1,6 +1,6 @@
 """1-bit Adam: Adam whose momentum travels as signs once its variance has settled."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from math import sqrt
 from typing import Any
@@ -123,7 +123,7 @@ class OneBitAdam(ReplicatedOptimizer):
             self._descend(m)
 
     def _adam(self, dense: DenseMean) -> None:
-        """Take a step of Adam on the mean gradient, and freeze the variance after it if it is time."""
+        """Take a step of Adam on the mean gradient."""
         mean, real, step = dense.exchange(self.flat.gradients).mean, self.flat.dtype.type, self.steps + 1
         m, v, (beta1, beta2) = self.m, self.arrays["v"], self.betas
         root_factor = 1.0 / sqrt(self._correction(beta2, step))
@@ -132,9 +132,14 @@ class OneBitAdam(ReplicatedOptimizer):
             kernels.adam(mean[part], real(beta1), real(beta2), real(lr / self._correction(beta1, step)), real(root_factor),
                          real(self.eps), real(1.0 - lr * group["weight_decay"]), m[part], v[part],
                          self.flat.values[part])  # fmt: skip
-        settled = self._watch.settled(step, v, max(group["lr"] for group in self.param_groups))
-        if settled if self.freeze_step is None else step >= self.freeze_step:
-            self._freeze(step)
+
+    def _updated(self) -> None:
+        """Freeze the variance if it is time."""
+        if self.frozen_step is None:
+            step, lr = self.steps + 1, max(group["lr"] for group in self.param_groups)
+            settled = self._watch.settled(step, self.arrays["v"], lr)
+            if settled if self.freeze_step is None else step >= self.freeze_step:
+                self._freeze(step)
 
     def _correction(self, beta: float, step: int) -> float:
         return 1.0 - beta**step if self.bias_correction else 1.0
@@ -155,6 +160,9 @@ class OneBitAdam(ReplicatedOptimizer):
         for group, part in self._slices():
             kernels.preconditioned_step(m[part], self._inverse[part], real(group["lr"] / correction),
                                         real(1.0 - group["lr"] * group["weight_decay"]), self.flat.values[part])  # fmt: skip
+
+    def _kept(self) -> Sequence[Vector]:
+        return [*super()._kept(), self.m]
 
     def _loaded(self) -> None:
         if self.frozen_step is not None:

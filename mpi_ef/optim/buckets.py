@@ -93,6 +93,11 @@ class Buckets:
         self._started += 1
         bucket.feedback.start(vector[bucket.part])
 
+    def changed(self) -> int | None:
+        """Return a parameter whose gradient is no longer what has been sent of it in the backward pass. Local."""
+        sent = (number for bucket in self._buckets[: self._started] for number in bucket.numbers)
+        return next((number for number in sent if not self._flat.untouched(number)), None)
+
     def pause(self, paused: bool) -> None:
         """Let gradients only add up, or travel again. Local."""
         self._open = not paused

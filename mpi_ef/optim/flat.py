@@ -2,12 +2,15 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
 from typing import Any, overload
 from zlib import crc32
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.optim import Optimizer
 
 from mpi_ef import kernels
@@ -16,13 +19,16 @@ from mpi_ef.collectives.agreement import agree, ranks_text
 from mpi_ef.collectives.frames import NON_FINITE, OK, REJECTED
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import DisagreementError, MpiEfError, OptionError
+from mpi_ef.errors import DisagreementError, OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
-from mpi_ef.vectors import FlatParameters
+from mpi_ef.vectors import FlatParameters, Mask
 
-__all__ = ["Channel", "FlatOptimizer", "group_sizes", "hyper_parameters"]
+from .groups import hyper_parameters, names_of
+from .handshake import Handshake, check_order
 
-_READY = np.dtype([("status", "u4"), ("groups", "u4"), ("steps", "u4"), ("zero", "u4"), ("squared_norm", "f8")])
+__all__ = ["Channel", "FlatOptimizer"]
+
+_numbers = count(1)
 
 
 Channel = Plan | ErrorFeedback
@@ -40,7 +46,8 @@ class FlatOptimizer(Optimizer):
     skipped_steps : int
         Steps that all ranks skipped together because some rank's gradient had a NaN or Inf.
     check_replicas_every : int
-        Every so many steps the ranks compare their parameters, one hash for each; 0, as at first, never.
+        Ranks compare their parameters before the first step, the first one after a state was loaded, and every so many
+        steps, by a hash; 0 never does so again.
 
     Notes
     -----
@@ -56,31 +63,36 @@ class FlatOptimizer(Optimizer):
 
     def _lay_out(self, comm: Comm, facts: Callable[[], Mapping[str, object]]) -> None:
         """Build the vectors of the parameters in ``self.param_groups``; raise on all ranks unless they agree. Collective."""
-        self.comm, self.steps, self.skipped_steps, self.check_replicas_every = comm, 0, 0, 0
+        self.comm, self.steps, self.skipped_steps, self.check_replicas_every = comm, 0, 0, 1000
+        self._compares = True
+        self._listed = list(dict.fromkeys(id(p) for group in self.param_groups for p in group["params"]))
         self._retired_nbytes, self._retired_seconds = 0, dict.fromkeys(("encode", "communicate", "decode"), 0.0)
         parameters = [p for group in self.param_groups for p in group["params"]]
 
         def all_facts() -> Mapping[str, object]:
             more = facts()
             self.flat = FlatParameters(parameters)
-            named = {f"parameter {number}": f"{tuple(p.shape)} {p.dtype} trained={p.requires_grad}"
-                     for number, p in enumerate(parameters)}  # fmt: skip
+            named = {f"parameter {number}": f"{names_of(self).get(id(p), '')} {tuple(p.shape)} {p.dtype} "
+                     f"trained={p.requires_grad}".lstrip() for number, p in enumerate(parameters)}  # fmt: skip
             return {"the number of parameters": len(parameters), **named,
                     "hyper-parameters": hyper_parameters(self), **more}  # fmt: skip
 
-        agree(comm, type(self).__name__, all_facts, "build the same model and optimizer on every rank")
+        told = agree(comm, type(self).__name__, all_facts, "build the same model and optimizer on every rank",
+                     tell=next(_numbers))  # fmt: skip
+        self._number: int = told[0]  # of rank 0, which has all optimizers of this communicator
+        self._handshake = Handshake(comm, type(self).__name__, self._number)
+        check_order(comm, type(self).__name__, self._hashes(), self._name)
         self.flat.broadcast(comm)
-        self._put_masters_into_groups()
 
-    def _put_masters_into_groups(self) -> None:
-        masters = dict(zip(self.flat.parameters, self.flat.masters, strict=True))
-        for group in self.param_groups:
-            group["params"] = [masters.get(p, p) for p in group["params"]]
+    def _hashes(self) -> NDArray[np.uint32]:
+        """Return a hash of every parameter."""
+        places = map(self.flat.place, range(len(self.flat.parameters)))
+        return np.array([crc32(self.flat.values[place].data) for place in places], np.uint32)
 
     def _slices(self) -> list[tuple[dict[str, Any], slice]]:
         """Return the groups and their parts of the vectors."""
         slices, start = [], 0
-        sizes = {id(master): master.numel() for master in self.flat.masters}
+        sizes = {id(p): p.numel() for p in self.flat.parameters}
         for group in self.param_groups:
             stop = start + sum(sizes.pop(id(p), 0) for p in group["params"])
             slices.append((group, slice(start, stop)))
@@ -162,6 +174,7 @@ class FlatOptimizer(Optimizer):
 
     def loaded(self) -> None:
         """Derive again what follows from parameters, arrays and settings that were written. Local."""
+        self._compares = True
         self.flat.publish()
 
     def forget(self) -> None:
@@ -192,6 +205,9 @@ class FlatOptimizer(Optimizer):
             On all ranks together, with everything as it was.
         """
 
+    def _updated(self) -> None:
+        """Decide what follows from the state after a whole step, before it counts. Local, alike on all ranks."""
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -211,38 +227,73 @@ class FlatOptimizer(Optimizer):
         Raises
         ------
         DisagreementError
-            On all ranks, when their hyper-parameters or numbers of steps have become different, or, where
-            `check_replicas_every` asks for it, parameters.
+            On all ranks, when they step different optimizers, or their hyper-parameters, numbers of steps or, where
+            `check_replicas_every` asks for it, parameters have become different.
         NonFiniteError
             On all ranks, when an update overflowed although all gradients were finite. Parameters and errors are as
             before, a wrapped torch optimizer's moments are not.
         ShapeError, DtypeError, OptionError
-            On a rank whose parameters or gradients are not usable any more; all other ranks raise `PeerError`.
+            On a rank whose parameters or gradients are not usable any more; all other ranks raise `PeerError`. So it is
+            with an error of the closure.
         """
-        loss = None
+        loss, problem = None, None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if broken := self._ready(self._collect()):
+            try:
+                with torch.enable_grad():
+                    loss = closure()
+            except Exception as error:  # the other ranks are on their way into the step
+                problem = error
+        if broken := self._ready(self._collect() if problem is None else problem):
             self._skip(broken)
             return loss
-        self._update()
+        with self._resting():
+            self._update()
+        self._updated()
         self.flat.publish()
         self.steps += 1
-        if self.check_replicas_every and self.steps % self.check_replicas_every == 0:
-            self.check_replicas()
+        self._compares = bool(self.check_replicas_every) and self.steps % self.check_replicas_every == 0
         return loss
 
-    def _collect(self) -> MpiEfError | None:
-        """Make the vector of gradients ready; return what is wrong with it."""
+    def _collect(self) -> Exception | None:
+        """Make the vectors of parameters and gradients ready; return what is wrong with them."""
         try:
+            self.flat.adopt()
             self.flat.collect_gradients()
-        except MpiEfError as error:
+            self._check_groups()
+        except Exception as error:  # the other ranks are on their way into the step
             return error
         scale = getattr(self, "grad_scale", None)  # set by GradScaler while it calls step
         if scale is not None:
             self.flat.gradients *= self.flat.dtype.type(1.0 / float(scale))
         return None
+
+    def _check_groups(self) -> None:
+        """Raise unless the groups still have the parameters that were laid out."""
+        now = dict.fromkeys(id(p) for group in self.param_groups for p in group["params"])
+        if list(now) != self._listed:
+            raise OptionError(f"{type(self).__name__}.step: the groups have other parameters than at construction, of which "
+                              "this optimizer would exchange none; build it after all groups are known")  # fmt: skip
+
+    @contextmanager
+    def _resting(self) -> Iterator[None]:
+        """Let parameters that have a gradient on no rank, and what :meth:`_kept` returns of them, stay as they are."""
+        resting = np.flatnonzero(~self.moving).tolist()
+        layers = len(self.flat.parameters)
+        saved = [
+            (array[place], array[place].copy())
+            for number in resting
+            for array in (self.flat.values, *self._kept())
+            for place in [slice(number, number + 1) if array.size == layers != self.flat.d else self.flat.place(number)]
+        ]
+        try:
+            yield
+        finally:
+            for part, before in saved:
+                np.copyto(part, before)
+
+    def _kept(self) -> Sequence[Vector]:
+        """Return arrays, (d,) or of an entry for every parameter, in which what rests does not change. Local."""
+        return []
 
     def _skip(self, broken: tuple[int, ...]) -> None:
         self.skipped_steps += 1
@@ -250,32 +301,50 @@ class FlatOptimizer(Optimizer):
             text = f"step {self.steps} skipped on all ranks: NaN or Inf in the gradient on {ranks_text(broken)}"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
 
-    def _ready(self, problem: MpiEfError | None) -> tuple[int, ...]:
+    def _ready(self, problem: Exception | None) -> tuple[int, ...]:
         """Return the ranks with a NaN or Inf in their gradient, before any state has seen it; raise what else is wrong.
 
-        Collective. Cost: one allgather of 24 bytes, which also tells whether the ranks still agree, and the norm of their
-        gradients where `clip` wants it.
+        Collective. Cost: one allgather of 40 bytes, which also tells whether the ranks still agree, and the norm of their
+        gradients where `clip` wants it; a second one of a byte for each parameter in steps in which not the same ones have a
+        gradient on all ranks.
         """
-        gradients, mine = self.flat.gradients, np.zeros(1, _READY)
-        answers = np.zeros(self.comm.Get_size(), _READY)
-        mine["status"] = REJECTED if problem else OK if kernels.all_finite(gradients) else NON_FINITE
-        mine["groups"], mine["steps"] = crc32(repr(hyper_parameters(self)).encode()), self.steps
-        if self.clip and problem is None:
-            mine["squared_norm"] = float(np.linalg.norm(gradients)) ** 2
-        self.comm.Allgather(mine.view(np.uint8), answers.view(np.uint8))
-        words = answers[["status", "groups", "steps"]]
-        if answers["status"].any() or (words != words[0]).any():
-
-            def facts() -> dict[str, object]:
-                if problem is not None:
-                    raise problem
-                return {"completed steps": self.steps, "hyper-parameters": hyper_parameters(self)}
-
-            agree(self.comm, f"{type(self).__name__}.step", facts, "change and load them on all ranks alike")
-            return tuple(np.flatnonzero(answers["status"]).tolist())
+        gradients, looks = self.flat.gradients, self.steps < Handshake.LOOKS
+        status = REJECTED if problem else OK if kernels.all_finite(gradients) else NON_FINITE
+        words: dict[str, float] = {"values": 0, "gradient": 0}
+        if problem is None:
+            if self._compares:
+                words["values"] = crc32(self.shared_values.data)
+            if looks and gradients.any():
+                words["gradient"] = crc32(gradients.data)
+            if self.clip:
+                words["squared_norm"] = float(np.linalg.norm(gradients)) ** 2
+        words["groups"] = crc32(repr((hyper_parameters(self), self.check_replicas_every)).encode())
+        words["present"] = crc32(self.flat.present.data)
+        answers = self._handshake.ask(status=status, steps=self.steps, **words)
+        if not self._handshake.agreed():
+            broken = tuple(np.flatnonzero(answers["status"]).tolist())
+            self._complain(problem)
+            return broken
+        self.moving: Mask = self._handshake.anywhere(self.flat.present)
+        if looks:
+            self._handshake.look_at_gradients()
         if self.clip:
             self._clip(answers["squared_norm"])
         return ()
+
+    def _complain(self, problem: Exception | None) -> None:
+        """Raise on all ranks what they disagree on, or the problem of one of them; return if there is none. Collective."""
+
+        def facts() -> dict[str, object]:
+            if problem is not None:
+                raise problem
+            return {"the optimizer that takes a step": f"number {self._number} ({type(self).__name__})",
+                    "completed steps": self.steps, "hyper-parameters": hyper_parameters(self),
+                    "check_replicas_every": self.check_replicas_every}  # fmt: skip
+
+        agree(self.comm, f"{type(self).__name__}.step", facts, "change and load them on all ranks alike")
+        if self._compares:
+            self.check_replicas()
 
     def _clip(self, squared_norms: np.ndarray) -> None:
         """Scale the gradients of all ranks alike, so that the mean of their squared norms is at most ``clip^2``."""
@@ -286,15 +355,31 @@ class FlatOptimizer(Optimizer):
     def clip_gradients(self, most: float) -> float:
         """Scale this rank's gradient to a norm of at most `most` and return the norm it had. Local; call before `step`.
 
-        For parameters in 16 bits too, whose ``grad`` is empty: their gradients are kept in float32.
+        As ``torch.nn.utils.clip_grad_norm_``, but that sums of gradients in 16 bits, which are in float32, are not rounded.
         """
         if not most > 0:
             raise OptionError(f"clip_gradients: most={most} is not positive")
         self.flat.collect_gradients()
         norm = float(np.linalg.norm(self.flat.gradients))
         if norm > most:
-            self.flat.gradients *= self.flat.dtype.type(most / norm)
+            self.flat.scale_gradients(most / norm)
         return norm
+
+    def _saved_masters(self) -> dict[str, Any]:
+        """Return what a state holds besides, where there are parameters in 16 bits: a model's state has them rounded."""
+        self.flat.adopt()
+        return {"masters": self.flat.masters()} if self.flat.mixed else {}
+
+    def _check_masters(self, state: Mapping[str, Any]) -> None:
+        mine = {number: master.shape for number, master in self.flat.masters().items()}
+        theirs = {number: master.shape for number, master in state.get("masters", mine).items()} if mine else mine
+        if "masters" in state and theirs != mine:
+            raise ShapeError("load_state_dict: the saved state has other parameters in 16 bits; load into the model it was "
+                             "saved from")  # fmt: skip
+
+    def _load_masters(self, state: Mapping[str, Any]) -> None:
+        self._compares = True
+        self.flat.load_masters(state.get("masters", {}) if self.flat.mixed else {})
 
     def synchronize(self) -> None:
         """Make parameters equal on all ranks where an optimizer lets them differ for a while. Collective."""
@@ -307,10 +392,8 @@ class FlatOptimizer(Optimizer):
         DisagreementError
             With the first parameter that differs, and the ranks that hold what rank 0 does not.
         """
-        flattened = (p.detach().contiguous().view(-1).view(torch.uint8) for p in self.flat.parameters)
-        mine = np.array([crc32(flat.numpy().tobytes()) for flat in flattened], np.uint32)
-        answers = np.empty((self.comm.Get_size(), mine.size), np.uint32)
-        self.comm.Allgather(mine, answers)
+        answers = np.empty((self.comm.Get_size(), len(self.flat.parameters)), np.uint32)
+        self.comm.Allgather(self._hashes(), answers)
         different = (answers != answers[0]).any(axis=0)
         if different.any():
             number = int(different.argmax())
@@ -322,17 +405,11 @@ class FlatOptimizer(Optimizer):
 
     def _name(self, number: int) -> str:
         p = self.flat.parameters[number]
-        named = {
-            id(q): name
-            for group in self.param_groups
-            for q, name in zip(group["params"], group.get("param_names", ()), strict=False)
-        }
-        name = named.get(id(self.flat.masters[number]), f"number {number}")
-        return f"parameter {name} {tuple(p.shape)}"
+        return f"parameter {names_of(self).get(id(p), f'number {number}')} {tuple(p.shape)}"
 
-    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002
-        """Set all gradients to zero. They stay views of one vector, also with ``set_to_none=True``. Local."""
-        self.flat.zero_gradients()
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Take all gradients away or, with ``set_to_none=False``, set them to zero, as in torch. Local."""
+        self.flat.zero_gradients(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse: the vector of parameters is laid out at construction."""
@@ -341,13 +418,3 @@ class FlatOptimizer(Optimizer):
                 f"{type(self).__name__}: a group cannot be added later; build it after all groups are known"
             )
         super().add_param_group(param_group)
-
-
-def group_sizes(optimizer: Optimizer) -> str:
-    """Return how many parameters each group has, as text."""
-    return ", ".join(str(len(group["params"])) for group in optimizer.param_groups)
-
-
-def hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return the groups without their parameters."""
-    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]

@@ -106,7 +106,7 @@ class OneBitLamb(ReplicatedOptimizer):
         self._inverse: Vector = self._zeros()
         self._least, self._frozen_coefficients = np.zeros(layers), np.ones(layers)
         owners = {id(p): n for n, group in reversed([*enumerate(self.param_groups)]) for p in group["params"]}
-        self._owners = np.array([owners[id(p)] for p in self.flat.masters])
+        self._owners = np.array([owners[id(p)] for p in self.flat.parameters])
         self.frozen_step: int | None = None
 
     def _checked_options(self) -> dict[str, object]:
@@ -161,7 +161,7 @@ class OneBitLamb(ReplicatedOptimizer):
         kernels.add_layers(values, factors.astype(self.flat.dtype), self._starts, out)
 
     def _warm_up(self, step: int) -> None:
-        """Take a step of LAMB on the mean gradient, and freeze after it if it is time."""
+        """Take a step of LAMB on the mean gradient."""
         if self._dense is None:
             self._dense = DenseMean(self.comm, self.flat.d, self.flat.dtype)
         mean, real, (beta1, beta2) = self._dense.exchange(self.flat.gradients).mean, self.flat.dtype.type, self.betas
@@ -175,9 +175,14 @@ class OneBitLamb(ReplicatedOptimizer):
         if decays.any():
             self._add(x, decays, direction)
         self._add(direction, -self._of_layers("lr") * self._coefficients(self._norms(x), self._norms(direction)), x)
-        settled = self._watch.settled(step, v, max(group["lr"] for group in self.param_groups))
-        if settled if self.freeze_step is None else step >= self.freeze_step:
-            self._freeze(step)
+
+    def _updated(self) -> None:
+        """Freeze variance and coefficients if it is time."""
+        if self.frozen_step is None:
+            step, lr = self.steps + 1, max(group["lr"] for group in self.param_groups)
+            settled = self._watch.settled(step, self.arrays["v"], lr)
+            if settled if self.freeze_step is None else step >= self.freeze_step:
+                self._freeze(step)
 
     def _coefficients(self, of_x: Layers, of_direction: Layers) -> Layers:
         """Return the trust ratios, and take those of layers that have one into their moving averages."""

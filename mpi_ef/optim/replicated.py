@@ -14,7 +14,8 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
 
-from .flat import Channel, FlatOptimizer, group_sizes, hyper_parameters
+from .flat import Channel, FlatOptimizer
+from .groups import group_sizes, hyper_parameters
 
 __all__ = ["ReplicatedOptimizer", "checked"]
 
@@ -113,7 +114,7 @@ class ReplicatedOptimizer(FlatOptimizer):
             saved["arrays"] = {name: torch.from_numpy(array) for name, array in saved["arrays"].items()}
         return {"optimizer": type(self).__name__, "groups": [dict(group) for group in hyper_parameters(self)],
                 "arrays": {name: torch.from_numpy(array.copy()) for name, array in self.arrays.items()}, "rules": rules,
-                "counters": self._counters()}  # fmt: skip
+                "counters": self._counters(), **self._saved_masters()}  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local; call on all ranks.
@@ -127,8 +128,10 @@ class ReplicatedOptimizer(FlatOptimizer):
             When it belongs to another optimizer, rank, world size or model; nothing is changed then.
         """
         subject, saved = "load_state_dict", state_dict
-        checked(subject, saved["optimizer"] == type(self).__name__,
-                f"the state is of {saved['optimizer']}, this is {type(self).__name__}; build it as it was")  # fmt: skip
+        theirs = saved.get("optimizer")
+        theirs = f"of {theirs}" if isinstance(theirs, str) else "not of an optimizer of its kind"
+        checked(subject, theirs == f"of {type(self).__name__}",
+                f"the state is {theirs}, this is {type(self).__name__}; build it as it was")  # fmt: skip
         checked(subject, len(saved["groups"]) == len(self.param_groups),
                 f"the saved state has {len(saved['groups'])} groups, here there are {len(self.param_groups)}; build the "
                 "optimizer as it was")  # fmt: skip
@@ -141,6 +144,7 @@ class ReplicatedOptimizer(FlatOptimizer):
             rules[name] = dict(saved["rules"][name])
             rules[name]["arrays"] = {key: tensor.numpy() for key, tensor in rules[name]["arrays"].items()}
             feedback.check_state_dict(rules[name])
+        self._check_masters(saved)
         for group, values in zip(self.param_groups, saved["groups"], strict=True):
             group.update(values)
         for name, array in saved["arrays"].items():
@@ -149,7 +153,12 @@ class ReplicatedOptimizer(FlatOptimizer):
             feedback.load_state_dict(rules[name])
         for name, value in saved["counters"].items():
             setattr(self, name, value)
+        self._load_masters(saved)
         self._loaded()
+
+    def _kept(self) -> Sequence[Vector]:
+        """Return what a step changes besides the parameters. Local."""
+        return list(self.arrays.values())
 
     def _loaded(self) -> None:
         """Derive again what follows from what was loaded."""

@@ -15,11 +15,12 @@ from mpi_ef.collectives import Move, Plan, plan_for
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor, Identity, for_parameters
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import MpiEfError, OptionError
+from mpi_ef.errors import OptionError
 from mpi_ef.feedback import ErrorFeedback
 
 from .buckets import Bucket, Buckets, bucket_slices
-from .flat import FlatOptimizer, group_sizes
+from .flat import FlatOptimizer
+from .groups import group_sizes
 
 __all__ = ["BucketReport", "DistributedOptimizer", "PlanBuilder"]
 
@@ -68,8 +69,8 @@ class DistributedOptimizer(FlatOptimizer):
     ----------
     optimizer : torch.optim.Optimizer
         Already built on the model's parameters; any whose step needs no closure. Its groups, hyper-parameters and
-        state are shared with this object, so learning-rate schedulers take either. Parameters in 16 bits are replaced by
-        float32 masters in its groups.
+        state are those of this object, so learning-rate schedulers take either. It updates float32 masters of parameters in
+        16 bits.
     comm : MPI.Comm
     compressor : Compressor
         ``TopK(0.01, segments="parameters")`` keeps 1 % of every parameter, at least one entry.
@@ -126,7 +127,8 @@ class DistributedOptimizer(FlatOptimizer):
     ) -> None:
         self.optimizer, self.placement, self._overlap = optimizer, placement, overlap
         super().__init__(optimizer.param_groups, optimizer.defaults)
-        self._share()
+        for mine in ("param_groups", "state"):  # what was made in the line above; see __getattr__
+            del self.__dict__[mine]
         if overlap and bucket_nbytes is None:
             bucket_nbytes = OVERLAPPED_NBYTES
 
@@ -163,8 +165,11 @@ class DistributedOptimizer(FlatOptimizer):
                 "take an optimizer whose step needs no closure"
             )
 
-    def _share(self) -> None:
-        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+    def __getattr__(self, name: str) -> Any:
+        """Return groups and state of the torch optimizer, whatever it does to them later, such as loading its own."""
+        if name in ("param_groups", "state") and "optimizer" in self.__dict__:
+            return getattr(self.optimizer, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def channels(self) -> Sequence[ErrorFeedback]:
         """Return the rules of all buckets. Local."""
@@ -217,8 +222,23 @@ class DistributedOptimizer(FlatOptimizer):
             self._load_inner(state["state"], self.optimizer.state_dict()["param_groups"])
 
     def _load_inner(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self._share()
+        with self.flat.lent():  # torch rounds moments to the precision of their parameter
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._compares = True
+
+    def _step_inside(self) -> None:
+        """Let the torch optimizer move the parameters that move in this step, in the precision of the vectors. Local."""
+        with self.flat.lent(self.moving):
+            if self.flat.mixed:
+                self._widen()
+            self.optimizer.step()
+
+    def _widen(self) -> None:
+        """Let moments that were made or loaded in 16 bits, before wrapping for example, be in float32."""
+        for state in self.optimizer.state.values():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+                    state[name] = value.float()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -229,7 +249,7 @@ class DistributedOptimizer(FlatOptimizer):
         finally:
             self.buckets.pause(False)
 
-    def _ready(self, problem: MpiEfError | None) -> tuple[int, ...]:
+    def _ready(self, problem: Exception | None) -> tuple[int, ...]:
         if not self._overlap:
             return super()._ready(problem)
         # Buckets are under way already, and all ranks have to take part in all of them before anybody can complain.
@@ -243,10 +263,13 @@ class DistributedOptimizer(FlatOptimizer):
             self.buckets.drop()
         return broken
 
-    def _collect(self) -> MpiEfError | None:
+    def _collect(self) -> Exception | None:
         if self._overlap and hasattr(self, "found_inf"):  # set by GradScaler while it calls step
             return OptionError("DistributedOptimizer: GradScaler with overlap=True: scaled gradients have left already; "
                                "take overlap=False")  # fmt: skip
+        if self._overlap and (number := self.buckets.changed()) is not None:
+            return OptionError(f"DistributedOptimizer: the gradient of {self._name(number)} was changed after it had been "
+                               "sent, in the backward pass; take overlap=False to clip or clear gradients")  # fmt: skip
         return super()._collect()
 
     def _update(self) -> None:
@@ -258,13 +281,13 @@ class DistributedOptimizer(FlatOptimizer):
                 self.buckets.finish(gradients)
             else:
                 self.buckets.step(gradients)
-            self.optimizer.step()
+            self._step_inside()
         self._report()
 
     def _exchange_updates(self, before: np.ndarray) -> None:
         values = self.flat.values
         np.copyto(before, values)
-        self.optimizer.step()
+        self._step_inside()
         np.subtract(before, values, out=values)  # for a moment the parameters are this rank's update
         try:
             self.buckets.step(values)
@@ -308,7 +331,7 @@ class DistributedOptimizer(FlatOptimizer):
         for saved in feedback:  # tensors, because torch.load takes no numpy arrays by default
             saved["arrays"] = {name: torch.from_numpy(array) for name, array in saved["arrays"].items()}
         return {"optimizer": deepcopy(self.optimizer.state_dict()), "feedback": feedback, "placement": self.placement,
-                "steps": self.steps, "skipped_steps": self.skipped_steps}  # fmt: skip
+                "steps": self.steps, "skipped_steps": self.skipped_steps, **self._saved_masters()}  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local; call on all ranks.
@@ -321,9 +344,14 @@ class DistributedOptimizer(FlatOptimizer):
         OptionError, ShapeError
             When it belongs to another rule, placement, rank, world size or model.
         """
+        if "placement" not in state_dict:
+            what = state_dict.get("optimizer", "a torch optimizer" if "param_groups" in state_dict else "others")
+            raise OptionError(f"load_state_dict: the state is of {what}, this is {type(self).__name__}; load a torch "
+                              "optimizer's into that optimizer, before or after it is wrapped")  # fmt: skip
         if state_dict["placement"] != self.placement:
             raise OptionError(f"load_state_dict: the saved placement is {state_dict['placement']!r}, here it is "
                               f"{self.placement!r}; build the optimizer as it was")  # fmt: skip
+        self._check_masters(state_dict)
         saved = [dict(part) for part in state_dict["feedback"]]
         if len(saved) != len(self.channels()):
             raise OptionError(f"load_state_dict: the saved state has {len(saved)} buckets, here there are "
@@ -331,8 +359,8 @@ class DistributedOptimizer(FlatOptimizer):
         for part, channel in zip(saved, self.channels(), strict=True):
             part["arrays"] = {name: tensor.numpy() for name, tensor in part["arrays"].items()}
             channel.check_state_dict(part)
-        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self._load_inner(state_dict["optimizer"]["state"], state_dict["optimizer"]["param_groups"])
         for part, channel in zip(saved, self.channels(), strict=True):
             channel.load_state_dict(part)
         self.steps, self.skipped_steps = state_dict["steps"], state_dict["skipped_steps"]
-        self._share()
+        self._load_masters(state_dict)

@@ -1,8 +1,10 @@
 """0/1 Adam: variance from fewer and fewer steps, then steps that need no communication at all."""
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from math import sqrt
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -11,25 +13,18 @@ from mpi_ef.collectives import DenseMean, Move, plan_for
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor, Sign, lazy
 from mpi_ef.compress.combination import Vector
+from mpi_ef.errors import OptionError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.state import form
 
 from .adam import VarianceWatch, inverse_roots
 from .replicated import ReplicatedOptimizer, checked
+from .runs import Advance, Run, runs
 from .wrapper import PlanBuilder
 
 __all__ = ["ZeroOneAdam"]
 
 SIGNS = Sign(block=1024)
-
-
-class Advance(NamedTuple):
-    """What a step makes of a group: weight of the newest momentum in u, S and D; see :class:`ZeroOneAdam`."""
-
-    part: slice
-    weight: float
-    covered: float
-    left: float
 
 
 class ZeroOneAdam(ReplicatedOptimizer):
@@ -76,15 +71,15 @@ class ZeroOneAdam(ReplicatedOptimizer):
     Notes
     -----
     Between synchronisations the replicas differ on purpose: see :attr:`synchronized`, and call :meth:`synchronize` before
-    parameters of one rank are taken for all. Parameters follow from the optimizer's arrays then: what else is written to
-    them is overwritten in the next step, and :meth:`load_state_dict` restores those of every rank.
+    parameters of one rank are taken for all, or written to: in between the next step would raise. Parameters follow from the
+    optimizer's arrays then, and :meth:`load_state_dict` restores those of every rank.
 
     The paper exchanges S u_i; divided by S, errors keep the size of the momentum when learning rates fall, and nothing is
     divided by a learning rate of zero. With constant rates and intervals it is the same. Errors are never thrown away: at
     the freeze they change from gradients to momenta, as which ``1 - beta1`` of them counts.
     """
 
-    counters = ("frozen_step", "looks", "variance_updates", "variance_step", "local_steps", "covered", "left")
+    counters = ("frozen_step", "looks", "variance_updates", "variance_step", "local_steps", "covered", "left", "moved")
 
     def __init__(
         self,
@@ -136,9 +131,14 @@ class ZeroOneAdam(ReplicatedOptimizer):
         self._start_afresh()
 
     def _start_afresh(self) -> None:
-        """Count from a synchronisation on: steps, and for every group S and D."""
-        self.local_steps, groups = 0, len(self.param_groups)
-        self.covered, self.left = [0.0] * groups, [1.0] * groups
+        """Count from a synchronisation on: steps, and for every parameter S, D, and whether it has had a gradient."""
+        self.local_steps, count = 0, len(self.flat.parameters)
+        self.covered, self.left, self.moved = [0.0] * count, [1.0] * count, [False] * count
+
+    def _runs(self, moves: Sequence[bool]) -> Iterator[Run]:
+        """Yield the parameters in runs as long as they can be. Local."""
+        keys = list(zip(self.covered, self.left, moves, self.moved, strict=True))
+        return runs(self.flat.starts, self._slices(), keys)
 
     @property
     def looks(self) -> list[tuple[float, float]]:
@@ -189,6 +189,29 @@ class ZeroOneAdam(ReplicatedOptimizer):
         own = self.per_rank()
         return {name: array for name, array in super().replicated().items() if name not in own}
 
+    def _collect(self) -> Exception | None:
+        problem = super()._collect()
+        if problem is None and self.frozen_step is not None:
+            if self.synchronized:
+                np.copyto(self.arrays["x"], self.flat.values)  # where something has been written to them
+            elif written := self._written():
+                return OptionError(f"ZeroOneAdam.step: {written} was written to between two synchronisations, where each "
+                                   "rank has its own values; call optimizer.synchronize() on all ranks first")  # fmt: skip
+        return problem
+
+    def _written(self) -> str | None:
+        """Return the first parameter that is not where x and u say. Local."""
+        real = self.flat.dtype.type
+        for run in self._runs(self.moved):
+            expected = self.arrays["x"][run.part].copy()
+            if run.moved:
+                kernels.preconditioned_step(self.arrays["u"][run.part], self._inverse[run.part], real(run.covered),
+                                            real(run.left), expected)  # fmt: skip
+            if expected.tobytes() != self.flat.values[run.part].tobytes():
+                wrong = int((expected != self.flat.values[run.part]).argmax()) + run.part.start
+                return self._name(bisect_right(self.flat.starts, wrong) - 1)
+        return None
+
     def _update(self) -> None:
         step = self.steps + 1
         if self.frozen_step is not None:
@@ -198,7 +221,12 @@ class ZeroOneAdam(ReplicatedOptimizer):
             self._step_exactly(step)
         else:
             self._step_compressed(step)
-        lr = max(group["lr"] for group in self.param_groups)
+
+    def _updated(self) -> None:
+        """Freeze the variance if it is time."""
+        if self.frozen_step is not None:
+            return
+        step, lr = self.steps + 1, max(group["lr"] for group in self.param_groups)
         settled = self._watch.settled(step, self.arrays["v"], lr, updates=self.variance_updates)
         if settled if self.var_freeze_step is None else step >= self.var_freeze_step:
             self._freeze(step)
@@ -256,41 +284,60 @@ class ZeroOneAdam(ReplicatedOptimizer):
         self._dense = None
         self._divide()
 
-    def _advances(self) -> Iterator[Advance]:
-        """Yield what the next step makes of every group's S and D."""
-        for (group, part), covered, left in zip(self._slices(), self.covered, self.left, strict=True):
-            decay = 1.0 - group["lr"] * group["weight_decay"]
-            size = group["lr"] / self._correction(self.betas[0], self.steps + 1)
-            total = decay * covered + size
-            yield Advance(part, size / total if total > 0.0 else 1.0, total, decay * left)
+    def _advance(self, run: Run) -> Advance:
+        """Return what the next step makes of a run's S and D."""
+        if not run.moves:
+            return Advance(run.part, 0.0, run.covered, run.left, run.moved)
+        decay = 1.0 - run.group["lr"] * run.group["weight_decay"]
+        size = run.group["lr"] / self._correction(self.betas[0], self.steps + 1)
+        total = decay * run.covered + size
+        return Advance(run.part, size / total if total > 0.0 else 1.0, total, decay * run.left, True)
 
     def _step_alone(self) -> None:
         """Step along this rank's momentum; synchronise if it is time."""
         grad, m, u, x = self.flat.gradients, self.arrays["m"], self.arrays["u"], self.arrays["x"]
-        real, beta1, advances = self.flat.dtype.type, self.betas[0], list(self._advances())
+        real, beta1, parts = self.flat.dtype.type, self.betas[0], list(self._runs(self.moving.tolist()))
+        advances = [self._advance(run) for run in parts]
         if self.local_steps + 1 < self.local_step_interval:
-            for part, weight, covered, left in advances:
-                kernels.local_step(grad[part], self._inverse[part], x[part], real(beta1), real(weight), real(covered),
-                                   real(left), m[part], u[part], self.flat.values[part])  # fmt: skip
-            self.covered, self.left = [a.covered for a in advances], [a.left for a in advances]
+            for run, (part, weight, covered, left, moved) in zip(parts, advances, strict=True):
+                if run.moves:
+                    kernels.local_step(grad[part], self._inverse[part], x[part], real(beta1), real(weight), real(covered),
+                                       real(left), m[part], u[part], self.flat.values[part])  # fmt: skip
+                for number in run.numbers:
+                    self.covered[number], self.left[number], self.moved[number] = covered, left, moved
             self.local_steps += 1
             return
-        for a in advances:  # the new u takes the place of the parameters, which follow from x and the old u
+        # The new u takes the place of the parameters, which follow from x and the old u.
+        for run, a in zip(parts, advances, strict=True):
             newest = a.weight * beta1 * lazy(m[a.part]) + a.weight * (1.0 - beta1) * lazy(grad[a.part])
-            form((1.0 - a.weight) * lazy(u[a.part]) + newest, into=self.flat.values[a.part])
+            sent = (1.0 - a.weight) * lazy(u[a.part]) + newest if run.moves else lazy(u[a.part])
+            form(sent, into=self.flat.values[a.part])
         self._meet(advances)
 
+    @contextmanager
+    def _resting(self) -> Iterator[None]:
+        """Let parameters without a gradient stay; with a frozen variance the step itself goes around them."""
+        if self.frozen_step is None:
+            with super()._resting():
+                yield
+        else:
+            yield
+
     def _meet(self, advances: list[Advance]) -> None:
-        """Exchange the u_i that are in the place of the parameters, and take the way of their mean from x. Collective."""
-        real, x = self.flat.dtype.type, self.arrays["x"]
+        """Exchange the u_i that are in the place of the parameters, and take the way of their mean from x. Collective.
+
+        What has not moved since the last time stays, whatever of its errors has arrived.
+        """
+        real, x, m = self.flat.dtype.type, self.arrays["x"], self.arrays["m"]
         try:
             mean = self.rules["momentum"].step(self.flat.values)
         except BaseException:
             self._place()
             raise
-        for part, _, covered, left in advances:
-            kernels.preconditioned_step(mean[part], self._inverse[part], real(covered), real(left), x[part])
-        np.copyto(self.arrays["m"], mean)
+        for part, _, covered, left, moved in advances:
+            if moved:
+                kernels.preconditioned_step(mean[part], self._inverse[part], real(covered), real(left), x[part])
+                m[part] = mean[part]
         self._start_afresh()
         self._place()
 
@@ -299,9 +346,10 @@ class ZeroOneAdam(ReplicatedOptimizer):
         values, real = self.flat.values, self.flat.dtype.type
         np.copyto(values, self.arrays["x"])
         if self.local_steps:
-            for (_, part), covered, left in zip(self._slices(), self.covered, self.left, strict=True):
-                kernels.preconditioned_step(self.arrays["u"][part], self._inverse[part], real(covered), real(left),
-                                            values[part])  # fmt: skip
+            for run in self._runs(self.moved):
+                if run.moved:
+                    kernels.preconditioned_step(self.arrays["u"][run.part], self._inverse[run.part], real(run.covered),
+                                                real(run.left), values[run.part])  # fmt: skip
 
     def synchronize(self) -> None:
         """Synchronise now, between two steps, for example before the model is evaluated or saved. Collective.
@@ -310,8 +358,7 @@ class ZeroOneAdam(ReplicatedOptimizer):
         """
         if not self.synchronized:
             np.copyto(self.flat.values, self.arrays["u"])
-            advances = zip(self._slices(), self.covered, self.left, strict=True)
-            self._meet([Advance(part, 0.0, covered, left) for (_, part), covered, left in advances])
+            self._meet([self._advance(run) for run in self._runs([False] * len(self.moved))])
             self.flat.publish()
 
     def check_replicas(self) -> None:
@@ -333,8 +380,16 @@ class ZeroOneAdam(ReplicatedOptimizer):
             self._place()
             self.flat.publish()
 
+    def _kept(self) -> list[Vector]:
+        return [self.arrays["m"], self.arrays["v"]]
+
     def _loaded(self) -> None:
         if self.frozen_step is not None:
+            if len(self.covered) != len(self.moved):  # saved by group, in earlier versions
+                owners = [n for n, (_, part) in enumerate(self._slices()) for start in self.flat.starts[:-1]
+                          if part.start <= start < part.stop]  # fmt: skip
+                self.covered, self.left = ([values[n] for n in owners] for values in (self.covered, self.left))
+                self.moved = [True] * len(owners)
             self._settle(self.frozen_step)
             self._place()
             self.flat.publish()

@@ -1,0 +1,33 @@
+"""Exchanges that MPI is still at work on: their memory stays, whoever drops the objects that own it."""
+
+import atexit
+import ctypes
+from time import monotonic, sleep
+from typing import Any
+
+__all__ = ["landed", "took_off"]
+
+_PATIENCE_SECONDS = 5.0
+_owners: dict[int, tuple[Any, Any]] = {}
+
+
+def took_off(owner: object, request: Any) -> None:
+    """Keep `owner`, which has the memory of a request, until it has :func:`landed`. Local."""
+    if not _owners:
+        atexit.unregister(_wait)
+        atexit.register(_wait)  # runs before what was registered earlier, such as the end of process groups
+    _owners[id(owner)] = owner, request
+
+
+def landed(owner: object) -> None:
+    """Let go of it. Local."""
+    _owners.pop(id(owner), None)
+
+
+def _wait() -> None:
+    """Give requests that nobody has waited for some time; what is left must outlive Python's end, in which MPI ends."""
+    deadline = monotonic() + _PATIENCE_SECONDS
+    for owner, request in _owners.values():
+        while not request.Test() and monotonic() < deadline:
+            sleep(0.001)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))

@@ -1,0 +1,51 @@
+"""One world, or a clear word: a launcher that started several tasks of which MPI sees one each."""
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from mpi_ef.errors import LaunchError
+
+__all__ = ["ALONE", "check_alone", "check_world"]
+
+ALONE = "MPI_EF_ALONE"  # set to anything where several tasks are meant to have nothing to do with each other
+
+# What launchers tell each task about the number of tasks. srun sets the first for every step, and under --mpi=pmi2 also
+# PMI_SIZE: then Slurm is the one to talk about.
+_TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE")
+_REMEDIES = {
+    "SLURM_STEP_NUM_TASKS": "try srun --mpi=pmix, --mpi=pmi2 or --mpi=cray_shasta (srun --mpi=list shows what there is)",
+    "WORLD_SIZE": "torchrun starts no MPI: take mpiexec or srun, or mpi_ef.ddp, which speaks through torch.distributed",
+}
+_MPIEXEC = ("start it with the mpiexec that belongs to the MPI library mpi4py uses "
+            "(python -c 'from mpi4py import MPI; print(MPI.Get_library_version())')")  # fmt: skip
+
+
+def check_world(size: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise `LaunchError` when a launcher started several tasks but the MPI world has one rank. Local.
+
+    Parameters
+    ----------
+    size : int
+        Size of COMM_WORLD.
+    environment : mapping
+        The environment variables of this process. Where ``MPI_EF_ALONE`` is set, nothing is wrong.
+    """
+    if size != 1 or environment.get(ALONE):
+        return
+    names = (*_TASKS, "WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environment else _TASKS  # which torchrun sets
+    for name in names:
+        text = environment.get(name, "")
+        if text.isdigit() and int(text) > 1:
+            raise LaunchError(
+                f"launch: {name}={text}, but the MPI world has 1 rank, so every task would train alone; "
+                f"{_REMEDIES.get(name, _MPIEXEC)}; {ALONE}=1 if that is meant"
+            )
+
+
+def check_alone(comm: Any) -> None:
+    """Do the same for a communicator of one rank where it is the whole world, not for COMM_SELF in a larger one. Local."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and isinstance(comm, mpi.Comm) and comm.Get_size() == 1:
+        check_world(mpi.COMM_WORLD.Get_size())

@@ -1,0 +1,108 @@
+"""What the ranks of an optimizer tell each other before a step."""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpi_ef.collectives.plan import Comm
+from mpi_ef.errors import DisagreementError
+from mpi_ef.vectors import Mask
+
+__all__ = ["Handshake", "check_order"]
+
+# May the step be taken; what must be the same; hashes of what should be, where they are compared (else 0); which parameters
+# have a gradient.
+_WORDS = np.dtype([("status", "u4"), ("groups", "u4"), ("steps", "u4"), ("number", "u4"), ("values", "u4"),
+                   ("gradient", "u4"), ("present", "u4"), ("zero", "u4"), ("squared_norm", "f8")])  # fmt: skip
+_SAME = ["status", "groups", "steps", "number", "values"]
+Answers = NDArray[Any]
+
+
+class Handshake:
+    """One message of 40 bytes from every rank to every rank, before a step changes anything.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    name : str
+        Of the optimizer.
+    number : int
+        Which of all optimizers of this communicator it is; the same on all ranks.
+    """
+
+    LOOKS = 3  # steps in which gradients are compared
+
+    def __init__(self, comm: Comm, name: str, number: int) -> None:
+        self._comm, self._name, self._same = comm, name, 0
+        self._mine, self._answers = np.zeros(1, _WORDS), np.zeros(comm.Get_size(), _WORDS)
+        self._mine["number"] = number
+
+    def ask(self, **words: float) -> Answers:
+        """Tell `words` to all ranks, and return those of all: (n,) with a field for each. Collective.
+
+        They are valid until the next time.
+        """
+        for name, word in words.items():
+            self._mine[name] = word
+        self._answers.view(np.uint8).fill(0xFF)  # no valid answer
+        self._comm.Allgather(self._mine.view(np.uint8), self._answers.view(np.uint8))
+        return self._answers
+
+    def agreed(self) -> bool:
+        """Return whether all ranks can take the step, and mean the same one. Local."""
+        words = self._answers[_SAME]
+        return not self._answers["status"].any() and bool((words == words[0]).all())
+
+    def anywhere(self, present: Mask) -> Mask:
+        """Return which parameters have a gradient on any rank. Collective where that is not the same on all of them."""
+        found, hashes = present.copy(), self._answers["present"]
+        if (hashes != hashes[0]).any():
+            answers = np.empty((hashes.size, found.size), bool)
+            self._comm.Allgather(found, answers)
+            answers.any(axis=0, out=found)
+        return found
+
+    def look_at_gradients(self) -> None:
+        """Warn on rank 0 when all ranks have had the same bits as gradients in the first steps. Local."""
+        hashes = self._answers["gradient"]
+        self._same += int(hashes.size > 1 and hashes[0] != 0 and (hashes == hashes[0]).all())
+        if self._same == self.LOOKS and self._comm.Get_rank() == 0:
+            self._same = 0
+            warnings.warn(
+                f"{self._name}: all {hashes.size} ranks had the same gradients, to the last bit, in {self.LOOKS} steps: "
+                "they read the same data. Give each rank its own share: mpi_ef.ShardedSampler, or torch's "
+                "DistributedSampler(dataset, num_replicas=comm.size, rank=comm.rank), or, where data are drawn at random, "
+                "mpi_ef.seed_rank(comm, seed)", RuntimeWarning, stacklevel=5)  # fmt: skip
+
+
+def check_order(comm: Comm, name: str, hashes: NDArray[np.uint32], described: Callable[[int], str]) -> None:
+    """Raise on all ranks where parameters of rank 0 are, by their values, at other places on another rank. Collective.
+
+    Ranks that were seeded differently have other values, and take those of rank 0.
+
+    Parameters
+    ----------
+    comm, name : as :class:`Handshake`
+    hashes : (parameters,)
+        Of the values of each.
+    described : callable
+        Returns a parameter, by its number, in words.
+
+    Raises
+    ------
+    DisagreementError
+    """
+    answers = np.empty((comm.Get_size(), hashes.size), np.uint32)
+    comm.Allgather(hashes, answers)
+    alone = {value for value, times in Counter(answers[0].tolist()).items() if times == 1}
+    for number, first in enumerate(answers[0].tolist()):
+        for rank, theirs in enumerate(answers.tolist()) if first in alone else ():
+            if theirs[number] != first and first in theirs:
+                raise DisagreementError(
+                    f"{name}: {described(number)} of rank 0 is number {theirs.index(first)} on rank {rank}: the ranks list "
+                    "their parameters in different orders; list them in one order"
+                )
