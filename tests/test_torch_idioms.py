@@ -1,4 +1,4 @@
-"""What torch programs do with parameters, gradients and groups between steps: as in torch, with any optimizer, or refused."""
+"""What torch programs do with parameters, gradients and groups between steps, and with uneven data; with any optimizer."""
 
 import copy
 import warnings
@@ -409,3 +409,81 @@ def test_ranks_that_read_the_same_data_are_told_once(row, same):
     told = [str(warning.message) for warning in caught if "the same data" in str(warning.message)]
     assert len(told) == same
     assert all("ShardedSampler" in text and "seed_rank" in text and "num_replicas" in text for text in told)
+
+
+# ---- ranks with different numbers of batches
+
+
+@pytest.mark.parametrize("batches", [(12, 16, 16), (16, 0, 3)])
+@rows()
+def test_ranks_that_run_out_of_data_take_part_with_nothing(row, batches):
+    """Learning rates that the ranks at work change are theirs; replicas stay what they are, and nobody waits."""
+
+    def program(comm):
+        rank, net = comm.Get_rank(), net_of()
+        optimizer = row(net, comm)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        for _ in range(2):
+            with optimizer.join():
+                for step in range(batches[rank]):
+                    optimizer.zero_grad()
+                    loss_in(net, rank, step).backward()
+                    optimizer.step()
+                    schedule.step()
+        assert optimizer.steps == 2 * max(batches)
+        optimizer.synchronize()
+        steps_of(net, optimizer, rank, range(1))
+        optimizer.synchronize()
+        return parameters_of(net), [group["lr"] for group in optimizer.param_groups]
+
+    rows_ = virtual.results(3, program)
+    assert all(same_bits(row_, rows_[0]) for row_ in rows_)
+
+
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+@pytest.mark.parametrize("weigh", [False, True])
+def test_the_mean_is_over_all_ranks_or_over_those_at_work(placement, weigh):
+    def program(comm):
+        rank, net = comm.Get_rank(), torch.nn.Linear(4, 1)
+        sgd = torch.optim.SGD(net.parameters(), lr=1.0, weight_decay=0.0)
+        optimizer = DistributedOptimizer(sgd, comm, Identity(), placement=placement)
+        with optimizer.join(weigh=weigh):
+            for _ in range(1 + rank):
+                before = net.bias.item()
+                optimizer.zero_grad()
+                (net(torch.ones(1, 4)) * (rank + 1)).sum().backward()
+                optimizer.step()
+        return before - net.bias.item()
+
+    assert virtual.results(2, program)[1] == pytest.approx(2.0 if weigh else 1.0)
+
+
+def test_weights_come_too_late_for_what_has_been_sent():
+    def program(comm):
+        optimizer = EF21(net_of().parameters(), comm, TopK(0.2), lr=0.1, overlap=True)
+        with pytest.raises(OptionError, match="weigh=True with overlap=True"), optimizer.join(weigh=True):
+            pass
+
+    virtual.results(2, program)
+
+
+@rows()
+def test_an_error_of_a_closure_stops_all_ranks(row):
+    def program(comm):
+        net = net_of()
+        optimizer = row(net, comm)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_in(net, comm.Get_rank(), 0)
+            loss.backward()
+            if comm.Get_rank() == 1:
+                raise ValueError("no such batch")
+            return loss
+
+        before = everything(net, optimizer)
+        with pytest.raises(ValueError if comm.Get_rank() == 1 else PeerError, match="no such batch"):
+            optimizer.step(closure)
+        assert same_bits(everything(net, optimizer), before)
+
+    virtual.results(2, program)

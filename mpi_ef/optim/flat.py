@@ -3,18 +3,18 @@
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from typing import Any, overload
+from weakref import finalize
 from zlib import crc32
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.optim import Optimizer
 
 from mpi_ef import kernels
-from mpi_ef.collectives import Move, Plan
+from mpi_ef.collectives import Move
 from mpi_ef.collectives.agreement import agree, ranks_text
 from mpi_ef.collectives.frames import NON_FINITE, OK, REJECTED
 from mpi_ef.collectives.plan import Comm
@@ -23,18 +23,18 @@ from mpi_ef.errors import DisagreementError, OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters, Mask
 
+from .accounts import Channel, Communicating
 from .groups import hyper_parameters, names_of
 from .handshake import Handshake, check_order
+from .joining import joined
+from .line import idle_lines, line_for
 
 __all__ = ["Channel", "FlatOptimizer"]
 
 _numbers = count(1)
 
 
-Channel = Plan | ErrorFeedback
-
-
-class FlatOptimizer(Optimizer):
+class FlatOptimizer(Communicating):
     """A torch optimizer whose parameters are one vector, the same on all ranks. Construction and `step` are collective.
 
     Attributes
@@ -57,16 +57,17 @@ class FlatOptimizer(Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler then leaves dividing and skipping to step()
 
-    comm: Comm
-    flat: FlatParameters
     clip: float = 0.0
+    overlaps: bool = False
+    done = weighs = False  # of join
+    weight = 1.0
 
     def _lay_out(self, comm: Comm, facts: Callable[[], Mapping[str, object]]) -> None:
         """Build the vectors of the parameters in ``self.param_groups``; raise on all ranks unless they agree. Collective."""
         self.comm, self.steps, self.skipped_steps, self.check_replicas_every = comm, 0, 0, 1000
-        self._compares = True
+        self._compares, self._last_at_work = True, 0
         self._listed = list(dict.fromkeys(id(p) for group in self.param_groups for p in group["params"]))
-        self._retired_nbytes, self._retired_seconds = 0, dict.fromkeys(("encode", "communicate", "decode"), 0.0)
+        self._open_accounts()
         parameters = [p for group in self.param_groups for p in group["params"]]
 
         def all_facts() -> Mapping[str, object]:
@@ -78,9 +79,11 @@ class FlatOptimizer(Optimizer):
                     "hyper-parameters": hyper_parameters(self), **more}  # fmt: skip
 
         told = agree(comm, type(self).__name__, all_facts, "build the same model and optimizer on every rank",
-                     tell=next(_numbers))  # fmt: skip
-        self._number: int = told[0]  # of rank 0, which has all optimizers of this communicator
-        self._handshake = Handshake(comm, type(self).__name__, self._number)
+                     tell=(next(_numbers), idle_lines(comm)))  # fmt: skip
+        self._number: int = told[0][0]  # of rank 0, which has all optimizers of this communicator
+        line = line_for(comm, set.intersection(*(idle for _, idle in told)))
+        self._handshake = Handshake(comm, type(self).__name__, self._number, line)
+        finalize(self, self._handshake.leave)
         check_order(comm, type(self).__name__, self._hashes(), self._name)
         self.flat.broadcast(comm)
 
@@ -98,51 +101,6 @@ class FlatOptimizer(Optimizer):
             slices.append((group, slice(start, stop)))
             start = stop
         return slices
-
-    @abstractmethod
-    def channels(self) -> Sequence[Channel]:
-        """Return what this optimizer speaks through now. Local."""
-
-    @property
-    def sent_nbytes(self) -> int:
-        """Bytes that have left this rank in all exchanges so far, see :class:`mpi_ef.collectives.Traffic`."""
-        return self._retired_nbytes + sum(channel.sent_nbytes for channel in self.channels())
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Wall time of this rank in "encode", "communicate" and "decode", over all steps so far."""
-        spent = dict(self._retired_seconds)
-        for channel in self.channels():
-            for name, seconds in channel.seconds.items():
-                spent[name] += seconds
-        return spent
-
-    def plans(self) -> list[Plan]:
-        """Return the plans of the channels. Local."""
-        return [channel if isinstance(channel, Plan) else channel.plan for channel in self.channels()]
-
-    def watch(self, watched: bool) -> None:
-        """Let the next steps measure what compression loses, in passes of their own, or not. Local."""
-        for plan in self.plans():
-            plan.watched, plan.lost = watched, None
-
-    @property
-    def lost(self) -> float | None:
-        """``||x - C(x)||^2 / ||x||^2`` of this rank's last watched step, mean over its exchanges; None in a dense one."""
-        seen = [plan.lost for plan in self.plans() if plan.lost is not None]
-        return sum(seen) / len(seen) if seen else None
-
-    def _retire(self, channel: Channel) -> None:
-        """Let go of a channel, but not of its account."""
-        self._retired_nbytes += channel.sent_nbytes
-        for name, seconds in channel.seconds.items():
-            self._retired_seconds[name] += seconds
-
-    @property
-    def dense_nbytes(self) -> int:
-        """Bytes that a bandwidth-optimal uncompressed allreduce of one gradient sends from every rank."""
-        size = int(self.comm.Get_size())
-        return 2 * (size - 1) * self.flat.values.nbytes // size
 
     @abstractmethod
     def per_rank(self) -> dict[str, Vector]:
@@ -243,16 +201,45 @@ class FlatOptimizer(Optimizer):
                     loss = closure()
             except Exception as error:  # the other ranks are on their way into the step
                 problem = error
-        if broken := self._ready(self._collect() if problem is None else problem):
+        self._step(self._ready(self._collect() if problem is None else problem))
+        return loss
+
+    def _step(self, broken: tuple[int, ...]) -> None:
+        """Take a step for which all ranks are ready, or skip it. Collective."""
+        if broken:
             self._skip(broken)
-            return loss
+            return
+        self._weigh()
         with self._resting():
             self._update()
         self._updated()
         self.flat.publish()
         self.steps += 1
+        self._handshake.steps = self.steps
         self._compares = bool(self.check_replicas_every) and self.steps % self.check_replicas_every == 0
-        return loss
+
+    def join(self, *, weigh: bool = False) -> AbstractContextManager[None]:
+        """Return a context in which ranks may take different numbers of steps. Collective at its end.
+
+        A rank that comes to its end takes part in the steps of the others with nothing, not even with weight decay or
+        momentum of its own, until all have come there. Steps are those of the rank with most. Hyper-parameters are those of
+        ranks at work.
+
+        Parameters
+        ----------
+        weigh : bool
+            Take the mean over the ranks that have a gradient, not over all. The same on all ranks.
+        """
+        return joined(self, weigh)
+
+    def take_part(self) -> bool:
+        """Take part in a step of the others with nothing; tell whether there was one. Collective."""
+        self.flat.zero_gradients()
+        broken = self._ready(self._collect())
+        if self._handshake.at_work.size == 0:
+            return False
+        self._step(broken)
+        return True
 
     def _collect(self) -> Exception | None:
         """Make the vectors of parameters and gradients ready; return what is wrong with them."""
@@ -291,6 +278,10 @@ class FlatOptimizer(Optimizer):
             for part, before in saved:
                 np.copyto(part, before)
 
+    def _weigh(self) -> None:
+        if self.weight != 1.0:
+            self.flat.gradients *= self.flat.dtype.type(self.weight)
+
     def _kept(self) -> Sequence[Vector]:
         """Return arrays, (d,) or of an entry for every parameter, in which what rests does not change. Local."""
         return []
@@ -308,7 +299,7 @@ class FlatOptimizer(Optimizer):
         gradients where `clip` wants it; a second one of a byte for each parameter in steps in which not the same ones have a
         gradient on all ranks.
         """
-        gradients, looks = self.flat.gradients, self.steps < Handshake.LOOKS
+        gradients, looks, self.weight = self.flat.gradients, self.steps < Handshake.LOOKS, 1.0
         status = REJECTED if problem else OK if kernels.all_finite(gradients) else NON_FINITE
         words: dict[str, float] = {"values": 0, "gradient": 0}
         if problem is None:
@@ -319,18 +310,32 @@ class FlatOptimizer(Optimizer):
             if self.clip:
                 words["squared_norm"] = float(np.linalg.norm(gradients)) ** 2
         words["groups"] = crc32(repr((hyper_parameters(self), self.check_replicas_every)).encode())
-        words["present"] = crc32(self.flat.present.data)
+        words["present"], words["done"] = crc32(self.flat.present.data), self.done
         answers = self._handshake.ask(status=status, steps=self.steps, **words)
         if not self._handshake.agreed():
             broken = tuple(np.flatnonzero(answers["status"]).tolist())
             self._complain(problem)
             return broken
+        if self._handshake.at_work.size < answers.size and not self._keep_up():
+            return ()
         self.moving: Mask = self._handshake.anywhere(self.flat.present)
         if looks:
             self._handshake.look_at_gradients()
         if self.clip:
             self._clip(answers["squared_norm"])
         return ()
+
+    def _keep_up(self) -> bool:
+        """Let ranks without data have the hyper-parameters of those at work, or last at work; tell if any is. Collective."""
+        at_work = self._handshake.at_work
+        if at_work.size:
+            self._last_at_work = int(at_work[0])
+            self.weight = int(self.comm.Get_size()) / at_work.size if self.weighs else 1.0
+        if not self._handshake.same_groups():
+            told = self.comm.allgather(hyper_parameters(self))
+            for group, values in zip(self.param_groups, told[self._last_at_work] if self.done else (), strict=False):
+                group.update(values)
+        return at_work.size > 0
 
     def _complain(self, problem: Exception | None) -> None:
         """Raise on all ranks what they disagree on, or the problem of one of them; return if there is none. Collective."""

@@ -8,16 +8,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpi_ef.collectives.agreement import ranks_text
 from mpi_ef.collectives.plan import Comm
-from mpi_ef.errors import DisagreementError
+from mpi_ef.errors import DisagreementError, PeerError
 from mpi_ef.vectors import Mask
+
+from .line import Line
 
 __all__ = ["Handshake", "check_order"]
 
 # May the step be taken; what must be the same; hashes of what should be, where they are compared (else 0); which parameters
-# have a gradient.
+# have a gradient; has the rank run out of data.
 _WORDS = np.dtype([("status", "u4"), ("groups", "u4"), ("steps", "u4"), ("number", "u4"), ("values", "u4"),
-                   ("gradient", "u4"), ("present", "u4"), ("zero", "u4"), ("squared_norm", "f8")])  # fmt: skip
+                   ("gradient", "u4"), ("present", "u4"), ("done", "u4"), ("squared_norm", "f8")])  # fmt: skip
+LEFT = 3  # besides the statuses of frames
 _SAME = ["status", "groups", "steps", "number", "values"]
 Answers = NDArray[Any]
 
@@ -32,14 +36,16 @@ class Handshake:
         Of the optimizer.
     number : int
         Which of all optimizers of this communicator it is; the same on all ranks.
+    line : Line
     """
 
     LOOKS = 3  # steps in which gradients are compared
 
-    def __init__(self, comm: Comm, name: str, number: int) -> None:
-        self._comm, self._name, self._same = comm, name, 0
+    def __init__(self, comm: Comm, name: str, number: int, line: Line) -> None:
+        self._comm, self._name, self._same, self._line = comm, name, 0, line
         self._mine, self._answers = np.zeros(1, _WORDS), np.zeros(comm.Get_size(), _WORDS)
         self._mine["number"] = number
+        self.steps = 0  # that were completed
 
     def ask(self, **words: float) -> Answers:
         """Tell `words` to all ranks, and return those of all: (n,) with a field for each. Collective.
@@ -49,13 +55,36 @@ class Handshake:
         for name, word in words.items():
             self._mine[name] = word
         self._answers.view(np.uint8).fill(0xFF)  # no valid answer
-        self._comm.Allgather(self._mine.view(np.uint8), self._answers.view(np.uint8))
+        self._line.allgather(self._mine.view(np.uint8), self._answers.view(np.uint8),
+                             lambda: f"step {int(self._mine['steps'][0])} of {self._name}")  # fmt: skip
+        if left := np.flatnonzero(self._answers["status"] == LEFT).tolist():
+            self._line.close()
+            steps = int(self._answers["steps"][left[0]])
+            raise PeerError(f"{self._name}.step: {ranks_text(left)} left the training after {steps} steps, by ending or by "
+                            "dropping the optimizer; give all ranks as many batches, or train inside `with "
+                            "optimizer.join():`")  # fmt: skip
         return self._answers
+
+    def leave(self) -> None:
+        """Say that this rank takes no further steps. Local."""
+        self._mine["status"], self._mine["steps"] = LEFT, self.steps
+        self._line.leave(self._mine.view(np.uint8))
 
     def agreed(self) -> bool:
         """Return whether all ranks can take the step, and mean the same one. Local."""
-        words = self._answers[_SAME]
-        return not self._answers["status"].any() and bool((words == words[0]).all())
+        steps = self._answers[["steps", "number"]]
+        words = self._answers[_SAME][self.at_work] if self._answers["done"].any() else self._answers[_SAME]
+        return not self._answers["status"].any() and bool((steps == steps[0]).all() and (words == words[:1]).all())
+
+    @property
+    def at_work(self) -> NDArray[np.intp]:
+        """The ranks that have data, by their number."""
+        return np.flatnonzero(self._answers["done"] == 0)
+
+    def same_groups(self) -> bool:
+        """Return whether all ranks, also those that have run out of data, have the same hyper-parameters. Local."""
+        groups = self._answers["groups"]
+        return bool((groups == groups[0]).all())
 
     def anywhere(self, present: Mask) -> Mask:
         """Return which parameters have a gradient on any rank. Collective where that is not the same on all of them."""

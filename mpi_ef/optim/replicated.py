@@ -14,7 +14,8 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
 
-from .flat import Channel, FlatOptimizer
+from .accounts import Channel
+from .flat import FlatOptimizer
 from .groups import group_sizes, hyper_parameters
 
 __all__ = ["ReplicatedOptimizer", "checked"]

@@ -125,7 +125,7 @@ class DistributedOptimizer(FlatOptimizer):
         overlap: bool = False,
         **options: Any,
     ) -> None:
-        self.optimizer, self.placement, self._overlap = optimizer, placement, overlap
+        self.optimizer, self.placement, self.overlaps = optimizer, placement, overlap
         super().__init__(optimizer.param_groups, optimizer.defaults)
         for mine in ("param_groups", "state"):  # what was made in the line above; see __getattr__
             del self.__dict__[mine]
@@ -155,7 +155,7 @@ class DistributedOptimizer(FlatOptimizer):
             raise OptionError(
                 f"DistributedOptimizer: placement={self.placement!r} is unknown; take 'update' or 'gradient'"
             )
-        if self._overlap and self.placement == "update":
+        if self.overlaps and self.placement == "update":
             raise OptionError("DistributedOptimizer: overlap=True with placement='update', whose updates exist only after "
                               "the backward pass; take placement='gradient', or overlap=False")  # fmt: skip
         closure = signature(optimizer.step).parameters.get("closure")
@@ -228,6 +228,8 @@ class DistributedOptimizer(FlatOptimizer):
 
     def _step_inside(self) -> None:
         """Let the torch optimizer move the parameters that move in this step, in the precision of the vectors. Local."""
+        if self.done and self.placement == "update":
+            return  # nothing is this rank's part
         with self.flat.lent(self.moving):
             if self.flat.mixed:
                 self._widen()
@@ -250,7 +252,7 @@ class DistributedOptimizer(FlatOptimizer):
             self.buckets.pause(False)
 
     def _ready(self, problem: Exception | None) -> tuple[int, ...]:
-        if not self._overlap:
+        if not self.overlaps:
             return super()._ready(problem)
         # Buckets are under way already, and all ranks have to take part in all of them before anybody can complain.
         arrived = self.buckets.arrive(self.flat.gradients)
@@ -263,11 +265,15 @@ class DistributedOptimizer(FlatOptimizer):
             self.buckets.drop()
         return broken
 
+    def _weigh(self) -> None:
+        if self.placement == "gradient":
+            super()._weigh()
+
     def _collect(self) -> Exception | None:
-        if self._overlap and hasattr(self, "found_inf"):  # set by GradScaler while it calls step
+        if self.overlaps and hasattr(self, "found_inf"):  # set by GradScaler while it calls step
             return OptionError("DistributedOptimizer: GradScaler with overlap=True: scaled gradients have left already; "
                                "take overlap=False")  # fmt: skip
-        if self._overlap and (number := self.buckets.changed()) is not None:
+        if self.overlaps and (number := self.buckets.changed()) is not None:
             return OptionError(f"DistributedOptimizer: the gradient of {self._name(number)} was changed after it had been "
                                "sent, in the backward pass; take overlap=False to clip or clear gradients")  # fmt: skip
         return super()._collect()
@@ -277,7 +283,7 @@ class DistributedOptimizer(FlatOptimizer):
             self._exchange_updates(self._before)
         else:
             gradients = self.flat.gradients
-            if self._overlap:
+            if self.overlaps:
                 self.buckets.finish(gradients)
             else:
                 self.buckets.step(gradients)
@@ -289,6 +295,8 @@ class DistributedOptimizer(FlatOptimizer):
         np.copyto(before, values)
         self._step_inside()
         np.subtract(before, values, out=values)  # for a moment the parameters are this rank's update
+        if self.weight != 1.0:
+            values *= self.flat.dtype.type(self.weight)
         try:
             self.buckets.step(values)
         except BaseException:

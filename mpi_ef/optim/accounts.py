@@ -1,0 +1,70 @@
+"""What an optimizer has sent, and how long that took."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+
+from mpi_ef.collectives import Plan
+from mpi_ef.collectives.plan import Comm
+from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.vectors import FlatParameters
+
+__all__ = ["Channel", "Communicating"]
+
+Channel = Plan | ErrorFeedback
+
+
+class Communicating(Optimizer):
+    """A torch optimizer that speaks through plans and rules, and counts what it says."""
+
+    comm: Comm
+    flat: FlatParameters
+
+    def _open_accounts(self) -> None:
+        self._retired_nbytes, self._retired_seconds = 0, dict.fromkeys(("encode", "communicate", "decode"), 0.0)
+
+    @abstractmethod
+    def channels(self) -> Sequence[Channel]:
+        """Return what this optimizer speaks through now. Local."""
+
+    @property
+    def sent_nbytes(self) -> int:
+        """Bytes that have left this rank in all exchanges so far, see :class:`mpi_ef.collectives.Traffic`."""
+        return self._retired_nbytes + sum(channel.sent_nbytes for channel in self.channels())
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time of this rank in "encode", "communicate" and "decode", over all steps so far."""
+        spent = dict(self._retired_seconds)
+        for channel in self.channels():
+            for name, seconds in channel.seconds.items():
+                spent[name] += seconds
+        return spent
+
+    def plans(self) -> list[Plan]:
+        """Return the plans of the channels. Local."""
+        return [channel if isinstance(channel, Plan) else channel.plan for channel in self.channels()]
+
+    def watch(self, watched: bool) -> None:
+        """Let the next steps measure what compression loses, in passes of their own, or not. Local."""
+        for plan in self.plans():
+            plan.watched, plan.lost = watched, None
+
+    @property
+    def lost(self) -> float | None:
+        """``||x - C(x)||^2 / ||x||^2`` of this rank's last watched step, mean over its exchanges; None in a dense one."""
+        seen = [plan.lost for plan in self.plans() if plan.lost is not None]
+        return sum(seen) / len(seen) if seen else None
+
+    def _retire(self, channel: Channel) -> None:
+        """Let go of a channel, but not of its account."""
+        self._retired_nbytes += channel.sent_nbytes
+        for name, seconds in channel.seconds.items():
+            self._retired_seconds[name] += seconds
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that a bandwidth-optimal uncompressed allreduce of one gradient sends from every rank."""
+        size = int(self.comm.Get_size())
+        return 2 * (size - 1) * self.flat.values.nbytes // size

@@ -1,0 +1,133 @@
+"""A communicator of an optimizer's own, on which a rank can say that it leaves, and be missed."""
+
+import sys
+from collections.abc import Callable
+from threading import current_thread, main_thread
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpi_ef.collectives.agreement import ranks_text
+from mpi_ef.collectives.in_flight import landed, took_off
+from mpi_ef.collectives.plan import Comm
+
+__all__ = ["Line", "idle_lines", "line_for"]
+
+PATIENCE_SECONDS = 60.0  # before a rank that waits says so
+_HEARING_SECONDS = 1.0  # for the others that wait to say so as well
+_LOOK_EVERY = 1000  # calls of Test
+_TAG = 0x4D45
+_keyvals: dict[type, int] = {}
+Bytes = NDArray[np.uint8]
+
+
+class Line:
+    """Messages of one size from every rank to every rank, apart from whatever else `comm` is used for.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+        Is duplicated; other communicators are used as they are, and nobody leaves them. Construction is collective.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        mpi = sys.modules.get("mpi4py.MPI")
+        self._mpi: Any = mpi if mpi is not None and isinstance(comm, mpi.Comm) else None
+        self._comm = comm.Dup() if self._mpi else comm
+        self._left: Any = None  # the request of a farewell
+        self._over = False
+        self._memory: tuple[Bytes, Bytes] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether all ranks have left, so that another optimizer may have it. Local."""
+        return self._left is not None and not self._over and bool(self._left.Test())
+
+    def open(self) -> None:
+        """Begin anew. Local, on all ranks."""
+        self._left = None
+
+    def close(self) -> None:
+        """Take note that another rank has left: nothing will be said here any more. Local."""
+        self._over = True
+
+    def allgather(self, mine: Bytes, answers: Bytes, what: Callable[[], str]) -> None:
+        """Send `mine` to all ranks and receive `answers`. Collective.
+
+        A rank that waits for over a minute says on stderr in `what`, and for which ranks.
+        """
+        if self._mpi is None:
+            self._comm.Allgather(mine, answers)
+            return
+        request, began, calls, told = self._comm.Iallgather(mine, answers), perf_counter(), 0, False
+        while not request.Test():
+            calls += 1
+            if not told and calls % _LOOK_EVERY == 0 and perf_counter() - began > PATIENCE_SECONDS:
+                told = self._miss(request, what())
+
+    def _miss(self, request: Any, what: str) -> bool:
+        """Say who waits for whom: ranks that wait tell each other."""
+        comm, mpi, one = self._comm, self._mpi, np.zeros(1, np.uint8)
+        own, ranks = comm.Get_rank(), range(comm.Get_size())
+        for rank in ranks:
+            if rank != own:
+                took_off(_Held(one), comm.Isend(one, rank, _TAG))
+        missing, until = set(ranks) - {own}, perf_counter() + _HEARING_SECONDS
+        while perf_counter() < until and not request.Test():
+            status = mpi.Status()
+            if comm.Iprobe(mpi.ANY_SOURCE, _TAG, status):
+                comm.Recv(np.zeros(1, np.uint8), status.Get_source(), _TAG)
+                missing.discard(status.Get_source())
+        if missing:
+            sys.stderr.write(f"mpi-ef: rank {own} has waited for {PATIENCE_SECONDS:.0f} s in {what} for "
+                             f"{ranks_text(sorted(missing))}\n")  # fmt: skip
+            sys.stderr.flush()
+        return True
+
+    def leave(self, mine: Bytes) -> None:
+        """Send `mine` without waiting for the others: whoever comes to the next :meth:`allgather` receives it. Local."""
+        mpi = self._mpi
+        if mpi is None or self._over or self._left is not None or mpi.Is_finalized() or not self._comm:
+            return
+        if current_thread() is not main_thread() and mpi.Query_thread() < mpi.THREAD_MULTIPLE:
+            return
+        self._memory = mine.copy(), np.empty(mine.size * self._comm.Get_size(), np.uint8)
+        self._left = self._comm.Iallgather(*self._memory)
+        took_off(self, self._left)
+
+
+class _Held:
+    """Memory of a message on its way."""
+
+    def __init__(self, memory: Bytes) -> None:
+        self.memory = memory
+
+
+def _lines(comm: Comm) -> list[Line]:
+    """Return the lines made for `comm` so far, in the same order on all ranks."""
+    kind = type(comm)
+    if kind not in _keyvals:
+        _keyvals[kind] = kind.Create_keyval()
+    lines: list[Line] | None = comm.Get_attr(_keyvals[kind])
+    if lines is None:
+        comm.Set_attr(_keyvals[kind], lines := [])
+    return lines
+
+
+def idle_lines(comm: Comm) -> set[int]:
+    """Return which lines of `comm` nobody uses, as far as this rank knows. Local."""
+    return {number for number, line in enumerate(_lines(comm)) if line.idle}
+
+
+def line_for(comm: Comm, idle: set[int]) -> Line:
+    """Return a line that nobody uses: one of `idle`, on all ranks the same ones, or a new one. Collective."""
+    lines = _lines(comm)
+    if idle:
+        line = lines[min(idle)]
+        landed(line)
+        line.open()
+        return line
+    lines.append(Line(comm))
+    return lines[-1]
