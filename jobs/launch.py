@@ -1,21 +1,17 @@
 """Starting and ending MPI programs: one world or a clear word, and no rank that waits for a dead one."""
 
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
-from threading import current_thread, main_thread
 from time import monotonic, sleep
-from typing import Any, NoReturn
+from typing import Any
 
+from mpi_ef.collectives.ending import PATIENCE_SECONDS, abort, abort_on_exception, die, keep_status
 from mpi_ef.collectives.world import check_world
 from mpi_ef.errors import LaunchError, MpiEfError
 
 __all__ = ["abort", "abort_on_exception", "check_world", "run", "threads_per_rank"]
-
-PATIENCE_SECONDS = 5.0
-FORWARDING_SECONDS = 0.3
 
 
 def run(program: Callable[[Any], None]) -> None:
@@ -32,51 +28,21 @@ def run(program: Callable[[Any], None]) -> None:
         check_world(comm.Get_size())
     except LaunchError as error:
         # The tasks beside this one shall come so far, and say so as well, before the first one leaves.
-        _die(comm, f"mpi-ef: {error}", 2, seconds=PATIENCE_SECONDS)
+        die(comm, f"mpi-ef: {error}", 2, seconds=PATIENCE_SECONDS)
     try:
         program(comm)
     except MpiEfError as error:
         if not error.everywhere:
-            _die(comm, f"mpi-ef: rank {comm.Get_rank()}: {error}", 2)
+            die(comm, f"mpi-ef: rank {comm.Get_rank()}: {error}", 2)
         if comm.Get_rank() == 0:
             print(f"mpi-ef: {error}", file=sys.stderr, flush=True)
         # A launcher may kill rank 0 before it has printed, once another rank has left with status 2: leave together.
         if not _within(leaving.Ibarrier(), PATIENCE_SECONDS):
-            _die(comm, f"mpi-ef: rank {comm.Get_rank()}: {error}", 2)  # not everybody is here after all
-        _keep(2)
+            die(comm, f"mpi-ef: rank {comm.Get_rank()}: {error}", 2)  # not everybody is here after all
+        keep_status(2)
         sys.exit(2)
     except Exception:
-        _die(comm, f"mpi-ef: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}", 1)
-
-
-def abort_on_exception(comm: Any) -> None:
-    """Make any uncaught exception of this process end all ranks of `comm`, after its traceback is printed. Local.
-
-    For your own scripts; ``python -m mpi4py script.py`` does the same from outside.
-    """
-
-    def hook(kind: Any, value: Any, trace: Any) -> None:
-        _die(comm, f"rank {comm.Get_rank()} failed:\n{''.join(traceback.format_exception(kind, value, trace))}", 1)
-
-    sys.excepthook = hook
-
-
-def abort(comm: Any, status: int) -> NoReturn:
-    """End all ranks of `comm`, and never come back. Local; what this rank has printed comes through.
-
-    A launcher that is told to abort may end before it has passed on what was printed. And MPICH's ``MPI_Abort`` may return
-    while the launcher's signal is still on its way: the program would go on.
-    """
-    _abort(comm, status, FORWARDING_SECONDS)
-
-
-def _abort(comm: Any, status: int, seconds: float) -> NoReturn:
-    sys.stdout.flush()
-    _keep(status)
-    sleep(seconds)
-    comm.Abort(status)
-    sleep(PATIENCE_SECONDS)
-    os._exit(status)
+        die(comm, f"mpi-ef: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}", 1)
 
 
 def threads_per_rank(comm: Any) -> int:
@@ -93,15 +59,6 @@ def threads_per_rank(comm: Any) -> int:
     return int(asked) if asked.isdigit() and int(asked) else max(1, len(mine) // sharing)
 
 
-def _keep(status: int) -> None:
-    """Leave with this status also when told to: srun ends the tasks that are left once one has failed.
-
-    A step whose tasks all say what was wrong would end with the status of a signal otherwise.
-    """
-    if current_thread() is main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
-
-
 def _within(request: Any, seconds: float) -> bool:
     """Wait for an MPI request for a limited time and tell whether it is done."""
     limit = monotonic() + seconds
@@ -110,9 +67,3 @@ def _within(request: Any, seconds: float) -> bool:
             return False
         sleep(0.01)
     return True
-
-
-def _die(comm: Any, text: str, status: int, *, seconds: float = FORWARDING_SECONDS) -> NoReturn:
-    sys.stderr.write(text + "\n")  # in one piece: under PYTHONUNBUFFERED print() writes the end apart, and lines mix
-    sys.stderr.flush()
-    _abort(comm, status, seconds)

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from programs import trained
 
+from mpi_ef.collectives import ending
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, LaunchError, PeerError
-from mpi_ef.jobs import cli, launch, trainer
+from mpi_ef.jobs import cli, trainer
 from mpi_ef.jobs.bench_report import Link, Row, break_even, combine, table
 from mpi_ef.jobs.config import option, parse, to_toml
 from mpi_ef.jobs.data import Digits, Text, batches, shard
@@ -448,6 +449,7 @@ def test_data_that_differ_between_ranks_stop_all_ranks(tmp_path):
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4, but the MPI world has 1 rank"),
         ({"PMI_SIZE": "2"}, "the mpiexec that belongs to the MPI library"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, "srun --mpi=pmix, --mpi=pmi2 or --mpi=cray_shasta"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "torchrun starts no MPI"),
     ],
 )
 def test_n_copies_of_rank_zero_are_noticed(environment, words):
@@ -455,7 +457,8 @@ def test_n_copies_of_rank_zero_are_noticed(environment, words):
         check_world(1, environment)
     assert words in str(caught.value)
     check_world(2, environment)
-    check_world(1, {"OMPI_COMM_WORLD_SIZE": "1", "SLURM_NTASKS": "8"})
+    check_world(1, {"OMPI_COMM_WORLD_SIZE": "1", "SLURM_NTASKS": "8", "WORLD_SIZE": "8"})
+    check_world(1, environment | {"MPI_EF_ALONE": "1"})
 
 
 def test_nothing_runs_after_an_abort_that_returns(monkeypatch):
@@ -465,11 +468,11 @@ def test_nothing_runs_after_an_abort_that_returns(monkeypatch):
     def leave(status):
         raise SystemExit(status)  # os._exit never returns
 
-    monkeypatch.setattr(launch.os, "_exit", leave)
-    monkeypatch.setattr(launch, "sleep", waited.append)
-    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(ending.os, "_exit", leave)
+    monkeypatch.setattr(ending, "sleep", waited.append)
+    monkeypatch.setattr(ending.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
-        launch.abort(comm, 3)
+        ending.abort(comm, 3)
     assert ended.value.code == 3
     assert told == [3]
-    assert waited == [launch.FORWARDING_SECONDS, launch.PATIENCE_SECONDS]
+    assert waited == [ending.FORWARDING_SECONDS, ending.PATIENCE_SECONDS]

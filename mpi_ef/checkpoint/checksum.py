@@ -4,7 +4,7 @@ import zlib
 
 import numpy as np
 
-__all__ = ["BLOCK", "checksum"]
+__all__ = ["BLOCK", "checksum", "whole_checksum"]
 
 BLOCK = 1 << 20
 """Bytes that a checksum takes at a time; what is there stays in the cache meanwhile."""
@@ -31,4 +31,12 @@ def checksum(block: memoryview, value: int = 0) -> int:
     rows = np.frombuffer(block, "<u8").reshape(-1, _COLUMNS)
     for sums in (rows.sum(axis=0, dtype="<u8"), rows.sum(axis=1, dtype="<u8")):
         value = zlib.crc32(sums.astype("<u8", copy=False).data, value)
+    return value
+
+
+def whole_checksum(raw: memoryview) -> int:
+    """Return the checksum of all bytes of an array. Local."""
+    value = 0
+    for start in range(0, raw.nbytes, BLOCK):
+        value = checksum(raw[start : start + BLOCK], value)
     return value

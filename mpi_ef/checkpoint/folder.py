@@ -13,6 +13,7 @@ from .master import (
     BAD,
     COMMIT,
     LATEST,
+    RUN,
     committed_steps,
     read_master,
     step_name,
@@ -98,20 +99,31 @@ class Folder:
             sync_folder(self._path)
             self._prune(step, aside)  # first: on a full disk it makes the room that the next line needs
             write_durably(self._path / LATEST, f"{final.name}\n".encode())
+            if self._run() != run:
+                write_durably(self._path / RUN, f"{run}\n".encode())
         except OSError as error:  # the checkpoint is there; a later save tries again
             _log.warning("%s: saved, but older ones could not be tidied up: %s", final, error)
 
     def opens(self, path: Path) -> bool:
-        """Tell whether master file and sizes are right; mark the checkpoint when they are not."""
+        """Tell whether master file, sizes, step and run are right; mark a damaged checkpoint."""
         seen = identity(path)
         try:
-            read_master(path)
+            run, own = read_master(path).run, self._run()
         except CheckpointError as error:
             if not error.damaged:
                 raise
             self.mark(path, [str(error)], seen)
             return False
-        return True
+        if own not in ("", run):
+            _log.warning("%s: of run %s, while this folder is that of run %s: not used", path, run[:8], own[:8])
+        return own in ("", run)
+
+    def _run(self) -> str:
+        """Return the run that wrote here last, "" where that is not known."""
+        try:
+            return (self._path / RUN).read_text(encoding="utf-8", errors="replace").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
 
     def name_at(self, step: int) -> str:
         """Return the name of the directory where the checkpoint of `step` is."""

@@ -23,6 +23,7 @@ __all__ = [
     "COMMIT",
     "LATEST",
     "MASTER",
+    "RUN",
     "VERSION",
     "Master",
     "committed_steps",
@@ -35,7 +36,7 @@ __all__ = [
     "write_master",
 ]
 
-MASTER, COMMIT, BAD, LATEST = "master.json", "COMMIT", "BAD", "LATEST"
+MASTER, COMMIT, BAD, LATEST, RUN = "master.json", "COMMIT", "BAD", "LATEST", "RUN"
 FORMAT, VERSION, MIN_READER = "mpi_ef.checkpoint", 1, 1
 _STEP = re.compile(r"step-(\d{8,18})|\.old-step-(\d{8,18})-[0-9a-f]+")
 
@@ -150,6 +151,9 @@ def read_master(folder: Path) -> Master:
             raise ValueError("master.json is of another format")
         _check_reader(folder, told)
         master = _parse(told)
+        named = _STEP.fullmatch(folder.name)
+        if named and int(named[1] or named[2]) != master.step:
+            raise DamageError(f"it is the checkpoint of step {master.step} under the name of another step")
         for entry in master.files:
             if not (folder / entry.name).is_file():
                 raise DamageError(f"{entry.name} is missing")

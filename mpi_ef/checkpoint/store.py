@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from mpi_ef.collectives.agreement import agree
 from mpi_ef.errors import CheckpointError, OptionError
 
+from .checksum import whole_checksum
 from .documents import checked_json
-from .dtypes import dtype_name
+from .dtypes import dtype_name, raw_bytes
 from .folder import Folder, identity
 from .master import FORMAT, VERSION, committed_steps, damaged_steps, rank_name
 from .opened import Checkpoint
@@ -108,7 +109,7 @@ class Store:
         step : int
             A checkpoint of the same step is replaced.
         replicated : mapping of str to array
-            The same on all ranks, bit for bit; every rank writes a part. Any layout in memory.
+            The same on all ranks, bit for bit, which is compared; every rank writes a part. Any layout in memory.
         per_rank : mapping of str to array
             This rank's own; names and shapes may differ.
         document : JSON
@@ -323,6 +324,8 @@ class _Save:
         if type(self.step) is not int or not 0 <= self.step < 10**18:
             raise OptionError(f"{self.subject}: step={self.step!r} is no number of a step; count from 0")
         layout = [(name, dtype_name(array.dtype), array.shape) for name, array in sorted(self.replicated.items())]
+        values = {f"the values of {name}": f"hash {whole_checksum(raw_bytes(array)):08x}"
+                  for name, array in sorted(self.replicated.items())}  # fmt: skip
         self.document = checked_json(self.subject, self.document) if rank == 0 else None
         self.rank_document = checked_json(self.subject, self.rank_document)
         cut = list(cut_pieces(self.replicated, self.per_rank, rank, size))
@@ -333,7 +336,7 @@ class _Save:
         self.replicated = self.per_rank = {}  # what is needed of them is packed
         digest = sha256(repr(layout).encode("utf-8", "backslashreplace")).hexdigest()
         return {"step": self.step,
-                "replicated arrays": f"{len(layout)} arrays of {nbytes} bytes (layout {digest[:8]})"}  # fmt: skip
+                "replicated arrays": f"{len(layout)} arrays of {nbytes} bytes (layout {digest[:8]})", **values}  # fmt: skip
 
 
 class Pending:

@@ -16,6 +16,7 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
 
 from .agreement import agree, ranks_text
+from .ending import end_together
 from .frames import NON_FINITE, OK, REJECTED, WIRE_VERSION, Frames, header_of, misunderstanding, status_of
 from .in_flight import landed, took_off
 from .memory import Memory
@@ -107,6 +108,7 @@ class Plan(Memory, ABC):
         if not hasattr(comm, "Iallgather") or not comm or comm.Is_inter():
             raise OptionError(f"{subject}: comm={comm!r} is not an intracommunicator; pass for example MPI.COMM_WORLD")
         check_alone(comm)
+        end_together(comm)
         self.comm, self.size, self.rank = comm, int(comm.Get_size()), int(comm.Get_rank())
         self.clients = self.size
         self.compressor = compressor

@@ -131,6 +131,54 @@ def test_counts_beyond_the_largest_count(comm, monkeypatch):
     assert same_bits(got, expected)
 
 
+def test_a_freed_communicator_is_noticed(comm):
+    """Open MPI takes part in nothing then and leaves receive buffers as they are."""
+    world = comm.Dup()
+    plan = GatherMean(world, TopK(0.1), 100)
+    x = gaussian(comm.rank, 100)
+    plan.exchange(x)
+    world.Free()
+    for call in (plan.exchange, plan.start):
+        with pytest.raises(OptionError, match="its communicator was freed"):
+            call(x)
+
+
+@pytest.mark.parametrize("form", ["at once", "in two parts"])
+def test_equal_plans_in_another_order_are_noticed(comm, form):
+    plans = [TwoPhaseMean(comm, Sign(block=16), 100) for _ in range(2)]
+    x = gaussian(comm.rank, 100)
+    if comm.size > 1:
+        for plan in plans[:: -1 if comm.rank == comm.size - 1 else 1]:
+            with pytest.raises(DisagreementError, match="not in the same exchange: plan number .* same order on all ranks"):
+                if form == "at once":
+                    plan.exchange(x)
+                else:
+                    plan.start(x)
+                    plan.wait()
+    for plan in plans:
+        plan.exchange(x)
+
+
+def test_memory_of_a_dropped_plan_stays_until_mpi_is_done(comm):
+    """Its user failed between start and wait, and went on."""
+    import gc
+    import weakref
+
+    x, arrays = np.full(400, 7.0), []
+    for _ in range(5):
+        plan = GatherMean(comm, TopK(0.5), 400, np.float64)
+        plan.start(x)
+        gone = weakref.ref(plan)
+        del plan
+        gc.collect()
+        assert gone() is not None
+        arrays += [np.zeros(size, np.uint8) for size in range(1600, 4800, 16)]
+        comm.Barrier()
+    for _ in range(5):
+        comm.Barrier()
+    assert not any(array.any() for array in arrays)
+
+
 def test_bad_input_on_one_rank_is_told_on_all(comm):
     last = comm.size - 1
     plan = GatherMean(comm, TopK(0.1), 100)

@@ -1,0 +1,74 @@
+"""How one rank ends all of them, with its message."""
+
+import os
+import signal
+import sys
+import traceback
+from threading import current_thread, main_thread
+from time import sleep
+from typing import Any, NoReturn
+
+__all__ = ["CATCHES", "abort", "abort_on_exception", "die", "end_together", "keep_status"]
+
+PATIENCE_SECONDS = 5.0
+FORWARDING_SECONDS = 0.3
+CATCHES = "MPI_EF_ABORT"  # 0 leaves uncaught exceptions to Python: the rank ends, and others may wait for it for ever
+
+
+def end_together(comm: Any) -> None:
+    """Make an uncaught exception end all ranks, from the first plan on several of them on. Local.
+
+    Does nothing where somebody else sees to them (``sys.excepthook`` is not Python's, an interactive session), for other
+    communicators than MPI's, and with ``MPI_EF_ABORT=0``.
+    """
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not isinstance(comm, mpi.Comm) or comm.Get_size() == 1:
+        return
+    if sys.excepthook is sys.__excepthook__ and not hasattr(sys, "ps1") and os.environ.get(CATCHES) != "0":
+        abort_on_exception(mpi.COMM_WORLD)
+
+
+def abort_on_exception(comm: Any) -> None:
+    """Make any uncaught exception of this process end all ranks of `comm`, after its traceback is printed. Local.
+
+    For your own scripts; ``python -m mpi4py script.py`` does the same from outside.
+    """
+
+    def hook(kind: Any, value: Any, trace: Any) -> None:
+        die(comm, f"rank {comm.Get_rank()} failed:\n{''.join(traceback.format_exception(kind, value, trace))}", 1)
+
+    sys.excepthook = hook
+
+
+def abort(comm: Any, status: int) -> NoReturn:
+    """End all ranks of `comm`, and never come back. Local; what this rank has printed comes through.
+
+    A launcher that is told to abort may end before it has passed on what was printed. And MPICH's ``MPI_Abort`` may return
+    while the launcher's signal is still on its way: the program would go on.
+    """
+    _abort(comm, status, FORWARDING_SECONDS)
+
+
+def _abort(comm: Any, status: int, seconds: float) -> NoReturn:
+    sys.stdout.flush()
+    keep_status(status)
+    sleep(seconds)
+    comm.Abort(status)
+    sleep(PATIENCE_SECONDS)
+    os._exit(status)
+
+
+def keep_status(status: int) -> None:
+    """Leave with this status also when told to: srun ends the tasks that are left once one has failed.
+
+    A step whose tasks all say what was wrong would end with the status of a signal otherwise.
+    """
+    if current_thread() is main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
+
+
+def die(comm: Any, text: str, status: int, *, seconds: float = FORWARDING_SECONDS) -> NoReturn:
+    """Print `text` and end all ranks of `comm`. Local."""
+    sys.stderr.write(text + "\n")  # in one piece: under PYTHONUNBUFFERED print() writes the end apart, and lines mix
+    sys.stderr.flush()
+    _abort(comm, status, seconds)

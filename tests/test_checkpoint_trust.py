@@ -1,0 +1,57 @@
+"""What a folder of checkpoints is believed: names, runs, and that replicas are the same."""
+
+import logging
+import shutil
+
+import numpy as np
+from checkpoint_cases import save
+from virtual import results, run
+
+from mpi_ef.checkpoint import Store
+from mpi_ef.errors import CheckpointError
+
+
+def newest(folder):
+    return results(2, lambda comm: Store(folder).newest(comm))[0]
+
+
+def test_a_copy_under_the_name_of_another_step_is_not_used(tmp_path, caplog):
+    path = save(tmp_path, 50)
+    shutil.copytree(path, tmp_path / "step-00000900")
+    with caplog.at_level(logging.WARNING):
+        assert newest(tmp_path).step == 50
+    assert "it is the checkpoint of step 50 under the name of another step" in caplog.text
+
+
+def test_a_step_of_another_run_is_not_used(tmp_path, caplog):
+    save(tmp_path / "mine", 50)
+    other = save(tmp_path / "other", 900)
+    shutil.copytree(other, tmp_path / "mine" / other.name)
+    with caplog.at_level(logging.WARNING):
+        assert newest(tmp_path / "mine").step == 50
+    assert "while this folder is that of run" in caplog.text
+    assert newest(tmp_path / "mine").step == 50
+    assert not list((tmp_path / "mine").glob("*/BAD"))  # nothing is wrong with it
+
+
+def test_a_folder_from_before_runs_had_a_file_is_read(tmp_path):
+    save(tmp_path, 50)
+    (tmp_path / "RUN").unlink()
+    assert newest(tmp_path).step == 50
+
+
+def test_a_replica_that_differs_is_not_saved_as_a_mix(tmp_path):
+    """Every rank writes a part of what is the same on all: a part of what differs would be in the checkpoint."""
+
+    def program(comm):
+        weights = np.arange(1000.0)
+        if comm.Get_rank() == 1:
+            weights[3] = np.nextafter(weights[3], 9.0)
+        Store(tmp_path).save(comm, 1, replicated={"bias": np.ones(3), "weight": weights}, per_rank={}, document=None,
+                             rank_document=None)  # fmt: skip
+
+    for outcome in run(3, program):
+        assert isinstance(outcome, CheckpointError)
+        assert "ranks disagree on the values of weight: hash" in str(outcome)
+        assert "on ranks 0,2; hash" in str(outcome)
+    assert newest(tmp_path) is None
