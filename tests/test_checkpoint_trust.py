@@ -29,14 +29,14 @@ def test_a_step_of_another_run_is_not_used(tmp_path, caplog):
     shutil.copytree(other, tmp_path / "mine" / other.name)
     with caplog.at_level(logging.WARNING):
         assert newest(tmp_path / "mine").step == 50
-    assert "while this folder is that of run" in caplog.text
+    assert "which has not written it here" in caplog.text
     assert newest(tmp_path / "mine").step == 50
     assert not list((tmp_path / "mine").glob("*/BAD"))  # nothing is wrong with it
 
 
 def test_a_folder_from_before_runs_had_a_file_is_read(tmp_path):
     save(tmp_path, 50)
-    (tmp_path / "RUN").unlink()
+    (tmp_path / "RUNS").unlink()
     assert newest(tmp_path).step == 50
 
 

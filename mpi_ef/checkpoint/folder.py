@@ -3,6 +3,7 @@
 import logging
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from .master import (
     BAD,
     COMMIT,
     LATEST,
-    RUN,
+    RUNS,
     committed_steps,
     read_master,
     step_name,
@@ -99,8 +100,7 @@ class Folder:
             sync_folder(self._path)
             self._prune(step, aside)  # first: on a full disk it makes the room that the next line needs
             write_durably(self._path / LATEST, f"{final.name}\n".encode())
-            if self._run() != run:
-                write_durably(self._path / RUN, f"{run}\n".encode())
+            self._note(run)
         except OSError as error:  # the checkpoint is there; a later save tries again
             _log.warning("%s: saved, but older ones could not be tidied up: %s", final, error)
 
@@ -108,22 +108,34 @@ class Folder:
         """Tell whether master file, sizes, step and run are right; mark a damaged checkpoint."""
         seen = identity(path)
         try:
-            run, own = read_master(path).run, self._run()
+            run, known = read_master(path).run, self._runs()
         except CheckpointError as error:
             if not error.damaged:
                 raise
             self.mark(path, [str(error)], seen)
             return False
-        if own not in ("", run):
-            _log.warning("%s: of run %s, while this folder is that of run %s: not used", path, run[:8], own[:8])
-        return own in ("", run)
+        if known and run not in known:
+            _log.warning("%s: of run %s, which has not written it here: not used", path, run[:8])
+            return False
+        return True
 
-    def _run(self) -> str:
-        """Return the run that wrote here last, "" where that is not known."""
+    def _note(self, run: str) -> None:
+        """Note that a run writes here; where no notes were taken so far, also those of the checkpoints that are there."""
+        known = self._runs()
+        if run in known:
+            return
+        for _, path in () if known else committed_steps(self._path):
+            with suppress(CheckpointError):
+                known.append(read_master(path).run)
+        lines = "".join(f"{one}\n" for one in dict.fromkeys([*known, run]))
+        write_durably(self._path / RUNS, lines.encode())
+
+    def _runs(self) -> list[str]:
+        """Return the runs that have written here; nothing where that is not known."""
         try:
-            return (self._path / RUN).read_text(encoding="utf-8", errors="replace").strip()
+            return (self._path / RUNS).read_text(encoding="utf-8", errors="replace").split()
         except (FileNotFoundError, NotADirectoryError):
-            return ""
+            return []
 
     def name_at(self, step: int) -> str:
         """Return the name of the directory where the checkpoint of `step` is."""

@@ -23,7 +23,7 @@ __all__ = [
     "COMMIT",
     "LATEST",
     "MASTER",
-    "RUN",
+    "RUNS",
     "VERSION",
     "Master",
     "committed_steps",
@@ -36,7 +36,7 @@ __all__ = [
     "write_master",
 ]
 
-MASTER, COMMIT, BAD, LATEST, RUN = "master.json", "COMMIT", "BAD", "LATEST", "RUN"
+MASTER, COMMIT, BAD, LATEST, RUNS = "master.json", "COMMIT", "BAD", "LATEST", "RUNS"
 FORMAT, VERSION, MIN_READER = "mpi_ef.checkpoint", 1, 1
 _STEP = re.compile(r"step-(\d{8,18})|\.old-step-(\d{8,18})-[0-9a-f]+")
 

@@ -24,7 +24,7 @@ from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters, Mask
 
 from .accounts import Channel, Communicating
-from .groups import hyper_parameters, names_of
+from .groups import check_listed, hyper_parameters, listed, names_of
 from .handshake import Handshake, check_order
 from .joining import joined
 from .line import idle_lines, line_for
@@ -66,7 +66,7 @@ class FlatOptimizer(Communicating):
         """Build the vectors of the parameters in ``self.param_groups``; raise on all ranks unless they agree. Collective."""
         self.comm, self.steps, self.skipped_steps, self.check_replicas_every = comm, 0, 0, 1000
         self._compares, self._last_at_work = True, 0
-        self._listed = list(dict.fromkeys(id(p) for group in self.param_groups for p in group["params"]))
+        self._listed = listed(self)
         self._open_accounts()
         parameters = [p for group in self.param_groups for p in group["params"]]
 
@@ -246,20 +246,13 @@ class FlatOptimizer(Communicating):
         try:
             self.flat.adopt()
             self.flat.collect_gradients()
-            self._check_groups()
+            check_listed(self, self._listed)
         except Exception as error:  # the other ranks are on their way into the step
             return error
         scale = getattr(self, "grad_scale", None)  # set by GradScaler while it calls step
         if scale is not None:
             self.flat.gradients *= self.flat.dtype.type(1.0 / float(scale))
         return None
-
-    def _check_groups(self) -> None:
-        """Raise unless the groups still have the parameters that were laid out."""
-        now = dict.fromkeys(id(p) for group in self.param_groups for p in group["params"])
-        if list(now) != self._listed:
-            raise OptionError(f"{type(self).__name__}.step: the groups have other parameters than at construction, of which "
-                              "this optimizer would exchange none; build it after all groups are known")  # fmt: skip
 
     @contextmanager
     def _resting(self) -> Iterator[None]:

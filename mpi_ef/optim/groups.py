@@ -4,7 +4,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-__all__ = ["group_sizes", "hyper_parameters", "names_of"]
+from mpi_ef.errors import OptionError
+
+__all__ = ["check_listed", "group_sizes", "hyper_parameters", "listed", "names_of"]
 
 
 def group_sizes(optimizer: Optimizer) -> str:
@@ -21,3 +23,15 @@ def names_of(optimizer: Optimizer) -> dict[int, str]:
     """Return the names of parameters that were given with names, by their id."""
     return {id(p): name for group in optimizer.param_groups
             for p, name in zip(group["params"], group.get("param_names", ()), strict=False)}  # fmt: skip
+
+
+def listed(optimizer: Optimizer) -> list[int]:
+    """Return the ids of all parameters, each once."""
+    return list(dict.fromkeys(id(p) for group in optimizer.param_groups for p in group["params"]))
+
+
+def check_listed(optimizer: Optimizer, before: list[int]) -> None:
+    """Raise unless the groups have the parameters that :func:`listed` returned before."""
+    if listed(optimizer) != before:
+        raise OptionError(f"{type(optimizer).__name__}.step: the groups have other parameters than at construction, of which "
+                          "this optimizer would exchange none; build it after all groups are known")  # fmt: skip
