@@ -33,5 +33,5 @@ def listed(optimizer: Optimizer) -> list[int]:
 def check_listed(optimizer: Optimizer, before: list[int]) -> None:
     """Raise unless the groups have the parameters that :func:`listed` returned before."""
     if listed(optimizer) != before:
-        raise OptionError(f"{type(optimizer).__name__}.step: the groups have other parameters than at construction, of which "
-                          "this optimizer would exchange none; build it after all groups are known")  # fmt: skip
+        raise OptionError(f"{type(optimizer).__name__}.step: the groups have other parameters than at construction, of "
+                          "which this optimizer would exchange none; build it after all groups are known")  # fmt: skip
