@@ -1,5 +1,6 @@
 """The one place where Numba's options are chosen."""
 
+import warnings
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +23,7 @@ def _room_stamp() -> str:
 
 
 _STAMP = _room_stamp()
+_warned: list[bool] = []  # of a damaged cache
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,3 +84,29 @@ def _depend_on_the_whole_room(compiled: Any) -> None:
     stamp = getattr(file, "_source_stamp", None)
     if stamp is not None:
         file._source_stamp = (stamp, _STAMP)  # noqa: SLF001
+        _outlive_damage(file)
+
+
+def _outlive_damage(file: Any) -> None:
+    """Let a cache that cannot be read (a job was killed while it wrote, a disk was full) count as empty, with one warning.
+
+    Numba raises what unpickling raises. What is compiled then replaces it.
+    """
+
+    def forgiving(load: Callable[..., Any], nothing: Callable[[], Any]) -> Callable[..., Any]:
+        def loaded(*key: Any) -> Any:
+            try:
+                return load(*key)
+            except FileNotFoundError:
+                raise  # Numba's own business
+            except Exception as error:
+                if not _warned:
+                    _warned.append(True)
+                    text = f"compiled kernels cannot be read ({type(error).__name__}: {error}) and are compiled again"
+                    warnings.warn(f"{file._index_path}: {text}", RuntimeWarning, stacklevel=2)  # noqa: SLF001
+                return nothing()
+
+        return loaded
+
+    file._load_index = forgiving(file._load_index, dict)  # noqa: SLF001
+    file._load_data = forgiving(file._load_data, lambda: None)  # noqa: SLF001

@@ -197,6 +197,32 @@ def test_one_machine_code_and_none_made_twice(tmp_path):
     assert run_python(SELECT, NUMBA_CACHE_DIR=str(tmp_path)) == ["1", "1", "0"]
 
 
+DAMAGED = """
+import warnings
+import numpy as np
+from mpi_ef import kernels
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for x in (np.ones(9, np.float32), np.full(9, np.nan), np.ones(9)):
+        print(kernels.all_finite(x))
+print(sum("cannot be read" in str(warning.message) for warning in caught))
+"""
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_a_damaged_cache_is_made_anew_with_one_warning(tmp_path, kind):
+    """Files of no bytes, or cut short: a job was killed, a disk was full."""
+    sound = ["True", "False", "True"]
+    assert run_python(DAMAGED, NUMBA_CACHE_DIR=str(tmp_path)) == [*sound, "0"]
+    for keep in (0, 100):
+        files = sorted(tmp_path.rglob(f"*.{kind}"))
+        assert files
+        for file in files:
+            os.truncate(file, keep)
+        assert run_python(DAMAGED, NUMBA_CACHE_DIR=str(tmp_path)) == [*sound, "1"]
+        assert run_python(DAMAGED, NUMBA_CACHE_DIR=str(tmp_path)) == [*sound, "0"]
+
+
 def test_kernels_work_without_a_home_and_with_a_read_only_package(tmp_path):
     """In a container: nothing can be written, so kernels compile in every process, and do not fail."""
     package = tmp_path / "site"
