@@ -7,9 +7,9 @@ from collections.abc import Callable
 from time import monotonic, sleep
 from typing import Any
 
-from mpi_ef.collectives.ending import PATIENCE_SECONDS, abort, abort_on_exception, die, keep_status
-from mpi_ef.collectives.world import check_world
+from mpi_ef.ending import PATIENCE_SECONDS, abort, abort_on_exception, die, keep_status
 from mpi_ef.errors import LaunchError, MpiEfError
+from mpi_ef.world import check_world
 
 __all__ = ["abort", "abort_on_exception", "check_world", "run", "threads_per_rank"]
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mpi_ef.collectives.agreement import agree
+from mpi_ef.collectives.agreement import agree, tell_all
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.errors import DtypeError, OptionError
 
-__all__ = ["synchronize_buffers"]
+__all__ = ["broadcast_buffers", "synchronize_buffers"]
 
 _BROADCAST_NBYTES = 2**30  # per message, below the largest count of MPI
 _GATHERED = 2**24  # entries that all ranks together send at a time: 128 MiB
@@ -27,8 +27,9 @@ def synchronize_buffers(model: nn.Module, comm: Comm, *, policy: str = "mean") -
     Each rank's BatchNorm sees its own samples, so that after a while the running statistics differ, and with them
     the outputs in evaluation mode. Call this before validating or saving, not between forward and backward.
 
-    ``policy="mean"`` replaces floating-point buffers by their mean over the ranks, added up in float64 in rank order; an
-    entry that is equal on all ranks keeps its value. For the running variance of BatchNorm, also SyncBatchNorm, that
+    ``policy="mean"`` replaces running statistics, floating-point buffers whose own name begins with ``running_`` as those of
+    torch's layers do, by their mean over the ranks, added up in float64 in rank order; an entry that is equal on all ranks
+    keeps its value. For the running variance of BatchNorm, also SyncBatchNorm, that
     would miss how far the ranks' means are apart. It becomes the variance of all ranks' samples together instead::
 
         mean = mean_r(mean_r),  var = mean_r(var_r + (mean_r - mean)^2)
@@ -37,8 +38,8 @@ def synchronize_buffers(model: nn.Module, comm: Comm, *, policy: str = "mean") -
     correction for all samples together, a factor close to 1, is left out.) The means need time to move apart again:
     leave some ``3 / momentum`` batches between two calls, 30 by default. With a call after every batch only `momentum`
     times the spread of the means would be counted; who needs that takes SyncBatchNorm. In other layers (InstanceNorm,
-    your own) variances are averaged like everything else. Whole numbers (``num_batches_tracked``), booleans and complex
-    numbers are taken from rank 0.
+    your own) variances are averaged like everything else. All other buffers are taken from rank 0: the mean of whole numbers
+    (``num_batches_tracked``), of random features or of a table of positions means nothing.
 
     ``policy="root"`` takes all buffers from rank 0.
 
@@ -75,9 +76,33 @@ def synchronize_buffers(model: nn.Module, comm: Comm, *, policy: str = "mean") -
         return {"policy": policy, "the number of buffers": len(buffers), **shapes}
 
     agree(comm, "synchronize_buffers", facts, "build the same model on all ranks")
-    averaged = {name: b for name, b in buffers.items() if policy == "mean" and b.is_floating_point()}
+    averaged = {name: b for name, b in buffers.items() if policy == "mean" and _is_statistic(name, b)}
     _take_from_root(comm, [b for name, b in buffers.items() if name not in averaged])
     _take_mean(comm, averaged, _mean_of_variance(model, averaged))
+
+
+def broadcast_buffers(model: nn.Module, comm: Comm) -> None:
+    """Overwrite all buffers with those of rank 0, as at the start of a training. Collective.
+
+    Those registered with ``persistent=False``, such as random features, too, but for what has another shape, dtype or name
+    on another rank.
+
+    Raises
+    ------
+    DisagreementError, OptionError, DtypeError
+        As :func:`synchronize_buffers`.
+    """
+    synchronize_buffers(model, comm, policy="root")
+    passing = {name: b for name, b in model.named_buffers() if not (is_lazy(b) or b.is_meta)}
+    for name in _persistent(model):
+        passing.pop(name, None)
+    described = {(name, tuple(b.shape), str(b.dtype)) for name, b in passing.items() if b.layout is torch.strided}
+    told: list[set[tuple[str, tuple[int, ...], str]]] = tell_all(comm, "broadcast_buffers", described)
+    _take_from_root(comm, [passing[name] for name, _, _ in sorted(set.intersection(*told))])
+
+
+def _is_statistic(name: str, buffer: Tensor) -> bool:
+    return name.rpartition(".")[2].startswith("running_") and buffer.is_floating_point()
 
 
 def _persistent(model: nn.Module) -> dict[str, Tensor]:

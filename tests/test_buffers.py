@@ -148,12 +148,12 @@ def test_means_are_those_of_float64_in_rank_order(n, data):
     dtype = data.draw(st.sampled_from([np.float16, np.float32, np.float64]))
     shape = data.draw(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
     rows = data.draw(hnp.arrays(dtype, (n, *shape), elements=st.floats(-1e4, 1e4, width=16)))
-    model = synchronized(n, lambda rank: Holder(a=torch.tensor(rows[rank]), b=torch.tensor(7)))[0]
+    model = synchronized(n, lambda rank: Holder(running_a=torch.tensor(rows[rank]), b=torch.tensor(7)))[0]
     total = np.zeros(shape)
     for row in rows:
         total += row
     expected = np.where((rows == rows[0]).all(axis=0), rows[0], (total / n).astype(dtype))
-    assert model.a.numpy().tobytes() == np.asarray(expected, dtype).tobytes()
+    assert model.running_a.numpy().tobytes() == np.asarray(expected, dtype).tobytes()
 
 
 @pytest.mark.parametrize("n", RANKS)
@@ -163,10 +163,11 @@ def test_equal_buffers_are_not_touched(n):
 
     def program(comm):
         model = Holder(
-            a=torch.tensor(values, dtype=torch.float64),
-            b=torch.tensor(values[:2]).expand(4, 2),
-            c=torch.tensor([1.0, np.inf], dtype=torch.bfloat16),
-            empty=torch.empty(0),
+            running_a=torch.tensor(values, dtype=torch.float64),
+            running_b=torch.tensor(values[:2]).expand(4, 2),
+            running_c=torch.tensor([1.0, np.inf], dtype=torch.bfloat16),
+            table=torch.tensor(values[:2]).expand(4, 2),
+            running_empty=torch.empty(0),
         )
         before, versions = bits(model), [b._version for b in model.buffers()]
         for _ in range(2):
@@ -179,9 +180,10 @@ def test_equal_buffers_are_not_touched(n):
 
 def test_what_is_not_finite_stays_so():
     def build(rank):
-        return Holder(a=torch.tensor([np.nan if rank == 1 else 1.0, np.inf * (1 - 2 * rank), np.inf if rank else 0.0]))
+        values = [np.nan if rank == 1 else 1.0, np.inf * (1 - 2 * rank), np.inf if rank else 0.0]
+        return Holder(running_a=torch.tensor(values))
 
-    assert str(synchronized(2, build)[0].a.tolist()) == "[nan, nan, inf]"
+    assert str(synchronized(2, build)[0].running_a.tolist()) == "[nan, nan, inf]"
 
 
 @pytest.mark.parametrize("policy", ["mean", "root"])
@@ -193,7 +195,8 @@ def test_whatever_is_no_number_to_average_is_that_of_rank_0(n, policy):
             whole=torch.tensor(2**60 + 1 + rank),
             flag=torch.tensor([rank == 0, rank == 1]),
             wave=torch.tensor([1 + 2j * rank]).conj(),
-            small=torch.full((2, 3), float(rank), dtype=torch.bfloat16).T,
+            features=torch.from_numpy(gaussian(rank, 12)),
+            running_small=torch.full((2, 3), float(rank), dtype=torch.bfloat16).T,
         )
         model.part = nn.Module()
         model.part.register_buffer("shared", model.whole)
@@ -205,13 +208,13 @@ def test_whatever_is_no_number_to_average_is_that_of_rank_0(n, policy):
         synchronize_buffers(model, comm, policy=policy)
         assert model.scratch.shape == (comm.Get_rank() + 1,)
         assert model.part.shared is model.whole
-        return {name: value for name, value in bits(model).items() if name != "scratch"}, model.small
+        return {name: value for name, value in bits(model).items() if name != "scratch"}, model.running_small
 
     for theirs, small in virtual.results(n, program):
         mean = torch.full((3, 2), (n - 1) / 2 if policy == "mean" else 0.0, dtype=torch.bfloat16)
         assert torch.equal(small, mean)
         root = bits(build(0))
-        assert all(theirs[name] == root[name] for name in theirs if name != "small")
+        assert all(theirs[name] == root[name] for name in theirs if name != "running_small")
 
 
 class Counting:
@@ -244,7 +247,9 @@ def test_the_number_of_messages_does_not_grow_with_that_of_buffers():
 
 def test_long_buffers_go_in_pieces(monkeypatch):
     def build(rank):
-        return Holder(a=torch.from_numpy(gaussian(rank, 1000)), b=torch.arange(500) + rank, c=torch.zeros(0))
+        return Holder(
+            running_a=torch.from_numpy(gaussian(rank, 1000)), b=torch.arange(500) + rank, running_c=torch.zeros(0)
+        )
 
     expected = bits(synchronized(3, build)[0])
     monkeypatch.setattr(mpi_ef.buffers, "_GATHERED", 100)

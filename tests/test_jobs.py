@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from programs import trained
 
-from mpi_ef.collectives import ending
+from mpi_ef import ending
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, LaunchError, PeerError
 from mpi_ef.jobs import cli, trainer
 from mpi_ef.jobs.bench_report import Link, Row, break_even, combine, table

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 import virtual
-from optimizer_table import ROWS, rows
+from optimizer_table import ROWS, UNKNOWN_PLACE, rows
 from programs import same_bits
 from training import assert_resumes, everything, loss_in, net_of, parameters_of, steps_of
 
-from mpi_ef.compress import Identity, TopK
+from mpi_ef import Training
+from mpi_ef.collectives import TwoPhaseMean
+from mpi_ef.collectives.agreement import agree
+from mpi_ef.compress import Identity, TopK, Vote
 from mpi_ef.errors import DisagreementError, OptionError, PeerError
 from mpi_ef.optim import EF21, DistributedOptimizer
 
@@ -485,5 +488,167 @@ def test_an_error_of_a_closure_stops_all_ranks(row):
         with pytest.raises(ValueError if comm.Get_rank() == 1 else PeerError, match="no such batch"):
             optimizer.step(closure)
         assert same_bits(everything(net, optimizer), before)
+
+    virtual.results(2, program)
+
+
+@rows()
+def test_an_error_in_building_stops_all_ranks(row):
+    """A keyword that there is not, on one rank, which raises before it has met the others."""
+
+    def program(comm):
+        wrong = comm.Get_rank() == 1
+        with pytest.raises(
+            (PeerError, TypeError, DisagreementError), match="nonsense"
+        ):  # an option of the rule, or none
+            row(net_of(), comm, **({"nonsense": 3} if wrong else {}))
+        row(net_of(), comm)
+
+    virtual.results(3, program)
+
+
+def test_a_value_that_torch_refuses_stops_all_ranks():
+    def program(comm):
+        bad = comm.Get_rank() == 0
+        with pytest.raises(ValueError if bad else PeerError, match="Invalid learning rate: -1"):
+            EF21(net_of(), comm, TopK(0.2), lr=-1.0 if bad else 0.1)
+        with pytest.raises(TypeError if bad else PeerError, match="residue"):
+            TwoPhaseMean(comm, Vote(), 100, np.float32, **({"residue": False} if bad else {}))
+
+    virtual.results(2, program)
+
+
+def test_ranks_in_different_calls_are_told_apart():
+    def program(comm):
+        name = "Store.finish" if comm.Get_rank() == 1 else "EF21"
+        with pytest.raises(DisagreementError, match=r"different calls: EF21 on ranks 0,2; Store.finish on rank 1"):
+            agree(comm, name, dict, "")
+
+    virtual.results(3, program)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_observer_that_raises_leaves_a_whole_step(overlap):
+    def program(comm):
+        net = net_of()
+        optimizer = EF21(net.parameters(), comm, TopK(0.2), lr=0.1, overlap=overlap)
+
+        def observe(reports):
+            assert {report.step for report in reports} == {optimizer.steps}
+            if comm.Get_rank() == 1 and optimizer.steps == 2:
+                raise ValueError("no space for the log")
+
+        optimizer.observer = observe
+        for step in range(4):
+            optimizer.zero_grad()
+            loss_in(net, comm.Get_rank(), step).backward()
+            if comm.Get_rank() == 1 and step == 1:
+                with pytest.raises(ValueError, match="no space"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+        assert optimizer.steps == 4
+        optimizer.check_replicas()
+        return parameters_of(net)
+
+    assert same_bits(*virtual.results(2, program))
+
+
+def test_an_error_in_the_backward_pass_of_one_rank_is_told_in_the_step():
+    """With overlap it has sent a part of its gradients already; the next step works again."""
+
+    def program(comm):
+        net = net_of()
+        sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        optimizer = DistributedOptimizer(sgd, comm, TopK(0.2), placement="gradient", overlap=True, bucket_nbytes=40)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss_in(net, comm.Get_rank(), step).backward()
+            before = everything(net, optimizer)
+            if comm.Get_rank() == 1 and step == 1:
+                with pytest.raises(OptionError, match="second backward pass"):
+                    loss_in(net, comm.Get_rank(), step).backward()
+            if step == 1:
+                with pytest.raises(OptionError if comm.Get_rank() == 1 else PeerError, match="second backward pass"):
+                    optimizer.step()
+                assert same_bits(everything(net, optimizer)[1], before[1])
+            else:
+                optimizer.step()
+        assert optimizer.steps == 2
+        optimizer.check_replicas()
+
+    virtual.results(2, program)
+
+
+class Features(torch.nn.Module):
+    """A net on random features, which every rank draws for itself, with statistics of its own."""
+
+    def __init__(self, rank):
+        super().__init__()
+        draw = torch.Generator().manual_seed(rank)
+        self.register_buffer("frequencies", torch.randn(7, 7, generator=draw))
+        self.register_buffer("phases", torch.randn(7, generator=draw), persistent=False)
+        self.register_buffer("mask", torch.zeros(3 + rank), persistent=False)
+        self.norm = torch.nn.BatchNorm1d(7)
+        self.norm.running_mean += rank
+        self.net = net_of()
+
+    def forward(self, x):
+        return self.net(self.norm(torch.cos(x @ self.frequencies + self.phases)))
+
+
+@rows()
+def test_buffers_of_a_module_are_those_of_rank_0(row):
+    """And its parameters have names in errors."""
+
+    def program(comm):
+        rank = comm.Get_rank()
+        net = Features(rank)
+        wraps = UNKNOWN_PLACE in row.bad
+        optimizer = row.make(
+            net.parameters() if wraps else net, comm, **row.options | ({"model": net} if wraps else {})
+        )
+        buffers = dict(net.named_buffers())
+        for name, buffer in Features(0).named_buffers():
+            assert torch.equal(buffers[name], buffer) or name == "mask", name
+        assert net.mask.shape == (3 + rank,)
+        with torch.no_grad():
+            net.net.last.weight[1, 2] += float(rank)
+        with pytest.raises(DisagreementError, match=r"parameter net\.last\.weight .* on rank 1"):
+            optimizer.check_replicas()
+
+    virtual.results(2, program)
+
+
+def test_a_part_that_raises_leaves_no_rank_in_the_collective_state_of_another():
+    class Broken:
+        def state_dict(self):
+            raise RuntimeError("out of memory")
+
+        def load_state_dict(self, state):
+            pass
+
+    class Whole:
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    class Gathered:
+        def __init__(self, comm):
+            self.comm = comm
+
+        def state_dict(self):
+            return {"ranks": self.comm.allgather(self.comm.Get_rank())}
+
+        def load_state_dict(self, state):
+            pass
+
+    def program(comm):
+        first = Broken() if comm.Get_rank() == 1 else Whole()
+        training = Training(first=first, second=Gathered(comm))
+        with pytest.raises(RuntimeError if comm.Get_rank() == 1 else PeerError, match="out of memory"):
+            training.save(None, comm, 3)
 
     virtual.results(2, program)

@@ -143,7 +143,7 @@ def run(size: int, program: Callable[[Any], Any]) -> list[Any]:
     def rank_main(rank: int) -> None:
         try:
             results[rank] = program(VirtualComm(world, rank))
-        except Exception as error:
+        except BaseException as error:  # what pytest.raises raises is no Exception
             results[rank] = error
             if not isinstance(error, MpiEfError):  # those the library raises on all ranks that need to know
                 world.barrier.abort()
@@ -160,7 +160,7 @@ def run(size: int, program: Callable[[Any], Any]) -> list[Any]:
 def results(size: int, program: Callable[[Any], Any]) -> list[Any]:
     """Like :func:`run`, but raise the first error of any rank."""
     values = run(size, program)
-    errors = [value for value in values if isinstance(value, Exception)]
+    errors = [value for value in values if isinstance(value, BaseException)]
     broken = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
     for error in broken or errors:
         raise error

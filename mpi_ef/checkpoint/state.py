@@ -2,8 +2,9 @@
 
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from typing import Any, Protocol
 
@@ -140,8 +141,8 @@ class Training:
 
         def facts() -> dict[str, object]:
             parts.update(self._parts(comm))
-            for part in parts.values():
-                part.collect(snapshot)
+            if errors := _tried(partial(part.collect, snapshot) for part in parts.values()):
+                raise errors[0]
             snapshot.add("document", document, EITHER)
             shared = repr((snapshot.trees[REPLICATED], sorted(snapshot.trees[PER_RANK])))
             return {"step": step, "seed": self.seed, "parts": sorted(parts),
@@ -292,14 +293,20 @@ def _forgetting(parts: Mapping[str, Part], past: Past) -> Iterator[Finish]:
             yield forget
 
 
-def _finish(comm: Comm, finishes: list[Callable[[], None]]) -> None:
-    """Do what may be collective; every rank tries everything, so that none waits for another."""
+def _tried(actions: Iterable[Callable[[], None]]) -> list[Exception]:
+    """Do what may be collective, and return what went wrong: every rank tries everything, so that none waits for another."""
     errors: list[Exception] = []
-    for finish in finishes:
+    for action in actions:
         try:
-            finish()
+            action()
         except Exception as error:
             errors.append(error)
+    return errors
+
+
+def _finish(comm: Comm, finishes: list[Callable[[], None]]) -> None:
+    """Do what may be collective."""
+    errors = _tried(finishes)
 
     def facts() -> dict[str, object]:
         for error in errors:

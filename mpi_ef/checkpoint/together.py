@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from mpi_ef.collectives.agreement import ranks_text
+from mpi_ef.collectives.agreement import ranks_text, tell_all
 from mpi_ef.errors import CheckpointError
 
 __all__ = ["together"]
@@ -20,7 +20,7 @@ def together(comm: Any, subject: str, action: Callable[[], T], undo: Callable[[]
         mine: tuple[Any, str, bool] = (action(), "", False)
     except Exception as raised:
         mine = (None, str(raised) or type(raised).__name__, getattr(raised, "damaged", False))
-    answers: list[tuple[Any, str, bool]] = comm.allgather(mine)
+    answers: list[tuple[Any, str, bool]] = tell_all(comm, subject, mine)
     failed = [rank for rank, (_, text, _) in enumerate(answers) if text]
     if not failed:
         return [value for value, _, _ in answers]

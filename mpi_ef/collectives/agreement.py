@@ -1,16 +1,70 @@
 """Checking on all ranks, once, that they were given the same things: all raise, none hangs."""
 
+from abc import ABCMeta
 from collections.abc import Callable, Mapping
+from threading import local
 from typing import Any
 
 from mpi_ef.errors import DisagreementError, MpiEfError, PeerError
 
-__all__ = ["agree", "ranks_text"]
+__all__ = ["Telling", "agree", "ranks_text", "tell_all"]
 
 Facts = Mapping[str, object]
+_mine = local()  # how often this rank has told something
 
 
-def agree(comm: Any, subject: str, facts: Callable[[], Facts], remedy: str, tell: object = None) -> list[Any]:
+class Telling(ABCMeta):
+    """Metaclass of what is built on all ranks together: where that fails on one of them, the others raise `PeerError`.
+
+    What was raised before anything was communicated, such as a `TypeError` for a keyword that there is not, is told to the
+    others, who are in :func:`agree`.
+    """
+
+    built = ""  # what it is that the others build, if not just this class
+
+    def __call__(cls, *args: Any, **keywords: Any) -> Any:
+        """Build; tell the other ranks if that fails. Collective."""
+        before = getattr(_mine, "calls", 0)
+        try:
+            return super().__call__(*args, **keywords)
+        except Exception as error:
+            comm = keywords.get("comm", next((arg for arg in args if hasattr(arg, "Iallgather")), None))
+            if not hasattr(comm, "allgather") or getattr(_mine, "calls", 0) != before:
+                raise
+            problem = error
+
+        def facts() -> Facts:
+            raise problem
+
+        agree(comm, cls.__name__, facts, "", call=cls.built)
+        raise problem
+
+
+def tell_all(comm: Any, subject: str, value: Any) -> list[Any]:
+    """Return the values of all ranks, in rank order. Collective over `comm`.
+
+    Raises
+    ------
+    DisagreementError
+        On all ranks, when they are in different calls, with other subjects.
+    """
+    _mine.calls = getattr(_mine, "calls", 0) + 1
+    answers: list[tuple[str, Any]] = comm.allgather((subject, value))
+    callers: dict[str, list[int]] = {}
+    for rank, answer in enumerate(answers):
+        known = isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], str)
+        callers.setdefault(answer[0] if known else "something else", []).append(rank)
+    if len(callers) > 1:
+        listed = "; ".join(f"{caller} on {ranks_text(ranks)}" for caller, ranks in callers.items())
+        raise DisagreementError(
+            f"{subject}: ranks are in different calls: {listed}; call them on all ranks, in one order"
+        )
+    return [value for _, value in answers]
+
+
+def agree(
+    comm: Any, subject: str, facts: Callable[[], Facts], remedy: str, tell: object = None, call: str = ""
+) -> list[Any]:
     """Raise on all ranks unless `facts` returns equal values on all of them. Collective over `comm`.
 
     Parameters
@@ -25,6 +79,8 @@ def agree(comm: Any, subject: str, facts: Callable[[], Facts], remedy: str, tell
         What to do; ends the error message.
     tell : object, optional
         What this rank tells the others besides.
+    call : str, optional
+        What all ranks are in where subjects may differ, which `facts` tell apart then.
 
     Returns
     -------
@@ -41,7 +97,10 @@ def agree(comm: Any, subject: str, facts: Callable[[], Facts], remedy: str, tell
         mine: tuple[Facts | None, str, object] = (dict(facts()), "", tell)
     except Exception as raised:
         error, mine = raised, (None, str(raised) or type(raised).__name__, None)
-    answers: list[tuple[Facts | None, str, Any]] = comm.allgather(mine)
+    try:
+        answers: list[tuple[Facts | None, str, Any]] = tell_all(comm, call or subject, mine)
+    except DisagreementError as different:
+        raise different if error is None else error from different
     if error is not None:
         if isinstance(error, MpiEfError):
             error.everywhere = all(text == mine[1] for _, text, _ in answers)

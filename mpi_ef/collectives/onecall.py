@@ -181,7 +181,7 @@ def _plan(
             assert key is not None  # noqa: S101
             return {"the call": f"{call}({op})", "compressor": key[1], "d": key[2], "dtype": key[3]}
 
-        agree(comm, call, facts, "call it with the same arguments on all ranks")
+        agree(comm, call, facts, "call it with the same arguments on all ranks", call="a call in one line")
     assert key is not None  # noqa: S101
     cache = _cache(comm)
     if key not in cache:

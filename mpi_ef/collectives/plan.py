@@ -1,6 +1,6 @@
 """What all plans share: agreement of the ranks, checks of the vector, headers, traffic, timing."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -13,15 +13,15 @@ from numpy.typing import DTypeLike
 from mpi_ef import kernels
 from mpi_ef.compress import Combination, Compressor, Identity, Keep, Source, source
 from mpi_ef.compress.combination import Vector
+from mpi_ef.ending import end_together
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
+from mpi_ef.world import check_alone
 
-from .agreement import agree, ranks_text
-from .ending import end_together
+from .agreement import Telling, agree, ranks_text
 from .frames import NON_FINITE, OK, REJECTED, WIRE_VERSION, Frames, header_of, misunderstanding, status_of
 from .in_flight import landed, took_off
 from .memory import Memory
 from .traffic import Traffic
-from .world import check_alone
 
 __all__ = ["Comm", "Offer", "Plan", "Traffic", "dense_nbytes"]
 
@@ -59,7 +59,7 @@ class Offer:
         self.plan.start(self.x, keep=self.keep)
 
 
-class Plan(Memory, ABC):
+class Plan(Memory, metaclass=Telling):
     """A compressed mean over the ranks of a communicator, built once, executed many times.
 
     After ``plan.exchange(x)`` the plan holds the messages of this exchange, until the next one starts:
@@ -102,6 +102,7 @@ class Plan(Memory, ABC):
     """
 
     own = 1
+    built = "the building of a plan"
 
     def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32) -> None:
         subject = type(self).__name__
@@ -129,7 +130,8 @@ class Plan(Memory, ABC):
             return {"plan": subject, "compressor": compressor, "d": self.d, "dtype": self.dtype,
                     "wire version": WIRE_VERSION, **self._bind()}  # fmt: skip
 
-        told = agree(comm, subject, facts, "build the plan from the same arguments everywhere", tell=next(_numbers))
+        told = agree(comm, subject, facts, "build the plan from the same arguments everywhere", tell=next(_numbers),
+                     call=self.built)  # fmt: skip
         self._number: int = told[0]  # of rank 0, which has all plans of this communicator; in every header
 
     @abstractmethod

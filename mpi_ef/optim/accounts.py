@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 
 from mpi_ef.collectives import Plan
+from mpi_ef.collectives.agreement import Telling
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters
@@ -15,8 +16,10 @@ __all__ = ["Channel", "Communicating"]
 Channel = Plan | ErrorFeedback
 
 
-class Communicating(Optimizer):
+class Communicating(Optimizer, metaclass=Telling):
     """A torch optimizer that speaks through plans and rules, and counts what it says."""
+
+    built = "the building of an optimizer"
 
     comm: Comm
     flat: FlatParameters

@@ -27,7 +27,7 @@ class OneBitAdam(ReplicatedOptimizer):
 
     The warm-up is Adam on the mean gradient. When the variance has settled it is frozen, and from then on every rank sends
     ``C(beta1 m + (1 - beta1) grad_i + e_i)`` and all take the mean as the new momentum (:func:`mpi_ef.feedback.momentum
-    .ef14_momentum`), all parameters in one exchange: three collectives a step, one of them 24 bytes long.
+    .ef14_momentum`), all parameters in one exchange: three collectives a step, one of them 40 bytes long.
 
     Parameters
     ----------

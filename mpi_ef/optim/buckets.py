@@ -68,6 +68,7 @@ class Buckets:
         self._bucket_of = {number: n for n, bucket in enumerate(self._buckets) for number in bucket.numbers}
         self._missing = [set(bucket.numbers) for bucket in self._buckets]
         self.early = 0  # how many buckets of the last step started during the backward pass
+        self.problem: OptionError | None = None  # of a backward pass
         if overlap:
             flat.watch(self._arrived)
 
@@ -80,8 +81,9 @@ class Buckets:
             return
         n = self._bucket_of[number]
         if n < self._started:
-            raise OptionError("DistributedOptimizer: a second backward pass before step(); with overlap=True, do all but "
-                              "the last one of a step inside `with optimizer.no_sync():`")  # fmt: skip
+            self.problem = OptionError("DistributedOptimizer: a second backward pass before step(); with overlap=True, do "
+                                       "all but the last one of a step inside `with optimizer.no_sync():`")  # fmt: skip
+            raise self.problem
         self._missing[n].discard(number)
         while self._started < len(self._buckets) and not self._missing[self._started]:
             self._start_next(self._flat.gradients)
@@ -131,7 +133,7 @@ class Buckets:
                 bucket.feedback.arrive()
             except NonFiniteError as error:
                 broken |= set(error.ranks)
-        self._started = 0
+        self._started, self.problem = 0, None
         self._missing = [set(bucket.numbers) for bucket in self._buckets]
         return tuple(sorted(broken))
 

@@ -9,6 +9,7 @@ from mpi_ef.collectives import plan_for
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor, LowRank
 
+from .groups import parameters_of
 from .wrapper import DistributedOptimizer, PlanBuilder
 
 __all__ = ["EF21", "EControl", "PowerSGD"]
@@ -47,9 +48,9 @@ class EF21(DistributedOptimizer):
         plan: PlanBuilder = plan_for,
         overlap: bool = False,
     ) -> None:
-        sgd = SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        sgd = SGD(parameters_of(params), lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__(sgd, comm, compressor, placement="gradient", rule="ef21", plan=plan,
-                         dense_steps=dense_steps, overlap=overlap)  # fmt: skip
+                         dense_steps=dense_steps, overlap=overlap, model=params)  # fmt: skip
 
 
 class EControl(DistributedOptimizer):
@@ -89,10 +90,10 @@ class EControl(DistributedOptimizer):
         plan: PlanBuilder = plan_for,
         overlap: bool = False,
     ) -> None:
-        sgd = SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        sgd = SGD(parameters_of(params), lr=lr, momentum=momentum, weight_decay=weight_decay)
         options: dict[str, Any] = {} if eta is None else {"eta": eta}
         super().__init__(sgd, comm, compressor, placement="gradient", rule="econtrol", plan=plan,
-                         dense_steps=dense_steps, overlap=overlap, **options)  # fmt: skip
+                         dense_steps=dense_steps, overlap=overlap, model=params, **options)  # fmt: skip
 
 
 class PowerSGD(DistributedOptimizer):
@@ -129,6 +130,6 @@ class PowerSGD(DistributedOptimizer):
         seed: int = 0,
         dense_steps: int = 0,
     ) -> None:
-        sgd = SGD(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+        sgd = SGD(parameters_of(params), lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
         super().__init__(sgd, comm, LowRank(rank, shapes="parameters", seed=seed), placement="gradient", rule="ef14",
-                         dense_steps=dense_steps)  # fmt: skip
+                         dense_steps=dense_steps, model=params)  # fmt: skip

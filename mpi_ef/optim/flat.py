@@ -12,29 +12,31 @@ from zlib import crc32
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from mpi_ef import kernels
-from mpi_ef.collectives import Move
+from mpi_ef.buffers import broadcast_buffers
 from mpi_ef.collectives.agreement import agree, ranks_text
 from mpi_ef.collectives.frames import NON_FINITE, OK, REJECTED
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import DisagreementError, OptionError, ShapeError
+from mpi_ef.errors import DisagreementError, OptionError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters, Mask
 
-from .accounts import Channel, Communicating
+from .accounts import Channel
 from .groups import check_listed, hyper_parameters, listed, names_of
 from .handshake import Handshake, check_order
 from .joining import joined
 from .line import idle_lines, line_for
+from .saved import Saved
 
 __all__ = ["Channel", "FlatOptimizer"]
 
 _numbers = count(1)
 
 
-class FlatOptimizer(Communicating):
+class FlatOptimizer(Saved):
     """A torch optimizer whose parameters are one vector, the same on all ranks. Construction and `step` are collective.
 
     Attributes
@@ -62,30 +64,36 @@ class FlatOptimizer(Communicating):
     done = weighs = False  # of join
     weight = 1.0
 
-    def _lay_out(self, comm: Comm, facts: Callable[[], Mapping[str, object]]) -> None:
-        """Build the vectors of the parameters in ``self.param_groups``; raise on all ranks unless they agree. Collective."""
+    def _lay_out(self, comm: Comm, facts: Callable[[], Mapping[str, object]], model: object = None) -> None:
+        """Build the vectors of the parameters in ``self.param_groups``; raise on all ranks unless they agree. Collective.
+
+        A module as `model` has its parameters and buffers made equal as well.
+        """
         self.comm, self.steps, self.skipped_steps, self.check_replicas_every = comm, 0, 0, 1000
         self._compares, self._last_at_work = True, 0
-        self._listed = listed(self)
+        self._listed, self._named = listed(self), names_of(self, model)
         self._open_accounts()
         parameters = [p for group in self.param_groups for p in group["params"]]
 
         def all_facts() -> Mapping[str, object]:
             more = facts()
             self.flat = FlatParameters(parameters)
-            named = {f"parameter {number}": f"{names_of(self).get(id(p), '')} {tuple(p.shape)} {p.dtype} "
+            named = {f"parameter {number}": f"{self._named.get(id(p), '')} {tuple(p.shape)} {p.dtype} "
                      f"trained={p.requires_grad}".lstrip() for number, p in enumerate(parameters)}  # fmt: skip
             return {"the number of parameters": len(parameters), **named,
+                    "whether a model is given": isinstance(model, nn.Module),
                     "hyper-parameters": hyper_parameters(self), **more}  # fmt: skip
 
         told = agree(comm, type(self).__name__, all_facts, "build the same model and optimizer on every rank",
-                     tell=(next(_numbers), idle_lines(comm)))  # fmt: skip
+                     tell=(next(_numbers), idle_lines(comm)), call=self.built)  # fmt: skip
         self._number: int = told[0][0]  # of rank 0, which has all optimizers of this communicator
         line = line_for(comm, set.intersection(*(idle for _, idle in told)))
         self._handshake = Handshake(comm, type(self).__name__, self._number, line)
         finalize(self, self._handshake.leave)
         check_order(comm, type(self).__name__, self._hashes(), self._name)
         self.flat.broadcast(comm)
+        if isinstance(model, nn.Module):
+            broadcast_buffers(model, comm)
 
     def _hashes(self) -> NDArray[np.uint32]:
         """Return a hash of every parameter."""
@@ -102,34 +110,6 @@ class FlatOptimizer(Communicating):
             start = stop
         return slices
 
-    @abstractmethod
-    def per_rank(self) -> dict[str, Vector]:
-        """Return the named arrays that differ between ranks. Not copies. Local."""
-
-    @abstractmethod
-    def replicated(self) -> dict[str, Vector]:
-        """Return the named arrays, besides the parameters, that are equal on all ranks. Not copies. Local."""
-
-    @abstractmethod
-    def moves(self) -> dict[str, Move]:
-        """Return how each array that may be in :meth:`per_rank` gets to another number of ranks. Local."""
-
-    @abstractmethod
-    def identity(self) -> dict[str, str]:
-        """Return what must be the same where a saved state is loaded, on any number of ranks. Local."""
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Return what is the same on all ranks besides parameters and arrays: groups, counters. Not copies. Local."""
-
-    @abstractmethod
-    def account(self) -> dict[str, Any]:
-        """Return what a rank counts for itself: bytes. Local."""
-
-    @abstractmethod
-    def load_settings(self, settings: Mapping[str, Any], account: Mapping[str, Any]) -> None:
-        """Restore what :meth:`settings` and :meth:`account` returned. Local; arrays and parameters, then :meth:`loaded`."""
-
     def loaded(self) -> None:
         """Derive again what follows from parameters, arrays and settings that were written. Local."""
         self._compares = True
@@ -140,13 +120,6 @@ class FlatOptimizer(Communicating):
         for channel in self.channels():
             if isinstance(channel, ErrorFeedback):
                 channel.forget()
-
-    def own_state(self) -> dict[str, Any]:
-        """Return further state that differs between ranks, of tensors and plain containers. Not copies. Local."""
-        return {}
-
-    def load_own_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`own_state` returned, after :meth:`load_settings`. Local."""
 
     @property
     def shared_values(self) -> Vector:
@@ -305,6 +278,7 @@ class FlatOptimizer(Communicating):
         words["groups"] = crc32(repr((hyper_parameters(self), self.check_replicas_every)).encode())
         words["present"], words["done"] = crc32(self.flat.present.data), self.done
         answers = self._handshake.ask(status=status, steps=self.steps, **words)
+        self._arrive()
         if not self._handshake.agreed():
             broken = tuple(np.flatnonzero(answers["status"]).tolist())
             self._complain(problem)
@@ -317,6 +291,9 @@ class FlatOptimizer(Communicating):
         if self.clip:
             self._clip(answers["squared_norm"])
         return ()
+
+    def _arrive(self) -> None:
+        """Finish, on all ranks that are still there, what is under way since the backward pass. Collective."""
 
     def _keep_up(self) -> bool:
         """Let ranks without data have the hyper-parameters of those at work, or last at work; tell if any is. Collective."""
@@ -363,22 +340,6 @@ class FlatOptimizer(Communicating):
             self.flat.scale_gradients(most / norm)
         return norm
 
-    def _saved_masters(self) -> dict[str, Any]:
-        """Return what a state holds besides, where there are parameters in 16 bits: a model's state has them rounded."""
-        self.flat.adopt()
-        return {"masters": self.flat.masters()} if self.flat.mixed else {}
-
-    def _check_masters(self, state: Mapping[str, Any]) -> None:
-        mine = {number: master.shape for number, master in self.flat.masters().items()}
-        theirs = {number: master.shape for number, master in state.get("masters", mine).items()} if mine else mine
-        if "masters" in state and theirs != mine:
-            raise ShapeError("load_state_dict: the saved state has other parameters in 16 bits; load into the model it was "
-                             "saved from")  # fmt: skip
-
-    def _load_masters(self, state: Mapping[str, Any]) -> None:
-        self._compares = True
-        self.flat.load_masters(state.get("masters", {}) if self.flat.mixed else {})
-
     def synchronize(self) -> None:
         """Make parameters equal on all ranks where an optimizer lets them differ for a while. Collective."""
 
@@ -403,7 +364,7 @@ class FlatOptimizer(Communicating):
 
     def _name(self, number: int) -> str:
         p = self.flat.parameters[number]
-        return f"parameter {names_of(self).get(id(p), f'number {number}')} {tuple(p.shape)}"
+        return f"parameter {self._named.get(id(p), f'number {number}')} {tuple(p.shape)}"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Take all gradients away or, with ``set_to_none=False``, set them to zero, as in torch. Local."""

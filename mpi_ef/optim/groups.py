@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from mpi_ef.errors import OptionError
 
-__all__ = ["check_listed", "group_sizes", "hyper_parameters", "listed", "names_of"]
+__all__ = ["check_listed", "group_sizes", "hyper_parameters", "listed", "names_of", "parameters_of"]
 
 
 def group_sizes(optimizer: Optimizer) -> str:
@@ -15,14 +16,22 @@ def group_sizes(optimizer: Optimizer) -> str:
 
 
 def hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return the groups without their parameters."""
-    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    """Return the groups without their parameters and the names of these."""
+    unlike = ("params", "param_names")
+    return [{k: v for k, v in group.items() if k not in unlike} for group in optimizer.param_groups]
 
 
-def names_of(optimizer: Optimizer) -> dict[int, str]:
-    """Return the names of parameters that were given with names, by their id."""
-    return {id(p): name for group in optimizer.param_groups
-            for p, name in zip(group["params"], group.get("param_names", ()), strict=False)}  # fmt: skip
+def names_of(optimizer: Optimizer, model: object = None) -> dict[int, str]:
+    """Return the names of parameters that were given with names, or have one in a module `model`, by their id."""
+    given = {id(p): name for group in optimizer.param_groups
+             for p, name in zip(group["params"], group.get("param_names", ()), strict=False)}  # fmt: skip
+    in_model = {id(p): name for name, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
+    return in_model | given
+
+
+def parameters_of(params: Any) -> Any:
+    """Return what torch optimizers take: of a module its parameters, with their names."""
+    return params.named_parameters() if isinstance(params, nn.Module) else params
 
 
 def listed(optimizer: Optimizer) -> list[int]:

@@ -11,6 +11,7 @@ from mpi_ef.collectives import plan_for
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor
 
+from .groups import parameters_of
 from .wrapper import DistributedOptimizer, PlanBuilder
 
 __all__ = ["EF21Muon", "LinearMinimization", "orthogonalized"]
@@ -105,6 +106,8 @@ class EF21Muon(DistributedOptimizer):
         plan: PlanBuilder = plan_for,
         overlap: bool = False,
     ) -> None:
-        descent = LinearMinimization(params, lr=lr, weight_decay=weight_decay, vector_radius=vector_radius)
+        descent = LinearMinimization(
+            parameters_of(params), lr=lr, weight_decay=weight_decay, vector_radius=vector_radius
+        )
         super().__init__(descent, comm, compressor, placement="gradient", rule="ef21-sgdm", plan=plan,
-                         dense_steps=dense_steps, overlap=overlap, eta=beta)  # fmt: skip
+                         dense_steps=dense_steps, overlap=overlap, model=params, eta=beta)  # fmt: skip

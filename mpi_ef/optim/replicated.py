@@ -16,7 +16,7 @@ from mpi_ef.feedback import ErrorFeedback
 
 from .accounts import Channel
 from .flat import FlatOptimizer
-from .groups import group_sizes, hyper_parameters
+from .groups import group_sizes, hyper_parameters, parameters_of
 
 __all__ = ["ReplicatedOptimizer", "checked"]
 
@@ -45,11 +45,11 @@ class ReplicatedOptimizer(FlatOptimizer):
         defaults: dict[str, Any],
         facts: Callable[[], Mapping[str, object]],
     ) -> None:
-        Optimizer.__init__(self, params, defaults)
+        Optimizer.__init__(self, parameters_of(params), defaults)
         self.arrays: dict[str, Vector] = {}
         self.rules: dict[str, ErrorFeedback] = {}
         self._dense: Channel | None = None
-        self._lay_out(comm, facts)
+        self._lay_out(comm, facts, params)
 
     def _zeros(self) -> Vector:
         return aligned_zeros(self.flat.d, self.flat.dtype)

@@ -27,7 +27,7 @@ class Lion(ReplicatedOptimizer):
     """Lion (Chen et al. 2023, arXiv 2302.06675) whose update is what most ranks vote for (arXiv 2404.00438).
 
     ``x = (1 - lr weight_decay) x - lr sign(mean_i C(beta1 m_i + (1 - beta1) grad_i))``; momenta are state of each rank, see
-    :func:`mpi_ef.feedback.momentum.lion`. Cost per step: 24 bytes, and 2 (n - 1) / n bits for every entry.
+    :func:`mpi_ef.feedback.momentum.lion`. Cost per step: 40 bytes, and 2 (n - 1) / n bits for every entry.
 
     Parameters
     ----------

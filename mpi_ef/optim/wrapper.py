@@ -87,6 +87,8 @@ class DistributedOptimizer(FlatOptimizer):
     overlap : bool
         Send a bucket as soon as autograd has made its gradients. Placement "gradient" only; buckets of 25 MB by default.
         The results are the same bits as without. Gradients cannot be clipped or unscaled after the backward pass then.
+    model : torch.nn.Module, optional
+        Whose parameters these are: its buffers are broadcast from rank 0 as well, and errors name its parameters.
     **options
         Options of the rule, for example ``eta`` of EControl.
 
@@ -104,8 +106,8 @@ class DistributedOptimizer(FlatOptimizer):
 
     Notes
     -----
-    The parameters given to the optimizer are broadcast from rank 0 at construction, frozen ones too; what it was not
-    given, and buffers, are not. A parameter without gradient takes part with zeros. Memory:
+    The parameters given to the optimizer are broadcast from rank 0 at construction, frozen ones too, and buffers where
+    `model` is given; what it was not given is not. A parameter without gradient takes part with zeros. Memory:
     one gradient vector, the rule's state, and for "update" one more copy of the parameters.
     """
 
@@ -123,6 +125,7 @@ class DistributedOptimizer(FlatOptimizer):
         dense_steps: int = 0,
         bucket_nbytes: int | None = None,
         overlap: bool = False,
+        model: object = None,
         **options: Any,
     ) -> None:
         self.optimizer, self.placement, self.overlaps = optimizer, placement, overlap
@@ -137,7 +140,7 @@ class DistributedOptimizer(FlatOptimizer):
             return {"the optimizer": type(optimizer).__name__, "rule": rule, "options": options, "placement": placement,
                     "dense_steps": dense_steps, "bucket_nbytes": bucket_nbytes, "overlap": overlap}  # fmt: skip
 
-        self._lay_out(comm, facts)
+        self._lay_out(comm, facts, model)
         buckets = []
         for numbers, part in bucket_slices(self.flat, bucket_nbytes):
             shapes = tuple(tuple(self.flat.parameters[number].shape) for number in numbers)
@@ -252,18 +255,29 @@ class DistributedOptimizer(FlatOptimizer):
             self.buckets.pause(False)
 
     def _ready(self, problem: Exception | None) -> tuple[int, ...]:
-        if not self.overlaps:
-            return super()._ready(problem)
-        # Buckets are under way already, and all ranks have to take part in all of them before anybody can complain.
-        arrived = self.buckets.arrive(self.flat.gradients)
+        self._broken: tuple[int, ...] | None = None  # until buckets that are under way have arrived
         try:
-            broken = tuple(sorted({*super()._ready(problem), *arrived}))
+            broken = tuple(sorted({*super()._ready(problem), *(self._broken or ())}))
         except BaseException:
-            self.buckets.drop()
+            self._drop()
             raise
         if broken:
-            self.buckets.drop()
+            self._drop()
         return broken
+
+    def _arrive(self) -> None:
+        # Buckets are under way already, and all ranks have to take part in all of them before anybody can complain.
+        if self.overlaps:
+            self._broken = self.buckets.arrive(self.flat.gradients)
+
+    def _drop(self) -> None:
+        if self._broken is not None:
+            self.buckets.drop()
+
+    def _step(self, broken: tuple[int, ...]) -> None:
+        super()._step(broken)
+        if not broken:
+            self._report()
 
     def _weigh(self) -> None:
         if self.placement == "gradient":
@@ -273,6 +287,8 @@ class DistributedOptimizer(FlatOptimizer):
         if self.overlaps and hasattr(self, "found_inf"):  # set by GradScaler while it calls step
             return OptionError("DistributedOptimizer: GradScaler with overlap=True: scaled gradients have left already; "
                                "take overlap=False")  # fmt: skip
+        if self.buckets.problem is not None:  # raised in the backward pass already, by this rank alone
+            return self.buckets.problem
         if self.overlaps and (number := self.buckets.changed()) is not None:
             return OptionError(f"DistributedOptimizer: the gradient of {self._name(number)} was changed after it had been "
                                "sent, in the backward pass; take overlap=False to clip or clear gradients")  # fmt: skip
@@ -288,7 +304,6 @@ class DistributedOptimizer(FlatOptimizer):
             else:
                 self.buckets.step(gradients)
             self._step_inside()
-        self._report()
 
     def _exchange_updates(self, before: np.ndarray) -> None:
         values = self.flat.values
@@ -306,7 +321,7 @@ class DistributedOptimizer(FlatOptimizer):
 
     @property
     def observer(self) -> Callable[[list[BucketReport]], None] | None:
-        """Called after every step with a list of :class:`BucketReport`; None, as at first, costs nothing.
+        """Called after every whole step with a list of :class:`BucketReport`; None, as at first, costs nothing.
 
         Measuring takes passes over memory of its own.
         """
@@ -328,7 +343,7 @@ class DistributedOptimizer(FlatOptimizer):
             norms = {name: float(np.linalg.norm(a)) for name, a in (channel.per_rank() | channel.replicated()).items()}
             seconds = {name: spent - old[1][name] for name, spent in new[1].items()}
             traffic = channel.plan.traffic
-            reports.append(BucketReport(self.steps + 1, n, new[0] - old[0], traffic.dense_nbytes, channel.plan.lost, norms,
+            reports.append(BucketReport(self.steps, n, new[0] - old[0], traffic.dense_nbytes, channel.plan.lost, norms,
                                         seconds))  # fmt: skip
             channel.plan.lost = None
         self._observer(reports)

@@ -6,8 +6,9 @@ from torch import nn
 EPOCHS, BATCH = 6, 64
 
 torch.manual_seed(0)
-x = torch.linspace(-3, 3, 1024).reshape(-1, 1)
-y = torch.sin(2 * x) + 0.1 * torch.randn(1024, 1)
+x = 6 * torch.rand(1024, 1) - 3
+data = torch.utils.data.TensorDataset(x, torch.sin(2 * x) + 0.1 * torch.randn(1024, 1))
+loader = torch.utils.data.DataLoader(data, batch_size=BATCH, shuffle=False)
 
 
 class Net(nn.Module):
@@ -25,14 +26,13 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.5, 0.99), we
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
 
 for epoch in range(EPOCHS):
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
     total = 0.0
-    for batch in order.split(BATCH):
+    for inputs, targets in loader:
         optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(x[batch]), y[batch])
+        loss = nn.functional.mse_loss(model(inputs), targets)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        total += loss.item() * len(batch)
+        total += loss.item() * len(inputs)
     scheduler.step()
-    print(f"epoch {epoch}: loss {float.hex(total / len(x))}")
+    print(f"epoch {epoch}: loss {float.hex(total / len(data))}")

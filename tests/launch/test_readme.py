@@ -70,16 +70,17 @@ def test_the_program_for_torchrun(tmp_path, n):
 
 
 def distributed(script):
-    """Return the script with the added lines of the README's diff, each after the line that it follows there in meaning."""
+    """Return the script with the added lines of the README's diff, where they have their place in it."""
     (diff,) = (body for kind, body in BLOCKS if kind == "diff")
     added = [line[1:] for line in diff.splitlines() if line.startswith("+")]
     imports = [line for line in added if "import" in line]
-    (share,), (wrap,) = ([line for line in added if word in line] for word in ("comm.size", "DistributedOptimizer"))
+    (share,), (wrap,) = (
+        [line for line in added if word in line] for word in ("ShardedSampler", "DistributedOptimizer")
+    )
     assert len(added) == len(imports) + 2
     lines = []
     for line in script.splitlines():
-        lines += [share] if line.startswith("model = ") else []
-        lines += [line]
+        lines += [share] if line.startswith("loader = ") else [line]
         lines += imports if line == "import torch" else [wrap] if line.startswith("optimizer = ") else []
     return "\n".join(lines)
 
@@ -90,8 +91,10 @@ def test_a_training_script_of_forty_lines_becomes_distributed(tmp_path, placemen
     plain = Path(__file__).with_name("plain_training.py")
     script = tmp_path / "script.py"
     options = f'mpi_ef.Identity(), placement="{placement}")'
-    script.write_text(distributed(plain.read_text()).replace("mpi_ef.TopK(0.05))", options))
+    text = distributed(plain.read_text()).replace("mpi_ef.TopK(0.05))", options)
+    script.write_text(text.replace("batch=16", "batch=64, shuffle=False"))
     assert options in script.read_text()
+    assert "shuffle=False" in script.read_text()
     before, after = run(1, plain, within=90), run(1, "-m", "mpi4py", script, within=90)
     losses = before.lines_with("loss")
     assert len(losses) == 6

@@ -54,7 +54,7 @@ def build(rank):
     norm = nn.BatchNorm1d(4)
     for step in range(3):
         norm(torch.from_numpy(gaussian(rank, 32 * 4, step=step).reshape(32, 4)) * (1 + rank) + rank)
-    norm.register_buffer("table", torch.from_numpy(gaussian(rank, 1000)))
+    norm.register_buffer("running_table", torch.from_numpy(gaussian(rank, 1000)))
     norm.register_buffer("name", torch.tensor([rank, 255 - rank], dtype=torch.uint8))
     return norm
 

@@ -1,0 +1,70 @@
+"""What of an optimizer is saved, and how it gets to other ranks."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from mpi_ef.collectives import Move
+from mpi_ef.compress.combination import Vector
+from mpi_ef.errors import ShapeError
+
+from .accounts import Communicating
+
+__all__ = ["Saved"]
+
+
+class Saved(Communicating):
+    """A torch optimizer that says which of its state is the same on all ranks, and which is not."""
+
+    _compares: bool  # whether ranks compare their parameters before the next step
+
+    @abstractmethod
+    def per_rank(self) -> dict[str, Vector]:
+        """Return the named arrays that differ between ranks. Not copies. Local."""
+
+    @abstractmethod
+    def replicated(self) -> dict[str, Vector]:
+        """Return the named arrays, besides the parameters, that are equal on all ranks. Not copies. Local."""
+
+    @abstractmethod
+    def moves(self) -> dict[str, Move]:
+        """Return how each array that may be in :meth:`per_rank` gets to another number of ranks. Local."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, str]:
+        """Return what must be the same where a saved state is loaded, on any number of ranks. Local."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return what is the same on all ranks besides parameters and arrays: groups, counters. Not copies. Local."""
+
+    @abstractmethod
+    def account(self) -> dict[str, Any]:
+        """Return what a rank counts for itself: bytes. Local."""
+
+    @abstractmethod
+    def load_settings(self, settings: Mapping[str, Any], account: Mapping[str, Any]) -> None:
+        """Restore what :meth:`settings` and :meth:`account` returned. Local; arrays and parameters, then :meth:`loaded`."""
+
+    def own_state(self) -> dict[str, Any]:
+        """Return further state that differs between ranks, of tensors and plain containers. Not copies. Local."""
+        return {}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`own_state` returned, after :meth:`load_settings`. Local."""
+
+    def _saved_masters(self) -> dict[str, Any]:
+        """Return what a state holds besides, where there are parameters in 16 bits: a model's state has them rounded."""
+        self.flat.adopt()
+        return {"masters": self.flat.masters()} if self.flat.mixed else {}
+
+    def _check_masters(self, state: Mapping[str, Any]) -> None:
+        mine = {number: master.shape for number, master in self.flat.masters().items()}
+        theirs = {number: master.shape for number, master in state.get("masters", mine).items()} if mine else mine
+        if "masters" in state and theirs != mine:
+            raise ShapeError("load_state_dict: the saved state has other parameters in 16 bits; load into the model it was "
+                             "saved from")  # fmt: skip
+
+    def _load_masters(self, state: Mapping[str, Any]) -> None:
+        self._compares = True
+        self.flat.load_masters(state.get("masters", {}) if self.flat.mixed else {})
