@@ -7,8 +7,9 @@ import numpy as np
 from checkpoint_cases import save
 from virtual import results, run
 
+from mpi_ef import Training
 from mpi_ef.checkpoint import Store
-from mpi_ef.errors import CheckpointError
+from mpi_ef.errors import CheckpointError, DisagreementError
 
 
 def newest(folder):
@@ -55,3 +56,19 @@ def test_a_replica_that_differs_is_not_saved_as_a_mix(tmp_path):
         assert "ranks disagree on the values of weight: hash" in str(outcome)
         assert "on ranks 0,2; hash" in str(outcome)
     assert newest(tmp_path) is None
+
+
+def test_a_save_that_one_rank_alone_finishes_is_noticed(tmp_path):
+    def program(comm):
+        store, last = Store(tmp_path), comm.Get_rank() == 2
+        store.save_async(
+            comm, 1, replicated={}, per_rank={"x": np.full(9, comm.Get_rank())}, document=None, rank_document=None
+        )
+        if last:
+            store.finish(comm)
+        else:
+            Training(random=False).save(store, comm, 2)
+
+    for outcome in run(3, program):
+        assert isinstance(outcome, DisagreementError)
+        assert "different calls: Training.save on ranks 0,1; Store.save_async, step 1 on rank 2" in str(outcome)
