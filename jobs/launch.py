@@ -4,14 +4,24 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from time import monotonic, sleep
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mpi_ef.collectives.ending import PATIENCE_SECONDS, abort, abort_on_exception, die, keep_status
-from mpi_ef.collectives.world import check_world
 from mpi_ef.errors import LaunchError, MpiEfError
 
+if TYPE_CHECKING:
+    from mpi_ef.collectives.ending import abort, abort_on_exception
+    from mpi_ef.collectives.world import check_world
+
 __all__ = ["abort", "abort_on_exception", "check_world", "run", "threads_per_rank"]
+
+
+def __getattr__(name: str) -> Any:
+    """Return what a room below has, which is loaded then: --help shall not wait for that."""
+    if name in ("abort", "abort_on_exception", "check_world", "PATIENCE_SECONDS"):
+        return getattr(import_module(f"mpi_ef.collectives.{'world' if name == 'check_world' else 'ending'}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def run(program: Callable[[Any], None]) -> None:
@@ -21,6 +31,9 @@ def run(program: Callable[[Any], None]) -> None:
     printed by the rank that has it, which then aborts the world: status 2 for an `MpiEfError`, else 1.
     """
     from mpi4py import MPI
+
+    from mpi_ef.collectives.ending import PATIENCE_SECONDS, die, keep_status
+    from mpi_ef.collectives.world import check_world
 
     comm = MPI.COMM_WORLD
     leaving = comm.Dup()  # its barrier matches nothing that other ranks may be in the middle of
