@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from mpi_ef.errors import DataError, MpiEfError
 if TYPE_CHECKING:
     from mpi_ef.checkpoint.lock import FolderLock
 
-__all__ = ["RunFolder", "replacing"]
+__all__ = ["RunFolder", "by_first", "replacing"]
 
 
 class RunFolder:
@@ -36,7 +36,7 @@ class RunFolder:
     def __init__(self, comm: Any, path: Path, *, job: str = "", restart: int = 0) -> None:
         self._comm, self.path, self._job, self._restart = comm, path, job, restart
         self._lock: FolderLock | None = None
-        self._by_first(self._take)
+        by_first(self._comm, self.path, self._take)
 
     def _take(self) -> None:
         from mpi_ef.checkpoint.lock import FolderLock, Owner
@@ -61,7 +61,7 @@ class RunFolder:
         DataError
             On all ranks, without `overwrite`: there is a finished run, or there are checkpoints.
         """
-        self._by_first(lambda: self._clear([proof, *others]) if overwrite else self._refuse(proof))
+        by_first(self._comm, self.path, lambda: self._clear([proof, *others]) if overwrite else self._refuse(proof))
 
     def _refuse(self, proof: str) -> None:
         from mpi_ef.checkpoint.master import committed_steps
@@ -86,7 +86,7 @@ class RunFolder:
 
     def remove(self, *names: str) -> None:
         """Remove files that are there. Collective."""
-        self._by_first(lambda: self._remove(names))
+        by_first(self._comm, self.path, lambda: self._remove(names))
 
     def _remove(self, names: Sequence[str]) -> None:
         for name in names:
@@ -100,25 +100,26 @@ class RunFolder:
         with one_line(self.path):
             yield
 
-    def _by_first(self, action: Callable[[], object]) -> None:
-        """Let rank 0 do something; raise on all ranks what it raises."""
-        text = ""
-        if self._comm.Get_rank() == 0:
-            try:
-                with one_line(self.path):
-                    action()
-            except Exception as error:  # the others wait
-                text = str(error) if isinstance(error, MpiEfError) else f"{type(error).__name__}: {error}"
-        if told := self._comm.allgather(text)[0]:
-            refusal = DataError(told)
-            refusal.everywhere = True
-            raise refusal
-
     def close(self) -> None:
         """Let others write there. Local; also happens when the process ends."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+
+def by_first(comm: Any, path: Path, action: Callable[[], object]) -> None:
+    """Let rank 0 do something in a folder; raise on all ranks what it raises. Collective."""
+    text = ""
+    if comm.Get_rank() == 0:
+        try:
+            with one_line(path):
+                action()
+        except Exception as error:  # the others wait
+            text = str(error) if isinstance(error, MpiEfError) else f"{type(error).__name__}: {error}"
+    if told := comm.allgather(text)[0]:
+        refusal = DataError(told)
+        refusal.everywhere = True
+        raise refusal
 
 
 @contextmanager
@@ -153,4 +154,5 @@ def replacing(path: Path) -> Iterator[Path]:
             f"{path}: cannot be written ({error.strerror or error}); make room there, or name another file"
         ) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # there is no such folder
+            draft.unlink()

@@ -18,10 +18,11 @@ from programs import trained
 
 from mpi_ef.collectives import ending
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, LaunchError, PeerError
-from mpi_ef.jobs import cli, trainer
+from mpi_ef.jobs import bench, cli, trainer
 from mpi_ef.jobs.bench_report import Link, Row, break_even, combine, table
 from mpi_ef.jobs.config import option, parse, to_toml
 from mpi_ef.jobs.data import Digits, Text, batches, shard
+from mpi_ef.jobs.folder import replacing
 from mpi_ef.jobs.launch import check_world
 from mpi_ef.jobs.metrics import Metrics, Progress, announcing, in_bytes
 from mpi_ef.jobs.optimizers import build_compressor
@@ -371,6 +372,44 @@ def test_launches_are_combined_by_their_medians():
     assert "0.50x" in table(result)
     with pytest.raises(DataError, match="launches differ in d: 100 and 7"):
         combine([launch(1), launch(1) | {"d": 7}])
+    with pytest.raises(DataError, match="one launch is there twice"):
+        combine([launch(1), launch(50), launch(1)])
+
+
+@pytest.mark.parametrize("option", ["d=1000", "ratio=0.1", "repeats=3", "only=ef21"])
+def test_what_is_measured_is_no_option_of_combining(option, capsys):
+    name, value = option.split("=")
+    with pytest.raises(SystemExit):
+        bench.main(["--combine", "a.json,b.json", f"--{name}", value])
+    assert f"{option} has no effect with combine" in capsys.readouterr().err
+
+
+def test_words_that_no_method_has_are_refused():
+    bench._check_words(["ef21", "Sign("], ["ef21 TopK(0.01)", "ef14 Sign()"])
+    with pytest.raises(ConfigError, match="only=ef22: no method has that in its name; take of ef21 TopK") as caught:
+        bench._check_words(["ef21", "ef22"], ["ef21 TopK(0.01)", "ef14 Sign()"])
+    assert caught.value.everywhere
+
+
+def test_a_file_is_there_whole_or_as_it_was(tmp_path):
+    """Of two programs that write it at a time the last one has written all of it."""
+    path = tmp_path / "new" / "figures.json"
+    with replacing(path) as first:
+        first.write_text("first")
+        with replacing(path) as second:
+            second.write_text("second")
+            assert not path.exists()
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+
+    def half():
+        with replacing(path) as draft:
+            draft.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(DataError, match="figures.json: cannot be written"):
+        half()
+    assert [(one.name, one.read_text()) for one in path.parent.iterdir()] == [("figures.json", "first")]
 
 
 def test_command_line(capsys):
