@@ -110,9 +110,9 @@ def read_sections(paths: Sequence[Path], *, best: bool = False) -> list[Section]
 def _best(runs: Sequence[_Run]) -> list[_Run]:
     kept: dict[str, _Run] = {}
     for run in runs:
-        apart = ("lr", "out", "text") if "data" in run.summary else ("lr", "out")  # a text is known by its content
-        same = {key: value for key, value in run.summary["config"].items() if key not in apart}
-        key = json.dumps([same, run.summary.get("data")], sort_keys=True)
+        config = run.summary["config"]
+        apart = ("lr", "out", "text") if "data" in config else ("lr", "out")  # a text is known by its content
+        key = json.dumps({key: value for key, value in config.items() if key not in apart}, sort_keys=True)
         if key not in kept or _end(run) < _end(kept[key]):
             kept[key] = run
     return list(kept.values())

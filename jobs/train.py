@@ -44,6 +44,8 @@ class TrainConfig:
 
     model: Literal["gpt", "mlp", "cnn"] = option("gpt", "gpt on text; mlp or cnn on scikit-learn's digits")
     text: Path | None = _for("text", "UTF-8 text")
+    data: str | None = option(None, "what text or digits have to be, by their content, as config.toml says",
+                              shown="not compared")  # fmt: skip
     split: str | None = _for("split", "how the digits are dealt to the ranks", ("shuffled", "by-label"))
     steps: int = option(800, "optimizer steps")
     batch: int = option(16, "samples per rank and step")
@@ -201,7 +203,7 @@ def _train(trainer: "Trainer", config: TrainConfig, run: "Interruptible") -> dic
         with run.folder.writing():
             metrics = Metrics(config.out, trainer.columns, after=start)
             with replacing(config.out / "config.toml") as draft:
-                draft.write_text(f"# data: {trainer.data.content}\n{to_toml(trainer.record())}", encoding="utf-8")
+                draft.write_text(to_toml(trainer.record()), encoding="utf-8")
         print(trainer.headline(), flush=True)
     progress = Progress(config.steps)
     row: dict[str, Any] = {}
@@ -271,7 +273,7 @@ def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:
         "untimed_steps": trainer.untimed_steps, "untimed_seconds": trainer.untimed_seconds,
         "skipped_steps": trainer.optimizer.skipped_steps,
         "replicas_equal": len(set(fingerprints)) == 1, "parameters_crc32": fingerprints[0],
-        "data": trainer.data.content, "optimizer": trainer.optimizer.identity(),
+        "optimizer": trainer.optimizer.identity(),
         "config": {name: str(value) if isinstance(value, Path) else value for name, value in used.items()},
     }  # fmt: skip
 

@@ -62,6 +62,9 @@ class Trainer:
 
         def facts() -> dict[str, object]:
             self.data, self.model = _build(config)
+            if config.data not in (None, self.data.content):
+                raise DataError(f"data={config.data}, but here there are {self.data.content}; give the same, or leave the "
+                                "option out")  # fmt: skip
             shard(self.data.size, size, rank)
             options = {f"option {k}": v for k, v in asdict(config).items() if k not in ("text", "out")}
             return {"training samples": self.data.size, "their content": self.data.content, **options}
@@ -211,7 +214,7 @@ class Trainer:
 
     def record(self) -> TrainConfig:
         """Return the options of what was built: all that apply, also those that follow from it. Local."""
-        config, etas = self.config, self._etas()
+        config, etas = replace(self.config, data=self.data.content), self._etas()
         if len(etas) == 1:  # buckets may have different ones
             config = replace(config, eta=etas.pop())
         return config if self.changes is None else replace(config, whole=self.changes.whole)
@@ -322,7 +325,7 @@ class Trainer:
 def _shaping(config: TrainConfig) -> dict[str, Any]:
     """Return the options that the parameters depend on, as a checkpoint can hold them; the text is known by its content."""
     apart = ("out", "overwrite", "resume", "keep", "checkpoint_every", "save_in_background", "stop_after", "on_failure",
-             "log_every", "eval_every", "text")  # fmt: skip
+             "log_every", "eval_every", "text", "data")  # fmt: skip
     return {name: value for name, value in asdict(config).items() if name not in apart and value is not None}
 
 

@@ -144,7 +144,14 @@ def test_an_option_is_refused_or_changes_what_is_built(context):
 def test_every_option_is_in_the_table_or_always_applies():
     """Those of the table have no default, the others have one; every one of the table is looked at in the test above."""
     somewhere = {f.name for f in fields(TrainConfig) if choices.owners(f.name)}
-    assert {f.name for f in fields(TrainConfig) if f.default is None} == somewhere
+    assert {f.name for f in fields(TrainConfig) if f.default is None} == somewhere | {"data"}
+    guide = (
+        (Path(__file__).parents[1] / "docs" / "training.md")
+        .read_text(encoding="utf-8")
+        .partition("\n## mpi-ef train\n")[2]
+    )
+    for name in somewhere - {*choices.CHOOSERS}:
+        assert f"`{name}`" in guide.partition("\n## ")[0], name
     assert somewhere == OTHER.keys() - {"weight_decay", "clip"} | SAVING.keys()
     for name in somewhere:
         assert len(choices.owners(name)) == 1

@@ -134,7 +134,8 @@ def test_runs_on_the_same_text_are_compared_wherever_it_lay(runs, tmp_path, caps
     for name, content, place, loss in (("a", "x", "/tmp/1", 2.3), ("b", "x", "/tmp/2", 2.1), ("c", "y", "/tmp/2", 2.2)):
         shutil.copytree(runs / "ef21", folder := tmp_path / name)
         summary = json.loads((folder / "summary.json").read_text())
-        summary |= {"val_loss": loss, "data": content, "config": summary["config"] | {"text": place, "lr": loss}}
+        changed = {"text": place, "data": content, "lr": loss, "out": str(folder)}
+        summary |= {"val_loss": loss, "config": summary["config"] | changed}
         (folder / "summary.json").write_text(json.dumps(summary))
     report.main([*map(str, sorted(tmp_path.iterdir())), "--best"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "b", "c"]

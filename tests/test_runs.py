@@ -14,6 +14,7 @@ import virtual
 
 from mpi_ef.checkpoint import lock
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, MpiEfError
+from mpi_ef.jobs.config import parse
 from mpi_ef.jobs.data import Text
 from mpi_ef.jobs.train import TrainConfig, train
 from mpi_ef.jobs.trainer import Trainer
@@ -73,8 +74,8 @@ def test_the_same_text_elsewhere_is_the_same_text(tmp_path, capsys):
     assert "resumed after step 4" in told
     assert "not as in the run" not in told
     assert ended["parameters_crc32"] == whole["parameters_crc32"]
-    assert ended["data"] == whole["data"] == Text(tmp_path / "here/text", context=8, seed=0).content
-    assert ended["data"] in (tmp_path / "run" / "config.toml").read_text()
+    for summary in (whole, ended):
+        assert summary["config"]["data"] == Text(tmp_path / "here/text", context=8, seed=0).content
 
 
 @pytest.mark.parametrize("policy", ["exact", "redistribute"])
@@ -89,6 +90,26 @@ def test_another_text_behind_the_same_path_is_refused(tmp_path, policy):
     line = refused(2, replace(config, resume=policy), DataError)
     assert line.startswith("resume: the run that saved had other data (1018 characters, sha256 ")
     assert content(out) == before
+
+
+def test_a_record_is_of_a_text_and_not_of_a_path(tmp_path):
+    """Its config.toml runs again on the same text elsewhere, and not on another one behind its path."""
+    path, file = tmp_path / "text", tmp_path / "run" / "config.toml"
+    path.write_text(text(0))
+    first = programs.trained(2, TrainConfig(text=path, out=file.parent, **GPT))[0]
+    (tmp_path / "copy").write_text(text(0))
+    path.write_text(text(1))
+
+    def again(*flags):
+        return parse(
+            TrainConfig, ["--config", str(file), "--out", str(tmp_path / "again"), *flags], prog="", description=""
+        )
+
+    line = refused(2, again(), DataError)
+    assert line.startswith(f"data={first['config']['data']}, but here there are 1018 characters, sha256 ")
+    assert not (tmp_path / "again").exists()
+    ended = programs.trained(2, again("--text", str(tmp_path / "copy")))[0]
+    assert ended["parameters_crc32"] == first["parameters_crc32"]
 
 
 def test_ranks_that_read_other_texts_are_told(tmp_path):
