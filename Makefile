@@ -54,7 +54,7 @@ PARALLEL := -n $(WORKERS) --dist loadgroup
 .PHONY: demo check test test-all lint types kernels launch test-mpich test-slurm coverage bench torture worlds optimizers clean
 
 demo: $(VENV)/run $(READY)
-	$(TRAIN) --out $(OUT)/demo
+	$(TRAIN) --out $(OUT)/demo --overwrite
 
 check: $(VENV)/test $(READY)
 	$(MAKE) -j2 lint types kernels
@@ -122,7 +122,7 @@ worlds: $(VENV)/test $(READY)
 
 # name, learning rates, options
 define compare
-	for lr in $(2); do $(TRAIN) --lr $$lr $(3) --out $(OUT)/optimizers/$(1)-lr-$$lr; done
+	for lr in $(2); do $(TRAIN) --lr $$lr $(3) --out $(OUT)/optimizers/$(1)-lr-$$lr --overwrite; done
 endef
 
 optimizers: $(VENV)/test $(READY)

@@ -17,6 +17,7 @@ from mpi_ef.errors import ConfigError, DataError, MpiEfError
 from mpi_ef.jobs import launch
 from mpi_ef.jobs.bench_report import Link, Row, combine, plot, table
 from mpi_ef.jobs.config import option, parse
+from mpi_ef.jobs.folder import replacing
 from mpi_ef.jobs.metrics import announcing
 
 if TYPE_CHECKING:
@@ -31,20 +32,26 @@ VECTORS = 3  # that take turns, so that the same entries are not selected again 
 class BenchConfig:
     """Options of the benchmark; every field is a flag."""
 
-    d: int = option(25_000_000, "entries of the vector, float32")
-    ratio: float = option(0.01, "share of entries that topk keeps")
-    repeats: int = option(9, "times each method is measured")
-    only: str = option("", "measure only methods whose names contain one of these words, separated by commas")
+    d: int | None = option(None, "entries of the vector, float32", shown="25000000")
+    ratio: float | None = option(None, "share of entries that topk keeps", shown="0.01")
+    repeats: int | None = option(None, "times each method is measured", shown="9")
+    only: str | None = option(
+        None, "measure only methods whose names contain one of these words, separated by commas", shown="all"
+    )
     json: Path | None = option(None, "write all figures to this file")
     plot: Path | None = option(None, "draw them to this PNG")
     combine: str = option("", "no measurement: medians over the launches in these JSON files, separated by commas")
 
     def __post_init__(self) -> None:
-        if self.d < 100:
+        measuring = {name: getattr(self, name) for name in ("d", "ratio", "repeats", "only")}
+        for name, value in measuring.items():
+            if self.combine and value is not None:
+                raise ConfigError(f"{name}={value} has no effect with combine, which measures nothing")
+        if self.d is not None and self.d < 100:
             raise ConfigError(f"d={self.d} is too short to say anything; take at least 100")
-        if not 0.0 < self.ratio <= 1.0:
+        if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
             raise ConfigError(f"ratio={self.ratio} is not in (0, 1]; 0.01 keeps one entry in a hundred")
-        if self.repeats < 1:
+        if self.repeats is not None and self.repeats < 1:
             raise ConfigError(f"repeats={self.repeats} is not positive; take for example 9")
 
 
@@ -78,8 +85,8 @@ def show(config: BenchConfig, result: dict[str, Any]) -> None:
     """Print the table, and write what was asked for."""
     print(table(result))
     if config.json:
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        with replacing(config.json) as draft:
+            draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if config.plot:
         plot(result, config.plot)
 
@@ -130,13 +137,15 @@ def measure(comm: Any, config: BenchConfig) -> dict[str, Any]:
 
     from mpi_ef.jobs.bench_methods import methods
 
+    d, ratio, repeats = config.d or 25_000_000, config.ratio or 0.01, config.repeats or 9
     rng = np.random.default_rng(comm.Get_rank())
-    vectors = [rng.standard_normal(config.d, dtype=np.float32) for _ in range(VECTORS)]
-    wanted = [word.strip() for word in config.only.split(",") if word.strip()]
-    chosen = [m for m in methods(comm, config.d, config.ratio)
-              if not wanted or m.kind == "dense" or any(word in m.name for word in wanted)]  # fmt: skip
-    seconds = np.zeros((len(chosen), config.repeats + 2))
-    for turn in range(config.repeats + 2):
+    vectors = [rng.standard_normal(d, dtype=np.float32) for _ in range(VECTORS)]
+    wanted = [word.strip() for word in (config.only or "").split(",") if word.strip()]
+    every = list(methods(comm, d, ratio))
+    _check_words(wanted, [m.name for m in every])
+    chosen = [m for m in every if not wanted or m.kind == "dense" or any(word in m.name for word in wanted)]
+    seconds = np.zeros((len(chosen), repeats + 2))
+    for turn in range(repeats + 2):
         x = vectors[turn % VECTORS]
         for number, method in enumerate(chosen):
             if turn == 2 and method.plan is not None:
@@ -152,15 +161,24 @@ def measure(comm: Any, config: BenchConfig) -> dict[str, Any]:
         local = touched = None
         if method.plan is not None:
             spent = method.plan.seconds["encode"] + method.plan.seconds["decode"]
-            local = comm.allreduce(spent / config.repeats, MPI.MAX)
+            local = comm.allreduce(spent / repeats, MPI.MAX)
             touched = touched_bytes(method, vectors[0])
         rows.append(Row(method.name, method.kind, median(times), min(times), max(times), method.sent_nbytes,
                         method.entry_bits, method.index_bits, local, touched))  # fmt: skip
     return {
-        "ranks": comm.Get_size(), "d": config.d, "ratio": config.ratio, "repeats": config.repeats, "launches": 1,
+        "ranks": comm.Get_size(), "d": d, "ratio": ratio, "repeats": repeats, "launches": 1,
         "mpi": " ".join(MPI.Get_library_version().split("\x00")[0].splitlines()[0].split(",")[0].split()),
         "link": asdict(link), "rows": [asdict(row) for row in rows],
     }  # fmt: skip
+
+
+def _check_words(wanted: Sequence[str], names: Sequence[str]) -> None:
+    """Raise on all ranks when a word of --only is in no name."""
+    for word in wanted:
+        if not any(word in name for name in names):
+            error = ConfigError(f"only={word}: no method has that in its name; take of {', '.join(names)}")
+            error.everywhere = True
+            raise error
 
 
 def touched_bytes(method: Method, x: "np.ndarray") -> float:

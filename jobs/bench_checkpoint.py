@@ -19,6 +19,7 @@ import numpy as np
 from mpi_ef.errors import CheckpointError, ConfigError
 from mpi_ef.jobs import launch
 from mpi_ef.jobs.config import option, parse
+from mpi_ef.jobs.folder import by_first, replacing
 from mpi_ef.jobs.metrics import in_bytes
 
 __all__ = ["CheckpointBenchConfig", "main", "measure"]
@@ -68,8 +69,8 @@ def run(comm: Any, config: CheckpointBenchConfig) -> None:
     if comm.Get_rank() == 0:
         print(table(result))
         if config.json:
-            config.json.parent.mkdir(parents=True, exist_ok=True)
-            config.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            with replacing(config.json) as draft:
+                draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(comm: Any, config: CheckpointBenchConfig) -> dict[str, Any]:
@@ -112,9 +113,7 @@ class _Turns:
         self.stripe, self.written = COPIES * 4 * d // size, COPIES * 4 * d // size + 4 * d
         self.content = np.concatenate([*self.shared.values(), *self.own.values()]).view(np.uint8).data[: self.written]
         self.store = Store(config.folder / "checkpoints", keep_last=1)
-        if self.rank == 0:
-            self.folder.mkdir(parents=True)
-        comm.Barrier()
+        by_first(comm, self.folder, lambda: self.folder.mkdir(parents=True))  # not where another one has just done so
 
     def write(self, _turn: int) -> None:
         with (self.folder / f"plain-{self.rank}").open("wb", buffering=0) as file:

@@ -130,7 +130,9 @@ def _verdict(limit: float | None) -> str:
 def combine(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the medians over several launches of the same measurement; minimum and maximum over all of them."""
     first = results[0]
-    for other in results[1:]:
+    for number, other in enumerate(results[1:], 1):
+        if other in results[:number]:
+            raise DataError("bench: one launch is there twice, in one file or in two; combine different ones")
         for key in ("ranks", "d", "ratio", "repeats", "mpi"):
             if other[key] != first[key]:
                 raise DataError(f"bench: launches differ in {key}: {first[key]} and {other[key]}; combine equal ones")

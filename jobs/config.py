@@ -16,13 +16,27 @@ __all__ = ["option", "parse", "to_toml"]
 T = TypeVar("T")
 
 
-def option(default: Any, help: str) -> Any:
-    """Return a dataclass field with a help text."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, choices: Sequence[str] = (), shown: str = "", recorded: bool = True) -> Any:
+    """Return a dataclass field with a help text.
+
+    Parameters
+    ----------
+    default : object
+    help : str
+    choices : sequence of str
+        What it may be; anything of its type when empty.
+    shown : str
+        What the help text says of the default; it itself when empty.
+    recorded : bool
+        Whether :func:`to_toml` writes it.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "shown": shown, "recorded": recorded})
 
 
 def parse(config: type[T], argv: Sequence[str] | None, *, prog: str, description: str) -> T:
     """Return a `config` from defaults, the TOML file named by ``--config``, and the flags in `argv`, the last wins.
+
+    A classmethod ``config.of_file(values, flags)``, where there is one, says which of the values of a file count.
 
     Raises
     ------
@@ -42,7 +56,9 @@ def parse(config: type[T], argv: Sequence[str] | None, *, prog: str, description
         values = _read(path, known, types) if path else {}
     except ConfigError as error:
         parser.error(str(error))
-    values |= {name: value for name, value in given.items() if value is not _UNSET}
+    flags = {name: value for name, value in given.items() if value is not _UNSET}
+    of_file = getattr(config, "of_file", lambda values, _: values)
+    values = of_file(values, flags) | flags
     try:
         return config(**values)
     except ConfigError as error:  # from __post_init__
@@ -52,8 +68,9 @@ def parse(config: type[T], argv: Sequence[str] | None, *, prog: str, description
 def to_toml(config: Any) -> str:
     """Return `config` as a TOML document that :func:`parse` reads back."""
     lines = []
+    unrecorded = {f.name for f in fields(config) if not f.metadata["recorded"]}
     for name, value in asdict(config).items():
-        if value is None:
+        if value is None or name in unrecorded:
             continue
         if isinstance(value, bool):
             text = str(value).lower()
@@ -94,14 +111,20 @@ def _plain(kind: Any) -> Any:
     return kind
 
 
+def _choices(f: Field[Any], kind: Any) -> tuple[str, ...]:
+    return get_args(kind) if get_origin(kind) is Literal else tuple(f.metadata["choices"])
+
+
 def _add_flag(parser: argparse.ArgumentParser, name: str, f: Field[Any], kind: Any) -> None:
     kind = _plain(kind)
-    settings: dict[str, Any] = {"default": _UNSET, "help": f"{f.metadata['help']} (default: {f.default})"}
+    shown = f.metadata["shown"] or f"{f.default}"
+    text = f"{f.metadata['help']} (default: {shown})".replace("%", "%%")
+    settings: dict[str, Any] = {"default": _UNSET, "help": text}
     assert f.default is not MISSING  # noqa: S101
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
-    elif get_origin(kind) is Literal:
-        settings["choices"] = get_args(kind)
+    elif choices := _choices(f, kind):
+        settings["choices"] = choices
     else:
         settings |= {"type": kind, "metavar": kind.__name__.upper()}
     parser.add_argument("--" + name.replace("_", "-"), **settings)
@@ -118,10 +141,9 @@ def _read(path: Path, known: dict[str, Field[Any]], types: dict[str, Any]) -> di
         if name not in known:
             raise ConfigError(f"{path}: {key} is no option{_hint(name, list(known)) or '; see --help'}")
         kind = _plain(types[name])
-        if get_origin(kind) is Literal:
-            if value not in get_args(kind):
-                choices = ", ".join(map(str, get_args(kind)))
-                raise ConfigError(f"{path}: {key} = {value!r} is not known; take one of {choices}")
+        if choices := _choices(known[name], kind):
+            if value not in choices:
+                raise ConfigError(f"{path}: {key} = {value!r} is not known; take one of {', '.join(choices)}")
             values[name] = value
         elif kind is Path and isinstance(value, str):
             values[name] = Path(value)

@@ -1,9 +1,9 @@
 """Training data and how ranks share them: every sample on exactly one rank."""
 
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ class Dataset(Protocol):
 
     size: int
     held_out_size: int
-    fingerprint: int  # equal on ranks that have read the same data
+    content: str  # what is in it, wherever it lies: how much, and a hash
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -98,7 +98,7 @@ class Text:
         characters = sorted(set(text))
         number = {character: i for i, character in enumerate(characters)}
         tokens = np.array([number[character] for character in text], np.int64)
-        self.fingerprint = crc32(text.encode())
+        self.content = f"{len(text)} characters, sha256 {sha256(text.encode()).hexdigest()[:32]}"
         cut = tokens.size * 9 // 10
         self.vocabulary, self.context, self._seed = len(characters), context, seed
         self._train, self._held_out = torch.from_numpy(tokens[:cut]), torch.from_numpy(tokens[cut:])
@@ -145,7 +145,8 @@ class Digits:
         except ImportError:
             raise DataError("digits: scikit-learn is not installed; pip install scikit-learn") from None
         pixels, labels = load_digits(return_X_y=True)
-        self.fingerprint = crc32(pixels.tobytes())
+        content = sha256(pixels.tobytes() + labels.astype(np.int64).tobytes()).hexdigest()
+        self.content = f"{labels.size} digits, sha256 {content[:32]}"
         order = np.random.default_rng(0).permutation(labels.size)
         cut = labels.size * 4 // 5
         x = torch.from_numpy((pixels[order] / 16.0).astype(np.float32).reshape(-1, 1, 8, 8))

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -240,6 +240,7 @@ def _optimizers() -> Iterator[Callable[[], object]]:
     """Yield steps of all optimizers that ``mpi-ef train`` knows."""
     import torch
 
+    from mpi_ef.jobs.choices import OPTIMIZERS
     from mpi_ef.jobs.optimizers import build_optimizer
     from mpi_ef.jobs.train import TrainConfig
     from mpi_ef.optim import ZeroOneAdam
@@ -249,9 +250,11 @@ def _optimizers() -> Iterator[Callable[[], object]]:
             return lambda model: ZeroOneAdam(
                 model.parameters(), _Echo(), var_freeze_step=4, var_update_scaler=1, local_step_scaler=1
             )
-        return lambda model: build_optimizer(TrainConfig(optimizer=name, freeze=2, ratio=0.1), model, _Echo())
+        options: dict[str, Any] = {"freeze": 2} if "freeze" in OPTIMIZERS[name] else {}
+        options |= {"ratio": 0.1} if OPTIMIZERS[name]["compressor"] == "topk" else {}
+        return lambda model: build_optimizer(TrainConfig(optimizer=name, **options), model, _Echo())
 
-    for name in get_args(get_type_hints(TrainConfig)["optimizer"]):
+    for name in OPTIMIZERS:
         torch.manual_seed(0)
         model = torch.nn.Linear(40, 30)
         build = building(name)

@@ -12,7 +12,7 @@ from mpi_ef.compress import Identity, TopK
 from mpi_ef.errors import DataError
 from mpi_ef.feedback.theory import step_size
 from mpi_ef.jobs import figures
-from mpi_ef.jobs.libsvm import load_libsvm, split_rows
+from mpi_ef.jobs.libsvm import content_of, load_libsvm, split_rows
 from mpi_ef.jobs.problems import (
     LogisticRegression,
     Quadratics,
@@ -64,12 +64,12 @@ def logistic_regression(comm: Any, folder: Path, name: str, n: int) -> LogisticR
 
     def facts() -> dict[str, object]:
         found.append(load_libsvm(data_file(folder, name)))
-        return {f"the size of {name}": found[0][0].shape}
+        return {f"the content of {name}": content_of(*found[0])}
 
     agree(comm, "reproduce", facts, "give all ranks the same files")
     ((a, b),) = found
     parts = split_rows(b, n)
-    return LogisticRegression([(a[parts[c]], b[parts[c]]) for c in own_clients(comm, n)])
+    return LogisticRegression([(a[parts[c]], b[parts[c]]) for c in own_clients(comm, n)], content=content_of(a, b))
 
 
 # set: (k, multiple of the theory's step size) as tuned on the authors' poster, and steps for about as many bits as there.
@@ -83,10 +83,11 @@ POSTER = {
 
 def ef21(comm: Any, config: ReproduceConfig) -> Outcome:
     """Run EF21, EF14, EF21+ and gradient descent on four sets, 20 clients, with the tuned step sizes. Collective."""
-    n, curves = 20, dict[str, Curves]()
+    n, curves, data = 20, dict[str, Curves](), dict[str, str]()
     lines = ["set        rule          k  factor  steps   bits sent  as papers count  least ||grad f||^2       last"]
     for name, (runs, steps) in POSTER.items():
-        problem = logistic_regression(comm, config.data, name, n)
+        problem = logistic_regression(comm, config.folder, name, n)
+        data[name] = problem.content
         constants = smoothness(comm, problem, n)
         x0 = np.random.RandomState(0).normal(size=problem.d)
         curves[name] = {}
@@ -101,7 +102,7 @@ def ef21(comm: Any, config: ReproduceConfig) -> Outcome:
             lines.append(f"{name:<10} {rule:<10} {k:4} {factor:7} {curve.steps[-1]:6} {curve.sent_bits[-1]:11.3g} "
                          f"{curve.paper_bits[-1]:16.3g} {min(curve.squared_norms):19.1e} "
                          f"{curve.squared_norms[-1]:10.1e}")  # fmt: skip
-    return Outcome(rows_of(curves), "\n".join(lines), lambda path: figures.against_bits(curves, path))
+    return Outcome(rows_of(curves), "\n".join(lines), lambda path: figures.against_bits(curves, path), data)
 
 
 def econtrol(comm: Any, config: ReproduceConfig) -> Outcome:
@@ -220,7 +221,7 @@ def participation(comm: Any, config: ReproduceConfig) -> Outcome:
     """Run EF21-PP with fewer and fewer of 20 clients, Top-1, on phishing: the best factor halves with them. Collective."""
     n, panels = 20, dict[str, Curves]()
     lines = ["participation  factor   steps  bits sent  ||grad f||^2"]
-    problem = logistic_regression(comm, config.data, "phishing", n)
+    problem = logistic_regression(comm, config.folder, "phishing", n)
     constants = smoothness(comm, problem, n)
     x0 = np.random.RandomState(0).normal(size=problem.d)
     panel = panels["phishing"] = {}
@@ -232,14 +233,19 @@ def participation(comm: Any, config: ReproduceConfig) -> Outcome:
         lines.append(
             f"{share:<13.1%} {factor:7} {curve.steps[-1]:7} {curve.sent_bits[-1]:10.3g}  {curve.squared_norms[-1]:.1e}"
         )
-    return Outcome(rows_of(panels), "\n".join(lines), lambda path: figures.against_bits(panels, path))
+    return Outcome(
+        rows_of(panels),
+        "\n".join(lines),
+        lambda path: figures.against_bits(panels, path),
+        {"phishing": problem.content},
+    )
 
 
 def bidirectional(comm: Any, config: ReproduceConfig) -> Outcome:
     """Run EF21-BC on phishing: Top-2 up, and less and less down. Collective."""
     n, panels = 20, dict[str, Curves]()
     lines = ["down      steps  bits up   ||grad f||^2"]
-    problem = logistic_regression(comm, config.data, "phishing", n)
+    problem = logistic_regression(comm, config.folder, "phishing", n)
     gamma = 8 * step_size("ef21", smoothness(comm, problem, n), 2 / problem.d)
     x0 = np.random.RandomState(0).normal(size=problem.d)
     panel = panels["phishing"] = {}
@@ -250,7 +256,12 @@ def bidirectional(comm: Any, config: ReproduceConfig) -> Outcome:
         name = f"Top-{k} down" if k < problem.d else "all down"
         panel[name] = curve
         lines.append(f"{name:<9}{curve.steps[-1]:6} {curve.sent_bits[-1]:8.3g}   {curve.squared_norms[-1]:.1e}")
-    return Outcome(rows_of(panels), "\n".join(lines), lambda path: figures.against_steps(panels, path))
+    return Outcome(
+        rows_of(panels),
+        "\n".join(lines),
+        lambda path: figures.against_steps(panels, path),
+        {"phishing": problem.content},
+    )
 
 
 def weights(comm: Any, config: ReproduceConfig) -> Outcome:

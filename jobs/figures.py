@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpi_ef.errors import DataError
+from mpi_ef.jobs.folder import replacing
 from mpi_ef.jobs.simulate import Curve
 from mpi_ef.jobs.train import PHASES
 
@@ -51,9 +52,9 @@ def pyplot() -> Any:
 def save(figure: Any, path: Path) -> None:
     """Write the figure, in the format that the name says, and let go of it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not know
+        with replacing(path) as draft:
+            figure.savefig(draft, dpi=120)
+    except (DataError, ValueError) as error:  # ValueError: a format that matplotlib does not know
         raise DataError(f"{path}: the picture cannot be written ({error}); name a .png or .svg file") from None
     finally:
         pyplot().close(figure)

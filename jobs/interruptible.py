@@ -7,8 +7,9 @@ from typing import Any
 from mpi_ef.checkpoint import Store
 from mpi_ef.checkpoint.state import Training
 from mpi_ef.jobs import early
+from mpi_ef.jobs.folder import RunFolder
 from mpi_ef.jobs.survivors import Attempts, all_are_here
-from mpi_ef.jobs.train import TrainConfig, writing
+from mpi_ef.jobs.train import FILES, PROOF, TrainConfig
 from mpi_ef.jobs.trainer import Trainer
 from mpi_ef.stopping import SIGNALS, Stopper
 
@@ -18,9 +19,10 @@ _FAILURES = 100_000  # more than a launch has ranks
 
 
 class Interruptible:
-    """The checkpoints of one training run, and when it stops. Every method is collective.
+    """The folder of one training run, its checkpoints, and when it stops. Every method is collective.
 
-    Without ``checkpoint_every`` and ``resume`` it does nothing, and signals do what they always do.
+    Without ``checkpoint_every`` and ``resume`` there are no checkpoints, and signals do what they always do. Construction
+    takes the folder, see :class:`RunFolder`.
 
     Parameters
     ----------
@@ -34,6 +36,7 @@ class Interruptible:
     ----------
     stopped : str or None
         Why the run has stopped before its end.
+    folder : RunFolder
     """
 
     def __init__(self, comm: Any, config: TrainConfig, trainer: Trainer, attempts: Attempts) -> None:
@@ -43,10 +46,10 @@ class Interruptible:
         self._policy: str = config.resume
         if attempts.last is not None and config.resume != "reset":
             self._policy = "redistribute"
+        job, restart = os.environ.get("SLURM_JOB_ID", attempts.launch), os.environ.get("SLURM_RESTART_COUNT", "0")
+        restarts = (int(restart) if restart.isdigit() else 0) * _FAILURES + attempts.failures
         if config.checkpoint_every or config.resume != "no":
-            job, restart = os.environ.get("SLURM_JOB_ID", attempts.launch), os.environ.get("SLURM_RESTART_COUNT", "0")
-            restarts = (int(restart) if restart.isdigit() else 0) * _FAILURES + attempts.failures
-            self._store = Store(config.out / "checkpoints", keep_last=config.keep, job=job, restart=restarts)
+            self._store = Store(config.out / "checkpoints", keep_last=config.keep or 1, job=job, restart=restarts)
         if config.checkpoint_every:
             end = os.environ.get("SLURM_JOB_END_TIME", "")
             # Python lets only the main thread have signals, which is where programs run.
@@ -54,20 +57,32 @@ class Interruptible:
             self._stopper = Stopper(comm, signals=signals, deadline=float(end) if end.isdigit() else None)
             if number := early.noted() or attempts.asked:
                 self._stopper.request(number)
-        self._training = Training(model=trainer.model, optimizer=trainer.optimizer, seed=config.seed)
+        self._training = Training(model=trainer.model, optimizer=trainer.optimizer, seed=config.seed,
+                                  changes=trainer.changes)  # fmt: skip
+        try:
+            self.folder = RunFolder(comm, config.out, job=job, restart=restarts)
+        except BaseException:
+            self._leave()
+            raise
 
     def resume(self) -> int:
-        """Put everything back to where the newest checkpoint was, and return its step; 0 without one."""
-        if self._store is None:
-            return 0
-        if self.config.checkpoint_every:  # before anything in the folder is changed
+        """Put everything back to where the newest checkpoint was, and return its step; 0 without one.
+
+        Raises
+        ------
+        DataError, CheckpointError
+            On all ranks: the run begins, and there is another one; nothing in the folder was changed then.
+        """
+        config, folder = self.config, self.folder
+        if self._policy == "no":
+            folder.begin(PROOF, others=FILES, overwrite=config.overwrite)
+        if self._store is not None and config.checkpoint_every:  # before anything in the folder is changed
             self._store.claim(self.comm, new=self._policy == "no")
         start = self._resumed()
-        if self.comm.Get_rank() == 0:
-            with writing(self.config.out):
-                for name in ("requeue", "summary.json"):  # they tell how a run has ended
-                    (self.config.out / name).unlink(missing_ok=True)
-        if self.attempts.last is None:
+        if self._policy != "no" and not start:
+            folder.begin(PROOF)  # there may be a finished run without checkpoints
+        folder.remove("requeue", PROOF)  # they tell how a run has ended
+        if self._store is not None and self.attempts.last is None:
             stop = start + self.config.stop_after if self.config.stop_after else self.config.steps
             self.attempts.last = min(self.config.steps, stop)
         return start
@@ -98,12 +113,12 @@ class Interruptible:
         if ends or step % config.checkpoint_every == 0:
             if config.on_failure == "shrink":
                 all_are_here(self.comm)  # so that nothing is saved that a death has spoiled
-            background = config.save_in_background and not ends
+            background = bool(config.save_in_background) and not ends
             self._training.save(self._store, self.comm, step, document=self.trainer.position(), background=background)
         if not ends or step == config.steps:
             return False
         self.stopped = self._stopper.reason or f"after {config.stop_after} steps of this launch"
-        with writing(config.out):
+        with self.folder.writing():
             self._stopper.mark_requeue(config.out / "requeue", self.stopped)
         if self.comm.Get_rank() == 0:
             print(f"stopped after step {step}: {self.stopped}; go on with --resume exact", flush=True)
@@ -111,6 +126,10 @@ class Interruptible:
 
     def close(self) -> None:
         """Give signals and the folder back."""
+        self.folder.close()
+        self._leave()
+
+    def _leave(self) -> None:
         if self._stopper is not None:
             self._stopper.close()
             self.attempts.asked = self._stopper.asked

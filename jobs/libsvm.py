@@ -2,6 +2,7 @@
 
 import lzma
 from collections.abc import Iterator
+from hashlib import sha256
 from math import isfinite
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from mpi_ef.errors import OptionError, ShapeError
 
-__all__ = ["SPLITS", "load_libsvm", "split_rows"]
+__all__ = ["SPLITS", "content_of", "load_libsvm", "split_rows"]
 
 Rows = NDArray[np.int64]
 
@@ -50,6 +51,12 @@ def load_libsvm(path: Path | str, columns: int | None = None) -> tuple[NDArray[n
         rows, entered = np.array(places).T
         a[rows, entered] = values
     return a, _signs(path, np.array(labels))
+
+
+def content_of(a: NDArray[np.float64], labels: NDArray[np.float64]) -> str:
+    """Return what a file has in it, however it is named and packed: how much, and a hash of features and labels."""
+    digest = sha256(np.ascontiguousarray(a).tobytes() + labels.tobytes()).hexdigest()
+    return f"{labels.size} rows of {a.shape[1]}, sha256 {digest[:32]}"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

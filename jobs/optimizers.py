@@ -1,13 +1,18 @@
-"""The optimizers that ``mpi-ef train`` knows, built from its options."""
+"""The optimizers that ``mpi-ef train`` knows, built from its options; what they take is in choices.py."""
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from mpi_ef import optim
+from mpi_ef.collectives import ClientsMean, Plan, TwoPhaseMean, plan_for
 from mpi_ef.collectives.plan import Comm
-from mpi_ef.compress import Compressor, Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
+from mpi_ef.compress import Compressor, Identity, LowRank, Quantize, RandK, Sign, TopK, Vote, for_parameters
+from mpi_ef.errors import ConfigError
+from mpi_ef.jobs.settings import CLIENTS, smoothness_of
 from mpi_ef.jobs.train import TrainConfig
 from mpi_ef.optim.flat import FlatOptimizer
 
@@ -17,103 +22,143 @@ if TYPE_CHECKING:
 __all__ = ["build_compressor", "build_optimizer"]
 
 Groups = list[dict[str, Any]]
+Chosen = Any  # the options that apply, as attributes: to ask for another one is an error
 
 
 def build_optimizer(config: TrainConfig, model: "nn.Module", comm: Comm) -> FlatOptimizer:
-    """Return the optimizer that the options describe. Collective."""
-    if config.optimizer in _WRAPPED:
-        return _wrapped(config, model, comm)
-    return _OWN[config.optimizer](config, _decayed(config, model), comm)
+    """Return the optimizer that the options describe. Collective.
+
+    Raises
+    ------
+    ConfigError
+        On all ranks: `smoothness` is not of so many ranks.
+    """
+    chosen = _chosen(config)
+    if hasattr(chosen, "placement"):
+        return _wrapped(chosen, model, comm)
+    groups = _decayed(chosen, model)
+    shapes = tuple(tuple(p.shape) for group in groups for p in group["params"])
+    compressor = for_parameters(_compressor(chosen), shapes)
+    options: dict[str, Any] = {"lr": chosen.lr, "compressor": compressor, "clip": chosen.clip}
+    return _REPLICATED[chosen.optimizer](chosen, groups, comm, options)
 
 
 def build_compressor(config: TrainConfig) -> Compressor:
-    """Return the compressor that the options describe."""
-    values: Compressor = Identity() if config.values == "full" else Quantize(config.values)
-    segments = "parameters" if config.per_parameter else None
-    made: Mapping[str, Callable[[], Compressor]] = {
-        "topk": lambda: TopK(config.ratio, values=values, segments=segments),  # type: ignore[arg-type]
-        "randk": lambda: RandK(config.ratio, values=values, seed=config.seed),
-        "sign": lambda: Sign(block=config.block),
-        "vote": Vote,
-        "low-rank": lambda: LowRank(config.rank, shapes="parameters", seed=config.seed),
-        "quantize": lambda: values,
-        "identity": Identity,
-    }
-    return made[config.compressor or _MADE_FOR.get(config.optimizer, "topk")]()
+    """Return the compressor that the options describe. Local."""
+    return _compressor(_chosen(config))
 
 
-# What optimizers are made for, where it is not TopK.
-_MADE_FOR = {"onebit-adam": "sign", "zero-one-adam": "sign", "onebit-lamb": "sign", "lion": "vote", "signum": "vote",
-             "powersgd": "low-rank"}  # fmt: skip
-_WRAPPED = ("adamw", "sgd", "powersgd")
+def _chosen(config: TrainConfig) -> Chosen:
+    every = vars(config.resolved())
+    # None is no choice, but for what only the objects know that are built.
+    return SimpleNamespace(**{name: value for name, value in every.items() if value is not None})
 
 
-def _decayed(config: TrainConfig, model: "nn.Module") -> Groups:
+def _values(chosen: Chosen) -> Compressor:
+    return Identity() if chosen.values == "full" else Quantize(chosen.values)
+
+
+_COMPRESSORS: Mapping[str, Callable[[Chosen], Compressor]] = {
+    "topk": lambda o: TopK(o.ratio, values=_values(o), segments="parameters" if o.per_parameter else None),
+    "randk": lambda o: RandK(o.ratio, values=_values(o), seed=o.seed),
+    "sign": lambda o: Sign(block=o.block),
+    "vote": lambda _: Vote(),
+    "low-rank": lambda o: LowRank(o.rank, shapes="parameters", seed=o.seed),
+    "quantize": _values,
+    "identity": lambda _: Identity(),
+}
+
+
+def _compressor(chosen: Chosen) -> Compressor:
+    return _COMPRESSORS[chosen.compressor](chosen)
+
+
+def _reply(chosen: Chosen) -> Compressor:
+    return Identity() if chosen.reply == 1.0 else TopK(chosen.reply)
+
+
+# What rules of the table take, from the options.
+_RULE_OPTIONS: Mapping[str, Callable[[Chosen], dict[str, Any]]] = {
+    "econtrol": lambda o: {"eta": o.eta} if hasattr(o, "eta") else {},
+    "ef14-momentum": lambda o: {"beta": o.beta},
+    "lion": lambda o: {"beta1": o.vote_beta1, "beta2": o.vote_beta2},
+    "ef21-sgdm": lambda o: {"eta": o.eta},
+    "ef21-sgd2m": lambda o: {"eta": o.eta},
+    "ef21-hb": lambda o: {"eta": o.eta},
+    "ef21-pp": lambda o: {"participation": o.participation, "seed": o.seed},
+    "ef21-w": lambda o: {"participation": o.participation, "seed": o.seed},
+    "ef21-bc": lambda o: {"reply": _reply(o)},
+    "clag": lambda o: {"zeta": o.zeta},
+    "d-ec-sgd": lambda o: {"correction": RandK(o.correction, seed=o.seed)},
+}
+
+
+def _plan(chosen: Chosen) -> Callable[[Comm, Compressor, int, Any], Plan]:
+    """Return what builds the plan that the rule needs."""
+
+    def plan(comm: Comm, compressor: Compressor, d: int, dtype: Any) -> Plan:
+        if chosen.rule in CLIENTS:
+            return ClientsMean(comm, compressor, d, dtype, clients=comm.Get_size(), weights=_weights(chosen, comm))
+        if chosen.rule == "ef21-bc" and not (compressor.sparse or isinstance(compressor, Identity | LowRank)):
+            return TwoPhaseMean(comm, compressor, d, dtype, reply=_reply(chosen))
+        return plan_for(comm, compressor, d, dtype, residual=chosen.rule != "lion")  # a vote leaves nothing for later
+
+    return plan
+
+
+def _weights(chosen: Chosen, comm: Comm) -> Any:
+    """Return the weights of the ranks; None where the rule wants none."""
+    if chosen.rule != "ef21-w":
+        return None
+    size = comm.Get_size()
+    smoothness = np.array(smoothness_of(chosen.smoothness) if hasattr(chosen, "smoothness") else [1.0] * size)
+    if smoothness.size != size:
+        error = ConfigError(f"smoothness={chosen.smoothness} is of {smoothness.size} ranks, here there are {size}")
+        error.everywhere = True
+        raise error
+    return smoothness / smoothness.sum()
+
+
+def _decayed(chosen: Chosen, model: "nn.Module") -> Groups:
     """Return two groups: matrices, and vectors, which do not decay."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
-    return [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [{"params": matrices, "weight_decay": chosen.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def _betas(config: TrainConfig, beta1: float) -> tuple[float, float]:
-    return beta1 if config.beta1 is None else config.beta1, config.beta2
-
-
-def _wrapped(config: TrainConfig, model: "nn.Module", comm: Comm) -> FlatOptimizer:
-    options: dict[str, Any] = {} if config.eta is None else {"eta": config.eta}
-    placement = config.placement
-    if config.optimizer == "powersgd":
-        placement = "gradient"
-    if config.optimizer == "adamw":
-        # Sparse feedback delays updates, and delay acts like momentum; dense updates want the usual one.
-        beta1 = 0.9 if config.compressor == "identity" else 0.5
-        inner: torch.optim.Optimizer = torch.optim.AdamW(
-            _decayed(config, model), lr=config.lr, betas=_betas(config, beta1)
-        )
+def _wrapped(chosen: Chosen, model: "nn.Module", comm: Comm) -> FlatOptimizer:
+    overlap = hasattr(chosen, "overlap") and chosen.overlap
+    if chosen.optimizer == "ef21-muon":
+        return optim.EF21Muon(_decayed(chosen, model), comm, _compressor(chosen), lr=chosen.lr, beta=1.0 - chosen.momentum,
+                              dense_steps=chosen.dense_steps, overlap=overlap)  # fmt: skip
+    if chosen.optimizer == "adamw":
+        inner: torch.optim.Optimizer = torch.optim.AdamW(_decayed(chosen, model), lr=chosen.lr,
+                                                         betas=(chosen.beta1, chosen.beta2))  # fmt: skip
     else:
-        inner = torch.optim.SGD(
-            model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    return optim.DistributedOptimizer(inner, comm, build_compressor(config), placement=placement, rule=config.rule,
-                                      dense_steps=config.dense_steps, overlap=config.overlap, **options)  # fmt: skip
+        inner = torch.optim.SGD(model.parameters(), lr=chosen.lr, momentum=chosen.momentum,
+                                weight_decay=chosen.weight_decay)  # fmt: skip
+    options = _RULE_OPTIONS.get(chosen.rule, lambda _: {})(chosen)
+    return optim.DistributedOptimizer(inner, comm, _compressor(chosen), placement=chosen.placement, rule=chosen.rule,
+                                      plan=_plan(chosen), dense_steps=chosen.dense_steps, overlap=overlap,
+                                      **options)  # fmt: skip
 
 
-def _onebit_adam(config: TrainConfig, groups: Groups, comm: Comm) -> FlatOptimizer:
-    return optim.OneBitAdam(groups, comm, lr=config.lr, betas=_betas(config, 0.9), compressor=build_compressor(config),
-                            freeze_step=config.freeze or None, clip=config.clip)  # fmt: skip
-
-
-def _zero_one_adam(config: TrainConfig, groups: Groups, comm: Comm) -> FlatOptimizer:
-    return optim.ZeroOneAdam(groups, comm, lr=config.lr, betas=_betas(config, 0.9), compressor=build_compressor(config),
-                             var_freeze_step=config.freeze or None, local_step_scaler=config.local_steps,
-                             clip=config.clip)  # fmt: skip
-
-
-def _onebit_lamb(config: TrainConfig, groups: Groups, comm: Comm) -> FlatOptimizer:
-    return optim.OneBitLamb(groups, comm, lr=config.lr, betas=_betas(config, 0.9), compressor=build_compressor(config),
-                            freeze_step=config.freeze or None, clip=config.clip)  # fmt: skip
-
-
-def _lion(config: TrainConfig, groups: Groups, comm: Comm) -> FlatOptimizer:
-    return optim.Lion(groups, comm, lr=config.lr, betas=_betas(config, 0.9), compressor=build_compressor(config),
-                      clip=config.clip)  # fmt: skip
-
-
-def _signum(config: TrainConfig, groups: Groups, comm: Comm) -> FlatOptimizer:
-    return optim.Signum(groups, comm, lr=config.lr, momentum=config.momentum, compressor=build_compressor(config),
-                        clip=config.clip)  # fmt: skip
-
-
-def _ef21_muon(config: TrainConfig, groups: Groups, comm: Comm) -> FlatOptimizer:
-    return optim.EF21Muon(groups, comm, build_compressor(config), lr=config.lr, beta=1.0 - config.momentum,
-                          dense_steps=config.dense_steps, overlap=config.overlap)  # fmt: skip
-
-
-_OWN: Mapping[str, Callable[[TrainConfig, Groups, Comm], FlatOptimizer]] = {
-    "onebit-adam": _onebit_adam,
-    "zero-one-adam": _zero_one_adam,
-    "onebit-lamb": _onebit_lamb,
-    "lion": _lion,
-    "signum": _signum,
-    "ef21-muon": _ef21_muon,
+Replicated = Callable[[Chosen, Groups, Comm, dict[str, Any]], FlatOptimizer]
+_REPLICATED: Mapping[str, Replicated] = {
+    "onebit-adam": lambda o, groups, comm, options: optim.OneBitAdam(
+        groups, comm, betas=(o.beta1, o.beta2), freeze_step=o.freeze or None, **options
+    ),
+    "zero-one-adam": lambda o, groups, comm, options: optim.ZeroOneAdam(
+        groups,
+        comm,
+        betas=(o.beta1, o.beta2),
+        var_freeze_step=o.freeze or None,
+        local_step_scaler=o.local_steps,
+        **options,
+    ),
+    "onebit-lamb": lambda o, groups, comm, options: optim.OneBitLamb(
+        groups, comm, betas=(o.beta1, o.beta2), freeze_step=o.freeze or None, **options
+    ),
+    "lion": lambda o, groups, comm, options: optim.Lion(groups, comm, betas=(o.beta1, o.beta2), **options),
+    "signum": lambda o, groups, comm, options: optim.Signum(groups, comm, momentum=o.momentum, **options),
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mpi_ef.errors import DataError
+from mpi_ef.jobs.folder import replacing
 from mpi_ef.jobs.report import Section
 
 __all__ = ["write"]
@@ -37,9 +38,9 @@ def write(sections: Sequence[Section], path: Path) -> None:
         f"<h1>mpi-ef report</h1>\n<nav>{links}</nav>\n{body}\n</body>\n</html>\n"
     )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
+        with replacing(path) as draft:
+            draft.write_text(page, encoding="utf-8")
+    except DataError as error:
         raise DataError(f"{path}: the page cannot be written ({error}); name another file") from None
 
 

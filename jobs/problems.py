@@ -62,10 +62,13 @@ class _Regression:
         (m_i, d) and (m_i,) float64: the rows of these clients.
     weight : float
         Of the nonconvex regulariser, whose second derivative is at most 2.
+    content : str
+        What the rows of all clients are, where they were read from a file.
     """
 
     parts: Sequence[tuple[Vector, Vector]]
     weight: float = 0.0
+    content: str = ""
 
     bend: ClassVar[float]  # the largest second derivative of the loss
 

@@ -74,7 +74,7 @@ def _path_for(section: Section, path: Path, *, alone: bool) -> Path:
 def read_sections(paths: Sequence[Path], *, best: bool = False) -> list[Section]:
     """Return what there is to say of the runs, by the programs that wrote them; trained ones together, dense first.
 
-    With `best`, of trained runs that differ in the learning rate (and the folder) only, the one that ended best.
+    With `best`, of trained runs that differ in the learning rate (and in folders) only, the one that ended best.
 
     Raises
     ------
@@ -90,6 +90,8 @@ def read_sections(paths: Sequence[Path], *, best: bool = False) -> list[Section]
         else:
             trained.append(_trained(path))
     if not trained:
+        if best:
+            raise DataError("report: best has no effect here: none of these is a trained run")
         return others
     if best:
         trained = _best(trained)
@@ -108,8 +110,9 @@ def read_sections(paths: Sequence[Path], *, best: bool = False) -> list[Section]
 def _best(runs: Sequence[_Run]) -> list[_Run]:
     kept: dict[str, _Run] = {}
     for run in runs:
-        same = {key: value for key, value in run.summary["config"].items() if key not in ("lr", "out")}
-        key = json.dumps(same, sort_keys=True)
+        config = run.summary["config"]
+        apart = ("lr", "out", "text") if "data" in config else ("lr", "out")  # a text is known by its content
+        key = json.dumps({key: value for key, value in config.items() if key not in apart}, sort_keys=True)
         if key not in kept or _end(run) < _end(kept[key]):
             kept[key] = run
     return list(kept.values())

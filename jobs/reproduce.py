@@ -6,7 +6,7 @@ Each writes metrics.jsonl, table.txt and a picture, and takes minutes on two ran
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,38 @@ from typing import Any
 from mpi_ef.errors import ConfigError, DataError
 from mpi_ef.jobs import launch
 from mpi_ef.jobs.config import option, parse
+from mpi_ef.jobs.folder import RunFolder, replacing
 from mpi_ef.jobs.metrics import announcing
 
 __all__ = ["EXPERIMENTS", "Experiment", "Outcome", "ReproduceConfig", "main"]
+
+DATA = Path("../shared/data")
+PROOF = "table.txt"  # what only a finished experiment has
 
 
 @dataclass(frozen=True)
 class ReproduceConfig:
     """Options of all experiments; every field is a flag."""
 
-    data: Path = option(
-        Path("../shared/data"), "folder with phishing, mushrooms, a9a, w8a as LIBSVM files, plain or .xz"
+    data: Path | None = option(
+        None,
+        "folder with phishing, mushrooms, a9a, w8a as LIBSVM files, plain or .xz, for the experiments on these",
+        shown=str(DATA),
     )
     out: Path = option(
         Path("runs/reproduce"), "folder for what is written; the experiment gets a folder of its own in it"
     )
     steps: int = option(0, "other than as many steps as the experiment wants")
+    overwrite: bool = option(False, "replace what the experiment has left in --out before")
 
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ConfigError(f"reproduce: steps={self.steps} is negative; 0 takes what the experiment wants")
+
+    @property
+    def folder(self) -> Path:
+        """Where data are looked for."""
+        return DATA if self.data is None else self.data
 
 
 @dataclass
@@ -47,11 +59,14 @@ class Outcome:
     table : str
     draw : callable
         Draws into a file.
+    data : dict of str to str
+        What was in the files, by their names.
     """
 
     rows: list[dict[str, Any]]
     table: str
     draw: Callable[[Path], None]
+    data: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the experiment named first on COMM_WORLD."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["--list"]:
+    if arguments == ["--list"]:
         print("\n".join(f"{name:<16}{experiment.text}" for name, experiment in EXPERIMENTS.items()))
         return
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
@@ -98,28 +113,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         hint = f"did you mean {close[0]}?" if close else f"take one of {', '.join(EXPERIMENTS)}"
         print(f"mpi-ef reproduce: there is no experiment {name!r}; {hint}", file=sys.stderr)
         raise SystemExit(2)
+    if config.data is not None and not EXPERIMENTS[name].wants_data:
+        takers = ", ".join(other for other, experiment in EXPERIMENTS.items() if experiment.wants_data)
+        print(f"mpi-ef reproduce: data={config.data} has no effect with {name}; it goes with {takers}", file=sys.stderr)
+        raise SystemExit(2)
     launch.run(lambda comm: run(comm, name, config))
 
 
 def run(comm: Any, name: str, config: ReproduceConfig) -> None:
     """Run one experiment and let rank 0 write what came out. Collective."""
-    with announcing(comm):
-        outcome = EXPERIMENTS[name].run(comm, config)
-    if comm.Get_rank():
-        return
-    folder = config.out / name
+    folder = RunFolder(comm, config.out / name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(row) + "\n" for row in outcome.rows]
-        (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
-        (folder / "table.txt").write_text(outcome.table + "\n", encoding="utf-8")
-        print(outcome.table)
-        try:
-            outcome.draw(folder / f"{name}.png")
-        except DataError as error:  # without matplotlib the numbers are still there
-            print(f"\nno picture: {error}")
-    except OSError as error:
-        raise DataError(f"reproduce: cannot write to {folder} ({error}); pass another --out") from None
+        folder.begin(PROOF, overwrite=config.overwrite)
+        with announcing(comm):
+            outcome = EXPERIMENTS[name].run(comm, config)
+        if comm.Get_rank() == 0:
+            with folder.writing():
+                _write(outcome, folder.path, {"experiment": name, "ranks": comm.Get_size(), "steps": config.steps})
+    finally:
+        folder.close()
+
+
+def _write(outcome: Outcome, folder: Path, told: dict[str, Any]) -> None:
+    """Write everything, the table last: with it the experiment counts as finished."""
+    lines = [json.dumps(row) + "\n" for row in outcome.rows]
+    summary = json.dumps(told | {"data": outcome.data}, indent=2) + "\n"
+    for name, text in (("metrics.jsonl", "".join(lines)), ("summary.json", summary), (PROOF, outcome.table + "\n")):
+        with replacing(folder / name) as draft:
+            draft.write_text(text, encoding="utf-8")
+    print(outcome.table)
+    try:
+        outcome.draw(folder / f"{told['experiment']}.png")
+    except DataError as error:  # without matplotlib the numbers are still there
+        print(f"\nno picture: {error}")
     print(f"\nwritten to {folder}")
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from mpi_ef.collectives import ClientsMean
 from mpi_ef.compress import Compressor, Identity, TopK
+from mpi_ef.errors import OptionError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.jobs.problems import Problem, Vector
 
@@ -87,7 +88,7 @@ def descend(
         Of a regulariser R that is not smooth: every step ends with ``x = prox(x, gamma)``, the minimizer of
         ``gamma R(y) + ||y - x||^2 / 2``. With the rule "ef21" this is EF21-Prox (arXiv 2110.03294).
     options : mapping, optional
-        Of the rule.
+        Of the rule; the naive one has none, and no dense steps.
 
     Returns
     -------
@@ -96,6 +97,8 @@ def descend(
     """
     plan = ClientsMean(comm, compressor, problem.d, np.float64, clients=clients, weights=weights)
     exact = ClientsMean(comm, Identity(), problem.d, np.float64, clients=clients)
+    if rule == "naive" and options:
+        raise OptionError(f"descend: {', '.join(options)} has no effect with rule='naive', which has no feedback")
     feedback = None if rule == "naive" else ErrorFeedback(rule, plan, dense_steps=dense_steps, **(options or {}))
     kept = compressor.count(problem.d) if isinstance(compressor, TopK) else problem.d
     x, full, curve = x0.copy(), np.zeros(problem.d), Curve()
@@ -106,7 +109,7 @@ def descend(
             squared = float(full @ full)
             curve.steps.append(step)
             curve.squared_norms.append(squared)
-            dense = min(step, dense_steps)
+            dense = 0 if feedback is None else min(step, dense_steps)
             curve.sent_bits.append(8 * plan.all_message_nbytes / clients + 64 * problem.d * dense)
             messages = plan.message_nbytes / compressor.wire_nbytes(problem.d, np.float64)
             curve.paper_bits.append(32.0 * (kept * messages / clients + problem.d * dense))

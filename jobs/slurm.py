@@ -95,6 +95,10 @@ def _list(_: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     if arguments.name in slurm.PROFILES:
+        if arguments.profile or arguments.options:
+            raise OptionError(
+                f"slurm: --profile and --set are about templates, and {arguments.name} is a site; leave them out"
+            )
         print(slurm.profile_text(arguments.name), end="")
     else:
         print(_script(arguments), end="")

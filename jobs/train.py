@@ -3,142 +3,142 @@
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mpi_ef.errors import ConfigError, DataError
-from mpi_ef.jobs import early, launch, survivors
+from mpi_ef.errors import ConfigError
+from mpi_ef.jobs import choices as choices_of
+from mpi_ef.jobs import early, launch, settings, survivors
 from mpi_ef.jobs.config import option, parse, to_toml
+from mpi_ef.jobs.folder import replacing
 
 if TYPE_CHECKING:
     from mpi_ef.jobs.interruptible import Interruptible
     from mpi_ef.jobs.metrics import Metrics, Progress
     from mpi_ef.jobs.trainer import Trainer
 
-__all__ = ["PHASES", "TrainConfig", "learning_rate", "main", "train", "writing"]
+__all__ = ["FILES", "PHASES", "PROOF", "TrainConfig", "learning_rate", "main", "train"]
+
+PROOF = "summary.json"  # what only a finished run has
+FILES = ("metrics.jsonl", "metrics.csv", "config.toml", "requeue")  # what others may have as well
 
 # Parts of a step: load a batch; forward and backward; compress; wait for messages; apply messages; all else of the
 # optimizer's step.
 PHASES = ("data", "compute", "encode", "communicate", "decode", "update")
 
 
+def _for(name: str, help: str, choices: Sequence[str] = ()) -> Any:
+    """Return an option that goes with some choices only, as the table in choices.py says."""
+    return option(None, help, choices=choices, shown=choices_of.described(name))
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of a training run; every field is a flag and a key of the TOML file."""
+    """Options of a training run; every field is a flag and a key of the TOML file.
+
+    What goes with some choices only is None until it is given, or :meth:`resolved`.
+    """
 
     model: Literal["gpt", "mlp", "cnn"] = option("gpt", "gpt on text; mlp or cnn on scikit-learn's digits")
-    text: Path | None = option(None, "UTF-8 text for the gpt; the help texts that come with Python when left out")
-    split: Literal["shuffled", "by-label"] = option("shuffled", "how the digits are dealt to the ranks")
+    text: Path | None = _for("text", "UTF-8 text")
+    data: str | None = option(None, "what text or digits have to be, by their content, as config.toml says",
+                              shown="not compared")  # fmt: skip
+    split: str | None = _for("split", "how the digits are dealt to the ranks", ("shuffled", "by-label"))
     steps: int = option(800, "optimizer steps")
     batch: int = option(16, "samples per rank and step")
-    context: int = option(64, "characters per sample")
-    layers: int = option(4, "blocks of the gpt")
-    heads: int = option(4, "attention heads of the gpt")
-    width: int = option(128, "width of the gpt")
-    optimizer: Literal["adamw", "sgd", "onebit-adam", "zero-one-adam", "onebit-lamb", "lion", "signum", "ef21-muon",
-                       "powersgd"] = option("adamw", "adamw, sgd: torch's on every rank, with a rule under it")  # fmt: skip
+    context: int | None = _for("context", "characters per sample")
+    layers: int | None = _for("layers", "blocks")
+    heads: int | None = _for("heads", "attention heads")
+    width: int | None = _for("width", "width")
+    optimizer: str = option("adamw", "adamw, sgd: torch's on every rank, with a rule under it",
+                            choices=tuple(choices_of.OPTIMIZERS))  # fmt: skip
     lr: float = option(0.006, "peak learning rate; linear warm-up, then cosine to a tenth of it")
     warmup: int = option(40, "steps of linear warm-up")
-    momentum: float = option(0.9, "of sgd")
-    beta1: float | None = option(
-        None, "momentum of Adam's kind; 0.9, but 0.5 for adamw when compressed, because feedback delays updates"
-    )
-    beta2: float = option(0.99, "of Adam's kind: weight of the past in the variance")
+    momentum: float | None = _for("momentum", "momentum")
+    beta1: float | None = _for("beta1", "weight of the past in the momentum, of Adam's kind")
+    beta2: float | None = _for("beta2", "weight of the past in the variance, of Adam's kind; in the momentum of lion")
     weight_decay: float = option(0.1, "of the optimizer")
-    rule: Literal["ef14", "ef21", "econtrol"] = option("ef14", "error-feedback rule")
-    placement: Literal["update", "gradient"] = option(
-        "update", "what is exchanged: the optimizer's update, or the gradient"
+    placement: str | None = _for("placement", "what is exchanged: the optimizer's update, or the gradient",
+                                 tuple(choices_of.PLACEMENTS))  # fmt: skip
+    rule: str | None = _for("rule", "error-feedback rule, see docs/algorithms.md", tuple(choices_of.RULES))
+    eta: float | None = _for(
+        "eta", "strength of the feedback of econtrol, weight of the new gradient or momentum of ef21-*"
     )
-    compressor: Literal["topk", "randk", "sign", "vote", "low-rank", "quantize", "identity"] | None = option(
-        None, "identity exchanges everything; what the optimizer is made for when left out, topk for most"
+    beta: float | None = _for("beta", "weight of the past in the rule's momentum")
+    vote_beta1: float | None = _for("vote_beta1", "weight of the rule's momentum in the vote")
+    vote_beta2: float | None = _for("vote_beta2", "weight of the past in the rule's momentum")
+    participation: float | None = _for("participation", "share of the ranks that send in a step")
+    smoothness: str | None = _for(
+        "smoothness", "smoothness L_i of the loss on each rank, such as 1,2.5,1,4: its weight"
     )
-    ratio: float = option(0.01, "share of entries that topk and randk keep")
-    block: int = option(1024, "entries that share a scale of sign")
-    rank: int = option(4, "of low-rank")
-    freeze: int = option(0, "steps of dense warm-up of the 1-bit optimizers; 0 waits until the variance has settled")
-    local_steps: int = option(200, "steps of zero-one-adam after which the time between two exchanges doubles")
-    overlap: bool = option(False, "let buckets travel during the backward pass; placement gradient, no clipping")
-    per_parameter: bool = option(False, "topk keeps its share of every parameter, not of the whole model")
-    values: Literal["full", "bf16", "fp16", "int8"] = option("bf16", "how kept or quantized values travel")
-    eta: float | None = option(
-        None, "strength of econtrol's feedback; 0.3 times the contraction constant when left out"
+    reply: float | None = _for("reply", "share of the entries of what comes back to the ranks; 1 for all")
+    whole: float | None = _for("whole", "probability of a step with the gradient of all samples of each rank")
+    zeta: float | None = _for("zeta", "a rank is silent while its estimate is so much worse than the gradient before")
+    correction: float | None = _for("correction", "share of the entries, drawn at random, of the second message")
+    compressor: str | None = _for("compressor", "identity exchanges everything", tuple(choices_of.COMPRESSORS))
+    ratio: float | None = _for("ratio", "share of entries that are kept")
+    block: int | None = _for("block", "entries that share a scale")
+    rank: int | None = _for("rank", "columns of a factor")
+    freeze: int | None = _for("freeze", "steps of dense warm-up; 0 waits until the variance has settled")
+    local_steps: int | None = _for("local_steps", "steps after which the time between two exchanges doubles")
+    overlap: bool | None = _for("overlap", "let buckets travel during the backward pass; no clipping")
+    per_parameter: bool | None = _for("per_parameter", "keep the share of every parameter, not of the whole model")
+    values: str | None = _for(
+        "values", "how kept or quantized values travel; full with topk and randk", choices_of.VALUES
     )
-    dense_steps: int = option(0, "first steps that exchange everything")
+    dense_steps: int | None = _for("dense_steps", "first steps that exchange everything")
     clip: float = option(1.0, "largest norm of a rank's own gradient, before compression; 0 for no limit")
-    seed: int = option(0, "of model, shards and order")
+    seed: int = option(0, "of model, shards, order and random compressors")
     log_every: int = option(10, "steps between rows of metrics")
     eval_every: int = option(100, "steps between validations")
     checkpoint_every: int = option(0, "steps between two checkpoints in the folder checkpoints of --out; 0 writes none")
-    save_in_background: bool = option(False, "copy what is saved and write it while the training goes on")
-    stop_after: int = option(
-        0, "save and stop after so many steps of this launch, as a signal would; 0 goes on to the end"
+    save_in_background: bool | None = _for("save_in_background", "copy what is saved, and write it meanwhile")
+    stop_after: int | None = _for(
+        "stop_after", "save and stop after so many steps of this launch, as a signal would; 0 goes on to the end"
     )
-    keep: int = option(3, "how many of the last checkpoints stay")
+    keep: int | None = _for("keep", "how many of the last checkpoints stay")
     resume: Literal["no", "exact", "redistribute", "reset"] = option(
         "no",
         "go on from the newest checkpoint in --out, if there is one; the last two also with another number of ranks",
     )
-    on_failure: Literal["stop", "shrink"] = option(
-        "stop",
+    on_failure: str | None = _for(
+        "on_failure",
         "shrink goes on from the newest checkpoint with the ranks that are left when one dies; Open MPI with ULFM",
+        ("stop", "shrink"),
     )
     out: Path = option(Path("runs/train"), "folder for metrics.jsonl, metrics.csv, summary.json and config.toml")
+    overwrite: bool = option(False, "remove what an earlier run has left in --out, its checkpoints too", recorded=False)
 
     def __post_init__(self) -> None:
-        """Refuse what would fail later, before MPI is started."""
-        ones = (
-            "keep",
-            "steps",
-            "batch",
-            "context",
-            "layers",
-            "heads",
-            "width",
-            "block",
-            "rank",
-            "local_steps",
-            "log_every",
-            "eval_every",
-        )
-        zeros = (
-            "checkpoint_every",
-            "stop_after",
-            "freeze",
-            "warmup",
-            "dense_steps",
-            "seed",
-            "lr",
-            "weight_decay",
-            "clip",
-        )
-        least = dict.fromkeys(ones, 1.0) | dict.fromkeys(zeros, 0.0)
-        for name, limit in least.items():
-            if not getattr(self, name) >= limit:  # also refuses NaN
-                raise ConfigError(f"{name}={getattr(self, name)} is too small; the least is {limit:g}")
-        for name in ("momentum", "beta1", "beta2"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < 1.0:
-                raise ConfigError(f"{name}={value} is not in [0, 1)")
-        self._check_combinations()
+        """Refuse what has no effect, and what would fail later, before MPI is started."""
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value is not None and value not in choices:
+                raise ConfigError(f"{f.name}={value!r} is unknown; take one of {', '.join(choices)}")
+        settings.check(self.chosen())
 
-    def _check_combinations(self) -> None:
-        if (self.stop_after or self.save_in_background) and not self.checkpoint_every:
-            raise ConfigError("stop_after and save_in_background are about checkpoints; pass checkpoint_every as well")
-        if self.on_failure == "shrink" and not self.checkpoint_every:
-            raise ConfigError("on_failure=shrink goes on from a checkpoint; pass checkpoint_every as well")
-        if self.overlap and self.clip:
-            raise ConfigError("overlap sends gradients before their norm is known; pass clip=0 with it")
-        if self.per_parameter and self.compressor not in (None, "topk"):
-            raise ConfigError(f"per_parameter goes with compressor=topk; here it is {self.compressor}")
-        if not 0.0 < self.ratio <= 1.0:
-            raise ConfigError(f"ratio={self.ratio} is not in (0, 1]; 0.01 keeps one entry in a hundred")
-        if self.width % self.heads:
-            raise ConfigError(f"width={self.width} is not divisible by heads={self.heads}")
-        if self.split == "by-label" and self.model == "gpt":
-            raise ConfigError("split=by-label needs labels; take model=mlp or cnn")
+    @classmethod
+    def of_file(cls, values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+        """Return what counts of a file: what has an effect, of a config.toml with all options, as runs once wrote it."""
+        if not choices_of.full_record(values):
+            return values
+        every: dict[str, Any] = {f.name: f.default for f in fields(cls) if f.default is not None}
+        used = choices_of.earlier(every | values | flags)
+        return {name: used[name] for name in values if name in used}
+
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def chosen(self) -> dict[str, Any]:
+        """Return all options that apply, None being what only that tells which is built."""
+        return choices_of.resolve(self._given())
+
+    def resolved(self) -> "TrainConfig":
+        """Return the same with every option that applies, and None for all others."""
+        return replace(self, **self.chosen())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -174,12 +174,12 @@ def train(comm: Any, config: TrainConfig, attempts: survivors.Attempts | None = 
     """Run one training and return its summary, the same on all ranks but for times. Collective.
 
     Rank 0 prints progress and writes ``metrics.jsonl``, ``metrics.csv``, ``config.toml`` and ``summary.json`` into
-    ``config.out``.
+    ``config.out``, which no other run may have meanwhile.
 
     Raises
     ------
     DataError, OptionError, DisagreementError
-        For unusable data or options, on all ranks.
+        For unusable data or options, on all ranks; for a folder that another run has, or a finished one.
     """
     from mpi_ef.jobs.interruptible import Interruptible
     from mpi_ef.jobs.metrics import announcing
@@ -200,43 +200,35 @@ def _train(trainer: "Trainer", config: TrainConfig, run: "Interruptible") -> dic
     root, start = trainer.comm.Get_rank() == 0, run.resume()
     metrics = None
     if root:
-        with writing(config.out):
+        with run.folder.writing():
             metrics = Metrics(config.out, trainer.columns, after=start)
-            (config.out / "config.toml").write_text(to_toml(config), encoding="utf-8")
+            with replacing(config.out / "config.toml") as draft:
+                draft.write_text(to_toml(trainer.record()), encoding="utf-8")
         print(trainer.headline(), flush=True)
     progress = Progress(config.steps)
     row: dict[str, Any] = {}
-    for step in range(start + 1, config.steps + 1):
-        evaluate = step == config.steps or step % config.eval_every == 0
-        logged = evaluate or step % config.log_every == 0
-        trainer.step(watched=logged)
-        if logged:
-            row = trainer.row(evaluate=evaluate)
-            timed = step - trainer.untimed_steps
-            with writing(config.out):
-                _record(row, metrics, progress, step_seconds=row["seconds"] / timed if timed else None)
-        if run.ends_after(step):
-            break
-    if metrics is not None:
+    with closing(metrics) if metrics is not None else nullcontext():
+        for step in range(start + 1, config.steps + 1):
+            evaluate = step == config.steps or step % config.eval_every == 0
+            logged = evaluate or step % config.log_every == 0
+            trainer.step(watched=logged)
+            if logged:
+                row = trainer.row(evaluate=evaluate)
+                timed = step - trainer.untimed_steps
+                with run.folder.writing():
+                    _record(row, metrics, progress, step_seconds=row["seconds"] / timed if timed else None)
+            if run.ends_after(step):
+                break
+    if root:
         progress.close()
-        metrics.close()
     if run.stopped is not None:
         return {"steps": trainer.steps, "stopped": run.stopped}
-    summary = _summary(trainer, config, row or trainer.row(evaluate=True))  # no row: there was nothing left to do
+    summary = _summary(trainer, row or trainer.row(evaluate=True))  # no row: there was nothing left to do
     if root:
-        with writing(config.out):
-            (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        with run.folder.writing(), replacing(config.out / PROOF) as draft:
+            draft.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print(_table(summary), flush=True)
     return summary
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn what a file system refuses into one line. Local: only rank 0 writes these files."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror or error}; make room there, or give another --out") from error
 
 
 def _record(
@@ -267,8 +259,10 @@ def _line(row: dict[str, Any]) -> str:
     return f"loss {row['loss']:.3f}{held_out}  sent {in_bytes(row['sent_nbytes'])} ({saved:.0f}x less than dense)"
 
 
-def _summary(trainer: "Trainer", config: TrainConfig, row: dict[str, Any]) -> dict[str, Any]:
+def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:
+    config = trainer.record()
     timed = config.steps - trainer.untimed_steps
+    used = {name: value for name, value in asdict(config).items() if value is not None}
     phases = {name: row[f"seconds_{name}"] / max(1, timed) for name in PHASES}
     fingerprints = trainer.fingerprints()
     return {
@@ -279,7 +273,8 @@ def _summary(trainer: "Trainer", config: TrainConfig, row: dict[str, Any]) -> di
         "untimed_steps": trainer.untimed_steps, "untimed_seconds": trainer.untimed_seconds,
         "skipped_steps": trainer.optimizer.skipped_steps,
         "replicas_equal": len(set(fingerprints)) == 1, "parameters_crc32": fingerprints[0],
-        "config": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()},
+        "optimizer": trainer.optimizer.identity(),
+        "config": {name: str(value) if isinstance(value, Path) else value for name, value in used.items()},
     }  # fmt: skip
 
 

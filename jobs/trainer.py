@@ -1,7 +1,7 @@
 """The training loop's inside: model, shards, optimizer, validation, times."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -12,10 +12,14 @@ from torch.nn import functional as F  # noqa: N812
 
 from mpi_ef.collectives import chunk_bounds
 from mpi_ef.collectives.agreement import agree
-from mpi_ef.jobs import models
+from mpi_ef.errors import ConfigError, DataError, MpiEfError
+from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.jobs import choices, models
+from mpi_ef.jobs.changes import Changes
 from mpi_ef.jobs.data import Dataset, Digits, Text, batches, shard
 from mpi_ef.jobs.metrics import in_bytes
 from mpi_ef.jobs.optimizers import build_optimizer
+from mpi_ef.jobs.settings import CHANGES
 from mpi_ef.jobs.train import PHASES, TrainConfig, learning_rate
 from mpi_ef.kernels import machine_code
 
@@ -41,11 +45,16 @@ class Trainer:
 
     Attributes
     ----------
+    config : TrainConfig
+        All options that apply.
+    changes : Changes or None
+        What makes the gradients of rules that are told changes.
     untimed_steps, untimed_seconds : int, float
         Those of the other steps, on this rank; up to the last row.
     """
 
     def __init__(self, comm: Any, config: TrainConfig) -> None:
+        self._asked, config = config, config.resolved()
         self.comm, self.config, self.steps, self.epoch = comm, config, 0, 0
         self._earlier_sent = 0  # bytes, by another number of ranks
         self._samples = 0  # that this rank has seen, or would have if it had been there from the start
@@ -53,19 +62,26 @@ class Trainer:
 
         def facts() -> dict[str, object]:
             self.data, self.model = _build(config)
+            if config.data not in (None, self.data.content):
+                raise DataError(f"data={config.data}, but here there are {self.data.content}; give the same, or leave the "
+                                "option out")  # fmt: skip
             shard(self.data.size, size, rank)
             options = {f"option {k}": v for k, v in asdict(config).items() if k not in ("text", "out")}
-            return {"training samples": self.data.size, "their content": self.data.fingerprint, **options}
+            return {"training samples": self.data.size, "their content": self.data.content, **options}
 
         agree(comm, "train", facts, "give every rank the same data and options; ranks take their own part of the data")
         order = np.random.default_rng(config.seed).permutation(self.data.size)
         if config.split == "by-label" and self.data.labels is not None:
             order = np.argsort(self.data.labels, kind="stable")
-        samples = shard(self.data.size, size, rank, order=order)
-        self._batches = batches(samples, config.batch, seed=config.seed, rank=rank)
+        self._own = shard(self.data.size, size, rank, order=order)
+        self._batches = batches(self._own, config.batch, seed=config.seed, rank=rank)
         bounds = chunk_bounds(self.data.held_out_size, size)
         self._held_out = np.arange(bounds[rank], bounds[rank + 1])
         self.optimizer = build_optimizer(config, self.model, comm)
+        self.changes: Changes | None = None
+        if config.rule in CHANGES:
+            whole = config.whole or config.batch / (config.batch + self.data.size // size)
+            self.changes = Changes(self.optimizer, str(config.rule), whole=whole, seed=config.seed)
         self._loss_sum, self._loss_count = 0.0, 0
         self._seconds = {"data": 0.0, "compute": 0.0, "optimizer": 0.0}
         self._earlier = dict.fromkeys(_TIMES, 0.0)  # before the run was interrupted
@@ -113,19 +129,32 @@ class Trainer:
         inputs, targets = self.data.batch(indices, self.epoch)
         loaded = perf_counter()
         self.optimizer.zero_grad()
-        loss = _loss(self.model(inputs), targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if self.changes is None:
+            loss = self._backward(inputs, targets)
+        else:
+            loss = self.changes.gradient(self.steps, lambda: self._backward(inputs, targets), self._backward_all)
         self._clip()
         done = perf_counter()
         self._seconds["data"] += loaded - began
         self._seconds["compute"] += done - loaded
-        self._loss_sum += loss.item()
+        self._loss_sum += loss
         self._loss_count += 1
         began = perf_counter()
         self.optimizer.step()
         if self.steps == self.config.steps:
             self.optimizer.synchronize()
         self._seconds["optimizer"] += perf_counter() - began
+
+    def _backward(self, inputs: "Tensor", targets: "Tensor", share: float = 1.0) -> float:
+        """Add the gradient of a share of the mean loss over a batch; return that. Local."""
+        loss = share * _loss(self.model(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+
+    def _backward_all(self) -> float:
+        """Add the gradient of the mean loss over all samples of this rank; return that. Local."""
+        parts = [self._own[start : start + _EVALUATION_BATCH] for start in range(0, self._own.size, _EVALUATION_BATCH)]
+        return sum(self._backward(*self.data.batch(part, self.epoch), part.size / self._own.size) for part in parts)
 
     def _settle(self) -> None:
         """Leave out of the times those of the latest steps in which any rank's kernels were made."""
@@ -183,12 +212,26 @@ class Trainer:
         seconds["update"] = seconds["optimizer"] - sum(exchanges.values())
         return np.array([seconds[name] for name in _TIMES])
 
+    def record(self) -> TrainConfig:
+        """Return the options of what was built: all that apply, also those that follow from it. Local."""
+        config, etas = replace(self.config, data=self.data.content), self._etas()
+        if len(etas) == 1:  # buckets may have different ones
+            config = replace(config, eta=etas.pop())
+        return config if self.changes is None else replace(config, whole=self.changes.whole)
+
+    def _etas(self) -> set[float]:
+        """Return the strengths of the feedback of all buckets, where that is an option. Local."""
+        if "eta" not in self._asked.chosen():
+            return set()
+        return {channel.options["eta"] for channel in self.optimizer.channels() if isinstance(channel, ErrorFeedback)}
+
     def position(self) -> dict[str, Any]:
         """Return what :meth:`go_on` wants to know besides what a checkpoint has."""
         self._settle()
         return {"seconds": self._spent(), "untimed": [self.untimed_steps, self.untimed_seconds],
                 "loss": [self._loss_sum, self._loss_count], "samples": self._samples,
-                "sent_nbytes": self._sent(), "ranks": self.comm.Get_size(), "options": _shaping(self.config)}  # fmt: skip
+                "sent_nbytes": self._sent(), "ranks": self.comm.Get_size(), "data": self.data.content,
+                "options": _shaping(self.record())}  # fmt: skip
 
     def go_on(self, steps: int, position: dict[str, Any]) -> list[str]:
         """Be where a run was after so many steps: this rank's batches, times, losses since the last row. Local.
@@ -199,7 +242,16 @@ class Trainer:
         -------
         list of str
             Options that were others then, and are about more than what is written where.
+
+        Raises
+        ------
+        DataError, ConfigError
+            On all ranks: the run that saved had other data, or an option that its state has and that was another one.
         """
+        if position.get("data", self.data.content) != self.data.content:
+            raise _everywhere(DataError(f"resume: the run that saved had other data ({position['data']}; here "
+                                        f"{self.data.content}); give it the same, or another --out"))  # fmt: skip
+        changed = self._changed(position["options"])
         self.steps, self._earlier = steps, position["seconds"]
         self.untimed_steps, self.untimed_seconds = position.get("untimed", (0, 0.0))
         self._loss_sum, self._loss_count = position["loss"]
@@ -210,8 +262,25 @@ class Trainer:
         while self._samples * size < samples:
             self._next()
         self._began = perf_counter()
-        then, now = position["options"], _shaping(self.config)
-        return [f"{name} was {then.get(name)}, is {now.get(name)}" for name in now if then.get(name) != now[name]]
+        if "data" not in position:  # an older checkpoint: only the name of the text is known
+            changed += _differences(position["options"], {"text": str(self.config.text)})
+        return changed
+
+    def _changed(self, options: dict[str, Any]) -> list[str]:
+        """Return what is not as in the run that saved; raise for what its state has, which is loaded by now. Local."""
+        then, now = choices.earlier(options), _shaping(self.record())
+        if self._asked.eta is None:  # it is what was loaded
+            then["eta"] = now.get("eta")
+        else:
+            now["eta"], then["eta"] = self._asked.eta, ", ".join(map(str, sorted(self._etas() - {self._asked.eta})))
+            then["eta"] = then["eta"] or now["eta"]
+        if self._asked.whole is None:
+            then["whole"] = now.get("whole")
+        lost = _differences(then, {name: now.get(name) for name in sorted(choices.kept())})
+        if lost:
+            raise _everywhere(ConfigError(f"resume: {lost[0]}; a run goes on with the optimizer that it has: give it the "
+                                          "same options, or another --out"))  # fmt: skip
+        return _differences(then, {name: value for name, value in now.items() if name not in choices.kept()})
 
     def _diagnosis(self) -> dict[str, float | None]:
         """Return what the last exchange lost, mean over ranks, and norms of the state, mean square over ranks."""
@@ -254,11 +323,19 @@ class Trainer:
 
 
 def _shaping(config: TrainConfig) -> dict[str, Any]:
-    """Return the options that the parameters depend on, as a checkpoint can hold them."""
-    apart = ("out", "resume", "keep", "checkpoint_every", "save_in_background", "stop_after", "on_failure", "log_every",
-             "eval_every")  # fmt: skip
-    options = {name: value for name, value in asdict(config).items() if name not in apart}
-    return {name: str(value) if name == "text" else value for name, value in options.items()}
+    """Return the options that the parameters depend on, as a checkpoint can hold them; the text is known by its content."""
+    apart = ("out", "overwrite", "resume", "keep", "checkpoint_every", "save_in_background", "stop_after", "on_failure",
+             "log_every", "eval_every", "text", "data")  # fmt: skip
+    return {name: value for name, value in asdict(config).items() if name not in apart and value is not None}
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]
+
+
+def _everywhere(error: MpiEfError) -> MpiEfError:
+    error.everywhere = True
+    return error
 
 
 def _loss(logits: "Tensor", targets: "Tensor") -> "Tensor":
@@ -269,6 +346,6 @@ def _build(config: TrainConfig) -> "tuple[Dataset, nn.Module]":
     torch.manual_seed(config.seed)
     if config.model != "gpt":
         return Digits(), models.mlp() if config.model == "mlp" else models.cnn()
-    text = Text(config.text, context=config.context, seed=config.seed)
-    sizes = {"context": config.context, "layers": config.layers, "heads": config.heads, "width": config.width}
+    sizes = {name: int(getattr(config, name)) for name in ("context", "layers", "heads", "width")}
+    text = Text(config.text, context=sizes["context"], seed=config.seed)
     return text, models.GPT(text.vocabulary, **sizes)

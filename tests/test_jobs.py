@@ -18,10 +18,11 @@ from programs import trained
 
 from mpi_ef import ending
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, LaunchError, PeerError
-from mpi_ef.jobs import cli, trainer
+from mpi_ef.jobs import bench, cli, trainer
 from mpi_ef.jobs.bench_report import Link, Row, break_even, combine, table
 from mpi_ef.jobs.config import option, parse, to_toml
 from mpi_ef.jobs.data import Digits, Text, batches, shard
+from mpi_ef.jobs.folder import replacing
 from mpi_ef.jobs.launch import check_world
 from mpi_ef.jobs.metrics import Metrics, Progress, announcing, in_bytes
 from mpi_ef.jobs.optimizers import build_compressor
@@ -254,8 +255,9 @@ def test_every_compressor_can_be_built():
 @pytest.mark.parametrize("model", ["gpt", "mlp", "cnn"])
 def test_training_on_virtual_ranks(tmp_path, model):
     """The whole program, small: same summary on all ranks, loss falls, files are complete."""
-    config = TrainConfig(model=model, steps=12, warmup=2, batch=8, context=16, layers=1, heads=2, width=16, eval_every=6,
-                         log_every=3, lr=0.02, out=tmp_path / "run")  # fmt: skip
+    small = {"context": 16, "layers": 1, "heads": 2, "width": 16} if model == "gpt" else {}
+    config = TrainConfig(model=model, steps=12, warmup=2, batch=8, eval_every=6, log_every=3, lr=0.02,
+                         out=tmp_path / "run", **small)  # fmt: skip
     one, two = trained(2, config)
     times = {"seconds", "seconds_per_step", "phases_seconds_per_step", "untimed_seconds"}
     assert {k: v for k, v in one.items() if k not in times} == {k: v for k, v in two.items() if k not in times}
@@ -267,7 +269,7 @@ def test_training_on_virtual_ranks(tmp_path, model):
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert json.loads((config.out / "summary.json").read_text())["val_loss"] == rows[-1]["val_loss"]
     again = parse(TrainConfig, ["--config", str(config.out / "config.toml")], prog="", description="")
-    assert again == config
+    assert again == replace(config.resolved(), data=one["config"]["data"])
 
 
 class _PerRank(threading.local):
@@ -370,6 +372,44 @@ def test_launches_are_combined_by_their_medians():
     assert "0.50x" in table(result)
     with pytest.raises(DataError, match="launches differ in d: 100 and 7"):
         combine([launch(1), launch(1) | {"d": 7}])
+    with pytest.raises(DataError, match="one launch is there twice"):
+        combine([launch(1), launch(50), launch(1)])
+
+
+@pytest.mark.parametrize("option", ["d=1000", "ratio=0.1", "repeats=3", "only=ef21"])
+def test_what_is_measured_is_no_option_of_combining(option, capsys):
+    name, value = option.split("=")
+    with pytest.raises(SystemExit):
+        bench.main(["--combine", "a.json,b.json", f"--{name}", value])
+    assert f"{option} has no effect with combine" in capsys.readouterr().err
+
+
+def test_words_that_no_method_has_are_refused():
+    bench._check_words(["ef21", "Sign("], ["ef21 TopK(0.01)", "ef14 Sign()"])
+    with pytest.raises(ConfigError, match="only=ef22: no method has that in its name; take of ef21 TopK") as caught:
+        bench._check_words(["ef21", "ef22"], ["ef21 TopK(0.01)", "ef14 Sign()"])
+    assert caught.value.everywhere
+
+
+def test_a_file_is_there_whole_or_as_it_was(tmp_path):
+    """Of two programs that write it at a time the last one has written all of it."""
+    path = tmp_path / "new" / "figures.json"
+    with replacing(path) as first:
+        first.write_text("first")
+        with replacing(path) as second:
+            second.write_text("second")
+            assert not path.exists()
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+
+    def half():
+        with replacing(path) as draft:
+            draft.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(DataError, match="figures.json: cannot be written"):
+        half()
+    assert [(one.name, one.read_text()) for one in path.parent.iterdir()] == [("figures.json", "first")]
 
 
 def test_command_line(capsys):
@@ -410,8 +450,16 @@ except SystemExit as end:
         ({"beta1": 1.5}, "beta1=1.5 is not in [0, 1)"),
         ({"heads": 3}, "width=128 is not divisible by heads=3"),
         ({"ratio": 1.5}, "ratio=1.5 is not in (0, 1]"),
-        ({"per_parameter": True, "compressor": "sign"}, "per_parameter goes with compressor=topk"),
-        ({"split": "by-label"}, "needs labels"),
+        ({"compressor": "quantize", "values": "full"}, "quantizes nothing; take compressor=identity"),
+        ({"placement": "gradient", "overlap": True}, "pass clip=0 with it"),
+        ({"rule": "ef21-pp", "placement": "gradient", "overlap": True, "clip": 0.0}, "which rule=ef21-pp cannot"),
+        ({"rule": "marina", "compressor": "randk"}, "pass placement=gradient and clip=0 with it"),
+        ({"rule": "marina", "placement": "gradient", "clip": 0.0}, "pass compressor=randk, not topk"),
+        ({"rule": "ef21-w", "smoothness": "1,-2"}, "smoothness=1,-2 is no list of positive numbers"),
+        ({"rule": "ef21-bc", "reply": 0.0}, "reply=0.0 is not in (0, 1]"),
+        ({"rule": "econtrol", "eta": 2.0}, "eta=2.0 is not in [0, 1]"),
+        ({"rule": "ef41"}, "rule='ef41' is unknown; take one of ef14"),
+        ({"overwrite": True, "resume": "exact"}, "overwrite begins anew, resume=exact goes on; pass one of them"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, words):

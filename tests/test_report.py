@@ -129,6 +129,20 @@ def test_the_best_learning_rate_is_picked(runs, tmp_path, capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "ef14-0.2", "ef21-0.2"]
 
 
+def test_runs_on_the_same_text_are_compared_wherever_it_lay(runs, tmp_path, capsys):
+    """Each task of a sweep has a copy of its own; and another text under the same name is another one."""
+    for name, content, place, loss in (("a", "x", "/tmp/1", 2.3), ("b", "x", "/tmp/2", 2.1), ("c", "y", "/tmp/2", 2.2)):
+        shutil.copytree(runs / "ef21", folder := tmp_path / name)
+        summary = json.loads((folder / "summary.json").read_text())
+        changed = {"text": place, "data": content, "lr": loss, "out": str(folder)}
+        summary |= {"val_loss": loss, "config": summary["config"] | changed}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    report.main([*map(str, sorted(tmp_path.iterdir())), "--best"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "b", "c"]
+    with pytest.raises(SystemExit, match="best has no effect here: none of these is a trained run"):
+        report.main([str(runs / "bench.json"), "--best"])
+
+
 def test_runs_of_the_same_name_are_told_apart(runs, tmp_path, capsys):
     train(tmp_path / "sparse")
     capsys.readouterr()

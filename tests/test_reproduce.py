@@ -1,14 +1,20 @@
 """mpi-ef reproduce: the same numbers on any number of ranks, files where they belong, one line for what is wrong."""
 
 import json
+import lzma
 
 import numpy as np
 import pytest
 import virtual
+from test_runs import somebody_in
 
-from mpi_ef.errors import DataError
+from mpi_ef.compress import TopK
+from mpi_ef.errors import DataError, DisagreementError
 from mpi_ef.jobs import reproduce
+from mpi_ef.jobs.libsvm import content_of, load_libsvm
+from mpi_ef.jobs.problems import zeta_quadratics
 from mpi_ef.jobs.reproduce import EXPERIMENTS, ReproduceConfig
+from mpi_ef.jobs.simulate import descend
 
 
 @pytest.mark.slow
@@ -43,7 +49,66 @@ def test_missing_data_is_told_once_with_where_to_get_it(tmp_path):
         assert f"{tmp_path} has no file phishing; get it from https://" in str(outcome)
 
 
+def small_file(folder, values, ending=""):
+    """A LIBSVM file of 40 rows; what is in it are these values."""
+    lines = [f"{1 + row % 2} 1:{value:.6f} 2:1\n" for row, value in enumerate(values)]
+    folder.mkdir(exist_ok=True)
+    data = "".join(lines).encode()
+    (folder / f"phishing{ending}").write_bytes(lzma.compress(data) if ending else data)
+
+
+def test_files_are_known_by_their_content(tmp_path):
+    """Ranks with other files of the same size are told; the same content under another name is the same, and is recorded."""
+    values = np.random.default_rng(0).normal(size=40)
+    small_file(tmp_path / "0", values)
+    small_file(tmp_path / "1", values + 1)
+    small_file(tmp_path / "2", values, ".libsvm.xz")
+
+    def program(comm, places):
+        config = ReproduceConfig(data=tmp_path / places[comm.Get_rank()], out=tmp_path / places, steps=3)
+        return reproduce.run(comm, "ef21-pp", config)
+
+    for error in virtual.run(2, lambda comm: program(comm, "01")):
+        assert isinstance(error, DisagreementError)
+        assert "ranks disagree on the content of phishing: 40 rows of 2, sha256 " in str(error)
+    virtual.results(2, lambda comm: program(comm, "02"))
+    told = json.loads((tmp_path / "02" / "ef21-pp" / "summary.json").read_text())
+    assert told["data"] == {"phishing": content_of(*load_libsvm(tmp_path / "0" / "phishing"))}
+    assert (told["experiment"], told["ranks"], told["steps"]) == ("ef21-pp", 2, 3)
+
+
+def test_a_finished_experiment_stays_unless_it_may_be_overwritten(tmp_path):
+    def run(**more):
+        config = ReproduceConfig(out=tmp_path, **more)
+        return virtual.run(2, lambda comm: reproduce.run(comm, "counterexample", config))
+
+    assert run(steps=5) == [None, None]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "counterexample").iterdir()}
+    assert before.keys() == {"metrics.jsonl", "summary.json", "table.txt", "counterexample.png"}
+    for error in run(steps=25):
+        assert error.everywhere
+        assert "has a finished run (table.txt); give another --out, or pass --overwrite" in str(error)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "counterexample").iterdir()} == before
+    with somebody_in(tmp_path / "counterexample"):
+        assert all("writes a run there" in str(error) for error in run(steps=25, overwrite=True))
+    assert run(steps=25, overwrite=True) == [None, None]
+    assert (tmp_path / "counterexample" / "metrics.jsonl").read_bytes() != before["metrics.jsonl"]
+
+
+def test_naive_compression_has_no_options_and_no_dense_steps():
+    def program(comm, **more):
+        problem = zeta_quadratics(range(2), 2, 8, 1.0, seed=1)
+        return descend(comm, problem, 2, "naive", TopK(k=1), gamma=0.1, steps=3, x0=np.ones(8), **more)[1]
+
+    one, other = (virtual.results(1, lambda comm, n=n: program(comm, dense_steps=n))[0] for n in (0, 2))
+    assert one == other
+    (error,) = virtual.run(1, lambda comm: program(comm, options={"eta": 0.1}))
+    assert "eta has no effect with rule='naive'" in str(error)
+
+
 @pytest.mark.parametrize(("argv", "text"), [
+    (["speedup", "--data", "x"], "data=x has no effect with speedup; it goes with ef21, ef21-pp, ef21-bc"),
+    (["--list", "--steps", "3"], "--list"),
     (["ef12"], "there is no experiment 'ef12'; did you mean ef21?"),
     ([], "there is no experiment None; take one of ef21"),
     (["ef21", "--steps", "-1"], "steps=-1 is negative"),

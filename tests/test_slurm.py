@@ -583,6 +583,8 @@ def test_list_and_show(capsys):
     (["show", "trian"], "did you mean train?"), (["show", "train-gpus.sbatch"], "train-gpu"), (["copy", "q"], "slurm list"),
     (["submit", "sweeep", "--dry-run"], "did you mean sweep?"), (["submit", "train.pbs"], "sbatch"),
     (["submit", "train", "--profile", "lumi"], "did you mean lumi-"), (["show", "train.pbs", "--set", "nodes=2"], "edit"),
+    (["show", "lumi-c", "--set", "nodes=2"], "lumi-c is a site; leave them out"),
+    (["show", "lumi-c", "--profile", "lumi-c"], "lumi-c is a site; leave them out"),
     (["submit", "train", "--set", "N=4", "--dry-run"], "no long option"),
     (["submit", "train", "--set", "account=a\nb", "--dry-run"], "fits on no"),
     (["submit", "train", "--profile", "frontier"], "--set account="), (["show", "train", "--", "--steps"], "submit"),

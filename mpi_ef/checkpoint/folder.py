@@ -162,6 +162,14 @@ class Folder:
         except OSError as error:
             _log.warning("%s: cannot be marked as damaged: %s", path, error)
 
+    def clear(self) -> None:
+        """Remove every checkpoint, finished or not, and the notes about them; the lock has to be this one's."""
+        for pattern in ("step-*", ".tmp-*", ".old-step-*"):
+            for path in list(self._path.glob(pattern)):
+                self._drop(path)
+        for name in (LATEST, RUNS):
+            (self._path / name).unlink(missing_ok=True)
+
     def release(self) -> None:
         """Give up the lock."""
         if self._lock is not None:

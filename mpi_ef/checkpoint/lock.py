@@ -1,4 +1,8 @@
-"""One job writes to a folder of checkpoints: a lock file that tells who, and outlives nobody for long."""
+"""One job writes to a folder of checkpoints, or of a run: a lock file that tells who, and outlives nobody for long.
+
+No lock of the kernel (flock): file systems of clusters have none, or one that holds on a node only, and it is inherited by
+workers that outlive a killed rank. Whether the process of this host is there still is asked of the kernel, by when it began.
+"""
 
 import errno
 import json
@@ -104,6 +108,8 @@ class FolderLock:
     wait : bool
         Watch a lock of another host until it was touched, and is refused, or was silent for two minutes. Else it is
         refused at once.
+    writes : str
+        What the owner writes there, for people.
 
     Raises
     ------
@@ -111,8 +117,8 @@ class FolderLock:
         Another job writes there.
     """
 
-    def __init__(self, folder: Path, owner: Owner, *, wait: bool = False) -> None:
-        self._path, self._owner, self._wait = folder / LOCK, owner, wait
+    def __init__(self, folder: Path, owner: Owner, *, wait: bool = False, writes: str = "checkpoints") -> None:
+        self._path, self._owner, self._wait, self._writes = folder / LOCK, owner, wait, writes
         mine = folder / f".{LOCK}-{owner.token}"
         try:
             owner.write(mine)
@@ -127,7 +133,7 @@ class FolderLock:
         finally:
             mine.unlink(missing_ok=True)
         ended = threading.Event()
-        beat = threading.Thread(target=_beat, args=(self._path, owner, ended), daemon=True, name="checkpoint lock")
+        beat = threading.Thread(target=_beat, args=(self._path, owner, ended), daemon=True, name="folder lock")
         beat.start()
         self._finalizer = weakref.finalize(self, _release, self._path, owner, ended)
 
@@ -164,7 +170,7 @@ class FolderLock:
             or (self._wait and self._falls_silent(holder))
         ):
             raise CheckpointError(
-                f"{self._path.parent}: {_who(holder)} writes checkpoints there; give this job another folder, or "
+                f"{self._path.parent}: {_who(holder)} writes {self._writes} there; give this job another folder, or "
                 f"remove {LOCK} if that one has ended"
             )
         aside = self._path.with_name(f".{LOCK}-stale-{self._owner.token}")

@@ -55,6 +55,7 @@ class ErrorFeedback:
         agree(plan.comm, "ErrorFeedback", facts, "build it from the same arguments everywhere")
         self.state = self.rule.state.zeros(plan, **self.options)
         self._dense: Plan | None = None
+        self._told: dict[str, Any] = {}
         self._under_way: tuple[Steps, Plan] | None = None
         self._dense_sent_nbytes = 0
         self._dense_seconds = dict.fromkeys(plan.seconds, 0.0)
@@ -85,6 +86,13 @@ class ErrorFeedback:
         """
         steps = self._steps(vector, whole, inputs)
         return self._finish(steps, next(steps).exchange())
+
+    def tell(self, *, whole: bool = False, **inputs: Any) -> None:
+        """Say what the next step is to know besides the vector, where something else makes it, an optimizer for example.
+
+        Parameters and inputs of :meth:`step`, for one step. Local; alike on all ranks.
+        """
+        self._told = {"whole": whole, **inputs}
 
     def start(self, vector: Vector) -> None:
         """Begin a step: the vector may be changed as soon as this returns. :meth:`arrive` and :meth:`finish` follow.
@@ -136,13 +144,14 @@ class ErrorFeedback:
         return self._finish(steps, plan)
 
     def _steps(self, vector: Vector, whole: bool, inputs: dict[str, Any]) -> Steps:
-        plan = self._current(whole)
+        told, self._told = self._told | inputs, {}
+        plan = self._current(told.pop("whole", False) or whole)
         if isinstance(vector, np.ndarray) and vector.shape == (plan.own, plan.d) and vector.flags.c_contiguous:
             vector = vector.reshape(-1)
         if not (isinstance(vector, np.ndarray) and vector.shape == (plan.own_d,) and vector.dtype == plan.dtype):
             # Raises here what is wrong, and PeerError on all other ranks.
             plan.exchange(np.asarray(vector) if isinstance(vector, Combination) else vector)
-        return self.rule.step(self.state, plan, vector, **inputs)
+        return self.rule.step(self.state, plan, vector, **told)
 
     def _finish(self, steps: Steps, plan: Plan) -> Vector:
         try:

@@ -213,7 +213,7 @@ def test_stopping_after_so_many_steps(whole, tmp_path):
     assert_same(tmp_path, whole)
     refused = run(1, *arguments(tmp_path, *MLP, "--checkpoint-every", 0, "--stop-after", 5), within=LIMIT)
     assert refused.status == 2
-    assert "pass checkpoint_every as well" in refused.text
+    assert "stop_after=5 has no effect with checkpoint_every=0" in refused.text
 
 
 def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(whole, tmp_path):
@@ -223,7 +223,7 @@ def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(whole, tmp_pa
     second = run(2, *arguments(tmp_path, *options, "--seed", 7), within=LIMIT)
     assert second.status == 2
     (told,) = second.lines_with("mpi-ef: ")
-    assert "writes checkpoints there" in told
+    assert "writes a run there" in told
     (stopped,) = (pid for pid in ranks_of(tmp_path) if is_stopped(pid))
     os.kill(stopped, signal.SIGCONT)
     ended = finish(first, within=LIMIT)
@@ -233,6 +233,30 @@ def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(whole, tmp_pa
     assert again.status == 2
     assert len(again.lines_with("resume from them, or take another folder")) == 1, again.text
     assert_same(tmp_path, whole)
+
+
+def test_a_folder_is_one_runs_also_without_checkpoints(tmp_path):
+    """A second run is refused on all ranks, with one line; a kill, which nobody can handle, lets the next one in."""
+    without = [*MLP, "--checkpoint-every", 0]
+    first = start(2, *faulty("SIGSTOP", 30, [0], tmp_path, *without))
+    wait_for(lambda: [pid for pid in ranks_of(tmp_path) if is_stopped(pid)], first)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    second = run(2, *arguments(tmp_path, *without, "--seed", 7), within=LIMIT)
+    assert second.status == 2, second.text
+    (told,) = second.lines_with("mpi-ef: ")
+    assert "writes a run there; give this job another folder" in told
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    for pid in ranks_of(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+    assert finish(first, within=LIMIT).status != 0
+    assert (tmp_path / "LOCK").exists()
+    third = run(2, *arguments(tmp_path, *without, "--seed", 7), within=LIMIT)
+    assert third.status == 0, third.text
+    fourth = run(2, *arguments(tmp_path, *without), within=LIMIT)
+    assert fourth.status == 2
+    assert len(fourth.lines_with("has a finished run (summary.json); give another --out, or pass --overwrite")) == 1
+    assert run(2, *arguments(tmp_path, *without, "--overwrite"), within=LIMIT).status == 0
+    assert summary(tmp_path)["config"]["seed"] == 0
 
 
 def test_other_options_are_named_when_going_on(whole, tmp_path):

@@ -16,8 +16,8 @@ from test_interruption import handles, wait_for
 
 from mpi_ef.jobs import launch
 
-SMALL = ["--steps", 20, "--warmup", 2, "--batch", 4, "--context", 16, "--layers", 1, "--heads", 2, "--width", 16,
-         "--log-every", 5]  # fmt: skip
+SHORT = ["--steps", 20, "--warmup", 2, "--batch", 4, "--log-every", 5]
+SMALL = [*SHORT, "--context", 16, "--layers", 1, "--heads", 2, "--width", 16]
 # A stuck run is ended by the test after this time; a healthy one needs a few seconds.
 LIMIT = 90
 TESTS = Path(__file__).parents[1]
@@ -51,8 +51,8 @@ def test_train_on_your_own_text_with_a_file_of_options(tmp_path):
 
 @pytest.mark.parametrize("options", [["--rule", "ef21"], ["--rule", "econtrol"], ["--compressor", "identity"]])
 def test_train_with_gradient_placement(tmp_path, options):
-    ended = train(2, "--model", "mlp", "--split", "by-label", "--optimizer", "sgd", "--placement", "gradient",
-                  "--dense-steps", 1, *options, "--out", tmp_path)  # fmt: skip
+    ended = run(2, "-m", "mpi_ef.jobs.train", *SHORT, "--model", "mlp", "--split", "by-label", "--optimizer", "sgd",
+                "--placement", "gradient", "--dense-steps", 1, *options, "--out", tmp_path, within=LIMIT)  # fmt: skip
     assert ended.status == 0, ended.text
     assert "validation accuracy" in ended.text
 

@@ -1,0 +1,211 @@
+"""Which option of ``mpi-ef train`` goes with what: the one table from which it builds, checks, helps and records."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mpi_ef.errors import ConfigError
+
+__all__ = ["CHOOSERS", "COMPRESSORS", "MODELS", "OPTIMIZERS", "PLACEMENTS", "RULES", "VALUES", "Only", "Takes", "described",
+           "earlier", "full_record", "kept", "owners", "resolve"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Depends:
+    """A default that depends on what else is chosen; `text` says how. None where only what is built tells."""
+
+    text: str
+    value: Callable[[Mapping[str, Any]], Any] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Only:
+    """What an option is there, whoever asks for what."""
+
+    value: Any
+
+
+Takes = Mapping[str, Any]  # options that something takes, with their defaults
+
+_FULL = Depends("batch / (batch + samples of a rank)")
+MODELS: Mapping[str, Takes] = {
+    "gpt": {
+        "text": Depends("the help texts of Python"),
+        "context": 64,
+        "layers": 4,
+        "heads": 4,
+        "width": 128,
+    },
+    "mlp": {"split": "shuffled"},
+    "cnn": {"split": "shuffled"},
+}
+_ANY_RULE: Takes = {"placement": "update", "rule": "ef14", "compressor": "topk", "dense_steps": 0}
+_GRADIENT: Takes = {"placement": Only("gradient"), "dense_steps": 0}
+_ONE_BIT: Takes = {"beta1": 0.9, "beta2": 0.99, "compressor": "sign", "freeze": 0}
+# Sparse feedback delays updates, and delay acts like momentum; dense updates want the usual one.
+_DELAYED = Depends(
+    "0.5, or 0.9 with compressor=identity", lambda chosen: 0.9 if chosen["compressor"] == "identity" else 0.5
+)
+OPTIMIZERS: Mapping[str, Takes] = {
+    "adamw": {"beta1": _DELAYED, "beta2": 0.99, **_ANY_RULE},
+    "sgd": {"momentum": 0.9, **_ANY_RULE},
+    "onebit-adam": _ONE_BIT,
+    "zero-one-adam": {**_ONE_BIT, "local_steps": 200},
+    "onebit-lamb": _ONE_BIT,
+    "lion": {"beta1": 0.9, "beta2": 0.99, "compressor": "vote"},
+    "signum": {"momentum": 0.9, "compressor": "vote"},
+    "ef21-muon": {"momentum": 0.9, **_GRADIENT, "rule": Only("ef21-sgdm"), "compressor": "topk"},
+    "powersgd": {"momentum": 0.9, **_GRADIENT, "rule": "ef14", "compressor": Only("low-rank")},
+}
+PLACEMENTS: Mapping[str, Takes] = {"update": {}, "gradient": {"overlap": False}}
+# All rules of mpi_ef.feedback.RULES. Options have its names, but where an optimizer has one of that name.
+RULES: Mapping[str, Takes] = {
+    "ef14": {},
+    "ef21": {},
+    "econtrol": {"eta": Depends("0.3 times the contraction constant of the compressor")},
+    "ef14-momentum": {"beta": 0.9},
+    "lion": {"vote_beta1": 0.9, "vote_beta2": 0.99},
+    "ef21-sgdm": {"eta": 0.1},
+    "ef21-sgd2m": {"eta": 0.1},
+    "ef21-hb": {"eta": 0.5},
+    "ef21-pp": {"participation": 0.5},
+    "ef21-w": {"participation": 1.0, "smoothness": Depends("the same for all ranks")},
+    "ef21-bc": {"reply": 1.0},
+    "ef21-plus": {},
+    "ef21-page": {"whole": _FULL},
+    "marina": {"whole": _FULL},
+    "clag": {"zeta": 1.0},
+    "d-ec-sgd": {"correction": 0.1},
+}
+VALUES = ("full", "bf16", "fp16", "int8")
+COMPRESSORS: Mapping[str, Takes] = {
+    "topk": {"ratio": 0.01, "values": "bf16", "per_parameter": False},
+    "randk": {"ratio": 0.01, "values": "bf16"},
+    "sign": {"block": 1024},
+    "vote": {},
+    "low-rank": {"rank": 4},
+    "quantize": {"values": "bf16"},
+    "identity": {},
+}
+_SAVING: Mapping[Any, Takes] = {
+    True: {"keep": 3, "save_in_background": False, "stop_after": 0, "on_failure": "stop"},
+    False: {},
+}
+# What the options depend on, in this order; what is saved depends on whether there is any saving.
+CHOOSERS: Mapping[str, Mapping[Any, Takes]] = {
+    "model": MODELS,
+    "optimizer": OPTIMIZERS,
+    "placement": PLACEMENTS,
+    "rule": RULES,
+    "compressor": COMPRESSORS,
+    "checkpoint_every": _SAVING,
+}
+
+
+_ONCE_RECORDED = {"split", "context", "layers", "heads", "width", "momentum", "beta2", "rule", "placement", "ratio", "block",
+                  "rank", "freeze", "local_steps", "overlap", "per_parameter", "values", "dense_steps", "keep"}  # fmt: skip
+
+
+def resolve(given: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
+    """Return all options that apply, in the order of the table: those given, and defaults.
+
+    Parameters
+    ----------
+    given : mapping of str to object
+        Without those that were not given; with all that always apply.
+    strict : bool
+        False leaves out what does not apply.
+
+    Raises
+    ------
+    ConfigError
+        When an option was given that has no effect with the others: with what it goes.
+    """
+    chosen = {name: value for name, value in given.items() if not owners(name)}
+    for chooser, table in CHOOSERS.items():
+        for name, default in _taken(chooser, table, chosen).items():
+            if isinstance(default, Only):
+                if strict and given.get(name, default.value) != default.value:
+                    raise ConfigError(f"{name}={given[name]} has no effect with optimizer={chosen['optimizer']}, whose "
+                                      f"{name} is always {default.value}")  # fmt: skip
+                chosen[name] = default.value
+            else:
+                chosen[name] = given.get(name, default)
+    without = [name for name in given if name not in chosen]
+    if strict and without:
+        raise ConfigError(_no_effect(without[0], given[without[0]], chosen))
+    return {name: value.value(chosen) if isinstance(value, Depends) else value for name, value in chosen.items()}
+
+
+def earlier(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run has used, of a record that may also have options without effect, as records once had."""
+    return resolve({name: value for name, value in options.items() if value is not None}, strict=False)
+
+
+def full_record(names: Iterable[str]) -> bool:
+    """Tell whether these are the options of a record of that kind, which nobody writes by hand."""
+    return set(names) >= _ONCE_RECORDED
+
+
+def kept() -> set[str]:
+    """Return the options with which a run goes on as it began: those of the optimizer, whose state is saved."""
+    tables = [CHOOSERS[chooser].values() for chooser in ("optimizer", "placement", "rule", "compressor")]
+    names = {name for table in tables for takes in table for name in takes}
+    return {"optimizer", "weight_decay"} | names - {"overlap", "whole"}
+
+
+def owners(name: str) -> dict[str, list[Any]]:
+    """Return by chooser the choices that take an option; nothing for one that always applies."""
+    found = {
+        chooser: [choice for choice, takes in table.items() if name in takes] for chooser, table in CHOOSERS.items()
+    }
+    return {chooser: choices for chooser, choices in found.items() if choices}
+
+
+def described(name: str) -> str:
+    """Return the defaults of an option and with what it goes, for people."""
+    texts = []
+    for chooser, choices in owners(name).items():
+        defaults: dict[str, list[Any]] = {}
+        for choice in choices:
+            defaults.setdefault(_text(CHOOSERS[chooser][choice][name]), []).append(choice)
+        texts += [f"{text} with {_named(chooser, found)}" for text, found in defaults.items()]
+    return "; ".join(texts)
+
+
+def _taken(chooser: str, table: Mapping[Any, Takes], chosen: Mapping[str, Any]) -> Takes:
+    """Return what the choice that was made takes; nothing where there is none to make."""
+    if chooser not in chosen or _belongs(chooser, chosen["optimizer"]):
+        return {}
+    return table.get(bool(chosen[chooser]) if chooser == "checkpoint_every" else chosen[chooser], {})
+
+
+def _belongs(chooser: str, optimizer: str) -> bool:
+    """Tell whether the rule is the optimizer's: its options follow from those of the optimizer then."""
+    return chooser == "rule" and isinstance(OPTIMIZERS.get(optimizer, {}).get("rule"), Only)
+
+
+def _no_effect(name: str, value: Any, chosen: Mapping[str, Any]) -> str:
+    """Say with what an option goes that was given, and has no effect here."""
+    ((chooser, choices),) = owners(name).items()
+    goes = _named(chooser, [c for c in choices if not isinstance(CHOOSERS[chooser][c][name], Only)])
+    if chooser in chosen and not _belongs(chooser, chosen["optimizer"]):
+        now = _named(chooser, [bool(chosen[chooser]) if chooser == "checkpoint_every" else chosen[chooser]])
+    else:  # there is no such choice with this optimizer
+        now = _named("optimizer", [chosen["optimizer"]])
+        goes += f" of {_named('optimizer', [o for o in owners(chooser)['optimizer'] if not _belongs(chooser, o)])}"
+    return f"{name}={value} has no effect with {now}; it goes with {goes}"
+
+
+def _named(chooser: str, choices: list[Any]) -> str:
+    if chooser == "checkpoint_every":
+        return "checkpoint_every above 0" if choices[0] else "checkpoint_every=0"
+    return f"{chooser}={', '.join(choices)}"
+
+
+def _text(default: Any) -> str:
+    if isinstance(default, Only):
+        return f"always {default.value}"
+    if isinstance(default, Depends):
+        return default.text
+    return str(default)

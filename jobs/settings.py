@@ -1,0 +1,84 @@
+"""What the options of ``mpi-ef train`` may be, alone and together; before MPI is started."""
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+from mpi_ef.errors import ConfigError
+
+__all__ = ["check", "smoothness_of"]
+
+_ONES = ("keep", "steps", "batch", "context", "layers", "heads", "width", "block", "rank", "local_steps", "log_every",
+         "eval_every")  # fmt: skip
+_ZEROS = (
+    "checkpoint_every",
+    "stop_after",
+    "freeze",
+    "warmup",
+    "dense_steps",
+    "seed",
+    "lr",
+    "weight_decay",
+    "clip",
+    "zeta",
+)
+_WEIGHTS = ("momentum", "beta1", "beta2", "beta", "vote_beta1", "vote_beta2")
+_SHARES = ("ratio", "participation", "reply", "correction", "whole")
+CHANGES = ("ef21-page", "marina")  # rules that are told what has changed, see changes.py
+CLIENTS = (
+    "ef21-pp",
+    "ef21-w",
+    "ef21-plus",
+    "clag",
+)  # rules in which a rank may be silent, or say which of two it sends
+
+
+def check(chosen: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` unless all options, as :func:`choices.resolve` returns them, can work."""
+    for names, least in ((_ONES, 1.0), (_ZEROS, 0.0)):
+        for name in names:
+            if name in chosen and not (chosen[name] >= least and isfinite(chosen[name])):  # also refuses NaN
+                raise ConfigError(f"{name}={chosen[name]} is too small; the least is {least:g}")
+    for name in _WEIGHTS:
+        if not 0.0 <= chosen.get(name, 0.0) < 1.0:
+            raise ConfigError(f"{name}={chosen[name]} is not in [0, 1)")
+    for name in _SHARES:
+        if (value := chosen.get(name)) is not None and not 0.0 < value <= 1.0:
+            raise ConfigError(f"{name}={value} is not in (0, 1]; 0.01 is one in a hundred")
+    if (eta := chosen.get("eta")) is not None and not 0.0 <= eta <= 1.0:
+        raise ConfigError(f"eta={eta} is not in [0, 1]; 0.1 is usual")
+    if chosen.get("smoothness") is not None:
+        smoothness_of(chosen["smoothness"])
+    _check_combinations(chosen)
+
+
+def smoothness_of(text: str) -> list[float]:
+    """Return the numbers in a list with commas, one for each rank."""
+    try:
+        values = [float(word) for word in text.split(",")]
+    except ValueError:
+        values = [0.0]
+    if not all(0.0 < value < float("inf") for value in values):
+        raise ConfigError(f"smoothness={text} is no list of positive numbers; write one for each rank, such as 1,2.5")
+    return values
+
+
+def _check_combinations(chosen: Mapping[str, Any]) -> None:
+    rule, overlap, clip = chosen.get("rule"), chosen.get("overlap"), chosen["clip"]
+    if chosen["model"] == "gpt" and chosen["width"] % chosen["heads"]:
+        raise ConfigError(f"width={chosen['width']} is not divisible by heads={chosen['heads']}")
+    if chosen.get("compressor") == "quantize" and chosen["values"] == "full":
+        raise ConfigError("values=full with compressor=quantize quantizes nothing; take compressor=identity")
+    if overlap and clip:
+        raise ConfigError("overlap sends gradients before their norm is known; pass clip=0 with it")
+    if overlap and rule in CLIENTS:
+        raise ConfigError(f"overlap sends in two parts, which rule={rule} cannot; leave one of them out")
+    if rule in CHANGES and (chosen["placement"] != "gradient" or overlap or clip):
+        raise ConfigError(f"rule={rule} sends changes of gradients over a batch; pass placement=gradient and clip=0 with "
+                          "it, and no overlap")  # fmt: skip
+    if rule == "marina" and chosen["compressor"] != "randk":
+        raise ConfigError(
+            f"rule=marina wants an unbiased compressor; pass compressor=randk, not {chosen['compressor']}"
+        )
+    if chosen["overwrite"] and chosen["resume"] != "no":
+        raise ConfigError(f"overwrite begins anew, resume={chosen['resume']} goes on; pass one of them")

@@ -1,0 +1,248 @@
+"""What a run goes on with, and whose folder it is: inputs are known by content, one run at a time writes to a folder."""
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+import programs
+import pytest
+import virtual
+
+from mpi_ef.checkpoint import lock
+from mpi_ef.errors import ConfigError, DataError, DisagreementError, MpiEfError
+from mpi_ef.jobs.config import parse
+from mpi_ef.jobs.data import Text
+from mpi_ef.jobs.train import TrainConfig, train
+from mpi_ef.jobs.trainer import Trainer
+
+LETTERS = "abcdefghij klmnop."
+GPT = {"context": 8, "layers": 1, "heads": 2, "width": 8, "batch": 4, "steps": 8, "warmup": 2, "log_every": 2}
+MLP = {"model": "mlp", "batch": 4, "steps": 8, "warmup": 2, "log_every": 2}
+SAVING = {"checkpoint_every": 4, "stop_after": 4}
+
+
+def text(seed, size=1000):
+    return LETTERS + "".join(np.random.default_rng(seed).choice(list(LETTERS), size))
+
+
+def refused(n, config, kind=MpiEfError):
+    """Return the one line that all ranks raise together."""
+    errors = virtual.run(n, lambda comm: train(comm, config))
+    assert all(isinstance(error, kind) and error.everywhere for error in errors), errors
+    (line,) = {str(error) for error in errors}
+    assert "\n" not in line
+    return line
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def somebody_in(folder):
+    """Let another process have the folder of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as other:
+        owner = vars(lock.Owner.this_process("", "another run")) | {
+            "pid": other.pid,
+            "started": lock._started(other.pid),
+        }
+        (folder / "LOCK").write_text(json.dumps(owner))
+        try:
+            yield other
+        finally:
+            other.kill()
+
+
+# ---- inputs
+
+
+def test_the_same_text_elsewhere_is_the_same_text(tmp_path, capsys):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "text").write_text(text(0))
+    here, there = TrainConfig(text=tmp_path / "here/text", **GPT), TrainConfig(text=tmp_path / "there/text", **GPT)
+    whole = programs.trained(2, replace(here, out=tmp_path / "whole"))[0]
+    programs.trained(2, replace(here, out=tmp_path / "run", **SAVING))
+    capsys.readouterr()
+    ended = programs.trained(2, replace(there, out=tmp_path / "run", checkpoint_every=4, resume="exact"))[0]
+    told = capsys.readouterr().out
+    assert "resumed after step 4" in told
+    assert "not as in the run" not in told
+    assert ended["parameters_crc32"] == whole["parameters_crc32"]
+    for summary in (whole, ended):
+        assert summary["config"]["data"] == Text(tmp_path / "here/text", context=8, seed=0).content
+
+
+@pytest.mark.parametrize("policy", ["exact", "redistribute"])
+def test_another_text_behind_the_same_path_is_refused(tmp_path, policy):
+    """It has the same characters and the same length: nothing but its content tells."""
+    path, out = tmp_path / "text", tmp_path / "run"
+    path.write_text(text(0))
+    config = TrainConfig(text=path, out=out, **GPT, **SAVING)
+    programs.trained(2, config)
+    path.write_text(text(1))
+    before = content(out)
+    line = refused(2, replace(config, resume=policy), DataError)
+    assert line.startswith("resume: the run that saved had other data (1018 characters, sha256 ")
+    assert content(out) == before
+
+
+def test_a_record_is_of_a_text_and_not_of_a_path(tmp_path):
+    """Its config.toml runs again on the same text elsewhere, and not on another one behind its path."""
+    path, file = tmp_path / "text", tmp_path / "run" / "config.toml"
+    path.write_text(text(0))
+    first = programs.trained(2, TrainConfig(text=path, out=file.parent, **GPT))[0]
+    (tmp_path / "copy").write_text(text(0))
+    path.write_text(text(1))
+
+    def again(*flags):
+        return parse(
+            TrainConfig, ["--config", str(file), "--out", str(tmp_path / "again"), *flags], prog="", description=""
+        )
+
+    line = refused(2, again(), DataError)
+    assert line.startswith(f"data={first['config']['data']}, but here there are 1018 characters, sha256 ")
+    assert not (tmp_path / "again").exists()
+    ended = programs.trained(2, again("--text", str(tmp_path / "copy")))[0]
+    assert ended["parameters_crc32"] == first["parameters_crc32"]
+
+
+def test_ranks_that_read_other_texts_are_told(tmp_path):
+    for rank in range(2):
+        (tmp_path / str(rank)).write_text(text(rank))
+
+    def program(comm):
+        return train(comm, TrainConfig(text=tmp_path / str(comm.Get_rank()), out=tmp_path / "run", **GPT))
+
+    for error in virtual.run(2, program):
+        assert isinstance(error, DisagreementError)
+        assert "ranks disagree on their content: 1018 characters, sha256 " in str(error)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "ef21-muon", "powersgd", "onebit-adam"])
+def test_a_checkpoint_with_all_options_that_there_were_is_gone_on_from(tmp_path, optimizer, capsys):
+    """As versions wrote it that recorded options without effect, and knew the text by its path."""
+    once = {"rule": "ef14", "placement": "update", "momentum": 0.9, "ratio": 0.01, "block": 1024, "rank": 4, "freeze": 0,
+            "local_steps": 200, "overlap": False, "per_parameter": False, "values": "bf16", "dense_steps": 0, "eta": None,
+            "beta1": None, "beta2": 0.99, "compressor": None, "context": 64, "layers": 4, "heads": 4, "width": 128,
+            "split": "shuffled", "text": "None"}  # fmt: skip
+    position = Trainer.position
+
+    def as_it_was(self):
+        told = position(self)
+        del told["data"]
+        told["options"] = {name: value for name, value in told["options"].items() if name not in once} | once
+        return told
+
+    config = TrainConfig(**MLP, optimizer=optimizer)
+    whole = programs.trained(2, replace(config, out=tmp_path / "whole"))[0]
+    with mock.patch.object(Trainer, "position", as_it_was):
+        programs.trained(2, replace(config, out=tmp_path / "run", **SAVING))
+    capsys.readouterr()
+    ended = programs.trained(2, replace(config, out=tmp_path / "run", checkpoint_every=4, resume="exact"))[0]
+    assert "not as in the run" not in capsys.readouterr().out
+    assert ended["parameters_crc32"] == whole["parameters_crc32"]
+
+
+def test_what_a_checkpoint_brings_back_is_not_recorded_as_something_else(tmp_path, capsys):
+    """Momentum, decay, strength of the feedback come from the checkpoint: another one is refused; rates are taken."""
+    config = TrainConfig(
+        **MLP, optimizer="sgd", placement="gradient", rule="econtrol", ratio=0.3, out=tmp_path, **SAVING
+    )
+    programs.trained(2, config)
+    again = replace(config, resume="exact", lr=0.001)
+    for options, words in (
+        ({"momentum": 0.5}, "momentum was 0.9, is 0.5"), ({"weight_decay": 0.0}, "weight_decay was 0.1, is 0.0"),
+        ({"eta": 0.5}, ", is 0.5"), ({"dense_steps": 7}, "dense_steps was 0, is 7"),
+    ):  # fmt: skip
+        assert words in refused(2, replace(again, **options), ConfigError)
+    capsys.readouterr()
+    ended = programs.trained(2, replace(again, stop_after=0))[0]
+    assert "not as in the run that saved: lr was 0.006, is 0.001\n" in capsys.readouterr().out
+    recorded = json.loads((tmp_path / "summary.json").read_text())["config"]
+    assert recorded == ended["config"]
+    assert 0.0 < recorded["eta"] < 0.3
+    assert (recorded["lr"], recorded["momentum"]) == (0.001, 0.9)
+
+
+def test_a_strength_that_was_given_once_is_the_one_that_is_recorded(tmp_path):
+    config = TrainConfig(**MLP, optimizer="sgd", placement="gradient", rule="econtrol", out=tmp_path, **SAVING)
+    programs.trained(2, replace(config, eta=0.25))
+    ended = programs.trained(2, replace(config, resume="exact", stop_after=0))[0]
+    assert ended["config"]["eta"] == 0.25
+
+
+# ---- folders
+
+
+@pytest.mark.parametrize("more", [{}, SAVING, {"resume": "exact"}, {"overwrite": True}], ids=str)
+def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(tmp_path, more):
+    config = TrainConfig(**MLP, out=tmp_path / "run", **more)
+    with somebody_in(config.out) as other:
+        (config.out / "metrics.jsonl").write_text("theirs\n")
+        before = content(config.out)
+        line = refused(2, config, DataError)
+        assert line.startswith(f"{config.out}: process {other.pid} on ")
+        assert "writes a run there; give this job another folder" in line
+        assert content(config.out) == before
+    programs.trained(2, config)  # its process is gone
+    assert not (config.out / "LOCK").exists()
+
+
+def test_a_finished_run_stays_unless_it_may_be_overwritten(tmp_path):
+    config = TrainConfig(**MLP, out=tmp_path)
+    first = programs.trained(2, config)[0]
+    before, other = content(tmp_path), replace(config, seed=7, log_every=4)
+    for more in ({}, {"checkpoint_every": 4}, {"resume": "exact"}, {"checkpoint_every": 4, "resume": "redistribute"}):
+        line = refused(2, replace(other, **more), DataError)
+        assert line == f"{tmp_path} has a finished run (summary.json); give another --out, or pass --overwrite"
+        assert {name: data for name, data in content(tmp_path).items() if "checkpoints" not in name} == before
+    second = programs.trained(2, replace(other, overwrite=True))[0]
+    assert second["parameters_crc32"] != first["parameters_crc32"]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [4, 8]
+    assert "overwrite" not in (tmp_path / "config.toml").read_text()  # who runs that file again is asked again
+
+
+def test_checkpoints_of_another_run_are_not_mixed_with(tmp_path):
+    """Also by a run that has none; with --overwrite they go, and none of them is gone on from."""
+    config = TrainConfig(**MLP, out=tmp_path)
+    programs.trained(2, replace(config, **SAVING))
+    before = content(tmp_path)
+    for more in ({}, SAVING):
+        assert "has checkpoints of another run, up to step 4" in refused(2, replace(config, seed=7, **more))
+        assert content(tmp_path) == before
+    programs.trained(2, replace(config, seed=7, overwrite=True))
+    assert not list(tmp_path.glob("checkpoints/*"))
+    assert not (tmp_path / "requeue").exists()
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_what_a_killed_run_has_left_does_not_stop_another(tmp_path):
+    with somebody_in(tmp_path):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n')
+        (tmp_path / "config.toml").write_text("steps = 2\n")
+    assert programs.trained(2, TrainConfig(**MLP, out=tmp_path))[0]["steps"] == 8
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_run_that_has_lost_its_folder_writes_nothing_more(tmp_path):
+    """Its host slept for minutes, and another one has taken the folder."""
+    step = Trainer.step
+
+    def robbed(self, **options):
+        step(self, **options)
+        if self.steps == 5 and self.comm.Get_rank() == 0:
+            owner = json.loads((tmp_path / "LOCK").read_text()) | {"token": "theirs"}
+            (tmp_path / "LOCK").write_text(json.dumps(owner))
+
+    with mock.patch.object(Trainer, "step", robbed):
+        errors = virtual.run(1, lambda comm: train(comm, TrainConfig(**MLP, out=tmp_path)))
+    assert "the lock was taken over by process " in str(errors[0])
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "LOCK").exists()  # it is the other one's
