@@ -72,7 +72,12 @@ def test_from_three_ranks_to_two_and_back(program, tmp_path):
         ended = run(n, program, tmp_path / "run", *steps, "nobody", within=LIMIT)
         assert ended.status == 0, ended.text
         assert f"found {told}" in ended.text
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["LATEST", "step-00000005", "step-00000006"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "LATEST",
+        "RUNS",
+        "step-00000005",
+        "step-00000006",
+    ]
     is_whole(tmp_path / "run" / "step-00000006")
 
 
@@ -83,7 +88,7 @@ def test_a_rank_without_space_fails_all_and_nothing_else(program, tmp_path):
     lines = ended.lines_with("No space left on device")
     assert len({line.partition(": ")[0] for line in lines}) == 3, ended.text
     assert all("rank 2; 1 of 3 ranks failed" in line for line in lines)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["LATEST", "step-00000001"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["LATEST", "RUNS", "step-00000001"]
     is_whole(tmp_path / "run" / "step-00000001")
 
 
