@@ -121,7 +121,3 @@ def run(comm: Any, name: str, config: ReproduceConfig) -> None:
     except OSError as error:
         raise DataError(f"reproduce: cannot write to {folder} ({error}); pass another --out") from None
     print(f"\nwritten to {folder}")
-
-
-if __name__ == "__main__":
-    main()

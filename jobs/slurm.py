@@ -36,9 +36,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except MpiEfError as error:
         print(f"mpi-ef: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # of `| head`
-        sys.stderr.close()
-        sys.exit(0)
 
 
 def _divided(words: list[str]) -> tuple[list[str], list[str]]:
@@ -108,9 +105,9 @@ def _copy(arguments: argparse.Namespace) -> int:
         arguments.folder.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
             file.write(script)
-    except FileExistsError:
-        raise OptionError(f"slurm: {path} is there already; remove it, or name another folder") from None
     except OSError as error:
+        if isinstance(error, FileExistsError) and path.exists():  # not where the folder itself is a file
+            raise OptionError(f"slurm: {path} is there already; remove it, or name another folder") from None
         raise OptionError(f"slurm: {path}: {error.strerror}; name a folder that can be written to") from None
     command = {"sbatch": "sbatch", "pbs": "qsub", "lsf": "bsub <"}[name.rpartition(".")[2]]
     print(f"{path}: edit the lines at the top, then submit it: {command} {path}")
@@ -215,7 +212,3 @@ def _library() -> str:
     except (ImportError, RuntimeError) as error:
         raise LaunchError(f"mpi-type: mpi4py finds no MPI library ({error}); load the site's MPI first") from None
     return MPI.Get_library_version()
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from typing import Literal, get_args, get_type_hints
 
 import mpi4py
 import numpy as np
+import patience
 import pytest
 import torch
 import virtual
@@ -19,8 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from programs import trained
 
+import mpi_ef
 from mpi_ef.errors import CheckpointError, ConfigError, DataError, DisagreementError, LaunchError, PeerError
-from mpi_ef.jobs import bench, bench_checkpoint, cli, launch, trainer
+from mpi_ef.jobs import bench, bench_checkpoint, cli, launch, survivors, trainer
 from mpi_ef.jobs import metrics as metrics_module
 from mpi_ef.jobs.bench import BenchConfig
 from mpi_ef.jobs.bench_checkpoint import CheckpointBenchConfig
@@ -384,6 +387,20 @@ def test_command_line(capsys):
         cli.main(["trian"])
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", ["--help", "slurm list", "slurm show train", "checkpoint ls ."])
+def test_a_reader_that_has_seen_enough(tmp_path, words, unbuffered):
+    """As of ``mpi-ef slurm list | head -1``: no error, whether lines leave at once or at the end of Python."""
+    (tmp_path / ".tmp-step-00000005-aaaaaaaaaaaa").mkdir()
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(Path(mpi_ef.__file__).parents[1])}
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "mpi_ef.jobs.cli", *words.split()], stdout=writing, check=False,
+                          stderr=subprocess.PIPE, timeout=patience.limit(60), env=environment, cwd=tmp_path)  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("program", cli.PROGRAMS)
 def test_help_never_starts_mpi_and_imports_nothing_large(program):
     large = {"mpi4py.MPI", "torch", "numba", "scipy", "h5py", "matplotlib", "sklearn"}
@@ -582,7 +599,9 @@ def test_every_optimizer_can_be_built(name):
 
     def program(comm):
         model = torch.nn.Linear(4, 3)
-        optimizer = build_optimizer(TrainConfig(optimizer=name, freeze=7, local_steps=5, lr=0.25, clip=0.0), model, comm)
+        optimizer = build_optimizer(
+            TrainConfig(optimizer=name, freeze=7, local_steps=5, lr=0.25, clip=0.0), model, comm
+        )
         assert {group["lr"] for group in optimizer.param_groups} == {0.25}
         assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == 15
         freeze = {"onebit-adam": "freeze_step", "onebit-lamb": "freeze_step", "zero-one-adam": "var_freeze_step"}
@@ -614,7 +633,9 @@ def dying(monkeypatch):
         raise Died
 
     request = SimpleNamespace(Test=lambda: False)
-    comm = SimpleNamespace(Get_size=lambda: 2, Get_rank=lambda: 1, Dup=lambda: SimpleNamespace(Ibarrier=lambda: request))
+    comm = SimpleNamespace(
+        Get_size=lambda: 2, Get_rank=lambda: 1, Dup=lambda: SimpleNamespace(Ibarrier=lambda: request)
+    )
     mpi = SimpleNamespace(COMM_WORLD=comm)
     monkeypatch.setitem(sys.modules, "mpi4py.MPI", mpi)
     monkeypatch.setattr(mpi4py, "MPI", mpi, raising=False)
@@ -653,3 +674,35 @@ def test_an_exception_of_a_script_ends_all_ranks(dying, monkeypatch):
     with pytest.raises(Died):
         sys.excepthook(KeyError, KeyError("lost"), None)
     assert dying == [("rank 1 failed:\nKeyError: 'lost'\n", 1)]
+
+
+class Failure(Exception):
+    """An error of MPI."""
+
+
+@pytest.mark.parametrize("error", [Failure("truncated"), ZeroDivisionError("by zero")])
+def test_an_error_without_a_death_is_not_outlived(monkeypatch, error):
+    """It would happen again. With deaths: launch/test_survivors.py, whose processes leave without MPI_Finalize."""
+    nobody = SimpleNamespace(Get_size=lambda: 0)
+    comm = SimpleNamespace(Set_errhandler=lambda _: None, Get_group=lambda: nobody, Get_size=lambda: 4, Iprobe=lambda: False,
+                           Is_revoked=lambda: False, Get_failed=lambda: nobody)  # fmt: skip
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", SimpleNamespace(Exception=Failure, ERRORS_RETURN=None))
+    monkeypatch.setattr(mpi4py, "MPI", sys.modules["mpi4py.MPI"], raising=False)
+    monkeypatch.setattr(survivors, "_without_the_dead", lambda comm, everyone: comm)
+    monkeypatch.setattr(survivors, "_DETECTION_SECONDS", 0.02)
+
+    def program(comm, failures):
+        assert failures == 0
+        raise error
+
+    with pytest.raises(type(error)):
+        survivors.outlive(comm, program)
+    assert not survivors._some_are_dead(comm)
+
+    def broken():
+        raise Failure("of a peer")
+
+    comm.Iprobe = broken
+    assert survivors._some_are_dead(comm)
+    comm.Is_revoked, comm.Iprobe = lambda: True, None
+    assert survivors._some_are_dead(comm)

@@ -248,7 +248,9 @@ def test_an_update_that_overflows_in_one_bucket_leaves_all_as_they_were():
 
     def program(comm):
         net = model()
-        optimizer = DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=100.0), comm, TopK(0.5), bucket_nbytes=100)
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD(net.parameters(), lr=100.0), comm, TopK(0.5), bucket_nbytes=100
+        )
         assert len(list(optimizer.buckets)) > 2
         before, state = bits(net), [{k: v.copy() for k, v in b.feedback.per_rank().items()} for b in optimizer.buckets]
         for name, rank in (("last", 1), ("first", 2)):  # of different buckets

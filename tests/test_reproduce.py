@@ -1,13 +1,15 @@
 """mpi-ef reproduce: the same numbers on any number of ranks, files where they belong, one line for what is wrong."""
 
 import json
+import lzma
+import sys
 
 import numpy as np
 import pytest
 import virtual
 
 from mpi_ef.errors import DataError
-from mpi_ef.jobs import reproduce
+from mpi_ef.jobs import experiments, figures, reproduce
 from mpi_ef.jobs.reproduce import EXPERIMENTS, ReproduceConfig
 
 
@@ -59,3 +61,63 @@ def test_wrong_command_lines(argv, text, capsys):
 def test_list(capsys):
     reproduce.main(["--list"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(EXPERIMENTS)
+
+
+NAMES = ("phishing", "mushrooms", "a9a", "w8a")
+ENDINGS = ("", ".libsvm", ".txt", ".xz")
+
+
+@pytest.fixture
+def small_data(tmp_path):
+    """Sets of the names of real ones, of 45 rows with 12 features, under names that they have where people keep them."""
+    for name, ending in zip(NAMES, ENDINGS, strict=True):
+        rng = np.random.default_rng(len(name))
+        text = "".join(
+            f"{int(label)} " + " ".join(f"{column + 1}:{rng.normal():.3f}" for column in range(12)) + "\n"
+            for label in rng.integers(0, 2, 45)
+        )
+        path = tmp_path / f"{name}{ending}"
+        path.write_bytes(lzma.compress(text.encode()) if ending == ".xz" else text.encode())
+    return tmp_path
+
+
+@pytest.mark.parametrize(("name", "words", "rows"), [
+    ("ef21", NAMES, 16), ("ef21-pp", ["100.0%", "50.0%", "25.0%", "12.5%"], 4),
+    ("ef21-bc", ["Top-2 down", "Top-4 down", "Top-8 down", "all down"], 5),
+])  # fmt: skip
+def test_experiments_on_small_data(small_data, name, words, rows, monkeypatch):
+    """As test_experiments_on_data, of all that want data: the same on any number of ranks."""
+    monkeypatch.setattr(figures, "save", lambda figure, path: path.write_text("drawn"))
+    seen = []
+    for n in (1, 3):
+        config = ReproduceConfig(data=small_data, out=small_data / str(n), steps=5)
+        virtual.results(n, lambda comm, config=config: reproduce.run(comm, name, config))
+        folder = small_data / str(n) / name
+        assert (folder / f"{name}.png").read_text() == "drawn"
+        seen.append(((folder / "metrics.jsonl").read_text(), (folder / "table.txt").read_text()))
+    assert seen[0] == seen[1]
+    assert all(word in seen[0][1] for word in words)
+    assert len(seen[0][1].splitlines()) == 1 + rows
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    """An experiment that is over at once."""
+    outcome = experiments.Outcome([{"step": 1}], "the table", lambda path: figures.pyplot() and path.write_text(""))
+    monkeypatch.setattr(reproduce.Experiment, "run", lambda *_: outcome)
+
+
+def test_without_matplotlib_the_numbers_are_there(experiment, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    virtual.results(2, lambda comm: reproduce.run(comm, "ef21", ReproduceConfig(out=tmp_path)))
+    assert sorted(path.name for path in (tmp_path / "ef21").iterdir()) == ["metrics.jsonl", "table.txt"]
+    assert "no picture: a picture needs matplotlib, which is not installed; pip" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_to(experiment, tmp_path):
+    (tmp_path / "file").write_text("")
+    error, other = virtual.run(2, lambda comm: reproduce.run(comm, "ef21", ReproduceConfig(out=tmp_path / "file")))
+    assert isinstance(error, DataError)
+    assert "file/ef21 ([Errno 20] Not a directory" in str(error)
+    assert str(error).endswith("; pass another --out")
+    assert other is None  # rank 0 alone writes; launch.run ends the others
