@@ -29,40 +29,6 @@ def test_experiments_do_not_depend_on_the_number_of_ranks(name, tmp_path):
     assert seen[0] == seen[1]
 
 
-@pytest.mark.exhaustive  # what these compute is looked at in test_papers.py, how they run above
-def test_experiments_on_data(tmp_path, shared_data):
-    config = ReproduceConfig(data=shared_data, out=tmp_path, steps=5)
-    virtual.results(2, lambda comm: reproduce.run(comm, "ef21", config))
-    table = (tmp_path / "ef21" / "table.txt").read_text()
-    assert all(name in table for name in ("phishing", "mushrooms", "a9a", "w8a", "ef21-plus", "gd"))
-
-
-def test_missing_data_is_told_once_with_where_to_get_it(tmp_path):
-    config = ReproduceConfig(data=tmp_path, out=tmp_path)
-    for outcome in virtual.run(2, lambda comm: reproduce.run(comm, "ef21", config)):
-        assert isinstance(outcome, DataError)
-        assert outcome.everywhere
-        assert f"{tmp_path} has no file phishing; get it from https://" in str(outcome)
-
-
-@pytest.mark.parametrize(("argv", "text"), [
-    (["ef12"], "there is no experiment 'ef12'; did you mean ef21?"),
-    ([], "there is no experiment None; take one of ef21"),
-    (["ef21", "--steps", "-1"], "steps=-1 is negative"),
-    (["ef21", "--dta", "x"], "did you mean --data?"),
-])  # fmt: skip
-def test_wrong_command_lines(argv, text, capsys):
-    with pytest.raises(SystemExit) as caught:
-        reproduce.main(argv)
-    assert caught.value.code == 2
-    assert text in capsys.readouterr().err
-
-
-def test_list(capsys):
-    reproduce.main(["--list"])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(EXPERIMENTS)
-
-
 NAMES = ("phishing", "mushrooms", "a9a", "w8a")
 ENDINGS = ("", ".libsvm", ".txt", ".xz")
 
@@ -121,3 +87,37 @@ def test_a_folder_that_cannot_be_written_to(experiment, tmp_path):
     assert "file/ef21 ([Errno 20] Not a directory" in str(error)
     assert str(error).endswith("; pass another --out")
     assert other is None  # rank 0 alone writes; launch.run ends the others
+
+
+@pytest.mark.exhaustive  # what these compute is looked at in test_papers.py, how they run above
+def test_experiments_on_data(tmp_path, shared_data):
+    config = ReproduceConfig(data=shared_data, out=tmp_path, steps=5)
+    virtual.results(2, lambda comm: reproduce.run(comm, "ef21", config))
+    table = (tmp_path / "ef21" / "table.txt").read_text()
+    assert all(name in table for name in ("phishing", "mushrooms", "a9a", "w8a", "ef21-plus", "gd"))
+
+
+def test_missing_data_is_told_once_with_where_to_get_it(tmp_path):
+    config = ReproduceConfig(data=tmp_path, out=tmp_path)
+    for outcome in virtual.run(2, lambda comm: reproduce.run(comm, "ef21", config)):
+        assert isinstance(outcome, DataError)
+        assert outcome.everywhere
+        assert f"{tmp_path} has no file phishing; get it from https://" in str(outcome)
+
+
+@pytest.mark.parametrize(("argv", "text"), [
+    (["ef12"], "there is no experiment 'ef12'; did you mean ef21?"),
+    ([], "there is no experiment None; take one of ef21"),
+    (["ef21", "--steps", "-1"], "steps=-1 is negative"),
+    (["ef21", "--dta", "x"], "did you mean --data?"),
+])  # fmt: skip
+def test_wrong_command_lines(argv, text, capsys):
+    with pytest.raises(SystemExit) as caught:
+        reproduce.main(argv)
+    assert caught.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_list(capsys):
+    reproduce.main(["--list"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(EXPERIMENTS)
