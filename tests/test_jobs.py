@@ -411,8 +411,6 @@ except SystemExit as end:
         ({"ratio": 1.5}, "ratio=1.5 is not in (0, 1]"),
         ({"per_parameter": True, "compressor": "sign"}, "per_parameter goes with compressor=topk"),
         ({"split": "by-label"}, "needs labels"),
-        ({"on_failure": "shrink", "checkpoint_every": 0}, "on_failure=shrink goes on from a checkpoint; pass"),
-        ({"overlap": True, "clip": 1.0}, "overlap sends gradients before their norm is known; pass clip=0 with it"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, words):

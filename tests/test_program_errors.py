@@ -1,4 +1,4 @@
-"""Programs with files, machines and peers that are not as they should be: one line, the right status, nothing left behind."""
+"""Programs with files, machines and peers that are not as they should be: one line, the right status, nothing left."""
 
 import json
 import os
@@ -50,8 +50,10 @@ def test_a_reader_that_has_seen_enough(tmp_path, words, unbuffered):
     (CheckpointBenchConfig, {"d": 0}, "d=0 is not positive; leave it out for a default"),
     (CheckpointBenchConfig, {"repeats": -1}, "repeats=-1 is not positive"),
     (CheckpointBenchConfig, {"folder": Path(__file__).parent}, "exists, and would be deleted; name one that does not"),
+    (TrainConfig, {"on_failure": "shrink", "checkpoint_every": 0}, "goes on from a checkpoint; pass checkpoint_every"),
+    (TrainConfig, {"overlap": True, "clip": 1.0}, "pass clip=0 with it"),
 ])  # fmt: skip
-def test_benchmarks_that_say_nothing_are_refused(config, options, words):
+def test_programs_that_would_be_of_no_use_are_refused(config, options, words):
     with pytest.raises(ConfigError) as caught:
         config(**options)
     assert words in str(caught.value)
