@@ -102,12 +102,13 @@ def _copy(arguments: argparse.Namespace) -> int:
     name, script = slurm.full_name(arguments.name), _script(arguments)
     path = arguments.folder / name
     try:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
+        if not arguments.folder.exists():  # what is there and no folder is found below
+            arguments.folder.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
             file.write(script)
+    except FileExistsError:
+        raise OptionError(f"slurm: {path} is there already; remove it, or name another folder") from None
     except OSError as error:
-        if isinstance(error, FileExistsError) and path.exists():  # not where the folder itself is a file
-            raise OptionError(f"slurm: {path} is there already; remove it, or name another folder") from None
         raise OptionError(f"slurm: {path}: {error.strerror}; name a folder that can be written to") from None
     command = {"sbatch": "sbatch", "pbs": "qsub", "lsf": "bsub <"}[name.rpartition(".")[2]]
     print(f"{path}: edit the lines at the top, then submit it: {command} {path}")

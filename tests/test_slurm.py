@@ -754,8 +754,9 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, capsys):
     for folder in (tmp_path / "file", tmp_path / "file" / "new"):
         assert call("copy", "train", folder) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"mpi-ef: slurm: {folder / 'train.sbatch'}: ")
-        assert error.endswith("; name a folder that can be written to\n")
+        assert error == (
+            f"mpi-ef: slurm: {folder / 'train.sbatch'}: Not a directory; name a folder that can be written to\n"
+        )
 
 
 def test_what_a_site_wants_is_said_before_it_is_submitted(monkeypatch, capsys):
