@@ -95,11 +95,15 @@ launch: $(VENV)/test $(READY)
 test-slurm: $(VENV)/test $(READY)
 	timeout -k 60 1500 $(BIN)/python -m pytest -q --color=no --durations=20 $(SLURM_TESTS) tests/slurm
 
-# Which lines no test enters. Numba tells which lines of kernels it compiles, so these begin with an empty cache.
+# Which lines no test enters. Numba tells which lines of kernels it compiles: they begin with an empty cache, and are compiled
+# once before several processes would do it at the same time. Processes that end after pytest has combined all data come last.
+COVERED := NUMBA_JIT_COVERAGE=1 NUMBA_CACHE_DIR=$(abspath $(OUT))/coverage-kernels
 coverage: $(VENV)/test
 	rm -rf .coverage* $(OUT)/coverage-kernels
-	NUMBA_JIT_COVERAGE=1 NUMBA_CACHE_DIR=$(abspath $(OUT))/coverage-kernels $(PYTEST) $(PARALLEL) --cov --cov-report= --ignore=tests/mpi
-	$(BASE)/coverage report --skip-covered --show-missing --skip-empty
+	$(COVERED) $(BASE)/coverage run tests/compiled.py
+	$(COVERED) $(PYTEST) $(PARALLEL) --cov --cov-append --cov-report= --ignore=tests/mpi; status=$$?; \
+	    $(BASE)/coverage combine --append --quiet >/dev/null; \
+	    $(BASE)/coverage report --skip-covered --show-missing --skip-empty; exit $$status
 
 # Some launches are slower than others for all their life: medians over several tell more than one long one.
 bench: $(VENV)/test $(READY)

@@ -6,7 +6,6 @@ stands for the newest in it.
 
 import argparse
 import json
-import os
 import re
 import sys
 import time
@@ -55,9 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     try:
         sys.exit(arguments.tool(arguments))
-    except BrokenPipeError:  # of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except BrokenPipeError:  # of `| head`; see mpi_ef.jobs.cli
+        raise
     except (MpiEfError, OSError) as error:
         print(f"mpi-ef: {error}", file=sys.stderr)
         sys.exit(2)

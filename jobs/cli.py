@@ -1,5 +1,6 @@
 """The command ``mpi-ef``: one word picks the program, which parses the rest."""
 
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -22,8 +23,18 @@ PROGRAMS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the program named by the first argument."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run the program named by the first argument. A reader that has seen enough, as of ``| head``, is no error."""
+    try:
+        try:
+            _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # what is left in the buffer would fail at the end of Python, with status 120
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: mpi-ef PROGRAM [options]\n")
         print("\n".join(f"  {name:<15}{text}" for name, text in PROGRAMS.items()))

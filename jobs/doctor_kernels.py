@@ -175,11 +175,6 @@ class _Echo:
     def Alltoallv(self, send: Any, receive: Any) -> None:  # noqa: N802
         """Leave what is there in the place of what would arrive."""
 
-    def Allgatherv(self, send: NDArray[Any], receive: Any) -> None:  # noqa: N802
-        array, (counts, places) = receive
-        for count, place in zip(counts, places, strict=True):
-            array[place : place + count] = send[:count]
-
 
 class _Done:
     def Wait(self) -> None:  # noqa: N802

@@ -4,6 +4,7 @@ A problem holds the parts of some consecutive clients, those of one rank; what a
 alone. ``f`` is the mean of all clients' ``f_i``.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -53,7 +54,7 @@ class Problem(Protocol):
 
 
 @dataclass(frozen=True)
-class _Regression:
+class _Regression(ABC):
     """``f_i(x) = mean_j loss(a_j x, b_j) + weight * sum_l x_l^2 / (1 + x_l^2)``.
 
     Parameters
@@ -73,14 +74,14 @@ class _Regression:
     bend: ClassVar[float]  # the largest second derivative of the loss
 
     @staticmethod
+    @abstractmethod
     def loss(product: Vector, b: Vector) -> Vector:
         """Return the losses of rows whose products with x are given."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def slope(product: Vector, b: Vector) -> Vector:
         """Return the derivatives of :meth:`loss` by the products."""
-        raise NotImplementedError
 
     @property
     def d(self) -> int:

@@ -147,7 +147,3 @@ def _write(outcome: Outcome, folder: Path, told: dict[str, Any]) -> None:
     except DataError as error:  # without matplotlib the numbers are still there
         print(f"\nno picture: {error}")
     print(f"\nwritten to {folder}")
-
-
-if __name__ == "__main__":
-    main()

@@ -36,9 +36,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except MpiEfError as error:
         print(f"mpi-ef: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # of `| head`
-        sys.stderr.close()
-        sys.exit(0)
 
 
 def _divided(words: list[str]) -> tuple[list[str], list[str]]:
@@ -109,7 +106,8 @@ def _copy(arguments: argparse.Namespace) -> int:
     name, script = slurm.full_name(arguments.name), _script(arguments)
     path = arguments.folder / name
     try:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
+        if not arguments.folder.exists():  # what is there and no folder is found below
+            arguments.folder.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
             file.write(script)
     except FileExistsError:
@@ -219,7 +217,3 @@ def _library() -> str:
     except (ImportError, RuntimeError) as error:
         raise LaunchError(f"mpi-type: mpi4py finds no MPI library ({error}); load the site's MPI first") from None
     return MPI.Get_library_version()
-
-
-if __name__ == "__main__":
-    main()

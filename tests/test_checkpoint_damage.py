@@ -1,6 +1,7 @@
 """Files that were cut, flipped, mixed up or forged: an error, or the right data, never anything else."""
 
 import json
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -486,3 +487,39 @@ def test_the_checksum_sees_flips_and_what_changes_places():
             swapped[first : first + size] = 0  # a block that never reached the disk
             assert checksum(swapped.data) != known
     assert checksum(data.data) == known
+
+
+# What is found at the second look --------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_cut_between_two_looks(copied):
+    """Before its size is compared again, and after."""
+    path, seen, unseen = copied / "rank-00001.h5", open_checkpoint(copied), open_checkpoint(copied)
+    assert seen.per_rank_names(1)
+    size, cut = path.stat().st_size, seen._master.files[1].data[-1][0]
+    with path.open("r+b") as file:
+        file.truncate(cut)
+    assert "it ends at byte " in " ".join(seen.verify())
+    with pytest.raises(CheckpointError, match=f"it has {cut} bytes where {size} were written") as caught:
+        unseen.per_rank_names(1)
+    assert caught.value.damaged
+
+
+def test_buffers_that_are_not_where_the_master_says(copied):
+    forge(copied, lambda told: told["files"][1]["data"].pop())
+    forge(copied)
+    with pytest.raises(CheckpointError, match="its buffers are not where master.json says"):
+        open_checkpoint(copied).rank_document(1)
+
+
+def test_parts_that_do_not_make_one_array(copied):
+    """Each of the files is as it was written."""
+
+    def edit(told):
+        row = next(row for row in told["arrays"] if row["begin"])  # which both files have a part of
+        row["begin"] -= np.dtype(row["dtype"]).itemsize
+
+    edit_index(copied, edit)
+    assert list(open_checkpoint(copied).verify_files(range(2))) == []
+    [problem] = open_checkpoint(copied).verify()
+    assert re.search(r"the parts of '.*' do not make one array; use another checkpoint", problem)

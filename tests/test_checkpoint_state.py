@@ -866,3 +866,84 @@ def test_strange_content_is_an_error_of_one_line_on_all_ranks(change):
     for error in virtual.run(2, program):
         assert isinstance(error, MpiEfError), repr(error)
         assert "\n" not in str(error)
+
+
+# Parts that do not fit, and values that say one thing and hold another ------------------------------------------------
+
+
+class Stubborn:
+    def __init__(self, comm):
+        self.rank = comm.Get_rank()
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        if self.rank == 1:
+            raise OptionError("stubborn: no state fits; build another one")
+
+
+@pytest.mark.parametrize(("parts", "text"), [
+    (lambda comm: {"document": torch.Generator()}, "Training: document is no name for a part; pass it to save()"),
+    (lambda comm: {"steps": 3}, "Training: steps is a int without state_dict() and load_state_dict(); give it both"),
+    (lambda comm: {"x": Stubborn(comm)}, "stubborn: no state fits; build another one"),
+])  # fmt: skip
+def test_parts_that_are_none_or_refuse_their_state(parts, text):
+    def program(comm):
+        training = Training(random=False, **parts(comm))
+        training.save(store, comm, 1)
+        training.resume(store, comm)
+
+    store = MemoryStore()
+    errors = virtual.run(2, program)
+    assert text in str(errors[1])
+    assert all(isinstance(error, MpiEfError) and text in str(error) for error in errors)
+
+
+def each_rank(name, **facts):
+    """A change of what every rank says of its array of that name."""
+
+    def change(shared, ranks, found):
+        for number, rank in enumerate(ranks):
+            rank["values"][name].update({key: value(number) for key, value in facts.items()})
+
+    return change
+
+
+def own_counter(shared, ranks, found):
+    ranks[1]["values"]["optimizer:own"]["state"]["value"][0][1]["step"] = 7.0
+
+
+RESIDUAL = "optimizer.plan.residual"
+
+
+@pytest.mark.parametrize(("name", "n", "change", "text"), [
+    ("adamw update", 2, lambda shared, ranks, found: [rank["values"].pop("optimizer.e_i") for rank in ranks],
+     "resume: optimizer.e_i is only here; build the training as it was"),
+    ("adamw update", 2, lambda shared, ranks, found: shared["values"].update({"optimizer.more": 1}),
+     "resume: optimizer.more is only in the checkpoint; build"),
+    ("adamw update", 2, each_rank("optimizer.e_i", dtype=lambda rank: "float64"),
+     "resume: optimizer.e_i is float64 in the checkpoint and float32 here; build the model as it was"),
+    ("adamw update", 3, own_counter,
+     "resume: optimizer:own differs between the 2 ranks that saved it, not in tensors alone; resume on 2 ranks"),
+    ("ef21", 2, lambda shared, ranks, found: found.shared.update({"optimizer.g": np.zeros(3, np.float32)}),
+     "resume: optimizer.g was read as (3,) float32, here it is (91,) float32; the checkpoint is damaged"),
+    ("sign update", 3, each_rank(RESIDUAL, shape=lambda rank: [50 + rank]),
+     f"resume: {RESIDUAL} has 101 entries on all ranks together in the checkpoint and 91 here; build the model as it was"),
+    ("sign update", 3, lambda shared, ranks, found: found.ranks[1].update({RESIDUAL: np.zeros(9, np.float32)}),
+     f"resume: {RESIDUAL} has 55 entries on all ranks together;"),
+])  # fmt: skip
+def test_values_that_do_not_fit_are_told_on_all_ranks(name, n, change, text):
+    store = MemoryStore()
+    moved(store, 2, BUILDERS[name], 2)
+    shared, ranks = store.last.document, [store.last.rank_document(rank) for rank in range(2)]
+    change(shared, ranks, store.last)
+    store.last.text, store.last.texts = json.dumps(shared), [json.dumps(document) for document in ranks]
+
+    def program(comm):
+        net = net_of()
+        optimizer = BUILDERS[name](net, comm)
+        Training(model=net, optimizer=optimizer, random=False).resume(store, comm, policy="redistribute")
+
+    errors = virtual.run(n, program)
+    assert all(isinstance(error, MpiEfError) and text in str(error) for error in errors), errors

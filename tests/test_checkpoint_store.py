@@ -19,7 +19,7 @@ import resident
 from checkpoint_cases import any_bits, assert_holds, save, shared
 from virtual import results, run
 
-from mpi_ef.checkpoint import Store, folder, lock, open_checkpoint, rankfile, store
+from mpi_ef.checkpoint import Store, folder, lock, master, open_checkpoint, rankfile, store, structure
 from mpi_ef.errors import CheckpointError, OptionError
 
 DATA = Path(__file__).parent / "data" / "checkpoint-v1"
@@ -666,3 +666,215 @@ def test_locks_go_with_their_store(tmp_path):
         [],
         ["LOCK"],
     )
+
+
+# Error paths of the one rank that publishes ---------------------------------------------------------------------------
+
+
+def refusing(real, names, code=errno.ENOSPC):
+    """Return `real`, which takes a path first, but not for some names."""
+
+    def call(path, *arguments, **options):
+        if path.name in names or path.name.startswith(tuple(f"{name}-" for name in names)):
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, *arguments, **options)
+
+    return call
+
+
+def test_a_place_without_room_for_its_owner_is_removed(tmp_path, monkeypatch):
+    real = lock.Owner.write
+    write = refusing(lambda path, owner: real(owner, path), {"OWNER"})
+    monkeypatch.setattr(lock.Owner, "write", lambda owner, path: write(path, owner))
+    errors = run(2, lambda comm: Store(tmp_path).save(comm, 1, **NOTHING))
+    assert all("No space left on device" in str(error) for error in errors)
+    assert not list(tmp_path.glob("*step*"))
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    """The old one has another name for a moment."""
+    results(2, lambda comm: Store(tmp_path).save(comm, 1, **arrays_of(1, comm.Get_rank())))
+    monkeypatch.setattr(Path, "rename", refusing(Path.rename, {".tmp-step-00000001"}, errno.EIO))
+    errors = run(2, lambda comm: Store(tmp_path).save(comm, 1, **NOTHING))
+    assert all("Input/output error" in str(error) for error in errors)
+    assert is_step(open_checkpoint(tmp_path / "step-00000001"), 1)
+    assert [path.name for path in tmp_path.glob("*step*")] == ["step-00000001"]
+
+
+def test_what_cannot_be_tidied_up_is_saved_all_the_same(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(folder, "write_durably", refusing(folder.write_durably, {"LATEST"}))
+    path = save(tmp_path, 1, 2)
+    assert_holds(path, 1, 2)
+    assert "saved, but older ones could not be tidied up: [Errno 28]" in caplog.text
+    assert results(2, lambda comm: Store(tmp_path).newest(comm))[0].step == 1
+
+
+def test_a_damaged_one_that_cannot_be_marked_is_passed_over(tmp_path, monkeypatch, caplog):
+    for step in (1, 2):
+        save(tmp_path, step, 2)
+    (tmp_path / "step-00000002" / "master.json").write_text("{}")
+    monkeypatch.setattr(folder, "write_durably", refusing(folder.write_durably, {"BAD"}, errno.EROFS))
+    assert results(2, lambda comm: Store(tmp_path).newest(comm))[1].step == 1
+    assert "cannot be marked as damaged: [Errno 30]" in caplog.text
+    assert folder.identity(tmp_path / "step-00000003") == ()  # one that is gone is not that which was looked at
+
+
+def test_nothing_is_published_without_the_lock(tmp_path):
+    disk = folder.Folder(tmp_path, 1, 0, "", 0)
+    place = disk.make_place(1, "run")
+    disk.release()
+    with pytest.raises(CheckpointError, match="the store was closed; save again"):
+        disk.publish(place, 1, "run", None, [])
+    assert not (tmp_path / "step-00000001").exists()
+
+
+# Locks of others that come and go --------------------------------------------------------------------------------------
+
+
+ELSEWHERE = {"host": "elsewhere", "token": "theirs"}
+
+
+def holder_of(folder):
+    return json.loads((folder / "LOCK").read_text())
+
+
+def test_a_stale_lock_that_another_job_has_removed(tmp_path, monkeypatch):
+    """Of several that find it stale one gets it; the others try again."""
+    lock_of(tmp_path, **ELSEWHERE)
+
+    def age(path):
+        path.unlink()
+        return 300.0
+
+    monkeypatch.setattr(lock, "age_seconds", age)
+    mine = Store(tmp_path)
+    results(1, mine.claim)
+    assert holder_of(tmp_path)["token"] != "theirs"
+
+
+def test_a_stale_lock_that_another_job_has_taken_over_is_put_back(tmp_path, monkeypatch):
+    lock_of(tmp_path, **ELSEWHERE)
+    ages = iter([300.0, 0.0])
+
+    def age(path):
+        path.write_text(json.dumps(holder_of(tmp_path) | {"token": "faster"}))
+        return next(ages)
+
+    monkeypatch.setattr(lock, "age_seconds", age)
+    [error] = run(1, lambda comm: Store(tmp_path).save(comm, 2, **NOTHING))
+    assert "on elsewhere" in str(error)
+    assert holder_of(tmp_path)["token"] == "faster"
+    assert [path.name for path in tmp_path.glob("*LOCK*")] == ["LOCK"]
+
+
+def test_a_lock_that_is_given_up_while_it_is_watched(tmp_path, monkeypatch):
+    lock_of(tmp_path, **ELSEWHERE)
+    monkeypatch.setattr(lock.time, "sleep", lambda _: (tmp_path / "LOCK").unlink())
+    mine = Store(tmp_path)
+    results(1, mine.claim)
+    assert holder_of(tmp_path)["token"] != "theirs"
+
+
+def test_jobs_that_take_the_lock_all_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock.FolderLock, "_appear", lambda *_: (_ for _ in ()).throw(FileExistsError()))
+    monkeypatch.setattr(lock.FolderLock, "_remove_stale", lambda *_: None)
+    [error] = run(1, lambda comm: Store(tmp_path).save(comm, 1, **NOTHING))
+    assert "other jobs take the lock all the time; let one of them write there" in str(error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_was_removed_stops_the_commit(tmp_path):
+    def program(comm):
+        st = Store(tmp_path)
+        st.claim(comm)
+        comm.allgather(None)
+        (tmp_path / "LOCK").unlink(missing_ok=True)
+        comm.allgather(None)
+        st.save(comm, 1, **NOTHING)
+
+    for error in run(2, program):
+        assert "the lock was taken over by nobody that can be named" in str(error)
+
+
+def test_a_lock_is_touched_while_it_is_ours(tmp_path, monkeypatch):
+    """Also after a time that could not be written."""
+    path, owner, touched, real = tmp_path / "LOCK", lock.Owner.this_process("", "run"), [], os.utime
+    owner.write(path)
+
+    class Ended:
+        turns = iter(["ours", "fails", "ours", "theirs", "gone"])
+
+        def wait(self, seconds):
+            assert seconds < lock._SILENT_SECONDS / 4
+            self.turn = next(self.turns, None)
+            if self.turn == "theirs":
+                path.write_text("{}")
+            elif self.turn == "gone":
+                path.unlink()
+            elif self.turn:
+                real(path, (1, 1))  # in 1970
+            return self.turn is None
+
+    def utime(path):
+        touched.append(ended.turn)
+        if ended.turn == "fails":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        real(path)
+        ages.append(time.time() - path.stat().st_mtime)
+
+    ended, ages = Ended(), []
+    monkeypatch.setattr(lock.os, "utime", utime)
+    lock._beat(path, owner, ended)
+    assert touched == ["ours", "fails", "ours"]
+    assert len(ages) == 2
+    assert max(ages) < 1000
+
+
+def test_the_age_of_what_is_gone_is_nothing(tmp_path):
+    assert lock.age_seconds(tmp_path / "LOCK") == 0.0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "running"), [(None, "running"), (ProcessLookupError, ""), (PermissionError, "running")]
+)
+def test_without_proc_a_process_is_there_or_not(monkeypatch, error, running):
+    def kill(pid, number):
+        assert (pid, number) == (123, 0)
+        if error:
+            raise error
+
+    monkeypatch.setattr(lock, "Path", lambda _: Path("/nowhere"))
+    monkeypatch.setattr(lock.os, "kill", kill)
+    assert lock._started(123) == running
+
+
+def test_a_package_that_is_not_installed_has_no_version(tmp_path, monkeypatch):
+    def version(name):
+        raise master.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(master.metadata, "version", version)
+    found = open_checkpoint(save(tmp_path, 3, 2))
+    assert found.written_by["mpi_ef"] == "unknown"
+    assert repr(found) == f"Checkpoint({str(found.path)!r}, step=3, world_size=2)"
+
+
+def test_a_file_system_that_cannot_reserve_room(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(rankfile.os, "posix_fallocate", refuse)
+    assert_holds(save(tmp_path, 1, 2), 1, 2)
+
+
+def test_hdf5_may_read_what_it_has_written_to_memory():
+    """Pages that were not written are zeros."""
+    memory = structure._Sparse()
+    with h5py.File(memory, "w") as file:
+        file["x"] = np.arange(3000)
+        file.create_dataset("zeros", 10_000, "u1", fillvalue=0)
+    assert len(memory.pages) > 1
+    with h5py.File(memory, "r") as file:
+        np.testing.assert_array_equal(file["x"][:], np.arange(3000))
+        assert not file["zeros"][:].any()

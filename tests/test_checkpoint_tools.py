@@ -340,3 +340,12 @@ def test_columns_stand_in_line():
     text = tools._aligned([("a", "bb", "c"), ("aaa", "b", "cc")], left=1)
     assert text.splitlines() == ["  a  bb  c", "aaa   b  cc"]
     assert Path(tools.__file__).name == "checkpoint.py"
+
+
+def test_where_there_is_no_checkpoint(tmp_path, capsys):
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / ".tmp-step-00000005-aaaaaaaaaaaa").mkdir(parents=True)
+    for words in (["inspect", tmp_path / "run"], ["verify", tmp_path / "run"]):
+        status, text = call(capsys, *words)
+        assert status == 2
+        assert text == f"mpi-ef: {tmp_path / 'run'}: has no checkpoint; mpi-ef checkpoint ls tells what is there\n"

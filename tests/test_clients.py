@@ -16,7 +16,7 @@ from programs import (
 from vectors_for_tests import gaussian
 
 from mpi_ef.collectives import ClientsMean, GatherMean
-from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK, lazy
+from mpi_ef.compress import Identity, Keep, Quantize, RandK, Sign, TopK, lazy
 from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError, PeerError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
 
@@ -366,3 +366,39 @@ def test_both_messages_are_counted():
 
     expected = sum(c.wire_nbytes(D, np.float64) for c in (TOP, RandK(0.3, seed=5))) * CLIENTS
     assert virtual.results(2, program) == [(expected, True)] * 2
+
+
+def test_nothing_is_kept_of_silent_clients():
+    def program(comm):
+        plan = ClientsMean(comm, TOP, D, np.float64, clients=6)
+        x = own_vectors(plan, 0).reshape(-1)
+        speaks = np.arange(plan.own) != 1
+        plan.exchange(x, keep=Keep(lazy(x), into=np.zeros_like(x)), speaks=speaks if comm.Get_rank() else None)
+
+    errors = virtual.run(2, program)
+    assert all("keep= with clients that do not speak; nothing is kept for those" in str(error) for error in errors)
+    assert [type(error) for error in errors] == [PeerError, OptionError]
+
+
+def test_who_speaks_cannot_be_said_in_two_parts():
+    """The rule chooses the clients of every step."""
+
+    def program(comm):
+        feedback = clients_feedback(comm, "ef21-pp")
+        with pytest.raises(OptionError, match="ClientsMean: an exchange with speaks cannot be split"):
+            feedback.start(own_vectors(feedback.plan, 0))
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_traffic_is_that_of_an_exchange_in_which_all_speak(n):
+    def program(comm):
+        plan = ClientsMean(comm, TOP, D, np.float64, clients=CLIENTS)
+        plan.exchange(own_vectors(plan, 0).reshape(-1))
+        assert plan.traffic.sent_nbytes == plan.sent_nbytes
+        assert plan.traffic.dense_nbytes == GatherMean(comm, TOP, D, np.float64).traffic.dense_nbytes
+        return plan.traffic
+
+    rows = virtual.results(n, program)
+    assert sum(row.sent_nbytes for row in rows) == sum(row.received_nbytes for row in rows)

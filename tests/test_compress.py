@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from vectors_for_tests import DTYPES, gaussian, vectors
 
-from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK
+from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK, source
 from mpi_ef.errors import DtypeError, OptionError, ShapeError
 
 COMPRESSORS = [
@@ -223,3 +223,31 @@ def test_wires_are_the_golden_ones():
 
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps({name: wire.tobytes().hex() for name, wire in golden_cases()}, indent=1) + "\n")
+
+
+@each_dtype
+@each_compressor
+def test_clearing_leaves_nothing_of_what_was_added(compressor, dtype):
+    codec, out = compressor.codec(101, dtype), np.ones(101, dtype)
+    wires = np.stack([roundtrip(compressor, gaussian(rank, 101, dtype), rank=rank)[0] for rank in range(2)])
+    codec.clear(wires, out)
+    added = np.any([codec.decode(wire) != 0 for wire in wires], axis=0)
+    assert added.any()
+    assert not out[added].any()
+    if compressor.sparse:
+        assert out[~added].any() or added.all()  # and no more than that
+
+
+@each_compressor
+def test_sums_are_encoded_by_those_that_say_so(compressor):
+    codec, wires, wire = compressor.codec(64, np.float32), *(np.zeros((n, 0), np.uint8) for n in (2, 1))
+    if not codec.can_encode_sum(codec):
+        with pytest.raises(NotImplementedError):
+            codec.encode_sum(codec, wires, 0.5, source(gaussian(0, 64)), wire[0])
+
+
+@each_compressor
+def test_vectors_with_gaps_are_refused(compressor):
+    codec = compressor.codec(50, np.float32)
+    with pytest.raises(ShapeError, match="a vector is not contiguous; pass numpy.ascontiguousarray of it"):
+        codec.encode(gaussian(0, 100)[::2], np.zeros(codec.nbytes, np.uint8))

@@ -67,6 +67,9 @@ def test_counting_sees_passes():
     with counted() as touched:
         kernels.add_sparse(np.arange(10), x[:10], np.float32(1), out)
     assert touched.nbytes == 10 * (8 + 4 + 2 * 4)
+    with counted() as touched:
+        kernels.mean_rows(np.ones((3, 1000), np.float32), x, 1, np.float32(1 / 3), out)
+    assert touched.nbytes == (2 + 1 + 1) * 4 * 1000  # of the rows one is not read, but `own` in its place
 
 
 EXCHANGES = {

@@ -6,14 +6,19 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from itertools import count
 from pathlib import Path
 from time import sleep
+from types import SimpleNamespace
 
+import mpi4py
 import numpy as np
 import patience
 import pytest
+from programs import PLANS
 
+from mpi_ef.jobs import doctor as doctor_module
 from mpi_ef.jobs import (
     doctor_checks,
     doctor_files,
@@ -21,7 +26,9 @@ from mpi_ef.jobs import (
     doctor_link,
     doctor_mpi,
     doctor_ranks,
+    doctor_roll,
     doctor_space,
+    doctor_together,
     doctor_torch,
     doctor_world,
 )
@@ -253,6 +260,16 @@ def test_what_srun_offers(tmp_path, monkeypatch, text, offered):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert doctor_world.offered_by_srun() == offered
+
+
+@pytest.mark.parametrize("program", [None, "", "#!/bin/sh\nexec /bin/sleep 1000\n"])
+def test_an_srun_that_says_nothing_offers_nothing(tmp_path, monkeypatch, program):
+    """There is none, it is no program, it does not come back."""
+    if program is not None:
+        (tmp_path / "srun").write_text(program)
+        (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor_world.offered_by_srun(0.2) == ()
 
 
 def test_reasons_why_there_is_no_mpi(monkeypatch):
@@ -851,3 +868,270 @@ def test_wrong_options_are_one_line():
     done = doctor("--patience", "0")
     assert done.returncode == 2
     assert "patience=0.0 is not positive" in done.stderr
+
+
+# ---- what this machine has not, or does not do
+
+
+class Library(SimpleNamespace):
+    """What the doctor asks of mpi4py's extension module."""
+
+    Exception = type("Exception", (RuntimeError,), {})
+
+
+@pytest.mark.parametrize(("file", "vendor", "built"), [
+    ("MPI.openmpi.so", "MPICH", "openmpi"), ("MPI.cpython-311-x86_64-linux-gnu.so", "Open MPI", "openmpi"),
+    ("MPI.cpython-311-x86_64-linux-gnu.so", "Intel MPI", "mpich"), ("MPI.abi3.so", "LAM", "unknown"),
+])  # fmt: skip
+def test_what_mpi4py_was_built_for(file, vendor, built):
+    """Its file tells, or it was built with the library itself."""
+    assert (
+        doctor_mpi._built_for(Library(__file__=f"/site/mpi4py/{file}", get_vendor=lambda: (vendor, (1, 2, 3)))) == built
+    )
+
+
+@pytest.mark.parametrize(("threads", "started"), [(True, ["Init_thread", 3]), (False, ["Init"])])
+@pytest.mark.parametrize("large", [True, False])
+def test_mpi_is_started_as_mpi4py_is_told(monkeypatch, threads, started, large):
+    """What one call takes is tried; Open MPI 5 takes less than MPICH 5."""
+    calls = []
+
+    def send(message, target, *, recvbuf, source):
+        assert message[1] > 1 << 31
+        if not large:
+            raise OverflowError("value too large to convert to int")
+
+    world = SimpleNamespace(Get_size=lambda: 4)
+    kind = SimpleNamespace(Create_contiguous=lambda n: kind, Commit=lambda: kind, Free=lambda: None)
+    library = Library(Is_initialized=lambda: False, Init=lambda: calls.append("Init"), THREAD_MULTIPLE=3, COMM_WORLD=world,
+                      Init_thread=lambda level: calls.extend(["Init_thread", level]), Query_thread=lambda: 2, BYTE=kind,
+                      COMM_SELF=SimpleNamespace(Sendrecv=send))  # fmt: skip
+    settings = SimpleNamespace(threads=threads, thread_level="multiple")
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(rc=settings, MPI=library))
+    assert doctor_mpi.start() == {"threads": 2, "large": large, "size": 4}
+    assert calls == started
+
+
+def test_without_proc_there_is_nothing_to_say(tmp_path, monkeypatch):
+    for module in (doctor_mpi, doctor_ranks):
+        monkeypatch.setattr(module, "Path", lambda _: tmp_path / "absent")
+    assert doctor_mpi._loaded_library() == ""
+    assert doctor_ranks._processor() == ""
+    assert doctor_ranks.quota(tmp_path, tmp_path / "absent") is None
+
+
+def test_packages_that_are_not_installed(monkeypatch):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    monkeypatch.setattr(metadata, "requires", absent)
+    facts = version_facts()
+    assert facts["numpy"] == ""
+    assert facts["least"] == {}
+    assert worst(judge_versions(told(facts))) == {"package-missing": "error"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_gpus_that_torch_sees(monkeypatch, rank):
+    """Rank 0 tries whether MPI takes their memory."""
+    import torch
+
+    names = {0: "H200", 1: "A100", 2: "H200"}
+    for name, value in {"is_available": lambda: True, "device_count": lambda: 3, "get_device_name": names.get}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(doctor_torch, "DATA_TEST", "print('gpu_data True')")
+    facts = doctor_torch.gpu_facts(Spot(rank, "n0", rank), dict(os.environ))
+    assert (facts["count"], facts["names"], facts.get("aware")) == (3, ["A100", "H200"], None if rank else "yes")
+
+
+def test_a_data_test_of_gpus_that_does_not_come_back(monkeypatch):
+    monkeypatch.setattr(doctor_torch, "DATA_TEST", "import time; time.sleep(1000)")
+    assert doctor_torch.gpu_aware({}, 0.2) == "no end after 0 s"
+
+
+@pytest.mark.parametrize(("alive", "status", "problem"), [
+    (True, None, "a worker had not ended after 30 s"), (False, 3, "a worker ended with status 3"),
+])  # fmt: skip
+def test_workers_that_hang_or_fail(monkeypatch, alive, status, problem):
+    killed = []
+    process = SimpleNamespace(start=lambda: None, join=lambda seconds: None, is_alive=lambda: alive, exitcode=status,
+                              kill=lambda: killed.append(True))  # fmt: skip
+    context = SimpleNamespace(SimpleQueue=list, Process=lambda **_: process)
+    monkeypatch.setattr("mpi_ef.data.loader_context", lambda: context)
+    facts = doctor_torch.loader_facts()
+    assert facts["problem"] == problem
+    assert bool(killed) == alive
+    assert worst(doctor_torch.judge_loader(told(facts))) == {"loader": "warning"}
+
+
+def test_a_place_of_machine_code_that_cannot_be_written_to(monkeypatch):
+    def refuse(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(doctor_kernels.tempfile, "NamedTemporaryFile", refuse)
+    facts = doctor_kernels.kernel_facts({})
+    assert facts["write"] == "Read-only file system"
+    assert worst(doctor_kernels.judge_kernels(told(facts), False, True)) == {"cache": "warning"}
+
+
+@pytest.mark.parametrize("plan", ["gather topk", "gather sign", "two-phase sign", "two-phase int8"])
+def test_the_other_rank_of_the_warm_up_echoes(plan):
+    """The mean of two equal messages is the message; in two parts as at once."""
+    echo, x = doctor_kernels._Echo(), np.linspace(-1, 2, 300, dtype=np.float32)
+    plans = [PLANS[plan](echo, 300, np.float32) for _ in range(2)]
+    plans[0].exchange(x)
+    plans[1].start(x)
+    plans[1].progress()
+    plans[1].wait()
+    (own, mean), others = ([np.zeros_like(x) for _ in range(2)] for _ in range(2))
+    for plan_, (mine, all_) in zip(plans, ((own, mean), others), strict=True):
+        plan_.add_own(mine)
+        plan_.add_mean(all_)
+    np.testing.assert_array_equal(others, (own, mean))
+    if "gather" in plan:
+        np.testing.assert_allclose(mean, own, rtol=1e-6)
+
+
+def test_the_warm_up_of_one_process(monkeypatch, capsys):
+    monkeypatch.setattr(doctor_checks, "CHECKS", [])
+    monkeypatch.setattr(doctor_kernels, "warm_up", lambda: {"seconds": 2.0, "compiled": 3, "loaded": 4})
+    report = Report(DoctorConfig(warmup=True, json=True))
+    assert doctor_module._look_here(DoctorConfig(warmup=True, json=True), report) == 0
+    [found] = json.loads(capsys.readouterr().out)["findings"]
+    assert (found["name"], found["level"]) == ("warm-up", "ok")
+    assert "3" in found["what"]
+
+
+def test_a_full_disk_is_all_there_is_to_say(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    facts = doctor_files.folder_facts({}, tmp_path)
+    assert "No space left on device" in facts["write"]
+    assert "link" not in facts
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_hdf5_that_reads_something_else(tmp_path, monkeypatch):
+    import h5py
+
+    class File(dict):
+        def __init__(self, path, mode):
+            super().__init__(x=np.zeros(2))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(h5py, "File", File)
+    facts = doctor_files.folder_facts({}, tmp_path)
+    assert facts["hdf5_write"] == "what was written is not what is read"
+    facts["fsync_seconds"] = 0.001
+    assert worst(doctor_files.judge_folder(told(facts))) == {"hdf5": "error"}
+
+
+@pytest.mark.parametrize(("facts", "words"), [
+    ({}, "with its locks"), ({"locking": "FALSE"}, "without locks (HDF5_USE_FILE_LOCKING)"),
+    ({"lock": "No locks available"}, "although this file system has no locks"),
+])  # fmt: skip
+def test_hdf5_writes_with_locks_or_without(facts, words):
+    assert words in by_name(doctor_files.judge_folder(told(FOLDER | facts)))["hdf5"].what
+
+
+# ---- ranks that do not answer. With real ones, which end in MPI_Abort: launch/test_doctor_on_ranks.py
+
+NEVER = SimpleNamespace(Test=lambda: False)
+
+
+@pytest.mark.parametrize(("rank", "missing"), [(0, [1, 2]), (1, [0])])
+def test_a_roll_call_without_answers(monkeypatch, rank, missing):
+    monkeypatch.setattr(doctor_roll, "wait_for", lambda done, seconds, rest: done())
+    comm = SimpleNamespace(Get_rank=lambda: rank, Get_size=lambda: 3, isend=lambda *_: NEVER, iprobe=lambda *_: False,
+                           improbe=lambda tag: None)  # fmt: skip
+    roll = doctor_roll.Roll(comm)
+    with pytest.raises(doctor_roll.SilenceError) as caught:
+        roll.call("here", 5.0, list)
+    assert caught.value.ranks == missing
+    assert roll.sent(5.0) == (rank == 0)  # rank 0 has sent nothing
+    monkeypatch.undo()
+    assert not doctor_roll.wait_for(lambda: False, 0.0)
+
+
+def test_messages_that_do_not_arrive_are_kept():
+    """MPI may still write to their memory."""
+    comm = SimpleNamespace(Get_rank=lambda: 1, Get_size=lambda: 2, Iallreduce=lambda *_: NEVER, Irecv=lambda *_: NEVER,
+                           Isend=lambda *_: NEVER)  # fmt: skip
+    before = len(doctor_link._LEFT)
+    assert doctor_link.data_test(comm, 0.0) == {"late": True}
+    assert doctor_link.measure_link(comm, [("node", [(1, 0)])], 0.0) == {
+        "links": [{"kind": "node", "pair": (1, 0), "lost_nbytes": 8}]
+    }
+    assert len(doctor_link._LEFT) == before + 2
+    del doctor_link._LEFT[before:]
+
+
+class Ended(Exception):
+    """Ends a rank in the place of MPI_Abort."""
+
+
+@pytest.mark.parametrize(("rank", "error", "found"), [
+    (0, doctor_roll.SilenceError([1, 2]), "silent-ranks"), (1, doctor_roll.SilenceError([0]), None),
+    (0, KeyError("word"), "check-failed"),
+])  # fmt: skip
+def test_a_doctor_that_gets_no_answers_ends_all(monkeypatch, capsys, rank, error, found):
+    """Rank 0 at once, and others when it has not done so."""
+    slept, examined = [], SimpleNamespace(Get_rank=lambda: rank, Get_size=lambda: 3)
+
+    def run(*_):
+        raise error
+
+    def abort(comm, status):
+        assert (comm, status) == (examined, 1)
+        raise Ended
+
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", SimpleNamespace())
+    monkeypatch.setattr(mpi4py, "MPI", sys.modules["mpi4py.MPI"], raising=False)
+    monkeypatch.setattr(doctor_together._Examination, "run", run)
+    monkeypatch.setattr(doctor_together.launch, "abort", abort)
+    monkeypatch.setattr(doctor_together, "sleep", slept.append)
+    report = Report(DoctorConfig(json=True))
+    with pytest.raises(Ended):
+        doctor_together.examine(examined, {}, None, DoctorConfig(json=True), report, None)
+    assert len(slept) == rank
+    assert [finding.name for finding in report.findings] == ([found] if found else [])
+    assert bool(capsys.readouterr().out) == (rank == 0)
+    if found == "silent-ranks":
+        assert "no answer from ranks 1-2" in report.findings[0].what
+
+
+def test_files_that_other_nodes_look_for_are_taken_away_again(tmp_path, monkeypatch):
+    """Also when looking for them breaks. On two nodes: tests/slurm/test_newcomer.py."""
+    comm = SimpleNamespace(Get_rank=lambda: 0, Get_size=lambda: 2)
+    examination = doctor_together._Examination(comm, DoctorConfig(), Report(DoctorConfig()), None)
+    facts = {"folder": {"path": str(tmp_path)}, "kernels": {"path": str(tmp_path / "absent")}}
+    for second, checks in (("n0", []), ("n1", ["folder"])):
+        examination.spots = [Spot(0, "n0"), Spot(1, second)]
+        examination.tokens = examination._leave_tokens(facts)
+        assert list(examination.tokens) == checks
+    assert [str(path) for path in tmp_path.iterdir()] == [examination.tokens["folder"]]
+
+    def broken(_):
+        raise RuntimeError("no folder")
+
+    monkeypatch.setattr(examination, "_look", lambda *_: {})
+    monkeypatch.setattr(examination, "_see_folders", broken)
+    with pytest.raises(RuntimeError, match="no folder"):
+        examination.run({}, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_breaks_between_ranks_is_told_to_rank_0():
+    comm = SimpleNamespace(Get_rank=lambda: 0, Get_size=lambda: 1, improbe=lambda tag: None)
+    watch = SimpleNamespace(enter=lambda *_: None)
+    examination = doctor_together._Examination(comm, DoctorConfig(), Report(DoctorConfig()), watch)
+    [word] = examination._together("looking", lambda: fail(None), 1.0, list)
+    assert word == {"failed": "PermissionError: [Errno 13] Permission denied: '/scratch'"}

@@ -460,3 +460,31 @@ def test_ef21_bc_refuses_a_second_reply():
     for outcome in virtual.run(2, program):
         assert isinstance(outcome, OptionError)
         assert "which has a reply of its own; pass it there" in str(outcome)
+
+
+@pytest.mark.parametrize("call", ["arrive", "finish"])
+def test_a_step_that_was_not_started_is_told(call):
+    def program(comm):
+        feedback = ErrorFeedback("ef21", GatherMean(comm, TopK(0.1), D))
+        with pytest.raises(OptionError, match=r"no step is under way; call start\(vector\)"):
+            getattr(feedback, call)()
+
+    virtual.results(2, program)
+
+
+@each_rule
+def test_forgetting_is_starting_anew(rule):
+    """Also for what the second phase of the plan owes; the rule makes the steps that a new one makes."""
+
+    def program(comm):
+        rank = comm.Get_rank()
+        new, used = (feedback_through("two-phase sign", rule, comm, D, np.float32) for _ in range(2))
+        for step in range(3):
+            used.step(gaussian(rank, D, step=step))
+        assert used.per_rank()["plan.residual"].any()
+        used.forget()
+        assert not any(array.any() for array in used.per_rank().values())
+        for step in range(3):
+            assert same_bits(*(feedback.step(gaussian(rank, D, step=step)).copy() for feedback in (new, used)))
+
+    virtual.results(3, program)

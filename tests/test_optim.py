@@ -9,7 +9,7 @@ from programs import OPTIMIZERS, build_optimizer, loss_of, model, same_bits, tra
 from mpi_ef.collectives import TwoPhaseMean
 from mpi_ef.compress import Identity, TopK
 from mpi_ef.errors import DisagreementError, DtypeError, NonFiniteError, OptionError, PeerError, ShapeError
-from mpi_ef.optim import EF21, DistributedOptimizer, EControl
+from mpi_ef.optim import EF21, DistributedOptimizer, EControl, Lion, ZeroOneAdam
 
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 each_world = pytest.mark.parametrize("n", [1, 2, 3, 4])
@@ -240,3 +240,47 @@ def test_topk_of_every_parameter():
     compressor, sizes = virtual.results(2, program)[0]
     assert compressor.segments == tuple(sizes)
     assert compressor.count(sum(sizes)) == sum(max(1, size // 10) for size in sizes)
+
+
+def test_an_update_that_overflows_in_one_bucket_leaves_all_as_they_were():
+    """As test_an_update_that_overflows_is_told_and_leaves_parameters_and_errors, and every bucket is dropped."""
+
+    def program(comm):
+        net = model()
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD(net.parameters(), lr=100.0), comm, TopK(0.5), bucket_nbytes=100
+        )
+        assert len(list(optimizer.buckets)) > 2
+        before, state = bits(net), [{k: v.copy() for k, v in b.feedback.per_rank().items()} for b in optimizer.buckets]
+        for name, rank in (("last", 1), ("first", 2)):  # of different buckets
+            loss_of(net, comm.Get_rank(), 0).backward()
+            if comm.Get_rank() == rank:
+                getattr(net, name).weight.grad.fill_(1e38)
+        with pytest.raises(NonFiniteError, match="NaN or Inf on ranks 1,2; nothing was changed") as caught:
+            optimizer.step()
+        assert caught.value.ranks == (1, 2)
+        assert bits(net) == before
+        assert same_bits(state, [dict(bucket.feedback.per_rank()) for bucket in optimizer.buckets])
+
+    virtual.results(3, program)
+
+
+def test_a_state_with_other_buckets_or_arrays_is_refused():
+    def program(comm):
+        def build(nbytes):
+            sgd = torch.optim.SGD(model().parameters(), lr=0.1)
+            return DistributedOptimizer(sgd, comm, TopK(0.5), placement="gradient", bucket_nbytes=nbytes)
+
+        whole, parts = build(None), build(100)
+        with pytest.raises(OptionError, match="the saved state has [0-9]+ buckets, here there are 1; build"):
+            whole.load_state_dict(parts.state_dict())
+        assert whole.observer is None
+        lion = Lion(model().parameters(), comm, lr=0.1)
+        zero_one = ZeroOneAdam(model().parameters(), comm, lr=0.1)
+        assert zero_one.local_step_interval == 1  # until the variance is frozen every step is synchronised
+        for optimizer in (lion, zero_one):
+            saved = optimizer.state_dict()
+            with pytest.raises(ShapeError, match=r"odd is \(3,\), here there is no such array"):
+                optimizer.load_state_dict(saved | {"arrays": saved["arrays"] | {"odd": torch.ones(3)}})
+
+    virtual.results(2, program)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 import virtual
 from programs import PLANS, SIZES, exchanges
 from vectors_for_tests import gaussian
@@ -10,6 +11,7 @@ from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, allgather, a
 from mpi_ef.collectives import dense as dense_module
 from mpi_ef.collectives import frames as frames_module
 from mpi_ef.compress import Combination, Identity, Keep, Sign, TopK, lazy, source
+from mpi_ef.ddp import ProcessGroupComm
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
 
 RANKS = (1, 2, 3, 4)
@@ -547,3 +549,34 @@ def test_plans_are_kept_by_every_kind_of_communicator_under_its_own_key():
         x = gaussian(0, 40)
         np.testing.assert_array_equal(allreduce(comm, x, Identity()), x)
         kept[kind] = comm
+
+
+def test_a_dense_sum_that_overflows_names_nobody():
+    """Each of the vectors is finite."""
+
+    def program(comm):
+        plan, total = DenseMean(comm, 5), np.zeros(5, np.float32)
+        with pytest.raises(NonFiniteError, match="the sum of the ranks' vectors overflows") as caught:
+            plan.allreduce(np.full(5, (1 + comm.Get_rank()) * 1e38, np.float32), total, comm.Get_size())
+        return caught.value.ranks, plan.allreduce(np.full(5, 1 + comm.Get_rank(), np.float32), total)
+
+    for ranks, _ in virtual.results(3, program):
+        assert ranks == ()
+
+
+def test_a_tensor_that_numpy_does_not_know_is_refused():
+    x = torch.ones(50, dtype=torch.bfloat16)
+    for error in virtual.run(2, lambda comm: allreduce(comm, x, TopK(0.1))):
+        assert isinstance(error, MpiEfError)
+        assert "allreduce: x cannot be seen as a numpy array" in str(error)
+        assert "pass a CPU tensor" in str(error)
+
+
+def test_process_groups_that_move_no_memory_of_cpus_are_refused(monkeypatch):
+    with pytest.raises(OptionError, match=r"is not initialised; call torch.distributed.init_process_group\('gloo'\)"):
+        ProcessGroupComm()
+    told = {"is_initialized": True, "get_rank": 0, "get_backend_config": "cuda:nccl"}
+    for name, value in told.items():
+        monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
+    with pytest.raises(OptionError, match="the group's backend is cuda:nccl, which moves no CPU memory"):
+        ProcessGroupComm()

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import sys
 
 import numpy as np
 import programs
@@ -13,7 +14,7 @@ from programs import PLANS, same_bits
 from vectors_for_tests import gaussian
 
 from mpi_ef.compress import lazy
-from mpi_ef.jobs import report, reproduce
+from mpi_ef.jobs import figures, report, reproduce
 from mpi_ef.jobs.reproduce import ReproduceConfig
 from mpi_ef.jobs.train import PHASES, TrainConfig
 
@@ -175,3 +176,32 @@ def test_what_cannot_be_written(runs, tmp_path, option, name, text):
     (tmp_path / "a file").write_text("")
     with pytest.raises(SystemExit, match=text):
         report.main([str(runs / "sparse"), option, str(tmp_path / name)])
+
+
+def test_a_benchmark_alone(runs, tmp_path, capsys):
+    report.main([str(runs / "bench.json"), "--plot", str(tmp_path / "bench.svg")])
+    assert "Some MPI" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.svg"]
+
+
+def test_what_is_lost_is_drawn_in_its_own_scale(runs, tmp_path, monkeypatch):
+    """Runs that lose nothing say so; a thousandth is not drawn at the bottom of 0 ... 1."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    sparse, dense = rows_of(runs / "sparse"), rows_of(runs / "dense")
+    little = [row | {"lost": row["lost"] and 1e-3 * row["lost"]} for row in sparse]
+    for rows in (sparse, little, dense):
+        figures.training({"run": rows}, tmp_path / "x.png")
+    panels = [(figure.axes[3], figure.axes[4]) for figure in drawn]
+    assert [error.get_yscale() for error, _ in panels] == ["linear", "log", "log"]
+    assert panels[0][0].get_ylim() == (0.0, 1.0)
+    said = [[text.get_text() for panel in both for text in panel.texts] for both in panels]
+    assert said == [[], [], ["nothing is compressed here"] * 2]
+    for figure in drawn:
+        figures.pyplot().close(figure)
+
+
+def test_pictures_want_matplotlib(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="mpi-ef: a picture needs matplotlib, which is not installed; pip install"):
+        report.main([str(runs / "sparse"), "--plot", str(tmp_path / "x.png")])

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from test_runs import somebody_in
 
 from mpi_ef.compress import TopK
 from mpi_ef.errors import DataError, DisagreementError
-from mpi_ef.jobs import reproduce
+from mpi_ef.jobs import experiments, figures, reproduce
 from mpi_ef.jobs.libsvm import content_of, load_libsvm
 from mpi_ef.jobs.problems import zeta_quadratics
 from mpi_ef.jobs.reproduce import EXPERIMENTS, ReproduceConfig
@@ -31,6 +32,67 @@ def test_experiments_do_not_depend_on_the_number_of_ranks(name, tmp_path):
         assert rows
         assert all(np.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
     assert seen[0] == seen[1]
+
+
+NAMES = ("phishing", "mushrooms", "a9a", "w8a")
+ENDINGS = ("", ".libsvm", ".txt", ".xz")
+
+
+@pytest.fixture
+def small_data(tmp_path):
+    """Sets of the names of real ones, of 45 rows with 12 features, under names that they have where people keep them."""
+    for name, ending in zip(NAMES, ENDINGS, strict=True):
+        rng = np.random.default_rng(len(name))
+        text = "".join(
+            f"{int(label)} " + " ".join(f"{column + 1}:{rng.normal():.3f}" for column in range(12)) + "\n"
+            for label in rng.integers(0, 2, 45)
+        )
+        path = tmp_path / f"{name}{ending}"
+        path.write_bytes(lzma.compress(text.encode()) if ending == ".xz" else text.encode())
+    return tmp_path
+
+
+@pytest.mark.parametrize(("name", "words", "rows"), [
+    ("ef21", NAMES, 16), ("ef21-pp", ["100.0%", "50.0%", "25.0%", "12.5%"], 4),
+    ("ef21-bc", ["Top-2 down", "Top-4 down", "Top-8 down", "all down"], 5),
+])  # fmt: skip
+def test_experiments_on_small_data(small_data, name, words, rows, monkeypatch):
+    """As test_experiments_on_data, of all that want data: the same on any number of ranks."""
+    monkeypatch.setattr(figures, "save", lambda figure, path: path.write_text("drawn"))
+    seen = []
+    for n in (1, 3):
+        config = ReproduceConfig(data=small_data, out=small_data / str(n), steps=5)
+        virtual.results(n, lambda comm, config=config: reproduce.run(comm, name, config))
+        folder = small_data / str(n) / name
+        assert (folder / f"{name}.png").read_text() == "drawn"
+        seen.append(((folder / "metrics.jsonl").read_text(), (folder / "table.txt").read_text()))
+    assert seen[0] == seen[1]
+    assert all(word in seen[0][1] for word in words)
+    assert len(seen[0][1].splitlines()) == 1 + rows
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    """An experiment that is over at once."""
+    outcome = experiments.Outcome([{"step": 1}], "the table", lambda path: figures.pyplot() and path.write_text(""))
+    monkeypatch.setattr(reproduce.Experiment, "run", lambda *_: outcome)
+
+
+def test_without_matplotlib_the_numbers_are_there(experiment, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    virtual.results(2, lambda comm: reproduce.run(comm, "ef21", ReproduceConfig(out=tmp_path)))
+    assert (tmp_path / "ef21" / "table.txt").read_text() == "the table\n"
+    assert not (tmp_path / "ef21" / "ef21.png").exists()
+    assert "no picture: a picture needs matplotlib, which is not installed; pip" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_to(experiment, tmp_path):
+    (tmp_path / "file").write_text("")
+    error, _ = virtual.run(2, lambda comm: reproduce.run(comm, "ef21", ReproduceConfig(out=tmp_path / "file")))
+    assert isinstance(error, DataError)
+    assert "file/ef21" in str(error)
+    assert "Not a directory" in str(error)
+    assert str(error).endswith(" another --out")
 
 
 @pytest.mark.exhaustive  # what these compute is looked at in test_papers.py, how they run above

@@ -15,6 +15,7 @@ import pytest
 from mpi_ef import slurm
 from mpi_ef.errors import ConfigError, OptionError
 from mpi_ef.jobs import cli
+from mpi_ef.jobs import slurm as slurm_program
 from mpi_ef.slurm.mpi_types import choose, offered_by
 
 FOLDER = Path(__file__).resolve().parents[1] / "slurm"
@@ -748,3 +749,50 @@ def test_mpi_type(site):
     assert f"wants --mpi={kind}" in error
     (site.folder / "bin" / "srun").write_text("#!/bin/bash\nexit 1\n")
     assert "has nothing" in ask()[1]
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "new"):
+        assert call("copy", "train", folder) == 2
+        error = capsys.readouterr().err
+        assert error == (
+            f"mpi-ef: slurm: {folder / 'train.sbatch'}: Not a directory; name a folder that can be written to\n"
+        )
+
+
+def test_what_a_site_wants_is_said_before_it_is_submitted(monkeypatch, capsys):
+    monkeypatch.delenv("SBATCH_ACCOUNT", raising=False)
+    assert call("show", "train", "--profile", "frontier") == 0
+    assert "mpi-ef: slurm: frontier wants account; add --set account=..." in capsys.readouterr().err
+    assert call("show", "train", "--profile", "frontier", "--set", "account=mine") == 0
+    assert not capsys.readouterr().err
+
+
+def test_intel_mpi_wants_one_thing_more(monkeypatch, capsys):
+    monkeypatch.setattr(slurm_program, "_library", lambda: INTEL)
+    for path, told in ((None, True), ("/usr/lib/libpmi2.so", False)):
+        monkeypatch.delenv("I_MPI_PMI_LIBRARY", raising=False)
+        if path:
+            monkeypatch.setenv("I_MPI_PMI_LIBRARY", path)
+        assert call("mpi-type", "--offered", LIST_22) == 0
+        said = capsys.readouterr()
+        assert said.out == "pmi2\n"
+        assert ("Intel MPI also wants I_MPI_PMI_LIBRARY, the path of Slurm's libpmi2.so" in said.err) == told
+
+
+@pytest.mark.parametrize("program", [None, "#!/bin/sh\nexec /bin/sleep 1000\n"])
+def test_an_srun_that_says_nothing(tmp_path, monkeypatch, program):
+    """There is none, or it does not come back."""
+    if program is not None:
+        (tmp_path / "srun").write_text(program)
+        (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(slurm_program, "PATIENCE_SECONDS", 0.2)
+    assert slurm_program._ask_srun() == ""
+
+
+def test_without_an_mpi_library_there_is_no_type(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    assert call("mpi-type", "--offered", LIST_22) == 2
+    assert "mpi-ef: mpi-type: mpi4py finds no MPI library" in capsys.readouterr().err

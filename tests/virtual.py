@@ -81,6 +81,9 @@ class VirtualComm:
         assert len(set(kinds)) == 1, f"ranks make different MPI calls: {kinds}"
         return values
 
+    def Barrier(self) -> None:
+        self._share("Barrier", None)
+
     def allgather(self, value: Any) -> list[Any]:
         return self._share("allgather", value)
 

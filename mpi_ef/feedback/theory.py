@@ -67,16 +67,14 @@ class Smoothness:
         """L_QM, called L tilde in the papers."""
         return sqrt(sum(c * c for c in self.clients) / len(self.clients))
 
-    def reach(self, point_clients: int | None = None) -> float:
-        """Return L_+ of the analysis for rare features, ``min(L_QM, sqrt(c / n) max_i L_i)``; L_QM without `c`.
+    def reach(self, point_clients: int) -> float:
+        """Return L_+ of the analysis for rare features, ``min(L_QM, sqrt(c / n) max_i L_i)``.
 
         Parameters
         ----------
-        point_clients : int, optional
+        point_clients : int
             c, the greatest number of clients that own the same feature.
         """
-        if point_clients is None:
-            return self.quadratic_mean
         n = len(self.clients)
         if not 1 <= point_clients <= n:
             raise OptionError(f"theory: c={point_clients} is not in 1 ... n={n}; count the clients that own a feature")
