@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import torch
 import virtual
 from optimizer_table import ROWS, rows
 from programs import same_bits
+from stored import MemoryStore
 from test_lamb import PlainLamb
 from training import everything, loss_in, net_of, parameters_of, seeded
 
+from mpi_ef.checkpoint.state import POLICIES, Training
 from mpi_ef.compress import Identity, Sign
 from mpi_ef.errors import NonFiniteError
 from mpi_ef.optim import Lion, OneBitAdam, OneBitLamb, Signum, ZeroOneAdam
@@ -286,9 +289,66 @@ def test_a_resume_is_exact_in_a_warm_up_of_its_own(row, before, n):
         resumed.load_state_dict(saved["optimizer"])
         steps = range(before, before + 12)
         assert same_bits(train(net, optimizer, steps, **FIRST), train(other, resumed, steps, **FIRST))
-        assert same_bits(everything(net, optimizer, "sent_nbytes"), everything(other, resumed, "sent_nbytes"))
+        assert same_bits(everything(net, optimizer), everything(other, resumed))
 
     virtual.results(n, program)
+
+
+@pytest.mark.parametrize("before", [7, 8, 11])
+@with_variance
+def test_a_resume_is_exact_after_rests(row, before):
+    """Of a layer that has no gradient in steps 7 and 11, which update the variance."""
+
+    def program(comm):
+        net, other = net_with_more(), net_with_more()
+        optimizer = row(net, comm)
+
+        def steps(net, optimizer, numbers):
+            return [train(net, optimizer, [step], layer=None if step in (6, 10) else 0) for step in numbers]
+
+        steps(net, optimizer, range(before))
+        model, state = copy.deepcopy(net.state_dict()), optimizer.state_dict()
+        resumed = row(other, comm)
+        other.load_state_dict(model)
+        resumed.load_state_dict(state)
+        rest = range(before, before + 9)
+        assert same_bits(steps(net, optimizer, rest), steps(other, resumed, rest))
+        assert same_bits(everything(net, optimizer), everything(other, resumed))
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize("before", [10, 17, 27])
+@rows(lambda row: row.rests and hasattr(row.make, "counters"))
+def test_checkpoints_in_a_warm_up_of_its_own(row, before):
+    """The same number of ranks goes on to the last bit; another one with equal replicas, and what sleeps sleeps on."""
+    store, start = MemoryStore(), net_with_more().words.weight.detach()
+
+    def begin(comm):
+        net = net_with_more()
+        optimizer = row(net, comm)
+        training = Training(model=net, optimizer=optimizer, random=False)
+        train(net, optimizer, range(before), **FIRST)
+        training.save(store, comm, before)
+        return train(net, optimizer, range(before, before + 12), **FIRST)
+
+    def go_on(comm, policy):
+        net = net_with_more()
+        optimizer = row(net, comm)
+        assert Training(model=net, optimizer=optimizer, random=False).resume(store, comm, policy=policy) == before
+        path = train(net, optimizer, range(before, before + 12), **FIRST)
+        optimizer.synchronize()
+        assert torch.equal(net.words.weight[NEVER], start[NEVER])
+        assert not torch.equal(net.late.weight, net_with_more().late.weight)
+        return path, parameters_of(net)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        path = virtual.results(3, begin)
+        again = virtual.results(3, lambda comm: go_on(comm, "exact"))
+        others = [virtual.results(2, lambda comm, policy=policy: go_on(comm, policy)) for policy in POLICIES[1:]]
+    assert same_bits([row[0] for row in again], path)
+    assert all(same_bits(a[1], b[1]) for a, b in others)
 
 
 @pytest.mark.parametrize("before", [6, 16, 25])

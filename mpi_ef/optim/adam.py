@@ -25,7 +25,13 @@ class OneBitAdam(VarianceOptimizer):
 
     The warm-up is Adam on the mean gradient. When the variance has settled it is frozen, and from then on every rank sends
     ``C(beta1 m + (1 - beta1) grad_i + e_i)`` and all take the mean as the new momentum (:func:`mpi_ef.feedback.momentum
-    .ef14_momentum`), all parameters in one exchange: three collectives a step, one of them 24 bytes long.
+    .ef14_momentum`), all parameters in one exchange: three collectives a step, one of them 40 bytes long.
+
+    A parameter that had no gradient in some steps of the warm-up, or in all of them, gets the rest of it when it has one:
+    it takes dense steps, in an exchange of their own, until it has had as many as the others, and counts its own steps, as
+    in torch. An entry of which no rank had a gradient in the warm-up (a word that did not occur, a dead unit) sleeps: it
+    stays where it is, but for weight decay, until any rank has one. In that step ranks exchange a bit for every entry that
+    sleeps, and those that wake take part in the signs. Nothing travels for those that sleep on.
 
     Parameters
     ----------
@@ -41,8 +47,7 @@ class OneBitAdam(VarianceOptimizer):
         As in Adam; False is what the original implementation does.
     variance_floor : float
         After the freeze no entry's root mean square counts as less than this share of that of its parameter: signs move
-        all entries alike, and one whose gradients were (near) zero would fly away. Where a whole parameter's are zero, it
-        stays where it is, but for weight decay.
+        all entries alike, and one whose gradients were near zero, or zero until it woke, would fly away.
     clip : float
         Scale all ranks' gradients alike, before and after the freeze, so that the mean over ranks of their squared norms is
         at most ``clip^2``; 0 does not.
@@ -51,6 +56,9 @@ class OneBitAdam(VarianceOptimizer):
     ----------
     frozen_step : int or None
         After how many steps the variance was frozen.
+    counted : list of int
+        In how many steps each parameter had a gradient: its own warm-up lasts until that is `frozen_step`. 0 where all of
+        its entries sleep.
     """
 
     result = "m"

@@ -40,6 +40,9 @@ class OneBitLamb(VarianceOptimizer):
     factor: the largest quotient of the roots of the frozen variance and of a fresh one. That is made of the gradients that
     must have led from one momentum to the next, the same on all ranks.
 
+    Layers that had no gradient in steps of the warm-up have one of their own, and entries without a gradient sleep, as with
+    :class:`OneBitAdam`; such a layer is scaled to the size that the others have when it joins them.
+
     Parameters
     ----------
     params : iterable of parameters or of groups, as for torch optimizers
@@ -230,9 +233,10 @@ class OneBitLamb(VarianceOptimizer):
         scales, starts = self.arrays["scales"].astype(self.flat.dtype), self._starts
         kernels.scaled_momentum(self.flat.gradients, m, real(beta1), scales, starts, direction)
         sent = self._exchange(direction)
-        ratios = self._refresh(sent, scales)
+        runs = list(self._runs())
+        ratios = self._refresh(sent, scales, runs)
         np.multiply(m, self._inverse, out=direction)
-        for _, part, count in self._runs():
+        for _, part, count in runs:
             direction[part] *= real(1.0 / self._correction(beta1, count + 1))
         decays = self._of_layers("weight_decay")
         if decays.any():
@@ -244,14 +248,14 @@ class OneBitLamb(VarianceOptimizer):
         steps = self._of_layers("lr") * self._frozen_coefficients * self._factors(ratios)
         self._add(direction, -steps, starts, self.flat.values)
 
-    def _refresh(self, sent: Vector, scales: Vector) -> Layers:
+    def _refresh(self, sent: Vector, scales: Vector, runs: list[tuple[slice, slice, int]]) -> Layers:
         """Take the new momentum over and update the fresh variance; return its ratios to the frozen one."""
         real, ratios, m, fresh = self.flat.dtype.type, np.zeros_like(scales), self.arrays["m"], self.arrays["fresh"]
         asleep, inverse = self._asleep.mask, self._inverse
         if asleep is not None:  # they have no part in the ratio of their layer
             inverse = np.where(asleep, real(0), inverse)
         betas, least = np.array(self.betas, self.flat.dtype), self._least.astype(self.flat.dtype)
-        for layers, part, count in self._runs():
+        for layers, part, count in runs:
             root_factor = 1.0 / sqrt(self._correction(self.betas[1], count + 1))
             kernels.follow_momentum(sent[part], inverse[part], betas, real(root_factor), real(self.eps), scales[layers],
                                     least[layers], self._starts_in(layers), m[part], fresh[part],

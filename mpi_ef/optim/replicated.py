@@ -185,6 +185,9 @@ class ReplicatedOptimizer(FlatOptimizer):
 
     @contextmanager
     def _resting(self) -> Iterator[None]:
+        if self.moving.all():
+            yield
+            return
         resting = np.flatnonzero(~self.moving).tolist()
         with super()._resting(), self._silent(resting, self.flat.gradients, *self._momenta()):
             yield

@@ -1,5 +1,6 @@
 """Parameters in runs: of one group, one after the other, that an optimizer treats alike."""
 
+from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
@@ -46,11 +47,12 @@ def stretches(
     slices : groups and their parts of the vectors
     keys : of every parameter, what those of a run have in common
     """
-    number = 0
+    number, alike = 0, keys.count(keys[0]) == len(keys)
     for group, part in slices:
-        first = number
-        while starts[number] < part.stop:
-            number += 1
+        first, number = number, bisect_left(starts, part.stop, number)
+        if alike:
+            yield range(first, number), part, group, keys[0]
+            continue
         for key, of_it in groupby(range(first, number), keys.__getitem__):
             numbers = list(of_it)
             whole = slice(starts[numbers[0]], starts[numbers[-1] + 1])

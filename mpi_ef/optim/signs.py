@@ -1,10 +1,11 @@
 """Optimizers that only know directions: Signum and Lion by majority vote, one bit per entry both ways."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mpi_ef import kernels
 from mpi_ef.collectives import Plan, TwoPhaseMean, plan_for
@@ -55,6 +56,9 @@ class Lion(ReplicatedOptimizer):
         As OneBitAdam's.
     """
 
+    counters = ("asleep",)
+    later_counters: dict[str, Any] = {"asleep": None}  # noqa: RUF012
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -79,6 +83,21 @@ class Lion(ReplicatedOptimizer):
         self.rules["lion"] = ErrorFeedback("lion", plan, beta1=betas[0], beta2=betas[1])
         self._betas, self._knows = betas, False  # which entries sleep
 
+    @property
+    def asleep(self) -> Tensor | None:
+        """The entries that sleep, in bits, of bytes; no byte where none does, and None where that is not known."""
+        if not self._knows:
+            return None
+        mask = self._asleep.mask
+        return torch.from_numpy(np.packbits(np.empty(0, bool) if mask is None else mask))
+
+    @asleep.setter
+    def asleep(self, bits: Tensor | None) -> None:
+        self._knows, mask = bits is not None, None
+        if bits is not None and bits.numel():
+            mask = np.unpackbits(bits.numpy(), count=self.flat.d).astype(bool)
+        self._asleep.fall(mask)
+
     def _ready(self, problem: Exception | None) -> tuple[int, ...]:
         word = QUIET
         if problem is None and not self._knows:
@@ -86,7 +105,10 @@ class Lion(ReplicatedOptimizer):
         elif problem is None and self._asleep.stir(self.flat.gradients):
             word = STIRS
         self._handshake.note(sleepers=word)
-        return super()._ready(problem)
+        broken = super()._ready(problem)
+        if not broken:
+            self._look()
+        return broken
 
     def _stirring(self) -> Mask:
         """Return which entries have a momentum or a gradient on this rank. Local."""
@@ -106,12 +128,6 @@ class Lion(ReplicatedOptimizer):
             self._asleep.wake(self._stirring())
             self._retired_nbytes += self._asleep.sent_nbytes
 
-    @contextmanager
-    def _resting(self) -> Iterator[None]:
-        self._look()
-        with super()._resting():
-            yield
-
     def _update(self) -> None:
         self._knows = False  # until the vote has come to its end
         rule, real = self.rules["lion"], self.flat.dtype.type
@@ -121,9 +137,6 @@ class Lion(ReplicatedOptimizer):
         for group, part in self._slices():
             kernels.sign_step(vote[part], real(group["lr"]), real(1.0 - group["lr"] * group["weight_decay"]),
                               self.flat.values[part])  # fmt: skip
-
-    def _loaded(self) -> None:
-        self._knows = False
 
 
 class Signum(Lion):

@@ -21,6 +21,8 @@ from .runs import Key, Stretch, stretches
 
 __all__ = ["VarianceOptimizer", "VarianceWatch", "inverse_roots"]
 
+_NOTHING = np.empty(0, np.intp)
+
 
 class VarianceOptimizer(ReplicatedOptimizer):
     """What OneBitAdam, OneBitLamb and ZeroOneAdam share, besides what ReplicatedOptimizer is.
@@ -97,9 +99,14 @@ class VarianceOptimizer(ReplicatedOptimizer):
         """Return whether the next step exchanges everything whole. Local, alike on all ranks."""
         return self.frozen_step is None
 
+    def _updates(self) -> tuple[list[int], int]:
+        """Return how often the variance of each parameter was updated, and of those that are not late. Local."""
+        return self.counted, self.frozen_step or 0
+
     def _behind(self) -> Mask:
         """Return which parameters have had fewer updates of their variance than the others. Local."""
-        return np.array(self.counted) < (self.frozen_step or 0)
+        updates, of_others = self._updates()
+        return np.array(updates) < of_others
 
     @abstractmethod
     def _step_late(self, number: int, mean: Vector) -> None:
@@ -115,21 +122,22 @@ class VarianceOptimizer(ReplicatedOptimizer):
         self._derive()
 
     def _ready(self, problem: Exception | None) -> tuple[int, ...]:
-        stirs = problem is None and self._asleep.stir(self.flat.gradients)
-        self._handshake.note(sleepers=STIRS if stirs else QUIET)
+        if self._asleep.mask is not None:
+            stirs = problem is None and self._asleep.stir(self.flat.gradients)
+            self._handshake.note(sleepers=STIRS if stirs else QUIET)
         return super()._ready(problem)
 
     @contextmanager
     def _resting(self) -> Iterator[None]:
         """Let parameters without gradient stay, and those that are late go their own way."""
-        self._whole = self._is_whole()
-        if self._whole:
-            with self._spared():
-                yield
-            return
-        asleep, woken = self._asleep.mask, self._wake()
-        try:
+        self._whole, asleep, woken, late = self._is_whole(), self._asleep.mask, _NOTHING, list[int]()
+        if not self._whole:
+            woken = self._wake()
             late = self._late(woken)
+        if not late and self.moving.all() and not woken.size:
+            yield
+            return
+        try:
             means = self._means(late)
             self.moving[late] = False
             with self._spared():
@@ -138,7 +146,8 @@ class VarianceOptimizer(ReplicatedOptimizer):
             self._asleep.mask = asleep
             raise
         self.arrays["v"][woken] = np.finfo(self.flat.dtype).tiny
-        self._go_on(late, means)
+        if late:
+            self._go_on(late, means)
 
     def _spared(self) -> AbstractContextManager[None]:
         """Return a context that leaves alone what has no gradient."""
@@ -146,16 +155,18 @@ class VarianceOptimizer(ReplicatedOptimizer):
 
     def _wake(self) -> NDArray[np.intp]:
         """Return the entries that sleep no longer. Collective where some rank has a gradient of one."""
-        if not self._handshake.answers("sleepers").any():
-            return np.empty(0, np.intp)
+        if self._asleep.mask is None or not self._handshake.answers("sleepers").any():
+            return _NOTHING
         woken = self._asleep.wake(self.flat.gradients != 0)
         self._retired_nbytes += self._asleep.sent_nbytes
         return woken
 
     def _late(self, woken: NDArray[np.intp]) -> list[int]:
-        """Return the parameters that are late and have a gradient, by number. Local, alike on all ranks."""
-        late = self.moving & self._behind()
-        numbers: list[int] = np.flatnonzero(late).tolist()
+        """Return the parameters that are late, are awake and have a gradient. Local, alike on all ranks."""
+        updates, of_others = self._updates()
+        if min(updates) >= of_others:
+            return []
+        numbers: list[int] = np.flatnonzero(self.moving & self._behind()).tolist()
         ends = np.searchsorted(woken, self.flat.starts)
         return [number for number in numbers if self.counted[number] or ends[number] < ends[number + 1]]
 

@@ -16,7 +16,6 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.state import form
-from mpi_ef.vectors import Mask
 
 from .replicated import checked
 from .runs import Advance, Run
@@ -45,6 +44,10 @@ class ZeroOneAdam(VarianceOptimizer):
         at a synchronisation: m = u = mean_i C(u_i + e_i), x = D x - S u / sqrt(v) on all ranks
 
     One comes every step at first; every `local_step_scaler` steps the interval doubles, up to `local_step_clipper`.
+
+    A parameter whose variance was updated less often than that of the others (`renewed`, `variance_updates`) catches up in
+    the steps in which it has a gradient: that travels whole then, also between two synchronisations. Entries without a
+    gradient sleep as with :class:`OneBitAdam`, and wake on all ranks at once.
 
     Parameters
     ----------
@@ -206,8 +209,8 @@ class ZeroOneAdam(VarianceOptimizer):
         due = self.steps + 1 >= self.variance_step + self.variance_interval
         return self.frozen_step is None and (self.variance_updates == 0 or due)
 
-    def _behind(self) -> Mask:
-        return np.array(self.renewed) < self.variance_updates
+    def _updates(self) -> tuple[list[int], int]:
+        return self.renewed, self.variance_updates
 
     @property
     def _compresses(self) -> bool:
@@ -215,11 +218,10 @@ class ZeroOneAdam(VarianceOptimizer):
         return self.variance_updates < self.variance_step or self.variance_interval > 1
 
     def _update(self) -> None:
-        step = self.steps + 1
         if self.frozen_step is not None:
             self._step_alone()
         elif self._whole:
-            self._step_exactly(step)
+            self._step_exactly(self.steps + 1)
         else:
             self._step_compressed()
 
@@ -267,12 +269,11 @@ class ZeroOneAdam(VarianceOptimizer):
     def _step_late(self, number: int, mean: Vector) -> None:
         """Do what :meth:`_step_exactly` does, with one parameter."""
         part, real, (beta1, beta2) = self.flat.place(number), self.flat.dtype.type, self.betas
-        m, v = self.arrays["m"][part], self.arrays["v"][part]
+        m, v, updates = self.arrays["m"][part], self.arrays["v"][part], self.renewed[number] + 1
         kernels.update_moments(mean, real(beta1), real(beta2), m, v)
-        self.renewed[number] += 1
-        step, updates = self.counted[number], self.renewed[number]
         inverse = inverse_roots(v, self._factor(updates), [0, v.size], self.eps, self.variance_floor)
-        self._step_over_variance(part, self._group_of(number), step, updates, inverse)
+        self._step_over_variance(part, self._group_of(number), self.counted[number], updates, inverse)
+        self.renewed[number] = updates
         self.arrays["x"][part] = self.flat.values[part]
         self.covered[number], self.left[number], self.moved[number] = 0.0, 1.0, False
 
@@ -348,7 +349,7 @@ class ZeroOneAdam(VarianceOptimizer):
         real, x, m = self.flat.dtype.type, self.arrays["x"], self.arrays["m"]
         still = [number for run, a in ways if not a.moved for number in run.numbers]
         try:
-            with self._silent(still, self.flat.values):
+            with self._silent(still, self.flat.values) if still else nullcontext():
                 mean = self._exchange(self.flat.values)
         except BaseException:
             self._place()
@@ -408,9 +409,8 @@ class ZeroOneAdam(VarianceOptimizer):
             self.renewed = self._where_known(self.variance_updates)
         if self.frozen_step is not None:
             if len(self.covered) != len(self.moved):  # saved by group, in earlier versions
-                owners = self._owners.tolist()
-                self.covered, self.left = ([values[n] for n in owners] for values in (self.covered, self.left))
-                self.moved = [True] * len(owners)
+                self.covered, self.left = ([values[n] for n in self._owners] for values in (self.covered, self.left))
+                self.moved = [True] * len(self._owners)
             self._settle(self.frozen_step)
             self._place()
             self.flat.publish()
