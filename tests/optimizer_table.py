@@ -97,7 +97,7 @@ _muon = {
     "differing": ("dense_steps", 1, 0), "saves": 4,
 }  # fmt: skip
 _votes = {"learns": SLOWLY, "learning": {"lr": 5e-3}, "options": {"lr": 1e-2}, "own": {"m_i"}, "calls": TWO_PHASES,
-          "saves": 31, "rests": False}  # fmt: skip
+          "saves": 31}  # fmt: skip
 _adam = {
     "make": OneBitAdam, "options": {"lr": 1e-2, "freeze_step": 9, "compressor": SIGNS}, "moments": (3, 9, 10, 14, 16),
     "own": {"e_i", "plan.residual"}, "learns": (120, slice(18, 22), 0.5), "frozen": 20,

@@ -18,9 +18,10 @@ from .line import Line
 __all__ = ["Handshake", "check_order"]
 
 # May the step be taken; what must be the same; hashes of what should be, where they are compared (else 0); which parameters
-# have a gradient; has the rank run out of data.
+# have a gradient; has the rank run out of data; what it has to say of entries that sleep (asleep.py).
 _WORDS = np.dtype([("status", "u4"), ("groups", "u4"), ("steps", "u4"), ("number", "u4"), ("values", "u4"),
-                   ("gradient", "u4"), ("present", "u4"), ("done", "u4"), ("squared_norm", "f8")])  # fmt: skip
+                   ("gradient", "u4"), ("present", "u4"), ("done", "u2"), ("sleepers", "u2"),
+                   ("squared_norm", "f8")])  # fmt: skip
 LEFT = 3  # besides the statuses of frames
 _SAME = ["status", "groups", "steps", "number", "values"]
 Answers = NDArray[Any]
@@ -47,13 +48,22 @@ class Handshake:
         self._mine["number"] = number
         self.steps = 0  # that were completed
 
+    def note(self, **words: float) -> None:
+        """Remember `words` for the next time. Local."""
+        for name, word in words.items():
+            self._mine[name] = word
+
+    def answers(self, name: str) -> Answers:
+        """Return what all ranks have told last, of one field, (n,). Local."""
+        told: Answers = self._answers[name]
+        return told
+
     def ask(self, **words: float) -> Answers:
         """Tell `words` to all ranks, and return those of all: (n,) with a field for each. Collective.
 
         They are valid until the next time.
         """
-        for name, word in words.items():
-            self._mine[name] = word
+        self.note(**words)
         self._answers.view(np.uint8).fill(0xFF)  # no valid answer
         self._line.allgather(self._mine.view(np.uint8), self._answers.view(np.uint8),
                              lambda: f"step {int(self._mine['steps'][0])} of {self._name}")  # fmt: skip

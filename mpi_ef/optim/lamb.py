@@ -1,6 +1,6 @@
 """1-bit LAMB: LAMB whose momentum travels as signs once its variance and its trust ratios have settled."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from math import fsum, sqrt
 from typing import Any
@@ -9,14 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ef import kernels
-from mpi_ef.collectives import DenseMean, plan_for
+from mpi_ef.collectives import plan_for
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor, Sign
 from mpi_ef.compress.combination import Vector
 from mpi_ef.feedback import ErrorFeedback
 
-from .adam import VarianceWatch, inverse_roots
-from .replicated import ReplicatedOptimizer, checked
+from .replicated import checked
+from .runs import stretches
+from .variance import VarianceOptimizer, inverse_roots, mean_root
 from .wrapper import PlanBuilder
 
 __all__ = ["OneBitLamb"]
@@ -25,7 +26,7 @@ SIGNS = Sign(block=1024)
 Layers = NDArray[np.float64]
 
 
-class OneBitLamb(ReplicatedOptimizer):
+class OneBitLamb(VarianceOptimizer):
     """1-bit LAMB (Li et al. 2021, arXiv 2104.06069): dense LAMB at first, then compressed momentum and frozen variance.
 
     A layer is a parameter. The warm-up is LAMB (You et al. 2020, arXiv 1904.00962) on the mean gradient::
@@ -38,6 +39,9 @@ class OneBitLamb(ReplicatedOptimizer):
     (:func:`mpi_ef.feedback.rules.ef14`). The coefficient of a layer is then its moving average of the warm-up times a
     factor: the largest quotient of the roots of the frozen variance and of a fresh one. That is made of the gradients that
     must have led from one momentum to the next, the same on all ranks.
+
+    Layers that had no gradient in steps of the warm-up have one of their own, and entries without a gradient sleep, as with
+    :class:`OneBitAdam`; such a layer is scaled to the size that the others have when it joins them.
 
     Parameters
     ----------
@@ -65,8 +69,6 @@ class OneBitLamb(ReplicatedOptimizer):
     frozen_step : int or None
         After how many steps variance and coefficients were frozen.
     """
-
-    counters = ("frozen_step", "looks")
 
     def __init__(
         self,
@@ -101,18 +103,11 @@ class OneBitLamb(ReplicatedOptimizer):
         layers = self._starts.size - 1
         self.arrays |= {"scales": np.ones(layers), "averages": np.zeros(layers), "averaged": np.zeros(layers),
                         "factors": np.ones(layers)}  # fmt: skip
-        self._dense: DenseMean | None = None
-        self._watch, self._direction = VarianceWatch(betas[1]), self._zeros()
-        self._inverse: Vector = self._zeros()
+        self._direction, self._inverse = self._zeros(), self._zeros()
         self._least, self._frozen_coefficients = np.zeros(layers), np.ones(layers)
-        owners = {id(p): n for n, group in reversed([*enumerate(self.param_groups)]) for p in group["params"]}
-        self._owners = np.array([owners[id(p)] for p in self.flat.parameters])
-        self.frozen_step: int | None = None
 
     def _checked_options(self) -> dict[str, object]:
         name, low, high = type(self).__name__, self.factor_min, self.factor_max
-        checked(name, all(0.0 <= beta < 1.0 for beta in self.betas),
-                f"betas={self.betas} are not in [0, 1); try (0.9, 0.999)")  # fmt: skip
         checked(name, self.freeze_step is None or self.freeze_step >= 1,
                 f"freeze_step={self.freeze_step}; the variance needs a step")  # fmt: skip
         checked(name, 0.0 < self.min_coeff <= self.max_coeff,
@@ -122,76 +117,70 @@ class OneBitLamb(ReplicatedOptimizer):
         for option, hint in (("coeff_beta", 0.9), ("factor_threshold", 0.1)):
             value = getattr(self, option)
             checked(name, 0.0 <= value < 1.0, f"{option}={value} is not in [0, 1); try {hint}")
-        checked(name, 0.0 <= self.variance_floor <= 1.0,
-                f"variance_floor={self.variance_floor} is not in [0, 1]; try 0.1")  # fmt: skip
-        checked(name, self.clip >= 0.0, f"clip={self.clip} is negative; 0 does not clip")
-        options = ("betas", "eps", "freeze_step", "max_coeff", "min_coeff", "coeff_beta", "factor_max", "factor_min",
-                   "factor_threshold", "bias_correction", "variance_floor", "clip")  # fmt: skip
-        return {option: getattr(self, option) for option in options}
-
-    @property
-    def looks(self) -> list[tuple[float, float]]:
-        """What the watch over the variance has seen: norms and learning rates."""
-        return self._watch.looks
-
-    @looks.setter
-    def looks(self, looks: list[tuple[float, float]]) -> None:
-        self._watch.looks = [(norm, lr) for norm, lr in looks]
+        options = ("freeze_step", "max_coeff", "min_coeff", "coeff_beta", "factor_max", "factor_min",
+                   "factor_threshold")  # fmt: skip
+        return self._shared_facts() | {option: getattr(self, option) for option in options}
 
     def _update(self) -> None:
         if self.frozen_step is None:
-            self._warm_up(self.steps + 1)
+            mean = self._mean(self.flat.gradients)
+            for numbers, part, count in self._runs():
+                self._lamb(numbers, part, count + 1, mean[part])
         else:
-            self._follow(self.steps + 1)
+            self._follow()
 
-    def _correction(self, beta: float, step: int) -> float:
-        return 1.0 - beta**step if self.bias_correction else 1.0
+    def _runs(self) -> Iterator[tuple[slice, slice, int]]:
+        """Yield layers that have had a gradient in equally many steps, where they are in the vectors, and that number."""
+        for numbers, part, _, count in stretches(self.flat.starts, [({}, slice(0, self.flat.d))], self.counted):
+            yield slice(numbers.start, numbers.stop), part, count
 
     def _of_layers(self, name: str) -> Layers:
         """Return a hyper-parameter of the groups for every layer."""
         values: Layers = np.array([float(group[name]) for group in self.param_groups])[self._owners]
         return values
 
-    def _norms(self, x: Vector) -> Layers:
-        norms = np.empty(self._starts.size - 1)
-        kernels.layer_norms(x, self._starts, norms)
+    def _starts_in(self, layers: slice) -> NDArray[np.int64]:
+        """Return where these layers begin, and end, in their own part of the vectors."""
+        starts: NDArray[np.int64] = self._starts[layers.start : layers.stop + 1] - self._starts[layers.start]
+        return starts
+
+    def _norms(self, x: Vector, starts: NDArray[np.int64]) -> Layers:
+        norms = np.empty(starts.size - 1)
+        kernels.layer_norms(x, starts, norms)
         return norms
 
-    def _add(self, values: Vector, factors: Layers, out: Vector) -> None:
-        kernels.add_layers(values, factors.astype(self.flat.dtype), self._starts, out)
+    def _add(self, values: Vector, factors: Layers, starts: NDArray[np.int64], out: Vector) -> None:
+        kernels.add_layers(values, factors.astype(self.flat.dtype), starts, out)
 
-    def _warm_up(self, step: int) -> None:
-        """Take a step of LAMB on the mean gradient."""
-        if self._dense is None:
-            self._dense = DenseMean(self.comm, self.flat.d, self.flat.dtype)
-        mean, real, (beta1, beta2) = self._dense.exchange(self.flat.gradients).mean, self.flat.dtype.type, self.betas
-        m, v, x, direction = self.arrays["m"], self.arrays["v"], self.flat.values, self._direction
+    def _lamb(self, layers: slice, part: slice, step: int, mean: Vector) -> None:
+        """Take a step of LAMB on the mean gradient with some layers, the step-th one of theirs."""
+        real, starts, (beta1, beta2) = self.flat.dtype.type, self._starts_in(layers), self.betas
+        m, v, x, direction = (a[part] for a in (self.arrays["m"], self.arrays["v"], self.flat.values, self._direction))
         kernels.update_moments(mean, real(beta1), real(beta2), m, v)
         root_factor = 1.0 / sqrt(self._correction(beta2, step))
         direction.fill(0)
         kernels.adam_step(m, v, real(-1.0 / self._correction(beta1, step)), real(root_factor), real(self.eps), real(0.0),
                           direction)  # fmt: skip
-        decays = self._of_layers("weight_decay")
+        decays = self._of_layers("weight_decay")[layers]
         if decays.any():
-            self._add(x, decays, direction)
-        self._add(direction, -self._of_layers("lr") * self._coefficients(self._norms(x), self._norms(direction)), x)
+            self._add(x, decays, starts, direction)
+        coefficients = self._coefficients(layers, self._norms(x, starts), self._norms(direction, starts))
+        self._add(direction, -self._of_layers("lr")[layers] * coefficients, starts, x)
 
     def _updated(self) -> None:
         """Freeze variance and coefficients if it is time."""
-        if self.frozen_step is None:
-            step, lr = self.steps + 1, max(group["lr"] for group in self.param_groups)
-            settled = self._watch.settled(step, self.arrays["v"], lr)
-            if settled if self.freeze_step is None else step >= self.freeze_step:
-                self._freeze(step)
+        super()._updated()
+        if self.frozen_step is None and self._is_time(self.freeze_step, self.steps + 1):
+            self._freeze(self.steps + 1)
 
-    def _coefficients(self, of_x: Layers, of_direction: Layers) -> Layers:
+    def _coefficients(self, layers: slice, of_x: Layers, of_direction: Layers) -> Layers:
         """Return the trust ratios, and take those of layers that have one into their moving averages."""
         seen = (of_x > 0) & (of_direction > 0)
         ratios = np.divide(of_x, of_direction, out=np.ones_like(of_x), where=seen)
         ratios[seen] = ratios[seen].clip(self.min_coeff, self.max_coeff)
-        averages = self.arrays["averages"]
+        averages = self.arrays["averages"][layers]
         averages[seen] = self.coeff_beta * averages[seen] + (1.0 - self.coeff_beta) * ratios[seen]
-        self.arrays["averaged"][seen] += 1
+        self.arrays["averaged"][layers][seen] += 1
         return ratios
 
     def _average_coefficients(self) -> Layers:
@@ -205,51 +194,72 @@ class OneBitLamb(ReplicatedOptimizer):
         """Let variance and coefficients of now hold for good, choose the scales of the layers, and go over to signs."""
         self._settle(step)
         np.copyto(self.arrays["fresh"], self.arrays["v"])
-        sizes = np.maximum(np.diff(self._starts), 1)
-        mean_squares = np.maximum(self._norms(self.arrays["m"]) / np.sqrt(sizes), self._least)
-        alive = mean_squares[mean_squares > 0]
-        scales = self.arrays["scales"]
-        if alive.size:
-            np.divide(fsum(alive) / alive.size, mean_squares, out=scales, where=mean_squares > 0)
+        sizes = self._sizes()
+        alive = (sizes > 0) & ~self._behind()
+        np.divide(fsum(sizes[alive]) / max(1, alive.sum()), sizes, out=self.arrays["scales"], where=alive)
 
-    def _settle(self, step: int) -> None:
-        """Derive what follows from the step of the freeze."""
-        self.frozen_step, v = step, self.arrays["v"]
-        if self._dense is not None:
-            self._retire(self._dense)
-        self._dense = None
-        factor = 1.0 / self._correction(self.betas[1], step)
+    def _sizes(self) -> Layers:
+        """Return the root mean squares of the layers' momenta, as far as they count for a scale."""
+        entries = np.maximum(np.diff(self._starts), 1)
+        sizes: Layers = np.maximum(self._norms(self.arrays["m"], self._starts) / np.sqrt(entries), self._least)
+        return sizes
+
+    def _derive(self) -> None:
+        factor, v = 1.0 / self._correction(self.betas[1], self.frozen_step or 0), self.arrays["v"]
         self._inverse = inverse_roots(v, factor, self.flat.starts, self.eps, self.variance_floor)
-        means = [kernels.l1_norm(v[start:stop]) / max(1, stop - start) for start, stop in pairwise(self.flat.starts)]
-        self._least = self.variance_floor * np.sqrt(factor * np.array(means))
+        roots = [mean_root(v[start:stop], factor) for start, stop in pairwise(self.flat.starts)]
+        self._least = self.variance_floor * np.array(roots)
         self._frozen_coefficients = self._average_coefficients()
 
-    def _follow(self, step: int) -> None:
+    def _step_late(self, number: int, mean: Vector) -> None:
+        self._lamb(slice(number, number + 1), self.flat.place(number), self.counted[number], mean)
+
+    def _join(self, numbers: list[int]) -> None:
+        """Scale the momenta of the new layers to the size that those of the others have now."""
+        others, scales = ~self._behind(), self.arrays["scales"]
+        others[numbers] = False
+        super()._join(numbers)
+        sizes = self._sizes()
+        others &= sizes > 0
+        common = fsum((scales * sizes)[others]) / max(1, others.sum())
+        for number in numbers:
+            place = self.flat.place(number)
+            self.arrays["fresh"][place] = self.arrays["v"][place]
+            scales[number] = common / sizes[number] if common > 0 and sizes[number] > 0 else 1.0
+
+    def _follow(self) -> None:
         """Exchange the new momentum, and step along what all know of it over the frozen variance."""
         real, m, direction, beta1 = self.flat.dtype.type, self.arrays["m"], self._direction, self.betas[0]
-        scales = self.arrays["scales"].astype(self.flat.dtype)
-        kernels.scaled_momentum(self.flat.gradients, m, real(beta1), scales, self._starts, direction)
-        sent = self.rules["momentum"].step(direction)
-        ratios = self._refresh(sent, scales, step)
+        scales, starts = self.arrays["scales"].astype(self.flat.dtype), self._starts
+        kernels.scaled_momentum(self.flat.gradients, m, real(beta1), scales, starts, direction)
+        sent = self._exchange(direction)
+        runs = list(self._runs())
+        ratios = self._refresh(sent, scales, runs)
         np.multiply(m, self._inverse, out=direction)
-        direction *= real(1.0 / self._correction(beta1, step))
+        for _, part, count in runs:
+            direction[part] *= real(1.0 / self._correction(beta1, count + 1))
         decays = self._of_layers("weight_decay")
         if decays.any():
-            of_momentum = self._norms(direction)
-            self._add(self.flat.values, decays, direction)
-            whole = self._norms(direction)
+            of_momentum = self._norms(direction, starts)
+            self._add(self.flat.values, decays, starts, direction)
+            whole = self._norms(direction, starts)
             share = np.divide(of_momentum, whole, out=np.ones_like(whole), where=whole > 0).clip(max=1.0)
             ratios = np.where(decays > 0, ratios * share + (1.0 - share), ratios)
         steps = self._of_layers("lr") * self._frozen_coefficients * self._factors(ratios)
-        self._add(direction, -steps, self.flat.values)
+        self._add(direction, -steps, starts, self.flat.values)
 
-    def _refresh(self, sent: Vector, scales: Vector, step: int) -> Layers:
+    def _refresh(self, sent: Vector, scales: Vector, runs: list[tuple[slice, slice, int]]) -> Layers:
         """Take the new momentum over and update the fresh variance; return its ratios to the frozen one."""
-        dtype, ratios = self.flat.dtype, np.empty_like(scales)
-        root_factor = 1.0 / sqrt(self._correction(self.betas[1], step))
-        kernels.follow_momentum(sent, self._inverse, np.array(self.betas, dtype), dtype.type(root_factor),
-                                dtype.type(self.eps), scales, self._least.astype(dtype), self._starts, self.arrays["m"],
-                                self.arrays["fresh"], ratios)  # fmt: skip
+        real, ratios, m, fresh = self.flat.dtype.type, np.zeros_like(scales), self.arrays["m"], self.arrays["fresh"]
+        asleep, inverse = self._asleep.mask, self._inverse
+        if asleep is not None:  # they have no part in the ratio of their layer
+            inverse = np.where(asleep, real(0), inverse)
+        betas, least = np.array(self.betas, self.flat.dtype), self._least.astype(self.flat.dtype)
+        for layers, part, count in runs:
+            root_factor = 1.0 / sqrt(self._correction(self.betas[1], count + 1))
+            kernels.follow_momentum(sent[part], inverse[part], betas, real(root_factor), real(self.eps), scales[layers],
+                                    least[layers], self._starts_in(layers), m[part], fresh[part],
+                                    ratios[layers])  # fmt: skip
         ratios[ratios == 0] = 1
         return ratios.astype(np.float64)
 
@@ -261,6 +271,13 @@ class OneBitLamb(ReplicatedOptimizer):
         np.copyto(factors, bounded)
         return bounded
 
+    def _momenta(self) -> Sequence[Vector]:
+        return [self.arrays["m"]]
+
+    def _hushed(self) -> Sequence[Vector]:
+        return [self.arrays["m"], self.arrays["fresh"]]
+
     def _loaded(self) -> None:
+        super()._loaded()
         if self.frozen_step is not None:
             self._settle(self.frozen_step)

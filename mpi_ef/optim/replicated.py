@@ -1,13 +1,15 @@
 """Optimizers whose update is computed here, on the vector of all parameters, the same on all ranks."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from mpi_ef.collectives import Move
+from mpi_ef.collectives import DenseMean, Move
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import aligned_zeros
 from mpi_ef.compress.combination import Vector
@@ -15,6 +17,7 @@ from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
 
 from .accounts import Channel
+from .asleep import Asleep
 from .flat import FlatOptimizer
 from .groups import group_sizes, hyper_parameters, parameters_of
 
@@ -33,10 +36,11 @@ class ReplicatedOptimizer(FlatOptimizer):
     """What OneBitAdam and its relatives share: groups, named arrays, rules at work, saving and loading.
 
     A subclass fills `arrays` with vectors that are equal on all ranks, `rules` with rules at work, and names in `counters`
-    the attributes that are saved as they are.
+    the attributes that are saved as they are, in `later_counters` what those are that states of earlier versions lack.
     """
 
     counters: tuple[str, ...] = ()
+    later_counters: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(
         self,
@@ -48,8 +52,9 @@ class ReplicatedOptimizer(FlatOptimizer):
         Optimizer.__init__(self, parameters_of(params), defaults)
         self.arrays: dict[str, Vector] = {}
         self.rules: dict[str, ErrorFeedback] = {}
-        self._dense: Channel | None = None
+        self._dense: DenseMean | None = None
         self._lay_out(comm, facts, params)
+        self._asleep = Asleep(comm)
 
     def _zeros(self) -> Vector:
         return aligned_zeros(self.flat.d, self.flat.dtype)
@@ -92,8 +97,7 @@ class ReplicatedOptimizer(FlatOptimizer):
         for name, feedback in self.rules.items():
             feedback.load_settings(settings["rules"][name], account.get("rules", {}).get(name, {}))
         self._dense, self._retired_nbytes = None, account.get("other_nbytes", 0)  # it is built again when it is needed
-        for name, value in settings["counters"].items():
-            setattr(self, name, value)
+        self._set_counters(settings["counters"])
 
     def loaded(self) -> None:
         """Derive again what follows from parameters, arrays and settings that were written. Local."""
@@ -101,12 +105,15 @@ class ReplicatedOptimizer(FlatOptimizer):
         self._loaded()
 
     def _counters(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("steps", "skipped_steps", *self.counters)}
+        return {name: deepcopy(getattr(self, name)) for name in ("steps", "skipped_steps", *self.counters)}
+
+    def _set_counters(self, counters: Mapping[str, Any]) -> None:
+        for name, value in {**self.later_counters, **counters}.items():
+            setattr(self, name, deepcopy(value))
 
     def _of_rules(self, kind: Callable[[ErrorFeedback], dict[str, Value]]) -> dict[str, Value]:
-        if len(self.rules) == 1:
-            return kind(next(iter(self.rules.values())))
-        return {f"{rule}.{name}": a for rule, feedback in self.rules.items() for name, a in kind(feedback).items()}
+        (feedback,) = self.rules.values()
+        return kind(feedback)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all state of this rank: arrays, rules, counters, hyper-parameters. Local; save it per rank."""
@@ -152,14 +159,71 @@ class ReplicatedOptimizer(FlatOptimizer):
             np.copyto(self.arrays[name], array.numpy())
         for name, feedback in self.rules.items():
             feedback.load_state_dict(rules[name])
-        for name, value in saved["counters"].items():
-            setattr(self, name, value)
+        self._set_counters(saved["counters"])
         self._load_masters(saved)
         self._loaded()
 
     def _kept(self) -> Sequence[Vector]:
         """Return what a step changes besides the parameters. Local."""
         return list(self.arrays.values())
+
+    def _momenta(self) -> Sequence[Vector]:
+        """Return the arrays, (d,), that go into a message besides gradients and errors. Local."""
+        return []
+
+    def _memories(self) -> list[tuple[Vector, int]]:
+        """Return what the rules keep of this rank, such as errors, and the entry at which each of these arrays begins."""
+        memories = []
+        for rule in self.rules.values():
+            moves = rule.moves()
+            for name, array in rule.per_rank().items():
+                cut = moves[name].how == "cut" and array.size < self.flat.d
+                if cut or array.size == self.flat.d:
+                    memories.append((array, moves[name].start if cut else 0))
+        return memories
+
+    @contextmanager
+    def _resting(self) -> Iterator[None]:
+        if self.moving.all():
+            yield
+            return
+        resting = np.flatnonzero(~self.moving).tolist()
+        with super()._resting(), self._silent(resting, self.flat.gradients, *self._momenta()):
+            yield
+
+    @contextmanager
+    def _silent(self, numbers: Sequence[int], *vectors: Vector) -> Iterator[None]:
+        """Let parameters, by number, take part in exchanges with nothing: they neither send nor keep anything of it.
+
+        `vectors`, (d,), and what the rules keep are zero there meanwhile, and what they were afterwards.
+        """
+        places = list(map(self.flat.place, numbers))
+
+        def parts() -> Iterator[Vector]:
+            for array, start in (*((vector, 0) for vector in vectors), *self._memories()) if places else ():
+                for place in places:
+                    yield array[max(place.start - start, 0) : max(place.stop - start, 0)]
+
+        before = [part.copy() for part in parts()]
+        for part in parts():
+            part.fill(0)
+        try:
+            yield
+        finally:
+            for part, was in zip(parts(), before, strict=True):
+                np.copyto(part, was)
+
+    def _mean(self, x: Vector) -> Vector:
+        """Return the mean of `x`, of any length that is the same on all ranks, until the next one is taken. Collective."""
+        if self._dense is None or self._dense.d != x.size:
+            self._retire_dense()
+            self._dense = DenseMean(self.comm, x.size, self.flat.dtype)
+        return self._dense.exchange(x).mean
+
+    def _retire_dense(self) -> None:
+        if self._dense is not None:
+            self._retire(self._dense)
+            self._dense = None
 
     def _loaded(self) -> None:
         """Derive again what follows from what was loaded."""

@@ -3,12 +3,18 @@
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from mpi_ef import kernels
 from mpi_ef.collectives import Plan, TwoPhaseMean, plan_for
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor, Vote
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.vectors import Mask
 
+from .asleep import ASKS, AWAKE, QUIET, STIRS
 from .replicated import ReplicatedOptimizer, checked
 
 __all__ = ["Lion", "Signum"]
@@ -29,6 +35,11 @@ class Lion(ReplicatedOptimizer):
     ``x = (1 - lr weight_decay) x - lr sign(mean_i C(beta1 m_i + (1 - beta1) grad_i))``; momenta are state of each rank, see
     :func:`mpi_ef.feedback.momentum.lion`. Cost per step: 40 bytes, and 2 (n - 1) / n bits for every entry.
 
+    sign(0) is 0, as in torch: an entry without momentum and gradient on all ranks stays where it is, but for weight decay.
+    Ranks find out which these are in the first step, and when one of these has a gradient, at the cost of the vote; with a
+    beta of 0 in every step, unless a rank has none. Where some ranks have one, those that have none vote up in one step and
+    down in the next, as for a tie.
+
     Parameters
     ----------
     params : iterable of parameters or of groups, as for torch optimizers
@@ -44,6 +55,9 @@ class Lion(ReplicatedOptimizer):
     clip : float
         As OneBitAdam's.
     """
+
+    counters = ("asleep",)
+    later_counters: dict[str, Any] = {"asleep": None}  # noqa: RUF012
 
     def __init__(
         self,
@@ -67,9 +81,59 @@ class Lion(ReplicatedOptimizer):
         super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, facts)
         plan = _voting(comm, compressor, self.flat.d, self.flat.dtype)
         self.rules["lion"] = ErrorFeedback("lion", plan, beta1=betas[0], beta2=betas[1])
+        self._betas, self._knows = betas, False  # which entries sleep
+
+    @property
+    def asleep(self) -> Tensor | None:
+        """The entries that sleep, in bits, of bytes; no byte where none does, and None where that is not known."""
+        if not self._knows:
+            return None
+        mask = self._asleep.mask
+        return torch.from_numpy(np.packbits(np.empty(0, bool) if mask is None else mask))
+
+    @asleep.setter
+    def asleep(self, bits: Tensor | None) -> None:
+        self._knows, mask = bits is not None, None
+        if bits is not None and bits.numel():
+            mask = np.unpackbits(bits.numpy(), count=self.flat.d).astype(bool)
+        self._asleep.fall(mask)
+
+    def _ready(self, problem: Exception | None) -> tuple[int, ...]:
+        word = QUIET
+        if problem is None and not self._knows:
+            word = AWAKE if self._stirring().all() else ASKS
+        elif problem is None and self._asleep.stir(self.flat.gradients):
+            word = STIRS
+        self._handshake.note(sleepers=word)
+        broken = super()._ready(problem)
+        if not broken:
+            self._look()
+        return broken
+
+    def _stirring(self) -> Mask:
+        """Return which entries have a momentum or a gradient on this rank. Local."""
+        stirring: Mask = self.flat.gradients != 0
+        if self._betas[0] > 0:
+            stirring |= self.rules["lion"].per_rank()["m_i"] != 0
+        return stirring
+
+    def _look(self) -> None:
+        """Find out which entries sleep. Collective where a rank does not know it or has a gradient of one that does."""
+        answers = self._handshake.answers("sleepers")
+        if (answers == AWAKE).any():
+            self._asleep.fall(None)
+        elif answers.any():
+            if (answers == ASKS).any():
+                self._asleep.fall(np.ones(self.flat.d, bool))
+            self._asleep.wake(self._stirring())
+            self._retired_nbytes += self._asleep.sent_nbytes
 
     def _update(self) -> None:
-        real, vote = self.flat.dtype.type, self.rules["lion"].step(self.flat.gradients)
+        self._knows = False  # until the vote has come to its end
+        rule, real = self.rules["lion"], self.flat.dtype.type
+        vote = rule.step(self.flat.gradients)
+        self._asleep.hush(rule.state.vote)  # type: ignore[attr-defined]
+        self._knows = all(self._betas)
         for group, part in self._slices():
             kernels.sign_step(vote[part], real(group["lr"]), real(1.0 - group["lr"] * group["weight_decay"]),
                               self.flat.values[part])  # fmt: skip
@@ -79,7 +143,7 @@ class Signum(Lion):
     """signSGD with momentum and majority vote (Bernstein et al. 2018, arXiv 1802.04434, 1810.05291).
 
     ``x = (1 - lr weight_decay) x - lr sign(sum_i sign(m_i))``, ``m_i = momentum m_i + (1 - momentum) grad_i``; momentum 0 is
-    signSGD. Parameters as :class:`Lion`.
+    signSGD. Parameters, and what has no gradient, as :class:`Lion`.
     """
 
     def __init__(

@@ -2,14 +2,14 @@
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from math import sqrt
 from typing import Any
 
 import numpy as np
 
 from mpi_ef import kernels
-from mpi_ef.collectives import DenseMean, Move, plan_for
+from mpi_ef.collectives import Move, plan_for
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor, Sign, lazy
 from mpi_ef.compress.combination import Vector
@@ -17,9 +17,9 @@ from mpi_ef.errors import OptionError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.state import form
 
-from .adam import VarianceWatch, inverse_roots
-from .replicated import ReplicatedOptimizer, checked
-from .runs import Advance, Run, runs
+from .replicated import checked
+from .runs import Advance, Run
+from .variance import VarianceOptimizer, inverse_roots
 from .wrapper import PlanBuilder
 
 __all__ = ["ZeroOneAdam"]
@@ -27,7 +27,7 @@ __all__ = ["ZeroOneAdam"]
 SIGNS = Sign(block=1024)
 
 
-class ZeroOneAdam(ReplicatedOptimizer):
+class ZeroOneAdam(VarianceOptimizer):
     """0/1 Adam (Lu et al. 2022, arXiv 2202.06009): seldom a new variance, signs in between; later steps without exchange.
 
     *Before the freeze* the exact mean gradient travels only in the steps that update the variance, in which it also goes
@@ -44,6 +44,10 @@ class ZeroOneAdam(ReplicatedOptimizer):
         at a synchronisation: m = u = mean_i C(u_i + e_i), x = D x - S u / sqrt(v) on all ranks
 
     One comes every step at first; every `local_step_scaler` steps the interval doubles, up to `local_step_clipper`.
+
+    A parameter whose variance was updated less often than that of the others (`renewed`, `variance_updates`) catches up in
+    the steps in which it has a gradient: that travels whole then, also between two synchronisations. Entries without a
+    gradient sleep as with :class:`OneBitAdam`, and wake on all ranks at once.
 
     Parameters
     ----------
@@ -67,6 +71,8 @@ class ZeroOneAdam(ReplicatedOptimizer):
     frozen_step : int or None
         After how many steps the variance was frozen.
     variance_updates : int
+    renewed : list of int
+        How often the variance of each parameter was updated.
 
     Notes
     -----
@@ -79,7 +85,9 @@ class ZeroOneAdam(ReplicatedOptimizer):
     the freeze they change from gradients to momenta, as which ``1 - beta1`` of them counts.
     """
 
-    counters = ("frozen_step", "looks", "variance_updates", "variance_step", "local_steps", "covered", "left", "moved")
+    counters = (*VarianceOptimizer.counters, "variance_updates", "variance_step", "local_steps", "covered", "left", "moved",
+                "renewed")  # fmt: skip
+    later_counters = VarianceOptimizer.later_counters | {"renewed": []}
 
     def __init__(
         self,
@@ -109,24 +117,17 @@ class ZeroOneAdam(ReplicatedOptimizer):
 
         def facts() -> dict[str, object]:
             name, freeze = type(self).__name__, var_freeze_step
-            checked(
-                name, all(0.0 <= beta < 1.0 for beta in betas), f"betas={betas} are not in [0, 1); try (0.9, 0.999)"
-            )
             checked(name, freeze is None or freeze >= 1, f"var_freeze_step={freeze}; the variance needs a step")
             for option, count in counts.items():
                 fits = isinstance(count, int) and count >= 1
                 checked(name, fits, f"{option}={count} is not a positive integer; 16 is usual")
-            checked(name, 0.0 <= variance_floor <= 1.0, f"variance_floor={variance_floor} is not in [0, 1]; try 0.1")
-            checked(name, clip >= 0.0, f"clip={clip} is negative; 0 does not clip")
-            return {"betas": betas, "eps": eps, "var_freeze_step": freeze, **counts, "clip": clip,
-                    "bias_correction": bias_correction, "variance_floor": variance_floor}  # fmt: skip
+            return self._shared_facts() | {"var_freeze_step": freeze, **counts}
 
         super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, facts)
         self.rules["momentum"] = ErrorFeedback("ef14", plan(comm, compressor, self.flat.d, self.flat.dtype))
         self.arrays.update({name: self._zeros() for name in ("m", "v", "u", "x")})
-        self._dense: DenseMean | None = None
-        self._watch, self._inverse = VarianceWatch(betas[1]), self._zeros()
-        self.frozen_step: int | None = None
+        self._inverse = self._zeros()
+        self.renewed = [0] * len(self.counted)
         self.variance_updates = self.variance_step = 0
         self._start_afresh()
 
@@ -137,17 +138,9 @@ class ZeroOneAdam(ReplicatedOptimizer):
 
     def _runs(self, moves: Sequence[bool]) -> Iterator[Run]:
         """Yield the parameters in runs as long as they can be. Local."""
-        keys = list(zip(self.covered, self.left, moves, self.moved, strict=True))
-        return runs(self.flat.starts, self._slices(), keys)
-
-    @property
-    def looks(self) -> list[tuple[float, float]]:
-        """What the watch over the variance has seen: norms and learning rates."""
-        return self._watch.looks
-
-    @looks.setter
-    def looks(self, looks: list[tuple[float, float]]) -> None:
-        self._watch.looks = [(norm, lr) for norm, lr in looks]
+        keys = list(zip(self.covered, self.left, moves, self.moved, self.counted, strict=True))
+        for numbers, part, group, key in self._stretches(keys):
+            yield Run(numbers, part, group, *key)
 
     @property
     def variance_interval(self) -> int:
@@ -212,62 +205,95 @@ class ZeroOneAdam(ReplicatedOptimizer):
                 return self._name(bisect_right(self.flat.starts, wrong) - 1)
         return None
 
+    def _is_whole(self) -> bool:
+        due = self.steps + 1 >= self.variance_step + self.variance_interval
+        return self.frozen_step is None and (self.variance_updates == 0 or due)
+
+    def _updates(self) -> tuple[list[int], int]:
+        return self.renewed, self.variance_updates
+
+    @property
+    def _compresses(self) -> bool:
+        """Whether something compressed is in the momentum after the last update of the variance, or in the next step."""
+        return self.variance_updates < self.variance_step or self.variance_interval > 1
+
     def _update(self) -> None:
-        step = self.steps + 1
         if self.frozen_step is not None:
             self._step_alone()
-            return
-        if self.variance_updates == 0 or step >= self.variance_step + self.variance_interval:
-            self._step_exactly(step)
+        elif self._whole:
+            self._step_exactly(self.steps + 1)
         else:
-            self._step_compressed(step)
+            self._step_compressed()
 
     def _updated(self) -> None:
         """Freeze the variance if it is time."""
-        if self.frozen_step is not None:
-            return
-        step, lr = self.steps + 1, max(group["lr"] for group in self.param_groups)
-        settled = self._watch.settled(step, self.arrays["v"], lr, updates=self.variance_updates)
-        if settled if self.var_freeze_step is None else step >= self.var_freeze_step:
-            self._freeze(step)
-
-    def _correction(self, beta: float, step: int) -> float:
-        return 1.0 - beta**step if self.bias_correction else 1.0
-
-    def _scalars(self, group: dict[str, Any], step: int) -> tuple[Any, Any]:
-        """Return the corrected step size and what weight decay leaves, in the dtype of the vectors."""
-        real, lr = self.flat.dtype.type, group["lr"]
-        return real(lr / self._correction(self.betas[0], step)), real(1.0 - lr * group["weight_decay"])
+        super()._updated()
+        if self.frozen_step is None:
+            if self._whole and self._compresses:
+                self._fall_asleep()
+            if self._is_time(self.var_freeze_step, self.variance_updates):
+                self._freeze(self.steps + 1)
 
     def _step_exactly(self, step: int) -> None:
-        """Update both moments with the mean gradient, and step: as in Adam while nothing compressed is in the momentum."""
-        if self._dense is None:
-            self._dense = DenseMean(self.comm, self.flat.d, self.flat.dtype)
-        mean, real, (beta1, beta2) = self._dense.exchange(self.flat.gradients).mean, self.flat.dtype.type, self.betas
-        m, v, x = self.arrays["m"], self.arrays["v"], self.flat.values
-        kernels.update_moments(mean, real(beta1), real(beta2), m, v)
+        """Update both moments with the mean gradient, and step."""
+        mean, real, (beta1, beta2) = self._mean(self.flat.gradients), self.flat.dtype.type, self.betas
         self.variance_updates, self.variance_step = self.variance_updates + 1, step
-        if self.variance_updates < step or self.variance_interval > 1:
-            self._divide()
-        root_factor = 1.0 / sqrt(self._correction(beta2, self.variance_updates))
-        for group, part in self._slices():
-            size, decay = self._scalars(group, step)
-            if self.variance_updates < step:
-                kernels.preconditioned_step(m[part], self._inverse[part], size, decay, x[part])
-            else:
-                kernels.adam_step(m[part], v[part], size, real(root_factor), real(self.eps), decay, x[part])
+        moves = self.moving.tolist()
+        self.renewed = [updates + now for updates, now in zip(self.renewed, moves, strict=True)]
+        keys = list(zip(moves, self.counted, self.renewed, strict=True))
+        moving = [stretch for stretch in self._stretches(keys) if stretch[3][0]]
+        for _, part, *_ in moving:
+            kernels.update_moments(mean[part], real(beta1), real(beta2), self.arrays["m"][part], self.arrays["v"][part])
+        if self._compresses:
+            self._derive()
+        for _, part, group, (_, count, updates) in moving:
+            self._step_over_variance(part, group, count + 1, updates, self._inverse[part])
 
-    def _step_compressed(self, step: int) -> None:
+    def _step_over_variance(self, part: slice, group: dict[str, Any], step: int, updates: int, inverse: Vector) -> None:
+        """Step along the momentum: as in Adam where nothing compressed is in it, else over roots with a floor."""
+        m, v, x, real = self.arrays["m"][part], self.arrays["v"][part], self.flat.values[part], self.flat.dtype.type
+        size, decay = self._scalars(group, step)
+        if updates < step:
+            kernels.preconditioned_step(m, inverse, size, decay, x)
+        else:
+            root_factor = 1.0 / sqrt(self._correction(self.betas[1], updates))
+            kernels.adam_step(m, v, size, real(root_factor), real(self.eps), decay, x)
+
+    def _step_compressed(self) -> None:
         """Update the momentum with what all have sent of their gradients, and step over the variance of the last update."""
-        beta1, mean = self.flat.dtype.type(self.betas[0]), self.rules["momentum"].step(self.flat.gradients)
-        for group, part in self._slices():
-            kernels.momentum_step(mean[part], self._inverse[part], beta1, *self._scalars(group, step),
+        beta1, mean = self.flat.dtype.type(self.betas[0]), self._exchange(self.flat.gradients)
+        for _, part, group, count in self._stretches(self.counted):
+            kernels.momentum_step(mean[part], self._inverse[part], beta1, *self._scalars(group, count + 1),
                                   self.arrays["m"][part], self.flat.values[part])  # fmt: skip
 
-    def _divide(self) -> None:
+    def _step_late(self, number: int, mean: Vector) -> None:
+        """Do what :meth:`_step_exactly` does, with one parameter."""
+        part, real, (beta1, beta2) = self.flat.place(number), self.flat.dtype.type, self.betas
+        m, v, updates = self.arrays["m"][part], self.arrays["v"][part], self.renewed[number] + 1
+        kernels.update_moments(mean, real(beta1), real(beta2), m, v)
+        inverse = inverse_roots(v, self._factor(updates), [0, v.size], self.eps, self.variance_floor)
+        self._step_over_variance(part, self._group_of(number), self.counted[number], updates, inverse)
+        self.renewed[number] = updates
+        self.arrays["x"][part] = self.flat.values[part]
+        self.covered[number], self.left[number], self.moved[number] = 0.0, 1.0, False
+
+    def _factor(self, updates: int) -> float:
+        return 1.0 / self._correction(self.betas[1], max(1, updates))
+
+    def _derive(self) -> None:
         """Form one over the roots of the variance, whose bias is corrected by the number of its updates."""
-        factor = 1.0 / self._correction(self.betas[1], self.variance_updates)
-        self._inverse = inverse_roots(self.arrays["v"], factor, self.flat.starts, self.eps, self.variance_floor)
+        factors = [self._factor(updates) for updates in self.renewed]
+        self._inverse = inverse_roots(self.arrays["v"], factors, self.flat.starts, self.eps, self.variance_floor)
+
+    def _fall_asleep(self) -> None:
+        super()._fall_asleep()
+        self.renewed = [updates if count else 0 for updates, count in zip(self.renewed, self.counted, strict=True)]
+
+    def _momenta(self) -> list[Vector]:
+        return [self.arrays["m"]]
+
+    def _hushed(self) -> list[Vector]:
+        return [self.arrays["m"], self.arrays["u"]]
 
     def _freeze(self, step: int) -> None:
         """Let the variance of now hold for good; what was not sent of gradients becomes what was not sent of momenta."""
@@ -277,29 +303,25 @@ class ZeroOneAdam(ReplicatedOptimizer):
         for name in unsent.keys() & {"e_i", "plan.residual"}:
             unsent[name] *= self.flat.dtype.type(1.0 - self.betas[0])
 
-    def _settle(self, step: int) -> None:
-        self.frozen_step = step
-        if self._dense is not None:
-            self._retire(self._dense)
-        self._dense = None
-        self._divide()
+    def _ways(self, moves: Sequence[bool]) -> list[tuple[Run, Advance]]:
+        return [(run, self._advance(run)) for run in self._runs(moves)]
 
     def _advance(self, run: Run) -> Advance:
         """Return what the next step makes of a run's S and D."""
         if not run.moves:
-            return Advance(run.part, 0.0, run.covered, run.left, run.moved)
+            return Advance(0.0, run.covered, run.left, run.moved)
         decay = 1.0 - run.group["lr"] * run.group["weight_decay"]
-        size = run.group["lr"] / self._correction(self.betas[0], self.steps + 1)
+        size = run.group["lr"] / self._correction(self.betas[0], run.steps + 1)
         total = decay * run.covered + size
-        return Advance(run.part, size / total if total > 0.0 else 1.0, total, decay * run.left, True)
+        return Advance(size / total if total > 0.0 else 1.0, total, decay * run.left, True)
 
     def _step_alone(self) -> None:
         """Step along this rank's momentum; synchronise if it is time."""
         grad, m, u, x = self.flat.gradients, self.arrays["m"], self.arrays["u"], self.arrays["x"]
-        real, beta1, parts = self.flat.dtype.type, self.betas[0], list(self._runs(self.moving.tolist()))
-        advances = [self._advance(run) for run in parts]
+        real, beta1, ways = self.flat.dtype.type, self.betas[0], self._ways(self.moving.tolist())
         if self.local_steps + 1 < self.local_step_interval:
-            for run, (part, weight, covered, left, moved) in zip(parts, advances, strict=True):
+            for run, (weight, covered, left, moved) in ways:
+                part = run.part
                 if run.moves:
                     kernels.local_step(grad[part], self._inverse[part], x[part], real(beta1), real(weight), real(covered),
                                        real(left), m[part], u[part], self.flat.values[part])  # fmt: skip
@@ -308,33 +330,31 @@ class ZeroOneAdam(ReplicatedOptimizer):
             self.local_steps += 1
             return
         # The new u takes the place of the parameters, which follow from x and the old u.
-        for run, a in zip(parts, advances, strict=True):
-            newest = a.weight * beta1 * lazy(m[a.part]) + a.weight * (1.0 - beta1) * lazy(grad[a.part])
-            sent = (1.0 - a.weight) * lazy(u[a.part]) + newest if run.moves else lazy(u[a.part])
-            form(sent, into=self.flat.values[a.part])
-        self._meet(advances)
+        for run, a in ways:
+            part = run.part
+            newest = a.weight * beta1 * lazy(m[part]) + a.weight * (1.0 - beta1) * lazy(grad[part])
+            sent = (1.0 - a.weight) * lazy(u[part]) + newest if run.moves else lazy(u[part])
+            form(sent, into=self.flat.values[part])
+        self._meet(ways)
 
-    @contextmanager
-    def _resting(self) -> Iterator[None]:
-        """Let parameters without a gradient stay; with a frozen variance the step itself goes around them."""
-        if self.frozen_step is None:
-            with super()._resting():
-                yield
-        else:
-            yield
+    def _spared(self) -> AbstractContextManager[None]:
+        """Leave alone what has no gradient; with a frozen variance the step itself goes around it."""
+        return super()._spared() if self.frozen_step is None else nullcontext()
 
-    def _meet(self, advances: list[Advance]) -> None:
+    def _meet(self, ways: list[tuple[Run, Advance]]) -> None:
         """Exchange the u_i that are in the place of the parameters, and take the way of their mean from x. Collective.
 
-        What has not moved since the last time stays, whatever of its errors has arrived.
+        What has not moved since the last time has no part in it.
         """
         real, x, m = self.flat.dtype.type, self.arrays["x"], self.arrays["m"]
+        still = [number for run, a in ways if not a.moved for number in run.numbers]
         try:
-            mean = self.rules["momentum"].step(self.flat.values)
+            with self._silent(still, self.flat.values) if still else nullcontext():
+                mean = self._exchange(self.flat.values)
         except BaseException:
             self._place()
             raise
-        for part, _, covered, left, moved in advances:
+        for (_, part, *_), (_, covered, left, moved) in ways:
             if moved:
                 kernels.preconditioned_step(mean[part], self._inverse[part], real(covered), real(left), x[part])
                 m[part] = mean[part]
@@ -358,7 +378,7 @@ class ZeroOneAdam(ReplicatedOptimizer):
         """
         if not self.synchronized:
             np.copyto(self.flat.values, self.arrays["u"])
-            self._meet([self._advance(run) for run in self._runs([False] * len(self.moved))])
+            self._meet(self._ways([False] * len(self.moved)))
             self.flat.publish()
 
     def check_replicas(self) -> None:
@@ -384,14 +404,16 @@ class ZeroOneAdam(ReplicatedOptimizer):
         return [self.arrays["m"], self.arrays["v"]]
 
     def _loaded(self) -> None:
+        super()._loaded()
+        if not self.renewed:
+            self.renewed = self._where_known(self.variance_updates)
         if self.frozen_step is not None:
             if len(self.covered) != len(self.moved):  # saved by group, in earlier versions
-                owners = [n for n, (_, part) in enumerate(self._slices()) for start in self.flat.starts[:-1]
-                          if part.start <= start < part.stop]  # fmt: skip
-                self.covered, self.left = ([values[n] for n in owners] for values in (self.covered, self.left))
-                self.moved = [True] * len(owners)
+                self.covered, self.left = ([values[n] for n in self._owners] for values in (self.covered, self.left))
+                self.moved = [True] * len(self._owners)
             self._settle(self.frozen_step)
             self._place()
             self.flat.publish()
-        elif self.variance_updates:
-            self._divide()
+        elif self.variance_updates and self._compresses:
+            self._derive()
+            self._fall_asleep()

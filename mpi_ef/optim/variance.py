@@ -1,0 +1,313 @@
+"""What 1-bit Adam and its relatives share: a variance that is frozen, of every parameter after a warm-up of its own."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpi_ef import kernels
+from mpi_ef.collectives.plan import Comm
+from mpi_ef.compress.combination import Vector
+from mpi_ef.vectors import Mask
+
+from .asleep import QUIET, STIRS
+from .replicated import ReplicatedOptimizer, checked
+from .runs import Key, Stretch, stretches
+
+__all__ = ["VarianceOptimizer", "VarianceWatch", "inverse_roots"]
+
+_NOTHING = np.empty(0, np.intp)
+
+
+class VarianceOptimizer(ReplicatedOptimizer):
+    """What OneBitAdam, OneBitLamb and ZeroOneAdam share, besides what ReplicatedOptimizer is.
+
+    Signs say nothing of how large an entry's gradients are: that is what the variance v is for.
+
+    * *A parameter that has had fewer updates of its variance than the others*, because it had no gradient in some steps, is
+      late. It has a warm-up of its own before it joins the compressed exchange: in the steps in which it has a gradient that
+      travels whole, with those of others that are late, for a dense step that counts its own steps, as torch does.
+    * *An entry without variance* sleeps: no rank has had a gradient of it, and it does not move. When any rank has one, all
+      learn about it before the step, and it takes part in it. A parameter whose entries all sleep begins anew then.
+
+    Which these are follows from v and the counters. `arrays` has "v"; `rules` one rule, "momentum".
+
+    Attributes
+    ----------
+    counted : list of int
+        In how many steps each parameter had a gradient; 0 where all of its entries sleep.
+    """
+
+    counters: tuple[str, ...] = ("frozen_step", "looks", "counted")
+    later_counters: dict[str, Any] = {"counted": []}  # noqa: RUF012
+    betas: tuple[float, float]
+    eps: float
+    bias_correction: bool
+    variance_floor: float
+    result = "mean"  # of the rule's state: what it returns
+
+    def __init__(
+        self, params: Iterable[Any], comm: Comm, defaults: dict[str, Any], facts: Callable[[], Mapping[str, object]]
+    ) -> None:
+        super().__init__(params, comm, defaults, facts)
+        self.frozen_step: int | None = None
+        self._watch = VarianceWatch(self.betas[1])
+        self.counted, self._whole = [0] * len(self.flat.parameters), True
+        owners = {id(p): n for n, group in reversed([*enumerate(self.param_groups)]) for p in group["params"]}
+        self._owners = np.array([owners[id(p)] for p in self.flat.parameters])
+
+    def _shared_facts(self) -> dict[str, object]:
+        """Return the options that all of them have; raise what is wrong with them."""
+        name, betas, floor = type(self).__name__, self.betas, self.variance_floor
+        checked(name, all(0.0 <= beta < 1.0 for beta in betas), f"betas={betas} are not in [0, 1); try (0.9, 0.999)")
+        checked(name, 0.0 <= floor <= 1.0, f"variance_floor={floor} is not in [0, 1]; try 0.1")
+        checked(name, self.clip >= 0.0, f"clip={self.clip} is negative; 0 does not clip")
+        return {"betas": betas, "eps": self.eps, "bias_correction": self.bias_correction, "variance_floor": floor,
+                "clip": self.clip}  # fmt: skip
+
+    @property
+    def looks(self) -> list[tuple[float, float]]:
+        """What the watch over the variance has seen: norms and learning rates."""
+        return self._watch.looks
+
+    @looks.setter
+    def looks(self, looks: list[tuple[float, float]]) -> None:
+        self._watch.looks = [(norm, lr) for norm, lr in looks]
+
+    def _correction(self, beta: float, step: int) -> float:
+        return 1.0 - beta**step if self.bias_correction else 1.0
+
+    def _group_of(self, number: int) -> dict[str, Any]:
+        group: dict[str, Any] = self.param_groups[self._owners[number]]
+        return group
+
+    def _stretches(self, keys: Sequence[Key]) -> Iterator[Stretch[Key]]:
+        """Yield the parameters in runs of one group and one key."""
+        return stretches(self.flat.starts, self._slices(), keys)
+
+    def _scalars(self, group: dict[str, Any], step: int) -> tuple[Any, Any]:
+        """Return the corrected step size and what weight decay leaves, in the dtype of the vectors."""
+        real, lr = self.flat.dtype.type, group["lr"]
+        return real(lr / self._correction(self.betas[0], step)), real(1.0 - lr * group["weight_decay"])
+
+    def _is_whole(self) -> bool:
+        """Return whether the next step exchanges everything whole. Local, alike on all ranks."""
+        return self.frozen_step is None
+
+    def _updates(self) -> tuple[list[int], int]:
+        """Return how often the variance of each parameter was updated, and of those that are not late. Local."""
+        return self.counted, self.frozen_step or 0
+
+    def _behind(self) -> Mask:
+        """Return which parameters have had fewer updates of their variance than the others. Local."""
+        updates, of_others = self._updates()
+        return np.array(updates) < of_others
+
+    @abstractmethod
+    def _step_late(self, number: int, mean: Vector) -> None:
+        """Take a dense step with a parameter, which has had ``counted`` of them with this one. Local."""
+
+    @abstractmethod
+    def _derive(self) -> None:
+        """Form what follows from the variance: its inverse roots. Local."""
+
+    def _join(self, numbers: list[int]) -> None:
+        """Let parameters whose own warm-up has come to its end take part in the compressed exchange. Local."""
+        del numbers
+        self._derive()
+
+    def _ready(self, problem: Exception | None) -> tuple[int, ...]:
+        if self._asleep.mask is not None:
+            stirs = problem is None and self._asleep.stir(self.flat.gradients)
+            self._handshake.note(sleepers=STIRS if stirs else QUIET)
+        return super()._ready(problem)
+
+    @contextmanager
+    def _resting(self) -> Iterator[None]:
+        """Let parameters without gradient stay, and those that are late go their own way."""
+        self._whole, asleep, woken, late = self._is_whole(), self._asleep.mask, _NOTHING, list[int]()
+        if not self._whole:
+            woken = self._wake()
+            late = self._late(woken)
+        if not late and self.moving.all() and not woken.size:
+            yield
+            return
+        try:
+            means = self._means(late)
+            self.moving[late] = False
+            with self._spared():
+                yield
+        except BaseException:
+            self._asleep.mask = asleep
+            raise
+        self.arrays["v"][woken] = np.finfo(self.flat.dtype).tiny
+        if late:
+            self._go_on(late, means)
+
+    def _spared(self) -> AbstractContextManager[None]:
+        """Return a context that leaves alone what has no gradient."""
+        return super()._resting()
+
+    def _wake(self) -> NDArray[np.intp]:
+        """Return the entries that sleep no longer. Collective where some rank has a gradient of one."""
+        if self._asleep.mask is None or not self._handshake.answers("sleepers").any():
+            return _NOTHING
+        woken = self._asleep.wake(self.flat.gradients != 0)
+        self._retired_nbytes += self._asleep.sent_nbytes
+        return woken
+
+    def _late(self, woken: NDArray[np.intp]) -> list[int]:
+        """Return the parameters that are late, are awake and have a gradient. Local, alike on all ranks."""
+        updates, of_others = self._updates()
+        if min(updates) >= of_others:
+            return []
+        numbers: list[int] = np.flatnonzero(self.moving & self._behind()).tolist()
+        ends = np.searchsorted(woken, self.flat.starts)
+        return [number for number in numbers if self.counted[number] or ends[number] < ends[number + 1]]
+
+    def _means(self, late: list[int]) -> list[Vector]:
+        """Return the mean gradients of these parameters. Collective."""
+        if not late:
+            return []
+        parts = [self.flat.gradients[self.flat.place(number)] for number in late]
+        return np.split(self._mean(np.concatenate(parts)), np.cumsum([part.size for part in parts])[:-1])
+
+    def _go_on(self, late: list[int], means: list[Vector]) -> None:
+        """Take the steps of those that are late. Local."""
+        anew = [number for number in late if self.counted[number] == 0]
+        for number, mean in zip(late, means, strict=True):
+            if number in anew:
+                self.arrays["v"][self.flat.place(number)] = 0
+            self.counted[number] += 1
+            self._step_late(number, mean)
+        behind = self._behind()
+        if joined := [number for number in late if not behind[number]]:
+            self._join(joined)
+        if anew or joined:
+            self._fall_asleep()
+        if joined and not any(map(self.counted.__getitem__, np.flatnonzero(behind))):
+            self._retire_dense()
+
+    def _is_time(self, freeze_step: int | None, updates: int) -> bool:
+        """Return whether to freeze the variance after this step, in which it has had so many updates. Local."""
+        step, lr = self.steps + 1, max(group["lr"] for group in self.param_groups)
+        settled = self._watch.settled(step, self.arrays["v"], lr, updates=updates)
+        return settled if freeze_step is None else step >= freeze_step
+
+    def _settle(self, step: int) -> None:
+        """Let the variance of now hold for good, and go over to the compressed exchange. Local."""
+        self.frozen_step = step
+        self._retire_dense()
+        self._derive()
+        self._fall_asleep()
+
+    def _fall_asleep(self) -> None:
+        """Let the entries without variance sleep, but for those of parameters in a warm-up of their own. Local."""
+        mask, behind = self.arrays["v"] == 0, self._behind()
+        for number in range(len(self.counted)):
+            part = mask[self.flat.place(number)]
+            if part.all():
+                self.counted[number] = 0
+            elif behind[number]:
+                part[:] = False
+        self._asleep.fall(mask)
+        for array, start in (*((array, 0) for array in self._hushed()), *self._memories()):
+            self._asleep.hush(array, start)
+
+    def _hushed(self) -> Sequence[Vector]:
+        """Return the arrays, (d,), that are zero where entries sleep."""
+        return self._momenta()
+
+    def _exchange(self, vector: Vector) -> Vector:
+        """Return what the rule makes of this rank's vector, nothing for entries that sleep. Collective."""
+        rule = self.rules["momentum"]
+        result = rule.step(vector)
+        if self._asleep.mask is not None:
+            for array, start in ((getattr(rule.state, self.result), 0), *self._memories()):
+                self._asleep.hush(array, start)
+        return result
+
+    def _updated(self) -> None:
+        self.counted = [count + bool(moves and (self._whole or count))
+                        for count, moves in zip(self.counted, self.moving.tolist(), strict=True)]  # fmt: skip
+
+    def _loaded(self) -> None:
+        """Derive which parameters are late, of states of earlier versions too, in which none was."""
+        if not self.counted:
+            self.counted = self._where_known(self.steps)
+        self._asleep.fall(None)
+
+    def _where_known(self, count: int) -> list[int]:
+        """Return `count` for every parameter that has a variance, else 0."""
+        v = self.arrays["v"]
+        return [count if v[start:stop].any() else 0 for start, stop in pairwise(self.flat.starts)]
+
+
+class VarianceWatch:
+    """Tells when Adam's variance has settled (arXiv 2102.02888, section on when to stop the warm-up).
+
+    That is when the 1-norm of the bias-corrected v is within 4 % of what it was ``1 / (1 - beta2)`` steps ago, and the
+    learning rate has not grown since. It is looked at ten times in that period.
+
+    Parameters
+    ----------
+    beta2 : float
+    """
+
+    TOLERANCE = 0.96
+
+    def __init__(self, beta2: float) -> None:
+        self._beta2, self._period = beta2, max(1, round(0.1 / (1.0 - beta2)))
+        self.looks: list[tuple[float, float]] = []
+
+    def settled(self, step: int, v: Vector, lr: float, *, updates: int | None = None) -> bool:
+        """Look at v (d,) after step number `step` and so many updates of v; the same answer on all ranks. Local."""
+        if step % self._period:
+            return False
+        norm = kernels.l1_norm(v) / (1.0 - self._beta2 ** (step if updates is None else updates))
+        self.looks = [*self.looks[-10:], (norm, lr)]
+        if len(self.looks) < 11:
+            return False
+        old, old_lr = self.looks[0]
+        return lr <= old_lr and min(norm, old) >= self.TOLERANCE * max(norm, old) > 0.0
+
+
+def inverse_roots(
+    v: Vector, factor: float | Sequence[float], starts: Sequence[int], eps: float, floor: float
+) -> Vector:
+    """Return ``1 / (sqrt(factor v) + eps)``, with roots of at least `floor` times the root mean square of their parameter.
+
+    Parameters
+    ----------
+    v : (d,)
+        The smallest normal number counts as zero: it marks entries that are awake without a variance.
+    factor : float, or one for each parameter
+    starts : list of int
+        Where parameters begin, and d.
+    eps, floor : float
+
+    Returns
+    -------
+    (d,) of the dtype of v; zero where all of a parameter's v is zero
+    """
+    inverse = np.where(v > np.finfo(v.dtype).tiny, v, v.dtype.type(0))
+    for (start, stop), by in zip(pairwise(starts), np.broadcast_to(factor, len(starts) - 1).tolist(), strict=True):
+        part = inverse[start:stop]
+        least = floor * mean_root(part, by)
+        np.sqrt(part * part.dtype.type(by), out=part)
+        np.maximum(part, part.dtype.type(least), out=part)
+        if least == 0.0 and not part.any():
+            continue
+        part += part.dtype.type(eps)
+        np.divide(1.0, part, out=part, where=part > 0)
+    return inverse
+
+
+def mean_root(v: Vector, factor: float) -> float:
+    """Return the root of the mean of ``factor v``."""
+    return sqrt(factor * kernels.l1_norm(v) / max(1, v.size))

@@ -1,0 +1,508 @@
+"""Parameters and entries whose first gradient comes late, or never, under the optimizers that send signs."""
+
+import copy
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import virtual
+from optimizer_table import ROWS, rows
+from programs import same_bits
+from stored import MemoryStore
+from test_lamb import PlainLamb
+from training import everything, loss_in, net_of, parameters_of, seeded
+
+from mpi_ef.checkpoint.state import POLICIES, Training
+from mpi_ef.compress import Identity, Sign
+from mpi_ef.errors import NonFiniteError
+from mpi_ef.optim import Lion, OneBitAdam, OneBitLamb, Signum, ZeroOneAdam
+
+each_world = pytest.mark.parametrize("n", [1, 2, 3])
+WITH_VARIANCE = ("OneBitAdam", "OneBitAdam TopK", "OneBitLamb", "OneBitLamb TopK", "ZeroOneAdam", "ZeroOneAdam TopK")
+with_variance = pytest.mark.parametrize("row", [pytest.param(ROWS[name], id=name) for name in WITH_VARIANCE])
+# Words that occur from the first step on, on all ranks or on the last one; from a later step on; never.
+USED, ALONE, LATE, NEVER = [0, 1, 2, 3], [4], [5, 6], [7, 8, 9]
+
+
+def net_with_more(dtype=torch.float32):
+    """The network of the other tests, and a layer and an embedding whose gradients do not depend on the rest."""
+    net = net_of()
+    net.late, net.words = torch.nn.Linear(4, 2, bias=False), torch.nn.Embedding(10, 3)
+    seeded(net.late)
+    seeded(net.words)
+    return net.to(dtype)
+
+
+def of_late(net, rank, step):
+    """The loss of the layer that comes late."""
+    dtype, rng = net.late.weight.dtype, np.random.default_rng((rank, step, 7))
+    x = torch.from_numpy(rng.normal(size=(16, 4))).to(dtype)
+    y = x @ torch.linspace(-1, 1, 8, dtype=dtype).reshape(4, 2) + 0.2 * rank
+    return torch.nn.functional.mse_loss(net.late(x), y)
+
+
+def of_words(net, comm, step, *, late):
+    """The loss of the words that occur in this step on this rank; of the late ones on one rank at a time."""
+    rank, n = comm.Get_rank(), comm.Get_size()
+    words = [USED[(step + rank) % 4], USED[(step + 2 * rank + 1) % 4]]
+    words += (ALONE if rank == n - 1 else []) + (LATE if late and rank == step % n else [])
+    return (net.words(torch.tensor(words)) - 2.0 - 0.1 * rank).square().sum() / 8
+
+
+def train(net, optimizer, steps, *, layer=None, words=None):
+    """Take steps; the layer has a gradient from step `layer` on, the late words from step `words` on."""
+    path, comm = [], optimizer.comm
+    for step in steps:
+        optimizer.zero_grad()
+        loss = loss_in(net, comm.Get_rank(), step) + of_words(net, comm, step, late=words is not None and step >= words)
+        if layer is not None and step >= layer:
+            loss = loss + of_late(net, comm.Get_rank(), step)
+        loss.backward()
+        optimizer.step()
+        path.append(parameters_of(net))
+    return path
+
+
+# ---- a parameter whose first gradient comes late
+
+
+class PlainAdam:
+    """Adam of one parameter whose variance is frozen after so many steps, in float64."""
+
+    def __init__(self, x, lr, freeze, decay=0.0, betas=(0.9, 0.999), floor=0.1, eps=1e-8):
+        self.x, self.m, self.v, self.t = x.copy(), np.zeros_like(x), np.zeros_like(x), 0
+        self.lr, self.freeze, self.decay, self.betas, self.floor, self.eps = lr, freeze, decay, betas, floor, eps
+
+    def step(self, grad):
+        (b1, b2), self.t = self.betas, self.t + 1
+        self.m = b1 * self.m + (1 - b1) * grad
+        if self.t <= self.freeze:
+            self.v = b2 * self.v + (1 - b2) * grad**2
+        v = self.v / (1 - b2 ** min(self.t, self.freeze))
+        root = np.sqrt(v) if self.t <= self.freeze else np.maximum(np.sqrt(v), self.floor * np.sqrt(v.mean()))
+        self.x = (1 - self.lr * self.decay) * self.x - self.lr * self.m / (1 - b1**self.t) / (root + self.eps)
+        return self.x
+
+
+def lamb_alone(x, lr, freeze):
+    """The same by LAMB."""
+    p = torch.nn.Parameter(torch.from_numpy(x.copy()))
+    lamb = PlainLamb([p], lr=lr, freeze=freeze)
+
+    def step(grad):
+        p.grad = torch.from_numpy(grad)
+        lamb.step()
+        return p.detach().numpy()
+
+    return step
+
+
+KINDS = {
+    "OneBitAdam": (OneBitAdam, {"freeze_step": 9}),
+    "OneBitLamb": (OneBitLamb, {"freeze_step": 9}),
+    "ZeroOneAdam": (ZeroOneAdam, {"var_freeze_step": 12, "var_update_scaler": 2, "local_step_clipper": 1}),
+    "ZeroOneAdam, seldom": (ZeroOneAdam, {"var_freeze_step": 12, "var_update_scaler": 2, "local_step_scaler": 6,
+                                          "local_step_clipper": 4}),
+}  # fmt: skip
+
+
+@each_world
+@pytest.mark.parametrize("compressor", [Identity(), Sign(block=16)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("way", "first"), [("unused", 4), ("frozen", 10), ("zero", 15), ("unused", 26)])
+def test_a_late_parameter_has_a_warm_up_of_its_own_as_in_torch(kind, compressor, way, first, n):
+    """With any compressor it takes the steps of dense Adam or LAMB, as many as there were of the others: in step 9 of
+    0/1 Adam 5, later 6. With the identity also the steps after them are those of 1-bit Adam or LAMB."""
+    make, options = KINDS[kind]
+    own = 9 if "ZeroOne" not in kind else 5 if first == 4 else 6
+
+    def program(comm):
+        rank, net, path = comm.Get_rank(), net_with_more(torch.float64), []
+        start = net.late.weight.detach().numpy().copy()
+        optimizer = make(net.parameters(), comm, lr=1e-2, compressor=compressor, **options)
+        for step in range(first + 40):
+            optimizer.zero_grad()
+            net.late.weight.requires_grad_(way != "frozen" or step >= first)
+            loss = loss_in(net, rank, step)
+            if step >= first or way == "zero":
+                loss = loss + of_late(net, rank, step) * float(step >= first)
+            loss.backward()
+            optimizer.step()
+            path.append(net.late.weight.detach().numpy().copy())
+            if step + 1 == first:
+                assert same_bits(path[-1], start)
+        optimizer.synchronize()
+        gradients = []
+        for step, x in enumerate([start, *path[first:-1]], first):
+            net.late.weight.data.copy_(torch.from_numpy(x))
+            net.late.weight.grad = None
+            of_late(net, rank, step).backward()
+            gradients.append(net.late.weight.grad.numpy().copy())
+        return start, path[first:], gradients
+
+    runs = virtual.results(n, program)
+    start, path = runs[0][:2]
+    follow = lamb_alone(start, 1e-2, 9) if make is OneBitLamb else PlainAdam(start, 1e-2, own).step
+    exact = compressor == Identity() and kind != "ZeroOneAdam, seldom" and own != 5
+    for t in range(40 if exact else own):
+        expected = follow(np.mean([run[2][t] for run in runs], axis=0))
+        np.testing.assert_allclose(path[t], expected, rtol=1e-10, atol=1e-12, err_msg=f"step {t}")
+    if kind != "ZeroOneAdam, seldom":
+        assert all(same_bits(run[1], path) for run in runs)
+
+
+@pytest.mark.parametrize(("n", "first"), [(1, 14), (2, 4), (2, 26), (3, 10), (3, 26)])
+@with_variance
+def test_a_late_parameter_trains_and_replicas_stay_equal(row, first, n):
+    """In its own warm-up and after it; the others train as well, and bytes fall back to what they were."""
+
+    def program(comm):
+        net, sent = net_with_more(), []
+        optimizer = row(net, comm, **row.learning)
+        optimizer.check_replicas_every = 3
+        losses = [of_late(net, comm.Get_rank(), 10**6).item()]
+        for step in range(150):
+            before = optimizer.sent_nbytes
+            train(net, optimizer, range(step, step + 1), layer=first)
+            sent.append(optimizer.sent_nbytes - before)
+            if step in (first - 1, first + 5, 149):
+                losses.append(of_late(net, comm.Get_rank(), 10**6).item())
+        optimizer.synchronize()
+        return parameters_of(net), losses, sent
+
+    runs = virtual.results(n, program)
+    for parameters, (start, at_first, soon, last), sent in runs:
+        assert same_bits(parameters, runs[0][0])
+        assert at_first == start
+        assert soon < start
+        assert last < 0.5 * start
+        assert max(sent[-8:]) == max(sent[-16:-8])  # nothing travels whole any more
+        assert n == 1 or max(sent[-16:]) < 0.7 * sent[0]
+
+
+# ---- entries without gradient
+
+
+@pytest.mark.parametrize(("n", "when"), [(1, 14), (2, 10), (2, 26), (3, 14), (3, 26)])
+@rows(lambda row: row.rests)
+def test_what_never_had_a_gradient_stays_and_what_gets_one_late_trains(row, when, n):
+    """To the last bit; whatever rank has the gradient, in compressed steps and between two synchronisations."""
+
+    def program(comm):
+        net = net_with_more()
+        start, optimizer = net.words.weight.detach().clone(), row(net, comm)
+        train(net, optimizer, range(when), words=when)
+        assert torch.equal(net.words.weight[LATE], start[LATE])
+        train(net, optimizer, range(when, when + 60), words=when)
+        optimizer.synchronize()
+        assert torch.equal(net.words.weight[NEVER], start[NEVER])
+        goal = 2.0 + 0.1 * (n - 1) / 2
+        # Those who have no gradient of a word vote as well, and one rank cannot outvote them.
+        for words in (USED, LATE) if row.own == {"m_i"} and n > 1 else (USED, LATE, ALONE):
+            far, near = ((w[words].detach() - goal).abs().mean().item() for w in (start, net.words.weight))
+            assert near < far - 0.02
+        return parameters_of(net)
+
+    runs = virtual.results(n, program)
+    assert all(same_bits(run, runs[0]) for run in runs)
+
+
+@each_world
+@with_variance
+def test_nothing_is_remembered_of_entries_that_sleep(row, n):
+    """No momentum and no error, that would be let loose on the first gradient."""
+
+    def program(comm):
+        net = net_with_more()
+        optimizer, seen = row(net, comm), 0
+        for step in range(40):
+            train(net, optimizer, range(step, step + 1))
+            if optimizer._asleep.mask is None:
+                continue
+            asleep, seen = optimizer._asleep.mask, seen + 1
+            words = asleep[optimizer.flat.place(len(optimizer.flat.parameters) - 1)].reshape(10, 3)
+            assert words[LATE + NEVER].all()
+            assert not words[USED + ALONE].any()
+            assert not optimizer.arrays["v"][asleep].any()
+            arrays = optimizer.replicated() | optimizer.per_rank()
+            for name in ("m", "u", "fresh", "e_i"):
+                assert name not in arrays or not arrays[name][asleep].any(), name
+            if "plan.residual" in arrays:
+                move = optimizer.moves()["plan.residual"]
+                assert not arrays["plan.residual"][asleep[move.start : move.stop]].any()
+        return seen
+
+    assert min(virtual.results(n, program)) > 20
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize(
+    "make", [Lion, Signum, lambda *a, **o: Signum(*a, momentum=0.0, **o)], ids=["lion", "signum", "sign"]
+)
+def test_the_sign_of_nothing_is_nothing(make, n):
+    """What has neither momentum nor gradient on any rank does not move; without momentum that is asked in every step."""
+
+    def program(comm):
+        table = torch.nn.Parameter(torch.linspace(-1, 1, 24).reshape(8, 3))
+        optimizer, again = make([table], comm, lr=0.125), []
+        for step in range(12):
+            before, seen = table.detach().clone(), [step % 4, (step + comm.Get_rank()) % 4, *([5] if step == 7 else [])]
+            optimizer.zero_grad()
+            (table[seen] + 4).square().sum().backward()
+            optimizer.step()
+            everywhere = {step % 4} | {(step + rank) % 4 for rank in range(n)} | ({5} if step == 7 else set())
+            moved = {row for row in range(8) if not torch.equal(table[row], before[row])}
+            assert step % 4 in moved
+            assert moved <= {0, 1, 2, 3, 5}
+            again.append(moved <= everywhere)
+            assert (5 in moved) <= (step >= 7)
+        return again, table.detach().numpy().copy()
+
+    runs = virtual.results(n, program)
+    assert all(same_bits(run[1], runs[0][1]) for run in runs)
+    assert all(runs[0][0]) == (make not in (Lion, Signum))
+
+
+# ---- state, errors, messages
+
+FIRST = {"layer": 14, "words": 15}
+
+
+@pytest.mark.parametrize(("n", "before"), [(2, 10), (2, 14), (2, 15), (2, 17), (2, 22), (2, 27), (3, 17), (3, 26)])
+@rows(lambda row: row.rests)
+def test_a_resume_is_exact_in_a_warm_up_of_its_own(row, before, n):
+    """While the layer sleeps, before and after its first step, when it has joined; and with words that have woken."""
+
+    def program(comm):
+        net, other = net_with_more(), net_with_more()
+        optimizer = row(net, comm)
+        train(net, optimizer, range(before), **FIRST)
+        file = io.BytesIO()
+        torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        resumed = row(other, comm)
+        train(other, resumed, range(2))  # further than nothing
+        other.load_state_dict(saved["net"])
+        resumed.load_state_dict(saved["optimizer"])
+        steps = range(before, before + 12)
+        assert same_bits(train(net, optimizer, steps, **FIRST), train(other, resumed, steps, **FIRST))
+        assert same_bits(everything(net, optimizer), everything(other, resumed))
+
+    virtual.results(n, program)
+
+
+@pytest.mark.parametrize("before", [7, 8, 11])
+@with_variance
+def test_a_resume_is_exact_after_rests(row, before):
+    """Of a layer that has no gradient in steps 7 and 11, which update the variance."""
+
+    def program(comm):
+        net, other = net_with_more(), net_with_more()
+        optimizer = row(net, comm)
+
+        def steps(net, optimizer, numbers):
+            return [train(net, optimizer, [step], layer=None if step in (6, 10) else 0) for step in numbers]
+
+        steps(net, optimizer, range(before))
+        model, state = copy.deepcopy(net.state_dict()), optimizer.state_dict()
+        resumed = row(other, comm)
+        other.load_state_dict(model)
+        resumed.load_state_dict(state)
+        rest = range(before, before + 9)
+        assert same_bits(steps(net, optimizer, rest), steps(other, resumed, rest))
+        assert same_bits(everything(net, optimizer), everything(other, resumed))
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize("before", [10, 17, 27])
+@rows(lambda row: row.rests and hasattr(row.make, "counters"))
+def test_checkpoints_in_a_warm_up_of_its_own(row, before):
+    """The same number of ranks goes on to the last bit; another one with equal replicas, and what sleeps sleeps on."""
+    store, start = MemoryStore(), net_with_more().words.weight.detach()
+
+    def begin(comm):
+        net = net_with_more()
+        optimizer = row(net, comm)
+        training = Training(model=net, optimizer=optimizer, random=False)
+        train(net, optimizer, range(before), **FIRST)
+        training.save(store, comm, before)
+        return train(net, optimizer, range(before, before + 12), **FIRST)
+
+    def go_on(comm, policy):
+        net = net_with_more()
+        optimizer = row(net, comm)
+        assert Training(model=net, optimizer=optimizer, random=False).resume(store, comm, policy=policy) == before
+        path = train(net, optimizer, range(before, before + 12), **FIRST)
+        optimizer.synchronize()
+        assert torch.equal(net.words.weight[NEVER], start[NEVER])
+        assert not torch.equal(net.late.weight, net_with_more().late.weight)
+        return path, parameters_of(net)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        path = virtual.results(3, begin)
+        again = virtual.results(3, lambda comm: go_on(comm, "exact"))
+        others = [virtual.results(2, lambda comm, policy=policy: go_on(comm, policy)) for policy in POLICIES[1:]]
+    assert same_bits([row[0] for row in again], path)
+    assert all(same_bits(a[1], b[1]) for a, b in others)
+
+
+@pytest.mark.parametrize("before", [6, 16, 25])
+@with_variance
+def test_states_of_earlier_versions_are_loaded(row, before):
+    """They do not say who is late, and have momenta and errors of entries that sleep."""
+
+    def program(comm):
+        net = net_with_more()
+        optimizer = row(net, comm)
+        train(net, optimizer, range(before))
+        state, start = optimizer.state_dict(), net.words.weight.detach().clone()
+        late, model = net.late.weight.detach().clone(), copy.deepcopy(net.state_dict())
+        for name in ("counted", "renewed"):
+            state["counters"].pop(name, None)
+        for arrays in (state["arrays"], state["rules"]["momentum"]["arrays"]):
+            for name in arrays.keys() & {"m", "fresh", "e_i"} if optimizer._asleep.mask is not None else ():
+                arrays[name][torch.from_numpy(optimizer.arrays["v"] == 0)] = 0.01
+        resumed = row(net, comm)
+        train(net, resumed, range(20))  # which knows that nobody is late
+        net.load_state_dict(model)
+        resumed.load_state_dict(state)
+        assert resumed.counted[len(resumed.counted) - 2] == 0
+        assert set(resumed.counted) == {0, before}
+        train(net, resumed, range(before, before + 30), layer=before + 10)
+        resumed.synchronize()
+        assert torch.equal(net.words.weight[NEVER], start[NEVER])
+        assert not torch.equal(net.late.weight, late)
+        return parameters_of(net)
+
+    assert same_bits(*virtual.results(2, program))
+
+
+@pytest.mark.parametrize("first", [16, 26])
+@with_variance
+def test_what_cannot_be_exchanged_wakes_nothing(row, first):
+    """An overflow that only an exchange sees, in the step in which the layer and the words have their first gradient."""
+
+    def program(comm):
+        net, twin = net_with_more(), net_with_more()
+        optimizer, undisturbed = row(net, comm), row(twin, comm)
+        for pair in ((net, optimizer), (twin, undisturbed)):
+            train(*pair, range(first))
+        before, rule = everything(net, optimizer, "sent_nbytes"), optimizer.rules["momentum"]
+
+        def overflow(*_, **__):
+            raise NonFiniteError("overflow", (0,))
+
+        options = {"layer": first, "words": first}
+        for where, name in ((rule, "step"), (optimizer, "_mean")):
+            setattr(where, name, overflow)
+            if (
+                name == "_mean"
+                or getattr(optimizer, "local_step_interval", 1) == getattr(optimizer, "local_steps", 0) + 1
+            ):
+                with pytest.raises(NonFiniteError):
+                    train(net, optimizer, range(first, first + 1), **options)
+                assert same_bits(everything(net, optimizer, "sent_nbytes"), before)
+            delattr(where, name)
+        steps = range(first, first + 12)
+        assert same_bits(train(net, optimizer, steps, **options), train(twin, undisturbed, steps, **options))
+
+    virtual.results(2, program)
+
+
+CALLS = ("Allgather", "Alltoall", "Alltoallv", "Iallgather", "allgather", "Bcast")
+
+
+@with_variance
+def test_sleepers_cost_messages_only_when_they_wake(row):
+    """A handshake of 40 bytes; then, in the one step, one alltoall and one allgather of a bit for each of them."""
+
+    def program(comm):
+        net, calls, shakes = net_with_more(), [], set()
+        optimizer = row(net, comm)
+        for name in CALLS:
+            call = getattr(comm, name)
+            setattr(comm, name, lambda *a, call=call, name=name: calls.append((name, *a)) or call(*a))
+        counts, sent = [], []
+        for step in range(32):
+            calls.clear()
+            before = optimizer.sent_nbytes
+            train(net, optimizer, range(step, step + 1), words=24)
+            shakes.add(calls[0][1].nbytes)
+            counts.append([name for name, *_ in calls])
+            sent.append(optimizer.sent_nbytes - before)
+        assert shakes == {40}
+        return counts, sent
+
+    for counts, sent in virtual.results(2, program):
+        assert len(counts[24]) in (len(counts[16]) + 2, 3)  # 0/1 Adam exchanges nothing else in this step
+        assert counts[24][1:3] == ["Alltoall", "Allgather"]
+        a_rank = 2  # bytes, of 3 unused parameters, 8 entries of the layer and 15 of words
+        assert sent[24] == 2 * a_rank + (sent[16] if len(counts[24]) > 3 else 0)
+        assert all(len(names) <= len(counts[16]) for names in counts[25:])
+
+
+# ---- parameters that rest
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@rows(lambda row: row.own & {"m_i", "plan.residual", "e_i"} and hasattr(row.make, "counters"))
+def test_what_rests_keeps_its_errors_and_momenta(row, n):
+    def program(comm):
+        net = net_with_more()
+        optimizer, rank = row(net, comm), comm.Get_rank()
+        for step in range(19):
+            optimizer.zero_grad()
+            (loss_in(net, rank, step) + of_late(net, rank, step)).backward()
+            optimizer.step()
+        optimizer.synchronize()
+        place = optimizer.flat.place(len(optimizer.flat.parameters) - 2)
+
+        def kept():
+            found = {}
+            for name, array in (optimizer.replicated() | optimizer.per_rank()).items():
+                move = optimizer.moves().get(name)
+                start = move.start if move is not None and move.how == "cut" else 0
+                if array.size in (optimizer.flat.d, getattr(move, "stop", 0) - start) and name not in ("u", "x"):
+                    found[name] = array[max(place.start - start, 0) : max(place.stop - start, 0)].copy()
+            return found
+
+        before = kept()
+        assert any(array.any() for array in before.values())
+        train(net, optimizer, range(19, 31))
+        optimizer.synchronize()
+        assert same_bits(kept(), before)
+
+    virtual.results(n, program)
+
+
+def test_a_state_does_not_change_with_the_optimizer():
+    """It is a copy, and what was loaded is one: it may be loaded again."""
+
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = ROWS["ZeroOneAdam"](net, comm)
+
+        def steps(numbers):
+            for step in numbers:
+                optimizer.zero_grad()
+                loss_in(net, rank, step).backward()
+                optimizer.step()
+            return parameters_of(net)
+
+        steps(range(25))
+        assert optimizer.local_steps == 1
+        state, saved = optimizer.state_dict(), copy.deepcopy(optimizer.state_dict())
+        model = copy.deepcopy(net.state_dict())
+        path = steps(range(25, 27))
+        for _ in range(2):
+            assert state["counters"] == saved["counters"]
+            net.load_state_dict(model)
+            optimizer.load_state_dict(state)
+            assert same_bits(steps(range(25, 27)), path)
+
+    virtual.results(2, program)
