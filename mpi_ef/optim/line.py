@@ -33,8 +33,7 @@ class Line:
     """
 
     def __init__(self, comm: Comm) -> None:
-        mpi = sys.modules.get("mpi4py.MPI")
-        self._mpi: Any = mpi if mpi is not None and isinstance(comm, mpi.Comm) else None
+        self._mpi = _mpi_of(comm)
         self._comm = comm.Dup() if self._mpi else comm
         self._left: Any = None  # the request of a farewell
         self._over = False
@@ -105,8 +104,16 @@ class _Held:
         self.memory = memory
 
 
+def _mpi_of(comm: Comm) -> Any:
+    """Return the module of MPI's communicators, None where `comm` is something else."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi if mpi is not None and isinstance(comm, mpi.Comm) else None
+
+
 def _lines(comm: Comm) -> list[Line]:
-    """Return the lines made for `comm` so far, in the same order on all ranks."""
+    """Return the lines made for `comm` so far, in the same order on all ranks; of others than MPI's nobody knows them."""
+    if _mpi_of(comm) is None:
+        return []
     kind = type(comm)
     if kind not in _keyvals:
         _keyvals[kind] = kind.Create_keyval()
@@ -129,5 +136,5 @@ def line_for(comm: Comm, idle: set[int]) -> Line:
         landed(line)
         line.open()
         return line
-    lines.append(Line(comm))
-    return lines[-1]
+    lines.append(line := Line(comm))
+    return line
