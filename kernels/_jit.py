@@ -82,3 +82,20 @@ def _depend_on_the_whole_room(compiled: Any) -> None:
     stamp = getattr(file, "_source_stamp", None)
     if stamp is not None:
         file._source_stamp = (stamp, _STAMP)  # noqa: SLF001
+        _name_by_content(file)
+
+
+def _name_by_content(file: Any) -> None:
+    """Let files of machine code be named by what they are for, so that processes may compile at the same time.
+
+    Numba numbers them: two processes that compile a kernel for two dtypes both write number 1, and one of them is loaded
+    for the other's dtype from then on.
+    """
+
+    def save(key: Any, data: Any) -> None:
+        digest = sha256(repr((file._source_stamp, key)).encode()).hexdigest()[:16]  # noqa: SLF001
+        name = f"{file._index_name.removesuffix('.nbi')}.{digest}.nbc"  # noqa: SLF001
+        file._save_index(file._load_index() | {key: name})  # noqa: SLF001
+        file._save_data(name, data)  # noqa: SLF001
+
+    file.save = save
