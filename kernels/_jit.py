@@ -85,6 +85,7 @@ def _depend_on_the_whole_room(compiled: Any) -> None:
     if stamp is not None:
         file._source_stamp = (stamp, _STAMP)  # noqa: SLF001
         _outlive_damage(file)
+        _name_by_content(file)
 
 
 def _outlive_damage(file: Any) -> None:
@@ -110,3 +111,19 @@ def _outlive_damage(file: Any) -> None:
 
     file._load_index = forgiving(file._load_index, dict)  # noqa: SLF001
     file._load_data = forgiving(file._load_data, lambda: None)  # noqa: SLF001
+
+
+def _name_by_content(file: Any) -> None:
+    """Let files of machine code be named by what they are for, so that processes may compile at the same time.
+
+    Numba numbers them: two processes that compile a kernel for two dtypes both write number 1, and one of them is loaded
+    for the other's dtype from then on.
+    """
+
+    def save(key: Any, data: Any) -> None:
+        digest = sha256(repr((file._source_stamp, key)).encode()).hexdigest()[:16]  # noqa: SLF001
+        name = f"{file._index_name.removesuffix('.nbi')}.{digest}.nbc"  # noqa: SLF001
+        file._save_index(file._load_index() | {key: name})  # noqa: SLF001
+        file._save_data(name, data)  # noqa: SLF001
+
+    file.save = save

@@ -261,6 +261,28 @@ def test_a_change_in_any_kernel_file_discards_cached_code(tmp_path):
     assert _jit._room_stamp() == _jit._STAMP
 
 
+def test_two_processes_may_compile_a_kernel_for_two_dtypes_at_the_same_time(tmp_path, monkeypatch):
+    """Each has seen an index without the other's code when it writes its own, and their files come in another order."""
+    from mpi_ef.kernels import _jit, sparse
+
+    kernel, files = sparse.clear_sparse._cache._cache_file, []
+    assert _jit._STAMP in kernel._source_stamp
+    monkeypatch.setattr(kernel, "_cache_path", str(tmp_path))
+    monkeypatch.setattr(kernel, "_index_path", str(tmp_path / kernel._index_name))
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "_load_index", dict)
+        patch.setattr(kernel, "_save_data", lambda *file: files.append(file))
+        for dtype in ("float32", "float64"):
+            kernel.save(("clear_sparse", dtype), f"machine code for {dtype}")
+    for name, data in reversed(files):
+        kernel._save_data(name, data)
+    assert kernel.load(("clear_sparse", "float64")) == "machine code for float64"
+    assert kernel.load(("clear_sparse", "float32")) is None  # what is lost is compiled again
+    kernel.save(("clear_sparse", "float32"), "machine code for float32")
+    for dtype in ("float32", "float64"):
+        assert kernel.load(("clear_sparse", dtype)) == f"machine code for {dtype}"
+
+
 CROSS_COMPILE = """
 import sys
 import llvmlite.binding as llvm
