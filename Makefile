@@ -46,7 +46,7 @@ unexport PYTHONDONTWRITEBYTECODE  # every process would compile all modules agai
 
 PIP := $(BASE)/python -m pip --quiet --disable-pip-version-check
 INSTALL := install --constraint constraints.txt $(PIP_ARGS)
-TRAIN := $(BIN)/mpiexec -n 2 $(BIN)/mpi-ef train --steps $(STEPS)
+TRAIN := $(BIN)/mpiexec -n 2 $(BIN)/mpi-ef train --steps $(STEPS) --overwrite
 DENSE := --compressor identity --placement gradient --beta1 0.9
 PYTEST := $(BIN)/python -m pytest -q --durations=20 -m "$(MARKS)"
 PARALLEL := -n $(WORKERS) --dist loadgroup

@@ -80,9 +80,9 @@ from pathlib import Path
 from mpi4py.MPI import COMM_WORLD as comm
 from mpi_ef import kernels
 from mpi_ef.jobs.train import TrainConfig, train
-small = dict(model="mlp", steps=6, warmup=1, batch=4, out=Path(sys.argv[1]), freeze=2)
+small = dict(model="mlp", steps=6, warmup=1, batch=4, out=Path(sys.argv[1]), overwrite=True)
 for optimizer in ("adamw", "onebit-adam", "lion", "ef21-muon", "powersgd"):
-    train(comm, TrainConfig(optimizer=optimizer, **small))
+    train(comm, TrainConfig(optimizer=optimizer, **small, **({"freeze": 2} if optimizer == "onebit-adam" else {})))
 for options in (dict(compressor="sign"), dict(compressor="randk"), dict(rule="ef21", placement="gradient", optimizer="sgd")):
     train(comm, TrainConfig(**small, **options))
 named = {name: getattr(kernels, name) for name in kernels.__all__}
