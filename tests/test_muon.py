@@ -51,7 +51,7 @@ class PlainMuon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                if p.requires_grad:
+                if p.grad is not None:
                     v = self.state[p].setdefault("v", torch.zeros_like(p))
                     v.mul_(1 - self.beta).add_(self.beta * p.grad)
                     p.grad = v.clone()
