@@ -12,7 +12,19 @@ from optimizer_table import ROWS, rows
 from programs import same_bits
 from stored import MemoryStore
 from test_lamb import PlainLamb
-from training import everything, loss_in, net_of, parameters_of, seeded
+from training import (
+    ALONE,
+    LATE,
+    NEVER,
+    USED,
+    everything,
+    loss_in,
+    net_of,
+    net_with_more,
+    of_late,
+    parameters_of,
+    train,
+)
 
 from mpi_ef.checkpoint.state import POLICIES, Training
 from mpi_ef.compress import Identity, Sign
@@ -22,47 +34,6 @@ from mpi_ef.optim import Lion, OneBitAdam, OneBitLamb, Signum, ZeroOneAdam
 each_world = pytest.mark.parametrize("n", [1, 2, 3])
 WITH_VARIANCE = ("OneBitAdam", "OneBitAdam TopK", "OneBitLamb", "OneBitLamb TopK", "ZeroOneAdam", "ZeroOneAdam TopK")
 with_variance = pytest.mark.parametrize("row", [pytest.param(ROWS[name], id=name) for name in WITH_VARIANCE])
-# Words that occur from the first step on, on all ranks or on the last one; from a later step on; never.
-USED, ALONE, LATE, NEVER = [0, 1, 2, 3], [4], [5, 6], [7, 8, 9]
-
-
-def net_with_more(dtype=torch.float32):
-    """The network of the other tests, and a layer and an embedding whose gradients do not depend on the rest."""
-    net = net_of()
-    net.late, net.words = torch.nn.Linear(4, 2, bias=False), torch.nn.Embedding(10, 3)
-    seeded(net.late)
-    seeded(net.words)
-    return net.to(dtype)
-
-
-def of_late(net, rank, step):
-    """The loss of the layer that comes late."""
-    dtype, rng = net.late.weight.dtype, np.random.default_rng((rank, step, 7))
-    x = torch.from_numpy(rng.normal(size=(16, 4))).to(dtype)
-    y = x @ torch.linspace(-1, 1, 8, dtype=dtype).reshape(4, 2) + 0.2 * rank
-    return torch.nn.functional.mse_loss(net.late(x), y)
-
-
-def of_words(net, comm, step, *, late):
-    """The loss of the words that occur in this step on this rank; of the late ones on one rank at a time."""
-    rank, n = comm.Get_rank(), comm.Get_size()
-    words = [USED[(step + rank) % 4], USED[(step + 2 * rank + 1) % 4]]
-    words += (ALONE if rank == n - 1 else []) + (LATE if late and rank == step % n else [])
-    return (net.words(torch.tensor(words)) - 2.0 - 0.1 * rank).square().sum() / 8
-
-
-def train(net, optimizer, steps, *, layer=None, words=None):
-    """Take steps; the layer has a gradient from step `layer` on, the late words from step `words` on."""
-    path, comm = [], optimizer.comm
-    for step in steps:
-        optimizer.zero_grad()
-        loss = loss_in(net, comm.Get_rank(), step) + of_words(net, comm, step, late=words is not None and step >= words)
-        if layer is not None and step >= layer:
-            loss = loss + of_late(net, comm.Get_rank(), step)
-        loss.backward()
-        optimizer.step()
-        path.append(parameters_of(net))
-    return path
 
 
 # ---- a parameter whose first gradient comes late

@@ -5,7 +5,9 @@ import os
 import numpy as np
 import pytest
 import virtual
+from optimizer_table import ROWS
 from programs import CLIENT_RULES, OPTIMIZERS, PLANS, RULES, client_steps, exchanges, rule_steps, same_bits, training
+from training import net_with_more, parameters_of, train
 from vectors_for_tests import gaussian
 
 from mpi_ef.collectives import GatherMean, TwoPhaseMean, allgather, allreduce
@@ -62,6 +64,21 @@ def test_replicas_are_equal_bit_for_bit_after_many_steps(comm, name):
     everywhere = comm.allgather([p.tobytes() for p in parameters])
     assert all(theirs == everywhere[0] for theirs in everywhere)
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:3])
+
+
+@pytest.mark.parametrize("name", ["OneBitAdam", "OneBitLamb", "ZeroOneAdam", "Lion"])
+def test_what_comes_late_gives_the_bits_of_virtual_ranks(comm, name):
+    """A layer and words whose first gradients come after the freeze, and words that never have one."""
+
+    def program(comm):
+        net = net_with_more()
+        optimizer = ROWS[name](net, comm)
+        train(net, optimizer, range(40), layer=14, words=15)
+        optimizer.synchronize()
+        return parameters_of(net)
+
+    everywhere = comm.allgather(same_as_virtual(comm, program))
+    assert all(same_bits(theirs, everywhere[0]) for theirs in everywhere)
 
 
 def test_split_phases_of_several_plans_overlap(comm):
