@@ -30,7 +30,7 @@ def checked(subject: str, fits: bool, text: str) -> None:
 class ReplicatedOptimizer(FlatOptimizer):
     """What OneBitAdam and its relatives share: groups, named arrays, rules at work, saving and loading.
 
-    A subclass fills `arrays` with vectors that are equal on all ranks, `rules` with rules at work, and names in `counters`
+    A subclass fills `arrays` with vectors that are equal on all ranks, `rules` with its rule at work, and names in `counters`
     the attributes that are saved as they are.
     """
 
@@ -102,9 +102,8 @@ class ReplicatedOptimizer(FlatOptimizer):
         return {name: getattr(self, name) for name in ("steps", "skipped_steps", *self.counters)}
 
     def _of_rules(self, kind: Callable[[ErrorFeedback], dict[str, Value]]) -> dict[str, Value]:
-        if len(self.rules) == 1:
-            return kind(next(iter(self.rules.values())))
-        return {f"{rule}.{name}": a for rule, feedback in self.rules.items() for name, a in kind(feedback).items()}
+        (feedback,) = self.rules.values()
+        return kind(feedback)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all state of this rank: arrays, rules, counters, hyper-parameters. Local; save it per rank."""
