@@ -35,7 +35,7 @@ def checked(subject: str, fits: bool, text: str) -> None:
 class ReplicatedOptimizer(FlatOptimizer):
     """What OneBitAdam and its relatives share: groups, named arrays, rules at work, saving and loading.
 
-    A subclass fills `arrays` with vectors that are equal on all ranks, `rules` with rules at work, and names in `counters`
+    A subclass fills `arrays` with vectors that are equal on all ranks, `rules` with its rule, and names in `counters`
     the attributes that are saved as they are, in `later_counters` what those are that states of earlier versions lack.
     """
 
