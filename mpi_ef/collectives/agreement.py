@@ -29,7 +29,8 @@ class Telling(ABCMeta):
             return super().__call__(*args, **keywords)
         except Exception as error:
             comm = keywords.get("comm", next((arg for arg in args if hasattr(arg, "Iallgather")), None))
-            if not hasattr(comm, "allgather") or getattr(_mine, "calls", 0) != before:
+            usable = hasattr(comm, "allgather") and bool(comm) and not comm.Is_inter()
+            if not usable or getattr(_mine, "calls", 0) != before:
                 raise
             problem = error
 
