@@ -28,7 +28,7 @@ class Telling(ABCMeta):
         try:
             return super().__call__(*args, **keywords)
         except Exception as error:
-            comm = keywords.get("comm", next((arg for arg in args if hasattr(arg, "Iallgather")), None))
+            comm: Any = keywords.get("comm", next((arg for arg in args if hasattr(arg, "Iallgather")), None))
             usable = hasattr(comm, "allgather") and bool(comm) and not comm.Is_inter()
             if not usable or getattr(_mine, "calls", 0) != before:
                 raise
