@@ -19,7 +19,6 @@ from training import (
     USED,
     everything,
     loss_in,
-    net_of,
     net_with_more,
     of_late,
     parameters_of,
@@ -27,9 +26,10 @@ from training import (
 )
 
 from mpi_ef.checkpoint.state import POLICIES, Training
-from mpi_ef.compress import Identity, Sign
+from mpi_ef.collectives import TwoPhaseMean, plan_for
+from mpi_ef.compress import Identity, Sign, TopK
 from mpi_ef.errors import NonFiniteError
-from mpi_ef.optim import Lion, OneBitAdam, OneBitLamb, Signum, ZeroOneAdam
+from mpi_ef.optim import DistributedOptimizer, Lion, OneBitAdam, OneBitLamb, Signum, ZeroOneAdam
 
 each_world = pytest.mark.parametrize("n", [1, 2, 3])
 WITH_VARIANCE = ("OneBitAdam", "OneBitAdam TopK", "OneBitLamb", "OneBitLamb TopK", "ZeroOneAdam", "ZeroOneAdam TopK")
@@ -420,9 +420,25 @@ def test_sleepers_cost_messages_only_when_they_wake(row):
 # ---- parameters that rest
 
 
+def kept_for(optimizer, number):
+    """Copies of all that optimizer and rules keep for a parameter."""
+    flat, found = optimizer.flat, []
+    rules = [(bucket.feedback, bucket.part) for bucket in getattr(optimizer, "buckets", ())]
+    owners = rules or [(optimizer, slice(0, flat.d))]
+    for owner, part in owners:
+        for name, array in (owner.replicated() | owner.per_rank()).items():
+            move = owner.moves().get(name)
+            start = part.start + (move.start if move is not None and move.how == "cut" else 0)
+            size = move.stop - move.start if move is not None and move.how == "cut" else part.stop - part.start
+            place = flat.place(number)
+            if array.size == size and name not in ("u", "x"):
+                found.append(array[max(place.start - start, 0) : max(place.stop - start, 0)].copy())
+    return found
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
-@rows(lambda row: row.own & {"m_i", "plan.residual", "e_i"} and hasattr(row.make, "counters"))
-def test_what_rests_keeps_its_errors_and_momenta(row, n):
+@rows(lambda row: row.own and row.saves > 1 and row.rests)
+def test_what_rests_keeps_its_errors_momenta_and_estimates(row, n):
     def program(comm):
         net = net_with_more()
         optimizer, rank = row(net, comm), comm.Get_rank()
@@ -431,49 +447,54 @@ def test_what_rests_keeps_its_errors_and_momenta(row, n):
             (loss_in(net, rank, step) + of_late(net, rank, step)).backward()
             optimizer.step()
         optimizer.synchronize()
-        place = optimizer.flat.place(len(optimizer.flat.parameters) - 2)
-
-        def kept():
-            found = {}
-            for name, array in (optimizer.replicated() | optimizer.per_rank()).items():
-                move = optimizer.moves().get(name)
-                start = move.start if move is not None and move.how == "cut" else 0
-                if array.size in (optimizer.flat.d, getattr(move, "stop", 0) - start) and name not in ("u", "x"):
-                    found[name] = array[max(place.start - start, 0) : max(place.stop - start, 0)].copy()
-            return found
-
-        before = kept()
-        assert any(array.any() for array in before.values())
+        number = len(optimizer.flat.parameters) - 2
+        before = kept_for(optimizer, number)
+        assert any(array.any() for array in before)
         train(net, optimizer, range(19, 31))
         optimizer.synchronize()
-        assert same_bits(kept(), before)
+        assert same_bits(kept_for(optimizer, number), before)
 
     virtual.results(n, program)
 
 
-def test_a_state_does_not_change_with_the_optimizer():
-    """It is a copy, and what was loaded is one: it may be loaded again."""
+def going_on(comm, rule, plan, compressor, *, overlap, rests):
+    """Return the path of a layer in buckets of its own in the steps in which it has a gradient."""
+    net, path = net_with_more(), []
+    sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.5, weight_decay=0.1)
+    optimizer = DistributedOptimizer(sgd, comm, compressor, placement="gradient", rule=rule, plan=plan, bucket_nbytes=1,
+                                     overlap=overlap)  # fmt: skip
+    for step in range(24):
+        optimizer.zero_grad()
+        loss = loss_in(net, comm.Get_rank(), step)
+        if step not in rests:
+            loss = loss + of_late(net, comm.Get_rank(), step - sum(rest < step for rest in rests))
+        before = net.late.weight.detach().clone()
+        loss.backward()
+        optimizer.step()
+        if step in rests:
+            assert torch.equal(net.late.weight, before)
+        else:
+            path.append(net.late.weight.detach().numpy().copy())
+    return path
+
+
+# What needs only a gradient, and draws nothing by the number of the step.
+SIMPLE = ("ef14", "ef21", "econtrol", "ef14-momentum", "lion", "ef21-sgdm", "ef21-sgd2m", "ef21-hb", "ef21-bc")
+
+
+WAYS = {"TopK": (plan_for, TopK(0.4)), "TopK two phases": (TwoPhaseMean, TopK(0.4)), "Sign": (plan_for, Sign(block=4))}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("rule", SIMPLE)
+def test_a_layer_goes_on_after_a_rest_as_if_there_had_been_none(rule, way):
+    """All that is kept for it waits: errors, estimates, momenta of rule and torch optimizer."""
 
     def program(comm):
-        net, rank = net_of(), comm.Get_rank()
-        optimizer = ROWS["ZeroOneAdam"](net, comm)
-
-        def steps(numbers):
-            for step in numbers:
-                optimizer.zero_grad()
-                loss_in(net, rank, step).backward()
-                optimizer.step()
-            return parameters_of(net)
-
-        steps(range(25))
-        assert optimizer.local_steps == 1
-        state, saved = optimizer.state_dict(), copy.deepcopy(optimizer.state_dict())
-        model = copy.deepcopy(net.state_dict())
-        path = steps(range(25, 27))
-        for _ in range(2):
-            assert state["counters"] == saved["counters"]
-            net.load_state_dict(model)
-            optimizer.load_state_dict(state)
-            assert same_bits(steps(range(25, 27)), path)
+        expected = going_on(comm, rule, *WAYS[way], overlap=False, rests=())
+        for overlap in (False, True):
+            path = going_on(comm, rule, *WAYS[way], overlap=overlap, rests=range(9, 15))
+            assert len(path) == 18
+            assert same_bits(path, expected[:18])
 
     virtual.results(2, program)

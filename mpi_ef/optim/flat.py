@@ -29,6 +29,7 @@ from .groups import check_listed, hyper_parameters, listed, names_of
 from .handshake import Handshake, check_order
 from .joining import joined
 from .line import idle_lines, line_for
+from .resting import memories, silent
 from .saved import Saved
 
 __all__ = ["Channel", "FlatOptimizer"]
@@ -210,6 +211,7 @@ class FlatOptimizer(Saved):
         self.flat.zero_gradients()
         broken = self._ready(self._collect())
         if self._handshake.at_work.size == 0:
+            self._drop()
             return False
         self._step(broken)
         return True
@@ -227,11 +229,15 @@ class FlatOptimizer(Saved):
             self.flat.gradients *= self.flat.dtype.type(1.0 / float(scale))
         return None
 
+    def _at_rest(self) -> list[int]:
+        """Return the parameters, by number, that have a gradient on no rank in this step. Local."""
+        resting: list[int] = np.flatnonzero(~self.moving).tolist()
+        return resting
+
     @contextmanager
     def _resting(self) -> Iterator[None]:
-        """Let parameters that have a gradient on no rank, and what :meth:`_kept` returns of them, stay as they are."""
-        resting = np.flatnonzero(~self.moving).tolist()
-        layers = len(self.flat.parameters)
+        """Let parameters that have a gradient on no rank, and what is kept for them, stay as they are."""
+        resting, layers = self._at_rest(), len(self.flat.parameters)
         saved = [
             (array[place], array[place].copy())
             for number in resting
@@ -239,10 +245,26 @@ class FlatOptimizer(Saved):
             for place in [slice(number, number + 1) if array.size == layers != self.flat.d else self.flat.place(number)]
         ]
         try:
-            yield
+            with self._silent(resting, *self._sent()):
+                yield
         finally:
             for part, before in saved:
                 np.copyto(part, before)
+
+    def _silent(self, numbers: Sequence[int], *vectors: Vector) -> AbstractContextManager[None]:
+        """Let parameters, by number, take part in exchanges with nothing: they neither send nor keep anything of it.
+
+        `vectors`, (d,), and what the rules keep are zero there meanwhile, and what they were afterwards.
+        """
+        return silent([*map(self.flat.place, numbers)], lambda: [*((v, 0) for v in vectors), *memories(self._rules())])
+
+    def _rules(self) -> Sequence[tuple[ErrorFeedback, int]]:
+        """Return the rules at work, each with the entry at which its vector begins. Local."""
+        return [(channel, 0) for channel in self.channels() if isinstance(channel, ErrorFeedback)]
+
+    def _sent(self) -> Sequence[Vector]:
+        """Return the arrays, (d,), that go into messages besides what rules keep. Local."""
+        return [self.flat.gradients]
 
     def _weigh(self) -> None:
         if self.weight != 1.0:
@@ -278,14 +300,15 @@ class FlatOptimizer(Saved):
         words["groups"] = crc32(repr((hyper_parameters(self), self.check_replicas_every)).encode())
         words["present"], words["done"] = crc32(self.flat.present.data), self.done
         answers = self._handshake.ask(status=status, steps=self.steps, **words)
+        agreed = self._handshake.agreed()
+        self.moving: Mask = self._handshake.anywhere(self.flat.present) if agreed else np.ones_like(self.flat.present)
         self._arrive()
-        if not self._handshake.agreed():
+        if not agreed:
             broken = tuple(np.flatnonzero(answers["status"]).tolist())
             self._complain(problem)
             return broken
         if self._handshake.at_work.size < answers.size and not self._keep_up():
             return ()
-        self.moving: Mask = self._handshake.anywhere(self.flat.present)
         if looks:
             self._handshake.look_at_gradients()
         if self.clip:
@@ -294,6 +317,9 @@ class FlatOptimizer(Saved):
 
     def _arrive(self) -> None:
         """Finish, on all ranks that are still there, what is under way since the backward pass. Collective."""
+
+    def _drop(self) -> None:
+        """Forget what has arrived: all is as it was before the step. Local."""
 
     def _keep_up(self) -> bool:
         """Let ranks without data have the hyper-parameters of those at work, or last at work; tell if any is. Collective."""

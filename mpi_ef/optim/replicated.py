@@ -1,7 +1,6 @@
 """Optimizers whose update is computed here, on the vector of all parameters, the same on all ranks."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, TypeVar
 
@@ -167,51 +166,12 @@ class ReplicatedOptimizer(FlatOptimizer):
         """Return what a step changes besides the parameters. Local."""
         return list(self.arrays.values())
 
+    def _sent(self) -> Sequence[Vector]:
+        return [self.flat.gradients, *self._momenta()]
+
     def _momenta(self) -> Sequence[Vector]:
         """Return the arrays, (d,), that go into a message besides gradients and errors. Local."""
         return []
-
-    def _memories(self) -> list[tuple[Vector, int]]:
-        """Return what the rules keep of this rank, such as errors, and the entry at which each of these arrays begins."""
-        memories = []
-        for rule in self.rules.values():
-            moves = rule.moves()
-            for name, array in rule.per_rank().items():
-                cut = moves[name].how == "cut" and array.size < self.flat.d
-                if cut or array.size == self.flat.d:
-                    memories.append((array, moves[name].start if cut else 0))
-        return memories
-
-    @contextmanager
-    def _resting(self) -> Iterator[None]:
-        if self.moving.all():
-            yield
-            return
-        resting = np.flatnonzero(~self.moving).tolist()
-        with super()._resting(), self._silent(resting, self.flat.gradients, *self._momenta()):
-            yield
-
-    @contextmanager
-    def _silent(self, numbers: Sequence[int], *vectors: Vector) -> Iterator[None]:
-        """Let parameters, by number, take part in exchanges with nothing: they neither send nor keep anything of it.
-
-        `vectors`, (d,), and what the rules keep are zero there meanwhile, and what they were afterwards.
-        """
-        places = list(map(self.flat.place, numbers))
-
-        def parts() -> Iterator[Vector]:
-            for array, start in (*((vector, 0) for vector in vectors), *self._memories()) if places else ():
-                for place in places:
-                    yield array[max(place.start - start, 0) : max(place.stop - start, 0)]
-
-        before = [part.copy() for part in parts()]
-        for part in parts():
-            part.fill(0)
-        try:
-            yield
-        finally:
-            for part, was in zip(parts(), before, strict=True):
-                np.copyto(part, was)
 
     def _mean(self, x: Vector) -> Vector:
         """Return the mean of `x`, of any length that is the same on all ranks, until the next one is taken. Collective."""

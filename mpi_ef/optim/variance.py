@@ -17,6 +17,7 @@ from mpi_ef.vectors import Mask
 
 from .asleep import QUIET, STIRS
 from .replicated import ReplicatedOptimizer, checked
+from .resting import memories
 from .runs import Key, Stretch, stretches
 
 __all__ = ["VarianceOptimizer", "VarianceWatch", "inverse_roots"]
@@ -216,7 +217,7 @@ class VarianceOptimizer(ReplicatedOptimizer):
             elif behind[number]:
                 part[:] = False
         self._asleep.fall(mask)
-        for array, start in (*((array, 0) for array in self._hushed()), *self._memories()):
+        for array, start in (*((array, 0) for array in self._hushed()), *memories(self._rules())):
             self._asleep.hush(array, start)
 
     def _hushed(self) -> Sequence[Vector]:
@@ -228,7 +229,7 @@ class VarianceOptimizer(ReplicatedOptimizer):
         rule = self.rules["momentum"]
         result = rule.step(vector)
         if self._asleep.mask is not None:
-            for array, start in ((getattr(rule.state, self.result), 0), *self._memories()):
+            for array, start in ((getattr(rule.state, self.result), 0), *memories(self._rules())):
                 self._asleep.hush(array, start)
         return result
 

@@ -1,7 +1,7 @@
 """Any torch optimizer with a rule under it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from inspect import Parameter, signature
@@ -107,8 +107,9 @@ class DistributedOptimizer(FlatOptimizer):
     Notes
     -----
     The parameters given to the optimizer are broadcast from rank 0 at construction, frozen ones too, and buffers where
-    `model` is given; what it was not given is not. A parameter without gradient takes part with zeros. Memory:
-    one gradient vector, the rule's state, and for "update" one more copy of the parameters.
+    `model` is given; what it was not given is not. A parameter without gradient on this rank takes part with zeros; one
+    without gradient on any rank rests: it stays, with its moments, errors and estimates. Memory: one gradient vector, the
+    rule's state, and for "update" one more copy of the parameters.
     """
 
     _observer: Callable[[list[BucketReport]], None] | None = None
@@ -147,7 +148,7 @@ class DistributedOptimizer(FlatOptimizer):
             parted = plan(comm, for_parameters(compressor, shapes), part.stop - part.start, self.flat.dtype)
             buckets.append(Bucket(numbers, part, ErrorFeedback(rule, parted, dense_steps=dense_steps, **options)))
         self.buckets = Buckets(self.flat, buckets, overlap=overlap)
-        self.feedback = buckets[0].feedback
+        self.feedback, self._quiet = buckets[0].feedback, ExitStack()
         # One rank that loses nothing need not take its update apart and put it together again, which rounds.
         whole = placement == "gradient" or (comm.Get_size() == 1 and isinstance(compressor, Identity))
         self._before = None if whole else self.flat.values.copy()
@@ -267,12 +268,23 @@ class DistributedOptimizer(FlatOptimizer):
 
     def _arrive(self) -> None:
         # Buckets are under way already, and all ranks have to take part in all of them before anybody can complain.
+        # Those of parameters at rest, of which no gradient was made, have not left yet.
         if self.overlaps:
+            self._quiet.enter_context(self._silent(self._at_rest(), *self._sent()))
             self._broken = self.buckets.arrive(self.flat.gradients)
 
     def _drop(self) -> None:
         if self._broken is not None:
             self.buckets.drop()
+        self._quiet.close()
+
+    @contextmanager
+    def _resting(self) -> Iterator[None]:
+        with self._quiet, super()._resting():
+            yield
+
+    def _rules(self) -> Sequence[tuple[ErrorFeedback, int]]:
+        return [(bucket.feedback, bucket.part.start) for bucket in self.buckets]
 
     def _step(self, broken: tuple[int, ...]) -> None:
         super()._step(broken)

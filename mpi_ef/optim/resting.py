@@ -1,0 +1,57 @@
+"""Parameters that take part in an exchange with nothing, because they have no gradient: what is kept for them stays."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from mpi_ef.compress.combination import Vector
+from mpi_ef.feedback import ErrorFeedback
+
+__all__ = ["Placed", "memories", "silent"]
+
+Placed = tuple[Vector, int]  # an array, and the entry of the vector of all parameters at which it begins
+
+
+def memories(rules: Iterable[tuple[ErrorFeedback, int]]) -> list[Placed]:
+    """Return what rules keep of entries, such as errors and estimates. Not copies. Local.
+
+    Parameters
+    ----------
+    rules : iterable of (ErrorFeedback, int)
+        Each with the entry at which its vector begins.
+    """
+    found = []
+    for rule, first in rules:
+        moves, d = rule.moves(), rule.plan.d
+        for name, array in (rule.per_rank() | rule.state.arrays("replicated")).items():
+            cut = name in moves and moves[name].how == "cut" and array.size < d
+            if cut or array.size == d:
+                found.append((array, first + (moves[name].start if cut else 0)))
+    return found
+
+
+@contextmanager
+def silent(places: Sequence[slice], arrays: Callable[[], Iterable[Placed]]) -> Iterator[None]:
+    """Let `arrays` be zero at these places of the vector meanwhile, and afterwards what they were. Local.
+
+    Parameters
+    ----------
+    places : sequence of slice
+    arrays : callable
+        Returns them, the same ones in the same order: rules exchange theirs for spare ones.
+    """
+
+    def parts() -> Iterator[Vector]:
+        for array, start in arrays() if places else ():
+            for place in places:
+                yield array[max(place.start - start, 0) : max(place.stop - start, 0)]
+
+    before = [part.copy() for part in parts()]
+    for part in parts():
+        part.fill(0)
+    try:
+        yield
+    finally:
+        for part, was in zip(parts(), before, strict=True):
+            np.copyto(part, was)
