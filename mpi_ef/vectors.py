@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,8 @@ class _Part:
         self.arrived: Callable[[int], None] | None = None
         self._summed: Tensor | None = None  # what autograd left in p.grad, and its version then
         self._version = -1
-        self._lent: tuple[Tensor, Tensor | None] | None = None
+        self._lent: tuple[Tensor | None, Tensor | None] | None = None
+        self._place = value.data_ptr(), value.shape, value.dtype
         value.copy_(p.detach())
         if not self.half:
             p.data = value
@@ -81,7 +83,6 @@ class _Part:
         if self.arrived is not None:
             self.arrived(self.number)
 
-    @torch.no_grad()
     def take(self) -> bool:
         """Make `gradient` hold what is in ``p.grad``, zeros for None; tell whether there is something.
 
@@ -93,21 +94,17 @@ class _Part:
         p, grad = self.p, self.p.grad
         if grad is None:
             self.gradient.zero_()
-        elif grad is self.gradient:
-            pass
-        elif grad.layout is not torch.strided:
-            raise DtypeError(f"parameter {self.number} {tuple(p.shape)}: its gradient is sparse; use sparse=False in the "
-                             "embedding")  # fmt: skip
-        elif not self.half:
-            if grad.data_ptr() != self.gradient.data_ptr():
-                self.gradient.copy_(grad)
-            p.grad = self.gradient
-        elif not self.untouched:
-            self.gradient.copy_(grad)
+        elif grad is not self.gradient and (not self.half or not self.untouched):
+            if grad.layout is not torch.strided:
+                raise DtypeError(f"parameter {self.number} {tuple(p.shape)}: its gradient is sparse; use sparse=False in "
+                                 "the embedding")  # fmt: skip
+            if self.half or grad.data_ptr() != self.gradient.data_ptr():
+                self.gradient.copy_(grad.detach())
+            if not self.half:
+                p.grad = self.gradient
         self._mark()
         return grad is not None
 
-    @torch.no_grad()
     def adopt(self) -> None:
         """Make `value` hold what has been written to the parameter.
 
@@ -117,38 +114,44 @@ class _Part:
             Its memory was replaced by some of another shape, dtype or device.
         """
         p = self.p
+        if (p.data_ptr(), p.shape, p.dtype) == self._place:
+            return
+        p, value = p.detach(), self.value
+        if (
+            p.shape != value.shape
+            or p.device != value.device
+            or p.dtype not in (_HALVES if self.half else (value.dtype,))
+        ):
+            raise ShapeError(f"parameter {self.number} {tuple(p.shape)}: its memory was replaced (by model.to(...)?); build "
+                             "the optimizer after the model is in its final place")  # fmt: skip
         if self.half:
-            if p.dtype in _HALVES and p.shape == self.value.shape and p.device == self.value.device:
-                rounded = self.value.to(p.dtype)
-                if not torch.equal(p.view(torch.int16), rounded.view(torch.int16)):
-                    self.value.copy_(torch.where(p.view(torch.int16) == rounded.view(torch.int16), self.value, p))
-                return
-        elif p.data_ptr() == self.value.data_ptr() and p.shape == self.value.shape and p.dtype == self.value.dtype:
-            return
-        elif p.shape == self.value.shape and p.dtype == self.value.dtype and p.device == self.value.device:
-            self.value.copy_(p)
-            p.data = self.value
-            return
-        raise ShapeError(f"parameter {self.number} {tuple(p.shape)}: its memory was replaced (by model.to(...)?); build "
-                         "the optimizer after the model is in its final place")  # fmt: skip
+            written, rounded = (part.view(torch.int16) for part in (p, value.to(p.dtype)))
+            if not torch.equal(written, rounded):
+                value.copy_(torch.where(written == rounded, value, p))
+        else:
+            value.copy_(p)
+            self.p.data = value
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round `value` into a parameter that is kept in 16 bits."""
-        if self.half:
-            self.p.copy_(self.value)
+        """Round `value` into the parameter, which is kept in 16 bits."""
+        self.p.copy_(self.value)
 
     @torch.no_grad()
     def scaled(self, factor: float) -> None:
         """Do the same to ``p.grad``, which is in 16 bits, as was done to `gradient`."""
-        if self.half and self.p.grad is not None:
+        if self.p.grad is not None:
             self.p.grad.mul_(factor)
             self._mark()
 
+    def is_lent(self, moving: bool) -> bool:
+        """Whether the parameter is its place in the vector already, with its gradient there, or none."""
+        return not self.half and self.p.grad is (self.gradient if moving else None)
+
     def lend(self, moving: bool) -> None:
-        """Let the parameter be its place in the vector, with its gradient there, or none."""
+        """Let it be so."""
         p = self.p
-        self._lent = p.data, p.grad
+        self._lent = p.data if self.half else None, p.grad
         if self.half:
             p.grad = None
             p.data = self.value
@@ -158,7 +161,7 @@ class _Part:
         """Let the parameter be what it was."""
         assert self._lent is not None  # noqa: S101
         (data, grad), p = self._lent, self.p
-        if self.half:
+        if data is not None:
             p.grad = None
             p.data = data
         p.grad, self._lent = grad, None
@@ -217,6 +220,7 @@ class FlatParameters:
             value, gradient = (torch.from_numpy(flat[place]).view(p.shape) for flat in (self.values, self.gradients))
             self._parts.append(_Part(number, p, value, gradient))
             self.starts.append(place.stop)
+        self._halves = [part for part in self._parts if part.half]
         self.present: Mask = np.zeros(len(self._parts), bool)
         for part in self._parts:
             part.take()
@@ -224,7 +228,7 @@ class FlatParameters:
     @property
     def mixed(self) -> bool:
         """Whether there are parameters in 16 bits."""
-        return any(part.half for part in self._parts)
+        return bool(self._halves)
 
     def place(self, number: int) -> slice:
         """Return where a parameter is in the vectors."""
@@ -271,13 +275,12 @@ class FlatParameters:
         if any(p.requires_grad for p in self.frozen):
             raise OptionError("a parameter was unfrozen after the optimizer was built; unfreeze first, then build it "
                               "anew")  # fmt: skip
-        for part in self._parts:
-            self.present[part.number] = part.take()
+        self.present[:] = [part.take() for part in self._parts]
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply all gradients that there are. Local."""
         self.gradients *= self.dtype.type(factor)
-        for part in self._parts:
+        for part in self._halves:
             part.scaled(factor)
 
     @contextmanager
@@ -292,24 +295,26 @@ class FlatParameters:
         of_frozen = [p.grad for p in self.frozen]  # they are not in the vectors, and would move on this rank alone
         for p in self.frozen:
             p.grad = None
-        for part in self._parts:
-            part.lend(moving is None or bool(moving[part.number]))
+        how = zip(self._parts, repeat(True) if moving is None else moving, strict=False)
+        lent = [(part, moves) for part, moves in how if not part.is_lent(moves)]
+        for part, moves in lent:
+            part.lend(moves)
         try:
             yield
         finally:
-            for part in self._parts:
+            for part, _ in lent:
                 part.take_back()
             for p, grad in zip(self.frozen, of_frozen, strict=True):
                 p.grad = grad
 
     def publish(self) -> None:
         """Round the masters into the parameters that are kept in 16 bits. Local."""
-        for part in self._parts:
+        for part in self._halves:
             part.publish()
 
     def masters(self) -> dict[int, Tensor]:
         """Return copies of the masters, by the number of the parameter in 16 bits. Local."""
-        return {part.number: part.value.clone() for part in self._parts if part.half}
+        return {part.number: part.value.clone() for part in self._halves}
 
     def load_masters(self, masters: dict[int, Tensor]) -> None:
         """Overwrite masters; parameters that are not their rounded copies in the next step win over them. Local."""

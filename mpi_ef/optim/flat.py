@@ -3,7 +3,7 @@
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from typing import Any, overload
 from weakref import finalize
@@ -234,9 +234,12 @@ class FlatOptimizer(Saved):
         resting: list[int] = np.flatnonzero(~self.moving).tolist()
         return resting
 
+    def _resting(self) -> AbstractContextManager[None]:
+        """Return a context in which parameters that have a gradient on no rank stay, and what is kept for them."""
+        return nullcontext() if self.moving.all() else self._staying()
+
     @contextmanager
-    def _resting(self) -> Iterator[None]:
-        """Let parameters that have a gradient on no rank, and what is kept for them, stay as they are."""
+    def _staying(self) -> Iterator[None]:
         resting, layers = self._at_rest(), len(self.flat.parameters)
         saved = [
             (array[place], array[place].copy())
@@ -307,7 +310,7 @@ class FlatOptimizer(Saved):
             broken = tuple(np.flatnonzero(answers["status"]).tolist())
             self._complain(problem)
             return broken
-        if self._handshake.at_work.size < answers.size and not self._keep_up():
+        if not self._handshake.all_at_work and not self._keep_up():
             return ()
         if looks:
             self._handshake.look_at_gradients()

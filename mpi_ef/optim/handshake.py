@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ __all__ = ["Handshake", "check_order"]
 _WORDS = np.dtype([("status", "u4"), ("groups", "u4"), ("steps", "u4"), ("number", "u4"), ("values", "u4"),
                    ("gradient", "u4"), ("present", "u4"), ("done", "u2"), ("sleepers", "u2"),
                    ("squared_norm", "f8")])  # fmt: skip
+_FORM = Struct("=7I2Hd")  # the same
+_BUT_THE_NORM = 8  # words of 32 bits
 LEFT = 3  # besides the statuses of frames
 _SAME = ["status", "groups", "steps", "number", "values"]
 Answers = NDArray[Any]
@@ -44,14 +47,15 @@ class Handshake:
 
     def __init__(self, comm: Comm, name: str, number: int, line: Line) -> None:
         self._comm, self._name, self._same, self._line = comm, name, 0, line
-        self._mine, self._answers = np.zeros(1, _WORDS), np.zeros(comm.Get_size(), _WORDS)
-        self._mine["number"] = number
+        self._told: dict[str, Any] = dict.fromkeys(_WORDS.names or (), 0) | {"number": number}
+        self._mine, self._answers = np.zeros(_FORM.size, np.uint8), np.zeros(comm.Get_size(), _WORDS)
+        self._table = self._answers.view(np.uint32).reshape(self._answers.size, -1)[:, :_BUT_THE_NORM]
+        self._alike = False  # all ranks have told the same, but for the norm
         self.steps = 0  # that were completed
 
     def note(self, **words: float) -> None:
         """Remember `words` for the next time. Local."""
-        for name, word in words.items():
-            self._mine[name] = word
+        self._told |= words
 
     def answers(self, name: str) -> Answers:
         """Return what all ranks have told last, of one field, (n,). Local."""
@@ -64,10 +68,12 @@ class Handshake:
         They are valid until the next time.
         """
         self.note(**words)
-        self._answers.view(np.uint8).fill(0xFF)  # no valid answer
-        self._line.allgather(self._mine.view(np.uint8), self._answers.view(np.uint8),
-                             lambda: f"step {int(self._mine['steps'][0])} of {self._name}")  # fmt: skip
-        if left := np.flatnonzero(self._answers["status"] == LEFT).tolist():
+        _FORM.pack_into(self._mine.data, 0, *self._told.values())
+        answers = self._answers.view(np.uint8)
+        answers.fill(0xFF)  # no valid answer
+        self._line.allgather(self._mine, answers, lambda: f"step {self._told['steps']} of {self._name}")
+        self._alike = bool((self._table == self._table[0]).all())
+        if not self._alike and (left := np.flatnonzero(self._answers["status"] == LEFT).tolist()):
             self._line.close()
             steps = int(self._answers["steps"][left[0]])
             raise PeerError(f"{self._name}.step: {ranks_text(left)} left the training after {steps} steps, by ending or by "
@@ -77,14 +83,22 @@ class Handshake:
 
     def leave(self) -> None:
         """Say that this rank takes no further steps. Local."""
-        self._mine["status"], self._mine["steps"] = LEFT, self.steps
-        self._line.leave(self._mine.view(np.uint8))
+        self.note(status=LEFT, steps=self.steps)
+        _FORM.pack_into(self._mine.data, 0, *self._told.values())
+        self._line.leave(self._mine)
 
     def agreed(self) -> bool:
         """Return whether all ranks can take the step, and mean the same one. Local."""
+        if self._alike:
+            return not self._told["status"]
         steps = self._answers[["steps", "number"]]
         words = self._answers[_SAME][self.at_work] if self._answers["done"].any() else self._answers[_SAME]
         return not self._answers["status"].any() and bool((steps == steps[0]).all() and (words == words[:1]).all())
+
+    @property
+    def all_at_work(self) -> bool:
+        """Whether no rank has run out of data."""
+        return not (self._told["done"] if self._alike else self._answers["done"].any())
 
     @property
     def at_work(self) -> NDArray[np.intp]:
@@ -99,7 +113,7 @@ class Handshake:
     def anywhere(self, present: Mask) -> Mask:
         """Return which parameters have a gradient on any rank. Collective where that is not the same on all of them."""
         found, hashes = present.copy(), self._answers["present"]
-        if (hashes != hashes[0]).any():
+        if not self._alike and (hashes != hashes[0]).any():
             answers = np.empty((hashes.size, found.size), bool)
             self._comm.Allgather(found, answers)
             answers.any(axis=0, out=found)

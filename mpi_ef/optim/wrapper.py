@@ -270,7 +270,8 @@ class DistributedOptimizer(FlatOptimizer):
         # Buckets are under way already, and all ranks have to take part in all of them before anybody can complain.
         # Those of parameters at rest, of which no gradient was made, have not left yet.
         if self.overlaps:
-            self._quiet.enter_context(self._silent(self._at_rest(), *self._sent()))
+            if resting := self._at_rest():
+                self._quiet.enter_context(self._silent(resting, *self._sent()))
             self._broken = self.buckets.arrive(self.flat.gradients)
 
     def _drop(self) -> None:
@@ -279,8 +280,8 @@ class DistributedOptimizer(FlatOptimizer):
         self._quiet.close()
 
     @contextmanager
-    def _resting(self) -> Iterator[None]:
-        with self._quiet, super()._resting():
+    def _staying(self) -> Iterator[None]:
+        with self._quiet, super()._staying():
             yield
 
     def _rules(self) -> Sequence[tuple[ErrorFeedback, int]]:
