@@ -28,7 +28,7 @@ from .accounts import Channel
 from .groups import check_listed, hyper_parameters, listed, names_of
 from .handshake import Handshake, check_order
 from .joining import joined
-from .line import idle_lines, line_for
+from .line import line_for, state_of_line
 from .resting import memories, silent
 from .saved import Saved
 
@@ -86,9 +86,9 @@ class FlatOptimizer(Saved):
                     "hyper-parameters": hyper_parameters(self), **more}  # fmt: skip
 
         told = agree(comm, type(self).__name__, all_facts, "build the same model and optimizer on every rank",
-                     tell=(next(_numbers), idle_lines(comm)), call=self.built)  # fmt: skip
+                     tell=(next(_numbers), state_of_line(comm)), call=self.built)  # fmt: skip
         self._number: int = told[0][0]  # of rank 0, which has all optimizers of this communicator
-        line = line_for(comm, set.intersection(*(idle for _, idle in told)))
+        line = line_for(comm, {state for _, state in told})
         self._handshake = Handshake(comm, type(self).__name__, self._number, line)
         finalize(self, self._handshake.leave)
         check_order(comm, type(self).__name__, self._hashes(), self._name)

@@ -70,16 +70,23 @@ class Handshake:
         self.note(**words)
         _FORM.pack_into(self._mine.data, 0, *self._told.values())
         answers = self._answers.view(np.uint8)
-        answers.fill(0xFF)  # no valid answer
-        self._line.allgather(self._mine, answers, lambda: f"step {self._told['steps']} of {self._name}")
-        self._alike = bool((self._table == self._table[0]).all())
-        if not self._alike and (left := np.flatnonzero(self._answers["status"] == LEFT).tolist()):
-            self._line.close()
-            steps = int(self._answers["steps"][left[0]])
-            raise PeerError(f"{self._name}.step: {ranks_text(left)} left the training after {steps} steps, by ending or by "
-                            "dropping the optimizer; give all ranks as many batches, or train inside `with "
+        if not self._line.gone:
+            answers.fill(0xFF)  # no valid answer
+            self._line.allgather(self._mine, answers, lambda: f"step {self._told['steps']} of {self._name}")
+            self._alike = bool((self._table == self._table[0]).all())
+            if not self._alike:
+                self._line.gone = np.flatnonzero(self._answers["status"] == LEFT).tolist()
+        if self._line.gone:
+            raise PeerError(f"{self._name}.step: {ranks_text(self._line.gone)} left the training{self._when()}, by ending "
+                            "or by dropping the optimizer; give all ranks as many batches, or train inside `with "
                             "optimizer.join():`")  # fmt: skip
         return self._answers
+
+    def _when(self) -> str:
+        """Return after which of its steps a rank has left, if that was told."""
+        told = self._answers[self._line.gone[0]]
+        ours = told["status"] == LEFT and told["number"] == self._told["number"]
+        return f" after {told['steps']} steps" if ours else ""
 
     def leave(self) -> None:
         """Say that this rank takes no further steps. Local."""

@@ -1,4 +1,4 @@
-"""A communicator of an optimizer's own, on which a rank can say that it leaves, and be missed."""
+"""A communicator of the optimizers' own, on which a rank can say that it leaves, and be missed."""
 
 import sys
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from mpi_ef.collectives.agreement import ranks_text
 from mpi_ef.collectives.in_flight import landed, took_off
 from mpi_ef.collectives.plan import Comm
 
-__all__ = ["Line", "idle_lines", "line_for"]
+__all__ = ["Line", "line_for", "state_of_line"]
 
 PATIENCE_SECONDS = 60.0  # before a rank that waits says so
 _HEARING_SECONDS = 1.0  # for the others that wait to say so as well
@@ -26,31 +26,39 @@ Bytes = NDArray[np.uint8]
 class Line:
     """Messages of one size from every rank to every rank, apart from whatever else `comm` is used for.
 
+    All optimizers of a communicator have one, so that ranks in steps of different ones meet.
+
     Parameters
     ----------
     comm : MPI.Comm
         Is duplicated; other communicators are used as they are, and nobody leaves them. Construction is collective.
+
+    Attributes
+    ----------
+    gone : list of int
+        Ranks that have left while this one went on: nothing can be said here any more.
     """
 
     def __init__(self, comm: Comm) -> None:
         self._mpi = _mpi_of(comm)
         self._comm = comm.Dup() if self._mpi else comm
+        self._users = 0
         self._left: Any = None  # the request of a farewell
-        self._over = False
+        self.gone: list[int] = []
         self._memory: tuple[Bytes, Bytes] | None = None
 
     @property
-    def idle(self) -> bool:
-        """Whether all ranks have left, so that another optimizer may have it. Local."""
-        return self._left is not None and not self._over and bool(self._left.Test())
+    def state(self) -> str:
+        """What this rank knows: "open", "left" by it, or "over"."""
+        return "over" if self.gone else "open" if self._left is None else "left"
 
-    def open(self) -> None:
-        """Begin anew. Local, on all ranks."""
-        self._left = None
-
-    def close(self) -> None:
-        """Take note that another rank has left: nothing will be said here any more. Local."""
-        self._over = True
+    def enter(self) -> None:
+        """Count an optimizer that uses it. Collective where all ranks had left it."""
+        if self._left is not None:
+            self._left.Wait()
+            landed(self)
+            self._left = None
+        self._users += 1
 
     def allgather(self, mine: Bytes, answers: Bytes, what: Callable[[], str]) -> None:
         """Send `mine` to all ranks and receive `answers`. Collective.
@@ -86,9 +94,12 @@ class Line:
         return True
 
     def leave(self, mine: Bytes) -> None:
-        """Send `mine` without waiting for the others: whoever comes to the next :meth:`allgather` receives it. Local."""
-        mpi = self._mpi
-        if mpi is None or self._over or self._left is not None or mpi.Is_finalized() or not self._comm:
+        """Count an optimizer that uses it no longer. The last one sends `mine` without waiting for the others. Local.
+
+        Whoever comes to the next :meth:`allgather` receives it.
+        """
+        mpi, self._users = self._mpi, self._users - 1
+        if self._users or mpi is None or self.gone or mpi.Is_finalized() or not self._comm:
             return
         if current_thread() is not main_thread() and mpi.Query_thread() < mpi.THREAD_MULTIPLE:
             return
@@ -123,18 +134,22 @@ def _lines(comm: Comm) -> list[Line]:
     return lines
 
 
-def idle_lines(comm: Comm) -> set[int]:
-    """Return which lines of `comm` nobody uses, as far as this rank knows. Local."""
-    return {number for number, line in enumerate(_lines(comm)) if line.idle}
+def state_of_line(comm: Comm) -> str:
+    """Return the state of the newest line of `comm`, as far as this rank knows. Local."""
+    return next((line.state for line in reversed(_lines(comm))), "none")
 
 
-def line_for(comm: Comm, idle: set[int]) -> Line:
-    """Return a line that nobody uses: one of `idle`, on all ranks the same ones, or a new one. Collective."""
+def line_for(comm: Comm, states: set[str]) -> Line:
+    """Return the line for another optimizer: the newest one where it is in one state on all ranks, or a new one. Collective.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    states : set of str
+        What :func:`state_of_line` has returned on the ranks.
+    """
     lines = _lines(comm)
-    if idle:
-        line = lines[min(idle)]
-        landed(line)
-        line.open()
-        return line
-    lines.append(line := Line(comm))
-    return line
+    if states not in ({"open"}, {"left"}):
+        lines.append(Line(comm))
+    lines[-1].enter()
+    return lines[-1]

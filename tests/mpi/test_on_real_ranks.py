@@ -1,9 +1,11 @@
 """Law 3 and what only real ranks show. Run as ``mpiexec -n N python -m pytest --with-mpi tests/mpi``."""
 
+import gc
 import os
 
 import numpy as np
 import pytest
+import torch
 import virtual
 from optimizer_table import ROWS
 from programs import CLIENT_RULES, OPTIMIZERS, PLANS, RULES, client_steps, exchanges, rule_steps, same_bits, training
@@ -113,7 +115,6 @@ def test_sub_communicators_and_a_world_of_one(comm):
 
 
 def test_plans_are_cached_with_the_communicator_and_freed_with_it(comm):
-    import gc
     import weakref
 
     from mpi_ef.collectives import onecall
@@ -180,9 +181,63 @@ def test_equal_plans_in_another_order_are_noticed(comm, form):
         use(plan)
 
 
+def a_step_of(optimizer, rank):
+    optimizer.zero_grad()
+    for p in optimizer.flat.parameters:
+        p.grad = torch.full_like(p, 1.0 + rank)
+    optimizer.step()
+
+
+def ones_with(comm):
+    return EF21([torch.nn.Parameter(torch.ones(4))], comm, Identity(), lr=0.1)
+
+
+def test_two_optimizers_in_another_order_are_noticed(comm):
+    pair = [ones_with(comm) for _ in range(2)]
+    for optimizer in pair[:: -1 if comm.rank == comm.size - 1 else 1] if comm.size > 1 else ():
+        with pytest.raises(DisagreementError, match="disagree on the optimizer that takes a step"):
+            a_step_of(optimizer, comm.rank)
+    for optimizer in pair:
+        a_step_of(optimizer, comm.rank)
+    assert all(optimizer.steps == 1 for optimizer in pair)
+
+
+def test_ranks_drop_optimizers_at_other_times(comm):
+    """Before or after others are built, and before or after their steps: those that are left take theirs."""
+    for turn in range(6):
+        early = turn % comm.size == comm.rank
+        old = [ones_with(comm) for _ in range(1 + turn % 2)]
+        for optimizer in old:
+            a_step_of(optimizer, comm.rank)
+        if early:
+            del old, optimizer
+            gc.collect()
+        new = ones_with(comm)
+        a_step_of(new, comm.rank)
+        if not early:
+            del old, optimizer
+            gc.collect()
+        a_step_of(new, comm.rank)
+        assert new.steps == 2
+
+
+def test_who_has_dropped_the_last_optimizer_is_named_to_all_of_the_others(comm):
+    """And to the other optimizers that they have."""
+    pair = [ones_with(comm) for _ in range(2)]
+    for optimizer in pair:
+        a_step_of(optimizer, comm.rank)
+    gone = comm.size > 1 and comm.rank == comm.size - 1
+    if gone:
+        del pair, optimizer
+        gc.collect()
+    for number in (0, 1, 0) if not gone and comm.size > 1 else ():
+        with pytest.raises(PeerError, match=f"rank {comm.size - 1} left the training"):
+            a_step_of(pair[number], comm.rank)
+    a_step_of(ones_with(comm), comm.rank)
+
+
 def test_memory_of_a_dropped_plan_stays_until_mpi_is_done(comm):
     """Its user failed between start and wait, and went on."""
-    import gc
     import weakref
 
     x, arrays = np.full(400, 7.0), []
@@ -217,8 +272,6 @@ def test_bad_input_on_one_rank_is_told_on_all(comm):
 
 
 def test_different_models_are_told_on_all(comm):
-    import torch
-
     def build(entries):
         return EF21([torch.nn.Parameter(torch.ones(entries))], comm, TopK(0.5), lr=0.1)
 
@@ -235,7 +288,6 @@ def test_digits_by_label_with_one_twentieth_of_the_gradient(comm):
     Of three beginnings together, as one sample in 360 is a quarter of a point. The learning rate falls: with a constant one
     EF21 on one rank ends up to 2.5 points below (batches as noise, which the lag of g_i adds to), sometimes.
     """
-    import torch
 
     from mpi_ef.jobs.data import Digits, batches, shard
     from mpi_ef.jobs.models import mlp
