@@ -28,60 +28,78 @@ Mask = NDArray[np.bool_]
 class _Part:
     """One parameter `p`, and its places `value` and `gradient` in the vectors.
 
-    What is in ``p.grad`` counts, as in torch: None is no gradient, and whatever a program writes there before the step is
-    taken. Of a parameter in 16 bits, ``p.grad`` is in 16 bits and `gradient` the sum of the same in float32, which is taken
-    in its place as long as nobody else has changed ``p.grad`` since the last backward pass.
+    What is in ``p.grad`` when a step is taken counts, as in torch: None is no gradient. It is the program's, and nothing
+    here writes to it. Of a parameter in 16 bits, ``p.grad`` is in 16 bits; where several backward passes have added to it,
+    `gradient` is the sum of the same in float32, which is taken in its place as long as nobody else has changed it.
     """
 
     def __init__(self, number: int, p: Tensor, value: Tensor, gradient: Tensor) -> None:
         self.number, self.p, self.value, self.gradient = number, p, value, gradient
-        self.half = p.dtype in _HALVES
+        self.half, self._dtype = p.dtype in _HALVES, p.dtype
+        self._place = value.data_ptr(), value.shape, value.stride(), p.dtype
         self.arrived: Callable[[int], None] | None = None
-        self._summed: Tensor | None = None  # what autograd left in p.grad, and its version then
-        self._version = -1
-        self._lent: tuple[Tensor | None, Tensor | None] | None = None
-        self._place = value.data_ptr(), value.shape, value.dtype
+        self._rounded: Tensor | None = None  # p.grad when `gradient` was the sum of which it is rounded
+        self._adds = False
+        self._lent: Tensor | None = None
         value.copy_(p.detach())
         if not self.half:
             p.data = value
         for old in _hooks.pop(p, ()):
             old.remove()
-        hooks = [p.register_post_accumulate_grad_hook(self._accumulated)]  # type: ignore[no-untyped-call]
-        if self.half:
-            hooks.append(p.register_hook(self._add))  # type: ignore[no-untyped-call]
-        _hooks[p] = hooks
+        self._handles: list[Any] = []
+        _hooks[p] = self._handles
+        self._node: Any = None
+        self._listen()
 
-    def _mark(self) -> None:
-        """Remember that `gradient` holds what is in ``p.grad`` now."""
-        self._summed = self.p.grad
-        self._version = -1 if self._summed is None else self._summed._version  # noqa: SLF001
+    def watch(self, arrived: Callable[[int], None]) -> None:
+        """Call ``arrived(number)`` when autograd has made a gradient, and `gradient` holds it."""
+        self.arrived = arrived
+        if not self.half:
+            self._handles.append(self.p.register_post_accumulate_grad_hook(self._accumulated))  # type: ignore[no-untyped-call]
+
+    def _listen(self) -> None:
+        """Hear what autograd is about to add to ``p.grad``, after all hooks of the program."""
+        if self.half and not self._handles:
+            self._handles.append(self.p.register_post_accumulate_grad_hook(self._accumulated))  # type: ignore[no-untyped-call]
+        if self.half and self.p.requires_grad:
+            with torch.enable_grad():
+                passed: Any = self.p.view_as(self.p)
+            node = passed.grad_fn.next_functions[0][0]
+            if node is not self._node:  # data of another dtype have made a new one
+                self._node = node
+                self._handles.append(node.register_prehook(self._add))
+
+    @property
+    def _known(self) -> bool:
+        """Whether `gradient` is the sum of which ``p.grad`` is rounded."""
+        return self._rounded is not None and self.p.grad is not None and _same(self.p.grad, self._rounded)
+
+    @torch.no_grad()
+    def _add(self, grads: tuple[Tensor | None, ...]) -> None:
+        """Add to `gradient` what autograd is about to add to ``p.grad``, without rounding the sum to 16 bits."""
+        held, (grad, *_) = self.p.grad, grads
+        self._adds = held is not None and grad is not None and held.layout is grad.layout is torch.strided
+        if self._adds:
+            assert held is not None and grad is not None  # noqa: PT018, S101
+            if not self._known:
+                self.gradient.copy_(held)
+            self.gradient.add_(grad)
+
+    def _accumulated(self, p: Tensor) -> None:
+        if self.half:
+            assert p.grad is not None  # noqa: S101
+            self._rounded = p.grad.detach().clone() if self._adds else None
+        if (
+            self.arrived is not None and p.grad is not None and p.grad.layout is torch.strided
+        ):  # else it waits for the step
+            self.take()
+            self.arrived(self.number)
 
     @property
     def untouched(self) -> bool:
-        """Whether ``p.grad`` is what it was at the last mark."""
+        """Whether ``p.grad`` is still what `gradient` was taken from."""
         grad = self.p.grad
-        return grad is self._summed and (grad is None or grad._version == self._version)  # noqa: SLF001
-
-    @torch.no_grad()
-    def _add(self, grad: Tensor) -> None:
-        """Add what autograd is about to add to ``p.grad``, without rounding the sum to 16 bits."""
-        if grad.layout is not torch.strided:
-            return
-        if self.p.grad is None:
-            self.gradient.zero_()
-        elif not self.untouched and self.p.grad.layout is torch.strided:
-            self.gradient.copy_(self.p.grad)
-        self.gradient.add_(grad)
-
-    def _accumulated(self, p: Tensor) -> None:
-        grad = p.grad
-        if grad is not None and grad.layout is torch.strided and not grad.requires_grad:  # the others wait for the step
-            if self.half:
-                self._mark()
-            else:
-                self.take()
-        if self.arrived is not None:
-            self.arrived(self.number)
+        return grad is not None and (self._known or _same(grad, self.gradient.to(grad.dtype)))
 
     def take(self) -> bool:
         """Make `gradient` hold what is in ``p.grad``, zeros for None; tell whether there is something.
@@ -91,86 +109,84 @@ class _Part:
         DtypeError
             The gradient is sparse.
         """
-        p, grad = self.p, self.p.grad
+        grad = self.p.grad
         if grad is None:
             self.gradient.zero_()
-        elif grad is not self.gradient and (not self.half or not self.untouched):
-            if grad.layout is not torch.strided:
-                raise DtypeError(f"parameter {self.number} {tuple(p.shape)}: its gradient is sparse; use sparse=False in "
-                                 "the embedding")  # fmt: skip
-            if self.half or grad.data_ptr() != self.gradient.data_ptr():
-                self.gradient.copy_(grad.detach())
-            if not self.half:
-                p.grad = self.gradient
-        self._mark()
+        elif grad.layout is not torch.strided:
+            raise DtypeError(f"parameter {self.number} {tuple(self.p.shape)}: its gradient is sparse; use sparse=False in "
+                             "the embedding")  # fmt: skip
+        elif self._rounded is None or not self._known:
+            self.gradient.copy_(grad.detach() if grad.requires_grad else grad)
         return grad is not None
 
-    def adopt(self) -> None:
-        """Make `value` hold what has been written to the parameter.
+    def written(self) -> Tensor | None:
+        """Return what `value` has to become because of what was written to the parameter; None if nothing was.
 
         Raises
         ------
         ShapeError
             Its memory was replaced by some of another shape, dtype or device.
         """
-        p = self.p
-        if (p.data_ptr(), p.shape, p.dtype) == self._place:
-            return
-        p, value = p.detach(), self.value
-        if (
-            p.shape != value.shape
-            or p.device != value.device
-            or p.dtype not in (_HALVES if self.half else (value.dtype,))
-        ):
+        p, value = self.p, self.value
+        if (p.data_ptr(), p.shape, p.stride(), p.dtype) == self._place:
+            return None
+        p = p.detach()
+        if p.shape != value.shape or p.device != value.device or p.dtype != self._dtype:
             raise ShapeError(f"parameter {self.number} {tuple(p.shape)}: its memory was replaced (by model.to(...)?); build "
                              "the optimizer after the model is in its final place")  # fmt: skip
-        if self.half:
-            written, rounded = (part.view(torch.int16) for part in (p, value.to(p.dtype)))
-            if not torch.equal(written, rounded):
-                value.copy_(torch.where(written == rounded, value, p))
-        else:
-            value.copy_(p)
-            self.p.data = value
+        if not self.half:
+            return p
+        kept = p.view(torch.int16) == value.to(p.dtype).view(torch.int16)
+        return None if bool(kept.all()) else torch.where(kept, value, p)
+
+    def adopt(self) -> None:
+        """Make `value` hold what has been written to the parameter; as :meth:`written`."""
+        written = self.written()
+        if written is not None:
+            self.value.copy_(written.clone())  # it may be the same memory, transposed
+            if not self.half:
+                self.p.data = self.value
 
     @torch.no_grad()
     def publish(self) -> None:
         """Round `value` into the parameter, which is kept in 16 bits."""
         self.p.copy_(self.value)
 
+    def spend(self) -> None:
+        """Take note that `gradient` is something else from now on."""
+        self._rounded = None
+
     @torch.no_grad()
-    def scaled(self, factor: float) -> None:
-        """Do the same to ``p.grad``, which is in 16 bits, as was done to `gradient`."""
-        if self.p.grad is not None:
-            self.p.grad.mul_(factor)
-            self._mark()
+    def scale(self, factor: float) -> None:
+        """Multiply ``p.grad`` and `gradient`, which may have more bits."""
+        grad = self.p.grad
+        if grad is not None:
+            grad.mul_(factor)
+            self.gradient.mul_(factor)
+            self._rounded = grad.detach().clone() if self.half else None
 
-    def is_lent(self, moving: bool) -> bool:
-        """Whether the parameter is its place in the vector already, with its gradient there, or none."""
-        return not self.half and self.p.grad is (self.gradient if moving else None)
-
-    def lend(self, moving: bool) -> None:
-        """Let it be so."""
-        p = self.p
-        self._lent = p.data if self.half else None, p.grad
-        if self.half:
-            p.grad = None
-            p.data = self.value
-        p.grad = self.gradient if moving else None
+    def lend(self) -> None:
+        """Let the parameter, which is in 16 bits, be its place in the vector, without a gradient."""
+        self._lent, self.p.grad = self.p.data, None
+        self.p.data = self.value
 
     def take_back(self) -> None:
-        """Let the parameter be what it was."""
+        """Let it be what it was, without a gradient."""
         assert self._lent is not None  # noqa: S101
-        (data, grad), p = self._lent, self.p
-        if data is not None:
-            p.grad = None
-            p.data = data
-        p.grad, self._lent = grad, None
+        self.p.grad = None
+        self.p.data, self._lent = self._lent, None
+        self._listen()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype have the same entries; NaN is as NaN."""
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124
 
 
 class FlatParameters:
     """The trainable parameters of a model, laid out one after the other.
 
-    Every parameter becomes a view of `values`. Its ``grad`` becomes a view of `gradients` as soon as autograd has made it.
+    Every parameter becomes a view of `values`. What is in its ``grad`` is copied to `gradients` when it is asked for.
 
     A parameter in 16 bits stays where it is. Its place in `values` is its *master*, in float32, of which it is a rounded
     copy after :meth:`publish`. What a program writes to such a parameter goes into the master (:meth:`adopt`), entry by
@@ -237,7 +253,7 @@ class FlatParameters:
     def watch(self, arrived: Callable[[int], None]) -> None:
         """Call ``arrived(number)`` in every backward pass, when the gradient of that parameter is in `gradients`. Local."""
         for part in self._parts:
-            part.arrived = arrived
+            part.watch(arrived)
 
     def untouched(self, number: int) -> bool:
         """Return whether the gradient of a parameter is what autograd has left. Local."""
@@ -251,16 +267,30 @@ class FlatParameters:
             elif part.p.grad is not None:
                 part.p.grad = part.p.grad.detach().zero_()
 
-    def adopt(self) -> None:
-        """Make `values` hold what a program has written to the parameters. Local.
+    def written(self) -> dict[int, Tensor]:
+        """Return what parts of `values` have to become because of what a program has written to parameters. Local.
+
+        Returns
+        -------
+        dict of int to tensor
+            By the number of the parameter; parameters themselves, or new ones.
 
         Raises
         ------
         ShapeError
             A parameter's memory was replaced by some of another shape or dtype, for example by ``model.to(...)``.
         """
+        found = ((part.number, part.written()) for part in self._parts)
+        return {number: written for number, written in found if written is not None}
+
+    def adopt(self) -> None:
+        """Make `values` hold what a program has written to the parameters. Local; as :meth:`written`."""
         for part in self._parts:
             part.adopt()
+
+    def versions(self) -> list[int]:
+        """Return numbers that change when torch writes to a parameter. Local."""
+        return [p._version for p in self.parameters]  # noqa: SLF001
 
     def collect_gradients(self) -> None:
         """Make `gradients` hold what is in every parameter's ``grad``, and zeros where there is none; fill `present`. Local.
@@ -277,11 +307,15 @@ class FlatParameters:
                               "anew")  # fmt: skip
         self.present[:] = [part.take() for part in self._parts]
 
-    def scale_gradients(self, factor: float) -> None:
-        """Multiply all gradients that there are. Local."""
-        self.gradients *= self.dtype.type(factor)
+    def spend_gradients(self) -> None:
+        """Take note that `gradients` will not be what is in the parameters' ``grad`` any more. Local."""
         for part in self._halves:
-            part.scaled(factor)
+            part.spend()
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply all gradients that there are, in the parameters' ``grad``. Local."""
+        for part in self._parts:
+            part.scale(factor)
 
     @contextmanager
     def lent(self, moving: Sequence[bool] | Mask | None = None) -> Iterator[None]:
@@ -292,19 +326,20 @@ class FlatParameters:
         moving : sequence of bool, optional
             Which of them have a gradient then, their place in `gradients`; all by default.
         """
-        of_frozen = [p.grad for p in self.frozen]  # they are not in the vectors, and would move on this rank alone
+        everything = self.frozen + self.parameters  # what is not in the vectors would move on this rank alone
+        kept = [p.grad for p in everything]
+        for part in self._halves:
+            part.lend()
         for p in self.frozen:
             p.grad = None
-        how = zip(self._parts, repeat(True) if moving is None else moving, strict=False)
-        lent = [(part, moves) for part, moves in how if not part.is_lent(moves)]
-        for part, moves in lent:
-            part.lend(moves)
+        for part, moves in zip(self._parts, repeat(True) if moving is None else moving, strict=False):
+            part.p.grad = part.gradient if moves else None
         try:
             yield
         finally:
-            for part, _ in lent:
+            for part in self._halves:
                 part.take_back()
-            for p, grad in zip(self.frozen, of_frozen, strict=True):
+            for p, grad in zip(everything, kept, strict=True):
                 p.grad = grad
 
     def publish(self) -> None:
@@ -313,8 +348,9 @@ class FlatParameters:
             part.publish()
 
     def masters(self) -> dict[int, Tensor]:
-        """Return copies of the masters, by the number of the parameter in 16 bits. Local."""
-        return {part.number: part.value.clone() for part in self._halves}
+        """Return copies of the masters, with what has been written, by the number of the parameter in 16 bits. Local."""
+        written = self.written()
+        return {part.number: written.get(part.number, part.value).clone() for part in self._halves}
 
     def load_masters(self, masters: dict[int, Tensor]) -> None:
         """Overwrite masters; parameters that are not their rounded copies in the next step win over them. Local."""

@@ -202,9 +202,11 @@ def test_clipping_by_torch_clips(row, clip, dtype):
     virtual.results(2, program)
 
 
-def test_gradients_that_have_left_cannot_be_changed():
+@DTYPES
+@pytest.mark.parametrize("through", ["torch", "data"])
+def test_gradients_that_have_left_cannot_be_changed(through, dtype):
     def program(comm):
-        net = net_of()
+        net = net_of(dtype)
         sgd = torch.optim.SGD(net.parameters(), lr=0.05)
         optimizer = DistributedOptimizer(sgd, comm, TopK(0.2), placement="gradient", rule="ef21", overlap=True,
                                          bucket_nbytes=60)  # fmt: skip
@@ -212,8 +214,10 @@ def test_gradients_that_have_left_cannot_be_changed():
         before = everything(net, optimizer, "exchanges", "sent_nbytes")
         optimizer.zero_grad()
         loss_in(net, comm.Get_rank(), 3).backward()
-        if comm.Get_rank() == 1:
+        if comm.Get_rank() == 1 and through == "torch":
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+        elif comm.Get_rank() == 1:
+            net.last.weight.grad.data.mul_(0.5)
         words = "was changed after it had been sent"
         with pytest.raises(OptionError if comm.Get_rank() == 1 else PeerError, match=words):
             optimizer.step()

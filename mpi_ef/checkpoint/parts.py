@@ -164,12 +164,12 @@ class ModelPart:
         distinct = {id(entry): name for name, entry in reversed(entries.items()) if isinstance(entry, Tensor)}
         self._extra = {name: entry for name, entry in entries.items() if not isinstance(entry, Tensor)}
         trained: dict[str, Tensor] = {}
-        self._flat: dict[str, tuple[FlatOptimizer, slice, torch.Size]] = {}
+        self._flat: dict[str, tuple[FlatOptimizer, int, torch.Size]] = {}
         for part, optimizer in self.optimizers.items():
             flat = optimizer.flat
-            for number, (p, start, stop) in enumerate(zip(flat.parameters, flat.starts, flat.starts[1:], strict=False)):
+            for number, p in enumerate(flat.parameters):
                 name = distinct.pop(id(p), f"{part} parameter {number}")
-                self._flat[f"model.{name}"] = optimizer, slice(start, stop), p.shape
+                self._flat[f"model.{name}"] = optimizer, number, p.shape
                 trained[f"model.{name}"] = p
         self._named = {f"model.{name}": entries[name] for name in reversed(distinct.values())}
         self._described = {name: _described(t) for name, t in sorted((trained | self._named).items())}
@@ -181,10 +181,12 @@ class ModelPart:
     def collect(self, into: Snapshot) -> None:
         """Add every parameter once, in the precision in which it is trained, and buffers."""
         self._look()
-        for optimizer in self.optimizers.values():
-            optimizer.flat.adopt()
-        for name, (optimizer, part, shape) in self._flat.items():
-            into.add(name, optimizer.shared_values[part].reshape(shape), REPLICATED)
+        written = {id(optimizer): optimizer.flat.written() for optimizer in self.optimizers.values()}
+        for name, (optimizer, number, shape) in self._flat.items():
+            value = optimizer.shared_values[optimizer.flat.place(number)].reshape(shape)
+            if number in written[id(optimizer)]:
+                value = np.ascontiguousarray(written[id(optimizer)][number].numpy())
+            into.add(name, value, REPLICATED)
         for name, tensor in self._named.items():
             into.add(name, tensor, EITHER)
         if self._extra:
@@ -192,15 +194,17 @@ class ModelPart:
 
     def check(self, past: Past) -> None:
         """Compare what is in vectors here; :meth:`identity` has the rest."""
-        for name, (optimizer, part, shape) in self._flat.items():
-            past.check_array(name, optimizer.flat.values[part].reshape(shape), None)
+        for name, (optimizer, number, shape) in self._flat.items():
+            past.check_array(name, optimizer.flat.values[optimizer.flat.place(number)].reshape(shape), None)
 
     @torch.no_grad()
     def restore(self, past: Past) -> None:
         """Write parameters and buffers; buffers that differ between ranks become their mean on another number of ranks."""
         self._look()
-        for name, (optimizer, part, shape) in self._flat.items():
-            past.write(name, optimizer.flat.values[part].reshape(shape))
+        for optimizer in self.optimizers.values():
+            optimizer.flat.adopt()
+        for name, (optimizer, number, shape) in self._flat.items():
+            past.write(name, optimizer.flat.values[optimizer.flat.place(number)].reshape(shape))
         for name, tensor in self._named.items():
             if past.kind(name) == PER_RANK and not past.same_world:
                 past.notes.append(f"{name} differed between ranks: averaged")

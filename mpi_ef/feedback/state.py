@@ -98,6 +98,10 @@ class State:
         """Return the names of the arrays that a start anew sets to zero: errors and estimates, not momenta."""
         return {f.name for f in fields(cls) if f.metadata.get("forgotten")}
 
+    def momenta(self) -> list[Vector]:
+        """Return the arrays that are averages of this rank's own gradients. Not copies."""
+        return [getattr(self, name) for name in self.moves() if name not in self.forgotten()]
+
     def forget(self) -> bool:
         """Set errors and estimates to zero, as they are before the first step; momenta stay. Tell whether there are any."""
         forgotten = self.forgotten()

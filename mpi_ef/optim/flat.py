@@ -29,7 +29,7 @@ from .groups import check_listed, hyper_parameters, listed, names_of
 from .handshake import Handshake, check_order
 from .joining import joined
 from .line import line_for, state_of_line
-from .resting import memories, silent
+from .resting import memories, momenta, silent
 from .saved import Saved
 
 __all__ = ["Channel", "FlatOptimizer"]
@@ -49,8 +49,8 @@ class FlatOptimizer(Saved):
     skipped_steps : int
         Steps that all ranks skipped together because some rank's gradient had a NaN or Inf.
     check_replicas_every : int
-        Ranks compare their parameters before the first step, the first one after a state was loaded, and every so many
-        steps, by a hash; 0 never does so again.
+        Ranks compare their parameters, by a hash, before the first step, the first one after a state was loaded or torch has
+        written to parameters, and every so many steps; 0 leaves out the last.
 
     Notes
     -----
@@ -72,6 +72,7 @@ class FlatOptimizer(Saved):
         """
         self.comm, self.steps, self.skipped_steps, self.check_replicas_every = comm, 0, 0, 1000
         self._compares, self._last_at_work = True, 0
+        self._loads, self._was_written = 0, False
         self._listed, self._named = listed(self), names_of(self, model)
         self._open_accounts()
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -93,6 +94,7 @@ class FlatOptimizer(Saved):
         finalize(self, self._handshake.leave)
         check_order(comm, type(self).__name__, self._hashes(), self._name)
         self.flat.broadcast(comm)
+        self._versions = self.flat.versions()
         if isinstance(model, nn.Module):
             broadcast_buffers(model, comm)
 
@@ -113,7 +115,7 @@ class FlatOptimizer(Saved):
 
     def loaded(self) -> None:
         """Derive again what follows from parameters, arrays and settings that were written. Local."""
-        self._compares = True
+        self._note_load()
         self.flat.publish()
 
     def forget(self) -> None:
@@ -188,6 +190,7 @@ class FlatOptimizer(Saved):
             self._update()
         self._updated()
         self.flat.publish()
+        self._versions = self.flat.versions()
         self.steps += 1
         self._handshake.steps = self.steps
         self._compares = bool(self.check_replicas_every) and self.steps % self.check_replicas_every == 0
@@ -209,11 +212,12 @@ class FlatOptimizer(Saved):
     def take_part(self) -> bool:
         """Take part in a step of the others with nothing; tell whether there was one. Collective."""
         self.flat.zero_gradients()
-        broken = self._ready(self._collect())
-        if self._handshake.at_work.size == 0:
-            self._drop()
-            return False
-        self._step(broken)
+        with silent([slice(0, self.flat.d)], lambda: momenta(self._rules())):
+            broken = self._ready(self._collect())
+            if self._handshake.at_work.size == 0:
+                self._drop()
+                return False
+            self._step(broken)
         return True
 
     def _collect(self) -> Exception | None:
@@ -221,6 +225,7 @@ class FlatOptimizer(Saved):
         try:
             self.flat.adopt()
             self.flat.collect_gradients()
+            self.flat.spend_gradients()
             check_listed(self, self._listed)
         except Exception as error:  # the other ranks are on their way into the step
             return error
@@ -291,16 +296,20 @@ class FlatOptimizer(Saved):
         gradient on all ranks.
         """
         gradients, looks, self.weight = self.flat.gradients, self.steps < Handshake.LOOKS, 1.0
-        status = REJECTED if problem else OK if kernels.all_finite(gradients) else NON_FINITE
+        overflow = getattr(self, "found_inf", None)  # set by GradScaler, which may have seen it before it was clipped
+        fine = kernels.all_finite(gradients) and not overflow
+        status = REJECTED if problem else OK if fine else NON_FINITE
         words: dict[str, float] = {"values": 0, "gradient": 0}
         if problem is None:
+            was, self._was_written = self._was_written, self.flat.versions() != self._versions
+            self._compares = self._compares or (self._was_written and not was)
             if self._compares:
                 words["values"] = crc32(self.shared_values.data)
             if looks and gradients.any():
                 words["gradient"] = crc32(gradients.data)
             if self.clip:
                 words["squared_norm"] = float(np.linalg.norm(gradients)) ** 2
-        words["groups"] = crc32(repr((hyper_parameters(self), self.check_replicas_every)).encode())
+        words["groups"] = crc32(repr((hyper_parameters(self), self.check_replicas_every, self._loads)).encode())
         words["present"], words["done"] = crc32(self.flat.present.data), self.done
         answers = self._handshake.ask(status=status, steps=self.steps, **words)
         agreed = self._handshake.agreed()
@@ -310,6 +319,8 @@ class FlatOptimizer(Saved):
             broken = tuple(np.flatnonzero(answers["status"]).tolist())
             self._complain(problem)
             return broken
+        if self._handshake.compare():
+            self.check_replicas()
         if not self._handshake.all_at_work and not self._keep_up():
             return ()
         if looks:
@@ -343,12 +354,11 @@ class FlatOptimizer(Saved):
             if problem is not None:
                 raise problem
             return {"the optimizer that takes a step": f"number {self._number} ({type(self).__name__})",
-                    "completed steps": self.steps, "hyper-parameters": hyper_parameters(self),
+                    "completed steps": self.steps, "how many states were loaded": self._loads,
+                    "hyper-parameters": hyper_parameters(self),
                     "check_replicas_every": self.check_replicas_every}  # fmt: skip
 
         agree(self.comm, f"{type(self).__name__}.step", facts, "change and load them on all ranks alike")
-        if self._compares:
-            self.check_replicas()
 
     def _clip(self, squared_norms: np.ndarray) -> None:
         """Scale the gradients of all ranks alike, so that the mean of their squared norms is at most ``clip^2``."""

@@ -26,7 +26,7 @@ _WORDS = np.dtype([("status", "u4"), ("groups", "u4"), ("steps", "u4"), ("number
 _FORM = Struct("=7I2Hd")  # the same
 _BUT_THE_NORM = 8  # words of 32 bits
 LEFT = 3  # besides the statuses of frames
-_SAME = ["status", "groups", "steps", "number", "values"]
+_SAME = ["status", "groups", "steps", "number"]
 Answers = NDArray[Any]
 
 
@@ -101,6 +101,13 @@ class Handshake:
         steps = self._answers[["steps", "number"]]
         words = self._answers[_SAME][self.at_work] if self._answers["done"].any() else self._answers[_SAME]
         return not self._answers["status"].any() and bool((steps == steps[0]).all() and (words == words[:1]).all())
+
+    def compare(self) -> bool:
+        """Return whether ranks have to find out which parameters differ, or whether any does. Local, alike on all ranks.
+
+        Hashes differ, or not all ranks had a reason to form one.
+        """
+        return not self._alike and bool((self._answers["values"] != self._answers["values"][0]).any())
 
     @property
     def all_at_work(self) -> bool:

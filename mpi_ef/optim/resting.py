@@ -8,7 +8,7 @@ import numpy as np
 from mpi_ef.compress.combination import Vector
 from mpi_ef.feedback import ErrorFeedback
 
-__all__ = ["Placed", "memories", "silent"]
+__all__ = ["Placed", "memories", "momenta", "silent"]
 
 Placed = tuple[Vector, int]  # an array, and the entry of the vector of all parameters at which it begins
 
@@ -29,6 +29,11 @@ def memories(rules: Iterable[tuple[ErrorFeedback, int]]) -> list[Placed]:
             if cut or array.size == d:
                 found.append((array, first + (moves[name].start if cut else 0)))
     return found
+
+
+def momenta(rules: Iterable[tuple[ErrorFeedback, int]]) -> list[Placed]:
+    """Return the averages of this rank's own gradients that rules keep. Not copies. Local; as :func:`memories`."""
+    return [(array, first) for rule, first in rules for array in rule.state.momenta()]
 
 
 @contextmanager

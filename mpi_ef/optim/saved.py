@@ -17,6 +17,7 @@ class Saved(Communicating):
     """A torch optimizer that says which of its state is the same on all ranks, and which is not."""
 
     _compares: bool  # whether ranks compare their parameters before the next step
+    _loads: int
 
     @abstractmethod
     def per_rank(self) -> dict[str, Vector]:
@@ -53,9 +54,12 @@ class Saved(Communicating):
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`own_state` returned, after :meth:`load_settings`. Local."""
 
+    def _note_load(self) -> None:
+        """Let ranks find out in the next step whether all have loaded, and the same. Local."""
+        self._compares, self._loads = True, self._loads + 1
+
     def _saved_masters(self) -> dict[str, Any]:
         """Return what a state holds besides, where there are parameters in 16 bits: a model's state has them rounded."""
-        self.flat.adopt()
         return {"masters": self.flat.masters()} if self.flat.mixed else {}
 
     def _check_masters(self, state: Mapping[str, Any]) -> None:
@@ -66,5 +70,5 @@ class Saved(Communicating):
                              "saved from")  # fmt: skip
 
     def _load_masters(self, state: Mapping[str, Any]) -> None:
-        self._compares = True
+        self._note_load()
         self.flat.load_masters(state.get("masters", {}) if self.flat.mixed else {})
