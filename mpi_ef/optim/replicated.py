@@ -31,6 +31,20 @@ def checked(subject: str, fits: bool, text: str) -> None:
         raise OptionError(f"{subject}: {text}")
 
 
+class NoState(dict[Any, Any]):
+    """The `state` of an optimizer whose moments are vectors of all parameters: empty, and nothing can be written to it."""
+
+    def __init__(self, owner: str) -> None:
+        super().__init__()
+        self._owner = owner
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise OptionError(f"{self._owner}.state: nothing is there to write to: moments are vectors of all parameters; load "
+                          "a state_dict() of the start, or build the optimizer anew, to reset them")  # fmt: skip
+
+    __missing__ = __setitem__ = clear = update = setdefault = __ior__ = _refuse
+
+
 class ReplicatedOptimizer(FlatOptimizer):
     """What OneBitAdam and its relatives share: groups, named arrays, rules at work, saving and loading.
 
@@ -54,6 +68,16 @@ class ReplicatedOptimizer(FlatOptimizer):
         self._dense: DenseMean | None = None
         self._lay_out(comm, facts, params)
         self._asleep = Asleep(comm)
+
+    @property
+    def state(self) -> Any:
+        """Nothing, where torch optimizers have moments; writing to it raises `OptionError`."""
+        return NoState(type(self).__name__)
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if hasattr(self, "arrays"):  # torch's own construction is over
+            self.state.update(state)
 
     def _zeros(self) -> Vector:
         return aligned_zeros(self.flat.d, self.flat.dtype)

@@ -54,6 +54,12 @@ class BucketReport:
     seconds: dict[str, float]
 
 
+def _of_inner(name: str) -> Any:
+    return property(
+        lambda self: getattr(self.optimizer, name), lambda self, value: setattr(self.optimizer, name, value)
+    )
+
+
 class DistributedOptimizer(FlatOptimizer):
     """Put an error-feedback rule under any torch optimizer. Construction and :meth:`step` are collective.
 
@@ -130,9 +136,7 @@ class DistributedOptimizer(FlatOptimizer):
         **options: Any,
     ) -> None:
         self.optimizer, self.placement, self.overlaps = optimizer, placement, overlap
-        super().__init__(optimizer.param_groups, optimizer.defaults)
-        for mine in ("param_groups", "state"):  # what was made in the line above; see __getattr__
-            del self.__dict__[mine]
+        self.__setstate__({})  # torch's own construction, but for groups and state, which the torch optimizer has
         if overlap and bucket_nbytes is None:
             bucket_nbytes = OVERLAPPED_NBYTES
 
@@ -169,11 +173,8 @@ class DistributedOptimizer(FlatOptimizer):
                 "take an optimizer whose step needs no closure"
             )
 
-    def __getattr__(self, name: str) -> Any:
-        """Return groups and state of the torch optimizer, whatever it does to them later, such as loading its own."""
-        if name in ("param_groups", "state") and "optimizer" in self.__dict__:
-            return getattr(self.optimizer, name)
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+    # Of the torch optimizer, whoever writes to them: it when it loads its own state, or a user, to either.
+    param_groups, state, defaults = _of_inner("param_groups"), _of_inner("state"), _of_inner("defaults")
 
     def channels(self) -> Sequence[ErrorFeedback]:
         """Return the rules of all buckets. Local."""
