@@ -3,11 +3,14 @@
 from collections import defaultdict
 
 import pytest
+import torch
 import virtual
 from optimizer_table import rows
 from programs import same_bits
 from training import everything, groups_of, net_of, parameters_of, steps_of
 
+from mpi_ef import Store, Training
+from mpi_ef.compress import Identity
 from mpi_ef.errors import OptionError, PeerError
 from mpi_ef.optim import DistributedOptimizer
 
@@ -97,3 +100,126 @@ def test_defaults_are_those_of_the_wrapped_optimizer(row):
         assert optimizer.defaults["lr"] == 0.5
 
     virtual.results(1, program)
+
+
+# ---- options of groups
+
+
+def own_options(row):
+    """Return options of its constructor, each with a value, that are not those of groups."""
+    names = {"EF21": "compressor", "EControl": "eta", "PowerSGD": "rank", "EF21Muon": "beta", "Lion": "betas",
+             "Signum": "momentum", "OneBitAdam": "freeze_step", "OneBitLamb": "max_coeff",
+             "ZeroOneAdam": "local_step_clipper"}  # fmt: skip
+    (optimizer,) = virtual.results(1, lambda comm: row(net_of(), comm))
+    mine = {names.get(type(optimizer).__name__, "compressor"): 1}
+    return (
+        mine if type(optimizer) is DistributedOptimizer else mine | {"amsgrad": True, "betas": (0.5, 0.5), "alpha": 2.0}
+    )
+
+
+@rows()
+def test_an_option_of_a_group_without_effect_is_one_line_on_all_ranks(row):
+    """At construction, and in the next step where it comes later."""
+    options = own_options(row)
+
+    def program(comm):
+        rank, net = comm.Get_rank(), net_of()
+        for name, value in options.items():
+            first, second = groups_of(net)
+            given = {name: value} if rank == 1 else {}
+            words = f"{name}' in a group of parameters has no effect, groups have lr"
+            with pytest.raises(OptionError if rank == 1 else PeerError, match=words) as caught:
+                row.make([first, {**second, **given}], comm, **row.options)
+            assert "\n" not in str(caught.value)
+            optimizer = row.make(groups_of(net), comm, **row.options)
+            steps_of(net, optimizer, rank, range(2))
+            before = everything(net, optimizer)[:2]
+            optimizer.param_groups[1].update(given)
+            with pytest.raises(OptionError if rank == 1 else PeerError, match=words):
+                steps_of(net, optimizer, rank, range(2, 3))
+            assert same_bits(everything(net, optimizer)[:2], before)
+
+    virtual.results(2, program)
+
+
+@rows()
+def test_whatever_else_is_in_a_group_is_allowed(row):
+    """Labels of users, and what torch's schedulers keep there."""
+
+    def program(comm):
+        rank, (net, twin) = comm.Get_rank(), (net_of(), net_of())
+        first, second = groups_of(net)
+        labels = {
+            "name": "head",
+            "lr_scale": 0.5,
+            "initial_lr": 1.0,
+            "max_lr": 1.0,
+            "base_momentum": 0.8,
+            "tags": ["a"],
+        }
+        optimizer = row.make([first, {**second, **labels}], comm, **row.options)
+        other = row.make(groups_of(twin), comm, **row.options)
+        optimizer.param_groups[0]["swa_lr"] = 0.1
+        assert same_bits(*(steps_of(*pair, rank, range(4)) for pair in ((net, optimizer), (twin, other))))
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9, cycle_momentum=False)
+        torch.optim.swa_utils.SWALR(optimizer, 0.05)
+        steps_of(net, optimizer, rank, range(4, 6))
+
+    virtual.results(2, program)
+
+
+# ---- the state of another optimizer
+
+
+def wrapped(kind, net, comm, **options):
+    inner = getattr(torch.optim, kind)(net.parameters(), lr=1e-2)
+    return DistributedOptimizer(inner, comm, Identity(), **options)
+
+
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+@pytest.mark.parametrize(
+    "kinds",
+    [("SGD", "Adam"), ("Adam", "SGD"), ("Adam", "RMSprop"), ("Adam", "AdamW"), ("RMSprop", "Adagrad")],
+    ids="-".join,
+)
+def test_the_state_of_another_wrapped_optimizer_is_one_line(kinds, placement):
+    """Nothing has changed then; also from a checkpoint. States of versions that did not name it load."""
+
+    def program(comm):
+        rank, (net, twin) = comm.Get_rank(), (net_of(), net_of())
+        one, other = (
+            wrapped(kind, net, comm, placement=placement) for kind, net in zip(kinds, (net, twin), strict=True)
+        )
+        steps_of(net, one, rank, range(2))
+        steps_of(twin, other, rank, range(1))
+        before, saved = everything(twin, other), one.state_dict()
+        with pytest.raises(OptionError, match=f"the saved wrapped optimizer is '{kinds[0]}', here it is '{kinds[1]}'"):
+            other.load_state_dict(saved)
+        assert same_bits(everything(twin, other), before)
+        assert one.identity() != other.identity()
+        steps_of(twin, other, rank, range(2, 4))
+
+        del saved["wrapped optimizer"]
+        fresh = net_of()
+        fresh.load_state_dict(net.state_dict())
+        again = wrapped(kinds[0], fresh, comm, placement=placement)
+        again.load_state_dict(saved)
+        assert same_bits(*(steps_of(*pair, rank, range(2, 5)) for pair in ((net, one), (fresh, again))))
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize("kinds", [("SGD", "Adam"), ("Adam", "SGD")], ids="-".join)
+def test_the_checkpoint_of_another_wrapped_optimizer_is_one_line(kinds, tmp_path):
+    def program(comm):
+        rank, (net, twin) = comm.Get_rank(), (net_of(), net_of())
+        one, other = (wrapped(kind, net, comm) for kind, net in zip(kinds, (net, twin), strict=True))
+        steps_of(net, one, rank, range(2))
+        store = Store(tmp_path)
+        Training(model=net, optimizer=one, random=False).save(store, comm, 2)
+        before = everything(twin, other)
+        with pytest.raises(OptionError, match=f"DistributedOptimizer of {kinds[0]}"):
+            Training(model=twin, optimizer=other, random=False).resume(store, comm)
+        assert same_bits(everything(twin, other), before)
+
+    virtual.results(2, program)

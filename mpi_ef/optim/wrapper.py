@@ -367,8 +367,9 @@ class DistributedOptimizer(FlatOptimizer):
         feedback = self.buckets.state()
         for saved in feedback:  # tensors, because torch.load takes no numpy arrays by default
             saved["arrays"] = {name: torch.from_numpy(array) for name, array in saved["arrays"].items()}
-        return {"optimizer": deepcopy(self.optimizer.state_dict()), "feedback": feedback, "placement": self.placement,
-                "steps": self.steps, "skipped_steps": self.skipped_steps, **self._saved_masters()}  # fmt: skip
+        return {"optimizer": deepcopy(self.optimizer.state_dict()), "wrapped optimizer": type(self.optimizer).__name__,
+                "feedback": feedback, "placement": self.placement, "steps": self.steps,
+                "skipped_steps": self.skipped_steps, **self._saved_masters()}  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local; call on all ranks.
@@ -379,15 +380,16 @@ class DistributedOptimizer(FlatOptimizer):
         Raises
         ------
         OptionError, ShapeError
-            When it belongs to another rule, placement, rank, world size or model.
+            When it belongs to another rule, placement, torch optimizer, rank, world size or model.
         """
         if "placement" not in state_dict:
             what = state_dict.get("optimizer", "a torch optimizer" if "param_groups" in state_dict else "others")
             raise OptionError(f"load_state_dict: the state is of {what}, this is {type(self).__name__}; load a torch "
                               "optimizer's into that optimizer, before or after it is wrapped")  # fmt: skip
-        if state_dict["placement"] != self.placement:
-            raise OptionError(f"load_state_dict: the saved placement is {state_dict['placement']!r}, here it is "
-                              f"{self.placement!r}; build the optimizer as it was")  # fmt: skip
+        for name, mine in (("placement", self.placement), ("wrapped optimizer", type(self.optimizer).__name__)):
+            if (theirs := state_dict.get(name, mine)) != mine:  # earlier versions did not save what was wrapped
+                raise OptionError(f"load_state_dict: the saved {name} is {theirs!r}, here it is {mine!r}; build the "
+                                  "optimizer as it was")  # fmt: skip
         self._check_masters(state_dict)
         saved = [dict(part) for part in state_dict["feedback"]]
         if len(saved) != len(self.channels()):
