@@ -1,5 +1,8 @@
 """An optimizer as an object of torch: attributes that are assigned, options of groups, hooks, copies; with any optimizer."""
 
+import copy
+import io
+import pickle
 from collections import defaultdict
 
 import pytest
@@ -221,5 +224,39 @@ def test_the_checkpoint_of_another_wrapped_optimizer_is_one_line(kinds, tmp_path
         with pytest.raises(OptionError, match=f"DistributedOptimizer of {kinds[0]}"):
             Training(model=twin, optimizer=other, random=False).resume(store, comm)
         assert same_bits(everything(twin, other), before)
+
+    virtual.results(2, program)
+
+
+# ---- copies
+
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": pickle.dumps,
+          "torch.save": lambda value: torch.save(value, io.BytesIO())}  # fmt: skip
+
+
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+@rows()
+def test_a_copy_is_refused_in_one_line(row, duplicate):
+    """Of an optimizer, also within a list or a scheduler, of rules and plans. A model is copied, and goes on training."""
+
+    def program(comm):
+        net = net_of()
+        optimizer = row(net, comm)
+        steps_of(net, optimizer, comm.Get_rank(), range(2))
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        before = everything(net, optimizer)
+        refused = [(optimizer, optimizer), ([net.first, optimizer], optimizer), (scheduler, optimizer)]
+        refused += [(part, part) for part in (*optimizer.channels(), *optimizer.plans())]
+        for value, what in refused:
+            if duplicate is copy.copy and value is not what:
+                continue
+            with pytest.raises(
+                OptionError, match=rf"^{type(what).__name__}: it cannot be copied or pickled.*save "
+            ) as caught:
+                duplicate(value)
+            assert "\n" not in str(caught.value)
+        duplicate(net.first)
+        assert same_bits(everything(net, optimizer), before)
+        steps_of(net, optimizer, comm.Get_rank(), range(2, 3))
 
     virtual.results(2, program)
