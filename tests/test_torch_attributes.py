@@ -260,3 +260,61 @@ def test_a_copy_is_refused_in_one_line(row, duplicate):
         steps_of(net, optimizer, comm.Get_rank(), range(2, 3))
 
     virtual.results(2, program)
+
+
+# ---- hooks
+
+
+def hooked(optimizer, called, *, changes):
+    """Register all hooks of saving and loading, which note what they are called with, and may return something else."""
+
+    def state_pre(*args):
+        called.append(("state_dict pre", *args))
+
+    def state_post(*args):
+        called.append(("state_dict post", *args))
+        return {**args[1], "extra": 3} if changes else None
+
+    def load_pre(*args):
+        called.append(("load_state_dict pre", *args))
+        args[1].pop("extra", None)  # of a copy
+        return dict(args[1]) if changes else None
+
+    def load_post(*args):
+        called.append(("load_state_dict post", *args))
+
+    optimizer.register_state_dict_pre_hook(state_pre)
+    optimizer.register_state_dict_post_hook(state_post)
+    optimizer.register_load_state_dict_pre_hook(load_pre)
+    optimizer.register_load_state_dict_post_hook(load_post)
+
+
+@pytest.mark.parametrize("changes", [False, True])
+@rows()
+def test_hooks_of_saving_and_loading_are_called_as_torch_calls_them(row, changes):
+    """In torch's order, with the optimizer they were registered on; what they return counts."""
+
+    def seen(optimizer):
+        called = []
+        hooked(optimizer, called, changes=changes)
+        saved = optimizer.state_dict()
+        before = dict(saved)
+        optimizer.load_state_dict(saved)
+        assert saved.keys() == before.keys()  # the dict of the caller is as it was
+        assert all(call[1] is optimizer for call in called)
+        return saved, [(call[0], len(call), "extra" in call[2] if len(call) > 2 else None) for call in called]
+
+    def program(comm):
+        rank, (net, twin) = comm.Get_rank(), (net_of(), net_of())
+        optimizer, other = row(net, comm), row(twin, comm)
+        for pair in ((net, optimizer), (twin, other)):
+            steps_of(*pair, rank, range(3))
+        saved, calls = seen(optimizer)
+        _, of_torch = seen(torch.optim.SGD(net_of().parameters(), lr=0.1))
+        assert calls == of_torch
+        assert [name for name, *_ in calls] == ["state_dict pre", "state_dict post", "load_state_dict pre",
+                                                "load_state_dict post"]  # fmt: skip
+        assert ("extra" in saved) == changes
+        assert same_bits(*(steps_of(*pair, rank, range(3, 5)) for pair in ((net, optimizer), (twin, other))))
+
+    virtual.results(2, program)

@@ -138,8 +138,7 @@ class ReplicatedOptimizer(FlatOptimizer):
         (feedback,) = self.rules.values()
         return kind(feedback)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return a copy of all state of this rank: arrays, rules, counters, hyper-parameters. Local; save it per rank."""
+    def _state_dict(self) -> dict[str, Any]:
         rules = {name: feedback.state_dict() for name, feedback in self.rules.items()}
         for saved in rules.values():  # tensors, because torch.load takes no numpy arrays by default
             saved["arrays"] = {name: torch.from_numpy(array) for name, array in saved["arrays"].items()}
@@ -147,17 +146,7 @@ class ReplicatedOptimizer(FlatOptimizer):
                 "arrays": {name: torch.from_numpy(array.copy()) for name, array in self.arrays.items()}, "rules": rules,
                 "counters": self._counters(), **self._saved_masters()}  # fmt: skip
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local; call on all ranks.
-
-        Parameters are not part of it: load the model's state as well. The next :meth:`step` raises on all ranks when
-        some have loaded and others have not.
-
-        Raises
-        ------
-        OptionError, ShapeError
-            When it belongs to another optimizer, rank, world size or model; nothing is changed then.
-        """
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         subject, saved = "load_state_dict", state_dict
         theirs = saved.get("optimizer")
         theirs = f"of {theirs}" if isinstance(theirs, str) else "not of an optimizer of its kind"

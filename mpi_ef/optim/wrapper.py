@@ -362,8 +362,7 @@ class DistributedOptimizer(FlatOptimizer):
             channel.plan.lost = None
         self._observer(reports)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return a copy of all state of this rank: the torch optimizer's, the rule's, counters. Local; save it per rank."""
+    def _state_dict(self) -> dict[str, Any]:
         feedback = self.buckets.state()
         for saved in feedback:  # tensors, because torch.load takes no numpy arrays by default
             saved["arrays"] = {name: torch.from_numpy(array) for name, array in saved["arrays"].items()}
@@ -371,17 +370,7 @@ class DistributedOptimizer(FlatOptimizer):
                 "feedback": feedback, "placement": self.placement, "steps": self.steps,
                 "skipped_steps": self.skipped_steps, **self._saved_masters()}  # fmt: skip
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local; call on all ranks.
-
-        Parameters are not part of it: load the model's state as well. The next :meth:`step` raises on all ranks when
-        some have loaded and others have not.
-
-        Raises
-        ------
-        OptionError, ShapeError
-            When it belongs to another rule, placement, torch optimizer, rank, world size or model.
-        """
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "placement" not in state_dict:
             what = state_dict.get("optimizer", "a torch optimizer" if "param_groups" in state_dict else "others")
             raise OptionError(f"load_state_dict: the state is of {what}, this is {type(self).__name__}; load a torch "
