@@ -12,9 +12,9 @@ from optimizer_table import rows
 from programs import same_bits
 from training import everything, groups_of, net_of, parameters_of, steps_of
 
-from mpi_ef import Store, Training
+from mpi_ef import ShardedSampler, Store, Training
 from mpi_ef.compress import Identity
-from mpi_ef.errors import OptionError, PeerError
+from mpi_ef.errors import DisagreementError, OptionError, PeerError
 from mpi_ef.optim import DistributedOptimizer
 
 # ---- attributes
@@ -318,3 +318,81 @@ def test_hooks_of_saving_and_loading_are_called_as_torch_calls_them(row, changes
         assert same_bits(*(steps_of(*pair, rank, range(3, 5)) for pair in ((net, optimizer), (twin, other))))
 
     virtual.results(2, program)
+
+
+# ---- what docs/training.md says of torch's own ways
+
+
+@pytest.mark.parametrize("scheduler", ["OneCycleLR", "CyclicLR"])
+@rows()
+def test_schedulers_that_cycle_momentum_want_it_in_groups(row, scheduler):
+    """Where it is not there, torch says so, and rates alone are cycled with ``cycle_momentum=False``."""
+    build, options = getattr(torch.optim.lr_scheduler, scheduler), {"OneCycleLR": (0.1, 20), "CyclicLR": (1e-3, 0.1, 2)}
+
+    def program(comm):
+        rank, net = comm.Get_rank(), net_of()
+        optimizer = row(net, comm)
+        if {"momentum", "betas"} & optimizer.defaults.keys():
+            build(optimizer, *options[scheduler])
+            steps_of(net, optimizer, rank, range(1))
+        else:
+            with pytest.raises(ValueError, match="must support momentum or beta1"):
+                build(optimizer, *options[scheduler])
+        cycle, rates = build(optimizer, *options[scheduler], cycle_momentum=False), set()
+        for step in range(3):
+            steps_of(net, optimizer, rank, range(step, step + 1))
+            rates.add(optimizer.param_groups[0]["lr"])
+            cycle.step()
+        assert len(rates) == 3
+
+    virtual.results(2, program)
+
+
+def test_torch_rounds_moments_of_16_bits_that_it_loads_and_the_wrapper_does_not():
+    def program(comm):
+        net = net_of(torch.bfloat16)
+        optimizer = wrapped("Adam", net, comm, placement="gradient")
+        inner = optimizer.optimizer
+        steps_of(net, optimizer, comm.Get_rank(), range(3))
+        exact = inner.state[net.last.weight]["exp_avg"].clone()
+        assert exact.dtype == torch.float32
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert torch.equal(inner.state[net.last.weight]["exp_avg"], exact)
+        inner.load_state_dict(copy.deepcopy(inner.state_dict()))
+        assert torch.equal(inner.state[net.last.weight]["exp_avg"], exact.bfloat16())
+        steps_of(net, optimizer, comm.Get_rank(), range(3, 4))
+        assert inner.state[net.last.weight]["exp_avg"].dtype == torch.float32
+
+    virtual.results(2, program)
+
+
+def test_several_optimizers_want_as_many_batches_on_all_ranks():
+    """Those with more would take a step of one optimizer while others are at the end of the other one."""
+
+    def built(comm):
+        nets = net_of(), net_of()
+        return nets, [wrapped("SGD", net, comm) for net in nets]
+
+    def uneven(comm):
+        nets, optimizers = built(comm)
+
+        def joined():
+            with optimizers[0].join(), optimizers[1].join():
+                for step in range(3 + comm.Get_rank()):
+                    for net, optimizer in zip(nets, optimizers, strict=True):
+                        steps_of(net, optimizer, comm.Get_rank(), range(step, step + 1))
+
+        with pytest.raises(DisagreementError, match="the optimizer that takes a step"):
+            joined()
+
+    def even(comm):
+        nets, optimizers = built(comm)
+        for step, _ in enumerate(ShardedSampler(37, comm, batch=5, seed=0)):
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                steps_of(net, optimizer, comm.Get_rank(), range(step, step + 1))
+        return [optimizer.steps for optimizer in optimizers]
+
+    virtual.results(2, uneven)
+    counts = virtual.results(2, even)
+    assert counts[0] == counts[1]
+    assert counts[0][0] == counts[0][1] > 1
