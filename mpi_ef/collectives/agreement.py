@@ -3,11 +3,11 @@
 from abc import ABCMeta
 from collections.abc import Callable, Mapping
 from threading import local
-from typing import Any
+from typing import Any, NoReturn
 
-from mpi_ef.errors import DisagreementError, MpiEfError, PeerError
+from mpi_ef.errors import DisagreementError, MpiEfError, OptionError, PeerError
 
-__all__ = ["Telling", "agree", "ranks_text", "tell_all"]
+__all__ = ["OnAllRanks", "Telling", "agree", "ranks_text", "tell_all"]
 
 Facts = Mapping[str, object]
 _mine = local()  # how often this rank has told something
@@ -39,6 +39,17 @@ class Telling(ABCMeta):
 
         agree(comm, cls.__name__, facts, "", call=cls.built)
         raise problem
+
+
+class OnAllRanks:
+    """What is built on all ranks together, and speaks with its like there: it is not copied or pickled."""
+
+    saved_by = "state_dict()"
+
+    def __getstate__(self) -> NoReturn:
+        """Refuse: nothing on the other ranks would answer a copy."""
+        raise OptionError(f"{type(self).__name__}: it cannot be copied or pickled, nothing on the other ranks would answer "
+                          f"the copy; save {self.saved_by} and build it anew on all ranks")  # fmt: skip
 
 
 def tell_all(comm: Any, subject: str, value: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from mpi_ef.ending import end_together
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
 from mpi_ef.world import check_alone
 
-from .agreement import Telling, agree, ranks_text
+from .agreement import OnAllRanks, Telling, agree, ranks_text
 from .frames import NON_FINITE, OK, REJECTED, WIRE_VERSION, Frames, header_of, misunderstanding, status_of
 from .in_flight import landed, took_off
 from .memory import Memory
@@ -59,7 +59,7 @@ class Offer:
         self.plan.start(self.x, keep=self.keep)
 
 
-class Plan(Memory, metaclass=Telling):
+class Plan(OnAllRanks, Memory, metaclass=Telling):
     """A compressed mean over the ranks of a communicator, built once, executed many times.
 
     After ``plan.exchange(x)`` the plan holds the messages of this exchange, until the next one starts:
@@ -102,6 +102,7 @@ class Plan(Memory, metaclass=Telling):
     """
 
     own = 1
+    saved_by = "state()"
     built = "the building of a plan"
 
     def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32) -> None:

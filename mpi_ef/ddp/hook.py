@@ -12,7 +12,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from mpi_ef.collectives import Plan, plan_for
-from mpi_ef.collectives.agreement import agree, ranks_text
+from mpi_ef.collectives.agreement import OnAllRanks, agree, ranks_text
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor, for_parameters
 from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError
@@ -27,7 +27,7 @@ __all__ = ["FeedbackHook"]
 PlanBuilder = Callable[[Comm, Compressor, int, Any], Plan]
 
 
-class FeedbackHook:
+class FeedbackHook(OnAllRanks):
     """Put an error-feedback rule under DistributedDataParallel: gradients travel compressed. Construction is collective.
 
     ``hook = FeedbackHook(model, TopK(0.01))`` registers itself as the model's communication hook; the training loop stays as

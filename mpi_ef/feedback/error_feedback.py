@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpi_ef.collectives import Move, Plan
-from mpi_ef.collectives.agreement import agree
+from mpi_ef.collectives.agreement import OnAllRanks, agree
 from mpi_ef.compress.combination import Combination, Vector
 from mpi_ef.errors import OptionError, ShapeError
 
@@ -17,7 +17,7 @@ from .table import rule_named
 __all__ = ["ErrorFeedback"]
 
 
-class ErrorFeedback:
+class ErrorFeedback(OnAllRanks):
     """A rule at work: its state on this rank, and the plan through which it speaks. Construction is collective.
 
     Parameters

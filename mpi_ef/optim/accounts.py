@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 
 from mpi_ef.collectives import Plan
-from mpi_ef.collectives.agreement import Telling
+from mpi_ef.collectives.agreement import OnAllRanks, Telling
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters
@@ -16,7 +16,7 @@ __all__ = ["Channel", "Communicating"]
 Channel = Plan | ErrorFeedback
 
 
-class Communicating(Optimizer, metaclass=Telling):
+class Communicating(OnAllRanks, Optimizer, metaclass=Telling):
     """A torch optimizer that speaks through plans and rules, and counts what it says."""
 
     built = "the building of an optimizer"

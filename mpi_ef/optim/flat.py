@@ -25,7 +25,7 @@ from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters, Mask
 
 from .accounts import Channel
-from .groups import check_listed, hyper_parameters, listed, names_of
+from .groups import check_listed, check_options, hyper_parameters, listed, names_of
 from .handshake import Handshake, check_order
 from .joining import joined
 from .line import line_for, state_of_line
@@ -79,6 +79,7 @@ class FlatOptimizer(Saved):
 
         def all_facts() -> Mapping[str, object]:
             more = facts()
+            check_options(self)
             self.flat = FlatParameters(parameters)
             named = {f"parameter {number}": f"{self._named.get(id(p), '')} {tuple(p.shape)} {p.dtype} "
                      f"trained={p.requires_grad}".lstrip() for number, p in enumerate(parameters)}  # fmt: skip

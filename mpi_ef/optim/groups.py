@@ -1,13 +1,17 @@
 """What the groups of a torch optimizer say."""
 
+from collections.abc import Iterable
+from functools import cache
+from inspect import signature
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from mpi_ef.errors import OptionError
 
-__all__ = ["check_listed", "group_sizes", "hyper_parameters", "listed", "names_of", "parameters_of"]
+__all__ = ["check_listed", "check_options", "group_sizes", "hyper_parameters", "listed", "names_of", "parameters_of"]
 
 
 def group_sizes(optimizer: Optimizer) -> str:
@@ -39,8 +43,37 @@ def listed(optimizer: Optimizer) -> list[int]:
     return list(dict.fromkeys(id(p) for group in optimizer.param_groups for p in group["params"]))
 
 
+@cache
+def _options(kind: Any) -> frozenset[str]:
+    """Return the options of an optimizer's own constructors and, unless it is given one of torch's, of all of those."""
+    own = _constructors(kind.__mro__[: kind.__mro__.index(Optimizer)])
+    torch_has = [k for k in vars(torch.optim).values() if isinstance(k, type) and issubclass(k, Optimizer)]
+    of_torch = _constructors(torch_has) if any("params" in taken for taken in own) else []
+    return frozenset().union(*own, *of_torch) - {"self", "params", "optimizer", "defaults", "comm", "facts", "model"}
+
+
+def _constructors(kinds: Iterable[type]) -> list[Iterable[str]]:
+    """Return the names of what the constructors of classes take."""
+    return [signature(vars(k)["__init__"]).parameters.keys() for k in kinds if "__init__" in vars(k)]
+
+
+def check_options(optimizer: Optimizer) -> None:
+    """Raise where a group has an option that is one for all parameters here, or that only other optimizers have.
+
+    Keys that are options of no optimizer, such as those that schedulers and users keep there, may be anything.
+    """
+    kind: Any = type(optimizer)
+    refused = _options(kind)
+    for key in (key for group in optimizer.param_groups for key in group if key in refused):
+        if key not in optimizer.defaults:
+            raise OptionError(f"{kind.__name__}: {key!r} in a group of parameters has no effect, groups have "
+                              f"{', '.join(optimizer.defaults)}; leave it out, or pass it to the constructor, for all "
+                              "parameters, where that has it")  # fmt: skip
+
+
 def check_listed(optimizer: Optimizer, before: list[int]) -> None:
-    """Raise unless the groups have the parameters that :func:`listed` returned before."""
+    """Raise unless the groups have the parameters that :func:`listed` returned before, and options that have an effect."""
+    check_options(optimizer)
     if listed(optimizer) != before:
         raise OptionError(f"{type(optimizer).__name__}.step: the groups have other parameters than at construction, of "
                           "which this optimizer would exchange none; build it after all groups are known")  # fmt: skip

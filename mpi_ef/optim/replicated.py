@@ -31,6 +31,20 @@ def checked(subject: str, fits: bool, text: str) -> None:
         raise OptionError(f"{subject}: {text}")
 
 
+class NoState(dict[Any, Any]):
+    """The `state` of an optimizer whose moments are vectors of all parameters: empty, and nothing can be written to it."""
+
+    def __init__(self, owner: str) -> None:
+        super().__init__()
+        self._owner = owner
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise OptionError(f"{self._owner}.state: nothing is there to write to: moments are vectors of all parameters; load "
+                          "a state_dict() of the start, or build the optimizer anew, to reset them")  # fmt: skip
+
+    __missing__ = __setitem__ = clear = update = setdefault = __ior__ = _refuse
+
+
 class ReplicatedOptimizer(FlatOptimizer):
     """What OneBitAdam and its relatives share: groups, named arrays, rules at work, saving and loading.
 
@@ -54,6 +68,16 @@ class ReplicatedOptimizer(FlatOptimizer):
         self._dense: DenseMean | None = None
         self._lay_out(comm, facts, params)
         self._asleep = Asleep(comm)
+
+    @property
+    def state(self) -> Any:
+        """Nothing, where torch optimizers have moments; writing to it raises `OptionError`."""
+        return NoState(type(self).__name__)
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if hasattr(self, "arrays"):  # torch's own construction is over
+            self.state.update(state)
 
     def _zeros(self) -> Vector:
         return aligned_zeros(self.flat.d, self.flat.dtype)
@@ -114,8 +138,7 @@ class ReplicatedOptimizer(FlatOptimizer):
         (feedback,) = self.rules.values()
         return kind(feedback)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return a copy of all state of this rank: arrays, rules, counters, hyper-parameters. Local; save it per rank."""
+    def _state_dict(self) -> dict[str, Any]:
         rules = {name: feedback.state_dict() for name, feedback in self.rules.items()}
         for saved in rules.values():  # tensors, because torch.load takes no numpy arrays by default
             saved["arrays"] = {name: torch.from_numpy(array) for name, array in saved["arrays"].items()}
@@ -123,17 +146,7 @@ class ReplicatedOptimizer(FlatOptimizer):
                 "arrays": {name: torch.from_numpy(array.copy()) for name, array in self.arrays.items()}, "rules": rules,
                 "counters": self._counters(), **self._saved_masters()}  # fmt: skip
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local; call on all ranks.
-
-        Parameters are not part of it: load the model's state as well. The next :meth:`step` raises on all ranks when
-        some have loaded and others have not.
-
-        Raises
-        ------
-        OptionError, ShapeError
-            When it belongs to another optimizer, rank, world size or model; nothing is changed then.
-        """
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         subject, saved = "load_state_dict", state_dict
         theirs = saved.get("optimizer")
         theirs = f"of {theirs}" if isinstance(theirs, str) else "not of an optimizer of its kind"

@@ -47,6 +47,46 @@ class Saved(Communicating):
     def load_settings(self, settings: Mapping[str, Any], account: Mapping[str, Any]) -> None:
         """Restore what :meth:`settings` and :meth:`account` returned. Local; arrays and parameters, then :meth:`loaded`."""
 
+    @abstractmethod
+    def _state_dict(self) -> dict[str, Any]:
+        """Return what :meth:`state_dict` does, before hooks have seen it. Local."""
+
+    @abstractmethod
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it. Local."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of all state of this rank: arrays, rules, counters, groups. Local; save it per rank.
+
+        Of a wrapped optimizer too. Hooks that were registered for it are called as torch calls them.
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict = self._state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local; call on all ranks.
+
+        Parameters are not part of it: load the model's state as well. The next :meth:`step` raises on all ranks when
+        some have loaded and others have not. Hooks that were registered for it are called as torch calls them.
+
+        Raises
+        ------
+        OptionError, ShapeError
+            When it belongs to another optimizer, placement, rule, rank, world size or model; nothing is changed then.
+        """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self._load_state_dict(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
     def own_state(self) -> dict[str, Any]:
         """Return further state that differs between ranks, of tensors and plain containers. Not copies. Local."""
         return {}

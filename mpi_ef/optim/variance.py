@@ -58,9 +58,7 @@ class VarianceOptimizer(ReplicatedOptimizer):
         super().__init__(params, comm, defaults, facts)
         self.frozen_step: int | None = None
         self._watch = VarianceWatch(self.betas[1])
-        self.counted, self._whole = [0] * len(self.flat.parameters), True
-        owners = {id(p): n for n, group in reversed([*enumerate(self.param_groups)]) for p in group["params"]}
-        self._owners = np.array([owners[id(p)] for p in self.flat.parameters])
+        self.counted, self._whole, self._cut = [0] * len(self.flat.parameters), True, list[int]()
 
     def _shared_facts(self) -> dict[str, object]:
         """Return the options that all of them have; raise what is wrong with them."""
@@ -82,6 +80,15 @@ class VarianceOptimizer(ReplicatedOptimizer):
 
     def _correction(self, beta: float, step: int) -> float:
         return 1.0 - beta**step if self.bias_correction else 1.0
+
+    @property
+    def _owners(self) -> NDArray[np.intp]:
+        """The number of the group of each parameter. Groups may be cut anew, not parameters change places."""
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if sizes != self._cut:
+            owners = {id(p): n for n, group in reversed([*enumerate(self.param_groups)]) for p in group["params"]}
+            self._cut, self._owned = sizes, np.array([owners[id(p)] for p in self.flat.parameters])
+        return self._owned
 
     def _group_of(self, number: int) -> dict[str, Any]:
         group: dict[str, Any] = self.param_groups[self._owners[number]]

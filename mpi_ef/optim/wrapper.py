@@ -54,6 +54,12 @@ class BucketReport:
     seconds: dict[str, float]
 
 
+def _of_inner(name: str) -> Any:
+    return property(
+        lambda self: getattr(self.optimizer, name), lambda self, value: setattr(self.optimizer, name, value)
+    )
+
+
 class DistributedOptimizer(FlatOptimizer):
     """Put an error-feedback rule under any torch optimizer. Construction and :meth:`step` are collective.
 
@@ -130,9 +136,7 @@ class DistributedOptimizer(FlatOptimizer):
         **options: Any,
     ) -> None:
         self.optimizer, self.placement, self.overlaps = optimizer, placement, overlap
-        super().__init__(optimizer.param_groups, optimizer.defaults)
-        for mine in ("param_groups", "state"):  # what was made in the line above; see __getattr__
-            del self.__dict__[mine]
+        self.__setstate__({})  # torch's own construction, but for groups and state, which the torch optimizer has
         if overlap and bucket_nbytes is None:
             bucket_nbytes = OVERLAPPED_NBYTES
 
@@ -169,11 +173,8 @@ class DistributedOptimizer(FlatOptimizer):
                 "take an optimizer whose step needs no closure"
             )
 
-    def __getattr__(self, name: str) -> Any:
-        """Return groups and state of the torch optimizer, whatever it does to them later, such as loading its own."""
-        if name in ("param_groups", "state") and "optimizer" in self.__dict__:
-            return getattr(self.optimizer, name)
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+    # Of the torch optimizer, whoever writes to them: it when it loads its own state, or a user, to either.
+    param_groups, state, defaults = _of_inner("param_groups"), _of_inner("state"), _of_inner("defaults")
 
     def channels(self) -> Sequence[ErrorFeedback]:
         """Return the rules of all buckets. Local."""
@@ -361,32 +362,23 @@ class DistributedOptimizer(FlatOptimizer):
             channel.plan.lost = None
         self._observer(reports)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return a copy of all state of this rank: the torch optimizer's, the rule's, counters. Local; save it per rank."""
+    def _state_dict(self) -> dict[str, Any]:
         feedback = self.buckets.state()
         for saved in feedback:  # tensors, because torch.load takes no numpy arrays by default
             saved["arrays"] = {name: torch.from_numpy(array) for name, array in saved["arrays"].items()}
-        return {"optimizer": deepcopy(self.optimizer.state_dict()), "feedback": feedback, "placement": self.placement,
-                "steps": self.steps, "skipped_steps": self.skipped_steps, **self._saved_masters()}  # fmt: skip
+        return {"optimizer": deepcopy(self.optimizer.state_dict()), "wrapped optimizer": type(self.optimizer).__name__,
+                "feedback": feedback, "placement": self.placement, "steps": self.steps,
+                "skipped_steps": self.skipped_steps, **self._saved_masters()}  # fmt: skip
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local; call on all ranks.
-
-        Parameters are not part of it: load the model's state as well. The next :meth:`step` raises on all ranks when
-        some have loaded and others have not.
-
-        Raises
-        ------
-        OptionError, ShapeError
-            When it belongs to another rule, placement, rank, world size or model.
-        """
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "placement" not in state_dict:
             what = state_dict.get("optimizer", "a torch optimizer" if "param_groups" in state_dict else "others")
             raise OptionError(f"load_state_dict: the state is of {what}, this is {type(self).__name__}; load a torch "
                               "optimizer's into that optimizer, before or after it is wrapped")  # fmt: skip
-        if state_dict["placement"] != self.placement:
-            raise OptionError(f"load_state_dict: the saved placement is {state_dict['placement']!r}, here it is "
-                              f"{self.placement!r}; build the optimizer as it was")  # fmt: skip
+        for name, mine in (("placement", self.placement), ("wrapped optimizer", type(self.optimizer).__name__)):
+            if (theirs := state_dict.get(name, mine)) != mine:  # earlier versions did not save what was wrapped
+                raise OptionError(f"load_state_dict: the saved {name} is {theirs!r}, here it is {mine!r}; build the "
+                                  "optimizer as it was")  # fmt: skip
         self._check_masters(state_dict)
         saved = [dict(part) for part in state_dict["feedback"]]
         if len(saved) != len(self.channels()):
