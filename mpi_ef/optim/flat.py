@@ -26,7 +26,7 @@ from mpi_ef.vectors import FlatParameters, Mask
 
 from .accounts import Channel
 from .groups import check_listed, hyper_parameters, listed, names_of
-from .handshake import Handshake, check_order
+from .handshake import Handshake, check_order, joins
 from .joining import joined
 from .line import line_for, state_of_line
 from .resting import memories, silent
@@ -301,7 +301,7 @@ class FlatOptimizer(Saved):
             if self.clip:
                 words["squared_norm"] = float(np.linalg.norm(gradients)) ** 2
         words["groups"] = crc32(repr((hyper_parameters(self), self.check_replicas_every)).encode())
-        words["present"], words["done"] = crc32(self.flat.present.data), self.done
+        words["present"], words["joins"] = crc32(self.flat.present.data), joins(done=self.done, weighs=self.weighs)
         answers = self._handshake.ask(status=status, steps=self.steps, **words)
         agreed = self._handshake.agreed()
         self.moving: Mask = self._handshake.anywhere(self.flat.present) if agreed else np.ones_like(self.flat.present)
@@ -343,7 +343,7 @@ class FlatOptimizer(Saved):
             if problem is not None:
                 raise problem
             return {"the optimizer that takes a step": f"number {self._number} ({type(self).__name__})",
-                    "completed steps": self.steps, "hyper-parameters": hyper_parameters(self),
+                    "completed steps": self.steps, "weigh of join": self.weighs, "hyper-parameters": hyper_parameters(self),
                     "check_replicas_every": self.check_replicas_every}  # fmt: skip
 
         agree(self.comm, f"{type(self).__name__}.step", facts, "change and load them on all ranks alike")
