@@ -16,7 +16,7 @@ from torch import nn
 
 from mpi_ef import kernels
 from mpi_ef.buffers import broadcast_buffers
-from mpi_ef.collectives.agreement import agree, ranks_text
+from mpi_ef.collectives.agreement import agree, check_not_freed, ranks_text
 from mpi_ef.collectives.frames import NON_FINITE, OK, REJECTED
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress.combination import Vector
@@ -202,7 +202,7 @@ class FlatOptimizer(Saved):
         Parameters
         ----------
         weigh : bool
-            Take the mean over the ranks that have a gradient, not over all. The same on all ranks.
+            Take the mean over the ranks that have a gradient, not over all. The same on all ranks, else steps raise.
         """
         return joined(self, weigh)
 
@@ -380,6 +380,7 @@ class FlatOptimizer(Saved):
         DisagreementError
             With the first parameter that differs, and the ranks that hold what rank 0 does not.
         """
+        check_not_freed(self.comm, type(self).__name__)
         answers = np.empty((self.comm.Get_size(), len(self.flat.parameters)), np.uint32)
         self.comm.Allgather(self._hashes(), answers)
         different = (answers != answers[0]).any(axis=0)

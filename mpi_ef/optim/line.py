@@ -138,8 +138,8 @@ class _Lines(list[Line]):
 
 
 def _lines(comm: Comm) -> list[Line]:
-    """Return the lines made for `comm` so far; of others than MPI's nobody knows them."""
-    return [] if mpi_of(comm) is None else kept_with(comm, _Lines)
+    """Return the lines made for `comm` so far; of others than MPI's, and of one that was freed, nobody knows them."""
+    return [] if mpi_of(comm) is None or not comm else kept_with(comm, _Lines)
 
 
 def state_of_line(comm: Comm) -> str:

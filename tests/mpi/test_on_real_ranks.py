@@ -12,11 +12,13 @@ from programs import CLIENT_RULES, OPTIMIZERS, PLANS, RULES, client_steps, excha
 from training import net_with_more, parameters_of, train
 from vectors_for_tests import gaussian
 
+from mpi_ef import ShardedSampler, Stopper, Store, Training, seed_rank, synchronize_buffers
 from mpi_ef.collectives import GatherMean, TwoPhaseMean, allgather, allreduce
 from mpi_ef.collectives import frames as frames_module
 from mpi_ef.compress import Identity, Sign, TopK
+from mpi_ef.data import generator_for
 from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError, PeerError, ShapeError
-from mpi_ef.optim import EF21, DistributedOptimizer, EControl
+from mpi_ef.optim import EF21, DistributedOptimizer, EControl, OneBitAdam
 
 pytestmark = pytest.mark.mpi
 on_two_ranks = pytest.mark.exhaustive if os.environ.get("MPI_EF_TEST_RANKS") != "2" else lambda test: test
@@ -159,6 +161,30 @@ def test_a_freed_communicator_is_noticed(comm):
     for call in (plan.exchange, plan.start):
         with pytest.raises(OptionError, match="its communicator was freed"):
             call(x)
+
+
+def test_a_freed_communicator_is_one_line_wherever_it_is_passed_or_kept(comm):
+    world, x, net = comm.Dup(), gaussian(comm.rank, 100), torch.nn.BatchNorm1d(4)
+    stopper, optimizer = Stopper(world, signals=()), EF21(net, world, TopK(0.1), lr=0.1)
+    allreduce(world, x, TopK(0.1))
+    allgather(world, x, TopK(0.1))
+    world.Free()
+    for call in (
+        lambda: allreduce(world, x, TopK(0.1)),
+        lambda: allgather(world, x, TopK(0.1)),
+        lambda: EF21(net, world, TopK(0.1), lr=0.1),
+        lambda: OneBitAdam(net, world, freeze_step=3),
+        lambda: Stopper(world, signals=()),
+        stopper.should_stop,
+        lambda: ShardedSampler(20, world, batch=2),
+        lambda: generator_for(world, 0),
+        lambda: seed_rank(world, 0),
+        lambda: synchronize_buffers(net, world),
+        optimizer.check_replicas,
+        lambda: Training(model=net, optimizer=optimizer).resume(Store("nowhere"), world),
+    ):
+        with pytest.raises(OptionError, match="its communicator was freed"):
+            call()
 
 
 @pytest.mark.parametrize("form", ["at once", "in two parts"])
