@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from mpi_ef.collectives.agreement import agree
+from mpi_ef.collectives.agreement import agree, check_not_freed
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.errors import DataError, OptionError
 
@@ -110,6 +110,7 @@ class ShardedSampler(Sampler[list[int]]):
         self, size: int, comm: Comm, *, batch: int, shuffle: bool = True, seed: int = 0, drop_last: bool = False
     ) -> None:
         super().__init__()
+        check_not_freed(comm, "ShardedSampler")
         self.comm, self.ranks, self.rank = comm, int(comm.Get_size()), int(comm.Get_rank())
         self.shuffle, self.drop_last = bool(shuffle), bool(drop_last)
         self.epoch = self.position = 0
@@ -305,6 +306,7 @@ def generator_for(comm: Comm, seed: int, *, stream: int = 0) -> torch.Generator:
     seed, stream : int
         See :func:`rank_seed`.
     """
+    check_not_freed(comm, "generator_for")
     return torch.Generator().manual_seed(rank_seed(seed, comm.Get_rank(), stream=stream))
 
 
@@ -319,6 +321,7 @@ def seed_rank(comm: Comm, seed: int) -> None:
     seed : int
         Not negative.
     """
+    check_not_freed(comm, "seed_rank")
     rank = comm.Get_rank()
     torch.manual_seed(_rank_seed(seed, rank, _TORCH))
     np.random.seed(_words(8, seed, _NUMPY, rank))  # noqa: NPY002 - the global one is what libraries use

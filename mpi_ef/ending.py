@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from threading import current_thread, main_thread
 from time import sleep
 from typing import Any, NoReturn
@@ -18,26 +19,42 @@ CATCHES = "MPI_EF_ABORT"  # 0 leaves uncaught exceptions to Python: the rank end
 def end_together(comm: Any) -> None:
     """Make an uncaught exception end all ranks, from the first plan on several of them on. Local.
 
-    Does nothing where somebody else sees to them (``sys.excepthook`` is not Python's, an interactive session), for other
-    communicators than MPI's, and with ``MPI_EF_ABORT=0``.
+    Does nothing in an interactive session, for other communicators than MPI's, with ``MPI_EF_ABORT=0``, and where somebody
+    has replaced ``sys.excepthook`` under ``python -m mpi4py``, which ends all ranks afterwards itself.
     """
     mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is None or not isinstance(comm, mpi.Comm) or comm.Get_size() == 1:
+    if mpi is None or not isinstance(comm, mpi.Comm) or comm.Get_size() == 1 or isinstance(sys.excepthook, _Hook):
         return
-    if sys.excepthook is sys.__excepthook__ and not hasattr(sys, "ps1") and os.environ.get(CATCHES) != "0":
+    interactive = hasattr(sys, "ps1") or sys.flags.interactive
+    seen_to = sys.excepthook is not sys.__excepthook__ and "mpi4py.run" in (*sys.modules, *sys.orig_argv)
+    if not interactive and not seen_to and os.environ.get(CATCHES) != "0":
         abort_on_exception(mpi.COMM_WORLD)
 
 
 def abort_on_exception(comm: Any) -> None:
     """Make any uncaught exception of this process end all ranks of `comm`, after its traceback is printed. Local.
 
-    For your own scripts; ``python -m mpi4py script.py`` does the same from outside.
+    For your own scripts; ``python -m mpi4py script.py`` does the same from outside. Where ``sys.excepthook`` is somebody
+    else's, that one is called first, to print or send what it wants.
     """
+    sys.excepthook = _Hook(comm, sys.excepthook.earlier if isinstance(sys.excepthook, _Hook) else sys.excepthook)
 
-    def hook(kind: Any, value: Any, trace: Any) -> None:
-        die(comm, f"rank {comm.Get_rank()} failed:\n{''.join(traceback.format_exception(kind, value, trace))}", 1)
 
-    sys.excepthook = hook
+class _Hook:
+    """Ends all ranks, after the hook that was there earlier."""
+
+    def __init__(self, comm: Any, earlier: Callable[..., Any]) -> None:
+        self._comm, self.earlier = comm, earlier
+
+    def __call__(self, kind: Any, value: Any, trace: Any) -> None:
+        failed = f"rank {self._comm.Get_rank()} failed:"
+        if self.earlier is sys.__excepthook__:
+            die(self._comm, f"{failed}\n{''.join(traceback.format_exception(kind, value, trace))}", 1)
+        try:
+            self.earlier(kind, value, trace)
+        finally:
+            first = f"{kind.__name__}: {value}".splitlines()[0].rstrip(": ")
+            die(self._comm, f"{failed} {first}", 1)
 
 
 def abort(comm: Any, status: int) -> NoReturn:

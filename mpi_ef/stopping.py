@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from mpi_ef.collectives.agreement import agree
+from mpi_ef.collectives.agreement import agree, check_not_freed
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.errors import OptionError
 
@@ -104,6 +104,7 @@ class Stopper:
         self._calls += 1
         if self._calls % self._every:
             return False
+        check_not_freed(self.comm, "Stopper")
         mine = self._asked
         if not mine and self.comm.Get_rank() == 0 and self._stop_time is not None and time.time() >= self._stop_time:
             mine = _DEADLINE

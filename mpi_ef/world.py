@@ -9,7 +9,7 @@ from mpi_ef.errors import LaunchError
 
 __all__ = ["ALONE", "check_alone", "check_world"]
 
-ALONE = "MPI_EF_ALONE"  # set to anything where several tasks are meant to have nothing to do with each other
+ALONE = "MPI_EF_ALONE"  # 1, or anything but 0, where several tasks are meant to have nothing to do with each other
 
 # What launchers tell each task about the number of tasks. srun sets the first for every step, and under --mpi=pmi2 also
 # PMI_SIZE: then Slurm is the one to talk about.
@@ -30,9 +30,9 @@ def check_world(size: int, environment: Mapping[str, str] = os.environ) -> None:
     size : int
         Size of COMM_WORLD.
     environment : mapping
-        The environment variables of this process. Where ``MPI_EF_ALONE`` is set, nothing is wrong.
+        The environment variables of this process. Where ``MPI_EF_ALONE`` is set, but not to 0, nothing is wrong.
     """
-    if size != 1 or environment.get(ALONE):
+    if size != 1 or environment.get(ALONE, "") not in ("", "0"):
         return
     names = (*_TASKS, "WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environment else _TASKS  # which torchrun sets
     for name in names:

@@ -507,6 +507,9 @@ def test_n_copies_of_rank_zero_are_noticed(environment, words):
     check_world(2, environment)
     check_world(1, {"OMPI_COMM_WORLD_SIZE": "1", "SLURM_NTASKS": "8", "WORLD_SIZE": "8"})
     check_world(1, environment | {"MPI_EF_ALONE": "1"})
+    for off in ("0", ""):
+        with pytest.raises(LaunchError):
+            check_world(1, environment | {"MPI_EF_ALONE": off})
 
 
 def test_nothing_runs_after_an_abort_that_returns(monkeypatch):

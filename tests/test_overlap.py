@@ -1,5 +1,8 @@
 """Buckets: the same bits whether they travel during the backward pass or after it, and all of them or none."""
 
+import gc
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -145,14 +148,46 @@ def test_saved_and_loaded_a_step_is_the_same(way):
 
 
 def test_a_second_backward_pass_is_told():
+    """Also where the first one raised: what it had sent is gone. Without overlap the batch can be repeated."""
+
     def program(comm):
-        net = model()
-        build(net, comm, "ef21 topk", overlap=True)
-        loss_of(net, comm.Get_rank(), 0).backward()
-        with pytest.raises(OptionError, match="a second backward pass before step"):
-            loss_of(net, comm.Get_rank(), 1).backward()
+        for raises in (False, True):
+            net = model()
+            optimizer = build(net, comm, "ef21 topk", overlap=True)
+            hook = net.first.weight.register_hook(broken) if raises else None
+            with pytest.raises(ValueError, match="in the middle") if hook else nullcontext():
+                loss_of(net, comm.Get_rank(), 0).backward()
+            if hook:
+                hook.remove()
+            optimizer.zero_grad()
+            with pytest.raises(OptionError, match="a second backward pass before step") as told:
+                loss_of(net, comm.Get_rank(), 1).backward()
+            assert "also where that one raised, cannot be taken back" in str(told.value)
+            assert "`with optimizer.no_sync():`" in str(told.value)
+            assert "overlap=False to repeat a backward pass" in str(told.value)
+
+    def broken(grad):
+        raise ValueError("in the middle")
 
     virtual.results(2, program)
+
+
+def test_nothing_is_sent_for_an_optimizer_that_is_gone():
+    """Its hooks stay with the parameters: the model is trained on without ranks, or evaluated."""
+
+    def program(comm):
+        net = model()
+        optimizer = build(net, comm, "ef21 topk", overlap=True)
+        run(net, optimizer, comm.Get_rank(), range(2))
+        buckets = optimizer.buckets
+        del optimizer
+        gc.collect()
+        for step in range(2):
+            loss_of(net, comm.Get_rank(), step).backward()
+        buckets.arrive(np.zeros(sum(p.numel() for p in net.parameters()), np.float32))
+        return buckets.early
+
+    assert virtual.results(2, program) == [0, 0]
 
 
 def test_ranks_that_drift_apart_are_told_although_buckets_are_under_way():

@@ -17,6 +17,7 @@ import virtual
 from test_jobs import bench_row
 
 import mpi_ef
+from mpi_ef import ending
 from mpi_ef.errors import CheckpointError, ConfigError, DataError
 from mpi_ef.jobs import bench, bench_checkpoint, launch, survivors
 from mpi_ef.jobs import metrics as metrics_module
@@ -209,6 +210,83 @@ def test_an_exception_of_a_script_ends_all_ranks(dying, capsys, monkeypatch):
         sys.excepthook(KeyError, KeyError("lost"), None)
     assert capsys.readouterr().err == "rank 1 failed:\nKeyError: 'lost'\n\n"
     assert dying == [1]
+
+
+class RanksOfMpi(SimpleNamespace):
+    """Stands for the class of MPI's communicators."""
+
+
+@pytest.fixture
+def two_ranks(dying, monkeypatch):
+    """A communicator of MPI, of two ranks, in a program whose exceptions are Python's to print."""
+    monkeypatch.setattr(sys.modules["mpi4py.MPI"], "Comm", RanksOfMpi, raising=False)
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "program.py"])
+    monkeypatch.delitem(sys.modules, "mpi4py.run", raising=False)
+    return RanksOfMpi(Get_size=lambda: 2)
+
+
+def raised(error):
+    sys.excepthook(type(error), error, None)
+
+
+def test_the_hook_of_another_library_is_called_before_all_ranks_end(two_ranks, dying, capsys):
+    """Once, however many plans there are, and whether it was there before the first of them."""
+
+    def another(kind, value, trace):
+        print("another library:", value, file=sys.stderr)
+
+    for turn in range(2):
+        sys.excepthook = another
+        for _ in range(3):
+            ending.end_together(two_ranks)
+        with pytest.raises(Died):
+            raised(ValueError("mine\nand more"))
+        assert capsys.readouterr().err == "another library: mine\nand more\nrank 1 failed: ValueError: mine\n"
+        assert dying == [1] * (turn + 1)
+
+
+def test_the_hook_of_another_library_that_raises_keeps_no_rank_alive(two_ranks, dying, capsys):
+    def another(kind, value, trace):
+        raise ZeroDivisionError
+
+    sys.excepthook = another
+    ending.end_together(two_ranks)
+    with pytest.raises(Died):
+        raised(ValueError())
+    assert capsys.readouterr().err == "rank 1 failed: ValueError\n"
+    assert dying == [1]
+
+
+def test_ranks_of_a_script_that_asked_itself_end_once(two_ranks, dying, capsys):
+    ending.end_together(two_ranks)
+    launch.abort_on_exception(mpi4py.MPI.COMM_WORLD)
+    ending.end_together(two_ranks)
+    with pytest.raises(Died):
+        raised(ValueError("mine"))
+    assert capsys.readouterr().err == "rank 1 failed:\nValueError: mine\n\n"
+    assert dying == [1]
+
+
+@pytest.mark.parametrize("where", ["prompt", "python -i", "MPI_EF_ABORT=0", "python -m mpi4py", "python -m mpi4py.run"])
+def test_exceptions_that_somebody_else_sees_to_are_left_alone(two_ranks, monkeypatch, where):
+    def another(kind, value, trace):
+        pass
+
+    for hook in (another,) if "mpi4py" in where else (another, sys.__excepthook__):
+        monkeypatch.setattr(sys, "excepthook", hook)
+        if where == "prompt":
+            monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+        elif where == "python -i":
+            monkeypatch.setattr(sys, "flags", SimpleNamespace(interactive=1))
+        elif where == "MPI_EF_ABORT=0":
+            monkeypatch.setenv("MPI_EF_ABORT", "0")
+        elif where == "python -m mpi4py":
+            monkeypatch.setitem(sys.modules, "mpi4py.run", SimpleNamespace())
+        else:
+            monkeypatch.setattr(sys, "orig_argv", where.split())
+        ending.end_together(two_ranks)
+        assert sys.excepthook is hook
 
 
 class Failure(Exception):

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -463,6 +464,44 @@ def test_the_mean_is_over_all_ranks_or_over_those_at_work(placement, weigh):
         return before - net.bias.item()
 
     assert virtual.results(2, program)[1] == pytest.approx(2.0 if weigh else 1.0)
+
+
+@pytest.mark.parametrize("batches", [(2, 2, 2), (1, 2, 3), (3, 2, 1), (2, 2, 0), (0, 2, 0)])
+def test_ranks_that_weigh_differently_raise(batches):
+    """Wherever they are: at work, or out of data from the start. Afterwards they go on."""
+
+    def program(comm):
+        rank, net = comm.Get_rank(), net_of()
+        optimizer = EF21(net.parameters(), comm, TopK(0.2), lr=0.1)
+        before = parameters_of(net)
+        with (
+            pytest.raises(DisagreementError, match="disagree on weigh of join: False on ranks 0,1; True on rank 2"),
+            optimizer.join(weigh=rank == 2),
+        ):
+            steps_of(net, optimizer, rank, range(batches[rank]))
+        assert same_bits(parameters_of(net), before)
+        for _ in range(2):
+            with optimizer.join(weigh=True):
+                with optimizer.join():
+                    steps_of(net, optimizer, rank, range(batches[rank]))
+                steps_of(net, optimizer, rank, range(batches[rank]))
+        optimizer.check_replicas()
+        assert optimizer.steps == 4 * max(batches)
+
+    virtual.results(3, program)
+
+
+def test_an_error_inside_of_join_ends_it_on_that_rank():
+    def program(comm):
+        rank, net = comm.Get_rank(), net_of()
+        optimizer = EF21(net.parameters(), comm, TopK(0.2), lr=0.1)
+        if rank == 0:
+            with suppress(ZeroDivisionError), optimizer.join(weigh=True):
+                raise ZeroDivisionError
+        steps_of(net, optimizer, rank, range(2))
+        return parameters_of(net)
+
+    assert same_bits(*virtual.results(2, program))
 
 
 def test_weights_come_too_late_for_what_has_been_sent():

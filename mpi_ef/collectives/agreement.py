@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from mpi_ef.errors import DisagreementError, MpiEfError, OptionError, PeerError
 
-__all__ = ["OnAllRanks", "Telling", "agree", "ranks_text", "tell_all"]
+__all__ = ["OnAllRanks", "Telling", "agree", "check_not_freed", "ranks_text", "tell_all"]
 
 Facts = Mapping[str, object]
 _mine = local()  # how often this rank has told something
@@ -52,6 +52,12 @@ class OnAllRanks:
                           f"the copy; save {self.saved_by} and build it anew on all ranks")  # fmt: skip
 
 
+def check_not_freed(comm: Any, subject: str, remedy: str = "pass another one") -> None:
+    """Raise `OptionError` where `comm` was freed. Local; communicators are freed on all ranks together."""
+    if not comm:
+        raise OptionError(f"{subject}: its communicator was freed; {remedy}")
+
+
 def tell_all(comm: Any, subject: str, value: Any) -> list[Any]:
     """Return the values of all ranks, in rank order. Collective over `comm`.
 
@@ -59,7 +65,10 @@ def tell_all(comm: Any, subject: str, value: Any) -> list[Any]:
     ------
     DisagreementError
         On all ranks, when they are in different calls, with other subjects.
+    OptionError
+        On all ranks, when `comm` was freed.
     """
+    check_not_freed(comm, subject)
     _mine.calls = getattr(_mine, "calls", 0) + 1
     answers: list[tuple[str, Any]] = comm.allgather((subject, value))
     callers: dict[str, list[int]] = {}

@@ -10,7 +10,7 @@ import numpy as np
 from mpi_ef.compress import Compressor
 from mpi_ef.errors import DtypeError, OptionError, ShapeError
 
-from .agreement import agree
+from .agreement import agree, check_not_freed
 from .dense import DenseMean
 from .plan import Comm, Plan
 from .plans import GatherMean, plan_for
@@ -103,6 +103,7 @@ def allgather(comm: Comm, x: Any, compressor: Compressor, *, out: Any = None) ->
     DisagreementError, PeerError, NonFiniteError, ShapeError, DtypeError, OptionError
         On all ranks together, as for :func:`allreduce`.
     """
+    check_not_freed(comm, "allgather")
     size = int(comm.Get_size())
 
     def check() -> tuple[Any, np.ndarray, np.ndarray]:
@@ -158,6 +159,7 @@ def _plan(
     op: str,
 ) -> tuple[Plan, tuple[Any, np.ndarray, np.ndarray]]:
     """Return the cached plan for this request and the checked arrays, once all ranks are known to ask for the same."""
+    check_not_freed(comm, call)
     error: Exception | None = None
     key: _Key | None = None
     try:

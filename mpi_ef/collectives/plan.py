@@ -17,7 +17,7 @@ from mpi_ef.ending import end_together
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
 from mpi_ef.world import check_alone
 
-from .agreement import OnAllRanks, Telling, agree, ranks_text
+from .agreement import OnAllRanks, Telling, agree, check_not_freed, ranks_text
 from .frames import NON_FINITE, OK, REJECTED, WIRE_VERSION, Frames, header_of, misunderstanding, status_of
 from .in_flight import landed, took_off
 from .memory import Memory
@@ -287,8 +287,7 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
     def _begin(self, x: Vector | Combination, keep: Keep | None) -> None:
         if self._started:
             raise OptionError(f"{type(self).__name__}: start was called twice; call wait between them")
-        if not self.comm:
-            raise OptionError(f"{type(self).__name__}: its communicator was freed; build the plan anew, on another one")
+        check_not_freed(self.comm, type(self).__name__, "build the plan anew, on another one")
         began = perf_counter()
         self._refusal = self._problem(x, keep)  # raised by all ranks together, see _inspect
         if self._refusal is None:

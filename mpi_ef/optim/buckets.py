@@ -12,6 +12,8 @@ from mpi_ef.errors import NonFiniteError, OptionError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters
 
+from .lane import Lane
+
 __all__ = ["Bucket", "Buckets", "bucket_slices"]
 
 Value = TypeVar("Value")
@@ -53,23 +55,24 @@ class Buckets:
     """The rules of all buckets, which step together or not at all.
 
     A step starts the exchange of every bucket, in this order on all ranks; waits for all; and changes state only when all
-    have arrived, so that a NaN in the last bucket leaves the first as it was. With `overlap` a bucket starts as soon as
+    have arrived, so that a NaN in the last bucket leaves the first as it was. With a lane a bucket starts as soon as
     autograd has made all its gradients.
 
     Parameters
     ----------
     flat : FlatParameters
     buckets : sequence of Bucket
-    overlap : bool
+    lane : Lane, optional
+        On which plans of `buckets` were built that may start during the backward pass.
     """
 
-    def __init__(self, flat: FlatParameters, buckets: Sequence[Bucket], *, overlap: bool) -> None:
-        self._flat, self._buckets, self._started, self._open = flat, list(buckets), 0, True
+    def __init__(self, flat: FlatParameters, buckets: Sequence[Bucket], lane: Lane | None) -> None:
+        self._flat, self._buckets, self._lane, self._started, self._open = flat, list(buckets), lane, 0, True
         self._bucket_of = {number: n for n, bucket in enumerate(self._buckets) for number in bucket.numbers}
         self._missing = [set(bucket.numbers) for bucket in self._buckets]
         self.early = 0  # how many buckets of the last step started during the backward pass
         self.problem: OptionError | None = None  # of a backward pass
-        if overlap:
+        if lane is not None:
             flat.watch(self._arrived)
 
     def __iter__(self) -> Iterator[Bucket]:
@@ -77,12 +80,15 @@ class Buckets:
 
     def _arrived(self, number: int) -> None:
         """Take note that autograd has made a gradient, and start the buckets that are whole now."""
-        if not self._open:
+        if not self._open or (self._lane is not None and self._lane.closed):
             return
         n = self._bucket_of[number]
         if n < self._started:
-            self.problem = OptionError("DistributedOptimizer: a second backward pass before step(); with overlap=True, do "
-                                       "all but the last one of a step inside `with optimizer.no_sync():`")  # fmt: skip
+            self.problem = OptionError(
+                "DistributedOptimizer: a second backward pass before step(), with overlap=True: what the first one sent, "
+                "also where that one raised, cannot be taken back; to add up gradients do all but the last one inside `with "
+                "optimizer.no_sync():`; take overlap=False to repeat a backward pass"
+            )
             raise self.problem
         self._missing[n].discard(number)
         while self._started < len(self._buckets) and not self._missing[self._started]:
@@ -94,6 +100,8 @@ class Buckets:
         bucket = self._buckets[self._started]
         self._started += 1
         bucket.feedback.start(vector[bucket.part])
+        if self._lane is not None:
+            self._lane.started += 1
 
     def changed(self) -> int | None:
         """Return a parameter whose gradient is no longer what has been sent of it in the backward pass. Local."""

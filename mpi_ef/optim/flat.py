@@ -16,7 +16,7 @@ from torch import nn
 
 from mpi_ef import kernels
 from mpi_ef.buffers import broadcast_buffers
-from mpi_ef.collectives.agreement import agree, ranks_text
+from mpi_ef.collectives.agreement import agree, check_not_freed, ranks_text
 from mpi_ef.collectives.frames import NON_FINITE, OK, REJECTED
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress.combination import Vector
@@ -26,7 +26,7 @@ from mpi_ef.vectors import FlatParameters, Mask
 
 from .accounts import Channel
 from .groups import check_listed, check_options, hyper_parameters, listed, names_of
-from .handshake import Handshake, check_order
+from .handshake import Handshake, check_order, joins
 from .joining import joined
 from .line import line_for, state_of_line
 from .resting import memories, momenta, silent
@@ -206,7 +206,7 @@ class FlatOptimizer(Saved):
         Parameters
         ----------
         weigh : bool
-            Take the mean over the ranks that have a gradient, not over all. The same on all ranks.
+            Take the mean over the ranks that have a gradient, not over all. The same on all ranks, else steps raise.
         """
         return joined(self, weigh)
 
@@ -311,7 +311,7 @@ class FlatOptimizer(Saved):
             if self.clip:
                 words["squared_norm"] = float(np.linalg.norm(gradients)) ** 2
         words["groups"] = crc32(repr((hyper_parameters(self), self.check_replicas_every, self._loads)).encode())
-        words["present"], words["done"] = crc32(self.flat.present.data), self.done
+        words["present"], words["joins"] = crc32(self.flat.present.data), joins(done=self.done, weighs=self.weighs)
         answers = self._handshake.ask(status=status, steps=self.steps, **words)
         agreed = self._handshake.agreed()
         self.moving: Mask = self._handshake.anywhere(self.flat.present) if agreed else np.ones_like(self.flat.present)
@@ -356,7 +356,7 @@ class FlatOptimizer(Saved):
                 raise problem
             return {"the optimizer that takes a step": f"number {self._number} ({type(self).__name__})",
                     "completed steps": self.steps, "how many states were loaded": self._loads,
-                    "hyper-parameters": hyper_parameters(self),
+                    "weigh of join": self.weighs, "hyper-parameters": hyper_parameters(self),
                     "check_replicas_every": self.check_replicas_every}  # fmt: skip
 
         agree(self.comm, f"{type(self).__name__}.step", facts, "change and load them on all ranks alike")
@@ -391,6 +391,7 @@ class FlatOptimizer(Saved):
         DisagreementError
             With the first parameter that differs, and the ranks that hold what rank 0 does not.
         """
+        check_not_freed(self.comm, type(self).__name__)
         answers = np.empty((self.comm.Get_size(), len(self.flat.parameters)), np.uint32)
         self.comm.Allgather(self._hashes(), answers)
         different = (answers != answers[0]).any(axis=0)

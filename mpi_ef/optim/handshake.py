@@ -16,18 +16,24 @@ from mpi_ef.vectors import Mask
 
 from .line import Line
 
-__all__ = ["Handshake", "check_order"]
+__all__ = ["Handshake", "check_order", "joins"]
 
 # May the step be taken; what must be the same; hashes of what should be, where they are compared (else 0); which parameters
-# have a gradient; has the rank run out of data; what it has to say of entries that sleep (asleep.py).
+# have a gradient; what joins() returns; what it has to say of entries that sleep (asleep.py).
 _WORDS = np.dtype([("status", "u4"), ("groups", "u4"), ("steps", "u4"), ("number", "u4"), ("values", "u4"),
-                   ("gradient", "u4"), ("present", "u4"), ("done", "u2"), ("sleepers", "u2"),
+                   ("gradient", "u4"), ("present", "u4"), ("joins", "u2"), ("sleepers", "u2"),
                    ("squared_norm", "f8")])  # fmt: skip
 _FORM = Struct("=7I2Hd")  # the same
 _BUT_THE_NORM = 8  # words of 32 bits
 LEFT = 3  # besides the statuses of frames
+_DONE, _WEIGHS = 1, 2  # of joins
 _SAME = ["status", "groups", "steps", "number"]
 Answers = NDArray[Any]
+
+
+def joins(*, done: bool, weighs: bool) -> int:
+    """Return in a word whether a rank has run out of data, and which mean it takes where others have."""
+    return _DONE * done | _WEIGHS * weighs
 
 
 class Handshake:
@@ -99,8 +105,10 @@ class Handshake:
         if self._alike:
             return not self._told["status"]
         steps = self._answers[["steps", "number"]]
-        words = self._answers[_SAME][self.at_work] if self._answers["done"].any() else self._answers[_SAME]
-        return not self._answers["status"].any() and bool((steps == steps[0]).all() and (words == words[:1]).all())
+        weighs = self._answers["joins"] & _WEIGHS
+        words = self._answers[_SAME] if self.all_at_work else self._answers[_SAME][self.at_work]
+        alike = (steps == steps[0]).all() and (weighs == weighs[0]).all() and (words == words[:1]).all()
+        return not self._answers["status"].any() and bool(alike)
 
     def compare(self) -> bool:
         """Return whether ranks have to find out which parameters differ, or whether any does. Local, alike on all ranks.
@@ -112,12 +120,12 @@ class Handshake:
     @property
     def all_at_work(self) -> bool:
         """Whether no rank has run out of data."""
-        return not (self._told["done"] if self._alike else self._answers["done"].any())
+        return not (self._told["joins"] & _DONE if self._alike else (self._answers["joins"] & _DONE).any())
 
     @property
     def at_work(self) -> NDArray[np.intp]:
         """The ranks that have data, by their number."""
-        return np.flatnonzero(self._answers["done"] == 0)
+        return np.flatnonzero(self._answers["joins"] & _DONE == 0)
 
     def same_groups(self) -> bool:
         """Return whether all ranks, also those that have run out of data, have the same hyper-parameters. Local."""

@@ -23,11 +23,11 @@ def joined(optimizer: _Joins, weigh: bool) -> Iterator[None]:
     if weigh and optimizer.overlaps:
         raise OptionError("join: weigh=True with overlap=True, whose gradients leave before ranks know who has some; take "
                           "overlap=False")  # fmt: skip
-    optimizer.weighs = weigh
-    yield
-    optimizer.done = True
+    before, optimizer.weighs = optimizer.weighs, weigh
     try:
+        yield
+        optimizer.done = True
         while optimizer.take_part():
             pass
     finally:
-        optimizer.done = optimizer.weighs = False
+        optimizer.done, optimizer.weighs = False, before

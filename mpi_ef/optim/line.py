@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from threading import current_thread, main_thread
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +13,14 @@ from mpi_ef.collectives.agreement import ranks_text
 from mpi_ef.collectives.in_flight import landed, took_off
 from mpi_ef.collectives.plan import Comm
 
-__all__ = ["Line", "line_for", "state_of_line"]
+__all__ = ["Line", "kept_with", "line_for", "mpi_of", "state_of_line"]
 
 PATIENCE_SECONDS = 60.0  # before a rank that waits says so
 _HEARING_SECONDS = 1.0  # for the others that wait to say so as well
 _LOOK_EVERY = 1000  # calls of Test
 _TAG = 0x4D45
-_keyvals: dict[type, int] = {}
+_keyvals: dict[tuple[type, object], int] = {}  # by kind of communicator, and what is kept with it
+Kept = TypeVar("Kept")
 Bytes = NDArray[np.uint8]
 
 
@@ -40,7 +41,7 @@ class Line:
     """
 
     def __init__(self, comm: Comm) -> None:
-        self._mpi = _mpi_of(comm)
+        self._mpi = mpi_of(comm)
         self._comm = comm.Dup() if self._mpi else comm
         self._users = 0
         self._left: Any = None  # the request of a farewell
@@ -115,23 +116,30 @@ class _Held:
         self.memory = memory
 
 
-def _mpi_of(comm: Comm) -> Any:
-    """Return the module of MPI's communicators, None where `comm` is something else."""
+def mpi_of(comm: Comm) -> Any:
+    """Return the module of MPI's communicators, None where `comm` is something else. Local."""
     mpi = sys.modules.get("mpi4py.MPI")
     return mpi if mpi is not None and isinstance(comm, mpi.Comm) else None
 
 
-def _lines(comm: Comm) -> list[Line]:
-    """Return the lines made for `comm` so far, in the same order on all ranks; of others than MPI's nobody knows them."""
-    if _mpi_of(comm) is None:
-        return []
+def kept_with(comm: Comm, new: Callable[[], Kept]) -> Kept:
+    """Return what ``new()`` has made when it was first asked for with `comm`, which is one of MPI's. Local."""
     kind = type(comm)
-    if kind not in _keyvals:
-        _keyvals[kind] = kind.Create_keyval()
-    lines: list[Line] | None = comm.Get_attr(_keyvals[kind])
-    if lines is None:
-        comm.Set_attr(_keyvals[kind], lines := [])
-    return lines
+    if (kind, new) not in _keyvals:
+        _keyvals[kind, new] = kind.Create_keyval()
+    there: Kept | None = comm.Get_attr(_keyvals[kind, new])
+    if there is None:
+        comm.Set_attr(_keyvals[kind, new], there := new())
+    return there
+
+
+class _Lines(list[Line]):
+    """The lines made for a communicator so far, in the same order on all ranks."""
+
+
+def _lines(comm: Comm) -> list[Line]:
+    """Return the lines made for `comm` so far; of others than MPI's, and of one that was freed, nobody knows them."""
+    return [] if mpi_of(comm) is None or not comm else kept_with(comm, _Lines)
 
 
 def state_of_line(comm: Comm) -> str:

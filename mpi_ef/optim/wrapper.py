@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any, Literal
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from mpi_ef.feedback import ErrorFeedback
 from .buckets import Bucket, Buckets, bucket_slices
 from .flat import FlatOptimizer
 from .groups import group_sizes
+from .lane import Lane
 
 __all__ = ["BucketReport", "DistributedOptimizer", "PlanBuilder"]
 
@@ -84,15 +86,16 @@ class DistributedOptimizer(FlatOptimizer):
     rule : str
         A name in :data:`mpi_ef.feedback.RULES`.
     plan : callable, optional
-        ``plan(comm, compressor, d, dtype)`` builds the collective, for example the class `TwoPhaseMean`.
-        :func:`mpi_ef.collectives.plan_for` by default.
+        ``plan(comm, compressor, d, dtype)`` builds the collective, for example the class `TwoPhaseMean`, on the
+        communicator that it is given. :func:`mpi_ef.collectives.plan_for` by default.
     dense_steps : int
         The first steps exchange whole vectors.
     bucket_nbytes : int, optional
         Cut the vector into runs of parameters of about so many bytes, each with a rule of its own; by default there is one.
     overlap : bool
         Send a bucket as soon as autograd has made its gradients. Placement "gradient" only; buckets of 25 MB by default.
-        The results are the same bits as without. Gradients cannot be clipped or unscaled after the backward pass then.
+        They travel on a communicator of their own. The results are the same bits as without. Gradients cannot be clipped or
+        unscaled after the backward pass then, and no backward pass can be repeated.
     model : torch.nn.Module, optional
         Whose parameters these are: its buffers are broadcast from rank 0 as well, and errors name its parameters.
     **options
@@ -146,12 +149,16 @@ class DistributedOptimizer(FlatOptimizer):
                     "dense_steps": dense_steps, "bucket_nbytes": bucket_nbytes, "overlap": overlap}  # fmt: skip
 
         self._lay_out(comm, facts, model)
-        buckets = []
+        buckets, lane, of_buckets = [], None, comm
+        if overlap:
+            lane = Lane(comm)
+            of_buckets = lane.comm
+            finalize(self, lane.close)
         for numbers, part in bucket_slices(self.flat, bucket_nbytes):
             shapes = tuple(tuple(self.flat.parameters[number].shape) for number in numbers)
-            parted = plan(comm, for_parameters(compressor, shapes), part.stop - part.start, self.flat.dtype)
+            parted = plan(of_buckets, for_parameters(compressor, shapes), part.stop - part.start, self.flat.dtype)
             buckets.append(Bucket(numbers, part, ErrorFeedback(rule, parted, dense_steps=dense_steps, **options)))
-        self.buckets = Buckets(self.flat, buckets, overlap=overlap)
+        self.buckets = Buckets(self.flat, buckets, lane)
         self.feedback, self._quiet = buckets[0].feedback, ExitStack()
         # One rank that loses nothing need not take its update apart and put it together again, which rounds.
         whole = placement == "gradient" or (comm.Get_size() == 1 and isinstance(compressor, Identity))

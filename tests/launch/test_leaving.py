@@ -49,3 +49,29 @@ def test_an_error_on_one_rank_before_the_first_meeting_ends_all(program):
     ended = run(3, program, "no", "yes", within=60)
     assert ended.status != 0
     assert ended.lines_with("unexpected keyword argument 'mometum'"), ended.text
+
+
+UNDER_ANOTHER_HOOK = """
+import sys
+import numpy as np
+from mpi4py.MPI import COMM_WORLD as comm
+import mpi_ef
+
+def another(kind, value, trace):
+    print("another library:", value, file=sys.stderr, flush=True)
+
+sys.excepthook = another
+plan = mpi_ef.GatherMean(comm, mpi_ef.TopK(0.5), 4)
+for step in range(4):
+    if comm.rank == comm.size - 1 and step == 2:
+        raise ValueError("of one rank")
+    plan.exchange(np.ones(4, np.float32))
+"""
+
+
+def test_an_error_on_one_rank_under_the_hook_of_another_library_ends_all(tmp_path):
+    (tmp_path / "program.py").write_text(UNDER_ANOTHER_HOOK, encoding="utf-8")
+    ended = run(2, tmp_path / "program.py", within=60)
+    assert ended.status != 0
+    assert ended.lines_with("another library: of one rank"), ended.text
+    assert ended.lines_with("rank 1 failed: ValueError: of one rank"), ended.text

@@ -12,11 +12,13 @@ from programs import CLIENT_RULES, OPTIMIZERS, PLANS, RULES, client_steps, excha
 from training import net_with_more, parameters_of, train
 from vectors_for_tests import gaussian
 
+from mpi_ef import ShardedSampler, Stopper, Store, Training, seed_rank, synchronize_buffers
 from mpi_ef.collectives import GatherMean, TwoPhaseMean, allgather, allreduce
 from mpi_ef.collectives import frames as frames_module
 from mpi_ef.compress import Identity, Sign, TopK
+from mpi_ef.data import generator_for
 from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError, PeerError, ShapeError
-from mpi_ef.optim import EF21, DistributedOptimizer, EControl
+from mpi_ef.optim import EF21, DistributedOptimizer, EControl, OneBitAdam
 
 pytestmark = pytest.mark.mpi
 on_two_ranks = pytest.mark.exhaustive if os.environ.get("MPI_EF_TEST_RANKS") != "2" else lambda test: test
@@ -161,6 +163,30 @@ def test_a_freed_communicator_is_noticed(comm):
             call(x)
 
 
+def test_a_freed_communicator_is_one_line_wherever_it_is_passed_or_kept(comm):
+    world, x, net = comm.Dup(), gaussian(comm.rank, 100), torch.nn.BatchNorm1d(4)
+    stopper, optimizer = Stopper(world, signals=()), EF21(net, world, TopK(0.1), lr=0.1)
+    allreduce(world, x, TopK(0.1))
+    allgather(world, x, TopK(0.1))
+    world.Free()
+    for call in (
+        lambda: allreduce(world, x, TopK(0.1)),
+        lambda: allgather(world, x, TopK(0.1)),
+        lambda: EF21(net, world, TopK(0.1), lr=0.1),
+        lambda: OneBitAdam(net, world, freeze_step=3),
+        lambda: Stopper(world, signals=()),
+        stopper.should_stop,
+        lambda: ShardedSampler(20, world, batch=2),
+        lambda: generator_for(world, 0),
+        lambda: seed_rank(world, 0),
+        lambda: synchronize_buffers(net, world),
+        optimizer.check_replicas,
+        lambda: Training(model=net, optimizer=optimizer).resume(Store("nowhere"), world),
+    ):
+        with pytest.raises(OptionError, match="its communicator was freed"):
+            call()
+
+
 @pytest.mark.parametrize("form", ["at once", "in two parts"])
 def test_equal_plans_in_another_order_are_noticed(comm, form):
     plans = [TwoPhaseMean(comm, Sign(block=16), 100) for _ in range(2)]
@@ -234,6 +260,117 @@ def test_who_has_dropped_the_last_optimizer_is_named_to_all_of_the_others(comm):
         with pytest.raises(PeerError, match=f"rank {comm.size - 1} left the training"):
             a_step_of(pair[number], comm.rank)
     a_step_of(ones_with(comm), comm.rank)
+
+
+def overlapping(comm, seed=0):
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 20), torch.nn.Linear(20, 2))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    return net, DistributedOptimizer(sgd, comm, TopK(0.5), placement="gradient", overlap=True, bucket_nbytes=100)
+
+
+def backward(net, optimizer, rank):
+    optimizer.zero_grad()
+    net(torch.linspace(-1, 1, 12).reshape(3, 4) * (1 + rank)).square().mean().backward()
+
+
+def steps_with(net, optimizer, rank, steps=3):
+    for _ in range(steps):
+        backward(net, optimizer, rank)
+        optimizer.step()
+        assert optimizer.buckets.early > 1
+    return parameters_of(net)
+
+
+def own_allgather(comm):
+    """What a program does on its own communicator: in the form that buckets have, too."""
+    answers = np.full((comm.size, 3), -1, np.int64)
+    comm.Iallgather(np.arange(3) + 10 * comm.rank, answers).Wait()
+    np.testing.assert_array_equal(answers, np.arange(3) + 10 * np.arange(comm.size)[:, None])
+    assert comm.allgather(comm.rank) == [*range(comm.size)]
+
+
+def counting(comm):
+    """Return a copy of `comm` and a list, which has as many entries as copies have been made of that."""
+    from mpi4py import MPI
+
+    class Counted(MPI.Intracomm):
+        def Dup(self, info=None):
+            copies.append(super().Dup(info))
+            return copies[-1]
+
+    copies = []
+    return Counted(comm.Dup()), copies
+
+
+@pytest.mark.parametrize("who", ["all", "the first", "the last"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_buckets_that_nobody_waits_for_meet_nothing_else(comm, who, kept):
+    """A backward pass of some ranks that no step follows; they drop the optimizer afterwards, or still have it."""
+    own = comm.Dup()
+    net, optimizer = overlapping(own)
+    steps_with(net, optimizer, comm.rank)
+    if who == "all" or comm.rank == (0 if who == "the first" else comm.size - 1):
+        backward(net, optimizer, comm.rank)
+    if kept:
+        old = optimizer
+    del optimizer
+    gc.collect()
+    own_allgather(own)
+    expected = steps_with(*overlapping(comm.Dup()), comm.rank)
+    assert same_bits(steps_with(*overlapping(own), comm.rank), expected)
+    own_allgather(own)
+    assert same_bits(steps_with(*overlapping(own), comm.rank), expected)
+    if kept:
+        assert old.steps == 3
+
+
+def test_buckets_for_a_rank_that_has_left_meet_nothing_else(comm):
+    last = comm.size > 1 and comm.rank == comm.size - 1
+    own = comm.Dup()
+    net, optimizer = overlapping(own)
+    steps_with(net, optimizer, comm.rank)
+    if not last and comm.size > 1:
+        with pytest.raises(PeerError, match=f"rank {comm.size - 1} left the training after 3 steps"):
+            steps_with(net, optimizer, comm.rank)
+    del optimizer
+    gc.collect()
+    own_allgather(own)
+    everywhere = comm.allgather(steps_with(*overlapping(own), comm.rank))
+    assert all(same_bits(theirs, everywhere[0]) for theirs in everywhere)
+
+
+def test_two_optimizers_with_buckets_under_way_at_once(comm):
+    """Of a layer without gradient on one rank buckets start in step() there, after those of the other optimizer."""
+
+    def run(pair, at_once):
+        for net, optimizer in pair:
+            inputs = torch.linspace(-1, 1, 60).reshape(3, 20) * (1 + comm.rank)
+            (net(inputs[:, :4]) if comm.rank else net[1](inputs)).square().mean().backward()
+            if not at_once:
+                optimizer.step()
+            own_allgather(comm)
+        for _, optimizer in pair if at_once else ():
+            optimizer.step()
+        return [parameters_of(net) for net, _ in pair]
+
+    apart, together = (run([overlapping(comm, seed) for seed in (0, 1)], at_once) for at_once in (False, True))
+    assert same_bits(apart, together)
+
+
+def test_one_optimizer_after_the_other_makes_no_more_communicators(comm):
+    """MPICH has 2000. Also where a rank keeps one longer, schedulers refer to it, or no step follows the last batch."""
+    own, copies = counting(comm)
+    for number in range(30):
+        net, optimizer = overlapping(own)
+        steps_with(net, optimizer, comm.rank, 1)
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        if number % 3 == 0:
+            backward(net, optimizer, comm.rank)
+        if comm.rank == number % comm.size:
+            before = optimizer
+    assert len(copies) <= 5
+    assert before.steps == 1
 
 
 def test_memory_of_a_dropped_plan_stays_until_mpi_is_done(comm):
