@@ -15,9 +15,7 @@ class _Lanes:
 
     def __init__(self) -> None:
         self.comms: list[Comm] = []
-        self.closed: dict[
-            int, int
-        ] = {}  # those that no optimizer has: how many exchanges the last one has started there
+        self.closed: dict[int, int] = {}  # how many exchanges were started on those that no optimizer has
 
 
 class Lane:

@@ -369,7 +369,8 @@ def test_one_optimizer_after_the_other_makes_no_more_communicators(comm):
             backward(net, optimizer, comm.rank)
         if comm.rank == number % comm.size:
             before = optimizer
-    assert len(copies) <= 5
+    # one that every rank keeps, the last one, the new one; and one for all handshakes
+    assert len(copies) <= comm.size + 3
     assert before.steps == 1
 
 
