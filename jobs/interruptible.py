@@ -9,7 +9,7 @@ from mpi_ef.checkpoint.state import Training
 from mpi_ef.jobs import early
 from mpi_ef.jobs.folder import RunFolder
 from mpi_ef.jobs.survivors import Attempts, all_are_here
-from mpi_ef.jobs.train import FILES, PROOF, TrainConfig
+from mpi_ef.jobs.train import FILES, PROOF
 from mpi_ef.jobs.trainer import Trainer
 from mpi_ef.stopping import SIGNALS, Stopper
 
@@ -27,8 +27,8 @@ class Interruptible:
     Parameters
     ----------
     comm : MPI.Comm
-    config : TrainConfig
     trainer : Trainer
+        Whose options count: all that apply, with their defaults.
     attempts : Attempts
         What earlier attempts of this launch have left, before ranks died.
 
@@ -39,8 +39,9 @@ class Interruptible:
     folder : RunFolder
     """
 
-    def __init__(self, comm: Any, config: TrainConfig, trainer: Trainer, attempts: Attempts) -> None:
-        self.comm, self.config, self.trainer, self.attempts = comm, config, trainer, attempts
+    def __init__(self, comm: Any, trainer: Trainer, attempts: Attempts) -> None:
+        self.comm, self.trainer, self.attempts = comm, trainer, attempts
+        self.config = config = trainer.config
         self.stopped: str | None = None
         self._store = self._stopper = None
         self._policy: str = config.resume
@@ -48,7 +49,7 @@ class Interruptible:
             self._policy = "redistribute"
         job, restart = os.environ.get("SLURM_JOB_ID", attempts.launch), os.environ.get("SLURM_RESTART_COUNT", "0")
         restarts = (int(restart) if restart.isdigit() else 0) * _FAILURES + attempts.failures
-        if config.checkpoint_every or config.resume != "no":
+        if config.checkpoint_every or config.resume != "no":  # without the first nothing is saved, and nothing kept
             self._store = Store(config.out / "checkpoints", keep_last=config.keep or 1, job=job, restart=restarts)
         if config.checkpoint_every:
             end = os.environ.get("SLURM_JOB_END_TIME", "")

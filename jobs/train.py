@@ -187,16 +187,17 @@ def train(comm: Any, config: TrainConfig, attempts: survivors.Attempts | None = 
 
     with announcing(comm):
         trainer = Trainer(comm, config)
-        run = Interruptible(comm, config, trainer, attempts or survivors.Attempts())
+        run = Interruptible(comm, trainer, attempts or survivors.Attempts())
         try:
-            return _train(trainer, config, run)
+            return _train(trainer, run)
         finally:
             run.close()
 
 
-def _train(trainer: "Trainer", config: TrainConfig, run: "Interruptible") -> dict[str, Any]:
+def _train(trainer: "Trainer", run: "Interruptible") -> dict[str, Any]:
     from mpi_ef.jobs.metrics import Metrics, Progress
 
+    config = trainer.config  # what was given has no defaults of what goes with some choices only
     root, start = trainer.comm.Get_rank() == 0, run.resume()
     metrics = None
     if root:

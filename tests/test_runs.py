@@ -246,3 +246,13 @@ def test_a_run_that_has_lost_its_folder_writes_nothing_more(tmp_path):
     assert "the lock was taken over by process " in str(errors[0])
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "LOCK").exists()  # it is the other one's
+
+
+@pytest.mark.parametrize("keep", [None, 1, 2, 5])
+def test_as_many_checkpoints_stay_as_are_recorded(tmp_path, keep):
+    """Also when nobody says how many."""
+    config = TrainConfig(**MLP | {"steps": 12}, out=tmp_path, checkpoint_every=2, keep=keep)
+    kept = programs.trained(2, config)[0]["config"]["keep"]
+    assert kept == (keep or 3)
+    steps = [f"step-{step:08}" for step in range(2, 13, 2)]
+    assert sorted(path.name for path in tmp_path.glob("checkpoints/step-*")) == steps[-kept:]
