@@ -37,12 +37,15 @@ class Interruptible:
     stopped : str or None
         Why the run has stopped before its end.
     folder : RunFolder
+    finished : dict or None
+        The summary of a run that was finished when this one was to go on with it: there is nothing to do, nor to write.
     """
 
     def __init__(self, comm: Any, trainer: Trainer, attempts: Attempts) -> None:
         self.comm, self.trainer, self.attempts = comm, trainer, attempts
         self.config = config = trainer.config
         self.stopped: str | None = None
+        self.finished: dict[str, Any] | None = None
         self._store = self._stopper = None
         self._policy: str = config.resume
         if attempts.last is not None and config.resume != "reset":
@@ -69,10 +72,13 @@ class Interruptible:
     def resume(self) -> int:
         """Put everything back to where the newest checkpoint was, and return its step; 0 without one.
 
+        Of a finished run nothing is changed, see `finished`.
+
         Raises
         ------
-        DataError, CheckpointError
-            On all ranks: the run begins, and there is another one; nothing in the folder was changed then.
+        DataError, CheckpointError, ConfigError
+            On all ranks: the run begins, and there is another one, or it cannot go on from there; nothing in the folder was
+            changed then.
         """
         config, folder = self.config, self.folder
         if self._policy == "no":
@@ -80,6 +86,8 @@ class Interruptible:
         if self._store is not None and config.checkpoint_every:  # before anything in the folder is changed
             self._store.claim(self.comm, new=self._policy == "no")
         start = self._resumed()
+        if self.finished is not None:
+            return start
         if self._policy != "no" and not start:
             folder.begin(PROOF)  # there may be a finished run without checkpoints
         folder.remove("requeue", PROOF)  # they tell how a run has ended
@@ -93,6 +101,10 @@ class Interruptible:
             return 0
         start = self._training.resume(self._store, self.comm, policy=self._policy)
         changed = self.trainer.go_on(start, self._training.document) if start else []
+        if start == self.config.steps:
+            self.finished = self.folder.finished(PROOF)
+        if self.finished is not None:
+            changed = []  # nothing is done with it
         if self.comm.Get_rank() == 0:
             left = (
                 f"; {self.config.steps - start} steps left" if start < self.config.steps else "; nothing is left to do"

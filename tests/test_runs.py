@@ -256,3 +256,34 @@ def test_as_many_checkpoints_stay_as_are_recorded(tmp_path, keep):
     assert kept == (keep or 3)
     steps = [f"step-{step:08}" for step in range(2, 13, 2)]
     assert sorted(path.name for path in tmp_path.glob("checkpoints/step-*")) == steps[-kept:]
+
+
+def test_a_finished_run_that_is_to_go_on_stays_as_it_is(tmp_path, capsys):
+    """One line says so, whatever else is given now; fewer steps than were done are refused."""
+    config = TrainConfig(**MLP, out=tmp_path, checkpoint_every=4)
+    done = programs.trained(2, config)[0]
+    before = content(tmp_path)
+    for policy in ("exact", "redistribute"):
+        for more in ({}, {"lr": 0.001, "log_every": 1}, {"checkpoint_every": 0}):
+            capsys.readouterr()
+            for summary in programs.trained(2, replace(config, resume=policy, **more)):
+                assert summary == json.loads(before["summary.json"])
+                assert summary["loss"] == done["loss"] > 0.0
+            assert capsys.readouterr().out == "resumed after step 8; nothing is left to do\n"
+            assert content(tmp_path) == before
+    line = refused(2, replace(config, resume="exact", steps=5), ConfigError)
+    assert line.startswith("resume: 8 steps are done, and steps=5 are fewer")
+    assert content(tmp_path) == before
+    assert programs.trained(2, replace(config, resume="exact", steps=10))[0]["steps"] == 10
+
+
+def test_a_summary_that_is_missing_is_written_with_the_same_values(tmp_path):
+    """The run was killed between its last checkpoint and its end."""
+    config = TrainConfig(**MLP, out=tmp_path, checkpoint_every=4)
+    done = programs.trained(2, config)[0]
+    (tmp_path / "summary.json").unlink()
+    again = programs.trained(2, replace(config, resume="exact"))[0]
+    for name in ("steps", "loss", "val_loss", "val_accuracy", "sent_nbytes", "dense_nbytes", "parameters_crc32"):
+        assert again[name] == done[name], name
+    (tmp_path / "summary.json").write_text("{")
+    assert "summary.json: cannot be read as JSON" in refused(2, replace(config, resume="exact"), DataError)
