@@ -248,8 +248,8 @@ class Trainer:
         Raises
         ------
         DataError, ConfigError
-            On all ranks: the run that saved had other data, or an option that its state has and that was another one, or has
-            done more steps than this one is to do.
+            On all ranks: the run that saved had other data, or an option that made its model, its ranks' data or its state
+            and that was another one, or has done more steps than this one is to do.
         """
         if steps > self.config.steps:
             raise _everywhere(ConfigError(f"resume: {steps} steps are done, and steps={self.config.steps} are fewer; "
@@ -285,8 +285,8 @@ class Trainer:
             then["whole"] = now.get("whole")
         lost = _differences(then, {name: now.get(name) for name in sorted(choices.kept())})
         if lost:
-            raise _everywhere(ConfigError(f"resume: {lost[0]}; a run goes on with the optimizer that it has: give it the "
-                                          "same options, or another --out"))  # fmt: skip
+            raise _everywhere(ConfigError(f"resume: {lost[0]}; a run goes on with the model, data and optimizer that "
+                                          "it has: give it the same options, or another --out"))  # fmt: skip
         return _differences(then, {name: value for name, value in now.items() if name not in choices.kept()})
 
     def _diagnosis(self) -> dict[str, float | None]:
