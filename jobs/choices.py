@@ -148,8 +148,9 @@ def full_record(names: Iterable[str]) -> bool:
 
 
 def kept() -> set[str]:
-    """Return the options with which a run goes on as it began: those of model and optimizer, whose state is saved, and those
-    that say which samples a rank has. The text is known by its content.
+    """Return the options with which a run goes on as it began: those of the model, of the optimizer, of ranks' samples.
+
+    A text is known by its content.
     """
     tables = [table.values() for chooser, table in CHOOSERS.items() if chooser != "checkpoint_every"]
     names = {name for table in tables for takes in table for name in takes}
