@@ -148,10 +148,13 @@ def full_record(names: Iterable[str]) -> bool:
 
 
 def kept() -> set[str]:
-    """Return the options with which a run goes on as it began: those of the optimizer, whose state is saved."""
-    tables = [CHOOSERS[chooser].values() for chooser in ("optimizer", "placement", "rule", "compressor")]
+    """Return the options with which a run goes on as it began: those of the model, of the optimizer, of ranks' samples.
+
+    A text is known by its content.
+    """
+    tables = [table.values() for chooser, table in CHOOSERS.items() if chooser != "checkpoint_every"]
     names = {name for table in tables for takes in table for name in takes}
-    return {"optimizer", "weight_decay"} | names - {"overlap", "whole"}
+    return {"model", "seed", "optimizer", "weight_decay"} | names - {"text", "overlap", "whole"}
 
 
 def owners(name: str) -> dict[str, list[Any]]:

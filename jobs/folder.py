@@ -1,5 +1,6 @@
 """The folder of a run: one run at a time writes there, and what a finished one has left stays. Files appear whole."""
 
+import json
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -83,6 +84,27 @@ class RunFolder:
             finally:
                 checkpoints.release()
         self._remove(names)
+
+    def finished(self, proof: str) -> dict[str, Any] | None:
+        """Return what is in the JSON file that only a finished run has; None without it. Collective.
+
+        Raises
+        ------
+        DataError
+            On all ranks: it cannot be read.
+        """
+        found: list[dict[str, Any]] = []
+        by_first(self._comm, self.path, lambda: found.extend(self._read(proof)))
+        told: list[dict[str, Any]] = self._comm.allgather(found)[0]
+        return told[0] if told else None
+
+    def _read(self, proof: str) -> Iterator[dict[str, Any]]:
+        path = self.path / proof
+        try:
+            if path.exists():
+                yield json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path}: cannot be read as JSON ({error}); remove it, and it is written anew") from None
 
     def remove(self, *names: str) -> None:
         """Remove files that are there. Collective."""

@@ -9,7 +9,7 @@ from mpi_ef.checkpoint.state import Training
 from mpi_ef.jobs import early
 from mpi_ef.jobs.folder import RunFolder
 from mpi_ef.jobs.survivors import Attempts, all_are_here
-from mpi_ef.jobs.train import FILES, PROOF, TrainConfig
+from mpi_ef.jobs.train import FILES, PROOF
 from mpi_ef.jobs.trainer import Trainer
 from mpi_ef.stopping import SIGNALS, Stopper
 
@@ -27,8 +27,8 @@ class Interruptible:
     Parameters
     ----------
     comm : MPI.Comm
-    config : TrainConfig
     trainer : Trainer
+        Whose options count: all that apply, with their defaults.
     attempts : Attempts
         What earlier attempts of this launch have left, before ranks died.
 
@@ -37,18 +37,22 @@ class Interruptible:
     stopped : str or None
         Why the run has stopped before its end.
     folder : RunFolder
+    finished : dict or None
+        The summary of a run that was finished when this one was to go on with it: there is nothing to do, nor to write.
     """
 
-    def __init__(self, comm: Any, config: TrainConfig, trainer: Trainer, attempts: Attempts) -> None:
-        self.comm, self.config, self.trainer, self.attempts = comm, config, trainer, attempts
+    def __init__(self, comm: Any, trainer: Trainer, attempts: Attempts) -> None:
+        self.comm, self.trainer, self.attempts = comm, trainer, attempts
+        self.config = config = trainer.config
         self.stopped: str | None = None
+        self.finished: dict[str, Any] | None = None
         self._store = self._stopper = None
         self._policy: str = config.resume
         if attempts.last is not None and config.resume != "reset":
             self._policy = "redistribute"
         job, restart = os.environ.get("SLURM_JOB_ID", attempts.launch), os.environ.get("SLURM_RESTART_COUNT", "0")
         restarts = (int(restart) if restart.isdigit() else 0) * _FAILURES + attempts.failures
-        if config.checkpoint_every or config.resume != "no":
+        if config.checkpoint_every or config.resume != "no":  # without the first nothing is saved, and nothing kept
             self._store = Store(config.out / "checkpoints", keep_last=config.keep or 1, job=job, restart=restarts)
         if config.checkpoint_every:
             end = os.environ.get("SLURM_JOB_END_TIME", "")
@@ -68,10 +72,13 @@ class Interruptible:
     def resume(self) -> int:
         """Put everything back to where the newest checkpoint was, and return its step; 0 without one.
 
+        Of a finished run nothing is changed, see `finished`.
+
         Raises
         ------
-        DataError, CheckpointError
-            On all ranks: the run begins, and there is another one; nothing in the folder was changed then.
+        DataError, CheckpointError, ConfigError
+            On all ranks: the run begins, and there is another one, or it cannot go on from there; nothing in the folder was
+            changed then.
         """
         config, folder = self.config, self.folder
         if self._policy == "no":
@@ -79,6 +86,8 @@ class Interruptible:
         if self._store is not None and config.checkpoint_every:  # before anything in the folder is changed
             self._store.claim(self.comm, new=self._policy == "no")
         start = self._resumed()
+        if self.finished is not None:
+            return start
         if self._policy != "no" and not start:
             folder.begin(PROOF)  # there may be a finished run without checkpoints
         folder.remove("requeue", PROOF)  # they tell how a run has ended
@@ -92,6 +101,10 @@ class Interruptible:
             return 0
         start = self._training.resume(self._store, self.comm, policy=self._policy)
         changed = self.trainer.go_on(start, self._training.document) if start else []
+        if start == self.config.steps:
+            self.finished = self.folder.finished(PROOF)
+        if self.finished is not None:
+            changed = []  # nothing is done with it
         if self.comm.Get_rank() == 0:
             left = (
                 f"; {self.config.steps - start} steps left" if start < self.config.steps else "; nothing is left to do"

@@ -24,6 +24,7 @@ _ZEROS = (
 )
 _WEIGHTS = ("momentum", "beta1", "beta2", "beta", "vote_beta1", "vote_beta2")
 _SHARES = ("ratio", "participation", "reply", "correction", "whole")
+_VOTERS = ("lion", "signum")  # optimizers that step by the signs of a majority, without error feedback
 CHANGES = ("ef21-page", "marina")  # rules that are told what has changed, see changes.py
 CLIENTS = (
     "ef21-pp",
@@ -80,5 +81,20 @@ def _check_combinations(chosen: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"rule=marina wants an unbiased compressor; pass compressor=randk, not {chosen['compressor']}"
         )
+    _check_compressor(chosen)
     if chosen["overwrite"] and chosen["resume"] != "no":
         raise ConfigError(f"overwrite begins anew, resume={chosen['resume']} goes on; pass one of them")
+
+
+def _check_compressor(chosen: Mapping[str, Any]) -> None:
+    """Refuse compressors that say too little for what is done with their messages: training would diverge."""
+    optimizer, rule, placement = (chosen.get(name) for name in ("optimizer", "rule", "placement"))
+    if chosen.get("compressor") == "vote" and optimizer not in _VOTERS and (rule, placement) != ("lion", "gradient"):
+        with_them = ", ".join(f"{name}={chosen[name]}" for name in ("optimizer", "rule", "placement") if name in chosen)
+        raise ConfigError("compressor=vote sends signs without magnitudes, for majority votes: with optimizer="
+                          f"{' or '.join(_VOTERS)}, or rule=lion and placement=gradient; with {with_them} take "
+                          "compressor=sign")  # fmt: skip
+    if rule == "econtrol" and chosen["compressor"] == "low-rank" and chosen.get("eta") is None:
+        raise ConfigError(
+            "rule=econtrol has no default for eta with compressor=low-rank; pass one, for example eta=0.1"
+        )

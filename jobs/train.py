@@ -174,12 +174,14 @@ def train(comm: Any, config: TrainConfig, attempts: survivors.Attempts | None = 
     """Run one training and return its summary, the same on all ranks but for times. Collective.
 
     Rank 0 prints progress and writes ``metrics.jsonl``, ``metrics.csv``, ``config.toml`` and ``summary.json`` into
-    ``config.out``, which no other run may have meanwhile.
+    ``config.out``, which no other run may have meanwhile. What a finished run has written stays when it is to go on and
+    nothing is left to do; its summary is returned.
 
     Raises
     ------
     DataError, OptionError, DisagreementError
-        For unusable data or options, on all ranks; for a folder that another run has, or a finished one.
+        For unusable data or options, on all ranks; for a folder that another run has, or a finished one; for fewer steps
+        than the run that is to go on has done.
     """
     from mpi_ef.jobs.interruptible import Interruptible
     from mpi_ef.jobs.metrics import announcing
@@ -187,17 +189,20 @@ def train(comm: Any, config: TrainConfig, attempts: survivors.Attempts | None = 
 
     with announcing(comm):
         trainer = Trainer(comm, config)
-        run = Interruptible(comm, config, trainer, attempts or survivors.Attempts())
+        run = Interruptible(comm, trainer, attempts or survivors.Attempts())
         try:
-            return _train(trainer, config, run)
+            return _train(trainer, run)
         finally:
             run.close()
 
 
-def _train(trainer: "Trainer", config: TrainConfig, run: "Interruptible") -> dict[str, Any]:
+def _train(trainer: "Trainer", run: "Interruptible") -> dict[str, Any]:
     from mpi_ef.jobs.metrics import Metrics, Progress
 
+    config = trainer.config  # what was given has no defaults of what goes with some choices only
     root, start = trainer.comm.Get_rank() == 0, run.resume()
+    if run.finished is not None:
+        return run.finished
     metrics = None
     if root:
         with run.folder.writing():

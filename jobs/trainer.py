@@ -82,7 +82,7 @@ class Trainer:
         if config.rule in CHANGES:
             whole = config.whole or config.batch / (config.batch + self.data.size // size)
             self.changes = Changes(self.optimizer, str(config.rule), whole=whole, seed=config.seed)
-        self._loss_sum, self._loss_count = 0.0, 0
+        self._loss_sum, self._loss_count, self._loss = 0.0, 0, 0.0  # since the last row; in that row
         self._seconds = {"data": 0.0, "compute": 0.0, "optimizer": 0.0}
         self._earlier = dict.fromkeys(_TIMES, 0.0)  # before the run was interrupted
         self._latest: list[tuple[bool, np.ndarray]] = []  # steps: were kernels made here? what was spent
@@ -178,12 +178,14 @@ class Trainer:
             self.optimizer.clip_gradients(self.config.clip)
 
     def row(self, *, evaluate: bool) -> dict[str, Any]:
-        """Return one row of metrics; the loss is the mean since the row before."""
+        """Return one row of metrics; the loss is the mean since the row before, or that of it after no step."""
         self._settle()
         loss, count = self._sum(self._loss_sum, self._loss_count)
+        if count:
+            self._loss = loss / count
         self._loss_sum, self._loss_count = 0.0, 0
         row = {"step": self.steps, "epoch": self.epoch, "lr": learning_rate(self.config, self.steps),
-               "loss": loss / max(1.0, count), "val_loss": None, "val_accuracy": None,
+               "loss": self._loss, "val_loss": None, "val_accuracy": None,
                "sent_nbytes": self._sent(), "dense_nbytes": self.steps * self.optimizer.dense_nbytes,
                **self._diagnosis()}  # fmt: skip
         if evaluate:
@@ -229,7 +231,7 @@ class Trainer:
         """Return what :meth:`go_on` wants to know besides what a checkpoint has."""
         self._settle()
         return {"seconds": self._spent(), "untimed": [self.untimed_steps, self.untimed_seconds],
-                "loss": [self._loss_sum, self._loss_count], "samples": self._samples,
+                "loss": [self._loss_sum, self._loss_count, self._loss], "samples": self._samples,
                 "sent_nbytes": self._sent(), "ranks": self.comm.Get_size(), "data": self.data.content,
                 "options": _shaping(self.record())}  # fmt: skip
 
@@ -246,15 +248,20 @@ class Trainer:
         Raises
         ------
         DataError, ConfigError
-            On all ranks: the run that saved had other data, or an option that its state has and that was another one.
+            On all ranks: the run that saved had other data, or an option that made its model, its ranks' data or its state
+            and that was another one, or has done more steps than this one is to do.
         """
+        if steps > self.config.steps:
+            raise _everywhere(ConfigError(f"resume: {steps} steps are done, and steps={self.config.steps} are fewer; "
+                                          "give it as many or more, or another --out"))  # fmt: skip
         if position.get("data", self.data.content) != self.data.content:
             raise _everywhere(DataError(f"resume: the run that saved had other data ({position['data']}; here "
                                         f"{self.data.content}); give it the same, or another --out"))  # fmt: skip
         changed = self._changed(position["options"])
         self.steps, self._earlier = steps, position["seconds"]
         self.untimed_steps, self.untimed_seconds = position.get("untimed", (0, 0.0))
-        self._loss_sum, self._loss_count = position["loss"]
+        self._loss_sum, self._loss_count, *last = position["loss"]
+        self._loss = last[0] if last else 0.0  # older checkpoints have none
         self._earlier_sent = (
             position["sent_nbytes"] - self.optimizer.sent_nbytes
         )  # which is 0 after another number of ranks
@@ -278,8 +285,8 @@ class Trainer:
             then["whole"] = now.get("whole")
         lost = _differences(then, {name: now.get(name) for name in sorted(choices.kept())})
         if lost:
-            raise _everywhere(ConfigError(f"resume: {lost[0]}; a run goes on with the optimizer that it has: give it the "
-                                          "same options, or another --out"))  # fmt: skip
+            raise _everywhere(ConfigError(f"resume: {lost[0]}; a run goes on with the model, data and optimizer that "
+                                          "it has: give it the same options, or another --out"))  # fmt: skip
         return _differences(then, {name: value for name, value in now.items() if name not in choices.kept()})
 
     def _diagnosis(self) -> dict[str, float | None]:

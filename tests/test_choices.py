@@ -13,7 +13,7 @@ import torch
 import virtual
 
 from mpi_ef.compress import RandK
-from mpi_ef.errors import ConfigError, OptionError
+from mpi_ef.errors import ConfigError
 from mpi_ef.feedback import RULES, ErrorFeedback
 from mpi_ef.jobs import choices, trainer
 from mpi_ef.jobs.config import parse, to_toml
@@ -36,7 +36,8 @@ SAVING = {"keep": 7, "save_in_background": True, "stop_after": 7, "on_failure": 
 CONTEXTS = {
     **{name: {"optimizer": name} for name in choices.OPTIMIZERS},
     **{f"{name}, gradient": {"optimizer": name, **GRADIENT} for name in ("adamw", "sgd", "ef21-muon", "powersgd")},
-    **{name: {"compressor": name} for name in choices.COMPRESSORS},
+    **{name: {"compressor": name} for name in choices.COMPRESSORS if name != "vote"},
+    "vote": {"compressor": "vote", "rule": "lion", "optimizer": "sgd", **GRADIENT},
     **{f"rule {name}": {"rule": name, "compressor": "randk", "optimizer": "sgd", **GRADIENT} for name in choices.RULES},
     "gpt": {"model": "gpt", "layers": 2},
     "cnn": {"model": "cnn"},
@@ -103,17 +104,6 @@ def small(context):
     return ({} if "model" in context else {"model": "mlp"}) | context
 
 
-def buildable(config, name):
-    """Return what is built; None where it is refused, in one line, because of what else is built."""
-    try:
-        return built(config)
-    except OptionError as error:
-        told = str(error)
-    assert "eta" in told  # EControl's default follows from the compressor, where that has a constant
-    assert name == "rule" or config.rule == "econtrol"
-    return None
-
-
 def accepted(options, name):
     """Return what these options are; None where one is refused in one line that names it."""
     try:
@@ -136,7 +126,7 @@ def test_an_option_is_refused_or_changes_what_is_built(context):
             if value == chosen.get(name):
                 continue
             config = accepted(base | {name: value}, name)
-            if config is not None and buildable(config, name) == before:
+            if config is not None and built(config) == before:
                 unchanged.append(f"{name}={value}")
     assert not unchanged
 
@@ -309,3 +299,47 @@ def test_every_rule_trains(rule, tmp_path):
     assert one["parameters_crc32"] == two["parameters_crc32"]
     assert one["optimizer"]["rule"] == one["config"]["rule"] == rule
     assert one["val_loss"] < 2.27  # 2.30 for one that knows nothing
+
+
+@pytest.mark.parametrize("placement", choices.PLACEMENTS)
+@pytest.mark.parametrize("rule", choices.RULES)
+def test_votes_go_with_rules_without_error_feedback_alone(rule, placement):
+    """Their messages say nothing about magnitudes: errors would grow without end, and updates would be of length one."""
+    options = {
+        "model": "mlp",
+        "optimizer": "sgd",
+        "clip": 0.0,
+        "rule": rule,
+        "placement": placement,
+        "compressor": "vote",
+    }
+    if (rule, placement) == ("lion", "gradient"):
+        built(TrainConfig(**options))
+        return
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**options)
+    if rule not in ("marina", "ef21-page"):
+        assert str(caught.value).startswith("compressor=vote sends signs without magnitudes, for majority votes")
+        assert f"with optimizer=sgd, rule={rule}, placement={placement} take compressor=sign" in str(caught.value)
+
+
+@pytest.mark.parametrize("optimizer", choices.OPTIMIZERS)
+def test_votes_go_with_optimizers_without_error_feedback_alone(optimizer):
+    """Those that have it have no use for votes, whatever their rule is."""
+    options = {"model": "mlp", "optimizer": optimizer, "compressor": "vote"}
+    if optimizer in ("lion", "signum"):
+        channels = []
+        virtual.results(1, lambda comm: channels.extend(Trainer(comm, TrainConfig(**options)).optimizer.channels()))
+        assert {channel.rule.name for channel in channels if isinstance(channel, ErrorFeedback)} == {"lion"}
+        return
+    with pytest.raises(ConfigError, match="compressor=vote"):
+        TrainConfig(**options)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "powersgd"])
+def test_a_strength_without_a_default_is_asked_for_before_mpi_starts(optimizer):
+    options = {"model": "mlp", "optimizer": optimizer, "rule": "econtrol"}
+    options |= {} if optimizer == "powersgd" else {"compressor": "low-rank"}
+    with pytest.raises(ConfigError, match=r"rule=econtrol has no default for eta with compressor=low-rank; pass one"):
+        TrainConfig(**options)
+    built(TrainConfig(**options, eta=0.1))

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from unittest import mock
 
 import numpy as np
@@ -14,6 +14,7 @@ import virtual
 
 from mpi_ef.checkpoint import lock
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, MpiEfError
+from mpi_ef.jobs import choices
 from mpi_ef.jobs.config import parse
 from mpi_ef.jobs.data import Text
 from mpi_ef.jobs.train import TrainConfig, train
@@ -178,6 +179,57 @@ def test_a_strength_that_was_given_once_is_the_one_that_is_recorded(tmp_path):
     assert ended["config"]["eta"] == 0.25
 
 
+# Other values than those of a small run, of options that may not change when it goes on, and of those that may.
+ANOTHER = {
+    "heads": 4, "layers": 2, "width": 16, "context": 16, "model": "mlp", "split": "by-label", "seed": 5, "optimizer": "sgd",
+    "weight_decay": 0.2, "momentum": 0.3, "beta1": 0.3, "beta2": 0.3, "placement": "gradient", "rule": "ef21", "eta": 0.3,
+    "beta": 0.3, "vote_beta1": 0.3, "vote_beta2": 0.3, "participation": 0.3, "smoothness": "1,2", "reply": 0.3, "zeta": 0.3,
+    "correction": 0.3, "compressor": "sign", "ratio": 0.3, "block": 64, "rank": 2, "freeze": 3, "local_steps": 3,
+    "per_parameter": True, "values": "full", "dense_steps": 3,
+}  # fmt: skip
+MAY_CHANGE = {"steps": 9, "batch": 5, "lr": 0.01, "warmup": 3, "clip": 0.5, "log_every": 3, "eval_every": 7, "keep": 2,
+              "checkpoint_every": 3, "save_in_background": True}  # fmt: skip
+ELSEWHERE = {
+    "text",
+    "data",
+    "overlap",
+    "whole",
+    "stop_after",
+    "resume",
+    "on_failure",
+    "out",
+    "overwrite",
+}  # other tests
+
+
+def test_every_option_may_change_when_a_run_goes_on_or_may_not():
+    assert choices.kept() == ANOTHER.keys()
+    assert {f.name for f in fields(TrainConfig)} == ANOTHER.keys() | MAY_CHANGE.keys() | ELSEWHERE
+
+
+@pytest.mark.parametrize("policy", ["exact", "redistribute"])
+@pytest.mark.parametrize(
+    "options", [GPT, MLP, MLP | {"optimizer": "powersgd", "seed": 1}], ids=["gpt", "mlp", "powersgd"]
+)
+def test_another_model_or_other_data_of_the_ranks_are_refused(tmp_path, options, policy):
+    """Also where all shapes are the same: nothing would tell later."""
+    config = TrainConfig(**options, out=tmp_path, **SAVING)
+    programs.trained(2, config)
+    before, tried = content(tmp_path), 0
+    for name, value in ANOTHER.items():
+        if name not in config.chosen() or name in ("model", "optimizer", "compressor", "rule", "placement"):
+            continue
+        line = refused(2, replace(config, resume=policy, **{name: value}))
+        assert content(tmp_path) == before
+        if not line.startswith("resume: the checkpoint at step 4 has "):  # it tells shapes and compressors
+            assert line.startswith(f"resume: {name} was "), line
+            assert f", is {value}; a run goes on with the model, data and optimizer that it has" in line
+        tried += 1
+    assert tried >= 5
+    others = {name: value for name, value in MAY_CHANGE.items() if name != "keep"}
+    assert programs.trained(2, replace(config, resume=policy, stop_after=0, **others))[0]["steps"] == 9
+
+
 # ---- folders
 
 
@@ -246,3 +298,44 @@ def test_a_run_that_has_lost_its_folder_writes_nothing_more(tmp_path):
     assert "the lock was taken over by process " in str(errors[0])
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "LOCK").exists()  # it is the other one's
+
+
+@pytest.mark.parametrize("keep", [None, 1, 2, 5])
+def test_as_many_checkpoints_stay_as_are_recorded(tmp_path, keep):
+    """Also when nobody says how many."""
+    config = TrainConfig(**MLP | {"steps": 12}, out=tmp_path, checkpoint_every=2, keep=keep)
+    kept = programs.trained(2, config)[0]["config"]["keep"]
+    assert kept == (keep or 3)
+    steps = [f"step-{step:08}" for step in range(2, 13, 2)]
+    assert sorted(path.name for path in tmp_path.glob("checkpoints/step-*")) == steps[-kept:]
+
+
+def test_a_finished_run_that_is_to_go_on_stays_as_it_is(tmp_path, capsys):
+    """One line says so, whatever else is given now; fewer steps than were done are refused."""
+    config = TrainConfig(**MLP, out=tmp_path, checkpoint_every=4)
+    done = programs.trained(2, config)[0]
+    before = content(tmp_path)
+    for policy in ("exact", "redistribute"):
+        for more in ({}, {"lr": 0.001, "log_every": 1}, {"checkpoint_every": 0}):
+            capsys.readouterr()
+            for summary in programs.trained(2, replace(config, resume=policy, **more)):
+                assert summary == json.loads(before["summary.json"])
+                assert summary["loss"] == done["loss"] > 0.0
+            assert capsys.readouterr().out == "resumed after step 8; nothing is left to do\n"
+            assert content(tmp_path) == before
+    line = refused(2, replace(config, resume="exact", steps=5), ConfigError)
+    assert line.startswith("resume: 8 steps are done, and steps=5 are fewer")
+    assert content(tmp_path) == before
+    assert programs.trained(2, replace(config, resume="exact", steps=10))[0]["steps"] == 10
+
+
+def test_a_summary_that_is_missing_is_written_with_the_same_values(tmp_path):
+    """The run was killed between its last checkpoint and its end."""
+    config = TrainConfig(**MLP, out=tmp_path, checkpoint_every=4)
+    done = programs.trained(2, config)[0]
+    (tmp_path / "summary.json").unlink()
+    again = programs.trained(2, replace(config, resume="exact"))[0]
+    for name in ("steps", "loss", "val_loss", "val_accuracy", "sent_nbytes", "dense_nbytes", "parameters_crc32"):
+        assert again[name] == done[name], name
+    (tmp_path / "summary.json").write_text("{")
+    assert "summary.json: cannot be read as JSON" in refused(2, replace(config, resume="exact"), DataError)
