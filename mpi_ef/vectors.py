@@ -88,7 +88,7 @@ class _Part:
     def _accumulated(self, p: Tensor) -> None:
         if self.half:
             assert p.grad is not None  # noqa: S101
-            self._rounded = p.grad.detach().clone() if self._adds else None
+            self._rounded, self._adds = p.grad.detach().clone() if self._adds else None, False
         if (
             self.arrived is not None and p.grad is not None and p.grad.layout is torch.strided
         ):  # else it waits for the step

@@ -150,6 +150,26 @@ def test_sums_of_many_gradients_are_not_rounded(dtype, between):
 
 
 @DTYPES
+def test_a_layer_that_rested_has_its_own_gradients_again(dtype):
+    """Also where gradients add up before and after."""
+
+    def program(comm):
+        net = net_of(dtype)
+        optimizer = plain_sgd(net, comm)
+        seen = seen_by(optimizer)
+        for step in range(9):
+            net.last.requires_grad_(step not in (3, 4))
+            optimizer.zero_grad()
+            for part in range(2):
+                loss_in(net, comm.Get_rank(), 2 * step + part).backward()
+            expected = in_grad(optimizer)
+            optimizer.step()
+            np.testing.assert_allclose(seen[-1], expected, rtol=2e-2, atol=2e-2 * np.abs(expected).max())
+
+    virtual.results(2, program)
+
+
+@DTYPES
 @pytest.mark.parametrize("overlap", [False, True])
 def test_gradients_that_a_program_has_kept_stay_what_they_are(overlap, dtype):
     """Of two tasks, for example, whose conflicts are taken out."""
