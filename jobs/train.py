@@ -103,6 +103,7 @@ class TrainConfig:
     resume: Literal["no", "exact", "redistribute", "reset"] = option(
         "no",
         "go on from the newest checkpoint in --out, if there is one; the last two also with another number of ranks",
+        recorded=False,
     )
     on_failure: str | None = _for(
         "on_failure",

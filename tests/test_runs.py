@@ -383,3 +383,13 @@ def test_what_a_run_has_written_is_known_and_other_names_are_kept(tmp_path):
     left = content(tmp_path)
     assert {name: left.pop(name) for name in mine} == mine
     assert left.keys() == {"summary.json", "metrics.jsonl", "metrics.csv", "config.toml"}
+
+
+def test_the_record_of_a_run_that_went_on_runs_anew(tmp_path):
+    """How a launch began is not an option of the run: its config.toml may begin one, also over this one."""
+    config = TrainConfig(**MLP, out=tmp_path, checkpoint_every=4)
+    programs.trained(2, replace(config, stop_after=4))
+    ended = programs.trained(2, replace(config, resume="exact"))[0]
+    again = parse(TrainConfig, ["--config", str(tmp_path / "config.toml"), "--overwrite"], prog="", description="")
+    assert again.resume == "no"
+    assert programs.trained(2, again)[0]["parameters_crc32"] == ended["parameters_crc32"]
