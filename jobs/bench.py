@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BenchConfig", "main", "measure"]
 
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
 VECTORS = 3  # that take turns, so that the same entries are not selected again and again
 
 
@@ -39,7 +40,7 @@ class BenchConfig:
         None, "measure only methods whose names contain one of these words, separated by commas", shown="all"
     )
     json: Path | None = option(None, "write all figures to this file")
-    plot: Path | None = option(None, "draw them to this PNG")
+    plot: Path | None = option(None, "draw them to this picture, .png, .svg, .pdf or .jpg")
     combine: str = option("", "no measurement: medians over the launches in these JSON files, separated by commas")
 
     def __post_init__(self) -> None:
@@ -51,6 +52,8 @@ class BenchConfig:
             raise ConfigError(f"d={self.d} is too short to say anything; take at least 100")
         if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
             raise ConfigError(f"ratio={self.ratio} is not in (0, 1]; 0.01 keeps one entry in a hundred")
+        if self.plot is not None and self.plot.suffix.lower() not in PICTURES:
+            raise ConfigError(f"plot={self.plot} is no name of a picture; take one that ends in {', '.join(PICTURES)}")
         if self.repeats is not None and self.repeats < 1:
             raise ConfigError(f"repeats={self.repeats} is not positive; take for example 9")
 

@@ -2,8 +2,9 @@
 
 import json
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
     from mpi_ef.checkpoint.lock import FolderLock
 
 __all__ = ["RunFolder", "by_first", "replacing"]
+
+
+_TOLD = 1 << 20  # characters of a file by which it is told what it is
+# Names in a folder of checkpoints that are those of checkpoints, finished or not; and what is in one, also in a damaged one.
+_CHECKPOINTS = ("step-*", ".tmp-*", ".old-step-*")
+_PARTS = ("COMMIT", "BAD", "OWNER", "master.json", "rank-*.h5", ".nfs*")
 
 
 class RunFolder:
@@ -46,6 +53,42 @@ class RunFolder:
         owner = Owner.this_process(self._job, str(self.path), self._restart)
         self._lock = FolderLock(self.path, owner, wait=True, writes="a run")
 
+    def refuse_others(self, files: Mapping[str, Callable[[str], bool]]) -> None:
+        """Refuse a folder in which a run would overwrite or remove what no run has written. Collective.
+
+        Parameters
+        ----------
+        files : mapping of str to callable
+            Names of the files that a run writes; what tells by the text of one, its first megabyte, whether a run has
+            written it. An empty one is nobody's.
+
+        Raises
+        ------
+        DataError
+            On all ranks: there is such a file, or one among the checkpoints, or a folder that never was a checkpoint.
+        """
+        by_first(self._comm, self.path, lambda: self._refuse_others(files))
+
+    def _refuse_others(self, files: Mapping[str, Callable[[str], bool]]) -> None:
+        for name, is_of_a_run in files.items():
+            path = self.path / name
+            if not path.exists():
+                continue
+            text = ""
+            if path.is_file():
+                with path.open(encoding="utf-8", errors="replace") as file:
+                    text = file.read(_TOLD)
+            if not path.is_file() or (text.strip() and not is_of_a_run(text)):
+                raise DataError(f"{path}: no run has written it, and this one would overwrite it; move it, or give another "
+                                "--out")  # fmt: skip
+        for pattern in _CHECKPOINTS:
+            for path in (self.path / "checkpoints").glob(pattern):
+                inside = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+                if inside and not any(fnmatch(name, part) for name in inside for part in _PARTS):
+                    raise DataError(
+                        f"{path}: is no checkpoint, and this run would remove it; move it, or give another --out"
+                    )
+
     def begin(self, proof: str, *, others: Sequence[str] = (), overwrite: bool = False) -> None:
         """Make room for a run that begins anew. Collective.
 
@@ -76,6 +119,7 @@ class RunFolder:
     def _clear(self, names: Sequence[str]) -> None:
         from mpi_ef.checkpoint.folder import Folder
 
+        self._refuse_others({})
         if (self.path / "checkpoints").is_dir():
             checkpoints = Folder(self.path / "checkpoints", 1, 0, self._job, self._restart)
             try:

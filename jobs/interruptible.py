@@ -81,8 +81,9 @@ class Interruptible:
             changed then.
         """
         config, folder = self.config, self.folder
+        folder.refuse_others(FILES)
         if self._policy == "no":
-            folder.begin(PROOF, others=FILES, overwrite=config.overwrite)
+            folder.begin(PROOF, others=tuple(FILES), overwrite=config.overwrite)
         if self._store is not None and config.checkpoint_every:  # before anything in the folder is changed
             self._store.claim(self.comm, new=self._policy == "no")
         start = self._resumed()

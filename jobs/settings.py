@@ -39,7 +39,8 @@ def check(chosen: Mapping[str, Any]) -> None:
     for names, least in ((_ONES, 1.0), (_ZEROS, 0.0)):
         for name in names:
             if name in chosen and not (chosen[name] >= least and isfinite(chosen[name])):  # also refuses NaN
-                raise ConfigError(f"{name}={chosen[name]} is too small; the least is {least:g}")
+                problem = "too small" if isfinite(chosen[name]) else "not finite"
+                raise ConfigError(f"{name}={chosen[name]} is {problem}; the least is {least:g}")
     for name in _WEIGHTS:
         if not 0.0 <= chosen.get(name, 0.0) < 1.0:
             raise ConfigError(f"{name}={chosen[name]} is not in [0, 1)")

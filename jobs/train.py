@@ -3,7 +3,8 @@
 import json
 import math
 import sys
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FILES", "PHASES", "PROOF", "TrainConfig", "learning_rate", "main", "train"]
 
-PROOF = "summary.json"  # what only a finished run has
-FILES = ("metrics.jsonl", "metrics.csv", "config.toml", "requeue")  # what others may have as well
+PROOF = "summary.json"  # what only a finished run has; all files are in FILES
 
 # Parts of a step: load a batch; forward and backward; compress; wait for messages; apply messages; all else of the
 # optimizer's step.
@@ -103,6 +103,7 @@ class TrainConfig:
     resume: Literal["no", "exact", "redistribute", "reset"] = option(
         "no",
         "go on from the newest checkpoint in --out, if there is one; the last two also with another number of ranks",
+        recorded=False,
     )
     on_failure: str | None = _for(
         "on_failure",
@@ -139,6 +140,26 @@ class TrainConfig:
     def resolved(self) -> "TrainConfig":
         """Return the same with every option that applies, and None for all others."""
         return replace(self, **self.chosen())
+
+
+def _is_record(text: str) -> bool:
+    """Tell whether this can be a config.toml of a run: it has all that always applies, and nothing for people alone."""
+    try:
+        names = tomllib.loads(text).keys()
+    except tomllib.TOMLDecodeError:
+        return False
+    always = {f.name for f in fields(TrainConfig) if f.default is not None and f.metadata["recorded"]}
+    return always <= names and not any(line.startswith("#") for line in text.splitlines())
+
+
+# What a run writes besides checkpoints, and how that is told from files of the same names by somebody else.
+FILES: Mapping[str, Callable[[str], bool]] = {
+    PROOF: lambda text: text.startswith("{"),
+    "metrics.jsonl": lambda text: text.startswith('{"step": '),
+    "metrics.csv": lambda text: text.startswith("step,"),
+    "config.toml": _is_record,
+    "requeue": lambda _: True,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

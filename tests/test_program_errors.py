@@ -48,6 +48,7 @@ def test_a_reader_that_has_seen_enough(tmp_path, words, unbuffered):
     (BenchConfig, {"d": 99}, "d=99 is too short to say anything; take at least 100"),
     (BenchConfig, {"ratio": 0.0}, "ratio=0.0 is not in (0, 1]; 0.01 keeps one entry in a hundred"),
     (BenchConfig, {"repeats": 0}, "repeats=0 is not positive; take for example 9"),
+    (BenchConfig, {"plot": Path("p.xyz")}, "plot=p.xyz is no name of a picture; take one that ends in .png, .svg"),
     (CheckpointBenchConfig, {"d": 0}, "d=0 is not positive; leave it out for a default"),
     (CheckpointBenchConfig, {"repeats": -1}, "repeats=-1 is not positive"),
     (CheckpointBenchConfig, {"folder": Path(__file__).parent}, "exists, and would be deleted; name one that does not"),

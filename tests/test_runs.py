@@ -15,7 +15,7 @@ import virtual
 from mpi_ef.checkpoint import lock
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, MpiEfError
 from mpi_ef.jobs import choices
-from mpi_ef.jobs.config import parse
+from mpi_ef.jobs.config import parse, to_toml
 from mpi_ef.jobs.data import Text
 from mpi_ef.jobs.train import TrainConfig, train
 from mpi_ef.jobs.trainer import Trainer
@@ -237,7 +237,7 @@ def test_another_model_or_other_data_of_the_ranks_are_refused(tmp_path, options,
 def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(tmp_path, more):
     config = TrainConfig(**MLP, out=tmp_path / "run", **more)
     with somebody_in(config.out) as other:
-        (config.out / "metrics.jsonl").write_text("theirs\n")
+        (config.out / "metrics.jsonl").write_text('{"step": 2}\n')
         before = content(config.out)
         line = refused(2, config, DataError)
         assert line.startswith(f"{config.out}: process {other.pid} on ")
@@ -278,7 +278,8 @@ def test_checkpoints_of_another_run_are_not_mixed_with(tmp_path):
 def test_what_a_killed_run_has_left_does_not_stop_another(tmp_path):
     with somebody_in(tmp_path):
         (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n')
-        (tmp_path / "config.toml").write_text("steps = 2\n")
+        (tmp_path / "config.toml").write_text(to_toml(TrainConfig(steps=2).resolved()))
+        (tmp_path / "metrics.csv").write_text("")
     assert programs.trained(2, TrainConfig(**MLP, out=tmp_path))[0]["steps"] == 8
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
@@ -339,3 +340,56 @@ def test_a_summary_that_is_missing_is_written_with_the_same_values(tmp_path):
         assert again[name] == done[name], name
     (tmp_path / "summary.json").write_text("{")
     assert "summary.json: cannot be read as JSON" in refused(2, replace(config, resume="exact"), DataError)
+
+
+@pytest.mark.parametrize("more", [{}, {"overwrite": True}, {"resume": "exact"}, {"checkpoint_every": 4}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("config.toml", "steps = 8\n"),
+        ("config.toml", "# tried on Monday\n" + to_toml(TrainConfig().resolved())),
+        ("metrics.csv", "a,b\n1,2\n"),
+        ("metrics.jsonl", "my notes\n"),
+        ("checkpoints/step-00000005/thing", "hi"),
+        ("checkpoints/step-by-step.txt", "hi"),
+    ],
+)
+def test_what_no_run_has_written_stays(tmp_path, name, data, more):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(data)
+    line = refused(2, TrainConfig(**MLP, out=tmp_path, **more), DataError)
+    assert line.startswith(
+        f"{tmp_path / name}: " if "/thing" not in name else f"{tmp_path / 'checkpoints/step-00000005'}: "
+    )
+    assert line.endswith("; move it, or give another --out")
+    assert content(tmp_path) == {name: data.encode()}
+
+
+def test_what_a_run_has_written_is_known_and_other_names_are_kept(tmp_path):
+    """Also damaged and unfinished checkpoints, and beside files of other names."""
+    config = TrainConfig(**MLP, out=tmp_path)
+    programs.trained(2, replace(config, checkpoint_every=2))
+    steps = sorted(tmp_path.glob("checkpoints/step-*"))
+    for path in steps[0].iterdir():
+        if path.name != "rank-00001.h5":
+            path.unlink()
+    steps[1].rename(tmp_path / "checkpoints" / ".tmp-step-00000006-0123456789ab")
+    (tmp_path / "checkpoints" / ".tmp-drop-0123456789ab").mkdir()
+    mine = {"notes.txt": b"mine", "checkpoints/mine/x": b"hi"}
+    for name, data in mine.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    programs.trained(2, replace(config, overwrite=True))
+    left = content(tmp_path)
+    assert {name: left.pop(name) for name in mine} == mine
+    assert left.keys() == {"summary.json", "metrics.jsonl", "metrics.csv", "config.toml"}
+
+
+def test_the_record_of_a_run_that_went_on_runs_anew(tmp_path):
+    """How a launch began is not an option of the run: its config.toml may begin one, also over this one."""
+    config = TrainConfig(**MLP, out=tmp_path, checkpoint_every=4)
+    programs.trained(2, replace(config, stop_after=4))
+    ended = programs.trained(2, replace(config, resume="exact"))[0]
+    again = parse(TrainConfig, ["--config", str(tmp_path / "config.toml"), "--overwrite"], prog="", description="")
+    assert again.resume == "no"
+    assert programs.trained(2, again)[0]["parameters_crc32"] == ended["parameters_crc32"]
