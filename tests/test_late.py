@@ -242,7 +242,7 @@ def test_the_sign_of_nothing_is_nothing(make, n):
 FIRST = {"layer": 14, "words": 15}
 
 
-@pytest.mark.parametrize(("n", "before"), [(2, 10), (2, 14), (2, 17), (2, 27), (3, 15), (3, 22)])
+@pytest.mark.parametrize(("n", "before"), [(2, 10), (2, 17), (3, 15), (3, 22)])
 @rows(lambda row: row.rests)
 def test_a_resume_is_exact_in_a_warm_up_of_its_own(row, before, n):
     """While the layer sleeps, before and after its first step, when it has joined; and with words that have woken."""
@@ -433,7 +433,7 @@ def test_what_comes_late_in_16_bits(row, before, n):
         resumed = row(other, comm, **row.learning)
         other.load_state_dict(model)
         resumed.load_state_dict(state)
-        steps = range(before, 130)
+        steps = range(before, 100)
         paths = [train(*pair, steps, layer=10, words=14) for pair in ((net, optimizer), (other, resumed))]
         assert same_bits(*paths)
         assert same_bits(everything(net, optimizer), everything(other, resumed))
@@ -447,9 +447,9 @@ def test_what_comes_late_in_16_bits(row, before, n):
     assert all(same_bits(row, rows_[0]) for row in rows_)
 
 
-@rows(lambda row: row.rests and row.make is not adamw_updates)
+@rows(lambda row: row.rests and row.make is not adamw_updates and not row.own & {"m_i", "v_i"})
 def test_what_comes_late_when_a_rank_has_run_out_of_data(row):
-    """The same bits as where that rank has no gradients any more; its own update would go on by momentum there."""
+    """The same bits as where that rank has no gradients any more, but for what goes on by a momentum of its own there."""
     last, options = 13, {"layer": 16, "words": 16}  # steps of rank 1, and when the others come to what is late
 
     def program(comm, joins):

@@ -166,6 +166,7 @@ def test_clipping_is_global(row):
         for step in range(steps):
             optimizer.zero_grad()
             (100 * (rank + 1) * loss_of(net, rank, step)).backward()
+            optimizer.flat.collect_gradients()
             before = optimizer.flat.gradients.copy()
             optimizer.step()
             seen[step, rank] = before, optimizer.flat.gradients.copy()
