@@ -272,4 +272,4 @@ def test_a_marker_that_cannot_be_removed_is_one_line(tmp_path):
     ended = run(2, *arguments(tmp_path, *MLP), within=LIMIT)
     assert ended.status == 2, ended.text
     assert "Traceback" not in ended.text
-    assert len(ended.lines_with("make room there, or give another --out")) == 1, ended.text
+    assert len(ended.lines_with("requeue: no run has written it, and this one would overwrite it")) == 1, ended.text

@@ -230,7 +230,7 @@ def test_two_optimizers_in_another_order_are_noticed(comm):
 
 def test_ranks_drop_optimizers_at_other_times(comm):
     """Before or after others are built, and before or after their steps: those that are left take theirs."""
-    for turn in range(6):
+    for turn in range(max(2, comm.size)):
         early = turn % comm.size == comm.rank
         old = [ones_with(comm) for _ in range(1 + turn % 2)]
         for optimizer in old:
