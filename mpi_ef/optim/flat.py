@@ -25,7 +25,7 @@ from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters, Mask
 
 from .accounts import Channel
-from .groups import check_listed, check_options, hyper_parameters, listed, names_of
+from .groups import Listed, check_options, hyper_parameters, names_of
 from .handshake import Handshake, check_order, joins
 from .joining import joined
 from .line import line_for, state_of_line
@@ -73,7 +73,7 @@ class FlatOptimizer(Saved):
         self.comm, self.steps, self.skipped_steps, self.check_replicas_every = comm, 0, 0, 1000
         self._compares, self._last_at_work = True, 0
         self._loads, self._was_written = 0, False
-        self._listed, self._named = listed(self), names_of(self, model)
+        self._listed, self._named = Listed(self), names_of(self, model)
         self._open_accounts()
         parameters = [p for group in self.param_groups for p in group["params"]]
 
@@ -227,7 +227,7 @@ class FlatOptimizer(Saved):
             self.flat.adopt()
             self.flat.collect_gradients()
             self.flat.spend_gradients()
-            check_listed(self, self._listed)
+            self._listed.check(self)
         except Exception as error:  # the other ranks are on their way into the step
             return error
         scale = getattr(self, "grad_scale", None)  # set by GradScaler while it calls step

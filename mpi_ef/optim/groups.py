@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from mpi_ef.errors import OptionError
 
-__all__ = ["check_listed", "check_options", "group_sizes", "hyper_parameters", "listed", "names_of", "parameters_of"]
+__all__ = ["Listed", "check_options", "group_sizes", "hyper_parameters", "names_of", "parameters_of"]
 
 
 def group_sizes(optimizer: Optimizer) -> str:
@@ -36,11 +36,6 @@ def names_of(optimizer: Optimizer, model: object = None) -> dict[int, str]:
 def parameters_of(params: Any) -> Any:
     """Return what torch optimizers take: of a module its parameters, with their names."""
     return params.named_parameters() if isinstance(params, nn.Module) else params
-
-
-def listed(optimizer: Optimizer) -> list[int]:
-    """Return the ids of all parameters, each once."""
-    return list(dict.fromkeys(id(p) for group in optimizer.param_groups for p in group["params"]))
 
 
 @cache
@@ -71,9 +66,29 @@ def check_options(optimizer: Optimizer) -> None:
                               "parameters, where that has it")  # fmt: skip
 
 
-def check_listed(optimizer: Optimizer, before: list[int]) -> None:
-    """Raise unless the groups have the parameters that :func:`listed` returned before, and options that have an effect."""
-    check_options(optimizer)
-    if listed(optimizer) != before:
-        raise OptionError(f"{type(optimizer).__name__}.step: the groups have other parameters than at construction, of "
-                          "which this optimizer would exchange none; build it after all groups are known")  # fmt: skip
+class Listed:
+    """The parameters that an optimizer was built with; it has no others later, and options by group that have an effect.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._known = self._ids(optimizer)
+        self._right: list[list[Any]] = []  # groups that have been looked at
+
+    @staticmethod
+    def _ids(optimizer: Optimizer) -> list[int]:
+        return list(dict.fromkeys(id(p) for group in optimizer.param_groups for p in group["params"]))
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Raise unless it is so; groups may be cut anew."""
+        now = [[*group, *map(id, group["params"])] for group in optimizer.param_groups]
+        if now == self._right:
+            return
+        check_options(optimizer)
+        if self._ids(optimizer) != self._known:
+            raise OptionError(f"{type(optimizer).__name__}.step: the groups have other parameters than at construction, of "
+                              "which this optimizer would exchange none; build it after all groups are known")  # fmt: skip
+        self._right = now
