@@ -237,6 +237,7 @@ class FlatParameters:
             self._parts.append(_Part(number, p, value, gradient))
             self.starts.append(place.stop)
         self._halves = [part for part in self._parts if part.half]
+        self._gradients = [part.gradient for part in self._parts]
         self.present: Mask = np.zeros(len(self._parts), bool)
         for part in self._parts:
             part.take()
@@ -305,7 +306,12 @@ class FlatParameters:
         if any(p.requires_grad for p in self.frozen):
             raise OptionError("a parameter was unfrozen after the optimizer was built; unfreeze first, then build it "
                               "anew")  # fmt: skip
-        self.present[:] = [part.take() for part in self._parts]
+        grads: list[Any] = [p.grad for p in self.parameters]
+        if self._halves or [g for g in grads if g is None or g.requires_grad or g.layout is not torch.strided]:
+            self.present[:] = [part.take() for part in self._parts]
+        else:  # in one call: for short vectors calls cost more than copies
+            torch._foreach_copy_(self._gradients, grads)
+            self.present.fill(True)
 
     def spend_gradients(self) -> None:
         """Take note that `gradients` will not be what is in the parameters' ``grad`` any more. Local."""
