@@ -154,6 +154,8 @@ def test_a_second_backward_pass_is_told():
         for raises in (False, True):
             net = model()
             optimizer = build(net, comm, "ef21 topk", overlap=True)
+            run(net, optimizer, comm.Get_rank(), range(1))
+            optimizer.zero_grad()
             hook = net.first.weight.register_hook(broken) if raises else None
             with pytest.raises(ValueError, match="in the middle") if hook else nullcontext():
                 loss_of(net, comm.Get_rank(), 0).backward()
@@ -168,6 +170,31 @@ def test_a_second_backward_pass_is_told():
 
     def broken(grad):
         raise ValueError("in the middle")
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_layer_that_one_rank_does_not_use_in_dense_steps_hangs_nobody(forgets):
+    """The plan of the dense steps is built on all ranks together, and the backward pass is not where all are."""
+
+    def program(comm):
+        nets = [model(), model()]
+        optimizers = [build(net, comm, "ef21 topk", overlap=net is nets[1]) for net in nets]
+        early = []
+        for step in range(5):
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                optimizer.zero_grad()
+                if forgets and step == 2:
+                    optimizer.forget()
+                if (comm.Get_rank() + step) % 2:
+                    loss_of(net, comm.Get_rank(), step).backward()
+                else:
+                    net.first(torch.full((2, 7), 1.0 + comm.Get_rank())).square().mean().backward()
+                optimizer.step()
+            early.append(optimizers[1].buckets.early)
+        assert any(early)  # in other steps they travel during the backward pass
+        assert same_bits(*map(parameters_of, nets))
 
     virtual.results(2, program)
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 import pytest
 import torch
 import virtual
-from optimizer_table import rows
+from optimizer_table import ROWS, rows
 from programs import same_bits
 from training import everything, groups_of, net_of, parameters_of, steps_of
 
@@ -87,6 +87,18 @@ def test_groups_without_a_parameter_that_are_assigned_are_one_line_on_all_ranks(
         with pytest.raises(OptionError if rank == 1 else PeerError, match=words):
             steps_of(net, optimizer, rank, range(2, 3))
         assert same_bits(parameters_of(net), before)
+
+    virtual.results(2, program)
+
+
+def test_groups_in_another_order_are_told_as_such():
+    def program(comm):
+        net = net_of()
+        optimizer = ROWS["AdamW updates"](net, comm)
+        steps_of(net, optimizer, comm.Get_rank(), range(2))
+        optimizer.param_groups[0]["params"].reverse()
+        with pytest.raises(OptionError, match="list their parameters in another order than at construction"):
+            steps_of(net, optimizer, comm.Get_rank(), range(2, 3))
 
     virtual.results(2, program)
 

@@ -94,6 +94,11 @@ class ErrorFeedback(OnAllRanks):
         """
         self._told = {"whole": whole, **inputs}
 
+    @property
+    def prepared(self) -> bool:
+        """Whether the next step builds nothing, which would be collective. The same on all ranks."""
+        return self._dense is not None or self.steps >= self.dense_steps
+
     def start(self, vector: Vector) -> None:
         """Begin a step: the vector may be changed as soon as this returns. :meth:`arrive` and :meth:`finish` follow.
 

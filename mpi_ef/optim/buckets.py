@@ -91,10 +91,14 @@ class Buckets:
             )
             raise self.problem
         self._missing[n].discard(number)
-        while self._started < len(self._buckets) and not self._missing[self._started]:
+        while self._started < len(self._buckets) and self._can_start(self._started):
             self._start_next(self._flat.gradients)
         for bucket in self._buckets[: self._started]:
             bucket.feedback.progress()
+
+    def _can_start(self, n: int) -> bool:
+        """Whether the gradients of a bucket are there; a plan is not built in a backward pass, where others may not come."""
+        return not self._missing[n] and self._buckets[n].feedback.prepared
 
     def _start_next(self, vector: Vector) -> None:
         bucket = self._buckets[self._started]

@@ -11,7 +11,6 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from mpi_ef import kernels
@@ -31,6 +30,7 @@ from .joining import joined
 from .line import line_for, state_of_line
 from .resting import memories, momenta, silent
 from .saved import Saved
+from .writes import Writes
 
 __all__ = ["Channel", "FlatOptimizer"]
 
@@ -49,8 +49,9 @@ class FlatOptimizer(Saved):
     skipped_steps : int
         Steps that all ranks skipped together because some rank's gradient had a NaN or Inf.
     check_replicas_every : int
-        Ranks compare their parameters, by a hash, before the first step, the first one after a state was loaded or torch has
-        written to parameters, and every so many steps; 0 leaves out the last.
+        Ranks compare their parameters, by a hash, before the first step, the first one after a state was loaded or the
+        program has written to parameters (every 16th of steps that all come after such), and every so many; 0 leaves out
+        the last.
 
     Notes
     -----
@@ -71,8 +72,7 @@ class FlatOptimizer(Saved):
         A module as `model` has its parameters and buffers made equal as well.
         """
         self.comm, self.steps, self.skipped_steps, self.check_replicas_every = comm, 0, 0, 1000
-        self._compares, self._last_at_work = True, 0
-        self._loads, self._was_written = 0, False
+        self._compares, self._last_at_work, self._loads = True, 0, 0
         self._listed, self._named = Listed(self), names_of(self, model)
         self._open_accounts()
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -93,16 +93,11 @@ class FlatOptimizer(Saved):
         line = line_for(comm, {state for _, state in told})
         self._handshake = Handshake(comm, type(self).__name__, self._number, line)
         finalize(self, self._handshake.leave)
-        check_order(comm, type(self).__name__, self._hashes(), self._name)
+        check_order(comm, type(self).__name__, self.flat.hashes(), self._name)
         self.flat.broadcast(comm)
-        self._versions = self.flat.versions()
+        self._writes = Writes(self.flat)
         if isinstance(model, nn.Module):
             broadcast_buffers(model, comm)
-
-    def _hashes(self) -> NDArray[np.uint32]:
-        """Return a hash of every parameter."""
-        places = map(self.flat.place, range(len(self.flat.parameters)))
-        return np.array([crc32(self.flat.values[place].data) for place in places], np.uint32)
 
     def _slices(self) -> list[tuple[dict[str, Any], slice]]:
         """Return the groups and their parts of the vectors."""
@@ -191,7 +186,7 @@ class FlatOptimizer(Saved):
             self._update()
         self._updated()
         self.flat.publish()
-        self._versions = self.flat.versions()
+        self._writes.settle()
         self.steps += 1
         self._handshake.steps = self.steps
         self._compares = bool(self.check_replicas_every) and self.steps % self.check_replicas_every == 0
@@ -224,7 +219,7 @@ class FlatOptimizer(Saved):
     def _collect(self) -> Exception | None:
         """Make the vectors of parameters and gradients ready; return what is wrong with them."""
         try:
-            self.flat.adopt()
+            self._writes.adopt()
             self.flat.collect_gradients()
             self.flat.spend_gradients()
             self._listed.check(self)
@@ -302,10 +297,9 @@ class FlatOptimizer(Saved):
         status = REJECTED if problem else OK if fine else NON_FINITE
         words: dict[str, float] = {"values": 0, "gradient": 0}
         if problem is None:
-            was, self._was_written = self._was_written, self.flat.versions() != self._versions
-            self._compares = self._compares or (self._was_written and not was)
+            self._compares = self._writes.compares() or self._compares
             if self._compares:
-                words["values"] = crc32(self.shared_values.data)
+                words["values"] = self._writes.hash(self.shared_values)
             if looks and gradients.any():
                 words["gradient"] = crc32(gradients.data)
             if self.clip:
@@ -392,8 +386,9 @@ class FlatOptimizer(Saved):
             With the first parameter that differs, and the ranks that hold what rank 0 does not.
         """
         check_not_freed(self.comm, type(self).__name__)
-        answers = np.empty((self.comm.Get_size(), len(self.flat.parameters)), np.uint32)
-        self.comm.Allgather(self._hashes(), answers)
+        mine = self.flat.hashes()
+        answers = np.empty((self.comm.Get_size(), mine.size), np.uint32)
+        self.comm.Allgather(mine, answers)
         different = (answers != answers[0]).any(axis=0)
         if different.any():
             number = int(different.argmax())
@@ -404,7 +399,7 @@ class FlatOptimizer(Saved):
             )
 
     def _name(self, number: int) -> str:
-        p = self.flat.parameters[number]
+        p = (self.flat.parameters + self.flat.frozen)[number]
         return f"parameter {self._named.get(id(p), f'number {number}')} {tuple(p.shape)}"
 
     def zero_grad(self, set_to_none: bool = True) -> None:

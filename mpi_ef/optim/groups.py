@@ -88,7 +88,11 @@ class Listed:
         if now == self._right:
             return
         check_options(optimizer)
-        if self._ids(optimizer) != self._known:
+        ids = self._ids(optimizer)
+        if ids != self._known:
+            if sorted(ids) == sorted(self._known):
+                raise OptionError(f"{type(optimizer).__name__}.step: the groups list their parameters in another order than "
+                                  "at construction; groups may be cut anew, in the same order")  # fmt: skip
             raise OptionError(f"{type(optimizer).__name__}.step: the groups have other parameters than at construction, of "
                               "which this optimizer would exchange none; build it after all groups are known")  # fmt: skip
         self._right = now

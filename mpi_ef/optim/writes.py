@@ -1,0 +1,45 @@
+"""What a program writes to parameters between steps, and when ranks compare what they have then."""
+
+from zlib import crc32
+
+from mpi_ef.compress.combination import Vector
+from mpi_ef.vectors import FlatParameters
+
+__all__ = ["Writes"]
+
+
+class Writes:
+    """Notices that something was written to parameters, also to those that are not trained. Local.
+
+    Parameters
+    ----------
+    flat : FlatParameters
+    """
+
+    EVERY = 16  # of steps in a row that all come after writes, as where weights are clipped in every step
+
+    def __init__(self, flat: FlatParameters) -> None:
+        self._flat, self._in_a_row = flat, 0
+        self.settle()
+
+    def settle(self) -> None:
+        """Take all parameters as they are now for what was compared, or changed by a step of all ranks."""
+        self._versions, self._adopted = self._flat.versions(), False
+
+    def adopt(self) -> None:
+        """Do :meth:`FlatParameters.adopt`, and remember whether there was something."""
+        self._adopted = self._flat.adopt() or self._adopted
+
+    def compares(self) -> bool:
+        """Return whether ranks are to compare parameters in this step. Called once in every step."""
+        written = self._adopted or self._flat.versions() != self._versions
+        self._in_a_row = self._in_a_row + 1 if written else 0
+        return self._in_a_row % self.EVERY == 1
+
+    def hash(self, values: Vector) -> int:
+        """Return a hash of `values`, (d,), and of what is not trained where that was written to."""
+        trained, frozen = len(self._flat.parameters), self._flat.frozen
+        found = crc32(values.data)
+        if frozen and self._flat.versions()[trained:] != self._versions[trained:]:
+            found = crc32(self._flat.hashes()[trained:].data, found)
+        return found
