@@ -266,9 +266,7 @@ class ErrorFeedback(OnAllRanks):
         for name, option in self.options.items():
             setattr(self.state, name, option)
         self.steps, self.plan.exchanges = settings["steps"], settings["exchanges"]
-        self.plan.sent_nbytes += (
-            account.get("sent_nbytes", 0) - self.plan.all_sent_nbytes
-        )  # its siblings' are part of it
+        self.plan.sent_nbytes += account.get("sent_nbytes", 0) - self.plan.all_sent_nbytes  # siblings keep theirs
         self.plan.forget()
         self._dense, self._dense_sent_nbytes = None, account.get("dense_sent_nbytes", 0)
 

@@ -75,8 +75,8 @@ class ZeroOneAdam(Apart):
     Notes
     -----
     Between synchronisations the replicas differ on purpose: see :attr:`synchronized`, and call :meth:`synchronize` before
-    parameters of one rank are taken for all, or written to: in between the next step would raise. Parameters follow from the
-    optimizer's arrays then, and :meth:`load_state_dict` restores those of every rank.
+    parameters of one rank are taken for all, or written to: in between the next step or save would raise. Parameters follow
+    from the optimizer's arrays then, and :meth:`load_state_dict` restores those of every rank.
 
     The paper exchanges S u_i; divided by S, errors keep the size of the momentum when learning rates fall, and nothing is
     divided by a learning rate of zero. With constant rates and intervals it is the same. Errors are never thrown away: at
