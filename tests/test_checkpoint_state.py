@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import json
 import random
 import warnings
@@ -12,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 import virtual
-from programs import CLIENT_RULES, OPTIMIZERS, PLANS, build_optimizer, clients_feedback, own_vectors, same_bits
+from programs import (
+    CLIENT_OPTIONS,
+    CLIENT_RULES,
+    OPTIMIZERS,
+    PLANS,
+    build_optimizer,
+    clients_feedback,
+    own_vectors,
+    same_bits,
+)
 from stored import MemoryStore
 from training import loss_in, net_of, parameters_of, seeded
 from vectors_for_tests import gaussian
@@ -22,8 +32,8 @@ from mpi_ef.checkpoint.parts import GeneratorPart, RandomPart
 from mpi_ef.checkpoint.state import Training
 from mpi_ef.checkpoint.tree import decoded, encoded, tensor_of
 from mpi_ef.checkpoint.world import Past, mean_over_ranks
-from mpi_ef.collectives import GatherMean, TwoPhaseMean
-from mpi_ef.compress import Sign, TopK
+from mpi_ef.collectives import ClientsMean, GatherMean, TwoPhaseMean, plan_for
+from mpi_ef.compress import RandK, Sign, TopK
 from mpi_ef.data import ShardedSampler
 from mpi_ef.errors import MpiEfError, OptionError, PeerError
 from mpi_ef.feedback import RULES, ErrorFeedback
@@ -112,6 +122,113 @@ def test_save_load_step_is_step(n, name, before):
 
     stores = [MemoryStore()]
     virtual.results(n, program)
+
+
+def with_rule(rule, net, comm, dense_steps=0, **options):
+    """Any rule on gradients: those that want clients have one on every rank."""
+    plan = plan_for
+    if rule in ("clag", "ef21-plus", "ef21-pp", "ef21-w"):
+        weights = np.arange(1.0, comm.Get_size() + 1) / sum(range(comm.Get_size() + 1)) if rule == "ef21-w" else None
+        plan = functools.partial(ClientsMean, clients=comm.Get_size(), weights=weights)
+    compressor = RandK(0.2, seed=3) if rule == "marina" else TopK(0.2)
+    sgd, more = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.5), CLIENT_OPTIONS.get(rule, {})
+    options = more | ({"participation": 0.4} if rule == "ef21-w" else {}) | options
+    return DistributedOptimizer(sgd, comm, compressor, placement="gradient", rule=rule, plan=plan, dense_steps=dense_steps,
+                                **options)  # fmt: skip
+
+
+def stepped(net, optimizer, comm, steps):
+    """Parameters and state after every step; in some of them nobody has a gradient of the last layer."""
+    for step in steps:
+        optimizer.zero_grad()
+        loss_in(net, comm.Get_rank(), step).backward()
+        if step % 3 == 1:
+            net.last.weight.grad = None
+        optimizer.step()
+        yield copy.deepcopy(state_of(net, optimizer))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_goes_on_exactly_inside_of_its_dense_steps_and_after(rule):
+    """Saved after every step, by `Training`, and by torch.save and torch.load with their defaults."""
+    dense_steps, last = 3, 9
+
+    def program(comm):
+        net, stores, files, path = net_of(), everywhere, [], []
+        optimizer = with_rule(rule, net, comm, dense_steps)
+        for number, state in enumerate(stepped(net, optimizer, comm, range(last)), 1):
+            path.append(state)
+            Training(model=net, optimizer=optimizer, random=False).save(stores[number], comm, number)
+            files.append(io.BytesIO())
+            torch.save((net.state_dict(), optimizer.state_dict()), files[-1])
+        for number in range(1, dense_steps + 3):
+            twins = [(other, with_rule(rule, other, comm, dense_steps)) for other in (net_of(), net_of())]
+            assert (
+                Training(model=twins[0][0], optimizer=twins[0][1], random=False).resume(stores[number], comm) == number
+            )
+            files[number - 1].seek(0)
+            for part, state in zip(twins[1], torch.load(files[number - 1]), strict=True):
+                part.load_state_dict(state)
+            for twin in twins:
+                assert same_bits(state_of(*twin), path[number - 1])
+                for step, state in enumerate(stepped(*twin, comm, range(number, last)), number):
+                    assert same_bits(state, path[step]), f"saved after {number}, differs after {step + 1} steps"
+
+    everywhere = {number: MemoryStore() for number in range(1, last + 1)}
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize("rule", CLIENT_RULES)
+def test_every_rule_by_itself_goes_on_exactly_inside_of_its_dense_steps(rule):
+    """With several clients on a rank; states of plain numbers, texts and arrays."""
+
+    def program(comm):
+        feedback, path, states = clients_feedback(comm, rule, dense_steps=3), [], []
+        for step in range(7):
+            path.append(feedback.step(own_vectors(feedback.plan, step)).copy())
+            states.append(feedback.state_dict())
+        assert {type(option) for option in states[-1]["options"].values()} <= {int, float}
+        others = {type(value) for value in states[-1].values()}
+        assert others <= {int, str, dict}
+        for number in range(1, 6):
+            twin = clients_feedback(comm, rule, dense_steps=3)
+            twin.load_state_dict(states[number - 1])
+            for step in range(number, 7):
+                assert same_bits(twin.step(own_vectors(twin.plan, step)).copy(), path[step]), (number, step)
+                assert same_bits(twin.state_dict(), states[step])
+        feedback.load_state_dict(states[4])  # it has sent more since
+        assert same_bits(feedback.state_dict(), states[4])
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize("rule", ["ef21-bc", "d-ec-sgd"])
+def test_states_of_earlier_versions_have_compressors_and_are_loaded(rule):
+    def program(comm):
+        nets = net_of(), net_of()
+        optimizer, other = (with_rule(rule, net, comm) for net in nets)
+        trained(nets[0], optimizer, comm, range(3))
+        state = optimizer.state_dict()
+        state["feedback"][0]["options"] = dict(optimizer.feedback.options)
+        assert not all(isinstance(option, int | float) for option in optimizer.feedback.options.values())
+        nets[1].load_state_dict(nets[0].state_dict())
+        other.load_state_dict(state)
+        for net, each in zip(nets, (optimizer, other), strict=True):
+            trained(net, each, comm, range(3, 6))
+        assert same_bits(state_of(nets[0], optimizer), state_of(nets[1], other))
+
+    virtual.results(2, program)
+
+
+def test_options_that_are_numbers_of_numpy_are_plain_ones_in_states():
+    def program(comm):
+        net = net_of()
+        optimizer, file = with_rule("econtrol", net, comm, eta=np.linspace(0, 1, 5)[1]), io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        assert torch.load(file)["feedback"][0]["options"] == {"eta": 0.25}
+
+    virtual.results(2, program)
 
 
 def moved(store, n, build, steps, policy="redistribute", dtype=torch.float32, **more):
@@ -761,6 +878,71 @@ def test_plain_values_come_back_as_they_were(value):
     back = there_and_back(value)
     assert repr(back) == repr(value)
     assert type(back) is type(value)
+
+
+def test_a_tensor_of_several_groups_is_one_again():
+    """As with torch.save; equal tensors stay several, also those of files from before."""
+    shared, arrays = torch.tensor(0.25), {}
+    value = [{"lr": shared, "eps": (shared, torch.tensor(0.25))}, {"lr": shared}]
+    first, second = there_and_back(value)
+    assert first["lr"] is second["lr"] is first["eps"][0] is not first["eps"][1]
+    assert first["lr"] == first["eps"][1] == 0.25
+    encoded(value, "x", arrays)
+    assert list(arrays) == ["x.0.lr", "x.0.eps.1"]
+    again = there_and_back([torch.tensor(0.5), torch.tensor(0.5)])
+    assert again[0] is not again[1]
+
+
+def test_names_that_read_alike_are_several():
+    value = {1: torch.tensor(1), "1": torch.tensor(2), "a.b": torch.tensor(3), "a": {"b": np.arange(4)}}
+    back = there_and_back(value)
+    assert [int(back[key]) for key in (1, "1", "a.b")] == [1, 2, 3]
+    assert back["a"]["b"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "replicated"])
+def test_a_learning_rate_that_groups_share_is_shared_after_a_resume(kind):
+    """A scheduler writes to it for one group after the other: the last one counts, for all, as in torch."""
+    store = MemoryStore()
+
+    def program(comm):
+        def build():
+            net = net_of()
+            named, lr = list(net.parameters()), torch.tensor(0.02)
+            groups = [{"params": named[:2]}, {"params": named[2:]}]
+            optimizer = OneBitAdam(groups, comm, lr=lr, freeze_step=3, compressor=SIGNS) if kind == "replicated" else (
+                DistributedOptimizer(torch.optim.AdamW(groups, lr=lr), comm, TopK(0.2)))  # fmt: skip
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda e: 1 / (1 + e), lambda e: 0.9**e])
+            return (
+                net,
+                optimizer,
+                scheduler,
+                Training(model=net, optimizer=optimizer, scheduler=scheduler, random=False),
+            )
+
+        def run(net, optimizer, scheduler, steps):
+            path = []
+            for step in steps:
+                trained(net, optimizer, comm, [step])
+                scheduler.step()
+                path.append((parameters_of(net), [float(group["lr"]) for group in optimizer.param_groups]))
+            return path
+
+        net, optimizer, scheduler, training = build()
+        run(net, optimizer, scheduler, range(5))
+        training.save(store, comm, 5)
+        state = optimizer.state_dict()
+        path = run(net, optimizer, scheduler, range(5, 9))
+        other, resumed, scheduler, training = build()
+        training.resume(store, comm)
+        assert same_bits(run(other, resumed, scheduler, range(5, 9)), path)
+        rates = [
+            group["lr"] for group in (state["groups"] if kind == "replicated" else state["optimizer"]["param_groups"])
+        ]
+        assert rates[0] is rates[1]
+        assert rates[0] != path[-1][1][0]  # a copy, which schedulers do not write to
+
+    virtual.results(2, program)
 
 
 def test_not_a_number_comes_back():

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import weakref
 from contextlib import nullcontext
 
@@ -12,12 +13,12 @@ import virtual
 from optimizer_table import ROWS, rows
 from programs import same_bits
 from stored import MemoryStore
-from training import everything, loss_in, net_of, parameters_of, steps_of
+from training import everything, have_met, loss_in, net_of, parameters_of, steps_of
 
 from mpi_ef.checkpoint.state import Training
-from mpi_ef.compress import Identity, TopK
+from mpi_ef.compress import Identity
 from mpi_ef.errors import DisagreementError, OptionError, PeerError, ShapeError
-from mpi_ef.optim import EF21, DistributedOptimizer, OneBitAdam
+from mpi_ef.optim import DistributedOptimizer, OneBitAdam
 from mpi_ef.optim.writes import Writes
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -331,9 +332,10 @@ def swap_by_copy(net, average):
 
 @pytest.mark.parametrize(("swap", "dtype"), [(swap_by_reference, torch.float32), (swap_by_reference, torch.bfloat16),
                                              (swap_by_copy, torch.bfloat16)])  # fmt: skip
+@pytest.mark.parametrize("before", [9, 21])
 @rows()
-def test_weights_that_are_swapped_for_a_while_come_back(row, swap, dtype):
-    """For an evaluation, and while states are saved: the training goes on with its own."""
+def test_weights_that_are_swapped_for_a_while_come_back(row, before, swap, dtype):
+    """For an evaluation, and while states are saved, which have the others: the training goes on with its own."""
     store = MemoryStore()
 
     def program(comm):
@@ -343,36 +345,66 @@ def test_weights_that_are_swapped_for_a_while_come_back(row, swap, dtype):
             average.last.weight.fill_(0.125)
         swapped, other = (row(net, comm) for net in nets)
         for net, optimizer in zip(nets, (swapped, other), strict=True):
-            steps_of(net, optimizer, rank, range(9))
+            steps_of(net, optimizer, rank, range(before))
             optimizer.synchronize()
         back = swap(nets[0], average)
         swapped.state_dict()
-        Training(model=nets[0], optimizer=swapped, random=False).save(store, comm, 9)
+        Training(model=nets[0], optimizer=swapped, random=False).save(store, comm, before)
+        resumed = net_of(dtype)
+        Training(model=resumed, optimizer=row(resumed, comm), random=False).resume(store, comm)
+        assert same_bits(parameters_of(resumed), parameters_of(average))
         back()
-        assert same_bits(steps_of(nets[0], swapped, rank, range(9, 14)), steps_of(nets[1], other, rank, range(9, 14)))
+        assert not same_bits(parameters_of(nets[0]), parameters_of(average))
+        after = range(before, before + 5)
+        assert same_bits(steps_of(nets[0], swapped, rank, after), steps_of(nets[1], other, rank, after))
         assert same_bits(everything(nets[0], swapped), everything(nets[1], other))
 
     virtual.results(2, program)
 
 
-def test_a_save_has_the_weights_of_that_moment():
-    def program(comm):
-        net, average, store = net_of(), net_of(), MemoryStore()
-        with torch.no_grad():
-            average.last.weight.fill_(0.125)
-        optimizer = EF21(net.parameters(), comm, TopK(0.2), lr=0.05)
-        steps_of(net, optimizer, comm.Get_rank(), range(3))
-        back = swap_by_reference(net, average)
-        Training(model=net, optimizer=optimizer, random=False).save(store, comm, 3)
-        back()
-        other = net_of()
-        Training(model=other, optimizer=EF21(other.parameters(), comm, TopK(0.2), lr=0.05), random=False).resume(
-            store, comm
-        )
-        assert same_bits(parameters_of(other), parameters_of(average))
-        assert not same_bits(parameters_of(net), parameters_of(average))
+@DTYPES
+@pytest.mark.parametrize("before", [5, 20])
+@rows()
+def test_a_save_has_the_weights_of_that_moment(row, before, dtype):
+    """Whatever has just been written to them, by `Training` and in a model's and an optimizer's states, in any order."""
+    store = MemoryStore()
 
-    virtual.results(1, program)
+    def program(comm):
+        net, rank = net_of(dtype), comm.Get_rank()
+        optimizer = row(net, comm)
+        steps_of(net, optimizer, rank, range(before))
+        assert have_met(optimizer)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.clamp_(-0.2, 0.2)
+        now = parameters_of(net)
+        Training(model=net, optimizer=optimizer, random=False).save(store, comm, before)
+        file = io.BytesIO()
+        torch.save((net.state_dict(), optimizer.state_dict()), file)
+
+        def by_training(other, resumed):
+            Training(model=other, optimizer=resumed, random=False).resume(store, comm)
+
+        def model_first(other, resumed):
+            file.seek(0)
+            for part, state in zip((other, resumed), torch.load(file), strict=True):
+                part.load_state_dict(state)
+
+        def optimizer_first(other, resumed):
+            file.seek(0)
+            for part, state in zip((resumed, other), reversed(torch.load(file)), strict=True):
+                part.load_state_dict(state)
+
+        after = range(before, before + 3)
+        path = steps_of(net, optimizer, rank, after)
+        for load in (by_training, model_first, optimizer_first):
+            other = net_of(dtype)
+            resumed = row(other, comm)
+            load(other, resumed)
+            assert same_bits(parameters_of(other), now), load
+            assert same_bits(steps_of(other, resumed, rank, after), path), load
+
+    virtual.results(2, program)
 
 
 def average_trained(net, average, step):

@@ -9,10 +9,23 @@ import torch
 import virtual
 from optimizer_table import SHORT, SIGNS
 from programs import loss_of, same_bits
-from training import alone, assert_close, assert_replicas, groups_of, loss_in, net_of, parameters_of, trained
+from stored import MemoryStore
+from training import (
+    alone,
+    assert_close,
+    assert_replicas,
+    everything,
+    groups_of,
+    loss_in,
+    net_of,
+    parameters_of,
+    steps_of,
+    trained,
+)
 
+from mpi_ef.checkpoint.state import Training
 from mpi_ef.compress import Identity, TopK
-from mpi_ef.errors import DisagreementError, NonFiniteError
+from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError, PeerError
 from mpi_ef.optim import OneBitAdam, ZeroOneAdam
 from mpi_ef.optim.adam import VarianceWatch
 
@@ -338,6 +351,42 @@ def test_nothing_that_was_not_sent_is_lost_at_the_freeze():
         for name, unsent in mine.items():
             assert unsent.any()
             np.testing.assert_allclose(unsent, 0.2 * theirs[name], rtol=1e-6)
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize("writes", ["everywhere", "on one rank"])
+@pytest.mark.parametrize("by_reference", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_written_weights_are_not_lost_in_a_save_between_two_synchronisations(writes, by_reference, dtype):
+    """A state has x and u, from which the weights follow, not these: it is not saved, and the training is as it was."""
+    store = MemoryStore()
+
+    def program(comm):
+        rank, nets = comm.Get_rank(), [net_of(dtype), net_of(dtype)]
+        optimizer, twin = (ZeroOneAdam(net.parameters(), comm, compressor=SIGNS, **SHORT) for net in nets)
+        paths = [steps_of(*pair, rank, range(26)) for pair in zip(nets, (optimizer, twin), strict=True)]
+        assert not optimizer.synchronized
+        p, own = nets[0].last.weight, nets[0].last.weight.data
+        backup, training = own.clone(), Training(model=nets[0], optimizer=optimizer, random=False)
+        if writes == "everywhere" or rank == 1:
+            if by_reference:
+                p.data = torch.full_like(p.data, 0.125 + rank)
+            else:
+                p.data.fill_(0.125 + rank)
+            with pytest.raises(OptionError, match=r"parameter number 5 \(3, 5\) was written to between two"):
+                optimizer.state_dict()
+        else:
+            optimizer.state_dict()
+        with pytest.raises((OptionError, PeerError), match="call optimizer.synchronize"):
+            training.save(store, comm, 26)
+        assert not store.steps
+        p.data = own
+        p.data.copy_(backup)
+        training.save(store, comm, 26)
+        paths = [steps_of(*pair, rank, range(26, 36)) for pair in zip(nets, (optimizer, twin), strict=True)]
+        assert same_bits(*paths)
+        assert same_bits(everything(nets[0], optimizer), everything(nets[1], twin))
 
     virtual.results(2, program)
 

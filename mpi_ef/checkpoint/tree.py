@@ -3,7 +3,7 @@
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,14 @@ __all__ = ["Array", "decoded", "encoded", "plain_array", "tensor_of"]
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 Leaf = Mapping[str, Any]
+
+
+class Found(NamedTuple):
+    """What is in a value: its arrays by name, and what was made of its tensors, by their id: one tensor has one array."""
+
+    arrays: Arrays
+    leaves: dict[int, Any]
+
 
 # JSON has no tuples, no keys but strings, no NaN: what it lacks becomes an object with this key, which says what it is.
 _MARK = "~"
@@ -37,13 +45,18 @@ def encoded(value: Any, name: str, arrays: Arrays) -> Any:
     name : str
         Of the value; names of arrays begin with it.
     arrays : dict of str to array
-        Added to: views of the tensors' memory where possible.
+        Added to: views of the tensors' memory where possible. A tensor that is there several times, such as a learning rate
+        of several groups, has one, and is one again in :func:`decoded`, as with torch.save.
 
     Raises
     ------
     OptionError, DtypeError
         Something of another type; a tensor that is sparse or quantised.
     """
+    return _encoded(value, name, Found(arrays, {}))
+
+
+def _encoded(value: Any, name: str, found: Found) -> Any:
     kind = type(value)
     if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
         return value
@@ -54,50 +67,61 @@ def encoded(value: Any, name: str, arrays: Arrays) -> Any:
     if kind not in _ENCODERS:
         raise OptionError(f"checkpoint: {name} is of {kind.__name__}, which is not stored; give it as numbers, strings, "
                           "tensors, lists, tuples and dicts")  # fmt: skip
-    return _ENCODERS[kind](value, name, arrays)
+    return _ENCODERS[kind](value, name, found)
 
 
-def _float(value: float, _name: str, _arrays: Arrays) -> Any:
+def _float(value: float, _name: str, _found: Found) -> Any:
     return {_MARK: "float", "value": repr(value)}
 
 
-def _complex(value: complex, name: str, arrays: Arrays) -> Any:
-    return {_MARK: "complex", "value": [encoded(part, name, arrays) for part in (value.real, value.imag)]}
+def _complex(value: complex, name: str, found: Found) -> Any:
+    return {_MARK: "complex", "value": [_encoded(part, name, found) for part in (value.real, value.imag)]}
 
 
-def _bytes(value: bytes, _name: str, _arrays: Arrays) -> Any:
+def _bytes(value: bytes, _name: str, _found: Found) -> Any:
     return {_MARK: "bytes", "value": value.hex()}
 
 
-def _tensor(value: Tensor, name: str, arrays: Arrays) -> Any:
-    arrays[name], dtype = plain_array(value, name)
-    return {_MARK: "tensor", "name": name, "dtype": dtype, "shape": list(value.shape)}
+def _tensor(value: Tensor, name: str, found: Found) -> Any:
+    if id(value) not in found.leaves:
+        name = _free(name, found)
+        found.arrays[name], dtype = plain_array(value, name)
+        found.leaves[id(value)] = {_MARK: "tensor", "name": name, "dtype": dtype, "shape": list(value.shape)}
+    return found.leaves[id(value)]
 
 
-def _array(value: Any, name: str, arrays: Arrays) -> Any:
+def _array(value: Any, name: str, found: Found) -> Any:
     if value.dtype.hasobject or value.dtype.kind not in _NUMBERS:
         raise DtypeError(f"checkpoint: {name} is an array of {value.dtype}, which is not stored; give it as numbers")
     array = np.asarray(value)
     array = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
-    arrays[name], kind = array, "array" if isinstance(value, np.ndarray) else "number"
+    name = _free(name, found)
+    found.arrays[name], kind = array, "array" if isinstance(value, np.ndarray) else "number"
     return {_MARK: kind, "name": name, "dtype": array.dtype.name, "shape": list(array.shape)}
 
 
-def _sequence(value: Any, name: str, arrays: Arrays) -> Any:
-    items = [encoded(item, f"{name}.{number}", arrays) for number, item in enumerate(value)]
+def _free(name: str, found: Found) -> str:
+    """Return a name that no array has yet: those below the keys 1 and "1" read alike."""
+    while name in found.arrays:
+        name += "'"
+    return name
+
+
+def _sequence(value: Any, name: str, found: Found) -> Any:
+    items = [_encoded(item, f"{name}.{number}", found) for number, item in enumerate(value)]
     return items if type(value) is list else {_MARK: "tuple", "value": items}
 
 
-def _dict(value: Any, name: str, arrays: Arrays) -> Any:
-    keys = [encoded(key, f"{name}: a key", {}) for key in value]
-    items = [encoded(item, f"{name}.{key}", arrays) for key, item in value.items()]
+def _dict(value: Any, name: str, found: Found) -> Any:
+    keys = [_encoded(key, f"{name}: a key", Found({}, {})) for key in value]
+    items = [_encoded(item, f"{name}.{key}", found) for key, item in value.items()]
     if type(value) is dict and all(type(key) is str and key != _MARK for key in value):
         return dict(zip(keys, items, strict=True))
     pairs = [list(pair) for pair in zip(keys, items, strict=True)]
     return {_MARK: type(value).__name__, "value": pairs}
 
 
-_ENCODERS: dict[type, Callable[[Any, str, Arrays], Any]] = {
+_ENCODERS: dict[type, Callable[[Any, str, Found], Any]] = {
     float: _float, complex: _complex, bytes: _bytes, Tensor: _tensor, np.ndarray: _array, list: _sequence, tuple: _sequence,
     dict: _dict, OrderedDict: _dict, Counter: _dict,
 }  # fmt: skip
@@ -153,9 +177,19 @@ def decoded(tree: Any, tensor: Callable[[Leaf], Tensor], array: Callable[[str], 
     OptionError
         `tree` was not made by :func:`encoded`.
     """
+    known: dict[str, Tensor] = {}
 
+    def once(leaf: Leaf) -> Tensor:
+        if leaf["name"] not in known:
+            known[leaf["name"]] = tensor(leaf)
+        return known[leaf["name"]]
+
+    return _decoded(tree, once, array)
+
+
+def _decoded(tree: Any, tensor: Callable[[Leaf], Tensor], array: Callable[[str], Array]) -> Any:
     def inside(part: Any) -> Any:
-        return decoded(part, tensor, array)
+        return _decoded(part, tensor, array)
 
     if isinstance(tree, list):
         return [inside(item) for item in tree]

@@ -174,6 +174,7 @@ class ErrorFeedback(OnAllRanks):
             self.plan.forget()
             if self._dense is None:
                 self._dense = self.plan.dense()
+            self._dense.exchanges = self.steps  # the key of what rules draw, as after a step that was loaded
             return self._dense
         if self.steps == self.dense_steps:
             self._retire_dense()
@@ -238,10 +239,9 @@ class ErrorFeedback(OnAllRanks):
             self.steps = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of all arrays and counters of this rank. Local."""
+        """Return copies of all arrays, in NumPy, and plain numbers and texts of this rank. Local."""
         arrays = {name: array.copy() for name, array in (self.per_rank() | self.replicated()).items()}
-        counters = {"steps": self.steps, "exchanges": self.plan.exchanges, **self.account()}
-        return {**self._identity(), "arrays": arrays, "options": dict(self.options), **counters}
+        return {**self._identity(), "arrays": arrays, **self.settings(), **self.account()}
 
     def identity(self) -> dict[str, str]:
         """Return what must be the same where a saved state is loaded, on any number of ranks. Local."""
@@ -271,7 +271,7 @@ class ErrorFeedback(OnAllRanks):
         for name, option in self.options.items():
             setattr(self.state, name, option)
         self.steps, self.plan.exchanges = settings["steps"], settings["exchanges"]
-        self.plan.sent_nbytes = account.get("sent_nbytes", 0)
+        self.plan.sent_nbytes += account.get("sent_nbytes", 0) - self.plan.all_sent_nbytes  # siblings keep theirs
         self.plan.forget()
         self._dense, self._dense_sent_nbytes = None, account.get("dense_sent_nbytes", 0)
 

@@ -24,6 +24,8 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
+import numpy as np
+
 from mpi_ef.compress import Compressor, Identity, RandK
 from mpi_ef.errors import OptionError
 
@@ -88,7 +90,7 @@ class Rule:
         if "eta" in options and "eta" not in given and alpha < self.least_alpha:
             raise OptionError(f"ErrorFeedback: the worst-case constant {alpha:.1e} of this compressor says nothing about a "
                               "good eta; pass one, for example eta=0.1")  # fmt: skip
-        options |= given
+        options |= {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
         for name, value in options.items():
             fits, text, hint = _RANGES[name]
             if not fits(value):

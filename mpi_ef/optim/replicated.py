@@ -142,7 +142,7 @@ class ReplicatedOptimizer(FlatOptimizer):
         rules = {name: feedback.state_dict() for name, feedback in self.rules.items()}
         for saved in rules.values():  # tensors, because torch.load takes no numpy arrays by default
             saved["arrays"] = {name: torch.from_numpy(array) for name, array in saved["arrays"].items()}
-        return {"optimizer": type(self).__name__, "groups": [dict(group) for group in hyper_parameters(self)],
+        return {"optimizer": type(self).__name__, "groups": deepcopy(hyper_parameters(self)),
                 "arrays": {name: torch.from_numpy(array.copy()) for name, array in self.arrays.items()}, "rules": rules,
                 "counters": self._counters(), **self._saved_masters()}  # fmt: skip
 
@@ -165,7 +165,7 @@ class ReplicatedOptimizer(FlatOptimizer):
             rules[name]["arrays"] = {key: tensor.numpy() for key, tensor in rules[name]["arrays"].items()}
             feedback.check_state_dict(rules[name])
         self._check_masters(saved)
-        for group, values in zip(self.param_groups, saved["groups"], strict=True):
+        for group, values in zip(self.param_groups, deepcopy(saved["groups"]), strict=True):
             group.update(values)
         for name, array in saved["arrays"].items():
             np.copyto(self.arrays[name], array.numpy())

@@ -1,7 +1,6 @@
 """0/1 Adam: variance from fewer and fewer steps, then steps that need no communication at all."""
 
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from math import sqrt
 from typing import Any
@@ -13,12 +12,11 @@ from mpi_ef.collectives import Move, plan_for
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor, Sign, lazy
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import OptionError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.state import form
 
+from .apart import Apart
 from .replicated import checked
-from .runs import Advance, Run
 from .variance import VarianceOptimizer, inverse_roots
 from .wrapper import PlanBuilder
 
@@ -27,7 +25,7 @@ __all__ = ["ZeroOneAdam"]
 SIGNS = Sign(block=1024)
 
 
-class ZeroOneAdam(VarianceOptimizer):
+class ZeroOneAdam(Apart):
     """0/1 Adam (Lu et al. 2022, arXiv 2202.06009): seldom a new variance, signs in between; later steps without exchange.
 
     *Before the freeze* the exact mean gradient travels only in the steps that update the variance, in which it also goes
@@ -77,8 +75,8 @@ class ZeroOneAdam(VarianceOptimizer):
     Notes
     -----
     Between synchronisations the replicas differ on purpose: see :attr:`synchronized`, and call :meth:`synchronize` before
-    parameters of one rank are taken for all, or written to: in between the next step would raise. Parameters follow from the
-    optimizer's arrays then, and :meth:`load_state_dict` restores those of every rank.
+    parameters of one rank are taken for all, or written to: in between the next step or save would raise. Parameters follow
+    from the optimizer's arrays then, and :meth:`load_state_dict` restores those of every rank.
 
     The paper exchanges S u_i; divided by S, errors keep the size of the momentum when learning rates fall, and nothing is
     divided by a learning rate of zero. With constant rates and intervals it is the same. Errors are never thrown away: at
@@ -131,17 +129,6 @@ class ZeroOneAdam(VarianceOptimizer):
         self.variance_updates = self.variance_step = 0
         self._start_afresh()
 
-    def _start_afresh(self) -> None:
-        """Count from a synchronisation on: steps, and for every parameter S, D, and whether it has had a gradient."""
-        self.local_steps, count = 0, len(self.flat.parameters)
-        self.covered, self.left, self.moved = [0.0] * count, [1.0] * count, [False] * count
-
-    def _runs(self, moves: Sequence[bool]) -> Iterator[Run]:
-        """Yield the parameters in runs as long as they can be. Local."""
-        keys = list(zip(self.covered, self.left, moves, self.moved, self.counted, strict=True))
-        for numbers, part, group, key in self._stretches(keys):
-            yield Run(numbers, part, group, *key)
-
     @property
     def variance_interval(self) -> int:
         """Steps from the last update of the variance to the next one."""
@@ -155,11 +142,6 @@ class ZeroOneAdam(VarianceOptimizer):
         doublings = (self.steps - self.frozen_step) // self.local_step_scaler
         return min(self.local_step_clipper, 1 << min(doublings, self.local_step_clipper.bit_length()))
 
-    @property
-    def synchronized(self) -> bool:
-        """Whether the parameters are the same on all ranks now."""
-        return self.local_steps == 0
-
     def per_rank(self) -> dict[str, Vector]:
         """Return the named arrays that differ between ranks: momenta too, once the variance is frozen. Not copies. Local."""
         own = {} if self.frozen_step is None else {name: self.arrays[name] for name in ("m", "u")}
@@ -172,38 +154,10 @@ class ZeroOneAdam(VarianceOptimizer):
         """
         return {name: Move("mean") for name in ("m", "u")} | super().moves()
 
-    @property
-    def shared_values(self) -> Vector:
-        """The parameters, (d,), of now or, where ranks have gone on alone, of the last synchronisation. Not a copy."""
-        return self.flat.values if self.synchronized else self.arrays["x"]
-
     def replicated(self) -> dict[str, Vector]:
         """Return the named arrays that are equal on all ranks: also x, where they were synchronised. Not copies. Local."""
         own = self.per_rank()
         return {name: array for name, array in super().replicated().items() if name not in own}
-
-    def _collect(self) -> Exception | None:
-        problem = super()._collect()
-        if problem is None and self.frozen_step is not None:
-            if self.synchronized:
-                np.copyto(self.arrays["x"], self.flat.values)  # where something has been written to them
-            elif written := self._written():
-                return OptionError(f"ZeroOneAdam.step: {written} was written to between two synchronisations, where each "
-                                   "rank has its own values; call optimizer.synchronize() on all ranks first")  # fmt: skip
-        return problem
-
-    def _written(self) -> str | None:
-        """Return the first parameter that is not where x and u say. Local."""
-        real = self.flat.dtype.type
-        for run in self._runs(self.moved):
-            expected = self.arrays["x"][run.part].copy()
-            if run.moved:
-                kernels.preconditioned_step(self.arrays["u"][run.part], self._inverse[run.part], real(run.covered),
-                                            real(run.left), expected)  # fmt: skip
-            if expected.tobytes() != self.flat.values[run.part].tobytes():
-                wrong = int((expected != self.flat.values[run.part]).argmax()) + run.part.start
-                return self._name(bisect_right(self.flat.starts, wrong) - 1)
-        return None
 
     def _is_whole(self) -> bool:
         due = self.steps + 1 >= self.variance_step + self.variance_interval
@@ -303,18 +257,6 @@ class ZeroOneAdam(VarianceOptimizer):
         for name in unsent.keys() & {"e_i", "plan.residual"}:
             unsent[name] *= self.flat.dtype.type(1.0 - self.betas[0])
 
-    def _ways(self, moves: Sequence[bool]) -> list[tuple[Run, Advance]]:
-        return [(run, self._advance(run)) for run in self._runs(moves)]
-
-    def _advance(self, run: Run) -> Advance:
-        """Return what the next step makes of a run's S and D."""
-        if not run.moves:
-            return Advance(0.0, run.covered, run.left, run.moved)
-        decay = 1.0 - run.group["lr"] * run.group["weight_decay"]
-        size = run.group["lr"] / self._correction(self.betas[0], run.steps + 1)
-        total = decay * run.covered + size
-        return Advance(size / total if total > 0.0 else 1.0, total, decay * run.left, True)
-
     def _step_alone(self) -> None:
         """Step along this rank's momentum; synchronise if it is time."""
         grad, m, u, x = self.flat.gradients, self.arrays["m"], self.arrays["u"], self.arrays["x"]
@@ -341,65 +283,6 @@ class ZeroOneAdam(VarianceOptimizer):
         """Leave alone what has no gradient; with a frozen variance the step itself goes around it."""
         return super()._spared() if self.frozen_step is None else nullcontext()
 
-    def _meet(self, ways: list[tuple[Run, Advance]]) -> None:
-        """Exchange the u_i that are in the place of the parameters, and take the way of their mean from x. Collective.
-
-        What has not moved since the last time has no part in it.
-        """
-        real, x, m = self.flat.dtype.type, self.arrays["x"], self.arrays["m"]
-        still = [number for run, a in ways if not a.moved for number in run.numbers]
-        try:
-            with self._silent(still, self.flat.values) if still else nullcontext():
-                mean = self._exchange(self.flat.values)
-        except BaseException:
-            self._place()
-            raise
-        for (_, part, *_), (_, covered, left, moved) in ways:
-            if moved:
-                kernels.preconditioned_step(mean[part], self._inverse[part], real(covered), real(left), x[part])
-                m[part] = mean[part]
-        self._start_afresh()
-        self._place()
-
-    def _place(self) -> None:
-        """Put the parameters where this rank's steps since the last synchronisation lead from x."""
-        values, real = self.flat.values, self.flat.dtype.type
-        np.copyto(values, self.arrays["x"])
-        if self.local_steps:
-            for run in self._runs(self.moved):
-                if run.moved:
-                    kernels.preconditioned_step(self.arrays["u"][run.part], self._inverse[run.part], real(run.covered),
-                                                real(run.left), values[run.part])  # fmt: skip
-
-    def synchronize(self) -> None:
-        """Synchronise now, between two steps, for example before the model is evaluated or saved. Collective.
-
-        Does nothing when the replicas are the same. The steps that follow are not those without it.
-        """
-        if not self.synchronized:
-            np.copyto(self.flat.values, self.arrays["u"])
-            self._meet(self._ways([False] * len(self.moved)))
-            self.flat.publish()
-
-    def check_replicas(self) -> None:
-        """Raise on all ranks unless all parameters, those of the last synchronisation, are the same bits. Collective.
-
-        Raises
-        ------
-        DisagreementError
-            With the first parameter that differs, and the ranks that hold what rank 0 does not.
-        """
-        if self.synchronized:
-            super().check_replicas()
-            return
-        np.copyto(self.flat.values, self.arrays["x"])
-        self.flat.publish()
-        try:
-            super().check_replicas()
-        finally:
-            self._place()
-            self.flat.publish()
-
     def _kept(self) -> list[Vector]:
         return [self.arrays["m"], self.arrays["v"]]
 
@@ -412,8 +295,9 @@ class ZeroOneAdam(VarianceOptimizer):
                 self.covered, self.left = ([values[n] for n in self._owners] for values in (self.covered, self.left))
                 self.moved = [True] * len(self._owners)
             self._settle(self.frozen_step)
-            self._place()
-            self.flat.publish()
+            if not self.synchronized:  # else the parameters are those of the model, which x may not be yet
+                self._place()
+                self.flat.publish()
         elif self.variance_updates and self._compresses:
             self._derive()
             self._fall_asleep()
