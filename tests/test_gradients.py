@@ -464,6 +464,35 @@ def test_memory_of_parameters_that_a_program_swaps_is_its_own(idiom, placement):
     virtual.results(1, program)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["EF21", "AdamW updates", "OneBitAdam", "ZeroOneAdam", "Lion"])
+def test_a_model_in_memory_that_processes_share_stays_there(name, when):
+    """Other processes see what is trained, as with torch alone, and it is what is trained without them."""
+
+    def program(comm):
+        nets = [net_of(), net_of()]
+        if when == "before":
+            nets[0].share_memory()
+        optimizers = [ROWS[name](net, comm) for net in nets]
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            steps_of(net, optimizer, comm.Get_rank(), range(2))
+        if when == "after":
+            nets[0].share_memory()
+        seen = [p.data for p in nets[0].parameters()]  # the memory that a process has which gets the model now
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            steps_of(net, optimizer, comm.Get_rank(), range(2, 8))
+            optimizer.synchronize()
+            with torch.no_grad():
+                net.last.weight.clamp_(-0.25, 0.25)
+            steps_of(net, optimizer, comm.Get_rank(), range(8, 12))
+        assert all(p.is_shared() and torch.equal(p, q) for p, q in zip(nets[0].parameters(), seen, strict=True))
+        assert same_bits(*(everything(net, optimizer) for net, optimizer in zip(nets, optimizers, strict=True)))
+        return parameters_of(nets[0])
+
+    found = virtual.results(2, program)
+    assert name == "ZeroOneAdam" or same_bits(*found)
+
+
 def test_two_parameters_with_one_memory_are_refused_on_all_ranks():
     """Torch would move both; here each has a place of its own, and they would come apart."""
 

@@ -13,11 +13,11 @@ from programs import same_bits
 from training import assert_resumes, everything, loss_in, net_of, parameters_of, steps_of
 
 from mpi_ef import Training
-from mpi_ef.collectives import TwoPhaseMean
+from mpi_ef.collectives import TwoPhaseMean, plan_for
 from mpi_ef.collectives.agreement import agree
 from mpi_ef.compress import Identity, TopK, Vote
 from mpi_ef.errors import DisagreementError, OptionError, PeerError
-from mpi_ef.optim import EF21, DistributedOptimizer
+from mpi_ef.optim import EF21, DistributedOptimizer, OneBitAdam, OneBitLamb, ZeroOneAdam
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 FAR = 64.0  # whatever is written is so far away that a step cannot get there
@@ -549,6 +549,59 @@ def test_an_error_in_building_stops_all_ranks(row):
         ):  # an option of the rule, or none
             row(net_of(), comm, **({"nonsense": 3} if wrong else {}))
         row(net_of(), comm)
+
+    virtual.results(3, program)
+
+
+@pytest.mark.parametrize("bucket_nbytes", [None, 100])
+def test_a_wrapped_optimizer_that_raises_on_one_rank_stops_all(bucket_nbytes):
+    """Between the handshake and the exchange of updates, where the others are. Then all go on as if nothing had been."""
+
+    class Fragile(torch.optim.SGD):
+        def step(self, closure=None):
+            if self.fails:
+                super().step()
+                raise MemoryError("no room for moments")
+            super().step()
+
+    def program(comm):
+        rank, nets = comm.Get_rank(), [net_of(), net_of()]
+        inner = [Fragile(net.parameters(), lr=0.05) for net in nets]
+        optimizers = [DistributedOptimizer(one, comm, TopK(0.2), bucket_nbytes=bucket_nbytes) for one in inner]
+        for step in range(6):
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                inner[0].fails, inner[1].fails = step % 2 == 1 and rank == 1, False
+                if step % 2 == 0:
+                    steps_of(net, optimizer, rank, [step])
+                elif optimizer is optimizers[0]:
+                    error, words = (MemoryError, "^no room for moments$") if rank == 1 else (
+                        PeerError, "rank 1 raised: Fragile.step: MemoryError: no room for moments")  # fmt: skip
+                    with pytest.raises(error, match=words):
+                        steps_of(net, optimizer, rank, [step])
+        apart = "exchanges", "sent_nbytes"  # of exchanges that failed as well
+        assert same_bits(*(everything(net, optimizer, *apart) for net, optimizer in zip(nets, optimizers, strict=True)))
+        return parameters_of(nets[0])
+
+    found = virtual.results(3, program)
+    assert same_bits(found[0], found[1])
+
+
+@pytest.mark.parametrize("build", [
+    lambda net, comm, plan: DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), comm, TopK(0.2), plan=plan),
+    lambda net, comm, plan: OneBitAdam(net.parameters(), comm, plan=plan),
+    lambda net, comm, plan: OneBitLamb(net.parameters(), comm, plan=plan),
+    lambda net, comm, plan: ZeroOneAdam(net.parameters(), comm, plan=plan),
+])  # fmt: skip
+def test_a_builder_of_plans_that_raises_on_one_rank_stops_all(build):
+    def program(comm):
+        def plan(*arguments):
+            if comm.Get_rank() == 1:
+                raise ValueError("no plan")
+            return plan_for(*arguments)
+
+        with pytest.raises(ValueError if comm.Get_rank() == 1 else PeerError, match="no plan"):
+            build(net_of(), comm, plan)
+        build(net_of(), comm, plan_for)
 
     virtual.results(3, program)
 

@@ -1,13 +1,14 @@
 """Checking on all ranks, once, that they were given the same things: all raise, none hangs."""
 
 from abc import ABCMeta
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from threading import local
 from typing import Any, NoReturn
 
 from mpi_ef.errors import DisagreementError, MpiEfError, OptionError, PeerError
 
-__all__ = ["OnAllRanks", "Telling", "agree", "check_not_freed", "ranks_text", "tell_all"]
+__all__ = ["OnAllRanks", "Telling", "agree", "check_not_freed", "ranks_text", "tell_all", "telling"]
 
 Facts = Mapping[str, object]
 _mine = local()  # how often this rank has told something
@@ -24,21 +25,34 @@ class Telling(ABCMeta):
 
     def __call__(cls, *args: Any, **keywords: Any) -> Any:
         """Build; tell the other ranks if that fails. Collective."""
-        before = getattr(_mine, "calls", 0)
-        try:
+        comm: Any = keywords.get("comm", next((arg for arg in args if hasattr(arg, "Iallgather")), None))
+        with telling(comm, cls.__name__, cls.built):
             return super().__call__(*args, **keywords)
-        except Exception as error:
-            comm: Any = keywords.get("comm", next((arg for arg in args if hasattr(arg, "Iallgather")), None))
-            usable = hasattr(comm, "allgather") and bool(comm) and not comm.Is_inter()
-            if not usable or getattr(_mine, "calls", 0) != before:
-                raise
-            problem = error
+
+
+@contextmanager
+def telling(comm: Any, subject: str, call: str) -> Iterator[None]:
+    """Tell an error that this rank raises inside, before anything was communicated there, to the others. Collective then.
+
+    Parameters
+    ----------
+    comm : MPI communicator; or something else, which tells nobody
+    subject, call : str
+        Who raises, and the call of :func:`agree` in which the other ranks are.
+    """
+    before = getattr(_mine, "calls", 0)
+    try:
+        yield
+    except Exception as error:
+        problem = error
+        usable = hasattr(comm, "allgather") and bool(comm) and not comm.Is_inter()
+        if not usable or getattr(_mine, "calls", 0) != before:
+            raise
 
         def facts() -> Facts:
             raise problem
 
-        agree(comm, cls.__name__, facts, "", call=cls.built)
-        raise problem
+        agree(comm, subject, facts, "", call=call)
 
 
 class OnAllRanks:

@@ -118,6 +118,7 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
         self.seconds = {"encode": 0.0, "communicate": 0.0, "decode": 0.0}
         self.watched, self.lost = False, cast("float | None", None)
         self._refusal: MpiEfError | None = None
+        self._refuses: MpiEfError | None = None  # of the next exchange
         self._started = False
         self._request: Any = None
         self._every_time: int | None = None  # bytes that an exchange sends
@@ -269,6 +270,10 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
         """Return the exchange of `x` for somebody else to make. Local."""
         return Offer(self, x, keep, words)
 
+    def refuse(self, error: MpiEfError) -> None:
+        """Take part in the next exchange with an error in place of a message: all ranks raise there. Local."""
+        self._refuses = error
+
     def progress(self) -> None:
         """Let MPI work on what :meth:`start` has begun, which happens inside of MPI calls only. Local."""
         if self._request is not None:
@@ -289,7 +294,7 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
             raise OptionError(f"{type(self).__name__}: start was called twice; call wait between them")
         check_not_freed(self.comm, type(self).__name__, "build the plan anew, on another one")
         began = perf_counter()
-        self._refusal = self._problem(x, keep)  # raised by all ranks together, see _inspect
+        self._refusal, self._refuses = self._refuses or self._problem(x, keep), None  # all ranks raise it, see _inspect
         if self._refusal is None:
             try:
                 finite = self._encode(source(x, keep))

@@ -12,7 +12,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from mpi_ef.collectives import Plan, plan_for
-from mpi_ef.collectives.agreement import OnAllRanks, agree, ranks_text
+from mpi_ef.collectives.agreement import OnAllRanks, agree, ranks_text, telling
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor, for_parameters
 from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError
@@ -171,7 +171,8 @@ class FeedbackHook(OnAllRanks):
             self._loose |= left.state()
             self._earlier_sent_nbytes += left.feedback.sent_nbytes
         compressor = for_parameters(self.compressor, [tuple(g.shape) for g in gradients])
-        plan = self._plan(self.comm, compressor, buffer.numel(), buffer.detach().numpy().dtype)
+        with telling(self.comm, "FeedbackHook", Plan.built):
+            plan = self._plan(self.comm, compressor, buffer.numel(), buffer.detach().numpy().dtype)
         feedback = ErrorFeedback(self.rule, plan, dense_steps=self.dense_steps, **self.options)
         places = [Place.of_parameter(name, self._parameters[name], int(g.storage_offset() - buffer.storage_offset()))
                   for name, g in zip(names, gradients, strict=True)]  # fmt: skip

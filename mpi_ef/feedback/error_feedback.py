@@ -9,7 +9,7 @@ import numpy as np
 from mpi_ef.collectives import Move, Plan
 from mpi_ef.collectives.agreement import OnAllRanks, agree
 from mpi_ef.compress.combination import Combination, Vector
-from mpi_ef.errors import OptionError, ShapeError
+from mpi_ef.errors import MpiEfError, OptionError, ShapeError
 
 from .state import Steps
 from .table import rule_named
@@ -93,6 +93,10 @@ class ErrorFeedback(OnAllRanks):
         Parameters and inputs of :meth:`step`, for one step. Local; alike on all ranks.
         """
         self._told = {"whole": whole, **inputs}
+
+    def refuse(self, error: MpiEfError) -> None:
+        """Take part in the next step with an error in place of a message: all ranks raise there. Collective, as the step."""
+        self._current(bool(self._told.get("whole"))).refuse(error)
 
     @property
     def prepared(self) -> bool:

@@ -5,7 +5,8 @@ from math import sqrt
 from typing import Any
 
 from mpi_ef import kernels
-from mpi_ef.collectives import plan_for
+from mpi_ef.collectives import Plan, plan_for
+from mpi_ef.collectives.agreement import telling
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor, Sign
 from mpi_ef.compress.combination import Vector
@@ -88,7 +89,8 @@ class OneBitAdam(VarianceOptimizer):
             return self._shared_facts() | {"freeze_step": freeze_step}
 
         super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, facts)
-        momentum = plan(comm, compressor, self.flat.d, self.flat.dtype)
+        with telling(comm, type(self).__name__, Plan.built):
+            momentum = plan(comm, compressor, self.flat.d, self.flat.dtype)
         self.rules["momentum"] = ErrorFeedback("ef14-momentum", momentum, beta=betas[0])
         self.arrays["v"] = self._zeros()
         self._inverse: Vector | None = None

@@ -8,7 +8,7 @@ import numpy as np
 
 from mpi_ef.collectives.agreement import ranks_text
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import NonFiniteError, OptionError
+from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters
 
@@ -140,13 +140,19 @@ class Buckets:
         while self._started < len(self._buckets):
             self._start_next(vector)
         broken: set[int] = set()
+        others: list[MpiEfError] = []
         for bucket in self._buckets:
             try:
                 bucket.feedback.arrive()
             except NonFiniteError as error:
                 broken |= set(error.ranks)
+            except MpiEfError as error:  # of all ranks; the messages of the other buckets are on their way
+                others.append(error)
         self._started, self.problem = 0, None
         self._missing = [set(bucket.numbers) for bucket in self._buckets]
+        if others:
+            self.drop()
+            raise others[0]
         return tuple(sorted(broken))
 
     def drop(self) -> None:

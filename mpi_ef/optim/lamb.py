@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ef import kernels
-from mpi_ef.collectives import plan_for
+from mpi_ef.collectives import Plan, plan_for
+from mpi_ef.collectives.agreement import telling
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor, Sign
 from mpi_ef.compress.combination import Vector
@@ -97,7 +98,9 @@ class OneBitLamb(VarianceOptimizer):
         self.factor_max, self.factor_min, self.factor_threshold = factor_max, factor_min, factor_threshold
         self.variance_floor, self.clip = variance_floor, clip
         super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, self._checked_options)
-        self.rules["momentum"] = ErrorFeedback("ef14", plan(comm, compressor, self.flat.d, self.flat.dtype))
+        with telling(comm, type(self).__name__, Plan.built):
+            momentum = plan(comm, compressor, self.flat.d, self.flat.dtype)
+        self.rules["momentum"] = ErrorFeedback("ef14", momentum)
         self.arrays |= {name: self._zeros() for name in ("m", "v", "fresh")}
         self._starts = np.array(self.flat.starts, np.int64)
         layers = self._starts.size - 1

@@ -13,10 +13,11 @@ import torch
 from torch.optim import Optimizer
 
 from mpi_ef.collectives import Move, Plan, plan_for
+from mpi_ef.collectives.agreement import telling
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor, Identity, for_parameters
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import MpiEfError, OptionError
 from mpi_ef.feedback import ErrorFeedback
 
 from .buckets import Bucket, Buckets, bucket_slices
@@ -156,7 +157,8 @@ class DistributedOptimizer(FlatOptimizer):
             finalize(self, lane.close)
         for numbers, part in bucket_slices(self.flat, bucket_nbytes):
             shapes = tuple(tuple(self.flat.parameters[number].shape) for number in numbers)
-            parted = plan(of_buckets, for_parameters(compressor, shapes), part.stop - part.start, self.flat.dtype)
+            with telling(of_buckets, type(self).__name__, Plan.built):
+                parted = plan(of_buckets, for_parameters(compressor, shapes), part.stop - part.start, self.flat.dtype)
             buckets.append(Bucket(numbers, part, ErrorFeedback(rule, parted, dense_steps=dense_steps, **options)))
         self.buckets = Buckets(self.flat, buckets, lane)
         self.feedback, self._quiet = buckets[0].feedback, ExitStack()
@@ -326,17 +328,30 @@ class DistributedOptimizer(FlatOptimizer):
                 self.buckets.step(gradients)
             self._step_inside()
 
+    def _try_inside(self) -> Exception | None:
+        """Do :meth:`_step_inside`; what it raises on this rank alone goes into the exchange, where the others are."""
+        try:
+            self._step_inside()
+        except Exception as error:
+            said = OptionError(f"{type(self.optimizer).__name__}.step: {type(error).__name__}: {error}")
+            for bucket in self.buckets:
+                bucket.feedback.refuse(said)
+            return error
+        return None
+
     def _exchange_updates(self, before: np.ndarray) -> None:
         values = self.flat.values
         np.copyto(before, values)
-        self._step_inside()
+        problem = self._try_inside()
         np.subtract(before, values, out=values)  # for a moment the parameters are this rank's update
         if self.weight != 1.0:
             values *= self.flat.dtype.type(self.weight)
         try:
             self.buckets.step(values)
-        except BaseException:
+        except BaseException as error:
             np.copyto(values, before)
+            if problem is not None and isinstance(error, MpiEfError):
+                raise problem from None
             raise
         np.subtract(before, values, out=values)
 

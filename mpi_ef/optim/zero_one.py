@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from mpi_ef import kernels
-from mpi_ef.collectives import Move, plan_for
+from mpi_ef.collectives import Move, Plan, plan_for
+from mpi_ef.collectives.agreement import telling
 from mpi_ef.collectives.plan import Comm
 from mpi_ef.compress import Compressor, Sign, lazy
 from mpi_ef.compress.combination import Vector
@@ -122,7 +123,9 @@ class ZeroOneAdam(Apart):
             return self._shared_facts() | {"var_freeze_step": freeze, **counts}
 
         super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, facts)
-        self.rules["momentum"] = ErrorFeedback("ef14", plan(comm, compressor, self.flat.d, self.flat.dtype))
+        with telling(comm, type(self).__name__, Plan.built):
+            momentum = plan(comm, compressor, self.flat.d, self.flat.dtype)
+        self.rules["momentum"] = ErrorFeedback("ef14", momentum)
         self.arrays.update({name: self._zeros() for name in ("m", "v", "u", "x")})
         self._inverse = self._zeros()
         self.renewed = [0] * len(self.counted)

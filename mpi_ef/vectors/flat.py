@@ -30,9 +30,9 @@ class FlatParameters:
 
     Every parameter becomes a view of `values`. What is in its ``grad`` is copied to `gradients` when it is asked for.
 
-    A parameter in 16 bits stays where it is. Its place in `values` is its *master*, in float32, of which it is a rounded
-    copy after :meth:`publish`. What a program writes to such a parameter goes into the master (:meth:`adopt`), entry by
-    entry where the two differ.
+    A parameter in 16 bits, or in memory that processes share, stays where it is. Its place in `values` is its *master*, in
+    float32 where it is in 16 bits, of which it is a rounded copy after :meth:`publish`. What a program writes to such a
+    parameter goes into the master (:meth:`adopt`), entry by entry where the two differ.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class FlatParameters:
         self.parameters = [p for p in distinct if p.requires_grad]
         self.frozen = [p for p in distinct if not p.requires_grad]
         self.dtype = _common_dtype(self.parameters)
-        self._check_apart()
+        self._check_memory()
         self.d = sum(p.numel() for p in self.parameters)
         self.starts = [0]
         # NumPy's memory, because it asks for large pages and torch does not.
@@ -80,6 +80,7 @@ class FlatParameters:
             self._parts.append(Part(number, p, value, gradient))
             self.starts.append(place.stop)
         self._halves = [part for part in self._parts if part.half]
+        self._apart = [part for part in self._parts if part.apart]
         self._gradients = [part.gradient for part in self._parts]
         self.present: Mask = np.zeros(len(self._parts), bool)
         for part in self._parts:
@@ -141,18 +142,20 @@ class FlatParameters:
             Two parameters have the same memory.
         """
         written = self.written()
-        if any(not self._parts[number].half for number in written):
-            self._check_apart()
+        moved = any(not self._parts[number].apart for number in written)
+        if moved:
+            self._check_memory()
             earlier, self.values = self.values, aligned_zeros(self.d, self.dtype)
             np.copyto(self.values, earlier)
         for number, tensor in written.items():
             _view(self.values, self.place(number), tensor).copy_(tensor)
-        if any(not self._parts[number].half for number in written):
+        if moved:
             for part in self._parts:
                 part.lay(_view(self.values, self.place(part.number), part.p))
+            self._apart = [part for part in self._parts if part.apart]
         return bool(written)
 
-    def _check_apart(self) -> None:
+    def _check_memory(self) -> None:
         """Raise where two parameters have the same memory: one of them would be trained, and not the other."""
         seen: dict[int, int] = {}
         for number, p in enumerate(self.parameters):
@@ -213,7 +216,7 @@ class FlatParameters:
         """
         everything = self.frozen + self.parameters  # what is not in the vectors would move on this rank alone
         kept = [p.grad for p in everything]
-        for part in self._halves:
+        for part in self._apart:
             part.lend()
         for p in self.frozen:
             p.grad = None
@@ -222,14 +225,14 @@ class FlatParameters:
         try:
             yield
         finally:
-            for part in self._halves:
+            for part in self._apart:
                 part.take_back()
             for p, grad in zip(everything, kept, strict=True):
                 p.grad = grad
 
     def publish(self) -> None:
-        """Round the masters into the parameters that are kept in 16 bits. Local."""
-        for part in self._halves:
+        """Copy the masters to the parameters that stay apart, rounded to their dtype. Local."""
+        for part in self._apart:
             part.publish()
 
     def masters(self) -> dict[int, Tensor]:

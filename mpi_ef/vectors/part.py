@@ -22,6 +22,8 @@ class Part:
     What is in ``p.grad`` when a step is taken counts, as in torch: None is no gradient. It is the program's, and nothing
     here writes to it. Of a parameter in 16 bits, ``p.grad`` is in 16 bits; where several backward passes have added to it,
     `gradient` is the sum of the same in float32, which is taken in its place as long as nobody else has changed it.
+
+    A parameter in 16 bits, or in memory that processes share, stays *apart*: `value` is its master, of which it is a copy.
     """
 
     def __init__(self, number: int, p: Tensor, value: Tensor, gradient: Tensor) -> None:
@@ -32,7 +34,8 @@ class Part:
         self._rounded: Tensor | None = None  # p.grad when `gradient` was the sum of which it is rounded
         self._lent: Tensor | None = None
         value.copy_(p.detach())
-        if not self.half:
+        self.apart = self.half or _shared(p)
+        if not self.apart:
             p.data = value
         for old in _hooks.pop(p, {}).values():
             old.remove()
@@ -115,26 +118,27 @@ class Part:
             Its memory was replaced by some of another shape, dtype or device.
         """
         p, value = self.p, self.value
-        if _memory(p, p.dtype) == self._place:
+        if not self.apart and _memory(p, p.dtype) == self._place:
             return None
         p = p.detach()
         if p.shape != value.shape or p.device != value.device or p.dtype != self._dtype:
             raise ShapeError(f"parameter {self.number} {tuple(p.shape)}: its memory was replaced (by model.to(...)?); build "
                              "the optimizer after the model is in its final place")  # fmt: skip
         if not self.half:
-            return p
+            return None if self.apart and torch.equal(p, self.value) else p
         kept = p.view(torch.int16) == value.to(p.dtype).view(torch.int16)
         return None if bool(kept.all()) else torch.where(kept, value, p)
 
     def lay(self, value: Tensor) -> None:
         """Take `value`, in another vector, as its place."""
         self.value, self._place = value, _memory(value, self._dtype)
-        if not self.half:
+        self.apart = self.apart or _shared(self.p)
+        if not self.apart:
             self.p.data = value
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round `value` into the parameter, which is kept in 16 bits."""
+        """Copy `value`, rounded, to the parameter, which stays apart."""
         self.p.copy_(self.value)
 
     def spend(self) -> None:
@@ -151,7 +155,7 @@ class Part:
             self._rounded = grad.detach().clone() if self.half else None
 
     def lend(self) -> None:
-        """Let the parameter, which is in 16 bits, be its place in the vector, without a gradient."""
+        """Let the parameter, which stays apart, be its place in the vector, without a gradient."""
         self._lent, self.p.grad = self.p.data, None
         self.p.data = self.value
 
@@ -161,6 +165,11 @@ class Part:
         self.p.grad = None
         self.p.data, self._lent = self._lent, None
         self._listen()
+
+
+def _shared(p: Tensor) -> bool:
+    """Return whether a parameter lies in memory that processes share, where it has to stay."""
+    return bool(p.is_shared())  # type: ignore[no-untyped-call]
 
 
 def _memory(tensor: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
