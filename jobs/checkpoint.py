@@ -320,7 +320,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from mpi_ef.checkpoint import open_checkpoint
-    from mpi_ef.checkpoint.export import export
+    from mpi_ef.state.export import export
 
     opened = open_checkpoint(_newest(arguments.checkpoint))
     count = export(opened, arguments.file, everything=arguments.all)

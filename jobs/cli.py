@@ -11,15 +11,16 @@ __all__ = ["main"]
 # Each program is a module with main(argv). None of them is imported before it is asked for, and none starts MPI for
 # --help.
 PROGRAMS = {
-    "train": "train a model over MPI with compressed communication",
-    "bench": "measure plans and rules against dense allreduce on this machine",
-    "checkpoint": "list, verify, inspect, compare and export checkpoints; needs no MPI",
-    "doctor": "look for everything that goes wrong before the first step, on a login node or on all ranks",
-    "slurm": "list, show, copy and submit batch templates",
-    "report": "draw and tabulate finished runs: loss against bytes, time and steps",
-    "reproduce": "run published experiments again; NAME, or --list",
-    "least-squares": "solve a least-squares problem with rows on all ranks; NumPy only, no torch",
-}
+    "train": ("train.program", "train a model over MPI with compressed communication"),
+    "bench": ("bench.program", "measure plans and rules against dense allreduce on this machine"),
+    "checkpoint": ("checkpoint", "list, verify, inspect, compare and export checkpoints; needs no MPI"),
+    "doctor": ("doctor.program",
+               "look for everything that goes wrong before the first step, on a login node or on all ranks"),
+    "slurm": ("slurm", "list, show, copy and submit batch templates"),
+    "report": ("report.program", "draw and tabulate finished runs: loss against bytes, time and steps"),
+    "reproduce": ("reproduce.program", "run published experiments again; NAME, or --list"),
+    "least-squares": ("least_squares", "solve a least-squares problem with rows on all ranks; NumPy only, no torch"),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: mpi-ef PROGRAM [options]\n")
-        print("\n".join(f"  {name:<15}{text}" for name, text in PROGRAMS.items()))
+        print("\n".join(f"  {name:<15}{text}" for name, (_, text) in PROGRAMS.items()))
         print("\nmpi-ef PROGRAM --help shows the options. Start programs that use MPI with mpiexec or srun.")
         return
     name = arguments[0]
@@ -45,7 +46,7 @@ def _run(arguments: list[str]) -> None:
         close = get_close_matches(name, PROGRAMS, n=1)
         hint = f"did you mean {close[0]}?" if close else "see mpi-ef --help"
         sys.exit(f"mpi-ef: there is no program {name!r}; {hint}")
-    import_module(f"mpi_ef.jobs.{name.replace('-', '_')}").main(arguments[1:])
+    import_module(f"mpi_ef.jobs.{PROGRAMS[name][0]}").main(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mpi_ef.jobs import launch
-from mpi_ef.jobs.config import option, parse
 from mpi_ef.jobs.metrics import announcing
+from mpi_ef.jobs.options import option, parse
+from mpi_ef.runtime import launch
 
 __all__ = ["LeastSquaresConfig", "main", "problem", "solve"]
 

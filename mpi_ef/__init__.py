@@ -6,10 +6,11 @@ Importing this package loads neither MPI nor torch; the names below load what th
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mpi_ef.moved import find_moved
+
 if TYPE_CHECKING:
     from mpi_ef.buffers import synchronize_buffers
     from mpi_ef.checkpoint import Store, open_checkpoint
-    from mpi_ef.checkpoint.state import Training
     from mpi_ef.collectives import (
         ClientsMean,
         DenseMean,
@@ -37,9 +38,12 @@ if TYPE_CHECKING:
         Signum,
         ZeroOneAdam,
     )
-    from mpi_ef.stopping import Stopper
+    from mpi_ef.runtime.stopper import Stopper
+    from mpi_ef.state.training import Training
 
 __version__ = "0.1.0"
+
+find_moved()
 
 _HOME = {
     "allgather": "collectives",
@@ -73,11 +77,11 @@ _HOME = {
     "ShardedSampler": "data",
     "Sign": "compress",
     "Signum": "optim",
-    "Stopper": "stopping",
+    "Stopper": "runtime.stopper",
     "Store": "checkpoint",
     "synchronize_buffers": "buffers",
     "TopK": "compress",
-    "Training": "checkpoint.state",
+    "Training": "state.training",
     "TwoPhaseMean": "collectives",
     "Vote": "compress",
     "ZeroOneAdam": "optim",

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mpi_ef.collectives.agreement import agree, tell_all
-from mpi_ef.collectives.plan import Comm
+from mpi_ef.comm.consensus import agree, tell_all
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DtypeError, OptionError
 
 __all__ = ["broadcast_buffers", "synchronize_buffers"]

@@ -27,8 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from mpi_ef.collectives.agreement import agree, check_not_freed
-from mpi_ef.collectives.plan import Comm
+from mpi_ef.comm.consensus import agree, check_not_freed
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DataError, OptionError
 
 __all__ = [

@@ -7,7 +7,7 @@ import numpy as np
 from programs import PLANS, RULES, rule_steps
 from virtual import results
 
-from mpi_ef.jobs.doctor_kernels import _optimizers
+from mpi_ef.jobs.doctor.kernels import _optimizers
 
 
 def main() -> None:

@@ -104,7 +104,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     if report.failed and _under_mpi(item.config):
         from mpi4py import MPI
 
-        from mpi_ef.jobs.launch import abort
+        from mpi_ef.runtime.launch import abort
 
         comm = MPI.COMM_WORLD
         print(f"\nrank {comm.rank} of {comm.size}: {item.nodeid} failed\n{report.longreprtext}",
@@ -117,7 +117,7 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
     if report.failed and "mpi4py.MPI" in sys.modules and os.environ.get("MPI_EF_TEST_RANKS"):
         from mpi4py import MPI
 
-        from mpi_ef.jobs.launch import abort
+        from mpi_ef.runtime.launch import abort
 
         print(f"\nrank {MPI.COMM_WORLD.rank}: {report.longreprtext}", file=sys.__stderr__, flush=True)
         abort(MPI.COMM_WORLD, 3)

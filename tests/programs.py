@@ -13,8 +13,9 @@ from mpi_ef.collectives import ClientsMean, DenseMean, GatherMean, LowRankMean, 
 from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK
 from mpi_ef.feedback import RULES as ALL_RULES
 from mpi_ef.feedback import ErrorFeedback
-from mpi_ef.jobs import trainer
-from mpi_ef.jobs.train import TrainConfig, train
+from mpi_ef.jobs.train import loop as trainer
+from mpi_ef.jobs.train.config import TrainConfig
+from mpi_ef.jobs.train.program import train
 from mpi_ef.optim import EF21, DistributedOptimizer, EControl
 
 PLANS = {

@@ -171,7 +171,6 @@ def import_everything() -> None:
     from mpi4py._mpiabi import _get_mpiabi
     from virtual import results
 
-    import mpi_ef.checkpoint.state
     import mpi_ef.ddp  # noqa: F401
     from mpi_ef import DistributedOptimizer, EControl, OneBitAdam, Quantize, Sign, TopK
 

@@ -7,10 +7,11 @@ import virtual
 from torch.nn import functional as F
 
 from mpi_ef.feedback import ErrorFeedback
-from mpi_ef.jobs import models, trainer
-from mpi_ef.jobs.data import Digits
-from mpi_ef.jobs.train import TrainConfig
-from mpi_ef.jobs.trainer import Trainer
+from mpi_ef.jobs.train import loop as trainer
+from mpi_ef.jobs.train import models
+from mpi_ef.jobs.train.config import TrainConfig
+from mpi_ef.jobs.train.datasets import Digits
+from mpi_ef.jobs.train.loop import Trainer
 
 STEPS, BATCH, LR = 9, 32, 0.5
 EXACT = {"ef21-page": {"compressor": "identity"}, "marina": {"compressor": "randk", "ratio": 1.0, "values": "full"}}
@@ -126,7 +127,7 @@ def test_a_skipped_step_is_followed_by_a_whole_one(same_model, rule):
 @pytest.mark.parametrize("rule", EXACT)
 def test_a_run_goes_on_with_the_same_bits(same_model, tmp_path, rule):
     """The parameters before the last step belong to what is saved."""
-    from mpi_ef.jobs.train import train
+    from mpi_ef.jobs.train.program import train
 
     def run(folder, **more):
         config = config_of(rule, checkpoint_every=4, out=tmp_path / folder, seed=1, **more)

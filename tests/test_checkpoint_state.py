@@ -28,10 +28,6 @@ from training import loss_in, net_of, parameters_of, seeded
 from vectors_for_tests import gaussian
 
 from mpi_ef.checkpoint import BFLOAT16, Store
-from mpi_ef.checkpoint.parts import GeneratorPart, RandomPart
-from mpi_ef.checkpoint.state import Training
-from mpi_ef.checkpoint.tree import decoded, encoded, tensor_of
-from mpi_ef.checkpoint.world import Past, mean_over_ranks
 from mpi_ef.collectives import ClientsMean, GatherMean, TwoPhaseMean, plan_for
 from mpi_ef.compress import RandK, Sign, TopK
 from mpi_ef.data import ShardedSampler
@@ -46,6 +42,10 @@ from mpi_ef.optim import (
     PowerSGD,
     ZeroOneAdam,
 )
+from mpi_ef.state.components import GeneratorPart, RandomPart
+from mpi_ef.state.reshard import Past, mean_over_ranks
+from mpi_ef.state.training import Training
+from mpi_ef.state.tree import decoded, encoded, tensor_of
 
 SIGNS = Sign(block=64)
 zero_one = functools.partial(ZeroOneAdam, compressor=SIGNS, lr=0.01, var_freeze_step=4, var_update_scaler=2,

@@ -15,13 +15,13 @@ from test_checkpoint_store import fill_all_but
 from virtual import results
 
 from mpi_ef.checkpoint import BFLOAT16, Store, open_checkpoint
-from mpi_ef.checkpoint.export import export, model_state
-from mpi_ef.checkpoint.state import Training
 from mpi_ef.compress import TopK
 from mpi_ef.errors import CheckpointError, OptionError
 from mpi_ef.jobs import checkpoint as tools
 from mpi_ef.jobs.cli import main
 from mpi_ef.optim import DistributedOptimizer
+from mpi_ef.state.export import export, model_state
+from mpi_ef.state.training import Training
 
 BRAIN = torch.bfloat16
 

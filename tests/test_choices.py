@@ -15,11 +15,12 @@ import virtual
 from mpi_ef.compress import RandK
 from mpi_ef.errors import ConfigError
 from mpi_ef.feedback import RULES, ErrorFeedback
-from mpi_ef.jobs import choices, trainer
-from mpi_ef.jobs.config import parse, to_toml
-from mpi_ef.jobs.optimizers import build_compressor
-from mpi_ef.jobs.train import TrainConfig
-from mpi_ef.jobs.trainer import Trainer
+from mpi_ef.jobs.options import parse, to_toml
+from mpi_ef.jobs.train import choices
+from mpi_ef.jobs.train import loop as trainer
+from mpi_ef.jobs.train.config import TrainConfig
+from mpi_ef.jobs.train.loop import Trainer
+from mpi_ef.jobs.train.optimizers import build_compressor
 
 TEXT = Path(__file__)  # any text
 GRADIENT = {"placement": "gradient", "clip": 0.0}

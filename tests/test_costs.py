@@ -18,7 +18,7 @@ from mpi_ef import kernels
 from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean
 from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK
 from mpi_ef.feedback import ErrorFeedback
-from mpi_ef.jobs.traffic import counted
+from mpi_ef.jobs.bench.traffic import counted
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -18,23 +18,20 @@ import patience
 import pytest
 from programs import PLANS
 
-from mpi_ef.jobs import doctor as doctor_module
-from mpi_ef.jobs import (
-    doctor_checks,
-    doctor_files,
-    doctor_kernels,
-    doctor_link,
-    doctor_mpi,
-    doctor_ranks,
-    doctor_roll,
-    doctor_space,
-    doctor_together,
-    doctor_torch,
-    doctor_world,
-)
-from mpi_ef.jobs.doctor import DoctorConfig, Report
-from mpi_ef.jobs.doctor_checks import Asked, Check, Group, collect, judge
-from mpi_ef.jobs.doctor_finding import (
+from mpi_ef.jobs.doctor import checks as doctor_checks
+from mpi_ef.jobs.doctor import files as doctor_files
+from mpi_ef.jobs.doctor import kernels as doctor_kernels
+from mpi_ef.jobs.doctor import link as doctor_link
+from mpi_ef.jobs.doctor import mpi as doctor_mpi
+from mpi_ef.jobs.doctor import program as doctor_module
+from mpi_ef.jobs.doctor import ranks as doctor_ranks
+from mpi_ef.jobs.doctor import roll as doctor_roll
+from mpi_ef.jobs.doctor import space as doctor_space
+from mpi_ef.jobs.doctor import together as doctor_together
+from mpi_ef.jobs.doctor import torch as doctor_torch
+from mpi_ef.jobs.doctor import world as doctor_world
+from mpi_ef.jobs.doctor.checks import Asked, Check, Group, collect, judge
+from mpi_ef.jobs.doctor.finding import (
     LEVELS,
     TOPICS,
     Finding,
@@ -46,9 +43,10 @@ from mpi_ef.jobs.doctor_finding import (
     status_of,
     verdict,
 )
-from mpi_ef.jobs.doctor_roll import bounded
-from mpi_ef.jobs.doctor_together import judge_shared, judge_warm_up, spots_of
-from mpi_ef.jobs.doctor_versions import judge_versions, version_facts
+from mpi_ef.jobs.doctor.report import DoctorConfig, Report
+from mpi_ef.jobs.doctor.roll import bounded
+from mpi_ef.jobs.doctor.together import judge_shared, judge_warm_up, spots_of
+from mpi_ef.jobs.doctor.versions import judge_versions, version_facts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -124,7 +122,7 @@ def test_ranks_are_named_shortly():
 
 def findings_in_the_source():
     """Yield levels and names of everything that the doctor can say; where they are computed, all that they can be."""
-    for path in sorted((ROOT / "jobs").glob("doctor*.py")):
+    for path in sorted((ROOT / "jobs" / "doctor").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             kind = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
             if kind in ("Finding", "_Row"):
@@ -320,7 +318,7 @@ def test_an_mpi_that_ends_the_tasks_of_a_launcher(monkeypatch):
 
 @pytest.mark.parametrize(("end", "printed"), [("word.take_back()", ""), ("", "gone"), ("os.abort()", "gone")])
 def test_a_last_word_is_said_by_another_process(end, printed):
-    code = f"import os; from mpi_ef.jobs.doctor_roll import LastWord; word = LastWord('gone'); {end}"
+    code = f"import os; from mpi_ef.jobs.doctor.roll import LastWord; word = LastWord('gone'); {end}"
     done = subprocess.run(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
@@ -785,7 +783,7 @@ def test_a_report_survives_a_judgement_that_breaks():
 
 
 def test_the_doctor_itself_needs_nothing_that_may_be_broken():
-    program = "import sys, mpi_ef.jobs.doctor; print(*sys.modules)"
+    program = "import sys, mpi_ef.jobs.doctor.program; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
@@ -804,7 +802,7 @@ LAUNCHED = ("OMPI_", "PMI", "PRTE", "SLURM_", "HYDI_", "MPI_LOCAL")
 
 def doctor(*arguments, code="", **environment):
     """Run the doctor as nobody has launched it, after some code."""
-    program = f"import sys\n{code}\nfrom mpi_ef.jobs.doctor import main\nmain(sys.argv[1:])"
+    program = f"import sys\n{code}\nfrom mpi_ef.jobs.doctor.program import main\nmain(sys.argv[1:])"
     kept = {
         name: value
         for name, value in os.environ.items()

@@ -10,7 +10,7 @@ from vectors_for_tests import gaussian
 
 from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, chunk_bounds
 from mpi_ef.compress import Identity, RandK, Sign, TopK, lazy
-from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
+from mpi_ef.errors import DisagreementError, DtypeError, NonFiniteError, OptionError, PeerError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
 
 WORLDS = (1, 2, 3, 4)
@@ -404,13 +404,31 @@ def test_dense_steps_between_compressed_ones_leave_nothing_behind():
         assert max(later) <= 2 * TopK(0.05).count(d)
 
 
-def test_a_combination_is_no_vector_for_a_rule():
+@each_rule
+@each_plan
+@pytest.mark.parametrize("dense_steps", [0, 2])
+def test_a_rule_takes_a_combination_as_the_vector_that_it_is(rule, plan, dense_steps):
+    """Whether it is formed beforehand or while it is encoded: the same bits, in results and state."""
+
     def program(comm):
-        x = gaussian(comm.Get_rank(), 10)
-        ErrorFeedback("ef14", GatherMean(comm, TopK(0.5), 10)).step(lazy(x) if comm.Get_rank() else x)
+        rank = comm.Get_rank()
+        rules = [feedback_through(plan, rule, comm, D, np.float32, dense_steps=dense_steps) for _ in range(2)]
+        for step in range(5):
+            a, b = gaussian(rank, D, step=step), gaussian(rank + 7, D, step=step)
+            assert same_bits(rules[0].step(lazy(a) - b), rules[1].step(a - b))
+        assert same_bits(*((feedback.per_rank(), feedback.replicated()) for feedback in rules))
+
+    virtual.results(3, program)
+
+
+@pytest.mark.parametrize("rule", ["ef14", "econtrol"])
+def test_a_combination_that_does_not_fit_raises_on_all_ranks(rule):
+    def program(comm):
+        x, y = gaussian(comm.Get_rank(), 10), gaussian(comm.Get_rank(), 10 - comm.Get_rank())
+        ErrorFeedback(rule, GatherMean(comm, TopK(0.5), 10)).step(lazy(x) - y)
 
     peer, error = virtual.run(2, program)
-    assert isinstance(error, MpiEfError)
+    assert isinstance(error, ShapeError)
     assert isinstance(peer, PeerError)
 
 

@@ -15,11 +15,11 @@ from programs import same_bits
 from stored import MemoryStore
 from training import everything, have_met, loss_in, net_of, parameters_of, steps_of
 
-from mpi_ef.checkpoint.state import Training
 from mpi_ef.compress import Identity
 from mpi_ef.errors import DisagreementError, OptionError, PeerError, ShapeError
 from mpi_ef.optim import DistributedOptimizer, OneBitAdam
 from mpi_ef.optim.writes import Writes
+from mpi_ef.state.training import Training
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 

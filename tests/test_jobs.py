@@ -16,18 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from programs import trained
 
-from mpi_ef import ending
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, LaunchError, PeerError
-from mpi_ef.jobs import bench, cli, trainer
-from mpi_ef.jobs.bench_report import Link, Row, break_even, combine, table
-from mpi_ef.jobs.config import option, parse, to_toml
-from mpi_ef.jobs.data import Digits, Text, batches, shard
+from mpi_ef.jobs import cli
+from mpi_ef.jobs.bench import program as bench
+from mpi_ef.jobs.bench.table import Link, Row, break_even, combine, table
 from mpi_ef.jobs.folder import replacing
-from mpi_ef.jobs.launch import check_world
 from mpi_ef.jobs.metrics import Metrics, Progress, announcing, in_bytes
-from mpi_ef.jobs.optimizers import build_compressor
-from mpi_ef.jobs.train import PHASES, TrainConfig, learning_rate, train
+from mpi_ef.jobs.options import option, parse, to_toml
+from mpi_ef.jobs.train import loop as trainer
+from mpi_ef.jobs.train.config import PHASES, TrainConfig, learning_rate
+from mpi_ef.jobs.train.datasets import Digits, Text, batches, shard
+from mpi_ef.jobs.train.optimizers import build_compressor
+from mpi_ef.jobs.train.program import train
 from mpi_ef.kernels import _jit, machine_code
+from mpi_ef.runtime import ending
+from mpi_ef.runtime.launch import check_world
 
 
 @dataclass(frozen=True)
@@ -426,7 +429,8 @@ def test_help_never_starts_mpi_and_imports_nothing_large(program):
         large.add("numpy")
     code = f"""
 import sys
-from mpi_ef.jobs import cli, launch
+from mpi_ef.jobs import cli
+from mpi_ef.runtime import launch
 try:
     cli.main([{program!r}, "--help"])
 except SystemExit as end:

@@ -26,11 +26,11 @@ from training import (
     train,
 )
 
-from mpi_ef.checkpoint.state import POLICIES, Training
 from mpi_ef.collectives import TwoPhaseMean, plan_for
 from mpi_ef.compress import Identity, Sign, TopK
 from mpi_ef.errors import NonFiniteError
 from mpi_ef.optim import DistributedOptimizer, Lion, OneBitAdam, OneBitLamb, Signum, ZeroOneAdam
+from mpi_ef.state.training import POLICIES, Training
 
 each_world = pytest.mark.parametrize("n", [1, 2, 3])
 WITH_VARIANCE = ("OneBitAdam", "OneBitAdam TopK", "OneBitLamb", "OneBitLamb TopK", "ZeroOneAdam", "ZeroOneAdam TopK")

@@ -3,151 +3,202 @@
 import ast
 import subprocess
 import sys
+import tomllib
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from mpi_ef.moved import MOVED
+
 ROOT = Path(__file__).resolve().parents[1]
-# Each room may import those before it in its list (and errors, which everyone may import).
-ALLOWED = {
-    "errors": [],
-    "kernels": [],
-    "compress": ["kernels"],
-    "world": [],
-    "ending": [],
-    "collectives": ["kernels", "compress", "world", "ending"],
-    "feedback": ["kernels", "compress", "collectives"],
-    "vectors": ["kernels", "compress", "collectives"],
-    "data": ["collectives"],
-    "buffers": ["collectives"],
-    "stopping": ["collectives"],
-    "workers": [],
-    "optim": ["kernels", "compress", "collectives", "feedback", "vectors", "buffers"],
-    "ddp": ["kernels", "compress", "collectives", "feedback", "vectors"],
-    "jobs": [
-        "kernels",
-        "compress",
-        "collectives",
-        "feedback",
-        "vectors",
-        "data",
-        "buffers",
-        "stopping",
-        "optim",
-        "checkpoint",
-        "slurm",
-        "world",
-        "ending",
-    ],
-    "checkpoint": ["kernels", "compress", "collectives", "feedback", "vectors", "optim", "data"],
-    "slurm": [],
-    "__init__": [
-        "compress",
-        "collectives",
-        "feedback",
-        "vectors",
-        "data",
-        "buffers",
-        "stopping",
-        "optim",
-        "ddp",
-        "checkpoint",
-    ],
-}
-# Third-party packages that a room may not name.
-FORBIDDEN = {
-    "kernels": {"torch", "mpi4py", "h5py"},
-    "compress": {"torch", "mpi4py", "numba", "h5py"},
-    "collectives": {"torch", "numba", "h5py"},
-    "feedback": {"torch", "numba", "mpi4py", "h5py"},
-    "world": {"torch", "numpy", "numba", "h5py"},
-    "ending": {"torch", "numpy", "numba", "h5py"},
-    "vectors": {"numba", "mpi4py"},
-    "data": {"numba", "mpi4py", "h5py"},
-    "buffers": {"numba", "mpi4py", "h5py"},
-    "stopping": {"torch", "numba", "mpi4py", "h5py"},
-    "workers": {"torch", "numba", "h5py"},
-    "optim": {"numba", "mpi4py"},
-    "ddp": {"numba", "mpi4py"},
-    "checkpoint": {"numba", "mpi4py"},
-    "jobs": {"numba"},
-}
+# Each room may import those before it in this table that are named, and of third parties what is named after them.
+ROOMS = {
+    "errors": ("", ""),
+    "moved": ("", ""),
+    "workers": ("", "mpi4py"),
+    "slurm": ("errors", ""),
+    "kernels": ("", "numpy numba llvmlite"),
+    "comm": ("errors", ""),
+    "runtime": ("errors comm", "numpy mpi4py"),
+    "compress": ("errors kernels", "numpy"),
+    "collectives": ("errors kernels comm runtime compress", "numpy mpi4py"),
+    "feedback": ("errors kernels comm compress collectives", "numpy"),
+    "vectors": ("errors comm compress", "numpy torch"),
+    "buffers": ("errors comm", "numpy torch"),
+    "data": ("errors comm", "numpy torch"),
+    "optim": ("errors kernels comm compress collectives feedback vectors buffers", "numpy torch"),
+    "ddp": ("errors comm compress collectives feedback vectors", "numpy torch"),
+    "checkpoint": ("errors comm", "numpy h5py"),
+    "state": ("errors comm collectives vectors data optim checkpoint", "numpy torch h5py"),
+    "__init__": ("errors moved runtime compress collectives feedback buffers data optim ddp checkpoint state", ""),
+    "jobs": ("__init__ errors kernels runtime slurm compress collectives feedback checkpoint state",
+             "numpy matplotlib mpi4py"),
+    "jobs.train": ("__init__ errors moved kernels comm runtime compress collectives feedback optim checkpoint state jobs",
+                   "numpy torch sklearn"),
+    "jobs.bench": ("__init__ errors moved kernels comm runtime compress collectives feedback checkpoint jobs",
+                   "numpy torch mpi4py"),
+    "jobs.reproduce": ("errors moved comm runtime compress collectives feedback jobs", "numpy"),
+    "jobs.report": ("errors moved jobs jobs.train jobs.bench jobs.reproduce", "numpy"),
+    "jobs.doctor": ("__init__ errors moved kernels runtime slurm compress collectives feedback data optim jobs jobs.train",
+                    "numpy torch mpi4py h5py"),
+}  # fmt: skip
 
 
-def files():
+def sources():
+    """Return the modules of the project by their dotted names."""
+    found = {}
     for folder in ("mpi_ef", "kernels", "jobs", "slurm"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             if not any(part.is_symlink() for part in [path, *path.parents]):
-                yield path
+                parts = path.relative_to(ROOT).with_suffix("").parts
+                parts = parts if folder == "mpi_ef" else ("mpi_ef", *parts)
+                found[".".join(parts).removesuffix(".__init__")] = path
+    return found
 
 
-def room(path: Path) -> str:
-    parts = path.relative_to(ROOT).parts
-    return parts[0] if parts[0] != "mpi_ef" else parts[1].removesuffix(".py")
+SOURCES = sources()
 
 
-def imports(tree: ast.Module):
-    """Yield dotted names of everything imported; those of relative imports that leave their room begin with two dots."""
-    for node in ast.walk(tree):
+def room(module: str) -> str:
+    """Return the room of a module: the package below mpi_ef, or the file where it lies in none; of programs their folder."""
+    _, *parts = module.split(".")
+    if parts[:1] == ["jobs"] and f"jobs.{'.'.join(parts[1:2])}" in ROOMS:
+        return f"jobs.{parts[1]}"
+    return parts[0] if parts else "__init__"
+
+
+def imported(module: str, is_package: bool, text: str, known) -> set[str]:
+    """Return what a module imports anywhere, also inside functions and for types alone: modules of `known`, or others."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            if node.module == "mpi_ef":
-                yield from (f"mpi_ef.{alias.name}" for alias in node.names)
-            else:
-                yield node.module or ""
-        elif isinstance(node, ast.ImportFrom) and node.level > 1:
-            yield "." * node.level + (node.module or "")
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = module.split(".") if is_package else module.split(".")[:-1]
+            parts = parts[: len(parts) - node.level + 1] if node.level else []
+            name = ".".join([*parts, *filter(None, [node.module])])
+            for alias in node.names:
+                found.add(f"{name}.{alias.name}" if f"{name}.{alias.name}" in known else name)
+    return found - {module}
 
 
-def wrong_arrows(mine: str, tree: ast.Module):
-    """Yield what a file of the room `mine` imports and must not, with the reason."""
-    if mine not in ALLOWED:
+def imports_of_all() -> dict[str, set[str]]:
+    return {name: imported(name, path.name == "__init__.py", path.read_text(encoding="utf-8"), SOURCES)
+            for name, path in SOURCES.items()}  # fmt: skip
+
+
+def circles(arrows) -> list[list[str]]:
+    """Return the sets of modules that reach each other: Tarjan's strongly connected components."""
+    order, low, stack, found = {}, {}, [], []
+
+    def visit(name):
+        order[name] = low[name] = len(order)
+        stack.append(name)
+        for target in sorted(arrows.get(name, ())):
+            if target not in order:
+                visit(target)
+                low[name] = min(low[name], low[target])
+            elif target in stack:
+                low[name] = min(low[name], order[target])
+        if low[name] == order[name]:
+            members = [stack.pop() for _ in range(len(stack) - stack.index(name))]
+            if len(members) > 1:
+                found.append(sorted(members))
+
+    for name in sorted(arrows):
+        if name not in order:
+            visit(name)
+    return found
+
+
+def wrong_arrows(module: str, names):
+    """Yield, of what a module imports, what its room must not."""
+    mine = room(module)
+    if mine not in ROOMS:
         yield f"{mine} is no room of the architecture"
-    for name in imports(tree):
-        first, *rest = name.split(".")
-        if name.startswith(".."):
-            yield f"relative import that leaves its room: {name}"
-        if first in {"kernels", "jobs", "slurm"}:
-            yield f"imports the top-level name {first}"
-        if first in FORBIDDEN.get(mine, ()):
-            yield f"imports {name}"
-        if first == "mpi_ef" and rest and rest[0] not in (mine, "errors", *ALLOWED.get(mine, ())):
-            yield f"{mine} may not import {rest[0]}"
+        return
+    ours, theirs = (text.split() for text in ROOMS[mine])
+    for name in sorted(names):
+        first = name.split(".")[0]
+        if first == "mpi_ef":
+            if room(name) != mine and room(name) not in ours:
+                yield f"{module}: {mine} may not import {room(name)} ({name})"
+        elif first in {"kernels", "jobs", "slurm"}:
+            yield f"{module} imports the top-level name {first}"
+        elif first not in sys.stdlib_module_names and first not in theirs:
+            yield f"{module}: {mine} may not import {first}"
 
 
 def test_arrows_between_rooms():
-    paths = list(files())
-    assert {room(path) for path in paths} == set(ALLOWED)  # the walk has seen every room
-    wrong = [f"{path.relative_to(ROOT)}: {text}" for path in paths
-             for text in wrong_arrows(room(path), ast.parse(path.read_text(encoding="utf-8")))]  # fmt: skip
+    assert {room(name) for name in SOURCES} == set(ROOMS)  # the walk has seen every room
+    wrong = [text for name, names in imports_of_all().items() for text in wrong_arrows(name, names)]
     assert not wrong, "\n".join(wrong)
+
+
+def test_rooms_stand_on_those_before_them():
+    before: list[str] = []
+    for name, (ours, _) in ROOMS.items():
+        assert not set(ours.split()) - set(before), name
+        before.append(name)
+
+
+def test_no_modules_import_each_other():
+    found = circles(imports_of_all())
+    assert not found, "\n".join(map(str, found))
+
+
+def test_circles_are_seen():
+    arrows = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": {"d"}, "f": {"a", "numpy"}}
+    assert sorted(circles(arrows)) == [["a", "b", "c"], ["d", "e"]]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set(), "d": {"c", "a"}}) == []
 
 
 def test_the_check_sees_wrong_arrows():
     """All of them, not the first."""
-    tree = ast.parse("import torch\nfrom mpi_ef import optim\nfrom mpi_ef.jobs.train import main\nimport numpy.linalg\n"
-                     "def late():\n from .. import data\n from .plan import Plan\n from jobs import cli\n"
-                     "from mpi_ef.errors import MpiEfError\nfrom mpi_ef.kernels import BLOCK\n")  # fmt: skip
-    assert sorted(wrong_arrows("collectives", tree)) == [
-        "collectives may not import jobs",
-        "collectives may not import optim",
-        "imports the top-level name jobs",
-        "imports torch",
-        "relative import that leaves its room: ..",
+    text = ("import torch\nfrom mpi_ef import optim\nfrom mpi_ef.jobs.train.program import main\nimport numpy.linalg\n"
+            "def late():\n from ..data import ShardedSampler\n from .plan import Plan\n from jobs import cli\n"
+            "from mpi_ef.errors import MpiEfError\nfrom mpi_ef.kernels import BLOCK\n")  # fmt: skip
+    names = imported("mpi_ef.collectives.gather", False, text, SOURCES)
+    assert list(wrong_arrows("mpi_ef.collectives.gather", names)) == [
+        "mpi_ef.collectives.gather imports the top-level name jobs",
+        "mpi_ef.collectives.gather: collectives may not import data (mpi_ef.data)",
+        "mpi_ef.collectives.gather: collectives may not import jobs.train (mpi_ef.jobs.train.program)",
+        "mpi_ef.collectives.gather: collectives may not import optim (mpi_ef.optim)",
+        "mpi_ef.collectives.gather: collectives may not import torch",
     ]
-    assert "attic is no room of the architecture" in list(wrong_arrows("attic", tree))
+    assert list(wrong_arrows("mpi_ef.attic.plan", ())) == ["attic is no room of the architecture"]
 
 
 def test_no_word_that_says_nothing():
-    for path in files():
+    for path in SOURCES.values():
         assert not {"utils", "core", "base", "common", "helper", "manager"} & {path.stem, path.parent.name}, path
 
 
 def test_modules_stay_small():
-    for path in files():
+    for path in SOURCES.values():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 420, path
+
+
+def test_packages_are_shipped():
+    """Setuptools ships only what pyproject.toml lists."""
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    assert sorted(packages) == sorted(name for name, path in SOURCES.items() if path.name == "__init__.py")
+
+
+def test_names_from_before_work_with_a_warning():
+    for old, new in MOVED.items():
+        sys.modules.pop(old, None)
+        with pytest.warns(DeprecationWarning, match=f"{old} is now {new}"):
+            module = import_module(old)
+        assert module is import_module(new)
+        assert module.__spec__.name == module.__name__ == new
+        assert old not in SOURCES
+    for package, name in [("train", "TrainConfig"), ("train", "main"), ("bench", "measure"), ("reproduce", "Outcome"),
+                          ("report", "Section"), ("doctor", "Report")]:  # fmt: skip
+        with pytest.warns(DeprecationWarning, match=f"mpi_ef.jobs.{package}.{name} is now in"):
+            assert callable(getattr(import_module(f"mpi_ef.jobs.{package}"), name))
 
 
 # What is imported, and what must not be there afterwards; fewer and fewer, as all of them are imported by one process.
@@ -155,10 +206,10 @@ NOTHING_LARGE = {"torch", "mpi4py.MPI", "numba", "numpy", "h5py"}
 ABSENT = [
     ("import mpi_ef", NOTHING_LARGE),
     ("import mpi_ef.workers", NOTHING_LARGE),
-    ("import mpi_ef.jobs.cli, mpi_ef.jobs.train, mpi_ef.jobs.report", NOTHING_LARGE),
-    ("import mpi_ef.jobs.bench, mpi_ef.jobs.doctor, mpi_ef.jobs.reproduce", NOTHING_LARGE),
+    ("import mpi_ef.jobs.cli, mpi_ef.jobs.train.program, mpi_ef.jobs.report.program", NOTHING_LARGE),
+    ("import mpi_ef.jobs.bench.program, mpi_ef.jobs.doctor.program, mpi_ef.jobs.reproduce.program", NOTHING_LARGE),
     ("import mpi_ef.jobs.checkpoint, mpi_ef.jobs.slurm", NOTHING_LARGE),
-    ("import mpi_ef.jobs.least_squares, mpi_ef.jobs.bench_checkpoint", {"torch", "mpi4py.MPI", "numba"}),
+    ("import mpi_ef.jobs.least_squares, mpi_ef.jobs.bench.checkpoint", {"torch", "mpi4py.MPI", "numba"}),
     ("import mpi_ef.collectives, mpi_ef.feedback", {"torch", "mpi4py.MPI"}),
     ("from mpi_ef import TopK, allreduce, ErrorFeedback", {"torch", "mpi4py.MPI"}),
     ("import mpi_ef.optim", {"mpi4py.MPI"}),

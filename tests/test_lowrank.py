@@ -25,7 +25,7 @@ from mpi_ef.collectives import (
 from mpi_ef.compress import Identity, Keep, LowRank, Quantize, TopK, lazy
 from mpi_ef.errors import DisagreementError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
-from mpi_ef.jobs.traffic import counted
+from mpi_ef.jobs.bench.traffic import counted
 from mpi_ef.kernels import reference
 from mpi_ef.optim import DistributedOptimizer
 

@@ -10,9 +10,9 @@ from mpi_ef.collectives import GatherMean, chunk_bounds
 from mpi_ef.compress import TopK
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.theory import Smoothness, step_size
-from mpi_ef.jobs.libsvm import load_libsvm, split_rows
-from mpi_ef.jobs.problems import LogisticRegression
-from mpi_ef.jobs.simulate import descend
+from mpi_ef.jobs.reproduce.libsvm import load_libsvm, split_rows
+from mpi_ef.jobs.reproduce.problems import LogisticRegression
+from mpi_ef.jobs.reproduce.simulate import descend
 
 CLIENTS = 20
 LAMBDA = 0.1

@@ -8,8 +8,8 @@ import virtual
 
 from mpi_ef.compress import TopK
 from mpi_ef.errors import OptionError, ShapeError
-from mpi_ef.jobs.libsvm import SPLITS, load_libsvm, split_rows
-from mpi_ef.jobs.problems import (
+from mpi_ef.jobs.reproduce.libsvm import SPLITS, load_libsvm, split_rows
+from mpi_ef.jobs.reproduce.problems import (
     LeastSquares,
     LogisticRegression,
     Quadratics,
@@ -18,7 +18,7 @@ from mpi_ef.jobs.problems import (
     tridiagonal,
     zeta_quadratics,
 )
-from mpi_ef.jobs.simulate import descend
+from mpi_ef.jobs.reproduce.simulate import descend
 
 SHAPES = {"phishing": (11055, 68), "mushrooms": (8124, 112), "a9a": (32561, 123), "w8a": (49749, 300)}
 

@@ -17,17 +17,20 @@ import virtual
 from test_jobs import bench_row
 
 import mpi_ef
-from mpi_ef import ending
 from mpi_ef.errors import CheckpointError, ConfigError, DataError
-from mpi_ef.jobs import bench, bench_checkpoint, launch, survivors
 from mpi_ef.jobs import metrics as metrics_module
-from mpi_ef.jobs.bench import BenchConfig
-from mpi_ef.jobs.bench_checkpoint import CheckpointBenchConfig
-from mpi_ef.jobs.bench_report import Link, break_even, combine, table
-from mpi_ef.jobs.data import Digits
+from mpi_ef.jobs.bench import checkpoint as bench_checkpoint
+from mpi_ef.jobs.bench import program as bench
+from mpi_ef.jobs.bench.checkpoint import CheckpointBenchConfig
+from mpi_ef.jobs.bench.program import BenchConfig
+from mpi_ef.jobs.bench.table import Link, break_even, combine, table
 from mpi_ef.jobs.metrics import Metrics
-from mpi_ef.jobs.optimizers import build_optimizer
-from mpi_ef.jobs.train import TrainConfig, train
+from mpi_ef.jobs.train.config import TrainConfig
+from mpi_ef.jobs.train.datasets import Digits
+from mpi_ef.jobs.train.optimizers import build_optimizer
+from mpi_ef.jobs.train.program import train
+from mpi_ef.runtime import ending, launch
+from mpi_ef.runtime import ulfm as survivors
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

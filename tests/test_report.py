@@ -14,9 +14,12 @@ from programs import PLANS, same_bits
 from vectors_for_tests import gaussian
 
 from mpi_ef.compress import lazy
-from mpi_ef.jobs import figures, report, reproduce
-from mpi_ef.jobs.reproduce import ReproduceConfig
-from mpi_ef.jobs.train import PHASES, TrainConfig
+from mpi_ef.jobs import figures
+from mpi_ef.jobs.report import program as report
+from mpi_ef.jobs.report.figures import training
+from mpi_ef.jobs.reproduce import program as reproduce
+from mpi_ef.jobs.reproduce.outcome import ReproduceConfig
+from mpi_ef.jobs.train.config import PHASES, TrainConfig
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -191,7 +194,7 @@ def test_what_is_lost_is_drawn_in_its_own_scale(runs, tmp_path, monkeypatch):
     sparse, dense = rows_of(runs / "sparse"), rows_of(runs / "dense")
     little = [row | {"lost": row["lost"] and 1e-3 * row["lost"]} for row in sparse]
     for rows in (sparse, little, dense):
-        figures.training({"run": rows}, tmp_path / "x.png")
+        training({"run": rows}, tmp_path / "x.png")
     panels = [(figure.axes[3], figure.axes[4]) for figure in drawn]
     assert [error.get_yscale() for error, _ in panels] == ["linear", "log", "log"]
     assert panels[0][0].get_ylim() == (0.0, 1.0)

@@ -11,11 +11,14 @@ from test_runs import somebody_in
 
 from mpi_ef.compress import TopK
 from mpi_ef.errors import DataError, DisagreementError
-from mpi_ef.jobs import experiments, figures, reproduce
-from mpi_ef.jobs.libsvm import content_of, load_libsvm
-from mpi_ef.jobs.problems import zeta_quadratics
-from mpi_ef.jobs.reproduce import EXPERIMENTS, ReproduceConfig
-from mpi_ef.jobs.simulate import descend
+from mpi_ef.jobs import figures
+from mpi_ef.jobs.reproduce import experiments
+from mpi_ef.jobs.reproduce import program as reproduce
+from mpi_ef.jobs.reproduce.libsvm import content_of, load_libsvm
+from mpi_ef.jobs.reproduce.outcome import ReproduceConfig
+from mpi_ef.jobs.reproduce.problems import zeta_quadratics
+from mpi_ef.jobs.reproduce.program import EXPERIMENTS
+from mpi_ef.jobs.reproduce.simulate import descend
 
 
 @pytest.mark.slow

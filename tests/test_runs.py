@@ -14,11 +14,12 @@ import virtual
 
 from mpi_ef.checkpoint import lock
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, MpiEfError
-from mpi_ef.jobs import choices
-from mpi_ef.jobs.config import parse, to_toml
-from mpi_ef.jobs.data import Text
-from mpi_ef.jobs.train import TrainConfig, train
-from mpi_ef.jobs.trainer import Trainer
+from mpi_ef.jobs.options import parse, to_toml
+from mpi_ef.jobs.train import choices
+from mpi_ef.jobs.train.config import TrainConfig
+from mpi_ef.jobs.train.datasets import Text
+from mpi_ef.jobs.train.loop import Trainer
+from mpi_ef.jobs.train.program import train
 
 LETTERS = "abcdefghij klmnop."
 GPT = {"context": 8, "layers": 1, "heads": 2, "width": 8, "batch": 4, "steps": 8, "warmup": 2, "log_every": 2}

@@ -8,7 +8,7 @@ import pytest
 import virtual
 
 from mpi_ef.errors import DisagreementError, OptionError
-from mpi_ef.stopping import Stopper
+from mpi_ef.runtime.stopper import Stopper
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])

@@ -6,7 +6,7 @@ import virtual
 
 from mpi_ef.errors import OptionError
 from mpi_ef.feedback.theory import Smoothness, beta, step_size, theta, three_point, xi
-from mpi_ef.jobs.problems import LogisticRegression, smoothness
+from mpi_ef.jobs.reproduce.problems import LogisticRegression, smoothness
 
 SOME = Smoothness(1.0, (1.0, 2.0, 3.0, 6.0))
 

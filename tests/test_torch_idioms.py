@@ -14,7 +14,7 @@ from training import assert_resumes, everything, loss_in, net_of, parameters_of,
 
 from mpi_ef import Training
 from mpi_ef.collectives import TwoPhaseMean, plan_for
-from mpi_ef.collectives.agreement import agree
+from mpi_ef.comm.consensus import agree
 from mpi_ef.compress import Identity, TopK, Vote
 from mpi_ef.errors import DisagreementError, OptionError, PeerError
 from mpi_ef.optim import EF21, DistributedOptimizer, OneBitAdam, OneBitLamb, ZeroOneAdam

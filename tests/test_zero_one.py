@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import virtual
+from mpi_ef.state.training import Training
 from optimizer_table import SHORT, SIGNS
 from programs import loss_of, same_bits
 from stored import MemoryStore
@@ -23,7 +24,6 @@ from training import (
     trained,
 )
 
-from mpi_ef.checkpoint.state import Training
 from mpi_ef.compress import Identity, TopK
 from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError, PeerError
 from mpi_ef.optim import OneBitAdam, ZeroOneAdam

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ef.collectives.agreement import agree
+from mpi_ef.comm.consensus import agree
 from mpi_ef.errors import CheckpointError, OptionError
 
 from .checksum import whole_checksum

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from mpi_ef.collectives.agreement import ranks_text, tell_all
+from mpi_ef.comm.consensus import ranks_text, tell_all
 from mpi_ef.errors import CheckpointError
 
 __all__ = ["together"]

@@ -4,14 +4,16 @@ A *plan* is built once (collective: all ranks together, same arguments) and exch
 :func:`allreduce` and :func:`allgather` build and keep plans for you.
 """
 
+from mpi_ef.comm.protocol import Comm
+
 from .clients import ClientsMean
 from .dense import DenseMean
 from .frames import Frames
 from .lowrank import LowRankMean
 from .memory import Move
 from .onecall import allgather, allreduce
-from .plan import Comm, Offer, Plan, Traffic
-from .plans import GatherMean, TwoPhaseMean, chunk_bounds, plan_for
+from .plan import Offer, Plan, Traffic, plan_for
+from .plans import GatherMean, TwoPhaseMean, chunk_bounds
 
 __all__ = [
     "ClientsMean",

@@ -6,6 +6,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Keep, Source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.compress.compressor import words
@@ -13,7 +14,7 @@ from mpi_ef.errors import MpiEfError, OptionError, ShapeError
 
 from .frames import Frames
 from .memory import Move
-from .plan import Comm, Plan, Traffic
+from .plan import Plan, Traffic
 from .plans import chunk_bounds
 
 __all__ = ["ClientsMean"]

@@ -7,12 +7,14 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpi_ef import kernels
-from mpi_ef.compress import Identity, Source, aligned_zeros, lazy, source
+from mpi_ef.comm.protocol import Comm
+from mpi_ef.compress import Compressor, Identity, Source, aligned_zeros, lazy, source
 from mpi_ef.compress.combination import Combination, Keep, Vector, writable
 from mpi_ef.errors import MpiEfError, NonFiniteError
 
 from .frames import NON_FINITE, Frames, status_of
-from .plan import Comm, Plan, Traffic, dense_nbytes
+from .misfit import unwritable
+from .plan import Plan, Traffic
 
 __all__ = ["DenseMean", "RankOrderMean"]
 
@@ -104,7 +106,7 @@ class RankOrderMean:
         return finite
 
 
-class DenseMean(Plan):
+class DenseMean(Plan, kind="dense"):
     """Mean of whole vectors, summed in rank order: the same bits on every rank and in every MPI.
 
     The baseline of every compressed mean, and the exchange of dense first steps. ``MPI_Allreduce`` chooses its order
@@ -135,6 +137,11 @@ class DenseMean(Plan):
     def __init__(self, comm: Comm, d: int, dtype: DTypeLike = np.float32) -> None:
         super().__init__(comm, Identity(), d, dtype)
 
+    @classmethod
+    def suited(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, *, residual: bool) -> "DenseMean":  # noqa: ARG003
+        """Return a plan of this kind for :func:`plan_for`. Collective."""
+        return cls(comm, d, dtype)
+
     def _bind(self) -> dict[str, object]:
         self._ready, self._known = Frames(1, 0), Frames(self.size, 0)
         self._rank_order = RankOrderMean(self.comm, self.d, self.dtype, self.seconds)
@@ -148,7 +155,9 @@ class DenseMean(Plan):
 
     def _problem(self, x: Vector | Combination, keep: Keep | None) -> MpiEfError | None:
         problem = super()._problem(x, keep)
-        return problem if self._target is None else problem or self._unwritable(self._target, "out")
+        if problem or self._target is None:
+            return problem
+        return unwritable(self._target, self.d, self.dtype, "DenseMean.exchange", "out")
 
     @property
     def mean(self) -> Vector:
@@ -255,4 +264,4 @@ class DenseMean(Plan):
     def traffic(self) -> Traffic:
         """Bytes of one exchange."""
         nbytes = self._rank_order.nbytes + 2 * (self.size - 1) * self._ready.frame_nbytes
-        return Traffic(nbytes, nbytes, dense_nbytes(self))
+        return Traffic.both_ways(nbytes, self.size, self.d * self.dtype.itemsize)

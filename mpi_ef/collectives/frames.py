@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.compress import Codec
 from mpi_ef.errors import DisagreementError, MpiEfError, PeerError
-
-from .agreement import ranks_text
 
 __all__ = ["NON_FINITE", "NOTHING", "OK", "REJECTED", "WIRE_VERSION", "Frames", "header_of", "misunderstanding",
            "status_of"]  # fmt: skip

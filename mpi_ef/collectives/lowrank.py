@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mpi_ef import kernels
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, LowRank, Source, aligned_zeros, source
 from mpi_ef.compress.combination import Vector, writable
 from mpi_ef.errors import NonFiniteError, OptionError
@@ -13,12 +14,12 @@ from mpi_ef.errors import NonFiniteError, OptionError
 from .dense import RankOrderMean
 from .frames import Frames
 from .memory import Move
-from .plan import Comm, Plan, Traffic, dense_nbytes
+from .plan import Plan, Traffic
 
 __all__ = ["LowRankMean"]
 
 
-class LowRankMean(Plan):
+class LowRankMean(Plan, kind="low-rank"):
     """Mean of matrices by one step of a power iteration over all ranks: two thin dense means. For :class:`LowRank`.
 
     PowerSGD (Vogels, Karimireddy, Jaggi 2019, arXiv 1905.13727, algorithm 1). For all matrices of the vector at once,
@@ -61,6 +62,11 @@ class LowRankMean(Plan):
     ) -> None:
         self._warm_start = warm_start
         super().__init__(comm, compressor, d, dtype)
+
+    @classmethod
+    def suited(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, *, residual: bool) -> "LowRankMean":
+        """Return a plan of this kind for :func:`plan_for`. Collective."""
+        return cls(comm, compressor, d, dtype, warm_start=residual)
 
     def _bind(self) -> dict[str, object]:
         if not isinstance(self.compressor, LowRank):
@@ -201,7 +207,7 @@ class LowRankMean(Plan):
         """Bytes of one exchange."""
         status = (self.size - 1) * self._ready.frame_nbytes
         nbytes = status + self._mean_left.nbytes + self._mean_right.nbytes
-        return Traffic(nbytes, nbytes, dense_nbytes(self))
+        return Traffic.both_ways(nbytes, self.size, self.d * self.dtype.itemsize)
 
     def undo(self) -> None:
         """Begin the next exchange with the Q with which the last one began, see :meth:`Plan.undo`."""

@@ -7,13 +7,14 @@ from zlib import crc32
 
 import numpy as np
 
+from mpi_ef.comm.consensus import agree, check_not_freed
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor
 from mpi_ef.errors import DtypeError, OptionError, ShapeError
 
-from .agreement import agree, check_not_freed
 from .dense import DenseMean
-from .plan import Comm, Plan
-from .plans import GatherMean, plan_for
+from .plan import Plan, plan_for
+from .plans import GatherMean
 
 __all__ = ["allgather", "allreduce"]
 

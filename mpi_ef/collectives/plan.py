@@ -5,28 +5,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from time import perf_counter
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from mpi_ef import kernels
+from mpi_ef.comm.consensus import OnAllRanks, Telling, agree, check_not_freed, ranks_text
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Identity, Keep, Source, source
 from mpi_ef.compress.combination import Vector
-from mpi_ef.ending import end_together
-from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
-from mpi_ef.world import check_alone
+from mpi_ef.errors import DisagreementError, MpiEfError, NonFiniteError, OptionError, PeerError
+from mpi_ef.runtime.ending import end_together
+from mpi_ef.runtime.world import check_alone
 
-from .agreement import OnAllRanks, Telling, agree, check_not_freed, ranks_text
 from .frames import NON_FINITE, OK, REJECTED, WIRE_VERSION, Frames, header_of, misunderstanding, status_of
 from .in_flight import landed, took_off
 from .memory import Memory
+from .misfit import misfit, unwritable
 from .traffic import Traffic
 
-__all__ = ["Comm", "Offer", "Plan", "Traffic", "dense_nbytes"]
-
-# An mpi4py intracommunicator. Its type is not named here because importing mpi4py.MPI would start MPI.
-Comm = Any
+__all__ = ["Offer", "Plan", "Traffic", "plan_for"]
 
 _numbers = count(1)
 
@@ -104,6 +103,17 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
     own = 1
     saved_by = "state()"
     built = "the building of a plan"
+    kinds: ClassVar[dict[str, type[Self]]] = {}  # those of which compressors say by name that they suit them
+
+    def __init_subclass__(cls, *, kind: str = "", **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if kind:
+            Plan.kinds[kind] = cls
+
+    @classmethod
+    def suited(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, *, residual: bool) -> "Plan":  # noqa: ARG003
+        """Return a plan of this kind for :func:`plan_for`. Collective."""
+        return cls(comm, compressor, d, dtype)
 
     def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32) -> None:
         subject = type(self).__name__
@@ -204,8 +214,6 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
         return sibling
 
     def _like(self, compressor: Compressor) -> "Plan":
-        from .plans import plan_for
-
         return plan_for(self.comm, compressor, self.d, self.dtype)
 
     @property
@@ -336,35 +344,16 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
         return self._every_time
 
     def _problem(self, x: Vector | Combination, keep: Keep | None) -> MpiEfError | None:
+        subject = f"{type(self).__name__}.exchange"
         vectors = [vector for _, vector in x.terms] if isinstance(x, Combination) else [x]
         for vector in vectors:
-            if problem := self._misfit(vector):
+            if problem := misfit(vector, self.own_d, self.dtype, subject, "x"):
                 return problem
         if keep is None:
             return None
         if any(vector is keep.into or np.may_share_memory(vector, keep.into) for vector in vectors):
-            return OptionError(f"{type(self).__name__}.exchange: keep.into is one of the vectors that are sent; pass "
-                               "another array")  # fmt: skip
-        return self._unwritable(keep.into, "keep.into")
-
-    def _unwritable(self, out: Vector, name: str) -> MpiEfError | None:
-        if problem := self._misfit(out, name):
-            return problem
-        if not out.flags.writeable:
-            return ShapeError(f"{type(self).__name__}.exchange: {name} is read-only; pass an array that can be written")
-        return None
-
-    def _misfit(self, x: Vector, name: str = "x") -> MpiEfError | None:
-        subject = type(self).__name__
-        if not isinstance(x, np.ndarray):
-            return DtypeError(f"{subject}.exchange: {name} is a {type(x).__name__}; pass a numpy array")
-        if x.dtype != self.dtype:
-            return DtypeError(f"{subject}.exchange: {name} has dtype {x.dtype}; this plan takes {self.dtype}")
-        if x.shape != (self.own_d,):
-            return ShapeError(f"{subject}.exchange: {name} has shape {x.shape}; this plan takes ({self.own_d},)")
-        if not x.flags.c_contiguous:
-            return ShapeError(f"{subject}.exchange: {name} is not contiguous; pass numpy.ascontiguousarray({name})")
-        return None
+            return OptionError(f"{subject}: keep.into is one of the vectors that are sent; pass another array")
+        return unwritable(keep.into, self.own_d, self.dtype, subject, "keep.into")
 
     def _mark(self, frames: Frames) -> None:
         """Write the headers of frames that leave this rank."""
@@ -413,6 +402,20 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
         self.seconds["communicate"] += perf_counter() - began
 
 
-def dense_nbytes(plan: Plan) -> int:
-    """Return what a bandwidth-optimal uncompressed allreduce sends from every rank."""
-    return 2 * (plan.size - 1) * plan.d * plan.dtype.itemsize // plan.size
+def plan_for(
+    comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *, residual: bool = True
+) -> Plan:
+    """Return the plan that suits a compressor, by what its attribute ``plan`` says. Collective.
+
+    Gathered for sparse ones, dense for Identity, :class:`LowRankMean` for LowRank, else two-phase.
+
+    Parameters
+    ----------
+    comm, compressor, d, dtype
+        See :class:`Plan`.
+    residual : bool
+        Whether the plan keeps something from one exchange to the next: a two-phase plan the error of its second phase, a
+        low-rank one the factor it begins with.
+    """
+    kind = getattr(compressor, "plan", "gather")  # what is no compressor is refused there, on all ranks
+    return Plan.kinds[kind].suited(comm, compressor, d, dtype, residual=residual)

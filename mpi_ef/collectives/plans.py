@@ -1,21 +1,20 @@
-"""The compressed plans: gathered mean and two-phase mean; and which plan suits a compressor."""
+"""The compressed plans: gathered mean and two-phase mean."""
 
 from time import perf_counter
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpi_ef.compress import Codec, Compressor, Identity, Keep, LowRank, Source, aligned_zeros, lazy, source
+from mpi_ef.comm.protocol import Comm
+from mpi_ef.compress import Codec, Compressor, Keep, Source, aligned_zeros, lazy, source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.compress.compressor import Wires
 
-from .dense import DenseMean
 from .frames import NON_FINITE, Frames
-from .lowrank import LowRankMean
 from .memory import Move
-from .plan import Comm, Plan, Traffic, dense_nbytes
+from .plan import Plan, Traffic
 
-__all__ = ["GatherMean", "TwoPhaseMean", "chunk_bounds", "plan_for"]
+__all__ = ["GatherMean", "TwoPhaseMean", "chunk_bounds"]
 
 _ALIGNED = 64
 
@@ -32,7 +31,7 @@ def _aligned_chunk_bounds(d: int, n: int) -> list[int]:
     return [*(r * d // n // _ALIGNED * _ALIGNED for r in range(n)), d]
 
 
-class GatherMean(Plan):
+class GatherMean(Plan, kind="gather"):
     """Mean of compressed vectors by one allgather: every rank decodes the messages of all. For sparse messages.
 
     1. Encode x into one frame.
@@ -123,10 +122,10 @@ class GatherMean(Plan):
     def traffic(self) -> Traffic:
         """Bytes of one exchange."""
         nbytes = (self.size - 1) * self._send.frame_nbytes
-        return Traffic(nbytes, nbytes, dense_nbytes(self))
+        return Traffic.both_ways(nbytes, self.size, self.d * self.dtype.itemsize)
 
 
-class TwoPhaseMean(Plan):
+class TwoPhaseMean(Plan, kind="two-phase"):
     """Mean of compressed vectors by scatter and gather of chunks: the cost does not grow with n. For dense messages.
 
     1. Cut x into n chunks, encode each; alltoall: chunk j travels to rank j.
@@ -162,6 +161,11 @@ class TwoPhaseMean(Plan):
         self.reply = compressor if reply is None else reply
         self._remember = residual
         super().__init__(comm, compressor, d, dtype)
+
+    @classmethod
+    def suited(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, *, residual: bool) -> "TwoPhaseMean":
+        """Return a plan of this kind for :func:`plan_for`. Collective."""
+        return cls(comm, compressor, d, dtype, residual=residual)
 
     def _bind(self) -> dict[str, object]:
         self.bounds = _aligned_chunk_bounds(self.d, self.size)
@@ -270,7 +274,7 @@ class TwoPhaseMean(Plan):
     def traffic(self) -> Traffic:
         """Bytes of one exchange."""
         nbytes = (self.size - 1) * (self._send.frame_nbytes + self._answer.frame_nbytes)
-        return Traffic(nbytes, nbytes, dense_nbytes(self))
+        return Traffic.both_ways(nbytes, self.size, self.d * self.dtype.itemsize)
 
     def undo(self) -> None:
         """Remember the residual from before the last exchange, see :meth:`Plan.undo`."""
@@ -287,27 +291,3 @@ class TwoPhaseMean(Plan):
     def moves(self) -> dict[str, Move]:
         """Return that the residuals of all chunks are one vector, cut anew for other ranks."""
         return {"residual": Move("cut", start=self._start(self.rank), stop=self._stop(self.rank))}
-
-
-def plan_for(
-    comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *, residual: bool = True
-) -> Plan:
-    """Return the plan that suits a compressor. Collective.
-
-    Gathered for sparse ones, dense for Identity, :class:`LowRankMean` for LowRank, else two-phase.
-
-    Parameters
-    ----------
-    comm, compressor, d, dtype
-        See :class:`Plan`.
-    residual : bool
-        Whether the plan keeps something from one exchange to the next: a two-phase plan the error of its second phase, a
-        low-rank one the factor it begins with.
-    """
-    if isinstance(compressor, Identity):
-        return DenseMean(comm, d, dtype)
-    if isinstance(compressor, LowRank):
-        return LowRankMean(comm, compressor, d, dtype, warm_start=residual)
-    if getattr(compressor, "sparse", True):  # what is no compressor is refused there, on all ranks
-        return GatherMean(comm, compressor, d, dtype)
-    return TwoPhaseMean(comm, compressor, d, dtype, residual=residual)

@@ -22,3 +22,8 @@ class Traffic:
     sent_nbytes: int
     received_nbytes: int
     dense_nbytes: int
+
+    @classmethod
+    def both_ways(cls, nbytes: int, ranks: int, vector_nbytes: int) -> "Traffic":
+        """Return that of an exchange which receives as much as it sends."""
+        return cls(nbytes, nbytes, 2 * (ranks - 1) * vector_nbytes // ranks)

@@ -6,10 +6,9 @@ What is encoded may be a combination of vectors that is only formed while it is 
 """
 
 from .combination import Combination, Keep, Source, aligned_zeros, lazy, source
-from .compressor import Codec, Compressor
+from .compressor import Codec, Compressor, for_parameters
 from .dense import Identity, Quantize, Sign, Vote
 from .lowrank import LowRank
-from .parameters import for_parameters
 from .sparse import RandK, TopK
 
 __all__ = [

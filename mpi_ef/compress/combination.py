@@ -45,6 +45,10 @@ class Combination:
 
     __rmul__ = __mul__
 
+    def __getitem__(self, part: slice) -> "Combination":
+        """Return the same of these entries of all vectors."""
+        return Combination(*((factor, vector[part]) for factor, vector in self.terms))
+
     def _plus(self, other: "Combination | Vector", sign: float) -> "Combination":
         terms = list(self.terms)
         for factor, vector in other.terms if isinstance(other, Combination) else ((1.0, other),):
@@ -60,9 +64,9 @@ class Combination:
         return Combination(*terms)
 
 
-def lazy(vector: Vector) -> Combination:
+def lazy(vector: Vector | Combination) -> Combination:
     """Return `vector` as a combination, to be added to and subtracted from without computing anything."""
-    return Combination((1.0, vector))
+    return vector if isinstance(vector, Combination) else Combination((1.0, vector))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The two nouns of compression: a compressor (what) and its codec (bound to d and dtype, with its scratch memory)."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -12,7 +13,7 @@ from mpi_ef.errors import DtypeError, ShapeError
 
 from .combination import Source, Vector
 
-__all__ = ["Codec", "Compressor", "Vector", "Wires", "words"]
+__all__ = ["Codec", "Compressor", "Vector", "Wires", "for_parameters", "words"]
 
 Wires = NDArray[np.uint8]
 
@@ -135,6 +136,18 @@ class Compressor(ABC):
 
     sparse: bool = False
 
+    @property
+    def plan(self) -> str:
+        """Kind of the plan that suits it: "gather" for sparse ones, else "two-phase"; see `Plan.kinds` of collectives."""
+        return "gather" if self.sparse else "two-phase"
+
+    def bound_to(self, shapes: Iterable[tuple[int, ...]]) -> "Compressor":  # noqa: ARG002
+        """Return the compressor for a vector of parameters of these shapes, one after the other. Local.
+
+        The same one, unless it has an option that stands for something of the parameters.
+        """
+        return self
+
     def __repr__(self) -> str:
         """Return the options that are set, so that ``TopK(0.01)`` says nothing of k."""
         options = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
@@ -161,3 +174,8 @@ class Compressor(ABC):
     def wire_nbytes(self, d: int, dtype: DTypeLike = np.float32) -> int:
         """Return the size in bytes of the message for any vector of length `d`, a multiple of 8."""
         return self.codec(d, dtype).nbytes
+
+
+def for_parameters(compressor: Compressor, shapes: Iterable[tuple[int, ...]]) -> Compressor:
+    """Return what :meth:`Compressor.bound_to` does; what is no compressor is left to the plan, which refuses it. Local."""
+    return compressor.bound_to(shapes) if isinstance(compressor, Compressor) else compressor

@@ -19,6 +19,8 @@ __all__ = ["Identity", "Quantize", "Sign", "Vote"]
 class Identity(Compressor):
     """Keep everything. Wire: the values, 4 or 8 bytes each. alpha = 1."""
 
+    plan = "dense"
+
     def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
         """Return a codec that copies."""
         return _IdentityCodec(d, dtype)

@@ -7,8 +7,8 @@
 The left factor of a (p, q) matrix is r rows of p entries, the right one r rows of q entries; see ``kernels/lowrank.py``.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from math import isqrt, prod
 from operator import index
 from typing import Literal
@@ -53,6 +53,8 @@ class LowRank(Compressor):
     ``||P P^T M|| >= ||M V||``, and V is uniform. A single draw may miss everything.
     """
 
+    plan = "low-rank"
+
     rank: int = 2
     shapes: tuple[Shape, ...] | Literal["parameters"] | None = None
     seed: int = 0
@@ -64,6 +66,10 @@ class LowRank(Compressor):
             raise OptionError(f"LowRank: seed={self.seed!r} is not in [0, 2^63); pass a non-negative integer")
         if self.shapes is not None and self.shapes != "parameters":
             object.__setattr__(self, "shapes", _checked(self.shapes))
+
+    def bound_to(self, shapes: Iterable[Shape]) -> "LowRank":
+        """Return the same with these shapes in place of "parameters". Local."""
+        return replace(self, shapes=tuple(shapes)) if self.shapes == "parameters" else self
 
     def factors(self, d: int) -> "Factors":
         """Return where in a vector of length `d` the matrices lie, and where in messages their factors."""

@@ -10,7 +10,9 @@ of the compressor `values` for a vector of length k.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -96,6 +98,10 @@ class TopK(_KeptCoordinates):
             if isinstance(self.segments, str) or any(not isinstance(n, int) or n < 0 for n in self.segments):
                 raise OptionError(f"TopK: segments={self.segments!r}; pass the lengths of the parts, or 'parameters'")
             object.__setattr__(self, "segments", tuple(self.segments))
+
+    def bound_to(self, shapes: Iterable[tuple[int, ...]]) -> "TopK":
+        """Return the same with the lengths of parameters of these shapes in place of "parameters". Local."""
+        return replace(self, segments=tuple(map(prod, shapes))) if self.segments == "parameters" else self
 
     def segment_bounds(self, d: int) -> NDArray[np.int64]:
         """Return where the segments of a vector of length `d` begin, and d."""

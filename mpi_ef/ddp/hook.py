@@ -12,8 +12,8 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from mpi_ef.collectives import Plan, plan_for
-from mpi_ef.collectives.agreement import OnAllRanks, agree, ranks_text, telling
-from mpi_ef.collectives.plan import Comm
+from mpi_ef.comm.consensus import OnAllRanks, agree, ranks_text, telling
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, for_parameters
 from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback

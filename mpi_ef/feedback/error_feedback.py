@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from mpi_ef.collectives import Move, Plan
-from mpi_ef.collectives.agreement import OnAllRanks, agree
-from mpi_ef.compress.combination import Combination, Vector
+from mpi_ef.comm.consensus import OnAllRanks, agree
+from mpi_ef.compress.combination import Combination, Vector, aligned_zeros
 from mpi_ef.errors import MpiEfError, OptionError, ShapeError
 
-from .state import Steps
+from .state import Steps, form
 from .table import rule_named
 
 __all__ = ["ErrorFeedback"]
@@ -55,18 +55,20 @@ class ErrorFeedback(OnAllRanks):
         agree(plan.comm, "ErrorFeedback", facts, "build it from the same arguments everywhere")
         self.state = self.rule.state.zeros(plan, **self.options)
         self._dense: Plan | None = None
+        self._formed: Vector | None = None
         self._told: dict[str, Any] = {}
         self._under_way: tuple[Steps, Plan] | None = None
         self._dense_sent_nbytes = 0
         self._dense_seconds = dict.fromkeys(plan.seconds, 0.0)
 
-    def step(self, vector: Vector, *, whole: bool = False, **inputs: Any) -> Vector:
+    def step(self, vector: Vector | Combination, *, whole: bool = False, **inputs: Any) -> Vector:
         """Exchange this rank's vector and return the rule's result, the same bits on all ranks. Collective.
 
         Parameters
         ----------
         vector : (d,) of the plan's dtype, contiguous, this rank's gradient or update, read only; those of all its
-            clients, (own, d) or (own * d,), with :class:`ClientsMean`
+            clients, (own, d) or (own * d,), with :class:`ClientsMean`; or a combination of such vectors, ``lazy(a) - b``,
+            which the rule forms while it encodes where it takes so many (`Rule.most_terms`), with the same bits
         whole : bool
             This step exchanges whole vectors, as the first `dense_steps` do. The same on all ranks.
         inputs
@@ -103,7 +105,7 @@ class ErrorFeedback(OnAllRanks):
         """Whether the next step builds nothing, which would be collective. The same on all ranks."""
         return self._dense is not None or self.steps >= self.dense_steps
 
-    def start(self, vector: Vector) -> None:
+    def start(self, vector: Vector | Combination) -> None:
         """Begin a step: the vector may be changed as soon as this returns. :meth:`arrive` and :meth:`finish` follow.
 
         Collective; all ranks split a step, or none does. See :meth:`Plan.start`.
@@ -152,15 +154,28 @@ class ErrorFeedback(OnAllRanks):
         (steps, plan), self._under_way = self._under_way, None
         return self._finish(steps, plan)
 
-    def _steps(self, vector: Vector, whole: bool, inputs: dict[str, Any]) -> Steps:
+    def _steps(self, vector: Vector | Combination, whole: bool, inputs: dict[str, Any]) -> Steps:
         told, self._told = self._told | inputs, {}
         plan = self._current(told.pop("whole", False) or whole)
+        if isinstance(vector, Combination):
+            if not all(term.shape == (plan.own_d,) and term.dtype == plan.dtype for _, term in vector.terms):
+                plan.exchange(vector)  # raises, as below
+            if len(vector.terms) > self.rule.most_terms:
+                vector = self._form(vector, plan)
+            return self.rule.step(self.state, plan, vector, **told)
         if isinstance(vector, np.ndarray) and vector.shape == (plan.own, plan.d) and vector.flags.c_contiguous:
             vector = vector.reshape(-1)
         if not (isinstance(vector, np.ndarray) and vector.shape == (plan.own_d,) and vector.dtype == plan.dtype):
             # Raises here what is wrong, and PeerError on all other ranks.
-            plan.exchange(np.asarray(vector) if isinstance(vector, Combination) else vector)
+            plan.exchange(vector)
         return self.rule.step(self.state, plan, vector, **told)
+
+    def _form(self, vector: Combination, plan: Plan) -> Vector:
+        """Return the combination as an array of its own, overwritten by the next one."""
+        if self._formed is None:
+            self._formed = aligned_zeros(plan.own_d, plan.dtype)
+        form(vector, into=self._formed)
+        return self._formed
 
     def _finish(self, steps: Steps, plan: Plan) -> Vector:
         try:

@@ -13,7 +13,7 @@ generators, because who drives them decides when a message travels: at once, or 
 from dataclasses import dataclass
 
 from mpi_ef.collectives import Plan
-from mpi_ef.compress import Keep, lazy
+from mpi_ef.compress import Combination, Keep, lazy
 from mpi_ef.compress.combination import Vector
 
 from .state import State, Steps, error, estimate, replicated, scratch, spare
@@ -30,7 +30,7 @@ class EF14State(State):
     spare: Vector = spare()
 
 
-def ef14(s: EF14State, plan: Plan, u: Vector) -> Steps:
+def ef14(s: EF14State, plan: Plan, u: Vector | Combination) -> Steps:
     """Take one step of EF14 and return mean_i Delta_i, to be subtracted from x.
 
     Seide et al. 2014; Stich, Cordonnier, Jaggi 2018 (Mem-SGD, arXiv 1809.07599); Karimireddy et al. 2019
@@ -45,7 +45,7 @@ def ef14(s: EF14State, plan: Plan, u: Vector) -> Steps:
     ``x_T = x_0 - sum_t gamma_t mean_i g_i + mean_i e_i``. With ``u_i = g_i`` and ``x -= gamma_t * result`` the error is
     in gradient units: the same iterates for constant gamma; otherwise old errors are re-weighted by the new gamma.
     """
-    p_i = lazy(s.e_i) + u
+    p_i = lazy(u) + s.e_i  # u first: what it is made of is added up before e_i, as if it had been formed
     delta = yield plan.offer(p_i, keep=Keep(p_i, into=s.spare, less_message=True))
     s.e_i, s.spare = s.spare, s.e_i
     delta.set_mean(s.mean, again=True)
@@ -66,7 +66,7 @@ class EF21State(State):
         return self.g
 
 
-def ef21(s: EF21State, plan: Plan, grad: Vector) -> Steps:
+def ef21(s: EF21State, plan: Plan, grad: Vector | Combination) -> Steps:
     """Take one step of EF21 and return g, the estimate of the mean gradient.
 
     Richtarik, Sokolov, Fatkhullin 2021 (EF21, arXiv 2106.05203); the gradient is taken where the paper takes

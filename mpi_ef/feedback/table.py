@@ -63,12 +63,15 @@ class Rule:
         Defaults of the options for a contraction constant.
     least_alpha : float
         Below this constant the defaults are no guide.
+    most_terms : int
+        Of how many vectors that of a step may be a combination without being formed beforehand.
     """
 
     step: Callable[..., Steps]
     state: type[State]
     options: Callable[[float], Options] = lambda _alpha: {}
     least_alpha: float = 0.0
+    most_terms: int = 1
 
     @property
     def name(self) -> str:
@@ -115,8 +118,8 @@ _RANGES: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
 RULES: Mapping[str, Rule] = {
     rule.name: rule
     for rule in (
-        Rule(ef14, EF14State),
-        Rule(ef21, EF21State),
+        Rule(ef14, EF14State, most_terms=2),
+        Rule(ef21, EF21State, most_terms=2),
         Rule(econtrol, EControlState, lambda alpha: {"eta": 0.3 * alpha}, least_alpha=1e-4),
         Rule(ef14_momentum, EF14MomentumState, lambda _: {"beta": 0.9}),
         Rule(lion, LionState, lambda _: {"beta1": 0.9, "beta2": 0.99}),

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 
 from mpi_ef.collectives import Plan
-from mpi_ef.collectives.agreement import OnAllRanks, Telling
-from mpi_ef.collectives.plan import Comm
+from mpi_ef.comm.consensus import OnAllRanks, Telling
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters
 

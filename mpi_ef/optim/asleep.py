@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ef.collectives.plan import Comm
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress.combination import Vector
 from mpi_ef.vectors import Mask
 

@@ -4,10 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-
-from mpi_ef.collectives.agreement import ranks_text
-from mpi_ef.compress.combination import Vector
+from mpi_ef.comm.consensus import ranks_text
+from mpi_ef.compress.combination import Combination, Vector
 from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters
@@ -17,6 +15,7 @@ from .lane import Lane
 __all__ = ["Bucket", "Buckets", "bucket_slices"]
 
 Value = TypeVar("Value")
+Take = Callable[[slice, Vector], None]  # a part of the vector, and the result of its rule
 
 
 @dataclass
@@ -100,7 +99,7 @@ class Buckets:
         """Whether the gradients of a bucket are there; a plan is not built in a backward pass, where others may not come."""
         return not self._missing[n] and self._buckets[n].feedback.prepared
 
-    def _start_next(self, vector: Vector) -> None:
+    def _start_next(self, vector: Vector | Combination) -> None:
         bucket = self._buckets[self._started]
         self._started += 1
         bucket.feedback.start(vector[bucket.part])
@@ -116,8 +115,8 @@ class Buckets:
         """Let gradients only add up, or travel again. Local."""
         self._open = not paused
 
-    def step(self, vector: Vector) -> None:
-        """Replace `vector`, (d,), by the results of the rules. Collective.
+    def step(self, vector: Vector | Combination, take: Take) -> None:
+        """Give `vector`, (d,), to the rules, and their results to `take`. Collective.
 
         Raises
         ------
@@ -125,16 +124,16 @@ class Buckets:
             On all ranks, with all state as it was.
         """
         if len(self._buckets) == 1:
-            np.copyto(vector, self._buckets[0].feedback.step(vector))
+            take(self._buckets[0].part, self._buckets[0].feedback.step(vector))
             return
         if broken := self.arrive(vector):
             self.drop()
             raise NonFiniteError(
                 f"DistributedOptimizer: NaN or Inf on {ranks_text(broken)}; nothing was changed", broken
             )
-        self.finish(vector)
+        self.finish(take)
 
-    def arrive(self, vector: Vector) -> tuple[int, ...]:
+    def arrive(self, vector: Vector | Combination) -> tuple[int, ...]:
         """Start what has not started, wait for everything, and return the ranks with a NaN or Inf. Collective."""
         self.early = self._started
         while self._started < len(self._buckets):
@@ -160,10 +159,10 @@ class Buckets:
         for bucket in self._buckets:
             bucket.feedback.drop()
 
-    def finish(self, out: Vector) -> None:
-        """Update all states, and write the results of the rules to `out`, (d,). Local."""
+    def finish(self, take: Take) -> None:
+        """Update all states, and give the results of the rules to `take`. Local."""
         for bucket in self._buckets:
-            np.copyto(out[bucket.part], bucket.feedback.finish())
+            take(bucket.part, bucket.feedback.finish())
 
     def arrays(self, kind: Callable[[ErrorFeedback], dict[str, Value]]) -> dict[str, Value]:
         """Return what is named by all buckets; with several, names begin with the number of the bucket. Local."""

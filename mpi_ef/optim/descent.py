@@ -6,7 +6,7 @@ from typing import Any
 from torch.optim import SGD
 
 from mpi_ef.collectives import plan_for
-from mpi_ef.collectives.plan import Comm
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, LowRank
 
 from .groups import parameters_of

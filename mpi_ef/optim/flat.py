@@ -15,9 +15,9 @@ from torch import nn
 
 from mpi_ef import kernels
 from mpi_ef.buffers import broadcast_buffers
-from mpi_ef.collectives.agreement import agree, check_not_freed, ranks_text
 from mpi_ef.collectives.frames import NON_FINITE, OK, REJECTED
-from mpi_ef.collectives.plan import Comm
+from mpi_ef.comm.consensus import agree, check_not_freed, ranks_text
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import DisagreementError, OptionError
 from mpi_ef.feedback import ErrorFeedback

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ef.collectives.agreement import ranks_text
-from mpi_ef.collectives.plan import Comm
+from mpi_ef.comm.consensus import ranks_text
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DisagreementError, PeerError
 from mpi_ef.vectors import Mask
 

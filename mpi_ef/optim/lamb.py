@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from mpi_ef import kernels
 from mpi_ef.collectives import Plan, plan_for
-from mpi_ef.collectives.agreement import telling
-from mpi_ef.collectives.plan import Comm
+from mpi_ef.comm.consensus import telling
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Sign
 from mpi_ef.compress.combination import Vector
 from mpi_ef.feedback import ErrorFeedback

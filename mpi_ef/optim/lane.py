@@ -2,8 +2,8 @@
 
 import gc
 
-from mpi_ef.collectives.agreement import tell_all
-from mpi_ef.collectives.plan import Comm
+from mpi_ef.comm.consensus import tell_all
+from mpi_ef.comm.protocol import Comm
 
 from .line import kept_with, mpi_of
 

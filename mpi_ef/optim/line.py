@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ef.collectives.agreement import ranks_text
 from mpi_ef.collectives.in_flight import landed, took_off
-from mpi_ef.collectives.plan import Comm
+from mpi_ef.comm.consensus import ranks_text
+from mpi_ef.comm.protocol import Comm
 
 __all__ = ["Line", "kept_with", "line_for", "mpi_of", "state_of_line"]
 

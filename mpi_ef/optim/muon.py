@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mpi_ef.collectives import plan_for
-from mpi_ef.collectives.plan import Comm
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor
 
 from .groups import parameters_of

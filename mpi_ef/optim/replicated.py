@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from mpi_ef.collectives import DenseMean, Move
-from mpi_ef.collectives.plan import Comm
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import aligned_zeros
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError, ShapeError

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpi_ef import kernels
 from mpi_ef.collectives import Plan, TwoPhaseMean, plan_for
-from mpi_ef.collectives.plan import Comm
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Vote
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import Mask

@@ -13,9 +13,9 @@ import torch
 from torch.optim import Optimizer
 
 from mpi_ef.collectives import Move, Plan, plan_for
-from mpi_ef.collectives.agreement import telling
-from mpi_ef.collectives.plan import Comm
-from mpi_ef.compress import Compressor, Identity, for_parameters
+from mpi_ef.comm.consensus import telling
+from mpi_ef.comm.protocol import Comm
+from mpi_ef.compress import Combination, Compressor, Identity, for_parameters, lazy
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import MpiEfError, OptionError
 from mpi_ef.feedback import ErrorFeedback
@@ -321,12 +321,14 @@ class DistributedOptimizer(FlatOptimizer):
         if self._before is not None:
             self._exchange_updates(self._before)
         else:
-            gradients = self.flat.gradients
             if self.overlaps:
-                self.buckets.finish(gradients)
+                self.buckets.finish(self._take_mean)
             else:
-                self.buckets.step(gradients)
+                self.buckets.step(self.flat.gradients, self._take_mean)
             self._step_inside()
+
+    def _take_mean(self, part: slice, mean: Vector) -> None:
+        np.copyto(self.flat.gradients[part], mean)
 
     def _try_inside(self) -> Exception | None:
         """Do :meth:`_step_inside`; what it raises on this rank alone goes into the exchange, where the others are."""
@@ -343,17 +345,23 @@ class DistributedOptimizer(FlatOptimizer):
         values = self.flat.values
         np.copyto(before, values)
         problem = self._try_inside()
-        np.subtract(before, values, out=values)  # for a moment the parameters are this rank's update
-        if self.weight != 1.0:
-            values *= self.flat.dtype.type(self.weight)
+        update: Vector | Combination = lazy(before) - values
+        if self.weight != 1.0 or self.feedback.rule.most_terms == 1:
+            np.subtract(before, values, out=values)  # for a moment the parameters are this rank's update
+            if self.weight != 1.0:
+                values *= self.flat.dtype.type(self.weight)
+            update = values
+
+        def take(part: slice, mean: Vector) -> None:
+            np.subtract(before[part], mean, out=values[part])
+
         try:
-            self.buckets.step(values)
+            self.buckets.step(update, take)
         except BaseException as error:
             np.copyto(values, before)
             if problem is not None and isinstance(error, MpiEfError):
                 raise problem from None
             raise
-        np.subtract(before, values, out=values)
 
     @property
     def observer(self) -> Callable[[list[BucketReport]], None] | None:

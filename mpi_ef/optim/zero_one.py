@@ -9,8 +9,8 @@ import numpy as np
 
 from mpi_ef import kernels
 from mpi_ef.collectives import Move, Plan, plan_for
-from mpi_ef.collectives.agreement import telling
-from mpi_ef.collectives.plan import Comm
+from mpi_ef.comm.consensus import telling
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Sign, lazy
 from mpi_ef.compress.combination import Vector
 from mpi_ef.feedback import ErrorFeedback

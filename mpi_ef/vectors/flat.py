@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpi_ef.collectives.plan import Comm
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import aligned_zeros
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import DtypeError, OptionError

@@ -14,7 +14,8 @@ from typing import Any
 from unittest import mock
 
 from mpi_ef.checkpoint.store import Store
-from mpi_ef.jobs import train, trainer
+from mpi_ef.jobs.train import loop as trainer
+from mpi_ef.jobs.train import program as train
 
 fault = json.loads(sys.argv[1])
 NUMBER = signal.Signals[fault["signal"]]

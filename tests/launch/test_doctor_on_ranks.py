@@ -13,7 +13,7 @@ LIMIT = 150
 
 
 def doctor(n, *arguments, **environment):
-    return run(n, "-m", "mpi_ef.jobs.doctor", *arguments, within=LIMIT, **environment)
+    return run(n, "-m", "mpi_ef.jobs.doctor.program", *arguments, within=LIMIT, **environment)
 
 
 def read(ended):
@@ -59,7 +59,9 @@ def test_all_findings_as_json(tmp_path, n):
 def test_the_warm_up_compiles_once_and_a_training_finds_everything_compiled(tmp_path, cold):
     environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")} if cold else {}
     for compiles in (True, False):
-        ended = run(2, "-m", "mpi_ef.jobs.doctor", "--json", "--warmup", "--out", tmp_path, within=400, **environment)
+        ended = run(
+            2, "-m", "mpi_ef.jobs.doctor.program", "--json", "--warmup", "--out", tmp_path, within=400, **environment
+        )
         assert ended.status == 0, ended.text
         what = names(ended)["warm-up"]["what"]
         assert (
@@ -79,7 +81,8 @@ import sys
 from pathlib import Path
 from mpi4py.MPI import COMM_WORLD as comm
 from mpi_ef import kernels
-from mpi_ef.jobs.train import TrainConfig, train
+from mpi_ef.jobs.train.config import TrainConfig
+from mpi_ef.jobs.train.program import train
 small = dict(model="mlp", steps=6, warmup=1, batch=4, out=Path(sys.argv[1]), overwrite=True)
 for optimizer in ("adamw", "onebit-adam", "lion", "ef21-muon", "powersgd"):
     train(comm, TrainConfig(optimizer=optimizer, **small, **({"freeze": 2} if optimizer == "onebit-adam" else {})))
@@ -95,9 +98,14 @@ sys.stdout.write(f"compiled by the training: {late}\\n")
 
 BROKEN = """
 import os, sys, time
-import mpi_ef.jobs.doctor as doctor
-from mpi_ef.jobs import doctor_checks, doctor_files, doctor_link, doctor_ranks, doctor_together, doctor_versions
-from mpi_ef.jobs.doctor_world import launcher_of
+import mpi_ef.jobs.doctor.program as doctor
+from mpi_ef.jobs.doctor import checks as doctor_checks
+from mpi_ef.jobs.doctor import files as doctor_files
+from mpi_ef.jobs.doctor import link as doctor_link
+from mpi_ef.jobs.doctor import ranks as doctor_ranks
+from mpi_ef.jobs.doctor import together as doctor_together
+from mpi_ef.jobs.doctor import versions as doctor_versions
+from mpi_ef.jobs.doctor.world import launcher_of
 doctor_checks.CHECKS = [check for check in doctor_checks.CHECKS if check.name in ("cores", "versions")]  # the fast ones
 rank = launcher_of(os.environ).rank
 if rank == {rank}:
@@ -169,7 +177,7 @@ def copy(rank, *arguments, tasks=2, **environment):
 
 
 def alone(*arguments, **environment):
-    command = [sys.executable, "-m", "mpi_ef.jobs.doctor", *arguments]
+    command = [sys.executable, "-m", "mpi_ef.jobs.doctor.program", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=patience.limit(60), check=False, env=os.environ | environment
     )

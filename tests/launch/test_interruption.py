@@ -26,7 +26,7 @@ LIMIT = 120
 
 
 def arguments(out, *more):
-    return ["-m", "mpi_ef.jobs.train", *SMALL, *more, "--out", out]
+    return ["-m", "mpi_ef.jobs.train.program", *SMALL, *more, "--out", out]
 
 
 def faulty(signal_, at, ranks, out, *more, after=0.0):

@@ -14,7 +14,7 @@ import pytest
 from launching import TMPDIR_OF_PRTE, finish, run, start
 from test_interruption import handles, wait_for
 
-from mpi_ef.jobs import launch
+from mpi_ef.runtime import launch
 
 SHORT = ["--steps", 20, "--warmup", 2, "--batch", 4, "--log-every", 5]
 SMALL = [*SHORT, "--context", 16, "--layers", 1, "--heads", 2, "--width", 16]
@@ -24,7 +24,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def train(n, *arguments, **options):
-    return run(n, "-m", "mpi_ef.jobs.train", *SMALL, *arguments, within=LIMIT, **options)
+    return run(n, "-m", "mpi_ef.jobs.train.program", *SMALL, *arguments, within=LIMIT, **options)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -51,7 +51,7 @@ def test_train_on_your_own_text_with_a_file_of_options(tmp_path):
 
 @pytest.mark.parametrize("options", [["--rule", "ef21"], ["--rule", "econtrol"], ["--compressor", "identity"]])
 def test_train_with_gradient_placement(tmp_path, options):
-    ended = run(2, "-m", "mpi_ef.jobs.train", *SHORT, "--model", "mlp", "--split", "by-label", "--optimizer", "sgd",
+    ended = run(2, "-m", "mpi_ef.jobs.train.program", *SHORT, "--model", "mlp", "--split", "by-label", "--optimizer", "sgd",
                 "--placement", "gradient", "--dense-steps", 1, *options, "--out", tmp_path, within=LIMIT)  # fmt: skip
     assert ended.status == 0, ended.text
     assert "validation accuracy" in ended.text
@@ -62,7 +62,7 @@ def test_bench(tmp_path, n):
     """Figures are complete and add up; medians over launches; a picture. How fast anything is decides nothing."""
     files = [tmp_path / f"{launch}.json" for launch in range(2)]
     for file in files:
-        ended = run(n, "-m", "mpi_ef.jobs.bench", "--d", 20_000, "--repeats", 2, "--json", file, within=LIMIT)
+        ended = run(n, "-m", "mpi_ef.jobs.bench.program", "--d", 20_000, "--repeats", 2, "--json", file, within=LIMIT)
         assert ended.status == 0, ended.text
         assert ended.text.count("median") == 1  # one rank prints
     result = json.loads(files[0].read_text())
@@ -73,7 +73,7 @@ def test_bench(tmp_path, n):
     assert rows["ef21 TopK(0.01, bf16)"]["entry_bits"] <= 25
     assert rows["ef21 TopK(0.01)"]["touched_bytes"] < 12
     combined = tmp_path / "both.json"
-    ended = run(1, "-m", "mpi_ef.jobs.bench", "--combine", f"{files[0]},{files[1]}", "--json", combined,
+    ended = run(1, "-m", "mpi_ef.jobs.bench.program", "--combine", f"{files[0]},{files[1]}", "--json", combined,
                 "--plot", tmp_path / "bench.png", within=LIMIT)  # fmt: skip
     assert ended.status == 0, ended.text
     assert "2 launches" in ended.text
@@ -157,7 +157,7 @@ def test_what_a_killed_launcher_has_left_does_not_stop_another(tmp_path, monkeyp
 @pytest.mark.parametrize("told", [False, True], ids=["", "the first to leave ends the others"])
 def test_n_copies_of_rank_zero(told):
     """Each says what is wrong before the first leaves, and ends with the same status, also when srun ends it."""
-    task = subprocess.Popen([sys.executable, "-m", "mpi_ef.jobs.train"], stdout=subprocess.PIPE, text=True,
+    task = subprocess.Popen([sys.executable, "-m", "mpi_ef.jobs.train.program"], stdout=subprocess.PIPE, text=True,
                             stderr=subprocess.STDOUT, env=os.environ | {"SLURM_STEP_NUM_TASKS": "2"})  # fmt: skip
     began, first = time.monotonic(), task.stdout.readline()
     if told:
@@ -176,7 +176,7 @@ import sys, time
 import numpy as np
 from mpi_ef import GatherMean, TopK, allreduce
 from mpi_ef.errors import MpiEfError
-from mpi_ef.jobs.launch import run
+from mpi_ef.runtime.launch import run
 
 def program(comm):
     rank, x = comm.Get_rank(), np.ones(100, np.float32)
@@ -212,7 +212,7 @@ def test_a_rank_that_raises_ends_all_with_its_message(tmp_path, fault, words, st
 DIFFERING = """
 import numpy as np
 from mpi_ef import GatherMean, TopK
-from mpi_ef.jobs.launch import run
+from mpi_ef.runtime.launch import run
 
 def program(comm):
     pair = comm.Split(comm.Get_rank() // 2)
@@ -238,8 +238,9 @@ def test_options_that_differ_between_ranks_are_told(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(f"""
 from dataclasses import replace
-from mpi_ef.jobs.launch import run
-from mpi_ef.jobs.train import TrainConfig, train
+from mpi_ef.runtime.launch import run
+from mpi_ef.jobs.train.config import TrainConfig
+from mpi_ef.jobs.train.program import train
 config = TrainConfig(model="mlp", steps=5, out={str(tmp_path)!r})
 run(lambda comm: train(comm, replace(config, log_every=5 + comm.Get_rank())))
 """)
@@ -258,7 +259,9 @@ def test_a_rank_that_is_killed_ends_all(tmp_path):
 
 
 def test_a_terminated_run_leaves_its_metrics(tmp_path):
-    process = start(2, "-m", "mpi_ef.jobs.train", *SMALL, "--steps", 100000, "--eval-every", 100000, "--out", tmp_path)
+    process = start(
+        2, "-m", "mpi_ef.jobs.train.program", *SMALL, "--steps", 100000, "--eval-every", 100000, "--out", tmp_path
+    )
     rows = tmp_path / "metrics.jsonl"
     for _ in range(600):
         if rows.exists() and len(rows.read_text().splitlines()) > 3:
@@ -275,7 +278,7 @@ def test_abort_on_exception_in_a_script_of_your_own(tmp_path):
     script = tmp_path / "own.py"
     script.write_text("""
 from mpi4py import MPI
-from mpi_ef.jobs.launch import abort_on_exception
+from mpi_ef.runtime.launch import abort_on_exception
 comm = MPI.COMM_WORLD
 abort_on_exception(comm)
 if comm.rank == 1:
@@ -372,7 +375,7 @@ def test_kernels_are_compiled_once_and_outside_of_the_times(tmp_path):
     """Rank 0 says so, and a run that compiles leaves out the same steps as one that loads."""
     said, summaries = [], []
     for out in (tmp_path / "cold", tmp_path / "warm"):
-        program = ["-m", "mpi_ef.jobs.train", *SMALL, "--compressor", "identity", "--out", out]  # few kernels
+        program = ["-m", "mpi_ef.jobs.train.program", *SMALL, "--compressor", "identity", "--out", out]  # few kernels
         ended = run(2, *program, within=280, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
         assert ended.status == 0, ended.text
         said.append(ended.lines_with("compiling kernels"))

@@ -11,7 +11,7 @@ from test_interruption import arguments as training
 from test_interruption import faulty as faulty_training
 
 from mpi_ef.errors import LaunchError
-from mpi_ef.jobs.survivors import OPTIONS, check
+from mpi_ef.runtime.ulfm import OPTIONS, check
 
 ULFM = OPTIONS.split()
 

@@ -427,8 +427,8 @@ def test_digits_by_label_with_one_twentieth_of_the_gradient(comm):
     EF21 on one rank ends up to 2.5 points below (batches as noise, which the lag of g_i adds to), sometimes.
     """
 
-    from mpi_ef.jobs.data import Digits, batches, shard
-    from mpi_ef.jobs.models import mlp
+    from mpi_ef.jobs.train.datasets import Digits, batches, shard
+    from mpi_ef.jobs.train.models import mlp
 
     data = Digits()
     order = np.argsort(data.labels, kind="stable")

@@ -10,8 +10,8 @@ import torch
 from programs import OPTIMIZERS, build_optimizer, loss_of, model, same_bits
 
 from mpi_ef.checkpoint import Store
-from mpi_ef.checkpoint.state import Training
 from mpi_ef.data import seed_rank
+from mpi_ef.state.training import Training
 
 pytestmark = pytest.mark.mpi
 

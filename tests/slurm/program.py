@@ -30,13 +30,13 @@ def note(path):
 
 def with_brake(path):
     """Let the trainer's steps look at the file. MPI is imported before torch, as ever."""
-    from mpi_ef.jobs import launch
+    from mpi_ef.runtime import launch
 
     run = launch.run
 
     def slowly(program):
         def braked(comm):
-            from mpi_ef.jobs.trainer import Trainer
+            from mpi_ef.jobs.train.loop import Trainer
 
             step = Trainer.step
 

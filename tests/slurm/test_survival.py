@@ -6,7 +6,7 @@ import signal
 import pytest
 from cluster import BESIDE, STEPS, TINY, Place, assert_same, losses, summary
 
-from mpi_ef.jobs.survivors import OPTIONS
+from mpi_ef.runtime.ulfm import OPTIONS
 
 SAVING = [*TINY, "--checkpoint-every", 5]
 ONE_NODE = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1")

@@ -1,0 +1,199 @@
+"""Measure every plan and rule against dense allreduce on this machine, alternating: ``mpiexec -n 2 mpi-ef bench``.
+
+Says where compression pays: it fits latency and bandwidth of the link between the ranks, and prints the bandwidth below
+which each method beats the fastest dense one. ``mpi-ef bench checkpoint`` measures saving and loading.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from mpi_ef.errors import ConfigError, DataError, MpiEfError
+from mpi_ef.jobs.bench.table import Link, Row, combine, plot, table
+from mpi_ef.jobs.folder import replacing
+from mpi_ef.jobs.metrics import announcing
+from mpi_ef.jobs.options import option, parse
+from mpi_ef.runtime import launch
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mpi_ef.jobs.bench.methods import Method
+
+__all__ = ["BenchConfig", "main", "measure"]
+
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
+VECTORS = 3  # that take turns, so that the same entries are not selected again and again
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Options of the benchmark; every field is a flag."""
+
+    d: int | None = option(None, "entries of the vector, float32", shown="25000000")
+    ratio: float | None = option(None, "share of entries that topk keeps", shown="0.01")
+    repeats: int | None = option(None, "times each method is measured", shown="9")
+    only: str | None = option(
+        None, "measure only methods whose names contain one of these words, separated by commas", shown="all"
+    )
+    json: Path | None = option(None, "write all figures to this file")
+    plot: Path | None = option(None, "draw them to this picture, .png, .svg, .pdf or .jpg")
+    combine: str = option("", "no measurement: medians over the launches in these JSON files, separated by commas")
+
+    def __post_init__(self) -> None:
+        measuring = {name: getattr(self, name) for name in ("d", "ratio", "repeats", "only")}
+        for name, value in measuring.items():
+            if self.combine and value is not None:
+                raise ConfigError(f"{name}={value} has no effect with combine, which measures nothing")
+        if self.d is not None and self.d < 100:
+            raise ConfigError(f"d={self.d} is too short to say anything; take at least 100")
+        if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
+            raise ConfigError(f"ratio={self.ratio} is not in (0, 1]; 0.01 keeps one entry in a hundred")
+        if self.plot is not None and self.plot.suffix.lower() not in PICTURES:
+            raise ConfigError(f"plot={self.plot} is no name of a picture; take one that ends in {', '.join(PICTURES)}")
+        if self.repeats is not None and self.repeats < 1:
+            raise ConfigError(f"repeats={self.repeats} is not positive; take for example 9")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark on COMM_WORLD, or put the results of several launches together; or that of checkpoints."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["checkpoint"]:
+        from mpi_ef.jobs.bench import checkpoint as bench_checkpoint
+
+        bench_checkpoint.main(arguments[1:])
+        return
+    config = parse(BenchConfig, arguments, prog="mpi-ef bench", description=__doc__ or "")
+    if config.combine:
+        try:
+            show(config, combine([read(Path(name)) for name in config.combine.split(",")]))
+        except MpiEfError as error:
+            raise SystemExit(f"mpi-ef: {error}") from None
+    else:
+        launch.run(lambda comm: run(comm, config))
+
+
+def run(comm: Any, config: BenchConfig) -> None:
+    """Measure, print, write. Collective."""
+    with announcing(comm):
+        result = measure(comm, config)
+    if comm.Get_rank() == 0:
+        show(config, result)
+
+
+def show(config: BenchConfig, result: dict[str, Any]) -> None:
+    """Print the table, and write what was asked for."""
+    print(table(result))
+    if config.json:
+        with replacing(config.json) as draft:
+            draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if config.plot:
+        plot(result, config.plot)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return what a launch has written with ``--json``."""
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: is no result of mpi-ef bench ({error}); write one with --json") from None
+    if not isinstance(result, dict) or not {"rows", "link", "launches"} <= result.keys():
+        raise DataError(f"{path}: is no result of mpi-ef bench; write one with --json")
+    return result
+
+
+def measure(comm: Any, config: BenchConfig) -> dict[str, Any]:
+    """Return all figures as a JSON document; times are those of the slowest rank. Collective.
+
+    Every method is called once in each round, with the same vector in all of a round, after a barrier; the first two
+    rounds do not count.
+    """
+    import numpy as np
+    from mpi4py import MPI
+
+    from mpi_ef.jobs.bench.methods import methods
+
+    d, ratio, repeats = config.d or 25_000_000, config.ratio or 0.01, config.repeats or 9
+    rng = np.random.default_rng(comm.Get_rank())
+    vectors = [rng.standard_normal(d, dtype=np.float32) for _ in range(VECTORS)]
+    wanted = [word.strip() for word in (config.only or "").split(",") if word.strip()]
+    every = list(methods(comm, d, ratio))
+    _check_words(wanted, [m.name for m in every])
+    chosen = [m for m in every if not wanted or m.kind == "dense" or any(word in m.name for word in wanted)]
+    seconds = np.zeros((len(chosen), repeats + 2))
+    for turn in range(repeats + 2):
+        x = vectors[turn % VECTORS]
+        for number, method in enumerate(chosen):
+            if turn == 2 and method.plan is not None:
+                method.plan.seconds.update(dict.fromkeys(method.plan.seconds, 0.0))
+            comm.Barrier()
+            began = perf_counter()
+            method.call(x)
+            seconds[number, turn] = perf_counter() - began
+    comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
+    link = fit_link(comm)
+    rows = []
+    for method, times in zip(chosen, seconds[:, 2:].tolist(), strict=True):
+        local = touched = None
+        if method.plan is not None:
+            spent = method.plan.seconds["encode"] + method.plan.seconds["decode"]
+            local = comm.allreduce(spent / repeats, MPI.MAX)
+            touched = touched_bytes(method, vectors[0])
+        rows.append(Row(method.name, method.kind, median(times), min(times), max(times), method.sent_nbytes,
+                        method.entry_bits, method.index_bits, local, touched))  # fmt: skip
+    return {
+        "ranks": comm.Get_size(), "d": d, "ratio": ratio, "repeats": repeats, "launches": 1,
+        "mpi": " ".join(MPI.Get_library_version().split("\x00")[0].splitlines()[0].split(",")[0].split()),
+        "link": asdict(link), "rows": [asdict(row) for row in rows],
+    }  # fmt: skip
+
+
+def _check_words(wanted: Sequence[str], names: Sequence[str]) -> None:
+    """Raise on all ranks when a word of --only is in no name."""
+    for word in wanted:
+        if not any(word in name for name in names):
+            error = ConfigError(f"only={word}: no method has that in its name; take of {', '.join(names)}")
+            error.everywhere = True
+            raise error
+
+
+def touched_bytes(method: "Method", x: "np.ndarray") -> float:
+    """Return the bytes per entry of x that the kernels of one more step touch. Collective."""
+    from mpi_ef.jobs.bench.traffic import counted
+
+    with counted() as touched:
+        method.call(x)
+    return touched.nbytes / x.size
+
+
+def fit_link(comm: Any) -> Link:
+    """Return latency and bandwidth between neighbours, all ranks sending at once, by least squares. Collective."""
+    import numpy as np
+    from mpi4py import MPI
+
+    size, rank = comm.Get_size(), comm.Get_rank()
+    sizes = [1 << power for power in range(10, 25, 2)]
+    send, receive = np.ones(sizes[-1], np.uint8), np.ones(sizes[-1], np.uint8)
+    times = np.zeros(len(sizes))
+    for n, nbytes in enumerate(sizes):
+        samples = []
+        for _ in range(9):
+            comm.Barrier()
+            began = perf_counter()
+            comm.Sendrecv(send[:nbytes], (rank + 1) % size, recvbuf=receive[:nbytes], source=(rank - 1) % size)
+            samples.append(perf_counter() - began)
+        times[n] = median(samples)
+    comm.Allreduce(MPI.IN_PLACE, times, MPI.MAX)
+    # Relative errors count alike at all sizes: divide every equation by its time.
+    columns = np.stack([np.ones(len(sizes)), np.array(sizes)], axis=1) / times[:, None]
+    (latency, inverse), *_ = np.linalg.lstsq(columns, np.ones(len(sizes)), rcond=None)
+    return Link(max(0.0, float(latency)), 1.0 / max(1e-15, float(inverse)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""One HTML page with tables and pictures inside: it can be mailed, and opened without a network."""
+
+from base64 import b64encode
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mpi_ef.errors import DataError
+from mpi_ef.jobs.folder import replacing
+from mpi_ef.jobs.report.section import Section
+
+__all__ = ["write"]
+
+_STYLE = """
+body { font-family: system-ui, sans-serif; color: #222; background: #fff }
+body { max-width: 80rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; border-bottom: 1px solid #ccc; padding-bottom: .2rem; margin-top: 2.5rem }
+pre { background: #f6f6f4; padding: .8rem 1rem; overflow-x: auto; font-size: .8rem; line-height: 1.45 }
+img { max-width: 100%; height: auto }
+nav a { margin-right: 1.2em }
+"""
+
+
+def write(sections: Sequence[Section], path: Path) -> None:
+    """Write all sections into one file.
+
+    Raises
+    ------
+    DataError
+        When matplotlib is not installed, or the file cannot be written.
+    """
+    links = "".join(f'<a href="#{n}">{escape(section.title)}</a>' for n, section in enumerate(sections))
+    body = "\n".join(_section(n, section) for n, section in enumerate(sections))
+    page = (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>mpi-ef report</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style>\n</head>\n<body>\n'
+        f"<h1>mpi-ef report</h1>\n<nav>{links}</nav>\n{body}\n</body>\n</html>\n"
+    )
+    try:
+        with replacing(path) as draft:
+            draft.write_text(page, encoding="utf-8")
+    except DataError as error:
+        raise DataError(f"{path}: the page cannot be written ({error}); name another file") from None
+
+
+def _section(number: int, section: Section) -> str:
+    with TemporaryDirectory() as folder:
+        picture = Path(folder) / "picture.png"
+        section.draw(picture)
+        data = b64encode(picture.read_bytes()).decode()
+    return (
+        f'<h2 id="{number}">{escape(section.title)}</h2>\n<pre>{escape(section.text)}</pre>\n'
+        f'<img alt="{escape(section.title)}" src="data:image/png;base64,{data}">'
+    )

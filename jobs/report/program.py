@@ -1,0 +1,173 @@
+"""Tabulate and draw finished runs: ``mpi-ef report RUN... --html report.html``. Needs no MPI.
+
+A RUN is a folder that ``mpi-ef train`` or ``mpi-ef reproduce`` has written, or a file of ``mpi-ef bench --json``.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpi_ef.errors import DataError, MpiEfError
+from mpi_ef.jobs.metrics import in_bytes
+from mpi_ef.jobs.report.section import Section
+
+__all__ = ["main", "read_sections"]
+
+
+@dataclass(frozen=True)
+class _Run:
+    name: str
+    summary: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print tables of the runs, and draw them when asked to."""
+    parser = argparse.ArgumentParser(prog="mpi-ef report", description=(__doc__ or "").partition("\n")[2])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder or file of a finished run")
+    parser.add_argument("--plot", type=Path, metavar="PNG",
+                        help="draw losses against bytes, time and steps; what is lost, state, times of phases")  # fmt: skip
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write tables and pictures into one page")
+    parser.add_argument("--best", action="store_true",
+                        help="of trained runs that differ in the learning rate only, show the best")  # fmt: skip
+    arguments = parser.parse_args(argv)
+    try:
+        sections = read_sections(arguments.runs, best=arguments.best)
+        print("\n\n".join(section.text for section in sections))
+        if arguments.plot:
+            for section in sections:
+                section.draw(_path_for(section, arguments.plot, alone=len(sections) == 1))
+        if arguments.html:
+            from mpi_ef.jobs.report.html import write
+
+            write(sections, arguments.html)
+    except MpiEfError as error:
+        raise SystemExit(f"mpi-ef: {error}") from None
+
+
+def _path_for(section: Section, path: Path, *, alone: bool) -> Path:
+    return path if alone else path.with_name(f"{path.stem}-{section.kind}{path.suffix}")
+
+
+def read_sections(paths: Sequence[Path], *, best: bool = False) -> list[Section]:
+    """Return what there is to say of the runs, by the programs that wrote them; trained ones together, dense first.
+
+    With `best`, of trained runs that differ in the learning rate (and in folders) only, the one that ended best.
+
+    Raises
+    ------
+    DataError
+        When a path holds no finished run.
+    """
+    trained, others = [], []
+    for path in paths:
+        if path.is_file():
+            others.append(_benched(path))
+        elif (path / "table.txt").is_file():
+            others.append(_reproduced(path))
+        else:
+            trained.append(_trained(path))
+    if not trained:
+        if best:
+            raise DataError("report: best has no effect here: none of these is a trained run")
+        return others
+    if best:
+        trained = _best(trained)
+    names = _short_names([run.name for run in trained])
+    trained = [_Run(name, run.summary, run.rows) for name, run in zip(names, trained, strict=True)]
+    trained.sort(key=lambda run: run.summary["config"]["compressor"] != "identity")  # stable: the order given otherwise
+
+    def draw(path: Path) -> None:
+        from mpi_ef.jobs.report.figures import training
+
+        training({run.name: run.rows for run in trained}, path)
+
+    return [Section("train", "Training", table(trained), draw), *others]
+
+
+def _best(runs: Sequence[_Run]) -> list[_Run]:
+    kept: dict[str, _Run] = {}
+    for run in runs:
+        config = run.summary["config"]
+        apart = ("lr", "out", "text") if "data" in config else ("lr", "out")  # a text is known by its content
+        key = json.dumps({key: value for key, value in config.items() if key not in apart}, sort_keys=True)
+        if key not in kept or _end(run) < _end(kept[key]):
+            kept[key] = run
+    return list(kept.values())
+
+
+def _end(run: _Run) -> float:
+    """Return the last validation loss, infinite for a run that diverged."""
+    loss = float(run.summary["val_loss"])
+    return math.inf if math.isnan(loss) else loss
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Return the last parts of paths where they tell them apart, else the paths."""
+    short = [Path(name).name for name in names]
+    return short if len(set(short)) == len(short) else list(names)
+
+
+def _trained(path: Path) -> _Run:
+    try:
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        rows = _lines(path)
+        rows[-1]["step"], summary["val_loss"], summary["config"]["compressor"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path}: holds no finished run ({error}); name a folder that mpi-ef train or reproduce has "
+                        "written, or a file of mpi-ef bench --json") from None  # fmt: skip
+    return _Run(str(path), summary, rows)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _reproduced(path: Path) -> Section:
+    from mpi_ef.jobs.reproduce.simulate import Curve
+
+    panels: dict[str, dict[str, Curve]] = {}
+    try:
+        text = (path / "table.txt").read_text(encoding="utf-8").rstrip()
+        for row in _lines(path):
+            panels.setdefault(row["panel"], {}).setdefault(row["run"], Curve()).append_row(row)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: metrics.jsonl is damaged ({error!r}); run mpi-ef reproduce again") from None
+
+    def draw(target: Path) -> None:
+        from mpi_ef.jobs.reproduce import figures
+
+        figures.against_bits_and_steps(panels, target)
+
+    return Section(path.name, f"Reproduced: {path.name}", text, draw)
+
+
+def _benched(path: Path) -> Section:
+    from mpi_ef.jobs.bench import table as bench_table
+
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        text = bench_table.table(result)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: is no result of mpi-ef bench --json ({error!r})") from None
+    return Section(path.stem, f"Benchmark: {path.stem}", text, lambda target: bench_table.plot(result, target))
+
+
+def table(runs: Sequence[_Run]) -> str:
+    """Return one line per run: losses, bytes, times; the first run is what the others are compared with."""
+    first = runs[0].summary["val_loss"]
+    width = max(3, *(len(run.name) for run in runs))
+    lines = [f"{'run':<{width}}  val. loss  to first  sent/rank   dense/sent  ms/step"]
+    for run in runs:
+        summary, sent = run.summary, run.summary["sent_nbytes"]
+        lines.append(
+            f"{run.name:<{width}}  {summary['val_loss']:9.4f}  {100 * (summary['val_loss'] / first - 1):+7.1f}%  "
+            f"{in_bytes(sent):>9}  {summary['dense_nbytes'] / max(1, sent):10.1f}x  "
+            f"{1e3 * summary['seconds_per_step']:7.1f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""Pictures of experiments."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpi_ef.jobs import figures
+from mpi_ef.jobs.reproduce.simulate import Curve
+
+__all__ = [
+    "Curves",
+    "against_bits",
+    "against_bits_and_steps",
+    "against_steps",
+    "floors",
+    "stability",
+]
+
+Curves = Mapping[str, Curve]
+
+LEAST = 1e-33  # what is drawn of ||grad f||^2; below it is rounding
+_MOST = 1e3  # and above so many times its first value nobody wants to know
+_COLUMNS = 4
+
+
+def against_bits(panels: Mapping[str, Curves], path: Path) -> None:
+    """Draw ||grad f||^2, a panel for each problem: above against bits really sent, below against bits as papers count."""
+    abscissas = {"sent_bits": "bits sent per client, indices included", "paper_bits": "bits per client as papers count"}
+    _squared_norms(panels, path, abscissas)
+
+
+def against_steps(panels: Mapping[str, Curves], path: Path) -> None:
+    """Draw ||grad f||^2 against steps, a panel for each problem."""
+    _squared_norms(panels, path, {"steps": "steps"})
+
+
+def against_bits_and_steps(panels: Mapping[str, Curves], path: Path) -> None:
+    """Draw ||grad f||^2, a panel for each problem: above against bits really sent, below against steps."""
+    _squared_norms(panels, path, {"sent_bits": "bits sent per client, indices included", "steps": "steps"})
+
+
+def _squared_norms(panels: Mapping[str, Curves], path: Path, abscissas: Mapping[str, str]) -> None:
+    """Draw a panel for each problem, up to four in a row, and under it one for each further abscissa."""
+    columns = min(len(panels), _COLUMNS)
+    rows = -(-len(panels) // columns) * len(abscissas)
+    size = (3.6 * columns, 3.2 * rows)
+    figure, axes = figures.pyplot().subplots(rows, columns, squeeze=False, figsize=size, layout="constrained")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for place, (name, curves) in enumerate(panels.items()):
+        for row, (abscissa, label) in enumerate(abscissas.items()):
+            axis = axes[place // columns * len(abscissas) + row, place % columns]
+            axis.set_axis_on()
+            _descent(axis, curves, abscissa)
+            axis.set_xlabel(label)
+            if place % columns == 0:
+                axis.set_ylabel("||grad f(x)||^2")
+            if row == 0:
+                axis.set_title(name)
+                axis.legend(fontsize=8)
+    figures.save(figure, path)
+
+
+def _descent(axis: Any, curves: Curves, abscissa: str) -> None:
+    """Draw ||grad f||^2 of several runs; what diverges leaves at the top."""
+    for run, curve in curves.items():
+        axis.plot(getattr(curve, abscissa), curve.squared_norms, label=run, linewidth=1.2)
+    ends = [getattr(curve, abscissa)[-1] for curve in curves.values()]
+    wide = abscissa != "steps" and max(ends) > 10 * min(ends)
+    axis.set(yscale="log", xscale="log" if wide else "linear")
+    if not wide:
+        axis.xaxis.set_major_formatter(figures.pyplot().matplotlib.ticker.EngFormatter(sep=""))
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low, LEAST), min(high, _MOST * max(curve.squared_norms[0] for curve in curves.values())))
+    axis.grid(visible=True, alpha=0.3)
+
+
+def floors(levels: Mapping[str, Sequence[float]], sizes: Sequence[int], path: Path) -> None:
+    """Draw where the error stays against the number of clients, both logarithmic; a line shows 1 / n."""
+    figure, axes = figures.pyplot().subplots(figsize=(5.2, 4.2), layout="constrained")
+    for method, values in levels.items():
+        axes.plot(sizes, values, marker="o", label=method)
+    first = next(iter(levels.values()))[0]
+    axes.plot(sizes, [first / n for n in sizes], color="black", linestyle=":", label="1 / n")
+    axes.set(xscale="log", yscale="log", xlabel="clients", ylabel="||grad f||^2 that stays")
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(fontsize=8)
+    figures.save(figure, path)
+
+
+def stability(last: Any, etas: Sequence[float], factors: Sequence[float], path: Path) -> None:
+    """Draw log10 of ||grad f||^2 at the end, (etas, factors), for every eta and step size."""
+    figure, axes = figures.pyplot().subplots(figsize=(5.6, 4.4), layout="constrained")
+    image = axes.imshow(
+        np.log10(np.maximum(last, LEAST)), cmap="viridis_r", vmin=-30, vmax=5, aspect="auto", origin="lower"
+    )
+    axes.set_xticks(range(len(factors)), [f"{factor:g}" for factor in factors])
+    axes.set_yticks(range(len(etas)), [f"{eta:g}" for eta in etas])
+    axes.set(
+        xlabel="step size, multiple of EF21's", ylabel="eta / delta", title="EControl: log10 ||grad f||^2 at the end"
+    )
+    figure.colorbar(image, ax=axes)
+    figures.save(figure, path)

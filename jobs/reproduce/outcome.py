@@ -1,0 +1,59 @@
+"""What an experiment is asked, and what it has to show."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpi_ef.errors import ConfigError
+from mpi_ef.jobs.options import option
+
+__all__ = ["Outcome", "ReproduceConfig"]
+
+DATA = Path("../shared/data")
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Options of all experiments; every field is a flag."""
+
+    data: Path | None = option(
+        None,
+        "folder with phishing, mushrooms, a9a, w8a as LIBSVM files, plain or .xz, for the experiments on these",
+        shown=str(DATA),
+    )
+    out: Path = option(
+        Path("runs/reproduce"), "folder for what is written; the experiment gets a folder of its own in it"
+    )
+    steps: int = option(0, "other than as many steps as the experiment wants")
+    overwrite: bool = option(False, "replace what the experiment has left in --out before")
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ConfigError(f"reproduce: steps={self.steps} is negative; 0 takes what the experiment wants")
+
+    @property
+    def folder(self) -> Path:
+        """Where data are looked for."""
+        return DATA if self.data is None else self.data
+
+
+@dataclass
+class Outcome:
+    """What an experiment has to show.
+
+    Attributes
+    ----------
+    rows : list of dict
+        Metrics, one for each look at a run.
+    table : str
+    draw : callable
+        Draws into a file.
+    data : dict of str to str
+        What was in the files, by their names.
+    """
+
+    rows: list[dict[str, Any]]
+    table: str
+    draw: Callable[[Path], None]
+    data: dict[str, str] = field(default_factory=dict)

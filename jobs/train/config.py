@@ -1,0 +1,162 @@
+"""The options of a training run, and what it writes."""
+
+import math
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mpi_ef.errors import ConfigError
+from mpi_ef.jobs.options import option
+from mpi_ef.jobs.train import choices as choices_of
+from mpi_ef.jobs.train import settings
+
+__all__ = ["FILES", "PHASES", "PROOF", "TrainConfig", "learning_rate"]
+
+PROOF = "summary.json"  # what only a finished run has; all files are in FILES
+
+
+# Parts of a step: load a batch; forward and backward; compress; wait for messages; apply messages; all else of the
+# optimizer's step.
+PHASES = ("data", "compute", "encode", "communicate", "decode", "update")
+
+
+def _for(name: str, help: str, choices: Sequence[str] = ()) -> Any:
+    """Return an option that goes with some choices only, as the table in choices.py says."""
+    return option(None, help, choices=choices, shown=choices_of.described(name))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of a training run; every field is a flag and a key of the TOML file.
+
+    What goes with some choices only is None until it is given, or :meth:`resolved`.
+    """
+
+    model: Literal["gpt", "mlp", "cnn"] = option("gpt", "gpt on text; mlp or cnn on scikit-learn's digits")
+    text: Path | None = _for("text", "UTF-8 text")
+    data: str | None = option(None, "what text or digits have to be, by their content, as config.toml says",
+                              shown="not compared")  # fmt: skip
+    split: str | None = _for("split", "how the digits are dealt to the ranks", ("shuffled", "by-label"))
+    steps: int = option(800, "optimizer steps")
+    batch: int = option(16, "samples per rank and step")
+    context: int | None = _for("context", "characters per sample")
+    layers: int | None = _for("layers", "blocks")
+    heads: int | None = _for("heads", "attention heads")
+    width: int | None = _for("width", "width")
+    optimizer: str = option("adamw", "adamw, sgd: torch's on every rank, with a rule under it",
+                            choices=tuple(choices_of.OPTIMIZERS))  # fmt: skip
+    lr: float = option(0.006, "peak learning rate; linear warm-up, then cosine to a tenth of it")
+    warmup: int = option(40, "steps of linear warm-up")
+    momentum: float | None = _for("momentum", "momentum")
+    beta1: float | None = _for("beta1", "weight of the past in the momentum, of Adam's kind")
+    beta2: float | None = _for("beta2", "weight of the past in the variance, of Adam's kind; in the momentum of lion")
+    weight_decay: float = option(0.1, "of the optimizer")
+    placement: str | None = _for("placement", "what is exchanged: the optimizer's update, or the gradient",
+                                 tuple(choices_of.PLACEMENTS))  # fmt: skip
+    rule: str | None = _for("rule", "error-feedback rule, see docs/algorithms.md", tuple(choices_of.RULES))
+    eta: float | None = _for(
+        "eta", "strength of the feedback of econtrol, weight of the new gradient or momentum of ef21-*"
+    )
+    beta: float | None = _for("beta", "weight of the past in the rule's momentum")
+    vote_beta1: float | None = _for("vote_beta1", "weight of the rule's momentum in the vote")
+    vote_beta2: float | None = _for("vote_beta2", "weight of the past in the rule's momentum")
+    participation: float | None = _for("participation", "share of the ranks that send in a step")
+    smoothness: str | None = _for(
+        "smoothness", "smoothness L_i of the loss on each rank, such as 1,2.5,1,4: its weight"
+    )
+    reply: float | None = _for("reply", "share of the entries of what comes back to the ranks; 1 for all")
+    whole: float | None = _for("whole", "probability of a step with the gradient of all samples of each rank")
+    zeta: float | None = _for("zeta", "a rank is silent while its estimate is so much worse than the gradient before")
+    correction: float | None = _for("correction", "share of the entries, drawn at random, of the second message")
+    compressor: str | None = _for("compressor", "identity exchanges everything", tuple(choices_of.COMPRESSORS))
+    ratio: float | None = _for("ratio", "share of entries that are kept")
+    block: int | None = _for("block", "entries that share a scale")
+    rank: int | None = _for("rank", "columns of a factor")
+    freeze: int | None = _for("freeze", "steps of dense warm-up; 0 waits until the variance has settled")
+    local_steps: int | None = _for("local_steps", "steps after which the time between two exchanges doubles")
+    overlap: bool | None = _for("overlap", "let buckets travel during the backward pass; no clipping")
+    per_parameter: bool | None = _for("per_parameter", "keep the share of every parameter, not of the whole model")
+    values: str | None = _for(
+        "values", "how kept or quantized values travel; full with topk and randk", choices_of.VALUES
+    )
+    dense_steps: int | None = _for("dense_steps", "first steps that exchange everything")
+    clip: float = option(1.0, "largest norm of a rank's own gradient, before compression; 0 for no limit")
+    seed: int = option(0, "of model, shards, order and random compressors")
+    log_every: int = option(10, "steps between rows of metrics")
+    eval_every: int = option(100, "steps between validations")
+    checkpoint_every: int = option(0, "steps between two checkpoints in the folder checkpoints of --out; 0 writes none")
+    save_in_background: bool | None = _for("save_in_background", "copy what is saved, and write it meanwhile")
+    stop_after: int | None = _for(
+        "stop_after", "save and stop after so many steps of this launch, as a signal would; 0 goes on to the end"
+    )
+    keep: int | None = _for("keep", "how many of the last checkpoints stay")
+    resume: Literal["no", "exact", "redistribute", "reset"] = option(
+        "no",
+        "go on from the newest checkpoint in --out, if there is one; the last two also with another number of ranks",
+        recorded=False,
+    )
+    on_failure: str | None = _for(
+        "on_failure",
+        "shrink goes on from the newest checkpoint with the ranks that are left when one dies; Open MPI with ULFM",
+        ("stop", "shrink"),
+    )
+    out: Path = option(Path("runs/train"), "folder for metrics.jsonl, metrics.csv, summary.json and config.toml")
+    overwrite: bool = option(False, "remove what an earlier run has left in --out, its checkpoints too", recorded=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what has no effect, and what would fail later, before MPI is started."""
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value is not None and value not in choices:
+                raise ConfigError(f"{f.name}={value!r} is unknown; take one of {', '.join(choices)}")
+        settings.check(self.chosen())
+
+    @classmethod
+    def of_file(cls, values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+        """Return what counts of a file: what has an effect, of a config.toml with all options, as runs once wrote it."""
+        if not choices_of.full_record(values):
+            return values
+        every: dict[str, Any] = {f.name: f.default for f in fields(cls) if f.default is not None}
+        used = choices_of.earlier(every | values | flags)
+        return {name: used[name] for name in values if name in used}
+
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def chosen(self) -> dict[str, Any]:
+        """Return all options that apply, None being what only that tells which is built."""
+        return choices_of.resolve(self._given())
+
+    def resolved(self) -> "TrainConfig":
+        """Return the same with every option that applies, and None for all others."""
+        return replace(self, **self.chosen())
+
+
+def _is_record(text: str) -> bool:
+    """Tell whether this can be a config.toml of a run: it has all that always applies, and nothing for people alone."""
+    try:
+        names = tomllib.loads(text).keys()
+    except tomllib.TOMLDecodeError:
+        return False
+    always = {f.name for f in fields(TrainConfig) if f.default is not None and f.metadata["recorded"]}
+    return always <= names and not any(line.startswith("#") for line in text.splitlines())
+
+
+# What a run writes besides checkpoints, and how that is told from files of the same names by somebody else.
+FILES: Mapping[str, Callable[[str], bool]] = {
+    PROOF: lambda text: text.startswith("{"),
+    "metrics.jsonl": lambda text: text.startswith('{"step": '),
+    "metrics.csv": lambda text: text.startswith("step,"),
+    "config.toml": _is_record,
+    "requeue": lambda _: True,
+}
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Return the learning rate of step 1, 2, ...: linear warm-up to `lr`, cosine to a tenth of it at the end."""
+    if step <= config.warmup:
+        return config.lr * step / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))

@@ -1,0 +1,188 @@
+"""Train a real model over MPI with compressed communication: ``mpiexec -n 2 mpi-ef train``."""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpi_ef.jobs.folder import replacing
+from mpi_ef.jobs.options import parse, to_toml
+from mpi_ef.jobs.train.config import PHASES, PROOF, TrainConfig
+from mpi_ef.runtime import early_signals, launch, ulfm
+
+if TYPE_CHECKING:
+    from mpi_ef.jobs.metrics import Metrics, Progress
+    from mpi_ef.jobs.train.loop import Trainer
+    from mpi_ef.jobs.train.recovery import Interruptible
+
+__all__ = ["main", "train"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, before MPI is started, then train on COMM_WORLD."""
+    config = parse(TrainConfig, argv, prog="mpi-ef train", description=__doc__ or "")
+    if config.checkpoint_every:
+        early_signals.note()
+
+    def program(comm: Any) -> None:
+        if config.on_failure == "shrink":
+            ulfm.check()
+        import torch
+
+        torch.set_flush_denormal(True)  # subnormal gradients, common under plain SGD, take several times as long
+        attempts = ulfm.Attempts()
+
+        def attempt(comm: Any, failures: int) -> None:
+            torch.set_num_threads(launch.threads_per_rank(comm))
+            if config.on_failure == "shrink":
+                attempts.begin(comm, failures)
+            train(comm, config, attempts)
+
+        if config.on_failure == "shrink":
+            ulfm.outlive(comm, attempt)
+        attempt(comm, 0)
+        if config.checkpoint_every:
+            early_signals.ignore()
+
+    launch.run(program)
+
+
+def train(comm: Any, config: TrainConfig, attempts: ulfm.Attempts | None = None) -> dict[str, Any]:
+    """Run one training and return its summary, the same on all ranks but for times. Collective.
+
+    Rank 0 prints progress and writes ``metrics.jsonl``, ``metrics.csv``, ``config.toml`` and ``summary.json`` into
+    ``config.out``, which no other run may have meanwhile. What a finished run has written stays when it is to go on and
+    nothing is left to do; its summary is returned.
+
+    Raises
+    ------
+    DataError, OptionError, DisagreementError
+        For unusable data or options, on all ranks; for a folder that another run has, or a finished one; for fewer steps
+        than the run that is to go on has done.
+    """
+    from mpi_ef.jobs.metrics import announcing
+    from mpi_ef.jobs.train.loop import Trainer
+    from mpi_ef.jobs.train.recovery import Interruptible
+
+    with announcing(comm):
+        trainer = Trainer(comm, config)
+        run = Interruptible(comm, trainer, attempts or ulfm.Attempts())
+        try:
+            return _train(trainer, run)
+        finally:
+            run.close()
+
+
+def _train(trainer: "Trainer", run: "Interruptible") -> dict[str, Any]:
+    from mpi_ef.jobs.metrics import Metrics, Progress
+
+    config = trainer.config  # what was given has no defaults of what goes with some choices only
+    root, start = trainer.comm.Get_rank() == 0, run.resume()
+    if run.finished is not None:
+        return run.finished
+    metrics = None
+    if root:
+        with run.folder.writing():
+            metrics = Metrics(config.out, trainer.columns, after=start)
+            with replacing(config.out / "config.toml") as draft:
+                draft.write_text(to_toml(trainer.record()), encoding="utf-8")
+        print(trainer.headline(), flush=True)
+    progress = Progress(config.steps)
+    row: dict[str, Any] = {}
+    with closing(metrics) if metrics is not None else nullcontext():
+        for step in range(start + 1, config.steps + 1):
+            evaluate = step == config.steps or step % config.eval_every == 0
+            logged = evaluate or step % config.log_every == 0
+            trainer.step(watched=logged)
+            if logged:
+                row = trainer.row(evaluate=evaluate)
+                timed = step - trainer.untimed_steps
+                with run.folder.writing():
+                    _record(row, metrics, progress, step_seconds=row["seconds"] / timed if timed else None)
+            if run.ends_after(step):
+                break
+    if root:
+        progress.close()
+    if run.stopped is not None:
+        return {"steps": trainer.steps, "stopped": run.stopped}
+    summary = _summary(trainer, row or trainer.row(evaluate=True))  # no row: there was nothing left to do
+    if root:
+        with run.folder.writing(), replacing(config.out / PROOF) as draft:
+            draft.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        print(_table(summary), flush=True)
+    return summary
+
+
+def _record(
+    row: dict[str, Any], metrics: "Metrics | None", progress: "Progress", *, step_seconds: float | None
+) -> None:
+    """Let rank 0 write a row, and show it when it was evaluated or there was nothing to see for a while."""
+    if metrics is not None:
+        metrics.write(row)
+        if row["val_loss"] is not None or progress.due():
+            progress.show(row["step"], _line(row), step_seconds=step_seconds)
+
+
+def _line(row: dict[str, Any]) -> str:
+    from mpi_ef.jobs.metrics import in_bytes
+
+    held_out = "" if row["val_loss"] is None else f"  val {row['val_loss']:.3f}"
+    if row["val_accuracy"] is not None:
+        held_out += f" ({100 * row['val_accuracy']:.1f} %)"
+    saved = row["dense_nbytes"] / max(1, row["sent_nbytes"])
+    return f"loss {row['loss']:.3f}{held_out}  sent {in_bytes(row['sent_nbytes'])} ({saved:.0f}x less than dense)"
+
+
+def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:
+    config = trainer.record()
+    timed = config.steps - trainer.untimed_steps
+    used = {name: value for name, value in asdict(config).items() if value is not None}
+    phases = {name: row[f"seconds_{name}"] / max(1, timed) for name in PHASES}
+    fingerprints = trainer.fingerprints()
+    return {
+        "ranks": trainer.comm.Get_size(), "parameters": trainer.optimizer.flat.d, "steps": config.steps,
+        "loss": row["loss"], "val_loss": row["val_loss"], "val_accuracy": row["val_accuracy"],
+        "sent_nbytes": row["sent_nbytes"], "dense_nbytes": row["dense_nbytes"],
+        "seconds": row["seconds"], "seconds_per_step": row["seconds"] / max(1, timed), "phases_seconds_per_step": phases,
+        "untimed_steps": trainer.untimed_steps, "untimed_seconds": trainer.untimed_seconds,
+        "skipped_steps": trainer.optimizer.skipped_steps,
+        "replicas_equal": len(set(fingerprints)) == 1, "parameters_crc32": fingerprints[0],
+        "optimizer": trainer.optimizer.identity(),
+        "config": {name: str(value) if isinstance(value, Path) else value for name, value in used.items()},
+    }  # fmt: skip
+
+
+def _table(summary: dict[str, Any]) -> str:
+    from mpi_ef.jobs.metrics import in_bytes
+
+    sent, dense = summary["sent_nbytes"], summary["dense_nbytes"]
+    share = f"{dense / sent:.0f}x less, {100 * sent / dense:.2f} %" if sent else "one rank sends nothing"
+    rows = [("validation loss", f"{summary['val_loss']:.4f}"), ("training loss", f"{summary['loss']:.4f}")]
+    if summary["val_accuracy"] is not None:
+        rows.append(("validation accuracy", f"{100 * summary['val_accuracy']:.2f} %"))
+    rows += [
+        ("bytes sent per rank", f"{in_bytes(sent)} (dense: {in_bytes(dense)}; {share})"),
+        ("time", f"{summary['seconds']:.1f} s, {1e3 * summary['seconds_per_step']:.1f} ms per step"),
+        *(
+            (f"  {name}", f"{1e3 * value:.2f} ms per step")
+            for name, value in summary["phases_seconds_per_step"].items()
+        ),
+        *_untimed(summary),
+        ("steps skipped", str(summary["skipped_steps"])),
+        ("replicas", "equal bit for bit" if summary["replicas_equal"] else "DIFFERENT"),
+        ("written to", summary["config"]["out"]),
+    ]
+    return "\n".join(["", *(f"{name:<22}{value}" for name, value in rows)])
+
+
+def _untimed(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    steps, seconds = summary["untimed_steps"], summary["untimed_seconds"]
+    text = f"{seconds:.1f} s, {steps} step{'s' if steps > 1 else ''} in which kernels were compiled or loaded"
+    return [("  not counted", text)] if steps else []
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

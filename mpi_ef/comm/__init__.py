@@ -1,0 +1,1 @@
+"""What is asked of a communicator, and ranks that agree."""

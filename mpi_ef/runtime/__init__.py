@@ -1,0 +1,1 @@
+"""Starting, stopping and surviving of MPI programs."""

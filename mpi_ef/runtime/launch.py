@@ -1,0 +1,71 @@
+"""Starting and ending MPI programs: one world or a clear word, and no rank that waits for a dead one."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from time import monotonic, sleep
+from typing import Any
+
+from mpi_ef.errors import LaunchError, MpiEfError
+
+from .ending import PATIENCE_SECONDS, abort, abort_on_exception, die, keep_status
+from .world import check_world
+
+__all__ = ["abort", "abort_on_exception", "check_world", "run", "threads_per_rank"]
+
+
+def run(program: Callable[[Any], None]) -> None:
+    """Call ``program(COMM_WORLD)``; whatever goes wrong on one rank ends all of them, with its message. Collective.
+
+    An error that all ranks raise together is printed once, by rank 0, and exits with status 2. Any other error is
+    printed by the rank that has it, which then aborts the world: status 2 for an `MpiEfError`, else 1.
+    """
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    leaving = comm.Dup()  # its barrier matches nothing that other ranks may be in the middle of
+    try:
+        check_world(comm.Get_size())
+    except LaunchError as error:
+        # The tasks beside this one shall come so far, and say so as well, before the first one leaves.
+        die(comm, f"mpi-ef: {error}", 2, seconds=PATIENCE_SECONDS)
+    try:
+        program(comm)
+    except MpiEfError as error:
+        if not error.everywhere:
+            die(comm, f"mpi-ef: rank {comm.Get_rank()}: {error}", 2)
+        if comm.Get_rank() == 0:
+            sys.stderr.write(f"mpi-ef: {error}\n")
+            sys.stderr.flush()
+        # A launcher may kill rank 0 before it has printed, once another rank has left with status 2: leave together.
+        if not _within(leaving.Ibarrier(), PATIENCE_SECONDS):
+            die(comm, f"mpi-ef: rank {comm.Get_rank()}: {error}", 2)  # not everybody is here after all
+        keep_status(2)
+        sys.exit(2)
+    except Exception:
+        die(comm, f"mpi-ef: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}", 1)
+
+
+def threads_per_rank(comm: Any) -> int:
+    """Return how many threads a rank may use without sharing a core with another rank. Collective.
+
+    ``OMP_NUM_THREADS`` when it is set; else this rank's cores divided by the number of ranks that may run on them.
+    """
+    from mpi4py import MPI
+
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    here = MPI.Get_processor_name()
+    sharing = sum(node == here and bool(mine & theirs) for node, theirs in comm.allgather((here, mine)))
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) else max(1, len(mine) // sharing)
+
+
+def _within(request: Any, seconds: float) -> bool:
+    """Wait for an MPI request for a limited time and tell whether it is done."""
+    limit = monotonic() + seconds
+    while not request.Test():
+        if monotonic() > limit:
+            return False
+        sleep(0.01)
+    return True

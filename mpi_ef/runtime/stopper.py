@@ -1,0 +1,159 @@
+"""Stopping well: a signal to any rank, or a nearing deadline, and all ranks leave the loop after the same step."""
+
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from mpi_ef.comm.consensus import agree, check_not_freed
+from mpi_ef.comm.protocol import Comm
+from mpi_ef.errors import OptionError
+
+__all__ = ["SIGNALS", "Stopper"]
+
+# What batch systems send before the end: Slurm TERM and whatever --signal asks for, usually one of the others.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_DEADLINE = 255  # stands for the deadline where a signal's number would
+
+
+class Stopper:
+    """Tells a training loop when to stop, on all ranks after the same step. Construction is collective.
+
+    ::
+
+        stopper = Stopper(comm, deadline=time.time() + 3500)
+        for step in range(start, steps):
+            ...
+            if stopper.should_stop():
+                save(step + 1)
+                stopper.mark_requeue(folder / "requeue")
+                break
+
+    Handlers only set a flag; what a handler did before is done by nobody until :meth:`close`. Construct it in the main
+    thread, after mpi4py has been imported.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    signals : sequence of signal numbers
+        Any of them, to any rank, stops all. Empty where the caller calls :meth:`request` itself.
+    deadline : float, optional
+        Unix time by which the program has to be gone; rank 0's counts.
+    margin_seconds : float
+        How long before the deadline to stop: time to save.
+    every : int
+        Ask the other ranks in every so-many-th call only.
+
+    Attributes
+    ----------
+    reason : str or None
+        Why all stop, the same on all ranks; None before.
+    """
+
+    def __init__(
+        self,
+        comm: Comm,
+        *,
+        signals: Sequence[int] = SIGNALS,
+        deadline: float | None = None,
+        margin_seconds: float = 60.0,
+        every: int = 1,
+    ) -> None:
+        self.comm = comm
+        self.reason: str | None = None
+        self._every, self._calls, self._asked = every, 0, 0
+        self._before: dict[int, Any] = {}
+
+        def facts() -> dict[str, object]:
+            if every < 1:
+                raise OptionError(f"Stopper: every={every} is not positive; 1 asks in every call")
+            if not margin_seconds >= 0.0:
+                raise OptionError(
+                    f"Stopper: margin_seconds={margin_seconds} is negative; pass the time that saving takes"
+                )
+            return {"every": every, "signals": tuple(map(int, signals))}
+
+        agree(comm, "Stopper", facts, "build it from the same arguments everywhere")
+        self._stop_time = None if deadline is None else deadline - margin_seconds
+        for number in signals:
+            self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._asked = int(number)
+
+    @property
+    def asked(self) -> int:
+        """The signal that has reached this rank; SIGTERM when all stop for another reason, 0 when none do. Local."""
+        return self._asked or (0 if self.reason is None else int(signal.SIGTERM))
+
+    def request(self, number: int = int(signal.SIGTERM)) -> None:
+        """Do what a signal to this rank does. Local, also in a signal handler."""
+        self._asked = int(number)
+
+    def should_stop(self) -> bool:
+        """Tell whether to stop now; the same answer on all ranks. Collective: all call it equally often.
+
+        Cost: one allgather of a byte. Once the answer is yes, it stays yes and costs nothing.
+        """
+        if self.reason is not None:
+            return True
+        self._calls += 1
+        if self._calls % self._every:
+            return False
+        check_not_freed(self.comm, "Stopper")
+        mine = self._asked
+        if not mine and self.comm.Get_rank() == 0 and self._stop_time is not None and time.time() >= self._stop_time:
+            mine = _DEADLINE
+        answers = np.zeros(self.comm.Get_size(), np.uint8)
+        self.comm.Allgather(np.array([mine], np.uint8), answers)
+        asked = np.flatnonzero(answers)
+        if asked.size:
+            rank, number = int(asked[0]), int(answers[asked[0]])
+            self.reason = "the deadline is near" if number == _DEADLINE else f"{_name(number)} on rank {rank}"
+        return self.reason is not None
+
+    def mark_requeue(self, path: Path, reason: str | None = None) -> None:
+        """Let rank 0 write why it stops to `path`, by which a batch script knows that there is more to do. Local.
+
+        Parameters
+        ----------
+        path : Path
+        reason : str, optional
+            Where the program stops for one of its own.
+
+        Raises
+        ------
+        OptionError
+            Before :meth:`should_stop` has said yes, when there is no other reason.
+        """
+        reason = self.reason if reason is None else reason
+        if reason is None:
+            raise OptionError("Stopper: mark_requeue was called although nothing has stopped the run")
+        if self.comm.Get_rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(reason + "\n", encoding="utf-8")
+
+    def close(self) -> None:
+        """Put back the handlers that were there before. Local."""
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,1 @@
+"""What a training saves, and what another number of ranks makes of it."""

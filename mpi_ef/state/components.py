@@ -1,0 +1,311 @@
+"""The parts of a training, each of which knows what of it is saved and how it is put back."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpi_ef.collectives import Move
+from mpi_ef.comm.protocol import Comm
+from mpi_ef.data import random_state, rank_seed, seed_rank, set_random_state
+from mpi_ef.errors import OptionError, ShapeError
+from mpi_ef.optim.flat import FlatOptimizer
+
+from .reshard import EITHER, PER_RANK, REPLICATED, Past, Snapshot, read
+from .tree import Array
+
+__all__ = [
+    "Arrays",
+    "GeneratorPart",
+    "ModelPart",
+    "Movable",
+    "ObjectPart",
+    "Part",
+    "RandomPart",
+    "StatePart",
+    "part_of",
+]
+
+Finish = Callable[[], None]
+
+
+@runtime_checkable
+class Arrays(Protocol):
+    """What has named arrays, some of which differ between ranks: all optimizers here, and `ErrorFeedback` by itself."""
+
+    def per_rank(self) -> dict[str, Array]:
+        """Return arrays that differ between ranks, not copied."""
+
+    def replicated(self) -> dict[str, Array]:
+        """Return arrays that are the same on all ranks, not copied."""
+
+    def moves(self) -> dict[str, Move]:
+        """Return how arrays that differ get to another number of ranks."""
+
+    def identity(self) -> dict[str, str]:
+        """Return what must be the same where a state is loaded."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return what else is the same on all ranks."""
+
+    def account(self) -> dict[str, Any]:
+        """Return what a rank counts for itself."""
+
+    def load_settings(self, settings: Mapping[str, Any], account: Mapping[str, Any]) -> None:
+        """Put settings and account back."""
+
+    def forget(self) -> None:
+        """Start errors and estimates anew."""
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """What knows itself how it goes on with another number of ranks: `FeedbackHook`, and objects of users."""
+
+    def state_dict_from(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> Any:
+        """Return what rank `rank` of `size` loads, from what ``state_dict()`` was on all old ranks, in rank order. Local."""
+
+
+class Part(Protocol):
+    """A part of a training. Everything is local; :meth:`restore` returns what is left to do for all ranks together."""
+
+    def identity(self) -> dict[str, str]:
+        """Return what must be the same where it is put back."""
+
+    def collect(self, into: Snapshot) -> None:
+        """Add what is saved."""
+
+    def check(self, past: Past) -> None:
+        """Raise where what was saved does not fit. Nothing is changed."""
+
+    def restore(self, past: Past) -> Finish | None:
+        """Put back what was saved."""
+
+
+def part_of(name: str, value: Any) -> Part:
+    """Return the part that a value is.
+
+    Raises
+    ------
+    OptionError
+    """
+    if isinstance(value, Arrays):
+        return StatePart(name, value)
+    if isinstance(value, torch.Generator):
+        return GeneratorPart(name, value)
+    if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):
+        return ObjectPart(name, value)
+    raise OptionError(f"Training: {name} is a {type(value).__name__} without state_dict() and load_state_dict(); give it "
+                      "both")  # fmt: skip
+
+
+class StatePart:
+    """An optimizer of this package, or a rule at work; not the parameters."""
+
+    def __init__(self, name: str, owner: Arrays) -> None:
+        self.name, self.owner = name, owner
+
+    def identity(self) -> dict[str, str]:
+        """Return what must be the same: rules, plans, compressors."""
+        return self.owner.identity()
+
+    def collect(self, into: Snapshot) -> None:
+        """Add arrays, settings and accounts."""
+        owner, name = self.owner, self.name
+        for kind, arrays in ((REPLICATED, owner.replicated()), (PER_RANK, owner.per_rank())):
+            for key, array in arrays.items():
+                into.add(f"{name}.{key}", array, kind)
+        into.add(f"{name}:settings", owner.settings(), REPLICATED)
+        into.add(f"{name}:account", owner.account(), PER_RANK)
+        if isinstance(owner, FlatOptimizer) and (own := owner.own_state()):
+            into.add(f"{name}:own", own, PER_RANK)
+
+    def _mine(self) -> dict[str, Array]:
+        return self.owner.replicated() | self.owner.per_rank()
+
+    def check(self, past: Past) -> None:
+        """Compare the names, shapes and dtypes of all arrays."""
+        mine, moves, start = self._mine(), self.owner.moves(), f"{self.name}."
+        theirs = {name.removeprefix(start) for name in past.names() if name.startswith(start)}
+        if different := sorted(mine.keys() ^ theirs):
+            where = "here" if different[0] in mine else "in the checkpoint"
+            raise ShapeError(f"resume: {start}{different[0]} is only {where}; build the training as it was")
+        for key, array in mine.items():
+            past.check_array(start + key, array, moves.get(key))
+
+    def restore(self, past: Past) -> None:
+        """Write settings, then arrays, then derive what follows from them."""
+        owner, name = self.owner, self.name
+        account = past.value(f"{name}:account") if past.same_world else {}
+        owner.load_settings(past.value(f"{name}:settings"), account)
+        if isinstance(owner, FlatOptimizer) and past.kind(f"{name}:own"):
+            owner.load_own_state(past.mean(f"{name}:own"))
+        moves = owner.moves()
+        for key, array in self._mine().items():
+            past.write(f"{name}.{key}", array, moves.get(key))
+        if isinstance(owner, FlatOptimizer):
+            owner.loaded()
+
+
+class ModelPart:
+    """Parameters and buffers of a module. Of parameters in 16 bits that an optimizer here has, the masters are saved."""
+
+    def __init__(self, model: nn.Module | None, optimizers: Mapping[str, FlatOptimizer]) -> None:
+        self.model, self.optimizers = model, optimizers
+        self._named: dict[str, Tensor] = {}
+        self._extra: dict[str, Any] = {}
+        self._look()
+
+    def _look(self) -> None:
+        """Find out what the model is made of now; tied parameters count once."""
+        entries = {} if self.model is None else self.model.state_dict(keep_vars=True)
+        distinct = {id(entry): name for name, entry in reversed(entries.items()) if isinstance(entry, Tensor)}
+        self._extra = {name: entry for name, entry in entries.items() if not isinstance(entry, Tensor)}
+        trained: dict[str, Tensor] = {}
+        self._flat: dict[str, tuple[FlatOptimizer, int, torch.Size]] = {}
+        for part, optimizer in self.optimizers.items():
+            flat = optimizer.flat
+            for number, p in enumerate(flat.parameters):
+                name = distinct.pop(id(p), f"{part} parameter {number}")
+                self._flat[f"model.{name}"] = optimizer, number, p.shape
+                trained[f"model.{name}"] = p
+        self._named = {f"model.{name}": entries[name] for name in reversed(distinct.values())}
+        self._described = {name: _described(t) for name, t in sorted((trained | self._named).items())}
+
+    def identity(self) -> dict[str, str]:
+        """Return shape and dtype of every parameter and buffer."""
+        return self._described
+
+    def collect(self, into: Snapshot) -> None:
+        """Add every parameter once, in the precision in which it is trained, and buffers."""
+        self._look()
+        written = {id(optimizer): optimizer.flat.written() for optimizer in self.optimizers.values()}
+        for name, (optimizer, number, shape) in self._flat.items():
+            value = optimizer.shared_values[optimizer.flat.place(number)].reshape(shape)
+            if number in written[id(optimizer)]:
+                value = np.ascontiguousarray(written[id(optimizer)][number].numpy())
+            into.add(name, value, REPLICATED)
+        for name, tensor in self._named.items():
+            into.add(name, tensor, EITHER)
+        if self._extra:
+            into.add("model:extra", self._extra, EITHER)
+
+    def check(self, past: Past) -> None:
+        """Compare what is in vectors here; :meth:`identity` has the rest."""
+        for name, (optimizer, number, shape) in self._flat.items():
+            past.check_array(name, optimizer.flat.values[optimizer.flat.place(number)].reshape(shape), None)
+
+    @torch.no_grad()
+    def restore(self, past: Past) -> None:
+        """Write parameters and buffers; buffers that differ between ranks become their mean on another number of ranks."""
+        self._look()
+        for optimizer in self.optimizers.values():
+            optimizer.flat.adopt()
+        for name, (optimizer, number, shape) in self._flat.items():
+            past.write(name, optimizer.flat.values[optimizer.flat.place(number)].reshape(shape))
+        for name, tensor in self._named.items():
+            if past.kind(name) == PER_RANK and not past.same_world:
+                past.notes.append(f"{name} differed between ranks: averaged")
+            tensor.copy_(past.merged(name))
+        if self._extra and self.model is not None:
+            self.model.load_state_dict(past.value("model:extra"), strict=False)
+        for optimizer in self.optimizers.values():
+            optimizer.flat.publish()
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+class ObjectPart:
+    """Anything with ``state_dict()`` and ``load_state_dict()``: schedulers, samplers, scalers, hooks, torch optimizers."""
+
+    def __init__(self, name: str, owner: Any) -> None:
+        self.name, self.owner = name, owner
+
+    def identity(self) -> dict[str, str]:
+        """Return its type."""
+        return {"type": type(self.owner).__name__}
+
+    def collect(self, into: Snapshot) -> None:
+        """Add its state, once where it is the same on all ranks."""
+        into.add(self.name, self.owner.state_dict(), EITHER)
+
+    def check(self, past: Past) -> None:
+        """Nothing: what fits only the object knows."""
+
+    def restore(self, past: Past) -> Finish:
+        """Read its state, and return the loading, which may be collective."""
+        if isinstance(self.owner, Movable) and not past.same_world:
+            state = read(self.owner.state_dict_from(past.values(self.name), past.rank, past.size))
+        else:
+            if past.kind(self.name) == PER_RANK and not past.same_world:
+                past.notes.append(f"{self.name} differed between ranks: rank r takes that of old rank r mod "
+                                  f"{past.found.world_size}")  # fmt: skip
+            state = past.value(self.name)
+        return lambda: self.owner.load_state_dict(state)
+
+
+class GeneratorPart:
+    """A torch generator of this rank, for example of a DataLoader."""
+
+    def __init__(self, name: str, generator: torch.Generator) -> None:
+        self.name, self.generator = name, generator
+
+    def identity(self) -> dict[str, str]:
+        """Return where it is."""
+        return {"type": f"Generator on {self.generator.device}"}
+
+    def collect(self, into: Snapshot) -> None:
+        """Add its state."""
+        into.add(self.name, self.generator.get_state(), PER_RANK)
+
+    def check(self, past: Past) -> None:
+        """Nothing."""
+
+    def restore(self, past: Past) -> None:
+        """Go on where it was; on ranks that are new, begin anew."""
+        if past.rank < past.found.world_size:
+            self.generator.set_state(past.value(self.name))
+        else:
+            self.generator.manual_seed(rank_seed(_fresh_seed(past), past.rank, stream=1))
+
+
+class RandomPart:
+    """The global generators of torch, numpy and python on this rank."""
+
+    name = "random"
+
+    def __init__(self, comm: Comm, seed: int) -> None:
+        self.comm, self.seed = comm, seed
+
+    def identity(self) -> dict[str, str]:
+        """Return nothing: generators fit everywhere."""
+        return {}
+
+    def collect(self, into: Snapshot) -> None:
+        """Add their states."""
+        into.add(self.name, random_state(), PER_RANK)
+
+    def check(self, past: Past) -> None:
+        """Nothing."""
+
+    def restore(self, past: Past) -> None:
+        """Go on where they were; on ranks that are new, begin with the seed and the step."""
+        if past.rank < past.found.world_size:
+            set_random_state(past.value(self.name))
+        else:
+            seed_rank(self.comm, _fresh_seed(past))
+        if past.size > past.found.world_size:
+            first = past.found.world_size
+            ranks = f"rank {first}" if past.size == first + 1 else f"ranks {first} to {past.size - 1}"
+            past.notes.append(
+                f"random numbers of {ranks} begin anew from seed {past.found.document['seed']} and the step"
+            )
+
+
+def _fresh_seed(past: Past) -> int:
+    words = np.random.SeedSequence([int(past.found.document["seed"]), past.found.step]).generate_state(2)
+    return int(words[0]) << 32 | int(words[1])

@@ -1,0 +1,318 @@
+"""What is saved of a training, and how it is put back, on as many ranks or on others."""
+
+import platform
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from hashlib import sha256
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from mpi_ef.comm.consensus import agree
+from mpi_ef.comm.protocol import Comm
+from mpi_ef.errors import CheckpointError, MpiEfError, OptionError
+from mpi_ef.optim.flat import FlatOptimizer
+
+from .components import Arrays, Finish, ModelPart, Movable, ObjectPart, Part, RandomPart, StatePart, part_of
+from .reshard import EITHER, PER_RANK, REPLICATED, Past, Snapshot, Stored
+from .tree import Array
+
+__all__ = ["POLICIES", "Storage", "Training"]
+
+FORMAT = 1
+POLICIES = ("exact", "redistribute", "reset")
+_OTHER = "build the training as it was, or start from nothing in another directory"
+
+
+class Storage(Protocol):
+    """Where checkpoints are: what :class:`Training` asks of :class:`mpi_ef.checkpoint.Store`."""
+
+    def save(self, comm: Comm, step: int, *, replicated: Mapping[str, Array], per_rank: Mapping[str, Array], document: Any,
+             rank_document: Any) -> Any:  # fmt: skip
+        """Write a checkpoint. Collective."""
+
+    def save_async(self, comm: Comm, step: int, *, replicated: Mapping[str, Array], per_rank: Mapping[str, Array],
+                   document: Any, rank_document: Any) -> Any:  # fmt: skip
+        """Copy, and write in the background. Collective."""
+
+    def newest(self, comm: Comm) -> Stored | None:
+        """Return the newest checkpoint that can be read. Collective."""
+
+
+class Training:
+    """All that has to be the same again when a run goes on: say what there is once, then save and resume.
+
+    ::
+
+        training = Training(model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler)
+        start = training.resume(store, comm)  # 0 when there is no checkpoint
+        for step in range(start, steps):
+            ...  # forward, backward, optimizer.step(), sampler.advance()
+            training.save(store, comm, step + 1)
+
+    Parameters
+    ----------
+    model : torch.nn.Module, optional
+        Parameters, buffers and extra state.
+    random : bool
+        Whether the global generators of torch (CPU), numpy and python belong to it.
+    seed : int
+        Of random numbers on ranks that a run did not have before.
+    **parts
+        By name: optimizers of this package, rules at work (`ErrorFeedback`), torch generators, and whatever has
+        ``state_dict()`` and ``load_state_dict()`` of plain containers and tensors: torch optimizers and schedulers,
+        `GradScaler`, `ShardedSampler`, `FeedbackHook`, your own. None is no part.
+
+    Attributes
+    ----------
+    document : object
+        What the checkpoint from which it was resumed had as ``document=``; None before.
+    notes : tuple of str
+        What is not as it was, after resuming on another number of ranks.
+    versions : dict of str to str
+        Of the programs that wrote the checkpoint.
+
+    Notes
+    -----
+    **What is written once, what by each rank.** Optimizers and rules say which of their arrays differ between ranks. Of
+    everything else that is found out when saving, by a hash: a scaler that has backed off on one rank only, or BatchNorm
+    statistics that nobody has synchronised, are saved for each rank.
+
+    **Another number of ranks.** ``policy="exact"`` refuses it. ``"redistribute"`` keeps what the rules rely on: errors,
+    momenta and moments of a wrapped torch optimizer become the mean of the old ranks' on every new rank, added up in
+    float64 in rank order; estimates become the aggregate, so that it is their mean to the last bit; residuals of chunks
+    are cut anew; what belongs to clients moves with them. ``"reset"`` does the same and then sets errors, residuals and
+    estimates to zero, as at the start. Both warn on rank 0 and leave what they have done in `notes`.
+
+    An object of your own that has differed between ranks takes on rank r the state of old rank r mod their number, unless it
+    has ``state_dict_from(states, rank, size)``, as `FeedbackHook` has: that returns what rank `rank` of `size` loads, given
+    what ``state_dict()`` was on all old ranks, in rank order; mappings to look at, read as far as they are looked at.
+    ``"reset"`` then calls ``forget()`` where there is one.
+
+    **Precision.** Of parameters in 16 bits the float32 masters are saved.
+    """
+
+    def __init__(self, *, model: nn.Module | None = None, random: bool = True, seed: int = 0, **parts: Any) -> None:
+        self._model, self._random, self.seed = model, random, seed
+        self._values = {name: part for name, part in parts.items() if part is not None}
+        self.document: Any = None
+        self.notes: tuple[str, ...] = ()
+        self.versions: dict[str, str] = {}
+
+    def _parts(self, comm: Comm) -> dict[str, Part]:
+        """Return the parts by name, the model first: what optimizers derive from parameters comes after them."""
+        if "document" in self._values:
+            raise OptionError("Training: document is no name for a part; pass it to save(), or take another name")
+        parts = {name: part_of(name, value) for name, value in sorted(self._values.items())}
+        flat = {name: value for name, value in self._values.items() if isinstance(value, FlatOptimizer)}
+        named: dict[str, Part] = {"model": ModelPart(self._model, flat)} | parts
+        return named | ({"random": RandomPart(comm, self.seed)} if self._random else {})
+
+    def save(self, store: Storage, comm: Comm, step: int, *, document: Any = None, background: bool = False) -> None:
+        """Write a checkpoint after so many steps, between two steps. Collective.
+
+        Parameters
+        ----------
+        store : Store
+        comm : MPI.Comm
+            The one the optimizer has.
+        step : int
+            Completed steps: what :meth:`resume` returns.
+        document : object, optional
+            Plain containers and tensors of your own: the position in a metrics file, the configuration.
+        background : bool
+            Copy everything and write it while the training goes on, see :meth:`Store.save_async`; the checkpoint counts
+            after ``store.finish(comm)``, which the next save calls as well.
+
+        Raises
+        ------
+        OptionError, DtypeError
+            A part of a type that is not stored; ranks where everything is fine raise `PeerError`.
+        DisagreementError
+            On all ranks, when their parts or steps differ.
+        CheckpointError
+            On all ranks, when it could not be written.
+        """
+        snapshot, parts = Snapshot(), {}
+
+        def facts() -> dict[str, object]:
+            parts.update(self._parts(comm))
+            if errors := _tried(partial(part.collect, snapshot) for part in parts.values()):
+                raise errors[0]
+            snapshot.add("document", document, EITHER)
+            shared = repr((snapshot.trees[REPLICATED], sorted(snapshot.trees[PER_RANK])))
+            return {"step": step, "seed": self.seed, "parts": sorted(parts),
+                    "what is replicated": sha256(shared.encode()).hexdigest()[:16],
+                    "what is there": sorted(snapshot.trees[EITHER])}  # fmt: skip
+
+        agree(comm, "Training.save", facts, "save the same training after the same step on all ranks")
+        snapshot.decide(comm.allgather(snapshot.undecided()))
+        shared = {"format": FORMAT, "seed": self.seed, "versions": _versions(), "values": snapshot.trees[REPLICATED],
+                  "parts": {name: part.identity() for name, part in parts.items()}}  # fmt: skip
+        write = store.save_async if background else store.save
+        write(comm, step, replicated=snapshot.arrays[REPLICATED], per_rank=snapshot.arrays[PER_RANK], document=shared,
+              rank_document={"values": snapshot.trees[PER_RANK]})  # fmt: skip
+
+    def resume(self, store: Storage, comm: Comm, *, policy: str = "exact") -> int:
+        """Put everything back from the newest checkpoint and return its step; 0 when there is none. Collective.
+
+        Parameters
+        ----------
+        store : Store
+        comm : MPI.Comm
+            The one the optimizer has.
+        policy : {"exact", "redistribute", "reset"}
+            What to do when another number of ranks has written it, see :class:`Training`.
+
+        Raises
+        ------
+        OptionError, ShapeError, DtypeError
+            On all ranks, when the checkpoint is of another training or number of ranks; nothing was changed.
+        CheckpointError
+            When something in it could not be read; ranks where all could be read raise `PeerError`. Where that was an array,
+            parts of the training are from the checkpoint and others are not: resume from another one or stop.
+        """
+        found = store.newest(comm)
+        if found is None:
+            _agree_on_policy(comm, policy)
+            return 0
+        past, parts = Past(found, int(comm.Get_rank()), int(comm.Get_size())), {}
+
+        def facts() -> dict[str, object]:
+            parts.update(self._parts(comm))
+            with _readable(found):
+                _check_policy(policy, past)
+                _check_parts(parts, past)
+            return {"policy": policy, "step": found.step}
+
+        agree(comm, "Training.resume", facts, "resume the same training from the same directory on all ranks")
+        finishes: list[Finish] = []
+
+        def put_back() -> dict[str, object]:
+            with _readable(found):
+                finishes.extend(finish for part in parts.values() if (finish := part.restore(past)) is not None)
+                self.document = past.value("document")
+                self.versions = dict(found.document["versions"])
+            if policy == "reset" and not past.same_world:
+                finishes.extend(_forgetting(parts, past))
+            return {}
+
+        agree(comm, "Training.resume", put_back, "resume from the same directory on all ranks")
+        _finish(comm, finishes)
+        self._tell(comm, past, policy)
+        return found.step
+
+    def _tell(self, comm: Comm, past: Past, policy: str) -> None:
+        """Say what is not as it was."""
+        self.notes = () if past.same_world else (_ABOUT[policy], *past.notes)
+        if self.notes and comm.Get_rank() == 0:
+            warnings.warn(f"step {past.found.step} of {_ranks(past.found.world_size)} goes on with {past.size}: "
+                          f"{'; '.join(self.notes)}", RuntimeWarning, stacklevel=3)  # fmt: skip
+
+
+_ABOUT = {
+    "redistribute": "errors and momenta are the mean over the old ranks, estimates their aggregate, residuals cut anew",
+    "reset": "errors, residuals and estimates begin anew, momenta are the mean over the old ranks",
+}
+
+
+@contextmanager
+def _readable(found: Stored) -> Iterator[None]:
+    """Turn whatever strange content makes of the code that reads it into an error that says so."""
+    try:
+        yield
+    except MpiEfError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"resume: the checkpoint at step {found.step} cannot be put back: {type(error).__name__}: "
+                              f"{error}; resume from another one") from error  # fmt: skip
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"mpi_ef": version("mpi_ef"), "torch": torch.__version__, "numpy": np.__version__,
+            "python": platform.python_version()}  # fmt: skip
+
+
+def _agree_on_policy(comm: Comm, policy: str) -> None:
+    def facts() -> dict[str, object]:
+        _known(policy)
+        return {"policy": policy}
+
+    agree(comm, "Training.resume", facts, "pass the same policy on all ranks")
+
+
+def _known(policy: str) -> None:
+    if policy not in POLICIES:
+        raise OptionError(f"Training.resume: policy={policy!r} is unknown; take one of {', '.join(POLICIES)}")
+
+
+def _check_policy(policy: str, past: Past) -> None:
+    _known(policy)
+    document, old = past.found.document, past.found.world_size
+    if document.get("format") != FORMAT:
+        raise OptionError(f"resume: the checkpoint at step {past.found.step} has format {document.get('format')}; this "
+                          f"version reads {FORMAT}; take the version that wrote it")  # fmt: skip
+    if policy == "exact" and not past.same_world:
+        raise OptionError(f'resume: step {past.found.step} was saved by {_ranks(old)}, here there are {past.size}; pass '
+                          f'policy="redistribute" or "reset", or start {_ranks(old)}')  # fmt: skip
+
+
+def _check_parts(parts: Mapping[str, Part], past: Past) -> None:
+    """Raise unless the checkpoint is of the same parts."""
+    saved, at = past.found.document["parts"], f"resume: the checkpoint at step {past.found.step}"
+    for name in sorted(saved.keys() ^ parts.keys()):
+        has, misses = ("has", "here there is none") if name in saved else ("has no", "here there is one")
+        raise OptionError(f"{at} {has} {name}, {misses}; {_OTHER}")
+    for name, part in parts.items():
+        theirs, mine = saved[name], part.identity()
+        for fact in [*mine, *(theirs.keys() - mine.keys())]:
+            if theirs.get(fact) != mine.get(fact):
+                subject = fact if name == "model" else f"{name}: {fact}"
+                raise OptionError(f"{at} has {subject} {theirs.get(fact, 'not at all')}, here it is "
+                                  f"{mine.get(fact, 'not there')}; {_OTHER}")  # fmt: skip
+        part.check(past)
+
+
+def _forgetting(parts: Mapping[str, Part], past: Past) -> Iterator[Finish]:
+    """Note which parts begin anew, and yield what makes them do so once everything is put back."""
+    for name, part in parts.items():
+        owner = part.owner if isinstance(part, StatePart | ObjectPart) else None
+        forget = getattr(owner, "forget", None)
+        if isinstance(owner, Arrays | Movable) and forget is not None:
+            past.notes.append(f"{name} starts without errors and estimates")
+            yield forget
+
+
+def _tried(actions: Iterable[Callable[[], None]]) -> list[Exception]:
+    """Do what may be collective, and return what went wrong: every rank tries everything, so that none waits for another."""
+    errors: list[Exception] = []
+    for action in actions:
+        try:
+            action()
+        except Exception as error:
+            errors.append(error)
+    return errors
+
+
+def _finish(comm: Comm, finishes: list[Callable[[], None]]) -> None:
+    """Do what may be collective."""
+    errors = _tried(finishes)
+
+    def facts() -> dict[str, object]:
+        for error in errors:
+            if isinstance(error, MpiEfError):
+                raise error
+            raise OptionError(f"resume: load_state_dict: {type(error).__name__}: {error}") from error
+        return {}
+
+    agree(comm, "Training.resume", facts, "resume the same training on all ranks")
