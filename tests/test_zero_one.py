@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import virtual
-from mpi_ef.state.training import Training
 from optimizer_table import SHORT, SIGNS
 from programs import loss_of, same_bits
 from stored import MemoryStore
@@ -28,6 +27,7 @@ from mpi_ef.compress import Identity, TopK
 from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError, PeerError
 from mpi_ef.optim import OneBitAdam, ZeroOneAdam
 from mpi_ef.optim.adam import VarianceWatch
+from mpi_ef.state.training import Training
 
 each_world = pytest.mark.parametrize("n", [1, 2, 3])
 

@@ -153,6 +153,9 @@ class _Echo:
     def Is_inter(self) -> bool:  # noqa: N802
         return False
 
+    def Barrier(self) -> None:  # noqa: N802
+        pass
+
     def allgather(self, value: Any) -> list[Any]:
         return [value] * self.size
 
@@ -175,6 +178,8 @@ class _Echo:
 
     def Alltoallv(self, send: Any, receive: Any) -> None:  # noqa: N802
         """Leave what is there in the place of what would arrive."""
+
+    Allgatherv = Alltoallv
 
 
 class _Done:

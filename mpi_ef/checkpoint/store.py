@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ef.comm.consensus import agree
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import CheckpointError, OptionError
 
 from .checksum import whole_checksum
@@ -69,7 +70,7 @@ class Store:
         self._room = Room()
         self._pending: Pending | None = None
 
-    def claim(self, comm: Any, *, new: bool = False) -> None:
+    def claim(self, comm: Comm, *, new: bool = False) -> None:
         """Take the right to write to the folder, before anything else is written for the run. Collective over `comm`.
 
         Otherwise the first save takes it. Where a job on another host has it, this waits until that one gives a sign of
@@ -97,7 +98,7 @@ class Store:
         together(comm, "Store.claim", take)
 
     def save(
-        self, comm: Any, step: int, *, replicated: Arrays, per_rank: Arrays, document: Any, rank_document: Any
+        self, comm: Comm, step: int, *, replicated: Arrays, per_rank: Arrays, document: Any, rank_document: Any
     ) -> Path:
         """Save the state of a step. Collective over `comm`.
 
@@ -132,7 +133,7 @@ class Store:
         return pending.finish(comm)
 
     def save_async(
-        self, comm: Any, step: int, *, replicated: Arrays, per_rank: Arrays, document: Any, rank_document: Any
+        self, comm: Comm, step: int, *, replicated: Arrays, per_rank: Arrays, document: Any, rank_document: Any
     ) -> "Pending":
         """Copy the state of a step, and write it in the background. Collective over `comm`.
 
@@ -148,7 +149,7 @@ class Store:
         pending.write_in_background()
         return pending
 
-    def finish(self, comm: Any) -> Path | None:
+    def finish(self, comm: Comm) -> Path | None:
         """Wait for the save in flight, make it valid, delete what is not kept any more. Collective over `comm`.
 
         Returns
@@ -178,7 +179,7 @@ class Store:
         pending.path = disk.path_of(pending.step)
         return pending.path
 
-    def poll(self, comm: Any) -> Path | None:
+    def poll(self, comm: Comm) -> Path | None:
         """Do what `finish` does if all ranks have written their files; else, or with nothing in flight, return None.
 
         Collective over `comm`; costs an allgather of a byte while a save is in flight. Call it now and then: a checkpoint
@@ -190,7 +191,7 @@ class Store:
         comm.Allgather(np.array([self._pending.done], np.uint8), done)
         return self.finish(comm) if done.all() else None
 
-    def newest(self, comm: Any) -> Checkpoint | None:
+    def newest(self, comm: Comm) -> Checkpoint | None:
         """Return the newest checkpoint whose every byte is what was written, None when there is none. Collective.
 
         Rank 0 looks into the folder; the ranks share the work of reading all files. A damaged checkpoint gets a file
@@ -224,7 +225,7 @@ class Store:
                 return checkpoint
             rejected.add(name)
 
-    def at(self, comm: Any, step: int) -> Checkpoint:
+    def at(self, comm: Comm, step: int) -> Checkpoint:
         """Return the checkpoint of `step`, after reading all of it. Collective over `comm`.
 
         Raises
@@ -255,7 +256,7 @@ class Store:
                 self._on_disk.abandon(pending.place)
         self._on_disk.release()
 
-    def _start(self, comm: Any, save: "_Save", room: Room | None) -> "Pending":
+    def _start(self, comm: Comm, save: "_Save", room: Room | None) -> "Pending":
         """Finish what is in flight, agree on what comes, make its directory."""
         self.finish(comm)
         rank, size = comm.Get_rank(), comm.Get_size()
@@ -270,7 +271,7 @@ class Store:
         place, self.run = together(
             comm, save.subject, lambda: ("", "") if rank else (self._on_disk.make_place(save.step, self.run), self.run)
         )[0]  # fmt: skip
-        told = {
+        told: dict[str, str | int] = {
             "format": FORMAT,
             "version": VERSION,
             "rank": rank,
@@ -281,7 +282,7 @@ class Store:
         self._pending = Pending(self, save, place, told)
         return self._pending
 
-    def _verified(self, comm: Any, subject: str, name: str) -> tuple[Checkpoint, list[str]]:
+    def _verified(self, comm: Comm, subject: str, name: str) -> tuple[Checkpoint, list[str]]:
         """Open a checkpoint on all ranks, and verify it together: each rank every n-th file."""
         rank, size = comm.Get_rank(), comm.Get_size()
 
@@ -363,7 +364,7 @@ class Pending:
         """Whether this rank has written its file, or failed to. Local."""
         return self._thread is None or not self._thread.is_alive()
 
-    def finish(self, comm: Any) -> Path:
+    def finish(self, comm: Comm) -> Path:
         """Do what `Store.finish` does, when this save is the one in flight. Collective over `comm`."""
         if self._store._pending is self:  # noqa: SLF001
             self._store.finish(comm)

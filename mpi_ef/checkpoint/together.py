@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from mpi_ef.comm.consensus import ranks_text, tell_all
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import CheckpointError
 
 __all__ = ["together"]
@@ -11,7 +12,7 @@ __all__ = ["together"]
 T = TypeVar("T")
 
 
-def together(comm: Any, subject: str, action: Callable[[], T], undo: Callable[[], None] = lambda: None) -> list[T]:
+def together(comm: Comm, subject: str, action: Callable[[], T], undo: Callable[[], None] = lambda: None) -> list[T]:
     """Call `action` on all ranks and return what it returned on each, or raise the same error on all. Collective.
 
     `undo` is called everywhere before the error is raised, when no rank works on its action any more.

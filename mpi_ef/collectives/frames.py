@@ -14,10 +14,10 @@ import numpy as np
 
 from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.compress import Codec
-from mpi_ef.errors import DisagreementError, MpiEfError, PeerError
+from mpi_ef.errors import DisagreementError, MpiEfError, NonFiniteError, PeerError
 
 __all__ = ["NON_FINITE", "NOTHING", "OK", "REJECTED", "WIRE_VERSION", "Frames", "header_of", "misunderstanding",
-           "status_of"]  # fmt: skip
+           "status_of", "what_is_wrong"]  # fmt: skip
 
 OK, NON_FINITE, REJECTED, NOTHING = 0, 1, 2, 255  # the last is what is there before anything has arrived
 
@@ -84,6 +84,18 @@ def header_of(step: int, status: int, plan: int) -> int:
 def status_of(frames: Frames, status: int) -> tuple[int, ...]:
     """Return the rows of `frames` whose header carries `status`."""
     return tuple(np.flatnonzero(frames.header["status"] == status).tolist())
+
+
+def what_is_wrong(frames: Frames, subject: str) -> MpiEfError:
+    """Return the error where `frames`, of all ranks, are of one plan, not all are messages, and no rank has refused."""
+    if broken := status_of(frames, NON_FINITE):
+        text = (
+            f"{subject}: NaN or Inf on {ranks_text(broken)}; nothing was changed anywhere, so this step can be skipped"
+        )
+        return NonFiniteError(text, broken)
+    steps = frames.header["step"].tolist()
+    return DisagreementError(f"{subject}: ranks are out of step: exchange number {steps} by rank; call the plan equally "
+                             "often on all ranks")  # fmt: skip
 
 
 def misunderstanding(frames: Frames, subject: str) -> MpiEfError | None:

@@ -7,6 +7,7 @@ from zlib import crc32
 
 import numpy as np
 
+from mpi_ef.comm.attributes import kept_with
 from mpi_ef.comm.consensus import agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor
@@ -21,7 +22,10 @@ __all__ = ["allgather", "allreduce"]
 KEPT_PLANS = 16  # per communicator; the one unused for longest is dropped
 
 _Key = tuple[str, Compressor, int, str]
-_keyvals: dict[type, int] = {}  # by kind of communicator
+
+
+class _Plans(OrderedDict[_Key, Plan]):
+    """The plans kept with a communicator; MPI drops them when it is freed."""
 
 
 def allreduce(
@@ -186,7 +190,7 @@ def _plan(
 
         agree(comm, call, facts, "call it with the same arguments on all ranks", call="a call in one line")
     assert key is not None  # noqa: S101
-    cache = _cache(comm)
+    cache = kept_with(comm, _Plans)
     if key not in cache:
         cache[key] = _build(comm, key)
         if len(cache) > KEPT_PLANS:  # the same one on all ranks: all have made the same calls in the same order
@@ -200,15 +204,3 @@ def _build(comm: Comm, key: _Key) -> Plan:
     if call == "allgather":
         return GatherMean(comm, compressor, d, dtype)
     return plan_for(comm, compressor, d, dtype, residual=False)
-
-
-def _cache(comm: Comm) -> OrderedDict[_Key, Plan]:
-    """Return the plans kept as an attribute of `comm`; MPI drops them when the communicator is freed."""
-    kind = type(comm)
-    if kind not in _keyvals:
-        _keyvals[kind] = kind.Create_keyval()
-    cache: OrderedDict[_Key, Plan] | None = comm.Get_attr(_keyvals[kind])
-    if cache is None:
-        cache = OrderedDict()
-        comm.Set_attr(_keyvals[kind], cache)
-    return cache

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import count
 from time import perf_counter
 from typing import Any, ClassVar, Self, cast
@@ -15,47 +14,30 @@ from mpi_ef.comm.consensus import OnAllRanks, Telling, agree, check_not_freed, r
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Identity, Keep, Source, source
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import DisagreementError, MpiEfError, NonFiniteError, OptionError, PeerError
+from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError, PeerError
 from mpi_ef.runtime.ending import end_together
 from mpi_ef.runtime.world import check_alone
 
-from .frames import NON_FINITE, OK, REJECTED, WIRE_VERSION, Frames, header_of, misunderstanding, status_of
+from .frames import (
+    NON_FINITE,
+    OK,
+    REJECTED,
+    WIRE_VERSION,
+    Frames,
+    header_of,
+    misunderstanding,
+    status_of,
+    what_is_wrong,  # fmt: skip
+)
 from .in_flight import landed, took_off
 from .memory import Memory
 from .misfit import misfit, unwritable
+from .offer import Offer
 from .traffic import Traffic
 
 __all__ = ["Offer", "Plan", "Traffic", "plan_for"]
 
 _numbers = count(1)
-
-
-@dataclass(frozen=True)
-class Offer:
-    """An exchange that somebody else makes, at once or in two parts. See :meth:`Plan.exchange` for what it takes.
-
-    Attributes
-    ----------
-    plan : Plan
-    x, keep
-    words : dict
-        What the plan wants to know besides, for example who speaks.
-    """
-
-    plan: "Plan"
-    x: Vector | Combination
-    keep: Keep | None
-    words: dict[str, Any]
-
-    def exchange(self) -> "Plan":
-        """Do it now. Collective."""
-        return self.plan.exchange(self.x, keep=self.keep, **self.words)
-
-    def start(self) -> None:
-        """Start it; ``plan.wait()`` finishes. Collective."""
-        if self.words:
-            raise OptionError(f"{type(self.plan).__name__}: an exchange with {', '.join(self.words)} cannot be split")
-        self.plan.start(self.x, keep=self.keep)
 
 
 class Plan(OnAllRanks, Memory, metaclass=Telling):
@@ -374,14 +356,7 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
                 self._refusal.everywhere = set(texts) == {str(self._refusal)}
                 raise self._refusal
             raise PeerError(f"{subject}: {ranks_text(rejected)} raised: {texts[rejected[0]]}")
-        if broken := status_of(frames, NON_FINITE):
-            raise NonFiniteError(
-                f"{subject}: NaN or Inf on {ranks_text(broken)}; nothing was changed anywhere, so this step can be skipped",
-                broken,
-            )
-        steps = frames.header["step"].tolist()
-        raise DisagreementError(f"{subject}: ranks are out of step: exchange number {steps} by rank; call the plan "
-                                "equally often on all ranks")  # fmt: skip
+        raise what_is_wrong(frames, subject)
 
     def _post(self, nonblocking: Callable[[Any, Any], Any], send: Frames, receive: Frames) -> None:
         """Start a communication, which :meth:`_communicate` finishes."""

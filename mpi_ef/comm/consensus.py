@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 
 from mpi_ef.errors import DisagreementError, MpiEfError, OptionError, PeerError
 
+from .protocol import Comm
+
 __all__ = ["OnAllRanks", "Telling", "agree", "check_not_freed", "ranks_text", "tell_all", "telling"]
 
 Facts = Mapping[str, object]
@@ -31,7 +33,7 @@ class Telling(ABCMeta):
 
 
 @contextmanager
-def telling(comm: Any, subject: str, call: str) -> Iterator[None]:
+def telling(comm: Comm, subject: str, call: str) -> Iterator[None]:
     """Tell an error that this rank raises inside, before anything was communicated there, to the others. Collective then.
 
     Parameters
@@ -66,13 +68,13 @@ class OnAllRanks:
                           f"the copy; save {self.saved_by} and build it anew on all ranks")  # fmt: skip
 
 
-def check_not_freed(comm: Any, subject: str, remedy: str = "pass another one") -> None:
+def check_not_freed(comm: Comm, subject: str, remedy: str = "pass another one") -> None:
     """Raise `OptionError` where `comm` was freed. Local; communicators are freed on all ranks together."""
     if not comm:
         raise OptionError(f"{subject}: its communicator was freed; {remedy}")
 
 
-def tell_all(comm: Any, subject: str, value: Any) -> list[Any]:
+def tell_all(comm: Comm, subject: str, value: Any) -> list[Any]:
     """Return the values of all ranks, in rank order. Collective over `comm`.
 
     Raises
@@ -98,7 +100,7 @@ def tell_all(comm: Any, subject: str, value: Any) -> list[Any]:
 
 
 def agree(
-    comm: Any, subject: str, facts: Callable[[], Facts], remedy: str, tell: object = None, call: str = ""
+    comm: Comm, subject: str, facts: Callable[[], Facts], remedy: str, tell: object = None, call: str = ""
 ) -> list[Any]:
     """Raise on all ranks unless `facts` returns equal values on all of them. Collective over `comm`.
 

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
@@ -11,9 +12,35 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters
 
-__all__ = ["Channel", "Communicating"]
+__all__ = ["BucketReport", "Channel", "Communicating"]
 
 Channel = Plan | ErrorFeedback
+
+
+@dataclass(frozen=True)
+class BucketReport:
+    """What an observed step says of a bucket.
+
+    Attributes
+    ----------
+    step, bucket : int
+    sent_nbytes, dense_nbytes : int
+        Of this step, and of an uncompressed allreduce.
+    lost : float or None
+        ``||x - C(x)||^2 / ||x||^2`` of this rank's message; None in a dense step.
+    norms : dict of str to float
+        Of this rank's state.
+    seconds : dict of str to float
+        Of this step, by phase.
+    """
+
+    step: int
+    bucket: int
+    sent_nbytes: int
+    dense_nbytes: int
+    lost: float | None
+    norms: dict[str, float]
+    seconds: dict[str, float]
 
 
 class Communicating(OnAllRanks, Optimizer, metaclass=Telling):

@@ -1,11 +1,13 @@
 """Communicators for messages of backward passes, which nobody may ever answer: the user's own stays free of them."""
 
 import gc
+from typing import Any
 
+from mpi_ef.comm.attributes import kept_with
 from mpi_ef.comm.consensus import tell_all
 from mpi_ef.comm.protocol import Comm
 
-from .line import kept_with, mpi_of
+from .line import mpi_of
 
 __all__ = ["Lane"]
 
@@ -49,7 +51,8 @@ class Lane:
         first, *others = tell_all(comm, "the lanes of an optimizer", list(lanes.closed.items()))
         alike = set(first).intersection(*others)
         if not alike:
-            lanes.comms.append(comm.Dup())
+            mpi_comm: Any = comm
+            lanes.comms.append(mpi_comm.Dup())
         self._number, _ = min(alike, default=(len(lanes.comms) - 1, 0))
         lanes.closed.pop(self._number, None)
         self.comm, self._lanes = lanes.comms[self._number], lanes

@@ -4,23 +4,22 @@ import sys
 from collections.abc import Callable
 from threading import current_thread, main_thread
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ef.collectives.in_flight import landed, took_off
+from mpi_ef.comm.attributes import kept_with
 from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.comm.protocol import Comm
 
-__all__ = ["Line", "kept_with", "line_for", "mpi_of", "state_of_line"]
+__all__ = ["Line", "line_for", "mpi_of", "state_of_line"]
 
 PATIENCE_SECONDS = 60.0  # before a rank that waits says so
 _HEARING_SECONDS = 1.0  # for the others that wait to say so as well
 _LOOK_EVERY = 1000  # calls of Test
 _TAG = 0x4D45
-_keyvals: dict[tuple[type, object], int] = {}  # by kind of communicator, and what is kept with it
-Kept = TypeVar("Kept")
 Bytes = NDArray[np.uint8]
 
 
@@ -42,7 +41,8 @@ class Line:
 
     def __init__(self, comm: Comm) -> None:
         self._mpi = mpi_of(comm)
-        self._comm = comm.Dup() if self._mpi else comm
+        mpi_comm: Any = comm
+        self._comm: Any = mpi_comm.Dup() if self._mpi else comm
         self._users = 0
         self._left: Any = None  # the request of a farewell
         self.gone: list[int] = []
@@ -120,17 +120,6 @@ def mpi_of(comm: Comm) -> Any:
     """Return the module of MPI's communicators, None where `comm` is something else. Local."""
     mpi = sys.modules.get("mpi4py.MPI")
     return mpi if mpi is not None and isinstance(comm, mpi.Comm) else None
-
-
-def kept_with(comm: Comm, new: Callable[[], Kept]) -> Kept:
-    """Return what ``new()`` has made when it was first asked for with `comm`, which is one of MPI's. Local."""
-    kind = type(comm)
-    if (kind, new) not in _keyvals:
-        _keyvals[kind, new] = kind.Create_keyval()
-    there: Kept | None = comm.Get_attr(_keyvals[kind, new])
-    if there is None:
-        comm.Set_attr(_keyvals[kind, new], there := new())
-    return there
 
 
 class _Lines(list[Line]):

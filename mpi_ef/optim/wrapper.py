@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any, Literal
 from weakref import finalize
@@ -20,6 +19,7 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import MpiEfError, OptionError
 from mpi_ef.feedback import ErrorFeedback
 
+from .accounts import BucketReport
 from .buckets import Bucket, Buckets, bucket_slices
 from .flat import FlatOptimizer
 from .groups import group_sizes
@@ -29,32 +29,6 @@ __all__ = ["BucketReport", "DistributedOptimizer", "PlanBuilder"]
 
 PlanBuilder = Callable[[Comm, Compressor, int, Any], Plan]
 OVERLAPPED_NBYTES = 25_000_000
-
-
-@dataclass(frozen=True)
-class BucketReport:
-    """What an observed step says of a bucket.
-
-    Attributes
-    ----------
-    step, bucket : int
-    sent_nbytes, dense_nbytes : int
-        Of this step, and of an uncompressed allreduce.
-    lost : float or None
-        ``||x - C(x)||^2 / ||x||^2`` of this rank's message; None in a dense step.
-    norms : dict of str to float
-        Of this rank's state.
-    seconds : dict of str to float
-        Of this step, by phase.
-    """
-
-    step: int
-    bucket: int
-    sent_nbytes: int
-    dense_nbytes: int
-    lost: float | None
-    norms: dict[str, float]
-    seconds: dict[str, float]
 
 
 def _of_inner(name: str) -> Any:
