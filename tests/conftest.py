@@ -20,6 +20,7 @@ settings.load_profile("mpi_ef")
 
 TMPDIR_OF_PRTE = "PRTE_MCA_prte_tmpdir_base"  # Open MPI's launcher
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "examples"))  # what strangers write: the laws hold for it as well
 SHARED_PROGRAMS = {"world", "whole", "ended"}  # fixtures that start programs for all tests of a module
 SHARED_DATA = HERE.parents[1] / "shared" / "data"
 

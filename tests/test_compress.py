@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
+from my_compressor import BlockMax
 from vectors_for_tests import DTYPES, gaussian, vectors
 
 from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK, source
@@ -28,7 +29,7 @@ COMPRESSORS = [
 ]
 GOLDEN = Path(__file__).parent / "data" / "wires.json"
 
-each_compressor = pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
+each_compressor = pytest.mark.parametrize("compressor", [*COMPRESSORS, BlockMax(8)], ids=str)  # the last from outside
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 

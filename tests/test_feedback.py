@@ -15,7 +15,7 @@ from mpi_ef.feedback import ErrorFeedback
 
 WORLDS = (1, 2, 3, 4)
 D = 101
-each_rule = pytest.mark.parametrize("rule", RULES)
+each_rule = pytest.mark.parametrize("rule", [*RULES, "my_rule:FADING"])  # the last from outside of the package
 each_world = pytest.mark.parametrize("n", WORLDS)
 each_plan = pytest.mark.parametrize("plan", PLANS)
 # Plans that lose nothing: what they have not sent is in somebody's errors or residual.

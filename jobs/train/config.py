@@ -109,7 +109,9 @@ class TrainConfig:
         """Refuse what has no effect, and what would fail later, before MPI is started."""
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
-            if choices and value is not None and value not in choices:
+            if f.name in settings.SPECIFIED and value not in choices and value is not None:
+                settings.check_specified(f.name, value)
+            elif choices and value is not None and value not in choices:
                 raise ConfigError(f"{f.name}={value!r} is unknown; take one of {', '.join(choices)}")
         settings.check(self.chosen())
 

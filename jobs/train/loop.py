@@ -20,7 +20,7 @@ from mpi_ef.jobs.train.changes import Changes
 from mpi_ef.jobs.train.config import PHASES, TrainConfig, learning_rate
 from mpi_ef.jobs.train.datasets import Dataset, Digits, Text, batches, shard
 from mpi_ef.jobs.train.optimizers import build_optimizer
-from mpi_ef.jobs.train.settings import CHANGES
+from mpi_ef.jobs.train.settings import CHANGES, rule_in
 from mpi_ef.kernels import machine_code
 
 if TYPE_CHECKING:
@@ -79,9 +79,9 @@ class Trainer:
         self._held_out = np.arange(bounds[rank], bounds[rank + 1])
         self.optimizer = build_optimizer(config, self.model, comm)
         self.changes: Changes | None = None
-        if config.rule in CHANGES:
+        if rule_in(config.rule) in CHANGES:
             whole = config.whole or config.batch / (config.batch + self.data.size // size)
-            self.changes = Changes(self.optimizer, str(config.rule), whole=whole, seed=config.seed)
+            self.changes = Changes(self.optimizer, str(rule_in(config.rule)), whole=whole, seed=config.seed)
         self._loss_sum, self._loss_count, self._loss = 0.0, 0, 0.0  # since the last row; in that row
         self._seconds = {"data": 0.0, "compute": 0.0, "optimizer": 0.0}
         self._earlier = dict.fromkeys(_TIMES, 0.0)  # before the run was interrupted

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mpi_ef import optim
+from mpi_ef import optim, registry
 from mpi_ef.collectives import ClientsMean, Plan, TwoPhaseMean, plan_for
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity, LowRank, Quantize, RandK, Sign, TopK, Vote, for_parameters
 from mpi_ef.errors import ConfigError
 from mpi_ef.jobs.train.config import TrainConfig
-from mpi_ef.jobs.train.settings import CLIENTS, smoothness_of
+from mpi_ef.jobs.train.settings import CLIENTS, rule_in, smoothness_of
 from mpi_ef.optim.flat import FlatOptimizer
 
 if TYPE_CHECKING:
@@ -70,7 +70,10 @@ _COMPRESSORS: Mapping[str, Callable[[Chosen], Compressor]] = {
 
 
 def _compressor(chosen: Chosen) -> Compressor:
-    return _COMPRESSORS[chosen.compressor](chosen)
+    if chosen.compressor in _COMPRESSORS:
+        return _COMPRESSORS[chosen.compressor](chosen)
+    compressor: Compressor = registry.built("compressor", chosen.compressor)
+    return compressor
 
 
 def _reply(chosen: Chosen) -> Compressor:
@@ -97,18 +100,19 @@ def _plan(chosen: Chosen) -> Callable[[Comm, Compressor, int, Any], Plan]:
     """Return what builds the plan that the rule needs."""
 
     def plan(comm: Comm, compressor: Compressor, d: int, dtype: Any) -> Plan:
-        if chosen.rule in CLIENTS:
+        rule = rule_in(chosen.rule)
+        if rule in CLIENTS:
             return ClientsMean(comm, compressor, d, dtype, clients=comm.Get_size(), weights=_weights(chosen, comm))
-        if chosen.rule == "ef21-bc" and compressor.plan == "two-phase":
+        if rule == "ef21-bc" and compressor.plan == "two-phase":
             return TwoPhaseMean(comm, compressor, d, dtype, reply=_reply(chosen))
-        return plan_for(comm, compressor, d, dtype, residual=chosen.rule != "lion")  # a vote leaves nothing for later
+        return plan_for(comm, compressor, d, dtype, residual=rule != "lion")  # a vote leaves nothing for later
 
     return plan
 
 
 def _weights(chosen: Chosen, comm: Comm) -> Any:
     """Return the weights of the ranks; None where the rule wants none."""
-    if chosen.rule != "ef21-w":
+    if rule_in(chosen.rule) != "ef21-w":
         return None
     size = comm.Get_size()
     smoothness = np.array(smoothness_of(chosen.smoothness) if hasattr(chosen, "smoothness") else [1.0] * size)

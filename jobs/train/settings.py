@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
-from mpi_ef.errors import ConfigError
+from mpi_ef.errors import ConfigError, OptionError
 
-__all__ = ["check", "smoothness_of"]
+__all__ = ["SPECIFIED", "check", "check_specified", "rule_in", "smoothness_of"]
 
 _ONES = ("keep", "steps", "batch", "context", "layers", "heads", "width", "block", "rank", "local_steps", "log_every",
          "eval_every")  # fmt: skip
@@ -32,6 +32,24 @@ CLIENTS = (
     "ef21-plus",
     "clag",
 )  # rules in which a rank may be silent, or say which of two it sends
+
+
+SPECIFIED = ("compressor", "rule")  # which may also be written as in Python, with their options
+
+
+def check_specified(kind: str, text: str) -> None:
+    """Raise `ConfigError` unless a text specifies a compressor or a rule, see :mod:`mpi_ef.registry`."""
+    from mpi_ef import registry
+
+    try:
+        registry.built(kind, text) if kind == "compressor" else registry.specified(kind, text)
+    except OptionError as error:
+        raise ConfigError(f"{kind}={text}: {error}") from None
+
+
+def rule_in(text: str | None) -> str | None:
+    """Return the name of a rule in its specification."""
+    return text and text.partition("(")[0].strip()
 
 
 def check(chosen: Mapping[str, Any]) -> None:
@@ -66,7 +84,7 @@ def smoothness_of(text: str) -> list[float]:
 
 
 def _check_combinations(chosen: Mapping[str, Any]) -> None:
-    rule, overlap, clip = chosen.get("rule"), chosen.get("overlap"), chosen["clip"]
+    rule, overlap, clip = rule_in(chosen.get("rule")), chosen.get("overlap"), chosen["clip"]
     if chosen["model"] == "gpt" and chosen["width"] % chosen["heads"]:
         raise ConfigError(f"width={chosen['width']} is not divisible by heads={chosen['heads']}")
     if chosen.get("compressor") == "quantize" and chosen["values"] == "full":

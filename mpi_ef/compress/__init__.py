@@ -9,6 +9,7 @@ from .combination import Combination, Keep, Source, aligned_zeros, lazy, source
 from .compressor import Codec, Compressor, for_parameters
 from .dense import Identity, Quantize, Sign, Vote
 from .lowrank import LowRank
+from .plain import PlainCodec
 from .sparse import RandK, TopK
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Identity",
     "Keep",
     "LowRank",
+    "PlainCodec",
     "Quantize",
     "RandK",
     "Sign",

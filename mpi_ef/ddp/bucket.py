@@ -14,7 +14,7 @@ from mpi_ef.collectives import TwoPhaseMean
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 from mpi_ef.feedback import ErrorFeedback
-from mpi_ef.feedback.table import rule_named
+from mpi_ef.feedback.table import Rule, rule_of
 from mpi_ef.vectors import mean_over_ranks
 
 __all__ = ["FeedbackBucket", "Place", "Saved", "anew", "moved"]
@@ -126,13 +126,13 @@ class FeedbackBucket:
         np.sum(arrived, axis=0, out=chunk)
 
 
-def moved(of_ranks: Sequence[Mapping[str, Tensor]], rule: str, rank: int) -> dict[str, Tensor]:
+def moved(of_ranks: Sequence[Mapping[str, Tensor]], rule: str | Rule, rank: int) -> dict[str, Tensor]:
     """Return the arrays of a parameter on rank `rank` of another number of ranks, from those of all old ranks. Local.
 
     As other optimizers' arrays move, see :mod:`mpi_ef.feedback.table`; but nobody knows the new chunks yet, so rank 0 brings
     all that is left of the old ones.
     """
-    first, moves = of_ranks[0], rule_named(rule).state.moves()
+    first, moves = of_ranks[0], rule_of(rule)[0].state.moves()
 
     def residuals() -> Tensor:
         return reduce(torch.add, (arrays[_RESIDUAL] for arrays in of_ranks))  # exact: each entry has been on one rank
@@ -150,9 +150,9 @@ def moved(of_ranks: Sequence[Mapping[str, Tensor]], rule: str, rank: int) -> dic
     return {name: array(name) for name in first}
 
 
-def anew(saved: Saved, rule: str) -> Saved:
+def anew(saved: Saved, rule: str | Rule) -> Saved:
     """Return the state of a parameter with errors, residuals and estimates as at the start, see `ErrorFeedback.forget`."""
-    state = rule_named(rule).state
+    state = rule_of(rule)[0].state
     names = state.forgotten()
     zero = names | {_RESIDUAL} if names else names
     arrays = {name: torch.zeros_like(array) if name in zero else array for name, array in saved["arrays"].items()}

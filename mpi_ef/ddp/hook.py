@@ -17,7 +17,7 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, for_parameters
 from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
-from mpi_ef.feedback.table import rule_named
+from mpi_ef.feedback.table import Rule, rule_of
 
 from .bucket import FeedbackBucket, Place, Saved, anew, moved
 from .process_group import ProcessGroupComm
@@ -92,7 +92,7 @@ class FeedbackHook(OnAllRanks):
         model: DistributedDataParallel,
         compressor: Compressor,
         *,
-        rule: str = "ef21",
+        rule: str | Rule = "ef21",
         process_group: dist.ProcessGroup | None = None,
         plan: PlanBuilder = plan_for,
         dense_steps: int = 0,
@@ -116,7 +116,7 @@ class FeedbackHook(OnAllRanks):
         model.register_comm_hook(self, type(self).run)
 
     def _facts(self, model: DistributedDataParallel) -> dict[str, object]:
-        rule_named(self.rule)
+        rule = rule_of(self.rule)[0].name
         if not isinstance(self.compressor, Compressor):
             raise OptionError(
                 f"FeedbackHook: compressor={self.compressor!r} is no compressor; pass for example TopK(0.01)"
@@ -130,7 +130,7 @@ class FeedbackHook(OnAllRanks):
                                  "torch.float64 on cpu")  # fmt: skip
         parameters = {f"parameter {name}": f"{tuple(p.shape)} {p.dtype}" for name, p in self._parameters.items()}
         return {"the names of the parameters": list(self._parameters), **parameters, "compressor": self.compressor,
-                "rule": self.rule, "dense_steps": self.dense_steps, "options": self.options}  # fmt: skip
+                "rule": rule, "dense_steps": self.dense_steps, "options": self.options}  # fmt: skip
 
     def run(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         """Start the step of one bucket; with the last one, finish those of all. DDP calls this. Collective.
@@ -224,7 +224,7 @@ class FeedbackHook(OnAllRanks):
 
     def _identity(self) -> dict[str, Any]:
         """Return what must be the same where a saved state is loaded."""
-        return {"rule": self.rule, "compressor": str(self.compressor), "rank": self.comm.Get_rank(),
+        return {"rule": rule_of(self.rule)[0].name, "compressor": str(self.compressor), "rank": self.comm.Get_rank(),
                 "size": self.comm.Get_size()}  # fmt: skip
 
     def state_dict_from(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> dict[str, Any]:

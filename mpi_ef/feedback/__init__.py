@@ -5,7 +5,8 @@ one function per paper, in the table :data:`RULES`; :class:`ErrorFeedback` puts 
 """
 
 from .error_feedback import ErrorFeedback
-from .state import State
+from .state import State, Steps, error, estimate, kept, momentum, replicated, scratch, spare
 from .table import RULES, Rule
 
-__all__ = ["RULES", "ErrorFeedback", "Rule", "State"]
+__all__ = ["RULES", "ErrorFeedback", "Rule", "State", "Steps", "error", "estimate", "kept", "momentum", "replicated",
+           "scratch", "spare"]  # fmt: skip

@@ -12,7 +12,7 @@ from mpi_ef.compress.combination import Combination, Vector, aligned_zeros
 from mpi_ef.errors import MpiEfError, OptionError, ShapeError
 
 from .state import Steps, form
-from .table import rule_named
+from .table import Rule, rule_of
 
 __all__ = ["ErrorFeedback"]
 
@@ -22,7 +22,9 @@ class ErrorFeedback(OnAllRanks):
 
     Parameters
     ----------
-    rule : {"ef14", "ef21", "econtrol"}
+    rule : str or Rule
+        The name of a line in :data:`RULES`, ``"ef21"``, also with options, ``"econtrol(eta=0.1)"``; of a rule in an
+        installed package, or in a module, ``"module:name"``; or a rule of your own.
     plan : Plan
         Any plan with any compressor.
     dense_steps : int
@@ -42,15 +44,15 @@ class ErrorFeedback(OnAllRanks):
     A non-finite vector on any rank raises `NonFiniteError` on all of them and leaves every state as it was.
     """
 
-    def __init__(self, rule: str, plan: Plan, *, dense_steps: int = 0, **options: Any) -> None:
+    def __init__(self, rule: str | Rule, plan: Plan, *, dense_steps: int = 0, **options: Any) -> None:
         self.plan, self.dense_steps, self.steps = plan, dense_steps, 0
 
         def facts() -> dict[str, object]:
-            self.rule = rule_named(rule)
+            self.rule, specified = rule_of(rule)
             if dense_steps < 0:
                 raise OptionError(f"ErrorFeedback: dense_steps={dense_steps} is negative; 0 starts compressed")
-            self.options = self.rule.options_for(plan.alpha, options)
-            return {"rule": rule, "dense_steps": dense_steps, "options": self.options}
+            self.options = self.rule.options_for(plan.alpha, specified | options)
+            return {"rule": self.rule.name, "dense_steps": dense_steps, "options": self.options}
 
         agree(plan.comm, "ErrorFeedback", facts, "build it from the same arguments everywhere")
         self.state = self.rule.state.zeros(plan, **self.options)

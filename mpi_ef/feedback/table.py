@@ -19,8 +19,7 @@ nor what is kept: m, heavy ball's v, MARINA's g.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
@@ -28,6 +27,7 @@ import numpy as np
 
 from mpi_ef.compress import Compressor, Identity, RandK
 from mpi_ef.errors import OptionError
+from mpi_ef.registry import specified
 
 from .estimators import CLAGState, DECSGDState, EF21PAGEState, MARINAState, clag, d_ec_sgd, ef21_page, marina
 from .federated import EF21BCState, EF21PlusState, EF21PPState, EF21WState, ef21_bc, ef21_plus, ef21_pp, ef21_w
@@ -46,9 +46,26 @@ from .momentum import (
 from .rules import EControlState, EF14State, EF21State, econtrol, ef14, ef21
 from .state import State, Steps
 
-__all__ = ["RULES", "Rule", "rule_named"]
+__all__ = ["RULES", "Rule", "rule_of"]
 
 Options = dict[str, Any]
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and isfinite(value) else -1.0
+
+
+Range = tuple[Callable[[Any], bool], str, str]
+_RANGES: Mapping[str, Range] = {
+    "eta": (lambda v: 0.0 <= _number(v) <= 1.0, "in [0, 1]", "try 0.3 * alpha for EControl, 0.1 for momentum"),
+    **{beta: (lambda v: 0.0 <= _number(v) < 1.0, "in [0, 1)", "0.9 is usual") for beta in ("beta", "beta1", "beta2")},
+    "participation": (lambda v: 0.0 < _number(v) <= 1.0, "in (0, 1]", "0.5 lets half of the clients take part"),
+    "seed": (lambda v: isinstance(v, int) and v >= 0, "a non-negative integer", "0 is one"),
+    "zeta": (lambda v: _number(v) >= 0.0, "a number >= 0", "1.0 is usual"),
+    "correction": (lambda v: isinstance(v, RandK), "a RandK", "its messages must be right in expectation"),
+    "reply": (lambda v: isinstance(v, Compressor), "a compressor", "pass for example TopK(0.1)"),
+}
+_ANYTHING: Range = (lambda _: True, "", "")
 
 
 @dataclass(frozen=True)
@@ -63,6 +80,8 @@ class Rule:
         Defaults of the options for a contraction constant.
     least_alpha : float
         Below this constant the defaults are no guide.
+    ranges : mapping of str to (callable, str, str)
+        By the name of an option: whether a value fits, what fits, and what to try.
     most_terms : int
         Of how many vectors that of a step may be a combination without being formed beforehand.
     """
@@ -72,6 +91,7 @@ class Rule:
     options: Callable[[float], Options] = lambda _alpha: {}
     least_alpha: float = 0.0
     most_terms: int = 1
+    ranges: Mapping[str, Range] = field(default_factory=lambda: _RANGES)
 
     @property
     def name(self) -> str:
@@ -95,25 +115,11 @@ class Rule:
                               "good eta; pass one, for example eta=0.1")  # fmt: skip
         options |= {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
         for name, value in options.items():
-            fits, text, hint = _RANGES[name]
+            fits, text, hint = self.ranges.get(name, _ANYTHING)
             if not fits(value):
                 raise OptionError(f"ErrorFeedback: {name}={value} is not {text}; {hint}")
         return options
 
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and isfinite(value) else -1.0
-
-
-_RANGES: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
-    "eta": (lambda v: 0.0 <= _number(v) <= 1.0, "in [0, 1]", "try 0.3 * alpha for EControl, 0.1 for momentum"),
-    **{beta: (lambda v: 0.0 <= _number(v) < 1.0, "in [0, 1)", "0.9 is usual") for beta in ("beta", "beta1", "beta2")},
-    "participation": (lambda v: 0.0 < _number(v) <= 1.0, "in (0, 1]", "0.5 lets half of the clients take part"),
-    "seed": (lambda v: isinstance(v, int) and v >= 0, "a non-negative integer", "0 is one"),
-    "zeta": (lambda v: _number(v) >= 0.0, "a number >= 0", "1.0 is usual"),
-    "correction": (lambda v: isinstance(v, RandK), "a RandK", "its messages must be right in expectation"),
-    "reply": (lambda v: isinstance(v, Compressor), "a compressor", "pass for example TopK(0.1)"),
-}
 
 RULES: Mapping[str, Rule] = {
     rule.name: rule
@@ -138,16 +144,23 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-def rule_named(name: str) -> Rule:
-    """Return the rule of that name.
+def rule_of(rule: "str | Rule") -> tuple[Rule, Options]:
+    """Return a rule and its options: an object of its own, a name, or a specification, ``"econtrol(eta=0.1)"``.
 
     Raises
     ------
     OptionError
-        When there is none; it names the nearest.
+        There is no such rule; the line names the nearest. Or arguments without a name.
     """
-    if name in RULES:
-        return RULES[name]
-    close = get_close_matches(str(name), RULES, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"take one of {', '.join(RULES)}"
-    raise OptionError(f"ErrorFeedback: rule={name!r} is unknown; {hint}")
+    if isinstance(rule, Rule):
+        return rule, {}
+    if not isinstance(rule, str):
+        raise OptionError(f"ErrorFeedback: rule={rule!r} is neither a name nor a Rule; take one of {', '.join(RULES)}")
+    try:
+        what = specified("rule", rule)
+    except OptionError as error:
+        raise OptionError(f"ErrorFeedback: {error}") from error
+    if what.arguments or not isinstance(what.thing, Rule):
+        problem = "its arguments want names" if what.arguments else f"{what.name} is no Rule"
+        raise OptionError(f"ErrorFeedback: rule={rule!r}: {problem}, such as econtrol(eta=0.1)")
+    return what.thing, what.options

@@ -17,7 +17,7 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Identity, for_parameters, lazy
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import MpiEfError, OptionError
-from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.feedback import ErrorFeedback, Rule
 
 from .accounts import BucketReport
 from .buckets import Bucket, Buckets, bucket_slices
@@ -105,7 +105,7 @@ class DistributedOptimizer(FlatOptimizer):
         compressor: Compressor,
         *,
         placement: Literal["update", "gradient"] = "update",
-        rule: str = "ef14",
+        rule: str | Rule = "ef14",
         plan: PlanBuilder = plan_for,
         dense_steps: int = 0,
         bucket_nbytes: int | None = None,

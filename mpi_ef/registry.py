@@ -1,0 +1,175 @@
+"""What there is by name: compressors, rules, plans and optimizers, built in, of other packages, or of a module on the path.
+
+A *specification* is a text that says which and how, as one would write it in Python, and as objects print themselves::
+
+    TopK(0.01, values=Quantize('bf16'))      econtrol(eta=0.1)      my_package.things:MyCompressor(3)
+
+Names are looked up among what is built in, then in the entry points of installed packages (groups ``mpi_ef.compressors``,
+``mpi_ef.rules``, ``mpi_ef.plans``, ``mpi_ef.optimizers``); ``module:name`` imports. Arguments are numbers, texts, True,
+False, None, lists and tuples of these, and specifications of compressors: nothing is evaluated.
+"""
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
+from inspect import Parameter, isclass, signature
+from typing import Any
+
+from mpi_ef.errors import OptionError
+
+__all__ = ["Specification", "built", "found", "names", "specified"]
+
+# Where what is built in is listed, and what it is: a class of the module's __all__, or a line in the table of rules.
+_HOMES: Mapping[str, tuple[str, str]] = {
+    "compressor": ("mpi_ef.compress", "Compressor"),
+    "plan": ("mpi_ef.collectives", "Plan"),
+    "rule": ("mpi_ef.feedback", ""),
+    "optimizer": ("mpi_ef.optim", "FlatOptimizer"),
+}
+_FORM = re.compile(r"\s*([A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?(?:-\w+)*)\s*(\(.*\))?\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Specification:
+    """What a text specifies.
+
+    Attributes
+    ----------
+    name : str
+    thing : object
+        What has that name.
+    arguments : tuple
+    options : dict of str to object
+    """
+
+    name: str
+    thing: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def _built_in(kind: str) -> Mapping[str, Any]:
+    module, base = _HOMES[kind]
+    home = import_module(module)
+    if not base:
+        rules: Mapping[str, Any] = home.RULES
+        return rules
+    classes = {name: getattr(home, name) for name in home.__all__ if isclass(getattr(home, name))}
+    return {name: c for name, c in classes.items() if base in [parent.__name__ for parent in c.__mro__[1:]]}
+
+
+def names(kind: str) -> list[str]:
+    """Return what there is of a kind, built in or installed. Local.
+
+    Parameters
+    ----------
+    kind : {"compressor", "rule", "plan", "optimizer"}
+    """
+    return sorted({*_built_in(kind), *(point.name for point in entry_points(group=f"mpi_ef.{kind}s"))})
+
+
+def found(kind: str, name: str) -> Any:
+    """Return what has a name, or what ``module:name`` stands for. Local.
+
+    Raises
+    ------
+    OptionError
+        There is nothing of that name (the line names the nearest), or it cannot be imported.
+    """
+    module, colon, attribute = name.partition(":")
+    try:
+        if colon:
+            return getattr(import_module(module), attribute)
+        if name in (known := _built_in(kind)):
+            return known[name]
+        for point in entry_points(group=f"mpi_ef.{kind}s", name=name):
+            return point.load()
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"{kind} {name!r} cannot be loaded: {error}") from error
+    close = get_close_matches(name, names(kind), n=1)
+    hint = f"did you mean {close[0]}?" if close else f"take one of {', '.join(names(kind))}, or module:name"
+    raise OptionError(f"there is no {kind} {name!r}; {hint}")
+
+
+def specified(kind: str, text: str) -> Specification:
+    """Return what a text specifies, without building it. Local.
+
+    Raises
+    ------
+    OptionError
+        The text is no specification, or names something that there is not.
+    """
+    match = _FORM.fullmatch(text)
+    if match is None:
+        raise OptionError(
+            f"{text!r} is no {kind}: write a name, with arguments where it takes some, such as {_example(kind)}"
+        )
+    name, call = match.groups()
+    try:
+        tree = ast.parse(f"f{call or '()'}", mode="eval").body
+    except SyntaxError as error:
+        raise OptionError(f"{text!r} is no {kind}: {error.msg}; write for example {_example(kind)}") from None
+    if not isinstance(tree, ast.Call):
+        raise OptionError(f"{text!r} is no {kind}; write for example {_example(kind)}")
+    arguments, options = _arguments(tree, text)
+    return Specification(name, found(kind, name), arguments, options)
+
+
+def built(kind: str, text: str) -> Any:
+    """Return the compressor that a text specifies; of another kind, what calling the name with the arguments returns. Local.
+
+    Raises
+    ------
+    OptionError
+        As :func:`specified`; or the arguments do not fit, with the nearest name of an option.
+    """
+    what = specified(kind, text)
+    return _called(what, text)
+
+
+def _called(what: Specification, text: str) -> Any:
+    taken = signature(what.thing).parameters
+    free = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in taken.values())
+    for option in what.options:
+        if option not in taken and not free:
+            close = get_close_matches(option, taken, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(taken) or 'none'}"
+            raise OptionError(f"{text!r}: {what.name} has no option {option}; {hint}")
+    try:
+        signature(what.thing).bind(*what.arguments, **what.options)
+    except TypeError as error:
+        raise OptionError(f"{text!r}: {what.name}: {error}") from None
+    return what.thing(*what.arguments, **what.options)
+
+
+def _arguments(call: ast.Call, text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if any(isinstance(argument, ast.Starred) for argument in call.args) or any(
+        not keyword.arg for keyword in call.keywords
+    ):
+        raise OptionError(f"{text!r}: * and ** mean nothing here; write the arguments")
+    options = {keyword.arg or "": _value(keyword.value, text) for keyword in call.keywords}
+    return tuple(_value(argument, text) for argument in call.args), options
+
+
+def _value(node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
+        return -_value(node.operand, text)
+    if isinstance(node, ast.Tuple | ast.List):
+        values = [_value(element, text) for element in node.elts]
+        return tuple(values) if isinstance(node, ast.Tuple) else values
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        inner = Specification(node.func.id, found("compressor", node.func.id), *_arguments(node, text))
+        return _called(inner, text)
+    raise OptionError(f"{text!r}: {ast.unparse(node)} is no value: take numbers, texts, True, False, None, lists and tuples "
+                      "of these, or compressors")  # fmt: skip
+
+
+def _example(kind: str) -> str:
+    return {"compressor": "TopK(0.01, values=Quantize('bf16'))", "rule": "econtrol(eta=0.1)", "plan": "GatherMean",
+            "optimizer": "OneBitAdam(freeze_step=130)"}[kind]  # fmt: skip

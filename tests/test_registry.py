@@ -1,0 +1,205 @@
+"""Compressors, rules and optimizers by name, and texts that say which and how: nothing that they say is evaluated."""
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import virtual
+from my_compressor import BlockMax
+from my_rule import FADING
+from programs import loss_of, model, same_bits
+from vectors_for_tests import gaussian
+
+from mpi_ef import registry
+from mpi_ef.collectives import GatherMean, TwoPhaseMean, plan_for
+from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
+from mpi_ef.errors import ConfigError, OptionError, PeerError
+from mpi_ef.feedback import RULES, ErrorFeedback
+from mpi_ef.jobs.train.config import TrainConfig
+from mpi_ef.jobs.train.optimizers import build_compressor
+from mpi_ef.optim import DistributedOptimizer, OneBitAdam
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+COMPRESSORS = [
+    Identity(), Quantize("bf16"), Quantize("int8", block=64), Sign(), Sign(block=8), Vote(), TopK(0.1), TopK(k=7),
+    TopK(0.3, values=Quantize("bf16"), segments=(3, 4)), TopK(0.2, segments="parameters"), RandK(0.1, seed=7), RandK(k=3),
+    LowRank(2, shapes=((3, 4), (5,))), LowRank(1, shapes="parameters", seed=3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
+def test_what_compressors_print_can_be_read(compressor):
+    assert registry.built("compressor", str(compressor)) == compressor
+
+
+def test_specifications_are_as_in_python():
+    read = {
+        "TopK(0.01, values=Quantize('bf16'))": TopK(0.01, values=Quantize("bf16")),
+        " RandK( k=3 , seed = 2 )\n": RandK(k=3, seed=2),
+        "Vote": Vote(),
+        "Sign()": Sign(),
+        "my_compressor:BlockMax(8)": BlockMax(8),
+    }
+    assert {text: registry.built("compressor", text) for text in read} == read
+    rule = registry.specified("rule", "ef21-sgdm(eta=-0.5)")
+    assert (rule.name, rule.thing, rule.arguments, rule.options) == ("ef21-sgdm", RULES["ef21-sgdm"], (), {"eta": -0.5})
+    assert registry.specified("optimizer", "OneBitAdam(freeze_step=130)").thing is OneBitAdam
+
+
+@pytest.mark.parametrize(("kind", "text", "words"), [
+    ("compressor", "topk(0.1)", "there is no compressor 'topk'; did you mean TopK?"),
+    ("compressor", "Nothing(0.1)", "take one of Identity, LowRank, Quantize, RandK, Sign, TopK, Vote, or module:name"),
+    ("compressor", "TopK(ration=0.1)", "TopK has no option ration; did you mean ratio?"),
+    ("compressor", "TopK(0.1, ratio=0.2)", "multiple values for argument 'ratio'"),
+    ("compressor", "Vote(3)", "too many positional arguments"),
+    ("compressor", "TopK(2.0)", "ratio=2.0"),
+    ("compressor", "TopK(0.1, values=__import__('os').getcwd())", "is no value: take numbers"),
+    ("compressor", "TopK(0.1, values=open('x'))", "there is no compressor 'open'"),
+    ("compressor", "TopK([x for x in (1,)][0])", "is no value"),
+    ("compressor", "TopK(1 + 1)", "is no value"),
+    ("compressor", "TopK(*(0.1,))", "mean nothing here"),
+    ("compressor", "TopK(**{'ratio': 0.1})", "mean nothing here"),
+    ("compressor", "TopK(0.1", "is no compressor"),
+    ("compressor", "TopK(0.1)(2)", "write for example TopK"),
+    ("compressor", "", "write a name, and arguments where it takes some"),
+    ("compressor", "no_module:Thing", "cannot be loaded: No module named 'no_module'"),
+    ("compressor", "my_compressor:Thing", "cannot be loaded: .* has no attribute 'Thing'"),
+    ("rule", "ef22", "there is no rule 'ef22'; did you mean ef2"),
+    ("plan", "Gather", "there is no plan 'Gather'; did you mean GatherMean?"),
+    ("optimizer", "OnebitAdam", "did you mean OneBitAdam?"),
+])  # fmt: skip
+def test_what_is_wrong_is_said_in_one_line(kind, text, words):
+    with pytest.raises(OptionError, match=words) as told:
+        registry.built(kind, text) if kind == "compressor" else registry.specified(kind, text)
+    assert "\n" not in str(told.value)
+
+
+def test_names_are_all_there_is():
+    assert registry.names("rule") == sorted(RULES)
+    assert {"GatherMean", "TwoPhaseMean", "DenseMean", "LowRankMean", "ClientsMean"} == {*registry.names("plan")}
+    assert {"EF21", "OneBitAdam", "Lion", "DistributedOptimizer"} <= {*registry.names("optimizer")}
+
+
+def test_installed_packages_bring_their_own(monkeypatch):
+    """By entry points; what is built in comes first."""
+
+    def points(*, group, name=None):
+        mine = [importlib.metadata.EntryPoint("BlockMax", "my_compressor:BlockMax", "mpi_ef.compressors"),
+                importlib.metadata.EntryPoint("TopK", "my_compressor:BlockMax", "mpi_ef.compressors"),
+                importlib.metadata.EntryPoint("fading", "my_rule:FADING", "mpi_ef.rules"),
+                importlib.metadata.EntryPoint("gone", "no_module:thing", "mpi_ef.rules")]  # fmt: skip
+        return [point for point in mine if point.group == group and name in (None, point.name)]
+
+    monkeypatch.setattr(registry, "entry_points", points)
+    assert registry.built("compressor", "BlockMax(4)") == BlockMax(4)
+    assert registry.built("compressor", "TopK(0.5)") == TopK(0.5)
+    assert registry.specified("rule", "fading(fade=0.1)").thing is FADING
+    assert "fading" in registry.names("rule")
+    with pytest.raises(OptionError, match="rule 'gone' cannot be loaded: No module named 'no_module'"):
+        registry.found("rule", "gone")
+
+
+@pytest.mark.parametrize(("rule", "options", "same"), [
+    ("econtrol(eta=0.2)", {}, ("econtrol", {"eta": 0.2})),
+    ("econtrol(eta=0.2)", {"eta": 0.4}, ("econtrol", {"eta": 0.4})),
+    (RULES["ef21"], {}, ("ef21", {})),
+    (FADING, {"fade": 0.5}, ("my_rule:FADING(fade=0.5)", {})),
+    ("my_rule:FADING(fade=0.0)", {}, ("my_rule:FADING", {"fade": 0.0})),
+])  # fmt: skip
+def test_a_rule_is_an_object_a_name_or_a_specification(rule, options, same):
+    def program(comm):
+        rules = [ErrorFeedback(r, GatherMean(comm, TopK(0.1), 50), **o) for r, o in ((rule, options), same)]
+        for step in range(4):
+            x = gaussian(comm.Get_rank(), 50, step=step)
+            assert same_bits(*(feedback.step(x) for feedback in rules))
+        assert same_bits(*(feedback.per_rank() for feedback in rules))
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize(("rule", "words"), [
+    ("ef22", "ErrorFeedback: there is no rule 'ef22'"),
+    ("econtrol(0.2)", "its arguments want names, such as econtrol"),
+    ("econtrol(strength=0.2)", "econtrol has no option strength; it has: eta"),
+    ("econtrol(eta=2.0)", r"eta=2.0 is not in \[0, 1\]"),
+    ("my_compressor:BlockMax", "my_compressor:BlockMax is no Rule"),
+    (TopK(0.1), "is neither a name nor a Rule"),
+])  # fmt: skip
+def test_a_wrong_rule_on_one_rank_stops_all(rule, words):
+    def program(comm):
+        wrong = comm.Get_rank() == 1
+        with pytest.raises(OptionError if wrong else PeerError, match=words):
+            ErrorFeedback(rule if wrong else "ef21", GatherMean(comm, TopK(0.1), 50))
+
+    virtual.results(2, program)
+
+
+def test_a_compressor_says_which_plan_suits_it():
+    def program(comm):
+        assert type(plan_for(comm, BlockMax(4), 30)) is GatherMean
+        assert type(plan_for(comm, Sign(), 30)) is TwoPhaseMean
+
+    virtual.results(2, program)
+
+
+def test_a_strangers_rule_and_compressor_train_save_and_resume():
+    """In any optimizer, in parts while autograd works, and to the last bit."""
+
+    def build(net, comm):
+        sgd = torch.optim.SGD(net.parameters(), lr=0.05)
+        return DistributedOptimizer(sgd, comm, BlockMax(3), placement="gradient", rule="my_rule:FADING(fade=0.5)",
+                                    overlap=True, bucket_nbytes=100)  # fmt: skip
+
+    def train(net, optimizer, rank, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            loss_of(net, rank, step).backward()
+            optimizer.step()
+
+    def program(comm):
+        rank, nets = comm.Get_rank(), [model(), model()]
+        first = build(nets[0], comm)
+        before = loss_of(nets[0], rank, 99).item()
+        train(nets[0], first, rank, range(20))
+        assert loss_of(nets[0], rank, 99).item() < before
+        second = build(nets[1], comm)
+        nets[1].load_state_dict(nets[0].state_dict())
+        second.load_state_dict(first.state_dict())
+        for net, optimizer in zip(nets, (first, second), strict=True):
+            train(net, optimizer, rank, range(20, 25))
+        assert same_bits(*([p.detach().numpy() for p in net.parameters()] for net in nets))
+
+    virtual.results(2, program)
+
+
+def test_training_options_may_be_specifications():
+    assert build_compressor(TrainConfig(compressor="TopK(k=9, values=Sign())")) == TopK(k=9, values=Sign())
+    assert build_compressor(TrainConfig(compressor="my_compressor:BlockMax(7)", rule="ef21")) == BlockMax(7)
+    assert TrainConfig(rule="econtrol(eta=0.1)", placement="gradient").rule == "econtrol(eta=0.1)"
+    for options, words in [
+        ({"compressor": "Topk(0.1)"}, "there is no compressor 'Topk'; did you mean TopK?"),
+        ({"compressor": "TopK(0.1)", "ratio": 0.2}, "ratio=0.2 has no effect with compressor=TopK"),
+        ({"rule": "econtrol(eta=0.1)", "eta": 0.2}, "eta=0.2 has no effect with rule=econtrol"),
+        ({"rule": "ef21-page", "placement": "update"}, "sends changes of gradients"),
+        ({"rule": "ef21-page()", "placement": "update"}, "sends changes of gradients"),
+        ({"rule": "ef23"}, "there is no rule 'ef23'"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            TrainConfig(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["my_compressor.py", "my_rule.py"])
+def test_examples_run_alone(name):
+    """Each is short, and knows nothing of the inside of the package."""
+    text = (EXAMPLES / name).read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 60
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert np.isfinite(float(done.stdout.split()[-1].strip("[]")))
