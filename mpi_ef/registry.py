@@ -90,8 +90,9 @@ def found(kind: str, name: str) -> Any:
             return point.load()
     except (ImportError, AttributeError) as error:
         raise OptionError(f"{kind} {name!r} cannot be loaded: {error}") from error
-    close = get_close_matches(name, names(kind), n=1)
-    hint = f"did you mean {close[0]}?" if close else f"take one of {', '.join(names(kind))}, or module:name"
+    lower = {known.lower(): known for known in names(kind)}
+    close = get_close_matches(name.lower(), lower, n=1)
+    hint = f"did you mean {lower[close[0]]}?" if close else f"take one of {', '.join(names(kind))}, or module:name"
     raise OptionError(f"there is no {kind} {name!r}; {hint}")
 
 
@@ -113,7 +114,7 @@ def specified(kind: str, text: str) -> Specification:
         tree = ast.parse(f"f{call or '()'}", mode="eval").body
     except SyntaxError as error:
         raise OptionError(f"{text!r} is no {kind}: {error.msg}; write for example {_example(kind)}") from None
-    if not isinstance(tree, ast.Call):
+    if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
         raise OptionError(f"{text!r} is no {kind}; write for example {_example(kind)}")
     arguments, options = _arguments(tree, text)
     return Specification(name, found(kind, name), arguments, options)

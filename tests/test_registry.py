@@ -65,7 +65,7 @@ def test_specifications_are_as_in_python():
     ("compressor", "TopK(**{'ratio': 0.1})", "mean nothing here"),
     ("compressor", "TopK(0.1", "is no compressor"),
     ("compressor", "TopK(0.1)(2)", "write for example TopK"),
-    ("compressor", "", "write a name, and arguments where it takes some"),
+    ("compressor", "", "write a name, with arguments where it takes some"),
     ("compressor", "no_module:Thing", "cannot be loaded: No module named 'no_module'"),
     ("compressor", "my_compressor:Thing", "cannot be loaded: .* has no attribute 'Thing'"),
     ("rule", "ef22", "there is no rule 'ef22'; did you mean ef2"),
