@@ -37,8 +37,8 @@ ROOMS = {
     "__init__": ("errors moved runtime compress collectives feedback buffers data optim ddp checkpoint state", ""),
     "jobs": ("__init__ errors kernels runtime slurm compress collectives feedback checkpoint state",
              "numpy matplotlib mpi4py"),
-    "jobs.train": ("__init__ errors moved registry kernels comm runtime compress collectives feedback optim checkpoint state "
-                   "jobs", "numpy torch sklearn"),
+    "jobs.train": ("__init__ errors moved registry kernels comm runtime compress collectives feedback optim checkpoint "
+                   "state jobs", "numpy torch sklearn"),
     "jobs.bench": ("__init__ errors moved kernels comm runtime compress collectives feedback checkpoint jobs",
                    "numpy torch mpi4py"),
     "jobs.reproduce": ("errors moved comm runtime compress collectives feedback jobs", "numpy"),

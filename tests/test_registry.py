@@ -11,7 +11,7 @@ import torch
 import virtual
 from my_compressor import BlockMax
 from my_rule import FADING
-from programs import loss_of, model, same_bits
+from programs import loss_of, model, same_bits, trained
 from vectors_for_tests import gaussian
 
 from mpi_ef import registry
@@ -190,6 +190,24 @@ def test_training_options_may_be_specifications():
     ]:
         with pytest.raises(ConfigError, match=words):
             TrainConfig(**options)
+
+
+def test_mpi_ef_train_takes_specifications(tmp_path):
+    """As docs/algorithms.md shows; and what a specification says is what the options say. Both are recorded."""
+    small = {"model": "mlp", "steps": 4, "batch": 8, "warmup": 1, "eval_every": 4}
+    runs = {
+        "mine": {"rule": "my_rule:FADING(fade=0.5)", "compressor": "my_compressor:BlockMax(64)"},
+        "text": {"rule": "econtrol(eta=0.1)", "compressor": "TopK(0.05, values=Quantize('bf16'))"},
+        "options": {"rule": "econtrol", "eta": 0.1, "compressor": "topk", "ratio": 0.05, "values": "bf16"},
+    }
+    ended = {
+        name: trained(2, TrainConfig(**small, **options, out=tmp_path / name))[0] for name, options in runs.items()
+    }
+    assert ended["mine"]["replicas_equal"]
+    assert ended["mine"]["config"]["rule"] == "my_rule:FADING(fade=0.5)"
+    assert 'rule = "econtrol(eta=0.1)"' in (tmp_path / "text" / "config.toml").read_text(encoding="utf-8")
+    assert ended["text"]["val_loss"] == ended["options"]["val_loss"]
+    assert ended["text"]["sent_nbytes"] == ended["options"]["sent_nbytes"]
 
 
 @pytest.mark.slow
