@@ -86,7 +86,7 @@ def muon(params, comm, *, compressor=TopK(0.2), **options):  # noqa: B008
 
 
 UNKNOWN_PLACE = ({"placement": "sideways"}, "DistributedOptimizer: placement='sideways' is unknown")
-UNKNOWN_RULE = ({"rule": "ef22"}, "ErrorFeedback: rule='ef22' is unknown")
+UNKNOWN_RULE = ({"rule": "ef22"}, "ErrorFeedback: there is no rule 'ef22'")
 NO_BUCKET = ({"bucket_nbytes": 0}, "DistributedOptimizer: bucket_nbytes=0 is not positive")
 QUICKLY, SLOWLY = (60, slice(3), 0.8), (150, slice(3), 0.5)
 GATHERS, TWO_PHASES = ("Allgather", "Allgather"), ("Allgather", "Allgather", "Alltoall")

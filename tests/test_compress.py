@@ -9,7 +9,7 @@ from hypothesis import given
 from my_compressor import BlockMax
 from vectors_for_tests import DTYPES, gaussian, vectors
 
-from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK, source
+from mpi_ef.compress import Codec, Identity, Quantize, RandK, Sign, TopK, source
 from mpi_ef.errors import DtypeError, OptionError, ShapeError
 
 COMPRESSORS = [
@@ -235,7 +235,7 @@ def test_clearing_leaves_nothing_of_what_was_added(compressor, dtype):
     added = np.any([codec.decode(wire) != 0 for wire in wires], axis=0)
     assert added.any()
     assert not out[added].any()
-    if compressor.sparse:
+    if compressor.sparse and type(codec).clear is not Codec.clear:
         assert out[~added].any() or added.all()  # and no more than that
 
 

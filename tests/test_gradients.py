@@ -21,6 +21,7 @@ from mpi_ef.optim import DistributedOptimizer, OneBitAdam
 from mpi_ef.optim.writes import Writes
 from mpi_ef.state.training import Training
 
+EXHAUSTIVE = pytest.mark.exhaustive
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
 
@@ -331,8 +332,8 @@ def swap_by_copy(net, average):
 
 
 @pytest.mark.parametrize(("swap", "dtype"), [(swap_by_reference, torch.float32), (swap_by_reference, torch.bfloat16),
-                                             (swap_by_copy, torch.bfloat16)])  # fmt: skip
-@pytest.mark.parametrize("before", [9, 21])
+                                             pytest.param(swap_by_copy, torch.bfloat16, marks=EXHAUSTIVE)])  # fmt: skip
+@pytest.mark.parametrize("before", [pytest.param(9, marks=EXHAUSTIVE), 21])
 @rows()
 def test_weights_that_are_swapped_for_a_while_come_back(row, before, swap, dtype):
     """For an evaluation, and while states are saved, which have the others: the training goes on with its own."""
@@ -362,8 +363,8 @@ def test_weights_that_are_swapped_for_a_while_come_back(row, before, swap, dtype
     virtual.results(2, program)
 
 
-@DTYPES
-@pytest.mark.parametrize("before", [5, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=EXHAUSTIVE)])
+@pytest.mark.parametrize("before", [pytest.param(5, marks=EXHAUSTIVE), 20])
 @rows()
 def test_a_save_has_the_weights_of_that_moment(row, before, dtype):
     """Whatever has just been written to them, by `Training` and in a model's and an optimizer's states, in any order."""

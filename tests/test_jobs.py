@@ -463,7 +463,7 @@ except SystemExit as end:
         ({"rule": "ef21-w", "smoothness": "1,-2"}, "smoothness=1,-2 is no list of positive numbers"),
         ({"rule": "ef21-bc", "reply": 0.0}, "reply=0.0 is not in (0, 1]"),
         ({"rule": "econtrol", "eta": 2.0}, "eta=2.0 is not in [0, 1]"),
-        ({"rule": "ef41"}, "rule='ef41' is unknown; take one of ef14"),
+        ({"rule": "ef41"}, "there is no rule 'ef41'; did you mean ef"),
         ({"overwrite": True, "resume": "exact"}, "overwrite begins anew, resume=exact goes on; pass one of them"),
     ],
 )
