@@ -15,7 +15,7 @@ from training import everything, groups_of, net_of, parameters_of, steps_of
 from mpi_ef import ShardedSampler, Store, Training
 from mpi_ef.compress import Identity
 from mpi_ef.errors import DisagreementError, OptionError, PeerError
-from mpi_ef.optim import DistributedOptimizer
+from mpi_ef.optim import DistributedOptimizer, OneBitAdam
 
 # ---- attributes
 
@@ -89,6 +89,45 @@ def test_groups_without_a_parameter_that_are_assigned_are_one_line_on_all_ranks(
         assert same_bits(parameters_of(net), before)
 
     virtual.results(2, program)
+
+
+@rows()
+def test_hooks_of_a_step_are_called_as_torch_calls_them(row):
+    """Also for all optimizers at once, and by a class of one's own; the profiler sees a step by its name."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    class Own(OneBitAdam):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    def program(comm):
+        net, own = net_of(), net_of()
+        optimizer, called = row(net, comm), []
+        mine = Own(own.parameters(), comm)
+        handles = [optimizer.register_step_pre_hook(lambda *_: called.append("before")),
+                   optimizer.register_step_post_hook(lambda *_: called.append("after"))]  # fmt: skip
+        steps_of(net, optimizer, comm.Get_rank(), range(2))
+        assert called == ["before", "after"] * 2
+        for handle in handles:
+            handle.remove()
+        steps_of(net, optimizer, comm.Get_rank(), range(2, 3))
+        assert len(called) == 4
+        comm.Barrier()
+        mine.register_step_post_hook(lambda *_: called.append("mine"))
+        steps_of(own, mine, comm.Get_rank(), range(2))
+        assert called[4:] == ["mine"] * 2
+        if comm.Get_size() > 1:
+            return
+        everywhere = register_optimizer_step_post_hook(lambda one, *_: called.append(one))
+        steps_of(net, optimizer, comm.Get_rank(), range(3, 4))
+        everywhere.remove()
+        assert called[-1] is optimizer  # after the wrapped one
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            steps_of(net, optimizer, comm.Get_rank(), range(4, 5))
+        assert f"Optimizer.step#{type(optimizer).__name__}.step" in {event.key for event in seen.key_averages()}
+
+    for size in (1, 2):
+        virtual.results(size, program)
 
 
 def test_groups_in_another_order_are_told_as_such():

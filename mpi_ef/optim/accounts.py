@@ -4,7 +4,9 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mpi_ef.collectives import Plan
 from mpi_ef.comm.consensus import OnAllRanks, Telling
@@ -53,6 +55,12 @@ class Communicating(OnAllRanks, Optimizer, metaclass=Telling):
 
     def _open_accounts(self) -> None:
         self._retired_nbytes, self._retired_seconds = 0, dict.fromkeys(("encode", "communicate", "decode"), 0.0)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether hooks of torch's want to see a step, or its profiler."""
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        return bool(hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or _profiler_enabled())
 
     @abstractmethod
     def channels(self) -> Sequence[Channel]:

@@ -12,6 +12,7 @@ from zlib import crc32
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from mpi_ef import kernels
 from mpi_ef.buffers import broadcast_buffers
@@ -114,12 +115,6 @@ class FlatOptimizer(Saved):
         self._note_load()
         self.flat.publish()
 
-    def forget(self) -> None:
-        """Let every rule start with errors and estimates of zero, see :meth:`ErrorFeedback.forget`. Local."""
-        for channel in self.channels():
-            if isinstance(channel, ErrorFeedback):
-                channel.forget()
-
     @property
     def shared_values(self) -> Vector:
         """The parameters, (d,), as far as they are the same on all ranks. Not a copy; read only."""
@@ -166,6 +161,12 @@ class FlatOptimizer(Saved):
             On a rank whose parameters or gradients are not usable any more; all other ranks raise `PeerError`. So it is
             with an error of the closure.
         """
+        whole = type(self).step is FlatOptimizer.step  # else torch has made that of a subclass, and calls the hooks
+        return self._step_seen(closure) if whole and self.is_watched else self._step_of(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # so that torch does not record every step, a tenth of a short one
+
+    def _step_of(self, closure: Callable[[], float] | None = None) -> float | None:
         loss, problem = None, None
         if closure is not None:
             try:
@@ -175,6 +176,8 @@ class FlatOptimizer(Saved):
                 problem = error
         self._step(self._ready(self._collect() if problem is None else problem))
         return loss
+
+    _step_seen = Optimizer.profile_hook_step(_step_of)  # as torch makes it: with hooks, and for the profiler
 
     def _step(self, broken: tuple[int, ...]) -> None:
         """Take a step for which all ranks are ready, or skip it. Collective."""

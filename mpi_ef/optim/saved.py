@@ -7,6 +7,7 @@ from typing import Any
 from mpi_ef.collectives import Move
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import ShapeError
+from mpi_ef.feedback import ErrorFeedback
 
 from .accounts import Communicating
 
@@ -93,6 +94,12 @@ class Saved(Communicating):
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`own_state` returned, after :meth:`load_settings`. Local."""
+
+    def forget(self) -> None:
+        """Let every rule start with errors and estimates of zero, see :meth:`ErrorFeedback.forget`. Local."""
+        for channel in self.channels():
+            if isinstance(channel, ErrorFeedback):
+                channel.forget()
 
     def _note_load(self) -> None:
         """Let ranks find out in the next step whether all have loaded, and the same. Local."""
