@@ -16,7 +16,9 @@ __all__ = ["option", "parse", "to_toml"]
 T = TypeVar("T")
 
 
-def option(default: Any, help: str, *, choices: Sequence[str] = (), shown: str = "", recorded: bool = True) -> Any:
+def option(
+    default: Any, help: str, *, choices: Sequence[str] = (), others: str = "", shown: str = "", recorded: bool = True
+) -> Any:
     """Return a dataclass field with a help text.
 
     Parameters
@@ -25,12 +27,15 @@ def option(default: Any, help: str, *, choices: Sequence[str] = (), shown: str =
     help : str
     choices : sequence of str
         What it may be; anything of its type when empty.
+    others : str
+        What it may be besides `choices`, as the help text has it; `config` looks at that itself.
     shown : str
         What the help text says of the default; it itself when empty.
     recorded : bool
         Whether :func:`to_toml` writes it.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "shown": shown, "recorded": recorded})
+    metadata = {"help": help, "choices": choices, "others": others, "shown": shown, "recorded": recorded}
+    return field(default=default, metadata=metadata)
 
 
 def parse(config: type[T], argv: Sequence[str] | None, *, prog: str, description: str) -> T:
@@ -112,7 +117,9 @@ def _plain(kind: Any) -> Any:
 
 
 def _choices(f: Field[Any], kind: Any) -> tuple[str, ...]:
-    return get_args(kind) if get_origin(kind) is Literal else tuple(f.metadata["choices"])
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return () if f.metadata["others"] else tuple(f.metadata["choices"])
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, f: Field[Any], kind: Any) -> None:
@@ -125,6 +132,8 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, f: Field[Any], kind: A
         settings["action"] = argparse.BooleanOptionalAction
     elif choices := _choices(f, kind):
         settings["choices"] = choices
+    elif f.metadata["others"]:
+        settings["metavar"] = f"{{{','.join(f.metadata['choices'])}}} | {f.metadata['others']}"
     else:
         settings |= {"type": kind, "metavar": kind.__name__.upper()}
     parser.add_argument("--" + name.replace("_", "-"), **settings)

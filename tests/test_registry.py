@@ -19,6 +19,7 @@ from mpi_ef.collectives import GatherMean, TwoPhaseMean, plan_for
 from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
 from mpi_ef.errors import ConfigError, OptionError, PeerError
 from mpi_ef.feedback import RULES, ErrorFeedback
+from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.optimizers import build_compressor
 from mpi_ef.optim import DistributedOptimizer, OneBitAdam
@@ -176,10 +177,23 @@ def test_a_strangers_rule_and_compressor_train_save_and_resume():
     virtual.results(2, program)
 
 
-def test_training_options_may_be_specifications():
+def test_training_options_may_be_specifications(tmp_path, capsys):
     assert build_compressor(TrainConfig(compressor="TopK(k=9, values=Sign())")) == TopK(k=9, values=Sign())
     assert build_compressor(TrainConfig(compressor="my_compressor:BlockMax(7)", rule="ef21")) == BlockMax(7)
     assert TrainConfig(rule="econtrol(eta=0.1)", placement="gradient").rule == "econtrol(eta=0.1)"
+    flags = ["--compressor", "TopK(0.1, values=Sign())", "--rule", "econtrol(eta=0.1)"]
+    given = parse(TrainConfig, flags, prog="train", description="")
+    assert (given.compressor, given.rule) == ("TopK(0.1, values=Sign())", "econtrol(eta=0.1)")
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(given), encoding="utf-8")
+    again = parse(TrainConfig, ["--config", str(file)], prog="train", description="")
+    assert again.resolved() == given.resolved()
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--compressor", "TopK(ration=0.1)"], prog="train", description="")
+    assert "TopK has no option ration; did you mean ratio?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--help"], prog="train", description="")
+    assert "identity} | NAME(OPTION=...)" in " ".join(capsys.readouterr().out.split())
     for options, words in [
         ({"compressor": "Topk(0.1)"}, "there is no compressor 'Topk'; did you mean TopK?"),
         ({"compressor": "TopK(0.1)", "ratio": 0.2}, "ratio=0.2 has no effect with compressor=TopK"),

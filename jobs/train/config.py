@@ -22,9 +22,9 @@ PROOF = "summary.json"  # what only a finished run has; all files are in FILES
 PHASES = ("data", "compute", "encode", "communicate", "decode", "update")
 
 
-def _for(name: str, help: str, choices: Sequence[str] = ()) -> Any:
+def _for(name: str, help: str, choices: Sequence[str] = (), others: str = "") -> Any:
     """Return an option that goes with some choices only, as the table in choices.py says."""
-    return option(None, help, choices=choices, shown=choices_of.described(name))
+    return option(None, help, choices=choices, others=others, shown=choices_of.described(name))
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class TrainConfig:
     weight_decay: float = option(0.1, "of the optimizer")
     placement: str | None = _for("placement", "what is exchanged: the optimizer's update, or the gradient",
                                  tuple(choices_of.PLACEMENTS))  # fmt: skip
-    rule: str | None = _for("rule", "error-feedback rule, see docs/algorithms.md", tuple(choices_of.RULES))
+    rule: str | None = _for("rule", "error-feedback rule, see docs/algorithms.md", tuple(choices_of.RULES),
+                            "NAME(OPTION=...)")  # fmt: skip
     eta: float | None = _for(
         "eta", "strength of the feedback of econtrol, weight of the new gradient or momentum of ef21-*"
     )
@@ -70,7 +71,8 @@ class TrainConfig:
     whole: float | None = _for("whole", "probability of a step with the gradient of all samples of each rank")
     zeta: float | None = _for("zeta", "a rank is silent while its estimate is so much worse than the gradient before")
     correction: float | None = _for("correction", "share of the entries, drawn at random, of the second message")
-    compressor: str | None = _for("compressor", "identity exchanges everything", tuple(choices_of.COMPRESSORS))
+    compressor: str | None = _for("compressor", "identity exchanges everything", tuple(choices_of.COMPRESSORS),
+                                  "NAME(OPTION=...)")  # fmt: skip
     ratio: float | None = _for("ratio", "share of entries that are kept")
     block: int | None = _for("block", "entries that share a scale")
     rank: int | None = _for("rank", "columns of a factor")
