@@ -138,7 +138,7 @@ NOT_DONE = "not looked at on rank 1 (HOST): ValueError: rank one is broken"
             "check-hangs",
             "cores: not looked at on rank 1 (HOST): no end",
         ),
-        ("doctor.doctor_together._place = lambda comm: (time.sleep(1000), 0)", "hangs", "does not come back"),
+        ("doctor.together._place = lambda comm: (time.sleep(1000), 0)", "hangs", "does not come back"),
         ("doctor_checks.collect = lambda *_: time.sleep(1000)", "silent-ranks", "no answer from rank 1"),
         ("os.environ['OMP_NUM_THREADS'] = '7'", "threads-differ", "OMP_NUM_THREADS differs between ranks: 1, 7"),
         ("sys.modules['mpi_ef'].__version__ = '0.0.1'", "versions-differ", "ranks have different versions of mpi_ef"),
@@ -154,7 +154,7 @@ def test_a_broken_rank_hangs_nobody_and_is_named(tmp_path, fault, name, words):
 
 
 def test_a_doctor_that_is_broken_itself_hangs_nobody(tmp_path):
-    ended = broken(tmp_path, 2, "doctor.doctor_together._rounds = None", rank=0)
+    ended = broken(tmp_path, 2, "doctor.together._rounds = None", rank=0)
     assert ended.status != 0
     assert "doctor: not looked at: TypeError" in names(ended)["check-failed"]["what"]
     assert "Traceback" not in ended.text

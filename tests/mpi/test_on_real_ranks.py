@@ -120,15 +120,16 @@ def test_plans_are_cached_with_the_communicator_and_freed_with_it(comm):
     import weakref
 
     from mpi_ef.collectives import onecall
+    from mpi_ef.comm.attributes import kept_with
 
     world = comm.Dup()
     x = gaussian(comm.rank, 50)
     allreduce(world, x, TopK(0.1))
-    (plan,) = world.Get_attr(onecall._keyvals[type(world)]).values()
+    (plan,) = kept_with(world, onecall._Plans).values()
     for _ in range(3):
         allreduce(world, x, TopK(0.1))
         allgather(world, x, TopK(0.1))
-    assert world.Get_attr(onecall._keyvals[type(world)])[("allreduce", TopK(0.1), 50, "float32")] is plan
+    assert kept_with(world, onecall._Plans)[("allreduce", TopK(0.1), 50, "float32")] is plan
     assert plan.exchanges == 4
     gone = weakref.ref(plan)
     del plan
