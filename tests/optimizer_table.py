@@ -207,9 +207,10 @@ def rows(which=lambda row: True):
     return pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items() if which(row)])
 
 
-def cases(of):
-    """Parametrise by all rows, and for each by what `of` makes of it."""
-    listed = [pytest.param(row, case, id=f"{name}-{label(case)}") for name, row in ROWS.items() for case in of(row)]
+def cases(of, often=100):
+    """Parametrise by all rows, and for each by what `of` makes of it; only the first few are in the gate."""
+    listed = [pytest.param(row, case, id=f"{name}-{label(case)}", marks=[pytest.mark.exhaustive] * (n >= often))
+              for name, row in ROWS.items() for n, case in enumerate(of(row))]  # fmt: skip
     return pytest.mark.parametrize(("row", "case"), listed)
 
 

@@ -59,7 +59,7 @@ def test_16_bit_parameters(row):
 
 
 @MOMENTS
-@pytest.mark.parametrize("n", [2, THREE])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_saved_and_loaded_a_step_is_the_same(row, case, n):
     """In every phase, with groups."""
     assert_resumes(n, lambda net, comm: row.make(groups_of(net), comm, **row.options), before=case, after=6)
@@ -105,7 +105,7 @@ def test_the_freeze_comes_by_itself_and_when_it_would_have_without_an_interrupti
 
 
 @pytest.mark.slow
-@cases(lambda row: row.dying)
+@cases(lambda row: row.dying, often=1)
 def test_dead_units_do_not_explode(row, case):
     """Entries without variance, and a layer whose inputs are zero: what turned other implementations into NaN."""
 

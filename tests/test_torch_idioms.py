@@ -19,6 +19,7 @@ from mpi_ef.compress import Identity, TopK, Vote
 from mpi_ef.errors import DisagreementError, OptionError, PeerError
 from mpi_ef.optim import EF21, DistributedOptimizer, OneBitAdam, OneBitLamb, ZeroOneAdam
 
+EXHAUSTIVE = pytest.mark.exhaustive
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 FAR = 64.0  # whatever is written is so far away that a step cannot get there
 
@@ -149,7 +150,7 @@ def to_zero_by_optimizer(_, optimizer):
 
 
 @pytest.mark.parametrize(("clear", "dtype"), [
-    (by_model, torch.bfloat16), (one_by_one, torch.float32), (to_zero, torch.bfloat16),
+    (by_model, torch.bfloat16), (one_by_one, torch.float32), pytest.param(to_zero, torch.bfloat16, marks=EXHAUSTIVE),
     (to_zero_by_optimizer, torch.bfloat16), (to_zero_by_optimizer, torch.float32),
 ])  # fmt: skip
 @rows()
