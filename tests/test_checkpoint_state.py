@@ -313,12 +313,13 @@ def test_the_table_says_for_every_array_how_it_moves():
     def text(move):
         return move.how + (f" of {move.of}" if move.of else "") + (f" + {move.owed}" if move.owed else "")
 
-    table = {name: {key: text(move) for key, move in rule.state.moves().items()} for name, rule in RULES.items()}
+    table = {name: {key: text(mark.reshard) for key, mark in rule.state.marks().items() if mark.reshard}
+             for name, rule in RULES.items()}  # fmt: skip
     assert table == MOVES
     for rule in RULES.values():
-        fields = rule.state.__dataclass_fields__
-        assert rule.state.moves().keys() == {n for n, f in fields.items() if f.metadata.get("kind") == "per rank"}
-        assert all(move.of in fields for move in rule.state.moves().values() if move.how == "copy")
+        marks = rule.state.marks()
+        assert all((mark.reshard is None) == (mark.kind == "replicated") for mark in marks.values())
+        assert all(mark.reshard.of in marks for mark in marks.values() if mark.reshard and mark.reshard.how == "copy")
 
 
 FORGOTTEN = {  # what policy="reset" sets to zero

@@ -204,7 +204,7 @@ def test_nothing_is_remembered_of_entries_that_sleep(row, n):
             for name in ("m", "u", "fresh", "e_i"):
                 assert name not in arrays or not arrays[name][asleep].any(), name
             if "plan.residual" in arrays:
-                move = optimizer.moves()["plan.residual"]
+                move = optimizer.state_tree().arrays()["plan.residual"].reshard
                 assert not arrays["plan.residual"][asleep[move.start : move.stop]].any()
         return seen
 
@@ -481,8 +481,8 @@ def kept_for(optimizer, number):
     rules = [(bucket.feedback, bucket.part) for bucket in getattr(optimizer, "buckets", ())]
     owners = rules or [(optimizer, slice(0, flat.d))]
     for owner, part in owners:
-        for name, array in (owner.replicated() | owner.per_rank()).items():
-            move = owner.moves().get(name)
+        for name, leaf in owner.state_tree().arrays().items():
+            array, move = leaf.array, leaf.reshard
             start = part.start + (move.start if move is not None and move.how == "cut" else 0)
             size = move.stop - move.start if move is not None and move.how == "cut" else part.stop - part.start
             place = flat.place(number)

@@ -247,7 +247,7 @@ def test_the_state_of_another_wrapped_optimizer_is_one_line(kinds, placement):
         steps_of(net, one, rank, range(2))
         steps_of(twin, other, rank, range(1))
         before, saved = everything(twin, other), one.state_dict()
-        with pytest.raises(OptionError, match=f"the saved wrapped optimizer is '{kinds[0]}', here it is '{kinds[1]}'"):
+        with pytest.raises(OptionError, match=f"of {kinds[0]}, here it is DistributedOptimizer of {kinds[1]}"):
             other.load_state_dict(saved)
         assert same_bits(everything(twin, other), before)
         assert one.identity() != other.identity()

@@ -10,7 +10,6 @@ from .clients import ClientsMean
 from .dense import DenseMean
 from .frames import Frames
 from .lowrank import LowRankMean
-from .memory import Move
 from .onecall import allgather, allreduce
 from .plan import Offer, Plan, Traffic, plan_for
 from .plans import GatherMean, TwoPhaseMean, chunk_bounds
@@ -22,7 +21,6 @@ __all__ = [
     "Frames",
     "GatherMean",
     "LowRankMean",
-    "Move",
     "Offer",
     "Plan",
     "Traffic",

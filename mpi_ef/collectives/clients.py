@@ -11,9 +11,9 @@ from mpi_ef.compress import Combination, Compressor, Keep, Source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.compress.compressor import words
 from mpi_ef.errors import MpiEfError, OptionError, ShapeError
+from mpi_ef.statetree import Reshard
 
 from .frames import Frames
-from .memory import Move
 from .plan import Plan, Traffic
 from .plans import chunk_bounds
 
@@ -209,9 +209,9 @@ class ClientsMean(Plan):
         return ClientsMean(self.comm, compressor, self.d, self.dtype, clients=self.clients, weights=self.weights)
 
     @property
-    def share(self) -> Move:
+    def share(self) -> Reshard:
         """Clients move with their number: all their vectors are one, of which this rank gets those of its clients."""
-        return Move("cut", start=self.first * self.d, stop=(self.first + self.own) * self.d)
+        return Reshard("cut", start=self.first * self.d, stop=(self.first + self.own) * self.d)
 
     @property
     def all_message_nbytes(self) -> int:

@@ -10,10 +10,10 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, LowRank, Source, aligned_zeros, source
 from mpi_ef.compress.combination import Vector, writable
 from mpi_ef.errors import NonFiniteError, OptionError
+from mpi_ef.statetree import REPLICATED, Leaf
 
 from .dense import RankOrderMean
 from .frames import Frames
-from .memory import Move
 from .plan import Plan, Traffic
 
 __all__ = ["LowRankMean"]
@@ -214,10 +214,6 @@ class LowRankMean(Plan, kind="low-rank"):
         if self._warm_start:
             self._basis[:] = self._earlier
 
-    def state(self) -> dict[str, np.ndarray]:
+    def leaves(self) -> dict[str, Leaf]:
         """Return Q, orthonormalised, of the plan's dtype, the same on all ranks; nothing without a warm start."""
-        return {"Q": self._basis} if self._warm_start else {}
-
-    def moves(self) -> dict[str, Move]:
-        """Return that Q is the same on all ranks."""
-        return {"Q": Move("same")}
+        return {"Q": Leaf(REPLICATED, self._basis)} if self._warm_start else {}

@@ -9,9 +9,9 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Codec, Compressor, Keep, Source, aligned_zeros, lazy, source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.compress.compressor import Wires
+from mpi_ef.statetree import PER_RANK, Leaf, Reshard
 
 from .frames import NON_FINITE, Frames
-from .memory import Move
 from .plan import Plan, Traffic
 
 __all__ = ["GatherMean", "TwoPhaseMean", "chunk_bounds"]
@@ -284,10 +284,10 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         self._residual, self._next = self._next, self._residual
         self._owed, self._owed_next = self._owed_next, self._owed
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Return the residual of this rank's chunk, (chunk,) of the plan's dtype; empty without a residual."""
-        return {"residual": self._residual} if self._remember else {}
+    def leaves(self) -> dict[str, Leaf]:
+        """Return the residual of this rank's chunk, (chunk,) of the plan's dtype; nothing without a residual.
 
-    def moves(self) -> dict[str, Move]:
-        """Return that the residuals of all chunks are one vector, cut anew for other ranks."""
-        return {"residual": Move("cut", start=self._start(self.rank), stop=self._stop(self.rank))}
+        The residuals of all chunks are one vector, cut anew for other ranks.
+        """
+        cut = Reshard("cut", start=self._start(self.rank), stop=self._stop(self.rank))
+        return {"residual": Leaf(PER_RANK, self._residual, reshard=cut)} if self._remember else {}

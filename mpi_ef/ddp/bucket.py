@@ -63,8 +63,7 @@ class FeedbackBucket:
 
     def _arrays(self) -> dict[str, Vector]:
         """Return the arrays with an entry for every one of the gradient, or of this rank's chunk of it. Not copies."""
-        kinds = (self.feedback.state.arrays(kind) for kind in ("per rank", "replicated"))
-        arrays = {name: array for kind in kinds for name, array in kind.items() if array.size}
+        arrays = {name: leaf.array for name, leaf in self.feedback.state.leaves().items() if leaf.array.size}
         return arrays | ({_RESIDUAL: self.feedback.plan.state()["residual"]} if self._bounds.size else {})
 
     def arrive(self) -> None:
@@ -132,7 +131,7 @@ def moved(of_ranks: Sequence[Mapping[str, Tensor]], rule: str | Rule, rank: int)
     As other optimizers' arrays move, see :mod:`mpi_ef.feedback.table`; but nobody knows the new chunks yet, so rank 0 brings
     all that is left of the old ones.
     """
-    first, moves = of_ranks[0], rule_of(rule)[0].state.moves()
+    first, marks = of_ranks[0], rule_of(rule)[0].state.marks()
 
     def residuals() -> Tensor:
         return reduce(torch.add, (arrays[_RESIDUAL] for arrays in of_ranks))  # exact: each entry has been on one rank
@@ -140,9 +139,8 @@ def moved(of_ranks: Sequence[Mapping[str, Tensor]], rule: str | Rule, rank: int)
     def array(name: str) -> Tensor:
         if name == _RESIDUAL:
             return residuals() if rank == 0 else torch.zeros_like(first[name])
-        if name not in moves:
+        if name not in marks or (move := marks[name].reshard) is None:
             return first[name]
-        move = moves[name]
         if move.how == "copy":
             return first[move.of] + residuals() if f"plan.{move.owed}" in first else first[move.of]
         return mean_over_ranks((arrays[name] for arrays in of_ranks), name)
@@ -153,7 +151,7 @@ def moved(of_ranks: Sequence[Mapping[str, Tensor]], rule: str | Rule, rank: int)
 def anew(saved: Saved, rule: str | Rule) -> Saved:
     """Return the state of a parameter with errors, residuals and estimates as at the start, see `ErrorFeedback.forget`."""
     state = rule_of(rule)[0].state
-    names = state.forgotten()
-    zero = names | {_RESIDUAL} if names else names
+    zero = {name for name, mark in state.marks().items() if mark.resets}
+    zero |= {_RESIDUAL} if zero else zero
     arrays = {name: torch.zeros_like(array) if name in zero else array for name, array in saved["arrays"].items()}
     return saved | {"arrays": arrays} | ({"steps": 0} if state.estimates() else {})

@@ -18,6 +18,7 @@ from mpi_ef.compress import Compressor, for_parameters
 from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.table import Rule, rule_of
+from mpi_ef.statetree import LOCAL, Leaf, StateTree, attribute
 
 from .bucket import FeedbackBucket, Place, Saved, anew, moved
 from .process_group import ProcessGroupComm
@@ -217,15 +218,21 @@ class FeedbackHook(OnAllRanks):
         for names, bucket in self._buckets.items():
             state |= bucket.state()
             plans[names] = bucket.plan_state()
-        counters = {"steps": self.steps, "skipped_steps": self.skipped_steps, "sent_nbytes": self.sent_nbytes}
-        return {**self._identity(), **counters,
+        return {**self._described().state_dict(),
                 "parameters": {name: state[name] for name in self._parameters if name in state},
                 "plans": [{"bucket": list(names), "arrays": plan} for names, plan in plans.items() if plan]}  # fmt: skip
 
-    def _identity(self) -> dict[str, Any]:
-        """Return what must be the same where a saved state is loaded."""
-        return {"rule": rule_of(self.rule)[0].name, "compressor": str(self.compressor), "rank": self.comm.Get_rank(),
-                "size": self.comm.Get_size()}  # fmt: skip
+    def _described(self) -> StateTree:
+        """Describe what of the state belongs to no parameter."""
+
+        def write(nbytes: int) -> None:
+            self._earlier_sent_nbytes = nbytes
+
+        sent = Leaf(LOCAL, read=lambda: self.sent_nbytes, write=write, default=0)
+        return StateTree({"steps": attribute(self, "steps"), "skipped_steps": attribute(self, "skipped_steps"),
+                          "sent_nbytes": sent},
+                         identity={"rule": rule_of(self.rule)[0].name, "compressor": str(self.compressor)},
+                         place={"rank": self.comm.Get_rank(), "size": self.comm.Get_size()})  # fmt: skip
 
     def state_dict_from(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> dict[str, Any]:
         """Return what rank `rank` of `size` loads to go on where another number of ranks has been. Local.
@@ -274,10 +281,7 @@ class FeedbackHook(OnAllRanks):
         OptionError, ShapeError
             When it belongs to another rule, compressor, rank, group size or model; nothing is changed then.
         """
-        for name, value in self._identity().items():
-            if saved[name] != value:
-                raise OptionError(f"load_state_dict: the saved {name} is {saved[name]}, here it is {value}; load on "
-                                  "each rank what that rank saved")  # fmt: skip
+        self._described().check(saved)
         state: dict[str, Saved] = saved["parameters"]
         if state and state.keys() != self._parameters.keys():
             name = min(state.keys() ^ self._parameters.keys())
@@ -293,5 +297,4 @@ class FeedbackHook(OnAllRanks):
                                      f"is {tuple(p.shape)} {p.dtype}; load into the model it was saved from")  # fmt: skip
         self._buckets, self._loose, self._loads = {}, dict(state), self._loads + 1
         self._loose_plans = {tuple(plan["bucket"]): plan["arrays"] for plan in saved["plans"]}
-        self.steps, self.skipped_steps = saved["steps"], saved["skipped_steps"]
-        self._earlier_sent_nbytes = saved["sent_nbytes"]
+        self._described().load_values(saved)

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from mpi_ef.collectives import Move, Plan
+from mpi_ef.collectives import Plan
 from mpi_ef.comm.consensus import OnAllRanks, agree
 from mpi_ef.compress.combination import Combination, Vector, aligned_zeros
-from mpi_ef.errors import MpiEfError, OptionError, ShapeError
+from mpi_ef.errors import MpiEfError, OptionError
+from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Leaf, Stateful, StateTree, attribute
 
 from .state import Steps, form
 from .table import Rule, rule_of
@@ -17,7 +18,7 @@ from .table import Rule, rule_of
 __all__ = ["ErrorFeedback"]
 
 
-class ErrorFeedback(OnAllRanks):
+class ErrorFeedback(OnAllRanks, Stateful):
     """A rule at work: its state on this rank, and the plan through which it speaks. Construction is collective.
 
     Parameters
@@ -223,110 +224,76 @@ class ErrorFeedback(OnAllRanks):
         plans = [self.plan, self._dense] if self._dense else [self.plan]
         return {name: spent + sum(plan.seconds[name] for plan in plans) for name, spent in self._dense_seconds.items()}
 
-    def per_rank(self) -> dict[str, Vector]:
-        """Return the named arrays that differ between ranks, those of the plan included. Not copies."""
-        return self.state.arrays("per rank") | self._of_plan(same=False)
+    def state_tree(self) -> StateTree:
+        """Describe arrays, the plan's included, counters and options. Local.
 
-    def replicated(self) -> dict[str, Vector]:
-        """Return the named arrays that are equal on all ranks. Not copies."""
-        return self.state.arrays("replicated") | self._of_plan(same=True)
-
-    def _of_plan(self, *, same: bool) -> dict[str, Vector]:
-        moves = self.plan.moves()
-        return {f"plan.{k}": v for k, v in self.plan.state().items() if (moves[k].how == "same") == same}
-
-    def moves(self) -> dict[str, Move]:
-        """Return how each array of :meth:`per_rank` gets to another number of ranks. Local.
-
-        Those of clients move with their client; of others the mean over the ranks stays what it was, that of the estimates
-        equal to its aggregate, and what the plan owes of it, to the last bit; residuals of chunks are cut anew.
+        On another number of ranks clients' arrays move with their client; of others the mean over the ranks stays what it
+        was, that of the estimates equal to its aggregate, and what the plan owes of it, to the last bit; residuals of chunks
+        are cut anew.
         """
-        share, state, plan = self.plan.share, self.plan.state(), self.plan.moves()
-        own = self.state.moves()
-        for name, move in own.items():
-            own[name] = share or replace(move, owed=f"plan.{move.owed}" if move.owed in state else "")
-        return own | {f"plan.{name}": plan[name] for name in state}
+        plan, share, of_plan = self.plan, self.plan.share, self.plan.leaves()
+        own = self.state.leaves()
+        for name, leaf in own.items():
+            if (move := leaf.reshard) is not None:
+                owed = f"plan.{move.owed}" if move.owed in of_plan else ""
+                own[name] = replace(leaf, reshard=share or replace(move, owed=owed))
+        resets = any(leaf.resets for leaf in own.values())
+        of_plan = {f"plan.{k}": replace(leaf, resets=resets and leaf.kind == PER_RANK) for k, leaf in of_plan.items()}
+        values = {
+            "steps": attribute(self, "steps", resets=self.state.estimates()),
+            "exchanges": attribute(plan, "exchanges"),
+            "options": Leaf(REPLICATED, read=self._plain_options, write=self._set_options),
+            "sent_nbytes": Leaf(LOCAL, read=lambda: plan.all_sent_nbytes, write=self._set_sent_nbytes, default=0),
+            "dense_sent_nbytes": Leaf(LOCAL, read=self._dense_nbytes, write=self._set_dense_nbytes, default=0),
+        }
+        objects = {name: str(option) for name, option in self.options.items() if not isinstance(option, int | float)}
+        clients = {} if share is None else {"clients": str(plan.clients)}
+        identity = {"rule": self.rule.name, "plan": type(plan).__name__, "compressor": str(plan.compressor)}
+        return StateTree(own | of_plan | values, identity=identity | clients | objects,
+                         place={"rank": plan.rank, "size": plan.size})  # fmt: skip
+
+    def _plain_options(self) -> dict[str, Any]:
+        return {name: option for name, option in self.options.items() if isinstance(option, int | float)}
+
+    def _set_options(self, options: Mapping[str, Any]) -> None:
+        self.options |= options
+        for name, option in self.options.items():
+            setattr(self.state, name, option)
+
+    def _set_sent_nbytes(self, nbytes: int) -> None:
+        self.plan.sent_nbytes += nbytes - self.plan.all_sent_nbytes  # siblings keep theirs
+
+    def _set_dense_nbytes(self, nbytes: int) -> None:
+        self._dense, self._dense_sent_nbytes = None, nbytes
+
+    def loaded(self) -> None:
+        """Let the next step write its result afresh: the arrays are others. Local."""
+        self.plan.forget()
 
     def forget(self) -> None:
         """Set errors, residuals and estimates to what they are at the start; momenta stay. Local, alike on all ranks.
 
         A rule with estimates does its dense steps again.
         """
-        if self.state.forget():
-            for array in self._of_plan(same=False).values():
-                array.fill(0)
-        self.plan.forget()
-        if self.state.estimates():
-            self.steps = 0
+        self.state_tree().reset()
+        self.loaded()
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all arrays, in NumPy, and plain numbers and texts of this rank. Local."""
-        arrays = {name: array.copy() for name, array in (self.per_rank() | self.replicated()).items()}
-        return {**self._identity(), "arrays": arrays, **self.settings(), **self.account()}
-
-    def identity(self) -> dict[str, str]:
-        """Return what must be the same where a saved state is loaded, on any number of ranks. Local."""
-        objects = {name: str(option) for name, option in self.options.items() if not isinstance(option, int | float)}
-        plan = {"plan": type(self.plan).__name__, "compressor": str(self.plan.compressor)}
-        clients = {} if self.plan.share is None else {"clients": str(self.plan.clients)}
-        return {"rule": self.rule.name} | plan | clients | objects
-
-    def _identity(self) -> dict[str, Any]:
-        return self.identity() | {"rank": self.plan.rank, "size": self.plan.size}
-
-    def settings(self) -> dict[str, Any]:
-        """Return numbers that are the same on all ranks: counters and options. Local."""
-        options = {name: option for name, option in self.options.items() if isinstance(option, int | float)}
-        return {"steps": self.steps, "exchanges": self.plan.exchanges, "options": options}
-
-    def account(self) -> dict[str, int]:
-        """Return counters of this rank: bytes that it has sent. Local."""
-        return {"sent_nbytes": self.plan.all_sent_nbytes, "dense_sent_nbytes": self._dense_nbytes()}
-
-    def load_settings(self, settings: Mapping[str, Any], account: Mapping[str, int]) -> None:
-        """Restore what :meth:`settings` and :meth:`account` returned; arrays are written by the caller, before or after.
-
-        Local; alike on all ranks.
-        """
-        self.options |= settings["options"]
-        for name, option in self.options.items():
-            setattr(self.state, name, option)
-        self.steps, self.plan.exchanges = settings["steps"], settings["exchanges"]
-        self.plan.sent_nbytes += account.get("sent_nbytes", 0) - self.plan.all_sent_nbytes  # siblings keep theirs
-        self.plan.forget()
-        self._dense, self._dense_sent_nbytes = None, account.get("dense_sent_nbytes", 0)
+        return self.state_tree().state_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned on the same rank of a world of the same size. Local; call on all ranks.
 
         Raises
         ------
-        OptionError, ShapeError
-            As :meth:`check_state_dict`; nothing is changed then.
-        """
-        self.check_state_dict(saved)
-        for name, array in (self.per_rank() | self.replicated()).items():
-            array[:] = saved["arrays"][name]
-        self.load_settings(saved, saved)
-
-    def check_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Raise unless `saved` can be loaded here. Local.
-
-        Raises
-        ------
         OptionError
-            When it belongs to another rule, plan, compressor, rank or world size.
+            When it belongs to another rule, plan, compressor, rank or world size; nothing is changed then.
         ShapeError
-            When an array has another shape or dtype.
+            When an array has another shape or dtype; nothing is changed then.
         """
-        for name, value in self._identity().items():
-            if saved[name] != value:
-                raise OptionError(f"load_state_dict: the saved {name} is {saved[name]}, here it is {value}; load on "
-                                  "each rank what that rank saved")  # fmt: skip
-        arrays = self.per_rank() | self.replicated()
-        for name, array in arrays.items():
-            value = saved["arrays"].get(name)
-            if value is None or value.shape != array.shape or value.dtype != array.dtype:
-                seen = "missing" if value is None else f"{value.shape} {value.dtype}"
-                raise ShapeError(f"load_state_dict: {name} is {seen}, here it is {array.shape} {array.dtype}; load into "
-                                 "the model, compressor and plan it was saved from")  # fmt: skip
+        tree = self.state_tree()
+        tree.check(saved)
+        tree.load_values(saved)
+        tree.load_arrays(saved)
+        self.loaded()

@@ -1,15 +1,16 @@
 """What the rules share: named state arrays, and the way back from a server that all ranks play."""
 
 from collections.abc import Generator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
 
 from mpi_ef import kernels
-from mpi_ef.collectives import Move, Offer, Plan
+from mpi_ef.collectives import Offer, Plan
 from mpi_ef.compress import Combination, Compressor, aligned_zeros, source
 from mpi_ef.compress.combination import Vector
+from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, Reshard
 
 __all__ = ["Reply", "State", "Steps", "error", "estimate", "form", "kept", "momentum", "replicated", "scratch", "spare"]
 
@@ -17,18 +18,18 @@ __all__ = ["Reply", "State", "Steps", "error", "estimate", "form", "kept", "mome
 Steps = Generator[Offer, Plan, Vector]
 
 
-def _array(kind: str, size: str, **more: Any) -> Any:
-    return field(metadata={"kind": kind, "size": size, **more})
+def _array(size: str, leaf: Leaf | None = None) -> Any:
+    return field(metadata={"size": size, "leaf": leaf})
 
 
 # Arrays of the length of this rank's vectors, different on every rank. What a run that goes on with another number of ranks
-# makes of them keeps the means over the ranks that the rules live on; :meth:`State.moves` has it from here. Those that are
-# `forgotten` can be set to zero, together: a rule then begins anew.
+# makes of them keeps the means over the ranks that the rules live on. Those that reset are set to zero, together, where a
+# rule begins anew.
 
 
 def error() -> Any:
     """Mark what a rank has not sent yet: other ranks get the mean, so that nothing is lost and nothing sent twice."""
-    return _array("per rank", "own_d", move=Move("mean"), forgotten=True)
+    return _array("own_d", Leaf(PER_RANK, reshard=Reshard("mean"), resets=True))
 
 
 def estimate(of: str, owed: str = "residual") -> Any:
@@ -37,32 +38,32 @@ def estimate(of: str, owed: str = "residual") -> Any:
     A plan that remembers what it has not told yet, as array `owed`, has told so much less of the mean: g + residual is the
     mean of the g_i then, and what other ranks get.
     """
-    return _array("per rank", "own_d", move=Move("copy", of=of, owed=owed), forgotten=True)
+    return _array("own_d", Leaf(PER_RANK, reshard=Reshard("copy", of=of, owed=owed), resets=True))
 
 
 def momentum() -> Any:
     """Mark an average of a rank's own gradients: other ranks get the mean. Not forgotten: it owes nothing to anybody."""
-    return _array("per rank", "own_d", move=Move("mean"), forgotten=False)
+    return _array("own_d", Leaf(PER_RANK, reshard=Reshard("mean")))
 
 
 def replicated(size: str = "d") -> Any:
     """Mark an array that is the same on all ranks and forgotten with the estimates of which it is the mean."""
-    return _array("replicated", size, forgotten=True)
+    return _array(size, Leaf(REPLICATED, resets=True))
 
 
 def kept() -> Any:
     """Mark an array of length d, the same on all ranks, that is not forgotten: no estimate belongs to it."""
-    return _array("replicated", "d", forgotten=False)
+    return _array("d", Leaf(REPLICATED))
 
 
 def scratch() -> Any:
     """Mark an array of length d whose content nobody needs after a step."""
-    return _array("scratch", "d")
+    return _array("d")
 
 
 def spare() -> Any:
     """Mark an array of the length of this rank's vectors whose content nobody needs after a step."""
-    return _array("scratch", "own_d")
+    return _array("own_d")
 
 
 @dataclass(kw_only=True)
@@ -75,39 +76,23 @@ class State:
         arrays: dict[str, Any] = {
             f.name: aligned_zeros(getattr(plan, f.metadata["size"]), plan.dtype)
             for f in fields(cls)
-            if "kind" in f.metadata
+            if "size" in f.metadata
         }
         return cls(**(arrays | options))
 
-    def arrays(self, kind: str) -> dict[str, Vector]:
-        """Return the arrays marked "per rank" or "replicated", by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("kind") == kind}
-
     @classmethod
-    def moves(cls) -> dict[str, Move]:
-        """Return for each array marked "per rank" how it gets to another number of ranks."""
-        return {f.name: f.metadata["move"] for f in fields(cls) if "move" in f.metadata}
+    def marks(cls) -> dict[str, Leaf]:
+        """Return what each array is that is saved, by name."""
+        return {f.name: f.metadata["leaf"] for f in fields(cls) if f.metadata.get("leaf")}
+
+    def leaves(self) -> dict[str, Leaf]:
+        """Return the arrays that are saved, by name. Not copies."""
+        return {name: replace(mark, array=getattr(self, name)) for name, mark in self.marks().items()}
 
     @classmethod
     def estimates(cls) -> bool:
         """Tell whether the rule follows gradients by estimates, which a start anew has to begin with a whole vector."""
-        return any(f.metadata.get("kind") == "replicated" and f.metadata["forgotten"] for f in fields(cls))
-
-    @classmethod
-    def forgotten(cls) -> set[str]:
-        """Return the names of the arrays that a start anew sets to zero: errors and estimates, not momenta."""
-        return {f.name for f in fields(cls) if f.metadata.get("forgotten")}
-
-    def momenta(self) -> list[Vector]:
-        """Return the arrays that are averages of this rank's own gradients. Not copies."""
-        return [getattr(self, name) for name in self.moves() if name not in self.forgotten()]
-
-    def forget(self) -> bool:
-        """Set errors and estimates to zero, as they are before the first step; momenta stay. Tell whether there are any."""
-        forgotten = self.forgotten()
-        for name in forgotten:
-            getattr(self, name).fill(0)
-        return bool(forgotten)
+        return any(mark.kind == REPLICATED and mark.resets for mark in cls.marks().values())
 
 
 class Reply:

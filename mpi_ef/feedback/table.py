@@ -1,6 +1,6 @@
 """The table of rules. To add one: write its function and its state, and a line here.
 
-When a run goes on with another number of ranks (:meth:`State.moves`, :meth:`ErrorFeedback.moves`), every new rank gets
+When a run goes on with another number of ranks (:meth:`ErrorFeedback.state_tree`), every new rank gets
 
 ===================================  ===============================  ================================================
 marked as                            gets                             so that stays what it was

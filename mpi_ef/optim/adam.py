@@ -142,7 +142,8 @@ class OneBitAdam(VarianceOptimizer):
     def _momenta(self) -> Sequence[Vector]:
         return [self.m]
 
-    def _loaded(self) -> None:
-        super()._loaded()
+    def loaded(self) -> None:
+        """Derive again what follows from what was written, see :meth:`FlatOptimizer.loaded`. Local."""
+        super().loaded()
         if self.frozen_step is not None:
             self._settle(self.frozen_step)

@@ -3,7 +3,6 @@
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 
@@ -61,16 +60,7 @@ class Apart(VarianceOptimizer):
                 return self._displaced("step", self.flat.values)
         return problem
 
-    def settings(self) -> dict[str, Any]:
-        """Return groups and counters; raise where parameters were written to and would not come back. Not copies. Local."""
-        self._check_place()
-        return super().settings()
-
-    def _state_dict(self) -> dict[str, Any]:
-        self._check_place()
-        return super()._state_dict()
-
-    def _check_place(self) -> None:
+    def before_save(self) -> None:
         """Raise where a save would not have the parameters of this moment: it has x and u. Local."""
         if not self.synchronized:
             values = self.flat.values.copy()

@@ -1,20 +1,19 @@
 """A vector in runs of whole parameters, each with a rule of its own: messages travel while autograd is still at work."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
 
 from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.compress.combination import Combination, Vector
 from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.statetree import StateTree
 from mpi_ef.vectors import FlatParameters
 
 from .lane import Lane
 
 __all__ = ["Bucket", "Buckets", "bucket_slices"]
 
-Value = TypeVar("Value")
 Take = Callable[[slice, Vector], None]  # a part of the vector, and the result of its rule
 
 
@@ -164,16 +163,7 @@ class Buckets:
         for bucket in self._buckets:
             take(bucket.part, bucket.feedback.finish())
 
-    def arrays(self, kind: Callable[[ErrorFeedback], dict[str, Value]]) -> dict[str, Value]:
-        """Return what is named by all buckets; with several, names begin with the number of the bucket. Local."""
-        if len(self._buckets) == 1:
-            return kind(self._buckets[0].feedback)
-        return {
-            f"{n}.{name}": value
-            for n, bucket in enumerate(self._buckets)
-            for name, value in kind(bucket.feedback).items()
-        }
-
-    def state(self) -> list[dict[str, Any]]:
-        """Return the state of all rules. Local."""
-        return [bucket.feedback.state_dict() for bucket in self._buckets]
+    def state_trees(self) -> list[StateTree]:
+        """Describe the state of all rules; with several, names begin with the number of the bucket. Local."""
+        trees = [bucket.feedback.state_tree() for bucket in self._buckets]
+        return [replace(tree, prefix=f"{n}.") for n, tree in enumerate(trees)] if len(trees) > 1 else trees

@@ -111,9 +111,10 @@ class FlatOptimizer(Saved):
         return slices
 
     def loaded(self) -> None:
-        """Derive again what follows from parameters, arrays and settings that were written. Local."""
-        self._note_load()
-        self.flat.publish()
+        """Derive again what follows from parameters, arrays and values that were written. Local."""
+        self._compares, self._loads = True, self._loads + 1  # the next step finds out whether all have loaded the same
+        for rule, _ in self._rules():
+            rule.loaded()
 
     @property
     def shared_values(self) -> Vector:
@@ -266,7 +267,6 @@ class FlatOptimizer(Saved):
         return silent([*map(self.flat.place, numbers)], lambda: [*((v, 0) for v in vectors), *memories(self._rules())])
 
     def _rules(self) -> Sequence[tuple[ErrorFeedback, int]]:
-        """Return the rules at work, each with the entry at which its vector begins. Local."""
         return [(channel, 0) for channel in self.channels() if isinstance(channel, ErrorFeedback)]
 
     def _sent(self) -> Sequence[Vector]:

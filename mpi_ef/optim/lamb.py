@@ -280,7 +280,8 @@ class OneBitLamb(VarianceOptimizer):
     def _hushed(self) -> Sequence[Vector]:
         return [self.arrays["m"], self.arrays["fresh"]]
 
-    def _loaded(self) -> None:
-        super()._loaded()
+    def loaded(self) -> None:
+        """Derive again what follows from what was written, see :meth:`FlatOptimizer.loaded`. Local."""
+        super().loaded()
         if self.frozen_step is not None:
             self._settle(self.frozen_step)

@@ -7,6 +7,7 @@ import numpy as np
 
 from mpi_ef.compress.combination import Vector
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.statetree import PER_RANK, REPLICATED
 
 __all__ = ["Placed", "memories", "momenta", "silent"]
 
@@ -23,17 +24,18 @@ def memories(rules: Iterable[tuple[ErrorFeedback, int]]) -> list[Placed]:
     """
     found = []
     for rule, first in rules:
-        moves, d = rule.moves(), rule.plan.d
-        for name, array in (rule.per_rank() | rule.state.arrays("replicated")).items():
-            cut = name in moves and moves[name].how == "cut" and array.size < d
-            if cut or array.size == d:
-                found.append((array, first + (moves[name].start if cut else 0)))
+        for name, leaf in rule.state_tree().arrays().items():
+            cut = leaf.reshard is not None and leaf.reshard.how == "cut" and leaf.array.size < rule.plan.d
+            of_entries = leaf.array.size == rule.plan.d and not (leaf.kind == REPLICATED and name.startswith("plan."))
+            if cut or of_entries:
+                found.append((leaf.array, first + (leaf.reshard.start if cut and leaf.reshard else 0)))
     return found
 
 
 def momenta(rules: Iterable[tuple[ErrorFeedback, int]]) -> list[Placed]:
     """Return the averages of this rank's own gradients that rules keep. Not copies. Local; as :func:`memories`."""
-    return [(array, first) for rule, first in rules for array in rule.state.momenta()]
+    return [(leaf.array, first) for rule, first in rules for leaf in rule.state.leaves().values()
+            if leaf.kind == PER_RANK and not leaf.resets]  # fmt: skip
 
 
 @contextmanager

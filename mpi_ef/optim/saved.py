@@ -1,60 +1,34 @@
 """What of an optimizer is saved, and how it gets to other ranks."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpi_ef.collectives import Move
-from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import ShapeError
+import torch
+
+from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.statetree import Stateful
 
 from .accounts import Communicating
 
-__all__ = ["Saved"]
+__all__ = ["WRAPPED", "Saved"]
+
+WRAPPED = "DistributedOptimizer"
 
 
-class Saved(Communicating):
-    """A torch optimizer that says which of its state is the same on all ranks, and which is not."""
+class Saved(Communicating, Stateful):
+    """A torch optimizer whose state is described by :meth:`state_tree`, and saved and loaded as torch does it."""
 
-    _compares: bool  # whether ranks compare their parameters before the next step
-    _loads: int
+    _kind: str  # what a state says that it is of
 
-    @abstractmethod
-    def per_rank(self) -> dict[str, Vector]:
-        """Return the named arrays that differ between ranks. Not copies. Local."""
+    def _packed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the state of the tree as it is handed out. Local."""
+        return state_dict
 
-    @abstractmethod
-    def replicated(self) -> dict[str, Vector]:
-        """Return the named arrays, besides the parameters, that are equal on all ranks. Not copies. Local."""
-
-    @abstractmethod
-    def moves(self) -> dict[str, Move]:
-        """Return how each array that may be in :meth:`per_rank` gets to another number of ranks. Local."""
-
-    @abstractmethod
-    def identity(self) -> dict[str, str]:
-        """Return what must be the same where a saved state is loaded, on any number of ranks. Local."""
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Return what is the same on all ranks besides parameters and arrays: groups, counters. Not copies. Local."""
-
-    @abstractmethod
-    def account(self) -> dict[str, Any]:
-        """Return what a rank counts for itself: bytes. Local."""
-
-    @abstractmethod
-    def load_settings(self, settings: Mapping[str, Any], account: Mapping[str, Any]) -> None:
-        """Restore what :meth:`settings` and :meth:`account` returned. Local; arrays and parameters, then :meth:`loaded`."""
-
-    @abstractmethod
-    def _state_dict(self) -> dict[str, Any]:
-        """Return what :meth:`state_dict` does, before hooks have seen it. Local."""
-
-    @abstractmethod
-    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it. Local."""
+    def _unpacked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return what :meth:`_packed` was given. Local."""
+        return state_dict
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all state of this rank: arrays, rules, counters, groups. Local; save it per rank.
@@ -63,7 +37,10 @@ class Saved(Communicating):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        state_dict = self._state_dict()
+        self.before_save()
+        state_dict = self._packed(self.state_tree().state_dict(torch.from_numpy))
+        if self.flat.mixed:  # a model's state has parameters in 16 bits rounded
+            state_dict["masters"] = self.flat.masters()
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -84,30 +61,34 @@ class Saved(Communicating):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        self._load_state_dict(state_dict)
+        self._check_kind(state_dict)
+        saved = self._unpacked(state_dict)
+        self.state_tree().check(saved)
+        self._check_masters(saved)
+        self.state_tree().load_values(saved)
+        self.state_tree().load_arrays(saved)  # which arrays are of a rank may follow from values
+        self.flat.load_masters(saved.get("masters", {}) if self.flat.mixed else {})
+        self.loaded()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def own_state(self) -> dict[str, Any]:
-        """Return further state that differs between ranks, of tensors and plain containers. Not copies. Local."""
-        return {}
-
-    def load_own_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`own_state` returned, after :meth:`load_settings`. Local."""
+    @abstractmethod
+    def _rules(self) -> Sequence[tuple[ErrorFeedback, int]]:
+        """Return the rules at work, each with the entry at which its vector begins. Local."""
 
     def forget(self) -> None:
         """Let every rule start with errors and estimates of zero, see :meth:`ErrorFeedback.forget`. Local."""
-        for channel in self.channels():
-            if isinstance(channel, ErrorFeedback):
-                channel.forget()
+        for rule, _ in self._rules():
+            rule.forget()
 
-    def _note_load(self) -> None:
-        """Let ranks find out in the next step whether all have loaded, and the same. Local."""
-        self._compares, self._loads = True, self._loads + 1
-
-    def _saved_masters(self) -> dict[str, Any]:
-        """Return what a state holds besides, where there are parameters in 16 bits: a model's state has them rounded."""
-        return {"masters": self.flat.masters()} if self.flat.mixed else {}
+    def _check_kind(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise unless it is the state of an optimizer of this package that is built in the same way. Local."""
+        named = state_dict.get("optimizer")
+        theirs = named if isinstance(named, str) else WRAPPED if "placement" in state_dict else "a torch optimizer"
+        if theirs != self._kind:
+            raise OptionError(f"load_state_dict: the state is of {theirs}, this is {type(self).__name__}; load a torch "
+                              "optimizer's into that optimizer, before or after it is wrapped, and of others build what it "
+                              "was saved from")  # fmt: skip
 
     def _check_masters(self, state: Mapping[str, Any]) -> None:
         mine = {number: master.shape for number, master in self.flat.masters().items()}
@@ -115,7 +96,3 @@ class Saved(Communicating):
         if "masters" in state and theirs != mine:
             raise ShapeError("load_state_dict: the saved state has other parameters in 16 bits; load into the model it was "
                              "saved from")  # fmt: skip
-
-    def _load_masters(self, state: Mapping[str, Any]) -> None:
-        self._note_load()
-        self.flat.load_masters(state.get("masters", {}) if self.flat.mixed else {})

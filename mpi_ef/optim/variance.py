@@ -244,8 +244,9 @@ class VarianceOptimizer(ReplicatedOptimizer):
         self.counted = [count + bool(moves and (self._whole or count))
                         for count, moves in zip(self.counted, self.moving.tolist(), strict=True)]  # fmt: skip
 
-    def _loaded(self) -> None:
-        """Derive which parameters are late, of states of earlier versions too, in which none was."""
+    def loaded(self) -> None:
+        """Derive which parameters are late, of states of earlier versions too, in which none was. Local."""
+        super().loaded()
         if not self.counted:
             self.counted = self._where_known(self.steps)
         self._asleep.fall(None)

@@ -1,8 +1,7 @@
 """Any torch optimizer with a rule under it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from inspect import Parameter, signature
 from typing import Any, Literal
 from weakref import finalize
@@ -11,19 +10,21 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from mpi_ef.collectives import Move, Plan, plan_for
+from mpi_ef.collectives import Plan, plan_for
 from mpi_ef.comm.consensus import telling
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Identity, for_parameters, lazy
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import MpiEfError, OptionError
 from mpi_ef.feedback import ErrorFeedback, Rule
+from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, StateTree, attribute
 
 from .accounts import BucketReport
 from .buckets import Bucket, Buckets, bucket_slices
 from .flat import FlatOptimizer
 from .groups import group_sizes
 from .lane import Lane
+from .saved import WRAPPED
 
 __all__ = ["BucketReport", "DistributedOptimizer", "PlanBuilder"]
 
@@ -96,6 +97,7 @@ class DistributedOptimizer(FlatOptimizer):
     rule's state, and for "update" one more copy of the parameters.
     """
 
+    _kind = WRAPPED
     _observer: Callable[[list[BucketReport]], None] | None = None
 
     def __init__(
@@ -163,56 +165,37 @@ class DistributedOptimizer(FlatOptimizer):
         """Return the rules of all buckets. Local."""
         return [bucket.feedback for bucket in self.buckets]
 
-    def per_rank(self) -> dict[str, Vector]:
-        """Return the arrays of the rule that differ between ranks. Not copies. Local."""
-        return self.buckets.arrays(ErrorFeedback.per_rank)
+    def state_tree(self) -> StateTree:
+        """Describe counters, groups, rules and the torch optimizer's state. Local.
 
-    def replicated(self) -> dict[str, Vector]:
-        """Return the arrays of the rule that are equal on all ranks. Not copies. Local."""
-        return self.buckets.arrays(ErrorFeedback.replicated)
+        With placement "update" that has seen this rank's gradients, and differs between ranks.
+        """
+        inner = self.optimizer
+        kind = REPLICATED if self.placement == "gradient" else PER_RANK
+        leaves = {
+            "steps": attribute(self, "steps"), "skipped_steps": attribute(self, "skipped_steps"),
+            "groups": Leaf(REPLICATED, read=lambda: inner.state_dict()["param_groups"],
+                           write=lambda groups: self._load_inner(inner.state_dict()["state"], groups)),
+            "state": Leaf(kind, read=lambda: inner.state_dict()["state"], default={},
+                          write=lambda state: self._load_inner(state, inner.state_dict()["param_groups"])),
+        }  # fmt: skip
+        identity = {"optimizer": f"{type(self).__name__} of {type(inner).__name__}", "placement": self.placement,
+                    "parameters by group": group_sizes(self), "number of buckets": str(len(self.channels()))}  # fmt: skip
+        return StateTree(leaves, {"rules": self.buckets.state_trees()}, identity)
 
-    def moves(self) -> dict[str, Move]:
-        """Return how each array of :meth:`per_rank` gets to another number of ranks. Local."""
-        return self.buckets.arrays(ErrorFeedback.moves)
+    def _packed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        groups, state = state_dict.pop("groups"), state_dict.pop("state")
+        return state_dict | {"optimizer": {"state": state, "param_groups": groups}, "feedback": state_dict.pop("rules"),
+                             "wrapped optimizer": type(self.optimizer).__name__}  # fmt: skip
 
-    def identity(self) -> dict[str, str]:
-        """Return what must be the same where a saved state is loaded: optimizer, placement, rules. Local."""
-        named = {"optimizer": f"{type(self).__name__} of {type(self.optimizer).__name__}", "placement": self.placement}
-        named |= {"parameters by group": group_sizes(self), "number of buckets": str(len(self.channels()))}
-        return named | self.buckets.arrays(ErrorFeedback.identity)
-
-    def settings(self) -> dict[str, Any]:
-        """Return counters, groups and, with placement "gradient", the torch optimizer's state. Not copies. Local."""
-        inner = self.optimizer.state_dict()
-        state = inner["state"] if self.placement == "gradient" else None
-        return {"steps": self.steps, "skipped_steps": self.skipped_steps, "groups": inner["param_groups"], "state": state,
-                "rules": [channel.settings() for channel in self.channels()]}  # fmt: skip
-
-    def account(self) -> dict[str, Any]:
-        """Return the bytes that each rule has sent from this rank. Local."""
-        return {"rules": [channel.account() for channel in self.channels()]}
-
-    def own_state(self) -> dict[str, Any]:
-        """Return the torch optimizer's state with placement "update", where it has seen this rank's gradients. Local."""
-        return {"state": self.optimizer.state_dict()["state"]} if self.placement == "update" else {}
-
-    def load_settings(self, settings: Mapping[str, Any], account: Mapping[str, Any]) -> None:
-        """Restore what :meth:`settings` and :meth:`account` returned. Local."""
-        self._load_inner(settings["state"] or {}, settings["groups"])
-        accounts = account.get("rules", [{}] * len(self.channels()))
-        for channel, part, count in zip(self.channels(), settings["rules"], accounts, strict=True):
-            channel.load_settings(part, count)
-        self.steps, self.skipped_steps = settings["steps"], settings["skipped_steps"]
-
-    def load_own_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`own_state` returned. Local."""
-        if state:
-            self._load_inner(state["state"], self.optimizer.state_dict()["param_groups"])
+    def _unpacked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        inner, wrapped = state_dict["optimizer"], state_dict.get("wrapped optimizer", type(self.optimizer).__name__)
+        return state_dict | {"state": inner["state"], "groups": inner["param_groups"], "rules": state_dict["feedback"],
+                             "optimizer": f"{type(self).__name__} of {wrapped}"}  # fmt: skip
 
     def _load_inner(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
         with self.flat.lent():  # torch rounds moments to the precision of their parameter
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self._compares = True
 
     def _step_inside(self) -> None:
         """Let the torch optimizer move the parameters that move in this step, in the precision of the vectors. Local."""
@@ -365,34 +348,3 @@ class DistributedOptimizer(FlatOptimizer):
                                         seconds))  # fmt: skip
             channel.plan.lost = None
         self._observer(reports)
-
-    def _state_dict(self) -> dict[str, Any]:
-        feedback = self.buckets.state()
-        for saved in feedback:  # tensors, because torch.load takes no numpy arrays by default
-            saved["arrays"] = {name: torch.from_numpy(array) for name, array in saved["arrays"].items()}
-        return {"optimizer": deepcopy(self.optimizer.state_dict()), "wrapped optimizer": type(self.optimizer).__name__,
-                "feedback": feedback, "placement": self.placement, "steps": self.steps,
-                "skipped_steps": self.skipped_steps, **self._saved_masters()}  # fmt: skip
-
-    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if "placement" not in state_dict:
-            what = state_dict.get("optimizer", "a torch optimizer" if "param_groups" in state_dict else "others")
-            raise OptionError(f"load_state_dict: the state is of {what}, this is {type(self).__name__}; load a torch "
-                              "optimizer's into that optimizer, before or after it is wrapped")  # fmt: skip
-        for name, mine in (("placement", self.placement), ("wrapped optimizer", type(self.optimizer).__name__)):
-            if (theirs := state_dict.get(name, mine)) != mine:  # earlier versions did not save what was wrapped
-                raise OptionError(f"load_state_dict: the saved {name} is {theirs!r}, here it is {mine!r}; build the "
-                                  "optimizer as it was")  # fmt: skip
-        self._check_masters(state_dict)
-        saved = [dict(part) for part in state_dict["feedback"]]
-        if len(saved) != len(self.channels()):
-            raise OptionError(f"load_state_dict: the saved state has {len(saved)} buckets, here there are "
-                              f"{len(self.channels())}; build the optimizer as it was")  # fmt: skip
-        for part, channel in zip(saved, self.channels(), strict=True):
-            part["arrays"] = {name: tensor.numpy() for name, tensor in part["arrays"].items()}
-            channel.check_state_dict(part)
-        self._load_inner(state_dict["optimizer"]["state"], state_dict["optimizer"]["param_groups"])
-        for part, channel in zip(saved, self.channels(), strict=True):
-            channel.load_state_dict(part)
-        self.steps, self.skipped_steps = state_dict["steps"], state_dict["skipped_steps"]
-        self._load_masters(state_dict)

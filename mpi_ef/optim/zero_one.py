@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from mpi_ef import kernels
-from mpi_ef.collectives import Move, Plan, plan_for
+from mpi_ef.collectives import Plan, plan_for
 from mpi_ef.comm.consensus import telling
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Sign, lazy
 from mpi_ef.compress.combination import Vector
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.state import form
+from mpi_ef.statetree import PER_RANK, Leaf, Reshard, StateTree
 
 from .apart import Apart
 from .replicated import checked
@@ -86,7 +87,7 @@ class ZeroOneAdam(Apart):
 
     counters = (*VarianceOptimizer.counters, "variance_updates", "variance_step", "local_steps", "covered", "left", "moved",
                 "renewed")  # fmt: skip
-    later_counters = VarianceOptimizer.later_counters | {"renewed": []}
+    later_counters = VarianceOptimizer.later_counters | {"renewed": [], "moved": []}
 
     def __init__(
         self,
@@ -145,22 +146,16 @@ class ZeroOneAdam(Apart):
         doublings = (self.steps - self.frozen_step) // self.local_step_scaler
         return min(self.local_step_clipper, 1 << min(doublings, self.local_step_clipper.bit_length()))
 
-    def per_rank(self) -> dict[str, Vector]:
-        """Return the named arrays that differ between ranks: momenta too, once the variance is frozen. Not copies. Local."""
-        own = {} if self.frozen_step is None else {name: self.arrays[name] for name in ("m", "u")}
-        return own | super().per_rank()
+    def state_tree(self) -> StateTree:
+        """Describe the state: once the variance is frozen m and u differ between ranks. Local.
 
-    def moves(self) -> dict[str, Move]:
-        """Return how each array that may be in :meth:`per_rank` gets to another number of ranks: m and u as the mean.
-
-        Between synchronisations replicas are then the same: where the mean of all ranks' steps leads from x. Local.
+        Other ranks get their means. Between synchronisations replicas are then the same: where the mean of all ranks' steps
+        leads from x.
         """
-        return {name: Move("mean") for name in ("m", "u")} | super().moves()
-
-    def replicated(self) -> dict[str, Vector]:
-        """Return the named arrays that are equal on all ranks: also x, where they were synchronised. Not copies. Local."""
-        own = self.per_rank()
-        return {name: array for name, array in super().replicated().items() if name not in own}
+        tree = super().state_tree()
+        if self.frozen_step is not None:
+            tree.leaves.update({n: Leaf(PER_RANK, self.arrays[n], reshard=Reshard("mean")) for n in ("m", "u")})
+        return tree
 
     def _is_whole(self) -> bool:
         due = self.steps + 1 >= self.variance_step + self.variance_interval
@@ -289,14 +284,15 @@ class ZeroOneAdam(Apart):
     def _kept(self) -> list[Vector]:
         return [self.arrays["m"], self.arrays["v"]]
 
-    def _loaded(self) -> None:
-        super()._loaded()
+    def loaded(self) -> None:
+        """Derive again what follows from what was written, see :meth:`FlatOptimizer.loaded`. Local."""
+        super().loaded()
         if not self.renewed:
             self.renewed = self._where_known(self.variance_updates)
+        if not self.moved:  # earlier versions counted by group
+            self.covered, self.left = ([values[n] for n in self._owners] for values in (self.covered, self.left))
+            self.moved = [self.frozen_step is not None] * len(self._owners)
         if self.frozen_step is not None:
-            if len(self.covered) != len(self.moved):  # saved by group, in earlier versions
-                self.covered, self.left = ([values[n] for n in self._owners] for values in (self.covered, self.left))
-                self.moved = [True] * len(self._owners)
             self._settle(self.frozen_step)
             if not self.synchronized:  # else the parameters are those of the model, which x may not be yet
                 self._place()

@@ -7,17 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpi_ef.collectives import Move
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.data import random_state, rank_seed, seed_rank, set_random_state
 from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.optim.flat import FlatOptimizer
+from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Stateful
 
-from .reshard import EITHER, PER_RANK, REPLICATED, Past, Snapshot, read
-from .tree import Array
+from .reshard import EITHER, Past, Snapshot, read
 
 __all__ = [
-    "Arrays",
     "GeneratorPart",
     "ModelPart",
     "Movable",
@@ -29,35 +27,6 @@ __all__ = [
 ]
 
 Finish = Callable[[], None]
-
-
-@runtime_checkable
-class Arrays(Protocol):
-    """What has named arrays, some of which differ between ranks: all optimizers here, and `ErrorFeedback` by itself."""
-
-    def per_rank(self) -> dict[str, Array]:
-        """Return arrays that differ between ranks, not copied."""
-
-    def replicated(self) -> dict[str, Array]:
-        """Return arrays that are the same on all ranks, not copied."""
-
-    def moves(self) -> dict[str, Move]:
-        """Return how arrays that differ get to another number of ranks."""
-
-    def identity(self) -> dict[str, str]:
-        """Return what must be the same where a state is loaded."""
-
-    def settings(self) -> dict[str, Any]:
-        """Return what else is the same on all ranks."""
-
-    def account(self) -> dict[str, Any]:
-        """Return what a rank counts for itself."""
-
-    def load_settings(self, settings: Mapping[str, Any], account: Mapping[str, Any]) -> None:
-        """Put settings and account back."""
-
-    def forget(self) -> None:
-        """Start errors and estimates anew."""
 
 
 @runtime_checkable
@@ -91,7 +60,7 @@ def part_of(name: str, value: Any) -> Part:
     ------
     OptionError
     """
-    if isinstance(value, Arrays):
+    if isinstance(value, Stateful):
         return StatePart(name, value)
     if isinstance(value, torch.Generator):
         return GeneratorPart(name, value)
@@ -104,7 +73,7 @@ def part_of(name: str, value: Any) -> Part:
 class StatePart:
     """An optimizer of this package, or a rule at work; not the parameters."""
 
-    def __init__(self, name: str, owner: Arrays) -> None:
+    def __init__(self, name: str, owner: Stateful) -> None:
         self.name, self.owner = name, owner
 
     def identity(self) -> dict[str, str]:
@@ -112,41 +81,37 @@ class StatePart:
         return self.owner.identity()
 
     def collect(self, into: Snapshot) -> None:
-        """Add arrays, settings and accounts."""
-        owner, name = self.owner, self.name
-        for kind, arrays in ((REPLICATED, owner.replicated()), (PER_RANK, owner.per_rank())):
-            for key, array in arrays.items():
-                into.add(f"{name}.{key}", array, kind)
-        into.add(f"{name}:settings", owner.settings(), REPLICATED)
-        into.add(f"{name}:account", owner.account(), PER_RANK)
-        if isinstance(owner, FlatOptimizer) and (own := owner.own_state()):
+        """Add arrays, and values by kind."""
+        self.owner.before_save()
+        tree, name = self.owner.state_tree(), self.name
+        for key, leaf in tree.arrays().items():
+            into.add(f"{name}.{key}", leaf.array, leaf.kind)
+        into.add(f"{name}:settings", tree.values(REPLICATED), REPLICATED)
+        into.add(f"{name}:account", tree.values(LOCAL), PER_RANK)
+        if own := tree.values(PER_RANK):
             into.add(f"{name}:own", own, PER_RANK)
-
-    def _mine(self) -> dict[str, Array]:
-        return self.owner.replicated() | self.owner.per_rank()
 
     def check(self, past: Past) -> None:
         """Compare the names, shapes and dtypes of all arrays."""
-        mine, moves, start = self._mine(), self.owner.moves(), f"{self.name}."
+        mine, start = self.owner.state_tree().arrays(), f"{self.name}."
         theirs = {name.removeprefix(start) for name in past.names() if name.startswith(start)}
         if different := sorted(mine.keys() ^ theirs):
             where = "here" if different[0] in mine else "in the checkpoint"
             raise ShapeError(f"resume: {start}{different[0]} is only {where}; build the training as it was")
-        for key, array in mine.items():
-            past.check_array(start + key, array, moves.get(key))
+        for key, leaf in mine.items():
+            past.check_array(start + key, leaf.array, leaf.reshard)
 
     def restore(self, past: Past) -> None:
-        """Write settings, then arrays, then derive what follows from them."""
+        """Write values, then arrays, which may follow from them, then derive what follows from all."""
         owner, name = self.owner, self.name
-        account = past.value(f"{name}:account") if past.same_world else {}
-        owner.load_settings(past.value(f"{name}:settings"), account)
-        if isinstance(owner, FlatOptimizer) and past.kind(f"{name}:own"):
-            owner.load_own_state(past.mean(f"{name}:own"))
-        moves = owner.moves()
-        for key, array in self._mine().items():
-            past.write(f"{name}.{key}", array, moves.get(key))
-        if isinstance(owner, FlatOptimizer):
-            owner.loaded()
+        tree = owner.state_tree()
+        tree.write(past.value(f"{name}:settings"), REPLICATED)
+        tree.write(past.value(f"{name}:account") if past.same_world else {}, LOCAL)
+        if past.kind(f"{name}:own"):
+            tree.write(past.mean(f"{name}:own"), PER_RANK)
+        for key, leaf in owner.state_tree().arrays().items():
+            past.write(f"{name}.{key}", leaf.array, leaf.reshard)
+        owner.loaded()
 
 
 class ModelPart:

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpi_ef.collectives import Move
 from mpi_ef.errors import DtypeError, OptionError, ShapeError
+from mpi_ef.statetree import PER_RANK, REPLICATED, Reshard
 from mpi_ef.vectors import mean_over_ranks
 
 from .tree import _MARK, Array, decoded, encoded, tensor_of
 
 __all__ = ["Past", "Snapshot", "Stored", "Unread", "mean_over_ranks", "read"]
 
-REPLICATED, PER_RANK, EITHER = "replicated", "per rank", "either"
-Leaf = Mapping[str, Any]
+EITHER = "either"
+TensorLeaf = Mapping[str, Any]
 
 
 class Stored(Protocol):
@@ -176,7 +176,7 @@ class Past:
         return [_unread(self.tree(name, rank), partial(self._decoded, kind=kind, rank=rank)) for rank in ranks]
 
     def _decoded(self, tree: Any, kind: str | None, rank: int) -> Any:
-        def tensor(leaf: Leaf) -> Tensor:
+        def tensor(leaf: TensorLeaf) -> Tensor:
             return tensor_of(self._array(leaf["name"], kind, rank), leaf["dtype"], leaf["shape"])
 
         return decoded(tree, tensor, lambda leaf: self._array(leaf, kind, rank))
@@ -197,7 +197,7 @@ class Past:
             raise OptionError(f"resume: {name} differs between the {len(old)} ranks that saved it, not in tensors alone; "
                               f"resume on {len(old)} ranks")  # fmt: skip
 
-        def tensor(leaf: Leaf) -> Tensor:
+        def tensor(leaf: TensorLeaf) -> Tensor:
             parts = (tensor_of(self.found.per_rank(leaf["name"], r), leaf["dtype"], leaf["shape"]) for r in old)
             return mean_over_ranks(parts, leaf["name"])
 
@@ -208,7 +208,7 @@ class Past:
         dtype = getattr(torch, self.tree(name)["dtype"], torch.uint8)
         return self.mean(name) if dtype.is_floating_point or dtype.is_complex else self.value(name)
 
-    def moved(self, name: str, move: Move | None) -> Array:
+    def moved(self, name: str, move: Reshard | None) -> Array:
         """Return this rank's array of that name; where ranks differ and their number has changed, as `move` says.
 
         `move.of` and `move.owed` are the ends of names that begin as `name` does.
@@ -229,7 +229,7 @@ class Past:
         parts = (torch.from_numpy(np.array(self.found.per_rank(name, rank))) for rank in worlds)
         return mean_over_ranks(parts, name).numpy()
 
-    def write(self, name: str, out: Array, move: Move | None = None) -> None:
+    def write(self, name: str, out: Array, move: Reshard | None = None) -> None:
         """Overwrite `out` with what :meth:`moved` returns.
 
         Raises
@@ -243,7 +243,7 @@ class Past:
                              "the checkpoint is damaged, resume from another one")  # fmt: skip
         np.copyto(out, array)
 
-    def check_array(self, name: str, array: Array, move: Move | None) -> None:
+    def check_array(self, name: str, array: Array, move: Reshard | None) -> None:
         """Raise unless the array of that name has the shape and dtype of `array`, as far as they stay. Local; reads no data.
 
         Raises

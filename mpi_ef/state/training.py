@@ -16,9 +16,10 @@ from mpi_ef.comm.consensus import agree
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import CheckpointError, MpiEfError, OptionError
 from mpi_ef.optim.flat import FlatOptimizer
+from mpi_ef.statetree import PER_RANK, REPLICATED, Stateful
 
-from .components import Arrays, Finish, ModelPart, Movable, ObjectPart, Part, RandomPart, StatePart, part_of
-from .reshard import EITHER, PER_RANK, REPLICATED, Past, Snapshot, Stored
+from .components import Finish, ModelPart, Movable, ObjectPart, Part, RandomPart, StatePart, part_of
+from .reshard import EITHER, Past, Snapshot, Stored
 from .tree import Array
 
 __all__ = ["POLICIES", "Storage", "Training"]
@@ -288,7 +289,7 @@ def _forgetting(parts: Mapping[str, Part], past: Past) -> Iterator[Finish]:
     for name, part in parts.items():
         owner = part.owner if isinstance(part, StatePart | ObjectPart) else None
         forget = getattr(owner, "forget", None)
-        if isinstance(owner, Arrays | Movable) and forget is not None:
+        if isinstance(owner, Stateful | Movable) and forget is not None:
             past.notes.append(f"{name} starts without errors and estimates")
             yield forget
 
