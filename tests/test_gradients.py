@@ -15,7 +15,7 @@ from programs import same_bits
 from stored import MemoryStore
 from training import everything, have_met, loss_in, net_of, parameters_of, steps_of
 
-from mpi_ef.compress import Identity
+from mpi_ef.compress import Identity, TopK
 from mpi_ef.errors import DisagreementError, OptionError, PeerError, ShapeError
 from mpi_ef.optim import DistributedOptimizer, OneBitAdam
 from mpi_ef.optim.writes import Writes
@@ -687,3 +687,47 @@ def test_the_momentum_of_a_rank_without_data_rests(row):
 
     rows_ = virtual.results(2, program)
     assert same_bits(*rows_)
+
+
+@pytest.mark.filterwarnings("ignore:step 4 skipped")
+@pytest.mark.parametrize("oddity", [None, "nan", "missing", "transposed", "shared"])
+def test_long_gradients_that_are_not_copied_give_the_same_bits(oddity, monkeypatch):
+    """With placement "update" a torch optimizer may take them from where they are; what is odd in one step is copied."""
+
+    def program(comm):
+        rank, outcomes = comm.Get_rank(), []
+        for lends in (True, False):
+            net = torch.nn.Linear(256, 128)
+            with torch.no_grad():
+                net.weight.fill_(0.5)
+                net.bias.fill_(0.25)
+            if oddity == "shared":
+                net.share_memory()
+            inner = torch.optim.SGD(net.parameters(), lr=0.25, momentum=0.5, nesterov=True, weight_decay=0.125)
+            optimizer = DistributedOptimizer(inner, comm, TopK(0.01))
+            optimizer._lends, lent = lends, []
+            monkeypatch.setattr(optimizer, "_try_inside", lambda do=optimizer._try_inside, o=optimizer, lent=lent: (
+                lent.append(o.flat.lends), do())[1])  # fmt: skip
+            for step in range(7):
+                drawn = np.random.default_rng((rank, step)).normal(size=net.weight.shape).astype(np.float32)
+                net.weight.grad, net.bias.grad = torch.from_numpy(drawn), torch.from_numpy(drawn[:, 0].copy())
+                if step == 4 and oddity == "transposed":
+                    net.weight.grad = torch.from_numpy(drawn.T.copy()).T
+                if step == 4 and oddity == "nan" and rank == 1:
+                    net.weight.grad[3, 4] = np.nan
+                if step == 4 and oddity == "missing" and rank == 1:
+                    net.weight.grad = None
+                kept = net.weight.grad, None if net.weight.grad is None else net.weight.grad.clone()
+                optimizer.step()
+                assert net.weight.grad is kept[0]
+                assert kept[0] is None or same_bits(net.weight.grad.numpy(), kept[1].numpy())
+            wanted = [lends and step >= 3 and not (step == 4 and here(oddity, rank)) for step in range(7)]
+            assert lent == wanted[:4] + wanted[5 if oddity == "nan" else 4 :]
+            outcomes.append((parameters_of(net), optimizer.per_rank(), optimizer.skipped_steps))
+        assert same_bits(*outcomes)
+        return outcomes[0][2]
+
+    def here(oddity, rank):
+        return oddity == "transposed" or (oddity == "missing" and rank == 1)
+
+    assert virtual.results(2, program) == [int(oddity == "nan")] * 2

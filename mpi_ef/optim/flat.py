@@ -63,7 +63,7 @@ class FlatOptimizer(Saved):
     _step_supports_amp_scaling = True  # GradScaler then leaves dividing and skipping to step()
 
     clip: float = 0.0
-    overlaps: bool = False
+    overlaps = _lends = False  # whether the gradients of a step may stay where they are
     done = weighs = False  # of join
     weight = 1.0
 
@@ -224,12 +224,12 @@ class FlatOptimizer(Saved):
         """Make the vectors of parameters and gradients ready; return what is wrong with them."""
         try:
             self._writes.adopt()
-            self.flat.collect_gradients()
+            scale = getattr(self, "grad_scale", None)  # set by GradScaler while it calls step
+            self.flat.collect_gradients(lend=self._lends and scale is None and self.steps >= Handshake.LOOKS)
             self.flat.spend_gradients()
             self._listed.check(self)
         except Exception as error:  # the other ranks are on their way into the step
             return error
-        scale = getattr(self, "grad_scale", None)  # set by GradScaler while it calls step
         if scale is not None:
             self.flat.gradients *= self.flat.dtype.type(1.0 / float(scale))
         return None
@@ -296,7 +296,7 @@ class FlatOptimizer(Saved):
         """
         gradients, looks, self.weight = self.flat.gradients, self.steps < Handshake.LOOKS, 1.0
         overflow = getattr(self, "found_inf", None)  # set by GradScaler, which may have seen it before it was clipped
-        fine = kernels.all_finite(gradients) and not overflow
+        fine = not overflow and all(map(kernels.all_finite, self.flat.collected()))
         status = REJECTED if problem else OK if fine else NON_FINITE
         words: dict[str, float] = {"values": 0, "gradient": 0}
         if problem is None:

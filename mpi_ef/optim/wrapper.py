@@ -17,6 +17,7 @@ from mpi_ef.compress import Combination, Compressor, Identity, for_parameters, l
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import MpiEfError, OptionError
 from mpi_ef.feedback import ErrorFeedback, Rule
+from mpi_ef.feedback.state import form
 from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, StateTree, attribute
 
 from .accounts import BucketReport
@@ -29,6 +30,7 @@ from .saved import WRAPPED
 __all__ = ["BucketReport", "DistributedOptimizer", "PlanBuilder"]
 
 PlanBuilder = Callable[[Comm, Compressor, int, Any], Plan]
+_LONG = 2**16
 OVERLAPPED_NBYTES = 25_000_000
 
 
@@ -141,6 +143,7 @@ class DistributedOptimizer(FlatOptimizer):
         # One rank that loses nothing need not take its update apart and put it together again, which rounds.
         whole = placement == "gradient" or (comm.Get_size() == 1 and isinstance(compressor, Identity))
         self._before = None if whole else self.flat.values.copy()
+        self._lends = placement == "update"
 
     def _check_arguments(self) -> None:
         optimizer = self.optimizer
@@ -310,7 +313,10 @@ class DistributedOptimizer(FlatOptimizer):
             update = values
 
         def take(part: slice, mean: Vector) -> None:
-            np.subtract(before[part], mean, out=values[part])
+            if mean.size < _LONG:
+                np.subtract(before[part], mean, out=values[part])
+            else:  # past the caches
+                form(lazy(before[part]) - mean, into=values[part])
 
         try:
             self.buckets.step(update, take)

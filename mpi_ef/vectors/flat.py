@@ -20,6 +20,7 @@ from .part import HALVES, Part
 
 __all__ = ["FlatParameters", "Mask"]
 
+_LONG = 2**14  # entries of a parameter on average from which on looking at gradients one by one costs less than a copy
 _BROADCAST_NBYTES = 2**30  # per message, below the largest count of MPI
 Bytes = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -52,6 +53,8 @@ class FlatParameters:
     values, gradients : (d,) arrays
     present : (parameters,) array of bool
         Which of them had a gradient when gradients were collected.
+    lends : bool
+        Whether gradients are still in the parameters' ``grad`` alone, see :meth:`collect_gradients`.
 
     Raises
     ------
@@ -83,6 +86,7 @@ class FlatParameters:
         self._apart = [part for part in self._parts if part.apart]
         self._gradients = [part.gradient for part in self._parts]
         self.present: Mask = np.zeros(len(self._parts), bool)
+        self.lends = False
         for part in self._parts:
             part.take()
 
@@ -175,8 +179,10 @@ class FlatParameters:
         """Return numbers that change when torch writes to a parameter, also to one that is not trained. Local."""
         return [p._version for p in (*self.parameters, *self.frozen)]  # noqa: SLF001
 
-    def collect_gradients(self) -> None:
+    def collect_gradients(self, *, lend: bool = False) -> None:
         """Make `gradients` hold what is in every parameter's ``grad``, and zeros where there is none; fill `present`. Local.
+
+        With `lend` they may stay where they are, for :meth:`lent`, where they all are plain and long; `lends` tells it.
 
         Raises
         ------
@@ -189,11 +195,21 @@ class FlatParameters:
             raise OptionError("a parameter was unfrozen after the optimizer was built; unfreeze first, then build it "
                               "anew")  # fmt: skip
         grads: list[Any] = [p.grad for p in self.parameters]
+        self.lends = False
         if self._halves or [g for g in grads if g is None or g.requires_grad or g.layout is not torch.strided]:
             self.present[:] = [part.take() for part in self._parts]
-        else:  # in one call: for short vectors calls cost more than copies
-            torch._foreach_copy_(self._gradients, grads)
+        else:
             self.present.fill(True)
+            if lend and self.d >= _LONG * len(grads) and all(map(Tensor.is_contiguous, grads)):
+                self.lends = True
+            else:  # in one call: for short vectors calls cost more than copies
+                torch._foreach_copy_(self._gradients, grads)
+
+    def collected(self) -> list[Vector]:
+        """Return the gradients of all parameters, in arrays of one dimension. Not copies. Local."""
+        if not self.lends:
+            return [self.gradients]
+        return [p.grad.numpy().reshape(-1) for p in self.parameters if p.grad is not None]
 
     def spend_gradients(self) -> None:
         """Take note that `gradients` will not be what is in the parameters' ``grad`` any more. Local."""
@@ -212,7 +228,7 @@ class FlatParameters:
         Parameters
         ----------
         moving : sequence of bool, optional
-            Which of them have a gradient then, their place in `gradients`; all by default.
+            Which of them have a gradient then: their place in `gradients`, or, where `lends`, their own; all by default.
         """
         everything = self.frozen + self.parameters  # what is not in the vectors would move on this rank alone
         kept = [p.grad for p in everything]
@@ -220,8 +236,9 @@ class FlatParameters:
             part.lend()
         for p in self.frozen:
             p.grad = None
-        for part, moves in zip(self._parts, repeat(True) if moving is None else moving, strict=False):
-            part.p.grad = part.gradient if moves else None
+        grads = kept[len(self.frozen) :] if self.lends else self._gradients
+        for p, moves, grad in zip(self.parameters, repeat(True) if moving is None else moving, grads, strict=False):
+            p.grad = grad if moves else None
         try:
             yield
         finally:
