@@ -1,6 +1,6 @@
 """A mean over clients: several of them on every rank, some of which may keep silent."""
 
-from time import perf_counter
+from collections.abc import Iterator
 from typing import Self
 
 import numpy as np
@@ -13,6 +13,7 @@ from mpi_ef.compress.compressor import words
 from mpi_ef.errors import MpiEfError, OptionError, ShapeError
 from mpi_ef.statetree import Reshard
 
+from .exchange import Round, Timer
 from .frames import Frames
 from .plan import Plan, Traffic
 from .plans import chunk_bounds
@@ -66,7 +67,8 @@ class ClientsMean(Plan):
         self._wanted, self.weights, self.message_nbytes, self._last_nbytes = clients, weights, 0, 0
         super().__init__(comm, compressor, d, dtype)
 
-    def _bind(self) -> dict[str, object]:
+    def bind(self) -> dict[str, object]:
+        """Build codecs and buffers, see :meth:`Plan.bind`."""
         n = self._wanted
         if not isinstance(n, int | np.integer) or n < self.size:
             raise OptionError(
@@ -119,7 +121,7 @@ class ClientsMean(Plan):
         return super().exchange(x, keep=keep)
 
     def start(self, x: Vector | Combination, *, keep: Keep | None = None) -> None:
-        """Encode `x`, all clients speaking; nothing travels before :meth:`wait`. See :meth:`Plan.start`."""
+        """Encode `x`, all clients speaking; messages travel in :meth:`wait`. See :meth:`Plan.start`."""
         self._speaks, self._notes = np.ones(self.own, np.bool_), np.zeros(self.own, np.uint8)
         super().start(x, keep=keep)
 
@@ -147,23 +149,19 @@ class ClientsMean(Plan):
             return OptionError("ClientsMean.exchange: keep= with clients that do not speak; nothing is kept for those")
         return super()._problem(x, keep)
 
-    def _encode(self, x: Source) -> bool:
+    def encode(self, x: Source, *, split: bool) -> bool:  # noqa: ARG002
+        """Encode the vectors of the clients that speak, see :meth:`Plan.encode`."""
         finite, d = True, self.d
         for row, j in enumerate(np.flatnonzero(self._speaks).tolist()):
             part = x.part(j * d, (j + 1) * d)
             finite &= self._codec.encode(part, self._send[row], step=self.exchanges, rank=self.first + j)
         return finite
 
-    def _launch(self) -> None:
-        """Nothing can leave before all know who speaks."""
-
-    def _complete(self) -> None:
-        began = perf_counter()
-        self._mark(self._word)
-        if self._refusal is None:  # else the header says all there is to say
+    def communicate(self) -> Iterator[Round]:
+        """Gather who speaks, then the messages, see :meth:`Plan.communicate`."""
+        if self._exchange.refusal is None:  # else the header says all there is to say
             self._word.wires[0, : self.own] = self._speaks | self._notes << 1
-        self.comm.Allgather(self._word.message, self._words.message)
-        self._inspect(self._words)
+        yield Round(self._word, self._words)
         said = np.concatenate([word[:count] for word, count in zip(self._words.wires, self._counts, strict=True)])
         speaks, self.notes = said & 1 == 1, (said >> 1).astype(np.uint8)
         self._heard = np.flatnonzero(speaks)
@@ -173,32 +171,27 @@ class ClientsMean(Plan):
         )
         places = np.concatenate([[0], np.cumsum(nbytes)[:-1]])
         mine = self._send.reshape(-1)[: nbytes[self.rank]]
-        self.comm.Allgatherv(mine, [self._received.reshape(-1), (nbytes, places)])
+        with Timer(self.seconds, "communicate"):
+            self.comm.Allgatherv(mine, [self._received.reshape(-1), (nbytes, places)])
         self.message_nbytes += int(nbytes.sum())
         self._last_nbytes = (self.size - 1) * (self._word.frame_nbytes + int(nbytes[self.rank]))
-        self.seconds["communicate"] += perf_counter() - began
 
-    def add_own(self, out: Vector, scale: float = 1.0) -> None:
-        """Add ``scale`` times the message of each of this rank's clients to its part of `out`, (own * d,). Local."""
-        began, d = perf_counter(), self.d
-        for row, j in enumerate(np.flatnonzero(self._speaks).tolist()):
-            self._codec.add(self._send[row : row + 1], out[j * d : (j + 1) * d], scale)
-        self.seconds["decode"] += perf_counter() - began
+    def decode(self, out: Vector, scale: float, *, own: bool = False, overwrite: bool = False) -> None:
+        """Add or write ``scale * sum_i weights[i] * C(x_i)`` in the order of the clients, see :meth:`Plan.decode`.
 
-    def add_mean(self, out: Vector, scale: float = 1.0) -> None:
-        """Add ``scale * sum_i weights[i] * C(x_i)`` to `out`, (d,), in the order of the clients. Local."""
-        began = perf_counter()
-        if self.weights is None:
-            self._codec.add(self._received[: self._heard.size], out, scale / self.clients)
+        With `own` every message of this rank's clients is added to its part of `out`, (own * d,).
+        """
+        d, codec = self.d, self._codec
+        if overwrite:
+            out.fill(0)
+        if own:
+            for row, j in enumerate(np.flatnonzero(self._speaks).tolist()):
+                codec.add(self._send[row : row + 1], out[j * d : (j + 1) * d], scale)
+        elif self.weights is None:
+            codec.add(self._received[: self._heard.size], out, scale / self.clients)
         else:
             for row, client in enumerate(self._heard.tolist()):
-                self._codec.add(self._received[row : row + 1], out, scale * float(self.weights[client]))
-        self.seconds["decode"] += perf_counter() - began
-
-    def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:  # noqa: ARG002
-        """Overwrite `out`, (d,), with what :meth:`add_mean` adds. Local."""
-        out.fill(0)
-        self.add_mean(out, scale)
+                codec.add(self._received[row : row + 1], out, scale * float(self.weights[client]))
 
     def add_message(self, client: int, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale`` times the decoded message of `client`, if it spoke, to `out`, (d,). Local."""

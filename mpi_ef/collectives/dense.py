@@ -1,5 +1,6 @@
 """The uncompressed mean, block by block through the cache."""
 
+from collections.abc import Iterator
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from mpi_ef.compress import Compressor, Identity, Source, aligned_zeros, lazy, s
 from mpi_ef.compress.combination import Combination, Keep, Vector, writable
 from mpi_ef.errors import MpiEfError, NonFiniteError
 
+from .exchange import Round
 from .frames import NON_FINITE, Frames, status_of
 from .misfit import unwritable
 from .plan import Plan, Traffic
@@ -142,7 +144,8 @@ class DenseMean(Plan, kind="dense"):
         """Return a plan of this kind for :func:`plan_for`. Collective."""
         return cls(comm, d, dtype)
 
-    def _bind(self) -> dict[str, object]:
+    def bind(self) -> dict[str, object]:
+        """Build codecs and buffers, see :meth:`Plan.bind`."""
         self._ready, self._known = Frames(1, 0), Frames(self.size, 0)
         self._rank_order = RankOrderMean(self.comm, self.d, self.dtype, self.seconds)
         self._scratch = np.empty(kernels.COMBINE_SCRATCH, self.dtype)
@@ -166,9 +169,10 @@ class DenseMean(Plan, kind="dense"):
         view.flags.writeable = False
         return view
 
-    def _encode(self, x: Source) -> bool:
+    def encode(self, x: Source, *, split: bool) -> bool:
+        """Take `x`, or a copy of it, see :meth:`Plan.encode`."""
         plain = x.factors[0] == 1 and not x.terms[1].size and not np.may_share_memory(x.terms[0], self._result)
-        if plain:
+        if plain and not split:
             self._x = x.terms[0]
         else:
             self._copy(x)
@@ -184,51 +188,27 @@ class DenseMean(Plan, kind="dense"):
         kernels.combine(x.terms, x.factors, self._own, self._scratch)
         self._x = self._own
 
-    def _launch(self) -> None:
-        if self._refusal is None and self._x is not self._own:
-            self._copy(source(self._x))
-        self._mark(self._ready)
-        self._post(self.comm.Iallgather, self._ready, self._known)
-
-    def _complete(self) -> None:
-        if self._request is None:
-            self._mark(self._ready)
-        self._communicate(self.comm.Allgather, self._ready, self._known)
-        self._inspect(self._known)
+    def communicate(self) -> Iterator[Round]:
+        """Sum in rank order, between two rounds of words, see :meth:`Plan.communicate`."""
+        yield Round(self._ready, self._known)
         finite = self._rank_order.form(self._x, self._factor, self._result)
-        self._mark(self._ready)
-        if not finite:
-            self._ready.header["status"] = NON_FINITE
-        self._communicate(self.comm.Allgather, self._ready, self._known)
+        yield Round(self._ready, self._known, finite=finite, inspect=False)
         if status_of(self._known, NON_FINITE):
-            self._blame()
+            yield Round(self._ready, self._known, finite=kernels.all_finite(self._x))  # raises, naming the ranks
+            text = "the sum of the ranks' vectors overflows; nothing was changed anywhere, so this step can be skipped"
+            raise NonFiniteError(f"DenseMean.exchange: {text}", ())
 
-    def _blame(self) -> None:
-        """Raise on all ranks, naming those whose vectors are not finite."""
-        self._ready.header["status"] = 0 if kernels.all_finite(self._x) else NON_FINITE
-        self._communicate(self.comm.Allgather, self._ready, self._known)
-        self._inspect(self._known)
-        raise NonFiniteError("DenseMean.exchange: the sum of the ranks' vectors overflows; nothing was changed anywhere, "
-                             "so this step can be skipped", ())  # fmt: skip
+    def decode(self, out: Vector, scale: float, *, own: bool = False, overwrite: bool = False) -> None:
+        """Add or write ``scale`` times the mean, or ``x_r``, see :meth:`Plan.decode`.
 
-    def add_own(self, out: Vector, scale: float = 1.0) -> None:
-        """Add ``scale * x_r`` to `out`, see :meth:`Plan.add_own`. An array given to :meth:`exchange` must be unchanged."""
-        self._add(self._x, scale, out)
-
-    def add_mean(self, out: Vector, scale: float = 1.0) -> None:
-        """Add ``scale * mean_r x_r`` to `out`, see :meth:`Plan.add_mean`."""
-        self._add(self._result, scale, out)
-
-    def _add(self, values: Vector, scale: float, out: Vector) -> None:
-        began = perf_counter()
-        kernels.add_dense(values, self.dtype.type(scale), writable(out))
-        self.seconds["decode"] += perf_counter() - began
-
-    def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:  # noqa: ARG002
-        """Overwrite `out` with ``scale * mean_r x_r``, see :meth:`Plan.set_mean`."""
-        began, result = perf_counter(), source(scale * lazy(self._result))
-        kernels.combine(result.terms, result.factors, writable(out), self._scratch)
-        self.seconds["decode"] += perf_counter() - began
+        An array given to :meth:`exchange` must be unchanged.
+        """
+        values = self._x if own else self._result
+        if overwrite:
+            scaled = source(scale * lazy(values))
+            kernels.combine(scaled.terms, scaled.factors, writable(out), self._scratch)
+        else:
+            kernels.add_dense(values, self.dtype.type(scale), writable(out))
 
     def allreduce(self, x: Vector, out: Vector, scale: float = 1.0) -> None:
         """Write ``scale`` times the mean of `x` over the ranks to `out`, without a copy in between. Collective.

@@ -1,6 +1,6 @@
 """The mean of matrices as a product of two thin factors that all ranks find together: PowerSGD's exchange."""
 
-from time import perf_counter
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -13,6 +13,7 @@ from mpi_ef.errors import NonFiniteError, OptionError
 from mpi_ef.statetree import REPLICATED, Leaf
 
 from .dense import RankOrderMean
+from .exchange import Round
 from .frames import Frames
 from .plan import Plan, Traffic
 
@@ -68,7 +69,8 @@ class LowRankMean(Plan, kind="low-rank"):
         """Return a plan of this kind for :func:`plan_for`. Collective."""
         return cls(comm, compressor, d, dtype, warm_start=residual)
 
-    def _bind(self) -> dict[str, object]:
+    def bind(self) -> dict[str, object]:
+        """Build codecs and buffers, see :meth:`Plan.bind`."""
         if not isinstance(self.compressor, LowRank):
             raise OptionError(f"LowRankMean: compressor={self.compressor} has no factors; take LowRank, or build the plan "
                               "with plan_for")  # fmt: skip
@@ -86,15 +88,15 @@ class LowRankMean(Plan, kind="low-rank"):
         self._scratch = np.empty(kernels.COMBINE_SCRATCH, self.dtype)
         self._formed: Vector | None = None
         self._x = self._unsent = self._nothing  # this rank's vector; what its message is to be taken off
-        self._borrowed = False  # _x is the caller's
         self._missing: Vector | None = None
         return {"warm_start": self._warm_start}
 
     def _orthonormalise_basis(self) -> None:
         kernels.orthonormalise(self._basis, self._factors.right_spans, self._factors.rank, self._drawn)
 
-    def _encode(self, x: Source) -> bool:
-        target = self._target(x)
+    def encode(self, x: Source, *, split: bool) -> bool:
+        """Take `x`, or a copy of it, and form P_i of it, see :meth:`Plan.encode`."""
+        target = self._target(x, split)
         finite: bool = kernels.combine(x.terms, x.factors, target, self._scratch)
         if x.keep.size and x.keep is not target:
             kernels.combine(x.terms, x.keep_factors, x.keep, self._scratch)
@@ -108,43 +110,28 @@ class LowRankMean(Plan, kind="low-rank"):
             self._factors.multiply(self._x, self._basis, self._own_left)
         return finite
 
-    def _target(self, x: Source) -> Vector:
+    def _target(self, x: Source, split: bool) -> Vector:
         """Choose what holds this rank's vector until Q_i is known, and return what that vector has to be written to."""
-        self._borrowed = False
         if x.keep.size and np.array_equal(x.keep_factors, x.factors):
             self._x = x.keep
-        elif x.factors[0] == 1 and not x.terms[1].size:
-            self._x, self._borrowed = x.terms[0], True
+        elif x.factors[0] == 1 and not x.terms[1].size and not split:
+            self._x = x.terms[0]
             return self._nothing
         else:
-            self._x = self._own_memory()
+            if self._formed is None:
+                self._formed = aligned_zeros(self.d, self.dtype)
+            self._x = self._formed
         return self._x
 
-    def _own_memory(self) -> Vector:
-        if self._formed is None:
-            self._formed = aligned_zeros(self.d, self.dtype)
-        return self._formed
-
-    def _launch(self) -> None:
-        if self._refusal is None and self._borrowed:
-            memory = self._own_memory()
-            memory[:] = self._x
-            self._x, self._borrowed = memory, False
-        self._mark(self._ready)
-        self._post(self.comm.Iallgather, self._ready, self._known)
-
-    def _complete(self) -> None:
-        if self._request is None:
-            self._mark(self._ready)
-        self._communicate(self.comm.Allgather, self._ready, self._known)
-        self._inspect(self._known)
-        factors, none = self._factors, self._nothing
+    def communicate(self) -> Iterator[Round]:
+        """Make P, then Q, see :meth:`Plan.communicate`."""
+        yield Round(self._ready, self._known)
+        factors = self._factors
         self._mean(self._mean_left, self._own_left, self._left)
-        began = perf_counter()
-        kernels.orthonormalise(self._left, factors.left_spans, factors.rank, none)
-        factors.copy_left(self._left, self._own_left)
-        factors.multiply_back(self._x, self._left, self._own_right)
-        self.seconds["encode"] += perf_counter() - began
+        with self._encoding:
+            kernels.orthonormalise(self._left, factors.left_spans, factors.rank, self._nothing)
+            factors.copy_left(self._left, self._own_left)
+            factors.multiply_back(self._x, self._left, self._own_right)
         self._mean(self._mean_right, self._own_right, self._right)
         self._conclude()
 
@@ -156,12 +143,11 @@ class LowRankMean(Plan, kind="low-rank"):
 
     def _conclude(self) -> None:
         """Do what waits for the success of all ranks: the next Q, what is kept, what is measured."""
-        began = perf_counter()
-        if self._warm_start:
-            self._earlier[:] = self._basis
-            self._basis[:] = self._right
-            self._orthonormalise_basis()
-        self.seconds["encode"] += perf_counter() - began
+        with self._encoding:
+            if self._warm_start:
+                self._earlier[:] = self._basis
+                self._basis[:] = self._right
+                self._orthonormalise_basis()
         if self._unsent.size:
             self.add_own(self._unsent, -1.0)
         self._x = self._unsent = self._nothing
@@ -174,23 +160,12 @@ class LowRankMean(Plan, kind="low-rank"):
         kernels.combine(x.terms, x.factors, self._missing, self._scratch)
         return 1.0
 
-    def add_own(self, out: Vector, scale: float = 1.0) -> None:
-        """Add ``scale * P Q_i^T`` to `out`, see :meth:`Plan.add_own`."""
-        self._add(self._own_left, self._own_right, out, scale)
-
-    def add_mean(self, out: Vector, scale: float = 1.0) -> None:
-        """Add ``scale * P Q^T`` to `out`, see :meth:`Plan.add_mean`."""
-        self._add(self._left, self._right, out, scale)
-
-    def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:  # noqa: ARG002
-        """Overwrite `out` with ``scale * P Q^T``, see :meth:`Plan.set_mean`."""
-        self._add(self._left, self._right, out, scale, overwrite=True)
-
-    def _add(self, left: Vector, right: Vector, out: Vector, scale: float, *, overwrite: bool = False) -> None:
-        began, factors = perf_counter(), self._factors
+    def decode(self, out: Vector, scale: float, *, own: bool = False, overwrite: bool = False) -> None:
+        """Add or write ``scale * P Q^T``, or ``scale * P Q_i^T``, see :meth:`Plan.decode`."""
+        left, right = (self._own_left, self._own_right) if own else (self._left, self._right)
+        factors = self._factors
         kernels.add_low_rank(left, right, factors.parts, factors.rank, self.dtype.type(scale), overwrite, writable(out),
                              self._scratch)  # fmt: skip
-        self.seconds["decode"] += perf_counter() - began
 
     @property
     def alpha(self) -> float:

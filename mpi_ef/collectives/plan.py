@@ -1,35 +1,24 @@
 """What all plans share: agreement of the ranks, checks of the vector, headers, traffic, timing."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
 from itertools import count
-from time import perf_counter
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from mpi_ef import kernels
-from mpi_ef.comm.consensus import OnAllRanks, Telling, agree, check_not_freed, ranks_text
+from mpi_ef.comm.consensus import OnAllRanks, Telling, agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Identity, Keep, Source, source
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError, PeerError
+from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError
 from mpi_ef.runtime.ending import end_together
 from mpi_ef.runtime.world import check_alone
 
-from .frames import (
-    NON_FINITE,
-    OK,
-    REJECTED,
-    WIRE_VERSION,
-    Frames,
-    header_of,
-    misunderstanding,
-    status_of,
-    what_is_wrong,  # fmt: skip
-)
-from .in_flight import landed, took_off
+from .exchange import Exchange, Round, Timer
+from .frames import WIRE_VERSION
 from .memory import Memory
 from .misfit import misfit, unwritable
 from .offer import Offer
@@ -46,6 +35,9 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
     After ``plan.exchange(x)`` the plan holds the messages of this exchange, until the next one starts:
     :meth:`add_own` adds this rank's decoded message C(x_r), :meth:`add_mean` adds the mean over the ranks, the same
     bits on every rank.
+
+    A plan of one's own is a subclass with :meth:`bind`, :meth:`encode`, :meth:`communicate`, :meth:`decode` and
+    :attr:`traffic`.
 
     Parameters
     ----------
@@ -109,10 +101,9 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
         self.exchanges = self.sent_nbytes = 0
         self.seconds = {"encode": 0.0, "communicate": 0.0, "decode": 0.0}
         self.watched, self.lost = False, cast("float | None", None)
-        self._refusal: MpiEfError | None = None
+        self._encoding, communicating, self._decoding = (Timer(self.seconds, name) for name in self.seconds)
+        self._exchange = Exchange(comm, subject, communicating)
         self._refuses: MpiEfError | None = None  # of the next exchange
-        self._started = False
-        self._request: Any = None
         self._every_time: int | None = None  # bytes that an exchange sends
         self._siblings: dict[Compressor, Plan] = {}
 
@@ -122,39 +113,53 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
             codec = compressor.codec(d, dtype)
             self.d, self.dtype = codec.d, codec.dtype
             return {"plan": subject, "compressor": compressor, "d": self.d, "dtype": self.dtype,
-                    "wire version": WIRE_VERSION, **self._bind()}  # fmt: skip
+                    "wire version": WIRE_VERSION, **self.bind()}  # fmt: skip
 
         told = agree(comm, subject, facts, "build the plan from the same arguments everywhere", tell=next(_numbers),
                      call=self.built)  # fmt: skip
-        self._number: int = told[0]  # of rank 0, which has all plans of this communicator; in every header
+        self._exchange.number = told[0]  # of rank 0, which has all plans of this communicator; in every header
 
     @abstractmethod
-    def _bind(self) -> dict[str, object]:
-        """Build codecs and buffers; return further facts on which the ranks must agree."""
+    def bind(self) -> dict[str, object]:
+        """Build codecs and frames; return further facts on which the ranks must agree. Local."""
 
     @abstractmethod
-    def _encode(self, x: Source) -> bool:
-        """Encode `x` into the frames that leave this rank; tell whether it is finite."""
+    def encode(self, x: Source, *, split: bool) -> bool:
+        """Encode `x` into the frames that leave this rank; tell whether it is finite. Local.
+
+        Parameters
+        ----------
+        x : Source
+            What is sent, as terms and factors; and what to keep.
+        split : bool
+            The caller may change what `x` is made of before :meth:`communicate` goes on.
+        """
 
     @abstractmethod
-    def _launch(self) -> None:
-        """Mark the frames and start the first communication without waiting for it."""
+    def communicate(self) -> Iterator[Round]:
+        """Yield the rounds in which frames travel; after each, those of all ranks are there, and all is well. Collective.
+
+        Between rounds it may do anything that is collective. The first one may be under way while the program computes.
+        """
 
     @abstractmethod
-    def _complete(self) -> None:
-        """Do the communication, or what is left of it; leave the messages where `add_own` and `add_mean` find them."""
+    def decode(self, out: Vector, scale: float, *, own: bool = False, overwrite: bool = False) -> None:
+        """Add ``scale`` times the mean of the messages to `out`, or this rank's own, or overwrite `out` with it. Local.
 
-    @abstractmethod
+        Sums go in rank order, so that all ranks have the same bits.
+        """
+
     def add_own(self, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale`` times this rank's decoded message to `out`. Local.
 
         Parameters
         ----------
-        out : (d,) of the plan's dtype, contiguous, updated
+        out : (own_d,) of the plan's dtype, contiguous, updated
         scale : float
         """
+        with self._decoding:
+            self.decode(out, scale, own=True)
 
-    @abstractmethod
     def add_mean(self, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale`` times the mean of the messages to `out`, in rank order: the same bits on every rank. Local.
 
@@ -163,9 +168,10 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
         out : (d,) of the plan's dtype, contiguous, updated
         scale : float
         """
+        with self._decoding:
+            self.decode(out, scale)
 
-    @abstractmethod
-    def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:
+    def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:  # noqa: ARG002
         """Overwrite `out` with ``scale`` times the mean of the messages, the same bits on every rank. Local.
 
         Parameters
@@ -176,6 +182,8 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
             Promises that `out` has not changed since this method, with this option, last wrote to it: a sparse mean
             then replaces the previous one entry by entry.
         """
+        with self._decoding:
+            self.decode(out, scale, overwrite=True)
 
     def forget(self) -> None:
         """Let the next ``set_mean(again=True)`` start afresh: somebody else has written to its array. Local."""
@@ -253,7 +261,7 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
         ShapeError, DtypeError
             On a rank whose `x` does not fit the plan; all other ranks raise `PeerError`.
         """
-        self._begin(x, keep)
+        self._begin(x, keep, split=False)
         return self.wait()
 
     def offer(self, x: Vector | Combination, *, keep: Keep | None = None, **words: Any) -> Offer:
@@ -266,8 +274,7 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
 
     def progress(self) -> None:
         """Let MPI work on what :meth:`start` has begun, which happens inside of MPI calls only. Local."""
-        if self._request is not None:
-            self._request.Test()
+        self._exchange.progress()
 
     def start(self, x: Vector | Combination, *, keep: Keep | None = None) -> None:
         """Encode `x` and start to exchange it; `x` may be changed as soon as this returns. Collective.
@@ -276,44 +283,40 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
         :meth:`exchange` in their place, because MPI does not match the two forms. A problem with `x` is
         raised there, by all ranks together.
         """
-        self._begin(x, keep)
-        self._launch()
+        self._begin(x, keep, split=True)
+        self._exchange.launch()
 
-    def _begin(self, x: Vector | Combination, keep: Keep | None) -> None:
-        if self._started:
+    def _begin(self, x: Vector | Combination, keep: Keep | None, *, split: bool) -> None:
+        if self._exchange.is_open:
             raise OptionError(f"{type(self).__name__}: start was called twice; call wait between them")
         check_not_freed(self.comm, type(self).__name__, "build the plan anew, on another one")
-        began = perf_counter()
-        self._refusal, self._refuses = self._refuses or self._problem(x, keep), None  # all ranks raise it, see _inspect
-        if self._refusal is None:
-            try:
-                finite = self._encode(source(x, keep))
-                self._refusal = None if finite else NonFiniteError("", (self.rank,))
-            except MpiEfError as error:
-                self._refusal = error
-            except Exception as error:  # the other ranks are on their way into the exchange
-                self._refusal = OptionError(f"{type(self).__name__}.exchange: {type(error).__name__}: {error}")
-                self._refusal.__cause__ = error
-        self._started = True
-        self.seconds["encode"] += perf_counter() - began
-        if self.watched and self._refusal is None:
+        with self._encoding:
+            refusal, self._refuses = self._refuses or self._problem(x, keep), None  # all ranks raise it
+            if refusal is None:
+                try:
+                    refusal = None if self.encode(source(x, keep), split=split) else NonFiniteError("", (self.rank,))
+                except MpiEfError as error:
+                    refusal = error
+                except Exception as error:  # the other ranks are on their way into the exchange
+                    refusal = OptionError(f"{type(self).__name__}.exchange: {type(error).__name__}: {error}")
+                    refusal.__cause__ = error
+        self._exchange.begin(self.communicate(), self.exchanges, refusal)
+        if self.watched and refusal is None:
             self.lost = self._measure_loss(source(x))
 
     def _measure_loss(self, x: Source) -> float:
-        missing, decoding = np.empty(self.own_d, self.dtype), self.seconds["decode"]
+        missing = np.empty(self.own_d, self.dtype)
         kernels.combine(x.terms, x.factors, missing, np.empty(kernels.COMBINE_SCRATCH, self.dtype))
         whole = float(np.linalg.norm(missing))
-        self.add_own(missing, -1.0)
-        self.seconds["decode"] = decoding
+        self.decode(missing, -1.0, own=True)
         return (float(np.linalg.norm(missing)) / whole) ** 2 if whole else 0.0
 
     def wait(self) -> Self:
         """Finish the exchange begun by :meth:`start`. Collective."""
-        if not self._started:
+        if not self._exchange.is_open:
             raise OptionError(f"{type(self).__name__}: wait was called without start; call start(x) first")
-        self._started = False
         try:
-            self._complete()
+            self._exchange.complete()
             self.sent_nbytes += self._sent_last()
         finally:
             self.exchanges += 1
@@ -336,45 +339,6 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
         if any(vector is keep.into or np.may_share_memory(vector, keep.into) for vector in vectors):
             return OptionError(f"{subject}: keep.into is one of the vectors that are sent; pass another array")
         return unwritable(keep.into, self.own_d, self.dtype, subject, "keep.into")
-
-    def _mark(self, frames: Frames) -> None:
-        """Write the headers of frames that leave this rank."""
-        status = OK if self._refusal is None else NON_FINITE if isinstance(self._refusal, NonFiniteError) else REJECTED
-        frames.headers.fill(header_of(self.exchanges, status, self._number))
-
-    def _inspect(self, frames: Frames) -> None:
-        """Raise, on all ranks, what the headers of the frames of all ranks say."""
-        headers = frames.headers.tolist()  # quicker than a comparison of arrays for up to 200 ranks
-        if headers.count(header_of(self.exchanges, OK, self._number)) == len(headers):
-            return
-        subject = f"{type(self).__name__}.exchange"
-        if error := misunderstanding(frames, subject):
-            raise error
-        if rejected := status_of(frames, REJECTED):
-            texts = self.comm.allgather("" if self._refusal is None else str(self._refusal))
-            if self._refusal is not None and self.rank in rejected:
-                self._refusal.everywhere = set(texts) == {str(self._refusal)}
-                raise self._refusal
-            raise PeerError(f"{subject}: {ranks_text(rejected)} raised: {texts[rejected[0]]}")
-        raise what_is_wrong(frames, subject)
-
-    def _post(self, nonblocking: Callable[[Any, Any], Any], send: Frames, receive: Frames) -> None:
-        """Start a communication, which :meth:`_communicate` finishes."""
-        receive.expect()
-        self._request = nonblocking(send.message, receive.message)
-        took_off(self, self._request)
-
-    def _communicate(self, blocking: Callable[[Any, Any], None], send: Frames, receive: Frames) -> None:
-        """Finish what :meth:`_launch` has started, or do it now."""
-        began = perf_counter()
-        if self._request is None:
-            receive.expect()
-            blocking(send.message, receive.message)
-        else:
-            self._request.Wait()
-            self._request = None
-            landed(self)
-        self.seconds["communicate"] += perf_counter() - began
 
 
 def plan_for(

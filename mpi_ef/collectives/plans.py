@@ -1,17 +1,17 @@
 """The compressed plans: gathered mean and two-phase mean."""
 
-from time import perf_counter
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.compress import Codec, Compressor, Keep, Source, aligned_zeros, lazy, source
+from mpi_ef.compress import Compressor, Keep, Source, aligned_zeros, lazy, source
 from mpi_ef.compress.combination import Vector
-from mpi_ef.compress.compressor import Wires
 from mpi_ef.statetree import PER_RANK, Leaf, Reshard
 
-from .frames import NON_FINITE, Frames
+from .exchange import Round
+from .frames import Frames
 from .plan import Plan, Traffic
 
 __all__ = ["GatherMean", "TwoPhaseMean", "chunk_bounds"]
@@ -42,7 +42,8 @@ class GatherMean(Plan, kind="gather"):
     Parameters, attributes and errors: see :class:`Plan`.
     """
 
-    def _bind(self) -> dict[str, object]:
+    def bind(self) -> dict[str, object]:
+        """Build codecs and buffers, see :meth:`Plan.bind`."""
         self._codec = self.compressor.codec(self.d, self.dtype)
         self._send = Frames(1, self._codec.nbytes)
         self._received = Frames(self.size, self._codec.nbytes)
@@ -51,72 +52,54 @@ class GatherMean(Plan, kind="gather"):
         self._turns = 0
         return {}
 
-    def _encode(self, x: Source) -> bool:
+    def encode(self, x: Source, *, split: bool) -> bool:  # noqa: ARG002
+        """Encode `x` into one frame, see :meth:`Plan.encode`."""
         return self._codec.encode(x, self._send.wires[0], step=self.exchanges, rank=self.rank)
 
-    def _launch(self) -> None:
-        self._mark(self._send)
-        self._turn()
-        self._post(self.comm.Iallgather, self._send, self._received)
-
-    def _complete(self) -> None:
-        if self._request is None:
-            self._mark(self._send)
-            self._turn()
-        self._communicate(self.comm.Allgather, self._send, self._received)
-        self._inspect(self._received)
+    def communicate(self) -> Iterator[Round]:
+        """Gather the frames, see :meth:`Plan.communicate`."""
+        self._turns += 1
+        if self._earlier is not None:
+            self._received, self._earlier = self._earlier, self._received
+        yield Round(self._send, self._received)
 
     def forget(self) -> None:
         """Forget what :meth:`set_mean` has written, see :meth:`Plan.forget`."""
         self._written = None
 
-    def _turn(self) -> None:
-        self._turns += 1
-        if self._earlier is not None:
-            self._received, self._earlier = self._earlier, self._received
-
     def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:
         """Overwrite `out` with ``scale * mean_r C(x_r)``, see :meth:`Plan.set_mean`."""
         if not again or not self.compressor.sparse:
-            self._add_all(out, scale / self.size, overwrite=True)
+            super().set_mean(out, scale)
             return
         written, self._written = self._written, (out, self._turns)
         if self._earlier is None:
             self._earlier = Frames(self.size, self._codec.nbytes)
         if written is not None and written[0] is out and written[1] == self._turns - 1:
-            began = perf_counter()
-            self._codec.clear(self._earlier.wires, out)
-            self.seconds["decode"] += perf_counter() - began
+            with self._decoding:
+                self._codec.clear(self._earlier.wires, out)
         else:
             out.fill(0)
         self.add_mean(out, scale)
 
-    def add_own(self, out: Vector, scale: float = 1.0) -> None:
-        """Add ``scale * C(x_r)`` to `out`, see :meth:`Plan.add_own`."""
-        began = perf_counter()
-        self._codec.add_encoded(self._send.wires[0], out, scale)
-        self.seconds["decode"] += perf_counter() - began
-
-    def add_mean(self, out: Vector, scale: float = 1.0) -> None:
-        """Add ``scale * mean_r C(x_r)`` to `out`, see :meth:`Plan.add_mean`."""
-        self._add_all(out, scale / self.size)
-
     def add_message(self, rank: int, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale`` times the decoded message of `rank` to `out` (d,). Local."""
-        began = perf_counter()
-        self._codec.add(self._received.wires[rank : rank + 1], out, scale)
-        self.seconds["decode"] += perf_counter() - began
+        with self._decoding:
+            self._codec.add(self._received.wires[rank : rank + 1], out, scale)
 
-    def _add_all(self, out: Vector, scale: float, *, overwrite: bool = False) -> None:
-        began = perf_counter()
-        wires, codec = self._received.wires, self._codec
-        if self.compressor.sparse:  # one message after the other anyway: what is known of the own one saves decoding it
-            codec.add(wires[: self.rank], out, scale, overwrite=overwrite)
-            codec.add_encoded(self._send.wires[0], out, scale)
-            codec.add(wires[self.rank + 1 :], out, scale)
+    def decode(self, out: Vector, scale: float, *, own: bool = False, overwrite: bool = False) -> None:
+        """Add or write ``scale * C(x_r)``, or ``scale / n * C(x_r)`` for r = 0 ... n-1, see :meth:`Plan.decode`."""
+        codec, mine, wires = self._codec, self._send.wires[0], self._received.wires
+        if own:
+            codec.add_encoded(mine, out, scale)
+        elif (
+            self.compressor.sparse
+        ):  # one message after the other anyway: what is known of the own one saves decoding it
+            codec.add(wires[: self.rank], out, scale / self.size, overwrite=overwrite)
+            codec.add_encoded(mine, out, scale / self.size)
+            codec.add(wires[self.rank + 1 :], out, scale / self.size)
         else:
-            codec.add(wires, out, scale, overwrite=overwrite)
-        self.seconds["decode"] += perf_counter() - began
+            codec.add(wires, out, scale / self.size, overwrite=overwrite)
 
     @property
     def traffic(self) -> Traffic:
@@ -167,7 +150,8 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         """Return a plan of this kind for :func:`plan_for`. Collective."""
         return cls(comm, compressor, d, dtype, residual=residual)
 
-    def _bind(self) -> dict[str, object]:
+    def bind(self) -> dict[str, object]:
+        """Build codecs and buffers, see :meth:`Plan.bind`."""
         self.bounds = _aligned_chunk_bounds(self.d, self.size)
         sizes = {stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False)}
         outward = {size: self.compressor.codec(size, self.dtype) for size in sizes}
@@ -199,66 +183,40 @@ class TwoPhaseMean(Plan, kind="two-phase"):
     def _stop(self, chunk: int) -> int:
         return self.bounds[chunk + 1]
 
-    def _encode(self, x: Source) -> bool:
+    def encode(self, x: Source, *, split: bool) -> bool:  # noqa: ARG002
+        """Encode every chunk of `x`, see :meth:`Plan.encode`."""
         finite = True
         for j, codec in enumerate(self._outward):
             part = x.part(self._start(j), self._stop(j))
             finite &= codec.encode(part, self._send_wires[j], step=2 * self.exchanges, rank=self.rank)
         return finite
 
-    def _launch(self) -> None:
-        self._mark(self._send)
-        self._post(self.comm.Ialltoall, self._send, self._arrived)
-
-    def _complete(self) -> None:
-        if self._request is None:
-            self._mark(self._send)
-        self._communicate(self.comm.Alltoall, self._send, self._arrived)
-        self._inspect(self._arrived)
-        began = perf_counter()
-        self._encode_average()
-        self.seconds["encode"] += perf_counter() - began
-        self._communicate(self.comm.Allgather, self._answer, self._result)
-        self._inspect(self._result)
+    def communicate(self) -> Iterator[Round]:
+        """Scatter chunks, and gather their means, see :meth:`Plan.communicate`."""
+        yield Round(self._send, self._arrived, scatter=True)
+        with self._encoding:
+            finite = self._encode_average()
+        yield Round(self._answer, self._result, finite=finite)
         self._turn()  # only now: a rank whose average overflowed makes all ranks raise, with nothing changed
 
-    def _encode_average(self) -> None:
-        """Encode residual + average, and keep as the next residual what that message misses."""
+    def _encode_average(self) -> bool:
+        """Encode residual + average, keep as the next residual what that message misses, and tell whether it is finite."""
         outward, back = self._outward[self.rank], self._back[self.rank]
         arrived, wire = self._arrived_wires, self._answer_wire
-        self._mark(self._answer)
         if self._fused:
-            finite = back.encode_sum(outward, arrived, 1.0 / self.size, self._owed, wire)
-        else:
-            outward.add(arrived, self._average, 1.0 / self.size, overwrite=True)
-            x, keep = lazy(self._average), None
-            if self._remember:
-                x = lazy(self._residual) + self._average
-                keep = Keep(x, self._next, less_message=True)
-            finite = back.encode(source(x, keep), wire, step=2 * self.exchanges + 1, rank=self.rank)
-        if not finite:
-            self._answer.header["status"] = NON_FINITE
+            return back.encode_sum(outward, arrived, 1.0 / self.size, self._owed, wire)
+        outward.add(arrived, self._average, 1.0 / self.size, overwrite=True)
+        x, keep = lazy(self._average), None
+        if self._remember:
+            x = lazy(self._residual) + self._average
+            keep = Keep(x, self._next, less_message=True)
+        return back.encode(source(x, keep), wire, step=2 * self.exchanges + 1, rank=self.rank)
 
-    def add_own(self, out: Vector, scale: float = 1.0) -> None:
-        """Add ``scale * C(x_r)`` to `out`, see :meth:`Plan.add_own`."""
-        self._add(self._outward, self._send_parts, out, scale)
-
-    def add_mean(self, out: Vector, scale: float = 1.0) -> None:
-        """Add ``scale`` times the second-phase result to `out`, see :meth:`Plan.add_mean`."""
-        self._add(self._back, self._result_parts, out, scale)
-
-    def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:  # noqa: ARG002
-        """Overwrite `out` with ``scale`` times the second-phase result, see :meth:`Plan.set_mean`."""
-        self._add(self._back, self._result_parts, out, scale, overwrite=True)
-
-    def _add(
-        self, codecs: list[Codec], wires: list[Wires], out: Vector, scale: float, *, overwrite: bool = False
-    ) -> None:
-        began = perf_counter()
+    def decode(self, out: Vector, scale: float, *, own: bool = False, overwrite: bool = False) -> None:
+        """Add or write ``scale`` times the second-phase result, or ``scale * C(x_r)``, see :meth:`Plan.decode`."""
+        codecs, wires = (self._outward, self._send_parts) if own else (self._back, self._result_parts)
         for j, codec in enumerate(codecs):
-            part = out[self._start(j) : self._stop(j)]
-            codec.add(wires[j], part, scale, overwrite=overwrite)
-        self.seconds["decode"] += perf_counter() - began
+            codec.add(wires[j], out[self._start(j) : self._stop(j)], scale, overwrite=overwrite)
 
     @property
     def server_d(self) -> int:

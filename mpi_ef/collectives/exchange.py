@@ -1,0 +1,151 @@
+"""One exchange: rounds of frames, what their headers say, at once or in two parts, and how long it takes."""
+
+from collections.abc import Iterator
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from mpi_ef.comm.consensus import ranks_text
+from mpi_ef.comm.protocol import Comm
+from mpi_ef.errors import MpiEfError, NonFiniteError, PeerError
+
+from .frames import (
+    NON_FINITE,
+    OK,
+    REJECTED,
+    Frames,
+    header_of,
+    misunderstanding,
+    status_of,
+    what_is_wrong,  # fmt: skip
+)
+from .in_flight import landed, took_off
+
+__all__ = ["Exchange", "Round", "Timer"]
+
+
+class Round(NamedTuple):
+    """A collective in which every rank gives the same number of frames.
+
+    Attributes
+    ----------
+    send, receive : Frames
+        One frame for all ranks, or with `scatter` one for each; of every rank one.
+    scatter : bool
+        Alltoall in place of Allgather.
+    finite : bool
+        Whether what this rank sends is so; its header tells the others.
+    inspect : bool
+        Whether all ranks raise where a header says that a rank cannot go on. Else the plan looks at them.
+    """
+
+    send: Frames
+    receive: Frames
+    scatter: bool = False
+    finite: bool = True
+    inspect: bool = True
+
+
+class Timer:
+    """A context that adds its wall time to an entry of a dict."""
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self._seconds, self._name, self._began = seconds, name, 0.0
+
+    def __enter__(self) -> None:
+        self._began = perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] += perf_counter() - self._began
+
+
+class Exchange:
+    """The rounds of one exchange after the other.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    name : str
+        Of the plan, for errors.
+    timer : Timer
+        For what MPI takes.
+
+    Attributes
+    ----------
+    number : int
+        Of the plan, in every header.
+    refusal : MpiEfError or None
+        Why this rank cannot take part; all ranks raise it, or what follows from it, in the first round.
+    """
+
+    def __init__(self, comm: Comm, name: str, timer: Timer) -> None:
+        self._comm, self._rank, self._subject, self._timer = comm, int(comm.Get_rank()), f"{name}.exchange", timer
+        self.number, self.refusal = 0, None  # type: int, MpiEfError | None
+        self._rounds: Iterator[Round] | None = None
+        self._first: Round | None = None
+        self._request: Any = None
+        self._step = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an exchange has begun and is not complete."""
+        return self._rounds is not None
+
+    def begin(self, rounds: Iterator[Round], step: int, refusal: MpiEfError | None) -> None:
+        """Begin with these rounds; `step` is the number of the exchange. Local."""
+        self._rounds, self._step, self.refusal = rounds, step, refusal
+
+    def launch(self) -> None:
+        """Start the first round without waiting for it. Collective."""
+        assert self._rounds is not None  # noqa: S101
+        self._first = sent = next(self._rounds)
+        self._mark(sent)
+        sent.receive.expect()
+        start = self._comm.Ialltoall if sent.scatter else self._comm.Iallgather
+        self._request = start(sent.send.message, sent.receive.message)
+        took_off(self, self._request)
+
+    def progress(self) -> None:
+        """Let MPI work on what :meth:`launch` has started. Local."""
+        if self._request is not None:
+            self._request.Test()
+
+    def complete(self) -> None:
+        """Do all rounds, or what is left of them. Collective."""
+        assert self._rounds is not None  # noqa: S101
+        rounds, self._rounds = self._rounds, None
+        if self._request is not None:
+            assert self._first is not None  # noqa: S101
+            with self._timer:
+                self._request.Wait()
+            self._request = None
+            landed(self)
+            self._inspect(self._first)
+            self._first = None
+        for sent in rounds:
+            self._mark(sent)
+            with self._timer:
+                sent.receive.expect()
+                communicate = self._comm.Alltoall if sent.scatter else self._comm.Allgather
+                communicate(sent.send.message, sent.receive.message)
+            self._inspect(sent)
+
+    def _mark(self, sent: Round) -> None:
+        """Write the headers of frames that leave this rank."""
+        broken = not sent.finite or isinstance(self.refusal, NonFiniteError)
+        status = NON_FINITE if broken else OK if self.refusal is None else REJECTED
+        sent.send.headers.fill(header_of(self._step, status, self.number))
+
+    def _inspect(self, sent: Round) -> None:
+        """Raise, on all ranks, what the headers of the frames of all ranks say."""
+        headers = sent.receive.headers.tolist()  # quicker than a comparison of arrays for up to 200 ranks
+        if not sent.inspect or headers.count(header_of(self._step, OK, self.number)) == len(headers):
+            return
+        if error := misunderstanding(sent.receive, self._subject):
+            raise error
+        if rejected := status_of(sent.receive, REJECTED):
+            texts = self._comm.allgather("" if self.refusal is None else str(self.refusal))
+            if self.refusal is not None and self._rank in rejected:
+                self.refusal.everywhere = set(texts) == {str(self.refusal)}
+                raise self.refusal
+            raise PeerError(f"{self._subject}: {ranks_text(rejected)} raised: {texts[rejected[0]]}")
+        raise what_is_wrong(sent.receive, self._subject)
