@@ -1,5 +1,7 @@
 """Laws of the plans, on virtual ranks."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,16 @@ import virtual
 from programs import PLANS, SIZES, exchanges
 from vectors_for_tests import gaussian
 
-from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, allgather, allreduce, chunk_bounds, plan_for
+from mpi_ef.collectives import (
+    Combine,
+    DenseMean,
+    GatherMean,
+    TwoPhaseMean,
+    allgather,
+    allreduce,
+    chunk_bounds,
+    plan_for,
+)
 from mpi_ef.collectives import dense as dense_module
 from mpi_ef.collectives import frames as frames_module
 from mpi_ef.compress import Combination, Identity, Keep, Sign, TopK, lazy, source
@@ -580,3 +591,46 @@ def test_process_groups_that_move_no_memory_of_cpus_are_refused(monkeypatch):
         monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
     with pytest.raises(OptionError, match="the group's backend is cuda:nccl, which moves no CPU memory"):
         ProcessGroupComm()
+
+
+@dataclass(frozen=True)
+class Middle(Combine):
+    """The median of every entry, a way to combine rows that the package does not have."""
+
+    def __call__(self, rows):
+        return np.median(rows, axis=0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("plan", [GatherMean, TwoPhaseMean])
+def test_rows_are_combined_as_one_says(n, plan):
+    """What a rank has made of one entry does not count where the median does."""
+
+    def program(comm):
+        rank, d, out = comm.Get_rank(), 100, np.ones(100)
+        rows = [gaussian(r, d, np.float64) for r in range(n)]
+        rows[0][5] = 1e9
+        middle = plan(comm, TopK(0.3), d, np.float64, combine=Middle())
+        whole = middle.dense().exchange(rows[rank])
+        whole.set_mean(out)
+        np.testing.assert_array_equal(out, np.median(rows, axis=0))
+        whole.add_mean(out, -1.0)
+        assert not out.any()
+        if plan is GatherMean:
+            sent = np.zeros((n, d))
+            middle.exchange(rows[rank]).set_mean(out, 2.0)
+            for r in range(n):
+                middle.add_message(r, sent[r])
+            np.testing.assert_array_equal(out, 2.0 * np.median(sent, axis=0))
+        return out.tobytes()
+
+    assert len(set(virtual.results(n, program))) == 1
+
+
+def test_ranks_agree_on_how_rows_are_combined():
+    def program(comm):
+        combine = Middle() if comm.Get_rank() else None
+        with pytest.raises(DisagreementError, match="combine"):
+            GatherMean(comm, TopK(0.3), 10, combine=combine)
+
+    virtual.results(2, program)

@@ -7,6 +7,7 @@ A *plan* is built once (collective: all ranks together, same arguments) and exch
 from mpi_ef.comm.protocol import Comm
 
 from .clients import ClientsMean
+from .combine import Combine
 from .dense import DenseMean
 from .frames import Frames
 from .lowrank import LowRankMean
@@ -16,6 +17,7 @@ from .plans import GatherMean, TwoPhaseMean, chunk_bounds
 
 __all__ = [
     "ClientsMean",
+    "Combine",
     "Comm",
     "DenseMean",
     "Frames",

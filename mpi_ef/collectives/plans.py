@@ -5,11 +5,13 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import DTypeLike
 
+from mpi_ef import kernels
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Keep, Source, aligned_zeros, lazy, source
-from mpi_ef.compress.combination import Vector
+from mpi_ef.compress.combination import Vector, writable
 from mpi_ef.statetree import PER_RANK, Leaf, Reshard
 
+from .combine import Combine
 from .exchange import Round
 from .frames import Frames
 from .plan import Plan, Traffic
@@ -39,8 +41,27 @@ class GatherMean(Plan, kind="gather"):
     3. :meth:`add_mean` adds ``scale / n * C(x_r)`` for r = 0 ... n-1: the mean of exactly what was sent.
 
     Cost per exchange: ``(n - 1) * frame`` bytes sent and as many received; memory ``(n + 1) * frame``.
-    Parameters, attributes and errors: see :class:`Plan`.
+    Attributes and errors: see :class:`Plan`.
+
+    Parameters
+    ----------
+    comm, compressor, d, dtype
+        See :class:`Plan`.
+    combine : Combine, optional
+        What to take in place of the mean; n vectors of memory then.
     """
+
+    def __init__(
+        self,
+        comm: Comm,
+        compressor: Compressor,
+        d: int,
+        dtype: DTypeLike = np.float32,
+        *,
+        combine: Combine | None = None,
+    ) -> None:
+        self.combine = combine
+        super().__init__(comm, compressor, d, dtype)
 
     def bind(self) -> dict[str, object]:
         """Build codecs and buffers, see :meth:`Plan.bind`."""
@@ -50,7 +71,12 @@ class GatherMean(Plan, kind="gather"):
         self._earlier: Frames | None = None  # the messages before those, for set_mean(again=True)
         self._written: tuple[Vector, int] | None = None  # what that has written to, after which turn
         self._turns = 0
-        return {}
+        return {"combine": self.combine}
+
+    def _like(self, compressor: Compressor) -> Plan:
+        if self.combine is None:
+            return super()._like(compressor)
+        return GatherMean(self.comm, compressor, self.d, self.dtype, combine=self.combine)
 
     def encode(self, x: Source, *, split: bool) -> bool:  # noqa: ARG002
         """Encode `x` into one frame, see :meth:`Plan.encode`."""
@@ -69,7 +95,7 @@ class GatherMean(Plan, kind="gather"):
 
     def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:
         """Overwrite `out` with ``scale * mean_r C(x_r)``, see :meth:`Plan.set_mean`."""
-        if not again or not self.compressor.sparse:
+        if not again or not self.compressor.sparse or self.combine is not None:
             super().set_mean(out, scale)
             return
         written, self._written = self._written, (out, self._turns)
@@ -92,9 +118,11 @@ class GatherMean(Plan, kind="gather"):
         codec, mine, wires = self._codec, self._send.wires[0], self._received.wires
         if own:
             codec.add_encoded(mine, out, scale)
-        elif (
-            self.compressor.sparse
-        ):  # one message after the other anyway: what is known of the own one saves decoding it
+        elif self.combine is not None:
+            if overwrite:
+                out.fill(0)
+            kernels.add_dense(self.combine.of_wires(codec, wires, self.dtype), self.dtype.type(scale), writable(out))
+        elif self.compressor.sparse:  # what is known of the own message saves decoding it
             codec.add(wires[: self.rank], out, scale / self.size, overwrite=overwrite)
             codec.add_encoded(mine, out, scale / self.size)
             codec.add(wires[self.rank + 1 :], out, scale / self.size)
@@ -129,6 +157,8 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         C', the compressor of the second phase; the same as the first by default.
     residual : bool
         False forgets the error of the second phase: the plan is then without state from one exchange to the next.
+    combine : Combine, optional
+        What to take in place of the mean, entry by entry; n vectors of the length of a chunk then.
     """
 
     def __init__(
@@ -140,9 +170,10 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         *,
         reply: Compressor | None = None,
         residual: bool = True,
+        combine: Combine | None = None,
     ) -> None:
         self.reply = compressor if reply is None else reply
-        self._remember = residual
+        self._remember, self.combine = residual, combine
         super().__init__(comm, compressor, d, dtype)
 
     @classmethod
@@ -152,6 +183,7 @@ class TwoPhaseMean(Plan, kind="two-phase"):
 
     def bind(self) -> dict[str, object]:
         """Build codecs and buffers, see :meth:`Plan.bind`."""
+        combine = self.combine
         self.bounds = _aligned_chunk_bounds(self.d, self.size)
         sizes = {stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False)}
         outward = {size: self.compressor.codec(size, self.dtype) for size in sizes}
@@ -168,14 +200,21 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         self._arrived_wires = self._arrived.wires[:, : self._outward[self.rank].nbytes]
         self._answer_wire = self._answer.wire(0, self._back[self.rank])
         chunk = self._stop(self.rank) - self._start(self.rank)
-        self._fused = self._remember and self._back[self.rank].can_encode_sum(self._outward[self.rank])
+        self._fused = (
+            self._remember and combine is None and self._back[self.rank].can_encode_sum(self._outward[self.rank])
+        )
         self._average = aligned_zeros(0 if self._fused else chunk, self.dtype)
         self._residual, self._next = (aligned_zeros(chunk if self._remember else 0, self.dtype) for _ in range(2))
         self._owed, self._owed_next = (
             source(x := lazy(old), Keep(x, new, less_message=True))
             for old, new in ((self._residual, self._next), (self._next, self._residual))
         )
-        return {"reply": self.reply, "residual": self._remember}
+        return {"reply": self.reply, "residual": self._remember, "combine": combine}
+
+    def _like(self, compressor: Compressor) -> Plan:
+        if self.combine is None:
+            return super()._like(compressor)
+        return TwoPhaseMean(self.comm, compressor, self.d, self.dtype, combine=self.combine)
 
     def _start(self, chunk: int) -> int:
         return self.bounds[chunk]
@@ -205,7 +244,10 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         arrived, wire = self._arrived_wires, self._answer_wire
         if self._fused:
             return back.encode_sum(outward, arrived, 1.0 / self.size, self._owed, wire)
-        outward.add(arrived, self._average, 1.0 / self.size, overwrite=True)
+        if self.combine is None:
+            outward.add(arrived, self._average, 1.0 / self.size, overwrite=True)
+        else:
+            np.copyto(self._average, self.combine.of_wires(outward, arrived, self.dtype))
         x, keep = lazy(self._average), None
         if self._remember:
             x = lazy(self._residual) + self._average

@@ -1,0 +1,43 @@
+"""How the messages of all ranks become one vector, where that is not their mean."""
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpi_ef.compress import Codec
+from mpi_ef.compress.combination import Vector
+from mpi_ef.compress.compressor import Wires
+from mpi_ef.errors import OptionError
+
+__all__ = ["Combine"]
+
+
+class Combine(ABC):
+    """A function of the vectors of all ranks. Ranks must agree on it: give it a ``repr`` that says what it is.
+
+    Plans that take one, ``combine=``, call it wherever they would take the mean: :class:`GatherMean` on all ranks, on whole
+    vectors; :class:`TwoPhaseMean` on one rank for each chunk, so that it must go entry by entry there.
+    """
+
+    @abstractmethod
+    def __call__(self, rows: NDArray[np.floating]) -> Vector:
+        """Return one vector, (d,), for the vectors of all ranks, (n, d), in rank order; the same bits on all ranks. Local."""
+
+    def of_wires(self, codec: Codec, wires: Wires, dtype: np.dtype[np.floating]) -> Vector:
+        """Return it for encoded vectors. Local.
+
+        Raises
+        ------
+        OptionError
+            It is not (d,).
+        """
+        rows = np.zeros((len(wires), codec.d), dtype)
+        for row, wire in zip(rows, wires, strict=True):
+            codec.add(wire[None], row)
+        vector = np.ascontiguousarray(self(rows), dtype)
+        if vector.shape != (codec.d,):
+            raise OptionError(
+                f"{self!r} returned {vector.shape} for vectors of length {codec.d}; return one number an entry"
+            )
+        return vector
