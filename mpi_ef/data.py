@@ -16,7 +16,6 @@ A training script with all of it, which an interrupted run continues with ``samp
 """
 
 import multiprocessing
-import operator
 import random
 from collections.abc import Iterator, Mapping
 from multiprocessing.context import ForkServerContext
@@ -30,6 +29,7 @@ from torch.utils.data import Sampler
 from mpi_ef.comm.consensus import agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DataError, OptionError
+from mpi_ef.ranges import whole
 
 __all__ = [
     "ShardedSampler",
@@ -248,14 +248,8 @@ class ShardedSampler(Sampler[list[int]]):
 
 
 def _whole(value: Any, name: str, least: int, subject: str = "ShardedSampler") -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        remedy = "len(dataset)" if name == "size" else f"a whole number from {least} on"
-        raise OptionError(f"{subject}: {name}={value!r} is not in {least}, {least + 1}, ...; pass {remedy}")
-    return number
+    remedy = "len(dataset)" if name == "size" else f"a whole number from {least} on"
+    return whole(subject, least, f"pass {remedy}", **{name: value})
 
 
 def _order(size: int, seed: int, epoch: int) -> Indices:

@@ -87,7 +87,7 @@ def muon(params, comm, *, compressor=TopK(0.2), **options):  # noqa: B008
 
 UNKNOWN_PLACE = ({"placement": "sideways"}, "DistributedOptimizer: placement='sideways' is unknown")
 UNKNOWN_RULE = ({"rule": "ef22"}, "ErrorFeedback: there is no rule 'ef22'")
-NO_BUCKET = ({"bucket_nbytes": 0}, "DistributedOptimizer: bucket_nbytes=0 is not positive")
+NO_BUCKET = ({"bucket_nbytes": 0}, "DistributedOptimizer: bucket_nbytes=0 is not a positive integer")
 QUICKLY, SLOWLY = (60, slice(3), 0.8), (150, slice(3), 0.5)
 GATHERS, TWO_PHASES = ("Allgather", "Allgather"), ("Allgather", "Allgather", "Alltoall")
 
@@ -116,8 +116,8 @@ _lamb = _adam | {
     "bad": (
         ({"betas": (0.9, 1.0)}, "OneBitLamb: betas=(0.9, 1.0) are not in [0, 1)"),
         ({"freeze_step": 0}, "freeze_step=0; the variance"),
-        ({"min_coeff": 11.0}, "min_coeff=11.0, max_coeff=10.0 are no bounds"),
-        ({"factor_min": 1.5}, "factor_min=1.5, factor_max=4.0 are no bounds of 1"),
+        ({"min_coeff": 11.0}, "min_coeff=11.0 is not in (0, 10.0]"),
+        ({"factor_min": 1.5}, "factor_min=1.5 is not in (0, 1]"),
         ({"coeff_beta": 1.0}, "coeff_beta=1.0 is not in [0, 1)"),
         ({"factor_threshold": -0.1}, "factor_threshold=-0.1 is not in [0, 1)"),
         ({"variance_floor": 1.1}, "variance_floor=1.1 is not in [0, 1]"), ({"clip": -1.0}, "clip=-1.0 is negative"),

@@ -620,8 +620,8 @@ def test_ranks_that_disagree_all_learn_about_it():
     [
         (lambda: LowRank(0), OptionError, "rank=0 is not a positive integer"),
         (lambda: LowRank(1.5), OptionError, "rank=1.5 is not a positive integer"),
-        (lambda: LowRank(seed=-1), OptionError, "seed=-1 is not in [0, 2^63)"),
-        (lambda: LowRank(seed=None), OptionError, "seed=None is not in"),
+        (lambda: LowRank(seed=-1), OptionError, "seed=-1 is negative"),
+        (lambda: LowRank(seed=None), OptionError, "seed=None is not a non-negative integer"),
         (lambda: LowRank(shapes="tensors"), OptionError, "shapes='tensors'; pass the shapes of the parts"),
         (lambda: LowRank(shapes=(3, 4)), OptionError, "shapes=(3, 4); pass the shapes of the parts"),
         (lambda: LowRank(shapes=((3, -4),)), OptionError, "shapes=((3, -4),)"),

@@ -22,7 +22,7 @@ class Combine(ABC):
 
     @abstractmethod
     def __call__(self, rows: NDArray[np.floating]) -> Vector:
-        """Return one vector, (d,), for the vectors of all ranks, (n, d), in rank order; the same bits on all ranks. Local."""
+        """Return one vector, (d,), for those of all ranks, (n, d), in rank order; the same bits on all ranks. Local."""
 
     def of_wires(self, codec: Codec, wires: Wires, dtype: np.dtype[np.floating]) -> Vector:
         """Return it for encoded vectors. Local.

@@ -8,6 +8,7 @@ from numpy.typing import DTypeLike
 
 from mpi_ef import kernels
 from mpi_ef.errors import OptionError
+from mpi_ef.ranges import whole
 
 from .combination import Source, Vector, source, writable
 from .compressor import Codec, Compressor, Wires, words
@@ -81,8 +82,7 @@ class Quantize(Compressor):
     def __post_init__(self) -> None:
         if self.format not in _BITS:
             raise OptionError(f"Quantize: format={self.format!r} is unknown; take one of {', '.join(_BITS)}")
-        if not isinstance(self.block, int) or self.block < 1:
-            raise OptionError(f"Quantize: block={self.block!r} is not a positive integer; take for example 256")
+        whole("Quantize", 1, "take for example 256", block=self.block)
 
     def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
         """Return a codec for exponents and codes."""
@@ -142,8 +142,8 @@ class Sign(Compressor):
     block: int | None = None
 
     def __post_init__(self) -> None:
-        if self.block is not None and (not isinstance(self.block, int) or self.block < 1):
-            raise OptionError(f"Sign: block={self.block!r} is not a positive integer; take for example 1024, or None")
+        if self.block is not None:
+            whole("Sign", 1, "take for example 1024, or None", block=self.block)
 
     def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
         """Return a codec for scales and bits."""

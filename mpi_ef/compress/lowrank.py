@@ -18,6 +18,7 @@ from numpy.typing import DTypeLike
 
 from mpi_ef import kernels
 from mpi_ef.errors import OptionError, ShapeError
+from mpi_ef.ranges import whole
 
 from .combination import Source, Vector, source, writable
 from .compressor import Codec, Compressor, Wires, words
@@ -60,10 +61,8 @@ class LowRank(Compressor):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int | np.integer) or self.rank < 1:
-            raise OptionError(f"LowRank: rank={self.rank!r} is not a positive integer; 2 is usual")
-        if not isinstance(self.seed, int | np.integer) or not 0 <= self.seed < 1 << 63:
-            raise OptionError(f"LowRank: seed={self.seed!r} is not in [0, 2^63); pass a non-negative integer")
+        whole("LowRank", 1, "2 is usual", rank=self.rank)
+        whole("LowRank", 0, "pass another one", most=(1 << 63) - 1, seed=self.seed)
         if self.shapes is not None and self.shapes != "parameters":
             object.__setattr__(self, "shapes", _checked(self.shapes))
 

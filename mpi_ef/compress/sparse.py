@@ -20,6 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from mpi_ef import kernels
 from mpi_ef.errors import OptionError, ShapeError
+from mpi_ef.ranges import whole, within
 
 from .combination import Source, Vector, source, writable
 from .compressor import Codec, Compressor, Wires
@@ -42,10 +43,10 @@ class _KeptCoordinates(Compressor):
         name = type(self).__name__
         if (self.ratio is None) == (self.k is None):
             raise OptionError(f"{name}: pass either ratio, as in {name}(0.01), or a count, as in {name}(k=100)")
-        if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
-            raise OptionError(f"{name}: ratio={self.ratio} is not in (0, 1]; 0.01 keeps one coordinate in a hundred")
-        if self.k is not None and (not isinstance(self.k, int | np.integer) or self.k < 1):
-            raise OptionError(f"{name}: k={self.k!r} is not a positive integer; keep at least one coordinate")
+        if self.k is None:
+            within(name, "(0, 1]", "0.01 keeps one coordinate in a hundred", ratio=self.ratio)
+        else:
+            whole(name, 1, "keep at least one coordinate", k=self.k)
         if self.values.sparse:
             raise OptionError(f"{name}: values={self.values} is sparse itself; take Identity, Quantize or Sign")
 
@@ -163,8 +164,7 @@ class RandK(_KeptCoordinates):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.seed < 1 << 63:
-            raise OptionError(f"RandK: seed={self.seed} is not in [0, 2^63); pass a non-negative integer")
+        whole("RandK", 0, "pass another one", most=(1 << 63) - 1, seed=self.seed)
 
     def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
         """Return a codec for k coordinates of d."""

@@ -10,6 +10,7 @@ from mpi_ef.collectives import Plan
 from mpi_ef.comm.consensus import OnAllRanks, agree
 from mpi_ef.compress.combination import Combination, Vector, aligned_zeros
 from mpi_ef.errors import MpiEfError, OptionError
+from mpi_ef.ranges import whole
 from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Leaf, Stateful, StateTree, attribute
 
 from .state import Steps, form
@@ -50,8 +51,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
 
         def facts() -> dict[str, object]:
             self.rule, specified = rule_of(rule)
-            if dense_steps < 0:
-                raise OptionError(f"ErrorFeedback: dense_steps={dense_steps} is negative; 0 starts compressed")
+            whole("ErrorFeedback", 0, "0 starts compressed", dense_steps=dense_steps)
             self.options = self.rule.options_for(plan.alpha, specified | options)
             return {"rule": self.rule.name, "dense_steps": dense_steps, "options": self.options}
 

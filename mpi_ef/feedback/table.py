@@ -20,13 +20,13 @@ nor what is kept: m, heavy ball's v, MARINA's g.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any
 
 import numpy as np
 
 from mpi_ef.compress import Compressor, Identity, RandK
 from mpi_ef.errors import OptionError
+from mpi_ef.ranges import is_within
 from mpi_ef.registry import specified
 
 from .estimators import CLAGState, DECSGDState, EF21PAGEState, MARINAState, clag, d_ec_sgd, ef21_page, marina
@@ -51,17 +51,13 @@ __all__ = ["RULES", "Rule", "rule_of"]
 Options = dict[str, Any]
 
 
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and isfinite(value) else -1.0
-
-
-Range = tuple[Callable[[Any], bool], str, str]
+Range = tuple[str | Callable[[Any], bool], str, str]  # an interval or a test, what fits in words, and what to try
 _RANGES: Mapping[str, Range] = {
-    "eta": (lambda v: 0.0 <= _number(v) <= 1.0, "in [0, 1]", "try 0.3 * alpha for EControl, 0.1 for momentum"),
-    **{beta: (lambda v: 0.0 <= _number(v) < 1.0, "in [0, 1)", "0.9 is usual") for beta in ("beta", "beta1", "beta2")},
-    "participation": (lambda v: 0.0 < _number(v) <= 1.0, "in (0, 1]", "0.5 lets half of the clients take part"),
+    "eta": ("[0, 1]", "in [0, 1]", "try 0.3 * alpha for EControl, 0.1 for momentum"),
+    **dict.fromkeys(("beta", "beta1", "beta2"), ("[0, 1)", "in [0, 1)", "0.9 is usual")),
+    "participation": ("(0, 1]", "in (0, 1]", "0.5 lets half of the clients take part"),
     "seed": (lambda v: isinstance(v, int) and v >= 0, "a non-negative integer", "0 is one"),
-    "zeta": (lambda v: _number(v) >= 0.0, "a number >= 0", "1.0 is usual"),
+    "zeta": ("[0, inf)", "a number >= 0", "1.0 is usual"),
     "correction": (lambda v: isinstance(v, RandK), "a RandK", "its messages must be right in expectation"),
     "reply": (lambda v: isinstance(v, Compressor), "a compressor", "pass for example TopK(0.1)"),
 }
@@ -80,8 +76,8 @@ class Rule:
         Defaults of the options for a contraction constant.
     least_alpha : float
         Below this constant the defaults are no guide.
-    ranges : mapping of str to (callable, str, str)
-        By the name of an option: whether a value fits, what fits, and what to try.
+    ranges : mapping of str to (str or callable, str, str)
+        By the name of an option: an interval such as "[0, 1)", or whether a value fits; what fits, and what to try.
     most_terms : int
         Of how many vectors that of a step may be a combination without being formed beforehand.
     """
@@ -116,7 +112,7 @@ class Rule:
         options |= {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
         for name, value in options.items():
             fits, text, hint = self.ranges.get(name, _ANYTHING)
-            if not fits(value):
+            if not (is_within(value, fits) if isinstance(fits, str) else fits(value)):
                 raise OptionError(f"ErrorFeedback: {name}={value} is not {text}; {hint}")
         return options
 

@@ -11,6 +11,7 @@ from math import isfinite, sqrt
 from typing import Any
 
 from mpi_ef.errors import OptionError
+from mpi_ef.ranges import within
 
 __all__ = ["Smoothness", "beta", "step_size", "theta", "three_point", "xi"]
 
@@ -31,8 +32,7 @@ def xi(alpha: float) -> float:
 
 
 def _checked(name: str, value: float, least: float = 0.0, most: float = 1.0) -> float:
-    if not (isfinite(value) and least < value <= most):
-        raise OptionError(f"theory: {name}={value} is not in ({least:g}, {most:g}]")
+    within("theory", f"({least:g}, {most:g}]", "see the paper", **{name: value})
     return value
 
 
@@ -86,8 +86,7 @@ def three_point(alpha: float, *, zeta: float = 0.0) -> tuple[float, float]:
 
     ``E||C_{h,y}(x) - x||^2 <= (1 - A) ||h - y||^2 + B ||x - y||^2``.
     """
-    if zeta < 0:
-        raise OptionError(f"theory: zeta={zeta} is negative; 0 never keeps silent")
+    within("theory", "[0, inf)", "0 never keeps silent", zeta=zeta)
     return theta(alpha), max(beta(alpha), zeta)
 
 

@@ -11,8 +11,8 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Sign
 from mpi_ef.compress.combination import Vector
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.ranges import whole
 
-from .replicated import checked
 from .variance import VarianceOptimizer, VarianceWatch, inverse_roots
 from .wrapper import PlanBuilder
 
@@ -84,8 +84,8 @@ class OneBitAdam(VarianceOptimizer):
         self.variance_floor, self.clip = variance_floor, clip
 
         def facts() -> dict[str, object]:
-            fits = freeze_step is None or freeze_step >= 1
-            checked(type(self).__name__, fits, f"freeze_step={freeze_step}; the variance needs a step")
+            least = 1 if freeze_step is None else freeze_step
+            whole(type(self).__name__, 1, "the variance needs a step", freeze_step=least)
             return self._shared_facts() | {"freeze_step": freeze_step}
 
         super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, facts)

@@ -7,6 +7,7 @@ from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.compress.combination import Combination, Vector
 from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.ranges import whole
 from mpi_ef.statetree import StateTree
 from mpi_ef.vectors import FlatParameters
 
@@ -39,8 +40,7 @@ def bucket_slices(flat: FlatParameters, nbytes: int | None) -> list[tuple[range,
     """Return runs of parameters of about so many bytes, the last parameters first: those autograd is done with first."""
     if nbytes is None:
         return [(range(len(flat.parameters)), slice(0, flat.d))]
-    if nbytes < 1:
-        raise OptionError(f"DistributedOptimizer: bucket_nbytes={nbytes} is not positive; 25_000_000 is usual")
+    whole("DistributedOptimizer", 1, "25_000_000 is usual", bucket_nbytes=nbytes)
     most, runs, stop = max(1, nbytes // flat.dtype.itemsize), [], len(flat.parameters)
     for number in reversed(range(len(flat.parameters))):
         if number == 0 or flat.starts[stop] - flat.starts[number - 1] > most:

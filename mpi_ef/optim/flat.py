@@ -22,6 +22,7 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import DisagreementError, OptionError
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.ranges import within
 from mpi_ef.vectors import FlatParameters, Mask
 
 from .accounts import Channel
@@ -369,8 +370,7 @@ class FlatOptimizer(Saved):
 
         As ``torch.nn.utils.clip_grad_norm_``, but that sums of gradients in 16 bits, which are in float32, are not rounded.
         """
-        if not most > 0:
-            raise OptionError(f"clip_gradients: most={most} is not positive")
+        within("clip_gradients", "(0, inf)", "1.0 is usual", most=most)
         self.flat.collect_gradients()
         norm = float(np.linalg.norm(self.flat.gradients))
         if norm > most:

@@ -15,8 +15,8 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Sign
 from mpi_ef.compress.combination import Vector
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.ranges import whole, within
 
-from .replicated import checked
 from .runs import stretches
 from .variance import VarianceOptimizer, inverse_roots, mean_root
 from .wrapper import PlanBuilder
@@ -111,15 +111,13 @@ class OneBitLamb(VarianceOptimizer):
 
     def _checked_options(self) -> dict[str, object]:
         name, low, high = type(self).__name__, self.factor_min, self.factor_max
-        checked(name, self.freeze_step is None or self.freeze_step >= 1,
-                f"freeze_step={self.freeze_step}; the variance needs a step")  # fmt: skip
-        checked(name, 0.0 < self.min_coeff <= self.max_coeff,
-                f"min_coeff={self.min_coeff}, max_coeff={self.max_coeff} are no bounds; try 0.01 and 10")  # fmt: skip
-        checked(name, 0.0 < low <= 1.0 <= high,
-                f"factor_min={low}, factor_max={high} are no bounds of 1; try 0.5 and 4")  # fmt: skip
-        for option, hint in (("coeff_beta", 0.9), ("factor_threshold", 0.1)):
-            value = getattr(self, option)
-            checked(name, 0.0 <= value < 1.0, f"{option}={value} is not in [0, 1); try {hint}")
+        whole(name, 1, "the variance needs a step", freeze_step=1 if self.freeze_step is None else self.freeze_step)
+        within(name, "(0, inf)", "10 is usual", max_coeff=self.max_coeff)
+        within(name, f"(0, {self.max_coeff}]", "0.01 and 10 are usual", min_coeff=self.min_coeff)
+        within(name, "(0, 1]", "0.5 is usual", factor_min=low)
+        within(name, "[1, inf)", "4 is usual", factor_max=high)
+        within(name, "[0, 1)", "0.9 is usual", coeff_beta=self.coeff_beta)
+        within(name, "[0, 1)", "0.1 is usual", factor_threshold=self.factor_threshold)
         options = ("freeze_step", "max_coeff", "min_coeff", "coeff_beta", "factor_max", "factor_min",
                    "factor_threshold")  # fmt: skip
         return self._shared_facts() | {option: getattr(self, option) for option in options}

@@ -18,13 +18,7 @@ from .asleep import Asleep
 from .flat import FlatOptimizer
 from .groups import group_sizes, hyper_parameters, parameters_of
 
-__all__ = ["ReplicatedOptimizer", "checked"]
-
-
-def checked(subject: str, fits: bool, text: str) -> None:
-    """Raise `OptionError` unless an option fits."""
-    if not fits:
-        raise OptionError(f"{subject}: {text}")
+__all__ = ["ReplicatedOptimizer"]
 
 
 class NoState(dict[Any, Any]):

@@ -12,10 +12,11 @@ from mpi_ef.collectives import Plan, TwoPhaseMean, plan_for
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Vote
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.ranges import within
 from mpi_ef.vectors import Mask
 
 from .asleep import ASKS, AWAKE, QUIET, STIRS
-from .replicated import ReplicatedOptimizer, checked
+from .replicated import ReplicatedOptimizer
 
 __all__ = ["Lion", "Signum"]
 
@@ -74,8 +75,8 @@ class Lion(ReplicatedOptimizer):
 
         def facts() -> dict[str, object]:
             name = type(self).__name__
-            checked(name, all(0.0 <= beta < 1.0 for beta in betas), f"betas={betas} are not in [0, 1); try (0.9, 0.99)")
-            checked(name, clip >= 0.0, f"clip={clip} is negative; 0 does not clip")
+            within(name, "[0, 1)", "try (0.9, 0.99)", betas=betas)
+            within(name, "[0, inf)", "0 does not clip", clip=clip)
             return {"betas": betas, "clip": clip}
 
         super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, facts)

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from mpi_ef import kernels
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress.combination import Vector
+from mpi_ef.ranges import within
 from mpi_ef.vectors import Mask
 
 from .asleep import QUIET, STIRS
-from .replicated import ReplicatedOptimizer, checked
+from .replicated import ReplicatedOptimizer
 from .resting import memories
 from .runs import Key, Stretch, stretches
 
@@ -63,9 +64,9 @@ class VarianceOptimizer(ReplicatedOptimizer):
     def _shared_facts(self) -> dict[str, object]:
         """Return the options that all of them have; raise what is wrong with them."""
         name, betas, floor = type(self).__name__, self.betas, self.variance_floor
-        checked(name, all(0.0 <= beta < 1.0 for beta in betas), f"betas={betas} are not in [0, 1); try (0.9, 0.999)")
-        checked(name, 0.0 <= floor <= 1.0, f"variance_floor={floor} is not in [0, 1]; try 0.1")
-        checked(name, self.clip >= 0.0, f"clip={self.clip} is negative; 0 does not clip")
+        within(name, "[0, 1)", "try (0.9, 0.999)", betas=betas)
+        within(name, "[0, 1]", "try 0.1", variance_floor=floor)
+        within(name, "[0, inf)", "0 does not clip", clip=self.clip)
         return {"betas": betas, "eps": self.eps, "bias_correction": self.bias_correction, "variance_floor": floor,
                 "clip": self.clip}  # fmt: skip
 

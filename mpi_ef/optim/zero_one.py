@@ -15,10 +15,10 @@ from mpi_ef.compress import Compressor, Sign, lazy
 from mpi_ef.compress.combination import Vector
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.state import form
+from mpi_ef.ranges import whole
 from mpi_ef.statetree import PER_RANK, Leaf, Reshard, StateTree
 
 from .apart import Apart
-from .replicated import checked
 from .variance import VarianceOptimizer, inverse_roots
 from .wrapper import PlanBuilder
 
@@ -117,10 +117,8 @@ class ZeroOneAdam(Apart):
 
         def facts() -> dict[str, object]:
             name, freeze = type(self).__name__, var_freeze_step
-            checked(name, freeze is None or freeze >= 1, f"var_freeze_step={freeze}; the variance needs a step")
-            for option, count in counts.items():
-                fits = isinstance(count, int) and count >= 1
-                checked(name, fits, f"{option}={count} is not a positive integer; 16 is usual")
+            whole(name, 1, "the variance needs a step", var_freeze_step=1 if freeze is None else freeze)
+            whole(name, 1, "16 is usual", **counts)
             return self._shared_facts() | {"var_freeze_step": freeze, **counts}
 
         super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, facts)

@@ -12,6 +12,7 @@ import numpy as np
 from mpi_ef.comm.consensus import agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import OptionError
+from mpi_ef.ranges import whole, within
 
 __all__ = ["SIGNALS", "Stopper"]
 
@@ -69,12 +70,8 @@ class Stopper:
         self._before: dict[int, Any] = {}
 
         def facts() -> dict[str, object]:
-            if every < 1:
-                raise OptionError(f"Stopper: every={every} is not positive; 1 asks in every call")
-            if not margin_seconds >= 0.0:
-                raise OptionError(
-                    f"Stopper: margin_seconds={margin_seconds} is negative; pass the time that saving takes"
-                )
+            whole("Stopper", 1, "1 asks in every call", every=every)
+            within("Stopper", "[0, inf)", "pass the time that saving takes", margin_seconds=margin_seconds)
             return {"every": every, "signals": tuple(map(int, signals))}
 
         agree(comm, "Stopper", facts, "build it from the same arguments everywhere")
