@@ -105,7 +105,7 @@ _adam = {
     "saves": 28, "dying": dying("freeze_step", [50], lr=3e-3), "lasting": {"freeze_step": 20},
     "bad": (
         ({"betas": (1.0, 0.9)}, "OneBitAdam: betas=(1.0, 0.9) are not in [0, 1)"),
-        ({"freeze_step": 0}, "freeze_step=0; the variance"),
+        ({"freeze_step": 0}, "freeze_step=0 is not a positive integer; the variance"),
         ({"variance_floor": 2.0}, "variance_floor=2.0 is not in [0, 1]"), ({"clip": -1.0}, "clip=-1.0 is negative"),
     ),
     "differing": ("eps", 1e-8, 1e-7),
@@ -115,7 +115,7 @@ _lamb = _adam | {
     "dying": dying("freeze_step", [50], lr=1e-2),
     "bad": (
         ({"betas": (0.9, 1.0)}, "OneBitLamb: betas=(0.9, 1.0) are not in [0, 1)"),
-        ({"freeze_step": 0}, "freeze_step=0; the variance"),
+        ({"freeze_step": 0}, "freeze_step=0 is not a positive integer; the variance"),
         ({"min_coeff": 11.0}, "min_coeff=11.0 is not in (0, 10.0]"),
         ({"factor_min": 1.5}, "factor_min=1.5 is not in (0, 1]"),
         ({"coeff_beta": 1.0}, "coeff_beta=1.0 is not in [0, 1)"),
@@ -133,7 +133,7 @@ _zero_one = _adam | {
               {"compressor": Sign()}), "lasting": {"local_step_scaler": 40},
     "bad": (
         ({"betas": (0.9, 1.0)}, "ZeroOneAdam: betas=(0.9, 1.0) are not in [0, 1)"),
-        ({"var_freeze_step": 0}, "var_freeze_step=0; the variance"),
+        ({"var_freeze_step": 0}, "var_freeze_step=0 is not a positive integer; the variance"),
         ({"var_update_scaler": 0}, "var_update_scaler=0 is not a positive integer"),
         ({"local_step_scaler": 1.5}, "local_step_scaler=1.5 is not a positive integer"),
         ({"local_step_clipper": -1}, "local_step_clipper=-1 is not a positive integer"),
