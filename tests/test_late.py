@@ -368,7 +368,7 @@ def test_what_cannot_be_exchanged_wakes_nothing(row, first):
         optimizer, undisturbed = row(net, comm), row(twin, comm)
         for pair in ((net, optimizer), (twin, undisturbed)):
             train(*pair, range(first))
-        before, rule = everything(net, optimizer, "sent_nbytes"), optimizer.rules["momentum"]
+        before, rule = everything(net, optimizer, "sent_nbytes", "other_nbytes"), optimizer.rules["momentum"]
 
         def overflow(*_, **__):
             raise NonFiniteError("overflow", (0,))
@@ -382,7 +382,7 @@ def test_what_cannot_be_exchanged_wakes_nothing(row, first):
             ):
                 with pytest.raises(NonFiniteError):
                     train(net, optimizer, range(first, first + 1), **options)
-                assert same_bits(everything(net, optimizer, "sent_nbytes"), before)
+                assert same_bits(everything(net, optimizer, "sent_nbytes", "other_nbytes"), before)
             delattr(where, name)
         steps = range(first, first + 12)
         assert same_bits(train(net, optimizer, steps, **options), train(twin, undisturbed, steps, **options))

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mpi_ef import kernels
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity, Source, aligned_zeros, lazy, source
 from mpi_ef.compress.combination import Combination, Keep, Vector, writable
 from mpi_ef.errors import MpiEfError, NonFiniteError
+from mpi_ef.kernels.backend import backend
 
 from .exchange import Round
 from .frames import NON_FINITE, Frames, status_of
@@ -70,7 +70,7 @@ class RankOrderMean:
         self._comm, self._seconds = comm, seconds
         self._dtype: np.dtype[Any] = np.dtype(dtype)
         self._size, self._rank = n, rank = int(comm.Get_size()), int(comm.Get_rank())
-        itemsize = self._dtype.itemsize
+        itemsize, self._kernels = self._dtype.itemsize, backend(self._dtype)
         longest = max(1, min(-(-d // n), BLOCK_NBYTES // (n * itemsize)))
         self._arrived = np.zeros(n * longest, self._dtype)
         self._blocks = [_Block.of(low, min(low + n * longest, d), n, rank) for low in range(0, d, n * longest)]
@@ -100,7 +100,7 @@ class RankOrderMean:
         arrived, own, mine = self._arrived[: n * block.size], x[block.mine], result[block.mine]
         self._comm.Alltoallv([x, (block.others, block.places)], [arrived, (block.others, block.places)])
         began = perf_counter()
-        finite: bool = kernels.mean_rows(arrived.reshape(n, block.size), own, self._rank, factor, mine)
+        finite: bool = self._kernels.mean_rows(arrived.reshape(n, block.size), own, self._rank, factor, mine)
         self._seconds["decode"] += perf_counter() - began
         self._comm.Alltoallv([result, (block.others, block.own_place)], [result, (block.others, block.places)])
         if result is not target:
@@ -148,7 +148,6 @@ class DenseMean(Plan, kind="dense"):
         """Build codecs and buffers, see :meth:`Plan.bind`."""
         self._ready, self._known = Frames(1, 0), Frames(self.size, 0)
         self._rank_order = RankOrderMean(self.comm, self.d, self.dtype, self.seconds)
-        self._scratch = np.empty(kernels.COMBINE_SCRATCH, self.dtype)
         self._result = aligned_zeros(self.d, self.dtype)
         self._own: Vector | None = None
         self._target: Vector | None = None  # what allreduce writes to
@@ -177,15 +176,15 @@ class DenseMean(Plan, kind="dense"):
         else:
             self._copy(x)
         if x.keep.size:
-            kernels.combine(x.terms, x.keep_factors, x.keep, self._scratch)
+            self._kernels.combine(x.terms, x.keep_factors, x.keep)
             if x.less_message:
-                kernels.add_dense(self._x, self.dtype.type(-1), x.keep)
+                self._kernels.add_dense(self._x, -1.0, x.keep)
         return True  # the sum tells
 
     def _copy(self, x: Source) -> None:
         if self._own is None:
             self._own = aligned_zeros(self.d, self.dtype)
-        kernels.combine(x.terms, x.factors, self._own, self._scratch)
+        self._kernels.combine(x.terms, x.factors, self._own)
         self._x = self._own
 
     def communicate(self) -> Iterator[Round]:
@@ -194,7 +193,7 @@ class DenseMean(Plan, kind="dense"):
         finite = self._rank_order.form(self._x, self._factor, self._result)
         yield Round(self._ready, self._known, finite=finite, inspect=False)
         if status_of(self._known, NON_FINITE):
-            yield Round(self._ready, self._known, finite=kernels.all_finite(self._x))  # raises, naming the ranks
+            yield Round(self._ready, self._known, finite=self._kernels.all_finite(self._x))  # raises, naming the ranks
             text = "the sum of the ranks' vectors overflows; nothing was changed anywhere, so this step can be skipped"
             raise NonFiniteError(f"DenseMean.exchange: {text}", ())
 
@@ -206,9 +205,9 @@ class DenseMean(Plan, kind="dense"):
         values = self._x if own else self._result
         if overwrite:
             scaled = source(scale * lazy(values))
-            kernels.combine(scaled.terms, scaled.factors, writable(out), self._scratch)
+            self._kernels.combine(scaled.terms, scaled.factors, writable(out))
         else:
-            kernels.add_dense(values, self.dtype.type(scale), writable(out))
+            self._kernels.add_dense(values, scale, writable(out))
 
     def allreduce(self, x: Vector, out: Vector, scale: float = 1.0) -> None:
         """Write ``scale`` times the mean of `x` over the ranks to `out`, without a copy in between. Collective.

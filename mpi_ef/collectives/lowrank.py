@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpi_ef import kernels
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, LowRank, Source, aligned_zeros, source
 from mpi_ef.compress.combination import Vector, writable
@@ -85,21 +84,20 @@ class LowRankMean(Plan, kind="low-rank"):
         self._orthonormalise_basis()
         self._mean_left, self._mean_right = (RankOrderMean(self.comm, size, self.dtype, self.seconds) for size in sizes)
         self._ready, self._known = Frames(1, 0), Frames(self.size, 0)
-        self._scratch = np.empty(kernels.COMBINE_SCRATCH, self.dtype)
         self._formed: Vector | None = None
         self._x = self._unsent = self._nothing  # this rank's vector; what its message is to be taken off
         self._missing: Vector | None = None
         return {"warm_start": self._warm_start}
 
     def _orthonormalise_basis(self) -> None:
-        kernels.orthonormalise(self._basis, self._factors.right_spans, self._factors.rank, self._drawn)
+        self._kernels.orthonormalise(self._basis, self._factors.right_spans, self._factors.rank, self._drawn)
 
     def encode(self, x: Source, *, split: bool) -> bool:
         """Take `x`, or a copy of it, and form P_i of it, see :meth:`Plan.encode`."""
         target = self._target(x, split)
-        finite: bool = kernels.combine(x.terms, x.factors, target, self._scratch)
+        finite: bool = self._kernels.combine(x.terms, x.factors, target)
         if x.keep.size and x.keep is not target:
-            kernels.combine(x.terms, x.keep_factors, x.keep, self._scratch)
+            self._kernels.combine(x.terms, x.keep_factors, x.keep)
         self._unsent = x.keep if x.less_message else self._nothing
         self._missing = None
         if not self._warm_start:
@@ -129,7 +127,7 @@ class LowRankMean(Plan, kind="low-rank"):
         factors = self._factors
         self._mean(self._mean_left, self._own_left, self._left)
         with self._encoding:
-            kernels.orthonormalise(self._left, factors.left_spans, factors.rank, self._nothing)
+            self._kernels.orthonormalise(self._left, factors.left_spans, factors.rank, self._nothing)
             factors.copy_left(self._left, self._own_left)
             factors.multiply_back(self._x, self._left, self._own_right)
         self._mean(self._mean_right, self._own_right, self._right)
@@ -137,7 +135,7 @@ class LowRankMean(Plan, kind="low-rank"):
 
     def _mean(self, mean: RankOrderMean, own: Vector, out: Vector) -> None:
         mean.form(own, 1.0 / self.size, out)
-        if not kernels.all_finite(out):  # all ranks see the same numbers
+        if not self._kernels.all_finite(out):  # all ranks see the same numbers
             raise NonFiniteError("LowRankMean.exchange: a product of finite numbers overflows; nothing was changed "
                                  "anywhere, so this step can be skipped", ())  # fmt: skip
 
@@ -157,15 +155,14 @@ class LowRankMean(Plan, kind="low-rank"):
     def _measure_loss(self, x: Source) -> float:
         """Remember x; what is lost of it can be told when P is known."""
         self._missing = np.empty(self.d, self.dtype)
-        kernels.combine(x.terms, x.factors, self._missing, self._scratch)
+        self._kernels.combine(x.terms, x.factors, self._missing)
         return 1.0
 
     def decode(self, out: Vector, scale: float, *, own: bool = False, overwrite: bool = False) -> None:
         """Add or write ``scale * P Q^T``, or ``scale * P Q_i^T``, see :meth:`Plan.decode`."""
         left, right = (self._own_left, self._own_right) if own else (self._left, self._right)
         factors = self._factors
-        kernels.add_low_rank(left, right, factors.parts, factors.rank, self.dtype.type(scale), overwrite, writable(out),
-                             self._scratch)  # fmt: skip
+        self._kernels.add_low_rank(left, right, factors.parts, factors.rank, scale, overwrite, writable(out))
 
     @property
     def alpha(self) -> float:

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Self, cast
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpi_ef import kernels
 from mpi_ef.comm.consensus import OnAllRanks, Telling, agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Identity, Keep, Source, source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError
+from mpi_ef.kernels.backend import backend
 from mpi_ef.runtime.ending import end_together
 from mpi_ef.runtime.world import check_alone
 
@@ -111,7 +111,7 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
             if not isinstance(compressor, Compressor):
                 raise OptionError(f"{subject}: compressor={compressor!r} is no compressor; pass for example TopK(0.01)")
             codec = compressor.codec(d, dtype)
-            self.d, self.dtype = codec.d, codec.dtype
+            self.d, self.dtype, self._kernels = codec.d, codec.dtype, backend(codec.dtype)
             return {"plan": subject, "compressor": compressor, "d": self.d, "dtype": self.dtype,
                     "wire version": WIRE_VERSION, **self.bind()}  # fmt: skip
 
@@ -306,7 +306,7 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
 
     def _measure_loss(self, x: Source) -> float:
         missing = np.empty(self.own_d, self.dtype)
-        kernels.combine(x.terms, x.factors, missing, np.empty(kernels.COMBINE_SCRATCH, self.dtype))
+        self._kernels.combine(x.terms, x.factors, missing)
         whole = float(np.linalg.norm(missing))
         self.decode(missing, -1.0, own=True)
         return (float(np.linalg.norm(missing)) / whole) ** 2 if whole else 0.0

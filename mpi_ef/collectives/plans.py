@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpi_ef import kernels
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Keep, Source, aligned_zeros, lazy, source
 from mpi_ef.compress.combination import Vector, writable
@@ -121,7 +120,7 @@ class GatherMean(Plan, kind="gather"):
         elif self.combine is not None:
             if overwrite:
                 out.fill(0)
-            kernels.add_dense(self.combine.of_wires(codec, wires, self.dtype), self.dtype.type(scale), writable(out))
+            self._kernels.add_dense(self.combine.of_wires(codec, wires, self.dtype), scale, writable(out))
         elif self.compressor.sparse:  # what is known of the own message saves decoding it
             codec.add(wires[: self.rank], out, scale / self.size, overwrite=overwrite)
             codec.add_encoded(mine, out, scale / self.size)

@@ -1,4 +1,4 @@
-"""The two nouns of compression: a compressor (what) and its codec (bound to d and dtype, with its scratch memory)."""
+"""The two nouns of compression: a compressor (what) and its codec (bound to d and dtype)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mpi_ef import kernels
 from mpi_ef.errors import DtypeError, ShapeError
+from mpi_ef.kernels.backend import backend
 
 from .combination import Source, Vector
 
@@ -26,7 +26,7 @@ def words(nbytes: int) -> int:
 
 
 class Codec(ABC):
-    """A compressor bound to vectors of length `d` and one dtype. Local: no communication. Not thread-safe: owns scratch.
+    """A compressor bound to vectors of length `d` and one dtype. Local: no communication. One thread at a time.
 
     Attributes
     ----------
@@ -39,7 +39,6 @@ class Codec(ABC):
     """
 
     nbytes: int
-    _memory: Vector | None = None
 
     def __init__(self, d: int, dtype: DTypeLike) -> None:
         if not isinstance(d, int | np.integer) or d < 0:
@@ -51,6 +50,7 @@ class Codec(ABC):
             raise DtypeError(f"codec: dtype {dtype!r} is not known; pass float32 or float64") from None
         if self.dtype not in _FLOATS:
             raise DtypeError(f"codec: dtype {self.dtype} is not supported; pass float32 or float64")
+        self._kernels = backend(self.dtype)
 
     @abstractmethod
     def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:
@@ -108,15 +108,9 @@ class Codec(ABC):
     def _keep(self, x: Source, wire: Wires) -> None:
         """Keep what is asked for in passes of its own, for codecs that have no faster way."""
         if x.keep.size:
-            kernels.combine(x.terms, x.keep_factors, x.keep, self._scratch(kernels.COMBINE_SCRATCH))
+            self._kernels.combine(x.terms, x.keep_factors, x.keep)
             if x.less_message:
                 self.add(wire[None], x.keep, -1.0)
-
-    def _scratch(self, size: int) -> Vector:
-        """Return scratch memory of a fixed size, the same at every call."""
-        if self._memory is None or self._memory.size < size:
-            self._memory = np.empty(size, self.dtype)
-        return self._memory
 
     def decode(self, wire: Wires) -> Vector:
         """Return the decoded value of one wire as a new (d,) array."""

@@ -41,7 +41,7 @@ class _IdentityCodec(Codec):
         x = x if isinstance(x, Source) else source(x)
         wire[self._used :] = 0
         values = wire[: self._used].view(self.dtype)
-        finite: bool = kernels.combine(x.terms, x.factors, values, self._scratch(kernels.COMBINE_SCRATCH))
+        finite: bool = self._kernels.combine(x.terms, x.factors, values)
         self._keep(x, wire)
         return finite
 
@@ -49,7 +49,7 @@ class _IdentityCodec(Codec):
         if overwrite:
             out.fill(0)
         for wire in wires:
-            kernels.add_dense(self.plain_values(wire), self.dtype.type(factor), writable(out))
+            self._kernels.add_dense(self.plain_values(wire), factor, writable(out))
 
     def plain_values(self, wire: Wires) -> Vector:
         return wire[: self._used].view(self.dtype)
@@ -110,14 +110,12 @@ class _QuantizeCodec(Codec):
         x = x if isinstance(x, Source) else source(x)
         wire[self._exponents_nbytes : self._start] = 0
         wire[self._stop :] = 0
-        scratch = self._scratch(kernels.QUANTIZE_SCRATCH)
-        return kernels.quantize(*x, self._format, self._block, *self._parts(wire), scratch)
+        return self._kernels.quantize(*x, self._format, self._block, *self._parts(wire))
 
     def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
-        scale, scratch = self.dtype.type(factor), self._scratch(kernels.QUANTIZE_SCRATCH)
         for row, wire in enumerate(wires):
-            kernels.add_quantized(*self._parts(wire), self._format, self._block, scale, overwrite and row == 0,
-                                  writable(out), scratch)  # fmt: skip
+            first = overwrite and row == 0
+            self._kernels.add_quantized(*self._parts(wire), self._format, self._block, factor, first, writable(out))
 
     def _parts(self, wire: Wires) -> tuple[np.ndarray, np.ndarray]:
         return wire[: self._exponents_nbytes].view(np.int16), wire[self._start : self._stop].view(self._code)
@@ -189,12 +187,12 @@ class _SignCodec(Codec):
         for gap in self._padding:
             wire[gap] = 0
         bits, scales = wire[self._start : self._stop], wire[: self._scales_nbytes].view(self.dtype)
-        finite: bool = kernels.encode_signs(*x, *rows, self._block, bits, scales, self._scratch(kernels.SIGNS_SCRATCH))
+        finite: bool = self._kernels.encode_signs(*x, *rows, self._block, bits, scales)
         return finite
 
     def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
         rows = self.rows(wires, factor)
-        kernels.add_signs(*rows, overwrite, writable(out), self._scratch(kernels.SIGNS_SCRATCH))
+        self._kernels.add_signs(*rows, overwrite, writable(out))
 
 
 @dataclass(frozen=True, repr=False)
@@ -231,8 +229,7 @@ class _VoteCodec(Codec):
         bits, odd = wire[: self._used], step >> 1 & 1  # a two-phase plan counts two steps an exchange
         turned = x._replace(less_message=False, factors=-x.factors if odd else x.factors)
         rows = (*self._nobody, kernels.BLOCK, self.dtype.type(0))
-        finite: bool = kernels.encode_signs(*turned, *rows, kernels.BLOCK, bits, self._magnitudes,
-                                            self._scratch(kernels.SIGNS_SCRATCH))  # fmt: skip
+        finite: bool = self._kernels.encode_signs(*turned, *rows, kernels.BLOCK, bits, self._magnitudes)  # fmt: skip
         wire[self._used :] = 0
         if odd:  # signs of -x, turned around, are those of x but for zeros
             np.invert(bits, out=bits)
@@ -243,5 +240,4 @@ class _VoteCodec(Codec):
 
     def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
         ones = np.ones((len(wires), self._magnitudes.size), self.dtype)
-        kernels.add_signs(wires[:, : self._used], ones, kernels.BLOCK, self.dtype.type(factor), overwrite, writable(out),
-                          self._scratch(kernels.SIGNS_SCRATCH))  # fmt: skip
+        self._kernels.add_signs(wires[:, : self._used], ones, kernels.BLOCK, factor, overwrite, writable(out))  # fmt: skip

@@ -16,7 +16,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpi_ef import kernels
 from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.ranges import whole
 
@@ -194,20 +193,20 @@ class _LowRankCodec(Codec):
             self._formed = np.empty(self.d, self.dtype)
         wire[self._used :] = 0
         factors, (left, right) = self._factors, self._halves(wire)
-        finite = kernels.combine(x.terms, x.factors, self._formed, self._scratch(kernels.COMBINE_SCRATCH))
+        finite = self._kernels.combine(x.terms, x.factors, self._formed)
         factors.draw((self._seed, step), self._drawn)
         factors.multiply(self._formed, self._drawn, left)
-        if finite := finite and kernels.all_finite(left):
-            kernels.orthonormalise(left, factors.left_spans, factors.rank, self._none)
+        if finite := finite and self._kernels.all_finite(left):
+            self._kernels.orthonormalise(left, factors.left_spans, factors.rank, self._none)
         factors.multiply_back(self._formed, left, right)
         self._keep(x, wire)
-        return finite and kernels.all_finite(right)
+        return finite and self._kernels.all_finite(right)
 
     def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
-        what, scratch = self._factors, self._scratch(kernels.COMBINE_SCRATCH)
+        what = self._factors
         for row, wire in enumerate(wires):
-            kernels.add_low_rank(*self._halves(wire), what.parts, what.rank, self.dtype.type(factor), overwrite and row == 0,
-                                 writable(out), scratch)  # fmt: skip
+            first = overwrite and row == 0
+            self._kernels.add_low_rank(*self._halves(wire), what.parts, what.rank, factor, first, writable(out))
 
     def _halves(self, wire: Wires) -> tuple[Vector, Vector]:
         values = wire[: self._used].view(self.dtype)

@@ -227,19 +227,18 @@ class _SparseCodec(Codec):
         if values is None:
             values = self._kept
             self._values.add(wire[None, self._head :], values, overwrite=True)
-        kernels.add_sparse(indices, values, self.dtype.type(factor), writable(out))
+        self._kernels.add_sparse(indices, values, factor, writable(out))
 
     def clear(self, wires: Wires, out: Vector) -> None:
         for wire in wires:
             self._recall(wire[: self._head], self._decoded)
-            kernels.clear_sparse(self._decoded, out)
+            self._kernels.clear_sparse(self._decoded, out)
 
 
 class _TopKCodec(_SparseCodec):
     def _room(self, k: int, what: _KeptCoordinates) -> int:
         assert isinstance(what, TopK)  # noqa: S101
         self._bounds, self._counts = what.segment_bounds(self.d), what.segment_counts(self.d)
-        self._histogram = np.empty(2048, np.int64)
         return max(k, kernels.select_candidates(self._bounds, self._counts))
 
     def _head_nbytes(self, k: int) -> int:
@@ -249,15 +248,14 @@ class _TopKCodec(_SparseCodec):
 
     def _choose(self, x: Source, head: Wires, step: int, rank: int) -> bool:  # noqa: ARG002
         indices, kept = self._indices.base, self._kept.base
-        finite: bool = kernels.select_largest(x.terms, x.factors, x.keep, x.keep_factors, self._bounds, self._counts,
-                                              indices, kept, self._scratch(kernels.SELECT_SCRATCH),
-                                              self._histogram)  # fmt: skip
-        kernels.encode_indices(self._indices, self._low, *self._halves(head))
+        finite: bool = self._kernels.select_largest(x.terms, x.factors, x.keep, x.keep_factors, self._bounds, self._counts,
+                                              indices, kept)  # fmt: skip
+        self._kernels.encode_indices(self._indices, self._low, *self._halves(head))
         return finite
 
     def _recall(self, head: Wires, indices: NDArray[np.int64]) -> None:
         lower, upper = self._halves(head)
-        kernels.decode_indices(lower, upper, self._low, indices)
+        self._kernels.decode_indices(lower, upper, self._low, indices)
 
     def _halves(self, head: Wires) -> tuple[np.ndarray, np.ndarray]:
         return head[: self._lower].view(np.uint64), head[self._lower :].view(np.uint64)
@@ -275,14 +273,13 @@ class _RandKCodec(_SparseCodec):
     def _choose(self, x: Source, head: Wires, step: int, rank: int) -> bool:
         head.view(np.uint64)[:] = step, rank
         self._recall(head, self._indices)
-        kernels.gather(x.terms, x.factors, self._indices, self._kept)
-        scratch = self._scratch(kernels.COMBINE_SCRATCH)
+        self._kernels.gather(x.terms, x.factors, self._indices, self._kept)
         if x.keep.size:
-            kernels.combine(x.terms, x.keep_factors, x.keep, scratch)
+            self._kernels.combine(x.terms, x.keep_factors, x.keep)
         nothing = x.keep[:0]
-        finite: bool = kernels.combine(x.terms, x.factors, nothing, scratch)
+        finite: bool = self._kernels.combine(x.terms, x.factors, nothing)
         return finite
 
     def _recall(self, head: Wires, indices: NDArray[np.int64]) -> None:
         step, rank = head.view(np.uint64).tolist()
-        kernels.sample_indices(self._seed, step, rank, self.d, indices, self._bitmap)
+        self._kernels.sample_indices(self._seed, step, rank, self.d, indices, self._bitmap)

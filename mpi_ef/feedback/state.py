@@ -6,10 +6,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from mpi_ef import kernels
 from mpi_ef.collectives import Offer, Plan
 from mpi_ef.compress import Combination, Compressor, aligned_zeros, source
 from mpi_ef.compress.combination import Vector
+from mpi_ef.kernels.backend import backend
 from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, Reshard
 
 __all__ = ["Reply", "State", "Steps", "error", "estimate", "form", "kept", "momentum", "replicated", "scratch", "spare"]
@@ -120,5 +120,5 @@ class Reply:
 def form(x: Combination, into: Vector) -> Vector:
     """Write `x` to `into`, in a pass of its own, and return that."""
     terms, factors = source(x)[:2]
-    kernels.combine(terms, factors, into, np.empty(kernels.COMBINE_SCRATCH, into.dtype))
+    backend(into.dtype).combine(terms, factors, into)
     return into
