@@ -143,10 +143,10 @@ def test_the_time_limit(limited, whole):
     recovers(limited, whole, "SIGUSR2 on rank")
 
 
-# A program that stands for mpi-ef where only the batch script is of interest: each launch makes CHECKPOINTS checkpoints
+# A program that stands for mpi-ef train where only the supervisor is of interest: each launch makes CHECKPOINTS checkpoints
 # more, asks for a requeue when ASKS is set, and leaves with STATUS.
 STAND_IN = """#!/bin/bash
-[ "$1" = train ] || exit 0
+if [ "$1" = supervise ]; then exec mpi-ef "$@"; fi
 while [ $# -gt 1 ]; do [ "$1" = --out ] && out=$2; shift; done
 if [ "${SLURM_PROCID:-0}" = 0 ]; then
     mkdir -p "$out/checkpoints"
