@@ -130,7 +130,7 @@ class _Job:
             raise LaunchError(f"supervise: each={config.each} needs srun; LAUNCH={config.launch} starts all ranks only")
         if config.text and not os.access(config.text, os.R_OK):
             raise DataError(f"TEXT={config.text} cannot be read")
-        self.scratch = self._scratch()
+        self.scratch = Path(config.node_dir or job.disk, f"mpi-ef-{os.getuid()}-{job.id}")
 
     def run(self) -> int:
         """Do what the job is for, and return its exit status."""
@@ -157,8 +157,7 @@ class _Job:
 
     def _add_options_of_task(self, sweep: str) -> None:
         """Take the options of one line, and a folder of the run for it."""
-        task = self.environ.get("SLURM_ARRAY_TASK_ID", "")
-        if not task:
+        if not (task := self.environ.get("SLURM_ARRAY_TASK_ID", "")):
             raise LaunchError("supervise: a sweep is an array of Slurm: sbatch --array=1-20 ...")
         try:
             lines = (sys.stdin.read() if sweep == "-" else Path(sweep).read_text(encoding="utf-8")).splitlines()
@@ -171,11 +170,6 @@ class _Job:
         report(self.job.job, " ".join(options))
         self.options = [*options, *self.options] if self.program == "train" else [*self.options, *options]
         self.run_dir /= task
-
-    def _scratch(self) -> Path:
-        slurm_disk = self.environ.get("SLURM_TMPDIR") if self.slurm else ""
-        number = self.environ["SLURM_JOB_ID"] if self.slurm else self.job.job
-        return Path(self.config.node_dir or slurm_disk or "/tmp", f"mpi-ef-{os.getuid()}-{number}")  # noqa: S108
 
     def _set_environment(self) -> int | None:
         """Set what the ranks need to know, and return when the job has to end."""
@@ -228,7 +222,7 @@ class _Job:
             failed = self.child.run([*launch, *steps, *self._command(text, nodes)]) or failed
             if self.child.asked or self.child.interrupted:
                 return failed or 1
-        if not failed:
+        if not failed and not by_nodes:
             report(slurm.job, "all passed")
         return failed
 

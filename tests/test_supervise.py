@@ -538,7 +538,7 @@ def test_lsf(site):
 @pytest.fixture
 def child():
     """Handlers as they were come back."""
-    numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+    numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)
     before = {number: signal.getsignal(number) for number in numbers}
     yield Child()
     for number, handler in before.items():
@@ -546,8 +546,9 @@ def child():
 
 
 def shell(*lines):
-    """A program in bash that can wait for a signal without a pause."""
-    return ["bash", "-c", "\n".join(["idle() { read -r -t 0.02 <> <(:) || :; }", *lines])]
+    """A program in bash that waits for signals; not for ever."""
+    idle = "idle() { ((waits++ < 3000)) || exit 99; read -r -t 0.02 <> <(:) || :; }"
+    return ["bash", "-c", "\n".join([idle, *lines])]
 
 
 @pytest.mark.parametrize("name", ["USR1", "USR2", "TERM"])
@@ -603,11 +604,15 @@ def test_the_program_is_told_of_the_deadline(child):
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_ctrl_c_ends_the_program_and_not_its_supervisor(child):
+@pytest.mark.parametrize("name", ["INT", "HUP"])
+def test_what_a_terminal_sends_ends_the_program_and_not_its_supervisor(child, name):
     child.listen()
-    assert child.run(["sh", "-c", "kill -INT $PPID; exit 3"]) == 3
+    assert child.run(["sh", "-c", f"kill -{name} $PPID; exit 3"]) == 3
     assert child.interrupted
     assert not child.asked
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    child.listen()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_how_programs_end(child, capfd):
@@ -652,7 +657,7 @@ def test_a_signal_in_the_first_moment_is_not_lost(tmp_path):
     """Blocked as by the templates. The program would not end by itself."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
     try:
-        process = start(tmp_path, "sleep", "1000", stdout=subprocess.PIPE)
+        process = start(tmp_path, "sleep", "90", stdout=subprocess.PIPE)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     process.send_signal(signal.SIGUSR2)

@@ -51,14 +51,18 @@ class BatchJob:
     ----------
     job : str
         What the commands of the batch system call it.
+    id : str
+        What no other job, nor task of an array, has.
     number, name : str
         What is common to the tasks of an array; the name that the user has given.
     folder : str
         Where it was submitted; empty where it has started there.
+    disk : str
+        A folder on the disk of each node.
     threads : str
         Threads of a rank.
     restarts : int
-        How often it has been started again. Known after :meth:`begin`.
+        How often it has been started again; of LSF known after :meth:`begin`.
     arguments : list of str
         What is added to those of the program.
     forward : str
@@ -75,9 +79,9 @@ class BatchJob:
     def __init__(self, environ: MutableMapping[str, str], command: Command = run_command) -> None:
         self.environ, self.command = environ, command
         number, name = self.variables
-        self.job = self.number = environ[number].partition(".")[0]
+        self.id = self.job = self.number = environ[number].partition(".")[0]
         self.name = environ.get(name, "mpi-ef")
-        self.folder, self.threads, self.restarts = "", "1", 0
+        self.folder, self.disk, self.threads, self.restarts = "", "/tmp", "1", 0  # noqa: S108
         self.arguments: list[str] = environ.get("ARGS", "").split()
 
     def begin(self, run: Path) -> None:
@@ -141,14 +145,12 @@ class Slurm(BatchJob):
         if array := environ.get("SLURM_ARRAY_JOB_ID"):
             self.job, self.number = f"{array}_{self.task}", array
         self.threads = environ.get("SLURM_CPUS_PER_TASK") or "1"
-        self.nodes = int(environ.get("SLURM_JOB_NUM_NODES", "1"))
+        self.disk = environ.get("SLURM_TMPDIR") or self.disk
+        self.restarts = int(environ.get("SLURM_RESTART_COUNT") or 0)
+        self.nodes = int(environ.get("SLURM_JOB_NUM_NODES") or 1)
         self.arguments = []
         # Since Slurm 22.05 srun does not inherit --cpus-per-task: each rank would get one core.
         environ["SRUN_CPUS_PER_TASK"] = self.threads
-
-    def begin(self, run: Path) -> None:
-        del run
-        self.restarts = int(self.environ.get("SLURM_RESTART_COUNT") or 0)
 
     def deadline(self) -> int | None:
         if (known := self.environ.get("SLURM_JOB_END_TIME", "")).isdigit():
@@ -239,10 +241,10 @@ class Pbs(BatchJob):
         super().__init__(environ, command)
         self.script = Path()
         self.folder = environ["PBS_O_WORKDIR"]
+        self.restarts = int(environ.get("RESTARTS") or 0)
         self.threads = environ.get("OMP_NUM_THREADS") or "1"  # PBS sets it to ompthreads
 
     def begin(self, run: Path) -> None:
-        self.restarts = int(self.environ.get("RESTARTS") or 0)
         copy = run / "train.pbs"
         if self.script.is_file() and not (copy.exists() and self.script.samefile(copy)):
             shutil.copy(self.script, copy)

@@ -40,7 +40,7 @@ class Child:
     asked : bool
         Whether a signal has come that asks for a stop.
     interrupted : bool
-        Whether SIGINT has come: the terminal, or the batch system, ends all processes.
+        Whether SIGINT or SIGHUP has come: the terminal, or the batch system, ends all processes.
     """
 
     def __init__(self, forward: str = "USR2") -> None:
@@ -54,7 +54,9 @@ class Child:
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGALRM, self._on_deadline)
-        signal.signal(signal.SIGINT, self._on_interrupt)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, self._on_interrupt)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def run(self, command: Sequence[str], deadline: float | None = None) -> int:
