@@ -600,6 +600,8 @@ def test_the_program_is_told_of_the_deadline(child):
     soon = time.time() + LEAD_SECONDS + 0.05
     assert child.run(shell("trap 'exit 5' USR2", "while :; do idle; done"), soon) in (5, 128 + signal.SIGUSR2)
     assert not child.asked
+    child.asked = True  # it has been told before: it may take no more signals
+    assert child.run(["sleep", "0.2"], time.time() + LEAD_SECONDS + 0.05) == 0
     assert child.run(["true"], time.time() - 1) == 0
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 

@@ -83,7 +83,8 @@ class Child:
         self._hand_on()
 
     def _on_deadline(self, _number: int, _frame: FrameType | None) -> None:
-        self._hand_on()
+        if not self.asked:  # it may be saving, and take no more signals
+            self._hand_on()
 
     def _on_interrupt(self, _number: int, _frame: FrameType | None) -> None:
         self.interrupted = True
