@@ -31,7 +31,7 @@ class SuperviseConfig:
     max_restarts: int = option(20, "how often the job may start again")
     checkpoint_every: int = option(100, "for train: steps between two checkpoints")
     text: str = option(
-        "", "a corpus, which is copied to the disks of the nodes: --text of train, TEXT of other programs"
+        "", "a corpus, which is copied to the disks of the nodes: --text of train, TEXT of other programs", shown="none"
     )
     node_dir: str = option("", "a folder on the disks of the nodes", shown="$SLURM_TMPDIR or /tmp")
     mpi_ef: str = option("mpi-ef", "the program mpi-ef, as the ranks start it")
@@ -43,16 +43,16 @@ class SuperviseConfig:
     )
     chain: bool = option(False, "do not requeue: the next task of the array goes on")
     sweep: str | None = option(
-        None, "task N of the array adds the options in line N of this file, - for standard input"
+        None, "task N of the array adds the options in line N of this file, - for standard input", shown="none"
     )
-    image: str | None = option(None, "an image of apptainer in which the program runs")
+    image: str | None = option(None, "an image of apptainer in which the program runs", shown="none")
     apptainer: str = option("apptainer", "the program apptainer, or singularity")
-    bind: str = option("", "more folders that the image shall see, separated by commas")
+    bind: str = option("", "more folders that the image shall see, separated by commas", shown="none")
     each: Literal["once", "nodes", "ranks"] = option(
         "once", "run on 1, 2, 4, ... nodes, or on 1, 2, 3, ... ranks; without restarts"
     )
     ranks: str = option("", "numbers of ranks for each=ranks", shown="all")
-    script: Path | None = option(None, "PBS: the script of the job, to submit it again")
+    script: Path | None = option(None, "PBS: the script of the job, to submit it again", shown="none")
 
     def __post_init__(self) -> None:
         """Check what can be checked without a job."""
