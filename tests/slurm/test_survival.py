@@ -197,7 +197,7 @@ def test_requeues_end(place):
 PATIENT = """#!/bin/bash
 if [ "$1" = supervise ]; then exec mpi-ef "$@"; fi
 [ "$1" = train ] || exit 0
-if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then sleep 200; exit 3; fi
+if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then exec sleep 200; fi
 while [ $# -gt 1 ]; do [ "$1" = --out ] && out=$2; shift; done
 touch "$out/summary.json"
 """
@@ -209,7 +209,7 @@ def test_a_signal_in_the_first_moment(place):
     program.write_text(PATIENT)
     program.chmod(0o755)
     begun = place.folder / "begun"
-    profile = slurm.Profile("mine", "my site", lines=(f"touch {begun}",))
+    profile = slurm.Profile("mine", "my site", lines=(f"touch {begun}", "sleep 3 # modules are loaded"))
     script.write_text(slurm.render(slurm.read_template("train"), profile))
     job = place.submit(script, options=("--nodes=1", "--ntasks-per-node=1"), MPI_EF=program, MPI_TYPE="none")
     job.until(lambda _: begun.exists(), "start of the script")
