@@ -16,6 +16,7 @@ PROGRAMS = {
     "checkpoint": ("checkpoint", "list, verify, inspect, compare and export checkpoints; needs no MPI"),
     "doctor": ("doctor.program",
                "look for everything that goes wrong before the first step, on a login node or on all ranks"),
+    "supervise": ("supervise", "run a program in a batch job, and again until it has finished; needs no MPI itself"),
     "slurm": ("slurm", "list, show, copy and submit batch templates"),
     "report": ("report.program", "draw and tabulate finished runs: loss against bytes, time and steps"),
     "reproduce": ("reproduce.program", "run published experiments again; NAME, or --list"),
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             _run(list(sys.argv[1:] if argv is None else argv))
         finally:
-            sys.stdout.flush()  # what is left in the buffer would fail at the end of Python, with status 120
+            if sys.stdout is not None:
+                sys.stdout.flush()  # what is left in the buffer would fail at the end of Python, with status 120
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 from mpi_ef.errors import ConfigError
 
-__all__ = ["option", "parse", "to_toml"]
+__all__ = ["divided", "option", "parse", "to_toml"]
 
 T = TypeVar("T")
 
@@ -68,6 +68,12 @@ def parse(config: type[T], argv: Sequence[str] | None, *, prog: str, description
         return config(**values)
     except ConfigError as error:  # from __post_init__
         parser.error(str(error))
+
+
+def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return what stands before the first ``--`` and is for this program, and what stands after it."""
+    place = words.index("--") if "--" in words else len(words)
+    return list(words[:place]), list(words[place + 1 :])
 
 
 def to_toml(config: Any) -> str:

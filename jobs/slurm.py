@@ -17,16 +17,17 @@ from typing import Any
 
 from mpi_ef import slurm
 from mpi_ef.errors import ConfigError, LaunchError, MpiEfError, OptionError
+from mpi_ef.jobs.options import divided
 from mpi_ef.slurm.mpi_types import choose, offered_by
 
-__all__ = ["main"]
+__all__ = ["ask_srun", "main"]
 
 PATIENCE_SECONDS = 60
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one of the tools. Exit status 0, 2 for what cannot be done, or that of sbatch."""
-    before, after = _divided(list(sys.argv[1:] if argv is None else argv))
+    before, after = divided(sys.argv[1:] if argv is None else argv)
     arguments = _parser().parse_args(before)
     try:
         if after and arguments.tool is not _submit:
@@ -36,14 +37,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except MpiEfError as error:
         print(f"mpi-ef: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def _divided(words: list[str]) -> tuple[list[str], list[str]]:
-    """Return what is for this program, and what stands after ``--``."""
-    if "--" not in words:
-        return words, []
-    place = words.index("--")
-    return words[:place], words[place + 1 :]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -179,7 +172,7 @@ def _complain_about_missing(profile: slurm.Profile, options: dict[str, str | Non
 def _mpi_type(arguments: argparse.Namespace) -> int:
     offered = sys.stdin.read() if arguments.offered == "-" else arguments.offered
     if offered is None:
-        offered = _ask_srun()
+        offered = ask_srun()
     library = _library()
     kind, hint = choose(library, offered_by(offered))
     if kind and "Intel" in library and "I_MPI_PMI_LIBRARY" not in os.environ:
@@ -193,7 +186,7 @@ def _mpi_type(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _ask_srun() -> str:
+def ask_srun() -> str:
     """Return what srun prints of what it offers, which is nothing where there is no srun."""
     program = shutil.which("srun")
     if program is None:

@@ -212,7 +212,7 @@ ABSENT = [
     ("import mpi_ef.workers", NOTHING_LARGE),
     ("import mpi_ef.jobs.cli, mpi_ef.jobs.train.program, mpi_ef.jobs.report.program", NOTHING_LARGE),
     ("import mpi_ef.jobs.bench.program, mpi_ef.jobs.doctor.program, mpi_ef.jobs.reproduce.program", NOTHING_LARGE),
-    ("import mpi_ef.jobs.checkpoint, mpi_ef.jobs.slurm", NOTHING_LARGE),
+    ("import mpi_ef.jobs.checkpoint, mpi_ef.jobs.slurm, mpi_ef.jobs.supervise", NOTHING_LARGE),
     ("import mpi_ef.jobs.least_squares, mpi_ef.jobs.bench.checkpoint", {"torch", "mpi4py.MPI", "numba"}),
     ("import mpi_ef.collectives, mpi_ef.feedback", {"torch", "mpi4py.MPI"}),
     ("from mpi_ef import TopK, allreduce, ErrorFeedback", {"torch", "mpi4py.MPI"}),

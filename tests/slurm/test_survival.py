@@ -6,6 +6,7 @@ import signal
 import pytest
 from cluster import BESIDE, STEPS, TINY, Place, assert_same, losses, summary
 
+from mpi_ef import slurm
 from mpi_ef.runtime.ulfm import OPTIONS
 
 SAVING = [*TINY, "--checkpoint-every", 5]
@@ -143,10 +144,10 @@ def test_the_time_limit(limited, whole):
     recovers(limited, whole, "SIGUSR2 on rank")
 
 
-# A program that stands for mpi-ef where only the batch script is of interest: each launch makes CHECKPOINTS checkpoints
+# A program that stands for mpi-ef train where only the supervisor is of interest: each launch makes CHECKPOINTS checkpoints
 # more, asks for a requeue when ASKS is set, and leaves with STATUS.
 STAND_IN = """#!/bin/bash
-[ "$1" = train ] || exit 0
+if [ "$1" = supervise ]; then exec mpi-ef "$@"; fi
 while [ $# -gt 1 ]; do [ "$1" = --out ] && out=$2; shift; done
 if [ "${SLURM_PROCID:-0}" = 0 ]; then
     mkdir -p "$out/checkpoints"
@@ -190,6 +191,32 @@ def test_requeues_end(place):
         assert [line for line in job.log.splitlines() if line.startswith("launch")] == [
             f"launch {n}" for n in range(restarts + 1)
         ], job
+
+
+# Its first launch goes on until it gets a signal, the second one finishes.
+PATIENT = """#!/bin/bash
+if [ "$1" = supervise ]; then exec mpi-ef "$@"; fi
+[ "$1" = train ] || exit 0
+if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then exec sleep 200; fi
+while [ $# -gt 1 ]; do [ "$1" = --out ] && out=$2; shift; done
+touch "$out/summary.json"
+"""
+
+
+def test_a_signal_in_the_first_moment(place):
+    """While the script runs, while Python starts, or just after: the job does not end, and it does not go on for ever."""
+    program, script = place.folder / "patient", place.folder / "script.sbatch"
+    program.write_text(PATIENT)
+    program.chmod(0o755)
+    begun = place.folder / "begun"
+    profile = slurm.Profile("mine", "my site", lines=(f"touch {begun}", "sleep 3 # modules are loaded"))
+    script.write_text(slurm.render(slurm.read_template("train"), profile))
+    job = place.submit(script, options=("--nodes=1", "--ntasks-per-node=1"), MPI_EF=program, MPI_TYPE="none")
+    job.until(lambda _: begun.exists(), "start of the script")
+    job.signal("USR2")
+    job.restarted()
+    job.completes()
+    assert int(job.record()["Restarts"]) == 1, job
 
 
 def test_a_finished_run_is_not_trained_again(place, whole):

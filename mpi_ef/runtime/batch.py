@@ -1,0 +1,320 @@
+"""A job of a batch system, as a supervisor needs it: Slurm, a chain of Slurm jobs, PBS, LSF."""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+__all__ = ["BatchJob", "Chain", "Lsf", "Pbs", "Slurm", "find_job", "run_command", "write"]
+
+Command = Callable[..., tuple[int, str]]
+
+# On each node, with $1 the scratch folder and $2 a file to copy there, or nothing.
+_PREPARE = """umask 077 && mkdir -p "$1" && [[ -O $1 ]] && if [[ -n $2 ]]; then
+    cp -- "$2" "$1/text.$SLURM_NODEID" && mv -- "$1/text.$SLURM_NODEID" "$1/text"; fi"""
+
+
+def run_command(words: Sequence[str], timeout: float | None = None, given: str = "") -> tuple[int, str]:
+    """Return exit status and output of a command that reads `given`; 127 where there is none, 124 after `timeout`. Local."""
+    try:
+        ended = subprocess.run(  # noqa: S603
+            words, input=given, stdout=subprocess.PIPE, text=True, check=False, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        return 124, ""
+    except OSError:
+        return 127, ""
+    return ended.returncode, ended.stdout
+
+
+def write(file: int, text: str) -> None:
+    """Write to a file descriptor; one that is gone or full ends nothing. Local."""
+    with suppress(OSError):
+        os.write(file, text.encode())
+
+
+class BatchJob:
+    """A job of a batch system. All calls are local.
+
+    Parameters
+    ----------
+    environ : mapping of str to str
+        Variables of the job; what a job that goes on has to know is added.
+    command : callable
+        Runs the commands of the batch system: takes words and a timeout in seconds, returns exit status and output.
+
+    Attributes
+    ----------
+    job : str
+        What the commands of the batch system call it.
+    id : str
+        What no other job, nor task of an array, has.
+    number, name : str
+        What is common to the tasks of an array; the name that the user has given.
+    folder : str
+        Where it was submitted; empty where it has started there.
+    disk : str
+        A folder on the disk of each node.
+    threads : str
+        Threads of a rank.
+    restarts : int
+        How often it has been started again; of LSF known after :meth:`begin`.
+    arguments : list of str
+        What is added to those of the program.
+    forward : str
+        The signal, without SIG, that launchers hand on to all ranks.
+    restarted, refused : str
+        What is reported of a restart, and of one that is refused (``{run}`` is the folder of the run).
+    """
+
+    variables: tuple[str, str] = "", ""  # of the number and of the name
+    forward = "USR2"
+    restarted = "requeued"
+    refused = "cannot be requeued; submit it again with RUN_DIR={run}"
+
+    def __init__(self, environ: MutableMapping[str, str], command: Command = run_command) -> None:
+        self.environ, self.command = environ, command
+        number, name = self.variables
+        self.id = self.job = self.number = environ[number].partition(".")[0]
+        self.name = environ.get(name, "mpi-ef")
+        self.folder, self.disk, self.threads, self.restarts = "", "/tmp", "1", 0  # noqa: S108
+        self.arguments: list[str] = environ.get("ARGS", "").split()
+
+    def begin(self, run: Path) -> None:
+        """Prepare for a restart, in the folder of the run."""
+
+    def finished(self, _run: Path) -> bool:
+        """Tell whether an earlier job has finished what this one is for."""
+        return False
+
+    def deadline(self) -> int | None:
+        """Return when the job has to end, in seconds since 1970; None where that is not known."""
+        return None
+
+    def launcher(self) -> list[str]:
+        """Return the command that starts the ranks."""
+        raise NotImplementedError
+
+    def preempted(self) -> bool:
+        """Tell whether the batch system takes the nodes away and has signalled the ranks, not this process."""
+        return False
+
+    def ending(self) -> str:
+        """Return the state of a job that the batch system is ending, and may start again; empty for others."""
+        return ""
+
+    def restart(self, run: Path) -> bool:
+        """Start the job again, later; tell whether that is accepted."""
+        raise NotImplementedError
+
+    def ended(self, run: Path, status: int) -> str:
+        """Note that there will be no restart; return what went wrong with that."""
+        del run, status
+        return ""
+
+    def prepare(self, scratch: Path, text: str) -> str | None:
+        """Make a folder on the disks of all nodes, with a copy of `text`; return its path, None where that fails."""
+        del scratch
+        return text
+
+    def tidy(self, scratch: Path) -> bool:
+        """Remove that folder; tell whether it is gone."""
+        shutil.rmtree(scratch, ignore_errors=True)
+        return True
+
+    def _done(self, *words: str) -> bool:
+        """Run a command and show its output in the log; tell whether it worked."""
+        status, output = self.command(words)
+        write(1, output)
+        return status == 0
+
+
+class Slurm(BatchJob):
+    """A job of Slurm; see `BatchJob`. Without `srun`, where the site has a launcher of its own, nothing is done on nodes."""
+
+    variables = "SLURM_JOB_ID", "SLURM_JOB_NAME"
+
+    def __init__(self, environ: MutableMapping[str, str], command: Command = run_command) -> None:
+        super().__init__(environ, command)
+        self.srun = True
+        self.task = environ.get("SLURM_ARRAY_TASK_ID", "")
+        if array := environ.get("SLURM_ARRAY_JOB_ID"):
+            self.job, self.number = f"{array}_{self.task}", array
+        self.threads = environ.get("SLURM_CPUS_PER_TASK") or "1"
+        self.disk = environ.get("SLURM_TMPDIR") or self.disk
+        self.restarts = int(environ.get("SLURM_RESTART_COUNT") or 0)
+        self.nodes = int(environ.get("SLURM_JOB_NUM_NODES") or 1)
+        self.arguments = []
+        # Since Slurm 22.05 srun does not inherit --cpus-per-task: each rank would get one core.
+        environ["SRUN_CPUS_PER_TASK"] = self.threads
+
+    def deadline(self) -> int | None:
+        if (known := self.environ.get("SLURM_JOB_END_TIME", "")).isdigit():
+            return int(known)
+        ends = self._squeue("--format=%e")  # Slurm before 23.02 has no such variable
+        try:
+            return int(datetime.fromisoformat(ends).timestamp())
+        except ValueError:
+            return None
+
+    def launcher(self) -> list[str]:
+        return ["srun", "--kill-on-bad-exit=1"]
+
+    def preempted(self) -> bool:
+        return self._squeue("--Format=PreemptTime")[:1].isdigit()
+
+    def ending(self) -> str:
+        state = self._squeue("--format=%T %r")
+        goes_on = not state or state.startswith(("RUNNING", "SIGNALING")) or state == "COMPLETING TimeLimit"
+        return "" if goes_on else state
+
+    def restart(self, run: Path) -> bool:
+        del run
+        return self._done("scontrol", "requeue", self.job)
+
+    def prepare(self, scratch: Path, text: str) -> str | None:
+        if not self.srun:
+            return text
+        words = ["--kill-on-bad-exit=1", "bash", "-c", _PREPARE, "prepare", str(scratch), text]
+        status, _ = self.command([*self._once_per_node(), *words])
+        return (str(scratch / "text") if text else "") if status == 0 else None
+
+    def tidy(self, scratch: Path) -> bool:
+        if not self.srun:
+            return True
+        return self.command([*self._once_per_node(), "rm", "-rf", "--", str(scratch)], timeout=20)[0] == 0
+
+    def _once_per_node(self) -> list[str]:
+        return ["srun", "--mpi=none", f"--nodes={self.nodes}", f"--ntasks={self.nodes}", "--ntasks-per-node=1"]
+
+    def _squeue(self, *words: str) -> str:
+        self.environ["SLURM_TIME_FORMAT"] = "standard"
+        status, output = self.command(["squeue", "--noheader", f"--jobs={self.job}", *words])
+        return output.strip() if status == 0 else ""
+
+
+class Chain(Slurm):
+    """A task of an array of which one runs at a time; the next one goes on. See `BatchJob`."""
+
+    restarted = ""
+    refused = "the array ends here, the training does not: submit it again with RUN_DIR={run}"
+
+    def begin(self, run: Path) -> None:
+        del run
+        self.restarts = -1  # the length of the array is the limit
+
+    def finished(self, run: Path) -> bool:
+        return (run / f"done-{self.number}").exists()
+
+    def restart(self, run: Path) -> bool:
+        del run
+        return (self.task or "1") != self.environ.get("SLURM_ARRAY_TASK_MAX", "1")
+
+    def ended(self, run: Path, status: int) -> str:
+        if status == 0:
+            (run / f"done-{self.number}").touch()
+        elif not self._done("scancel", "--state=PENDING", self.number):
+            return "the other tasks could not be cancelled"
+        return ""
+
+
+class Pbs(BatchJob):
+    """A job of PBS Pro or OpenPBS, which submits another one to go on; see `BatchJob`.
+
+    Attributes
+    ----------
+    script : Path
+        The script of the job. It is copied, as PBS removes its own.
+    """
+
+    variables = "PBS_JOBID", "PBS_JOBNAME"
+    forward = "USR1"  # mpiexec of MPICH dies of USR2
+    restarted = "submitted again"
+    refused = "cannot be submitted again from here; do it by hand, with -v RUN_DIR={run}"
+    passed = ("ARGS", "TEXT", "MPI_EF", "LAUNCH", "CHECKPOINT_EVERY", "MAX_RESTARTS", "NODE_DIR", "FORWARD")
+
+    def __init__(self, environ: MutableMapping[str, str], command: Command = run_command) -> None:
+        super().__init__(environ, command)
+        self.script = Path()
+        self.folder = environ["PBS_O_WORKDIR"]
+        self.restarts = int(environ.get("RESTARTS") or 0)
+        self.threads = environ.get("OMP_NUM_THREADS") or "1"  # PBS sets it to ompthreads
+
+    def begin(self, run: Path) -> None:
+        copy = run / "train.pbs"
+        if self.script.is_file() and not (copy.exists() and self.script.samefile(copy)):
+            shutil.copy(self.script, copy)
+
+    def deadline(self) -> int | None:
+        _, output = self.command(["qstat", "-f", self.environ["PBS_JOBID"]])
+        for line in output.splitlines():
+            name, _, value = line.strip().partition(" = ")
+            if name == "Resource_List.walltime":
+                with suppress(ValueError):
+                    hours, minutes, seconds = map(int, value.split(":"))
+                    return int(time.time()) + 3600 * hours + 60 * minutes + seconds
+        return None
+
+    def launcher(self) -> list[str]:
+        ranks = len(Path(self.environ["PBS_NODEFILE"]).read_text(encoding="utf-8").splitlines())
+        return ["mpiexec", "-n", str(ranks)]
+
+    def restart(self, run: Path) -> bool:
+        self.environ.update(RUN_DIR=str(run), RESTARTS=str(self.restarts + 1))
+        names = ",".join(["RUN_DIR", "RESTARTS", *(name for name in self.passed if self.environ.get(name))])
+        after = f"depend=afterany:{self.environ['PBS_JOBID']}"
+        return self._done("qsub", "-W", after, "-v", names, str(run / "train.pbs"))
+
+
+class Lsf(BatchJob):
+    """A job of LSF, which does not count restarts: a file in the folder of the run does. See `BatchJob`."""
+
+    variables = "LSB_JOBID", "LSB_JOBNAME"
+    forward = "USR1"
+
+    def __init__(self, environ: MutableMapping[str, str], command: Command = run_command) -> None:
+        super().__init__(environ, command)
+        self.folder = environ.get("LS_SUBCWD", "")
+        self.threads = environ.get("THREADS") or "1"  # -n counts cores
+
+    def begin(self, run: Path) -> None:
+        with suppress(OSError, ValueError):
+            self.restarts = int(self._count(run).read_text(encoding="utf-8"))
+
+    def launcher(self) -> list[str]:
+        return ["mpiexec", "-n", self.environ["LSB_DJOB_NUMPROC"]]
+
+    def restart(self, run: Path) -> bool:
+        self._count(run).write_text(f"{self.restarts + 1}\n", encoding="utf-8")
+        return self._done("brequeue", "-r", self.job)
+
+    def ended(self, run: Path, status: int) -> str:
+        del status
+        self._count(run).unlink(missing_ok=True)
+        return ""
+
+    def _count(self, run: Path) -> Path:
+        return run / f"restarts-{self.job}"
+
+
+def find_job(
+    environ: MutableMapping[str, str], command: Command = run_command, *, chain: bool = False
+) -> BatchJob | None:
+    """Return the job whose variables these are; None outside of a job. Local.
+
+    Parameters
+    ----------
+    environ : mapping of str to str
+    command : callable
+        See `BatchJob`.
+    chain : bool
+        A task of an array of Slurm goes on where the one before has stopped.
+    """
+    for system in (Chain if chain else Slurm, Pbs, Lsf):
+        if environ.get(system.variables[0]):
+            return system(environ, command)
+    return None

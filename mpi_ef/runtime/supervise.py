@@ -1,0 +1,196 @@
+"""A program in a batch job, until it has finished: signals are handed on, after interruptions and crashes it starts again.
+
+The program saves in ``RUN/checkpoints`` (`mpi_ef.Store`), and writes ``RUN/requeue`` when it has stopped before its end
+(`mpi_ef.Stopper.mark_requeue`); that, and its exit status, is all that is known of it.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from .batch import BatchJob, write
+
+__all__ = ["Child", "Supervisor", "newest_step", "report"]
+
+LEAD_SECONDS = 60.0  # before the deadline the program is asked to stop, if nothing else has done it
+WRONG = 2  # exit status for wrong options or data, which another attempt does not mend
+_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+
+
+def report(job: str, text: str) -> None:
+    """Write a line to the log of a job; a log that is gone or full ends nothing. Local."""
+    write(1, f"{time.strftime('%Y-%m-%d %H:%M:%S')} job {job}: {text}\n")
+
+
+class Child:
+    """A program that gets the signals of this process. Local; in the main thread.
+
+    Parameters
+    ----------
+    forward : str
+        The signal, without SIG, that it gets whichever has come; "none" where it would die of it.
+
+    Attributes
+    ----------
+    asked : bool
+        Whether a signal has come that asks for a stop.
+    interrupted : bool
+        Whether SIGINT or SIGHUP has come: the terminal, or the batch system, ends all processes.
+    """
+
+    def __init__(self, forward: str = "USR2") -> None:
+        self.forward = forward
+        self.asked = self.interrupted = False
+        self._pid: int | None = None
+        self._pending = False
+
+    def listen(self) -> None:
+        """Take signals from now on; those that were blocked, and have come before, count."""
+        for number in _SIGNALS:
+            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGALRM, self._on_deadline)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, self._on_interrupt)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+    def run(self, command: Sequence[str], deadline: float | None = None) -> int:
+        """Start a program, wait for its end, and return its exit status; 128 and its number where a signal ended it."""
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603
+        except OSError as error:
+            write(2, f"mpi-ef: {command[0]}: {error.strerror}\n")
+            return 127 if isinstance(error, FileNotFoundError) else 126
+        self._pid = process.pid
+        if self._pending:
+            self._hand_on()
+        if deadline is not None and (seconds := deadline - LEAD_SECONDS - time.time()) > 0:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        # The process stays a zombie until _pid is forgotten: no signal goes to another one with its number.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        self._pid = None
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        status = process.wait()
+        return status if status >= 0 else 128 - status
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
+        self._hand_on()
+
+    def _on_deadline(self, _number: int, _frame: FrameType | None) -> None:
+        if not self.asked:  # it may be saving, and take no more signals
+            self._hand_on()
+
+    def _on_interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        self.interrupted = True
+
+    def _hand_on(self) -> None:
+        self._pending = self._pid is None
+        if self._pid is not None and self.forward != "none":
+            with suppress(ProcessLookupError):
+                os.kill(self._pid, signal.Signals[f"SIG{self.forward}"])
+
+
+def newest_step(run: Path) -> int:
+    """Return the step of the newest whole checkpoint of a run; 0 without one. Local."""
+    whole = [path for path in run.glob("checkpoints/step-*") if (path / "COMMIT").exists()]
+    steps = [path.name.removeprefix("step-") for path in whole if not (path / "BAD").exists()]
+    return max((int(step) for step in steps if step.isdigit()), default=0)
+
+
+class Supervisor:
+    """Decides what follows the end of a program. All calls are local.
+
+    Parameters
+    ----------
+    child : Child
+        Has been listening: a signal that has come before the program is started counts, and it is not started then.
+    job : BatchJob
+    run : Path
+        Folder of the run.
+    scratch : Path
+        Folder on the disks of the nodes, which is removed at the end.
+    max_restarts : int
+    """
+
+    def __init__(self, child: Child, job: BatchJob, run: Path, scratch: Path, *, max_restarts: int = 20) -> None:
+        self.child, self.job, self.run, self.scratch = child, job, run, scratch
+        self.max_restarts = max_restarts
+
+    def supervise(self, command: Sequence[str], *, proof: str = "", deadline: float | None = None) -> int:
+        """Run the program once; return the exit status of the job, 0 where it is started again.
+
+        A run that has stopped, or crashed, goes on if it has a newer checkpoint than before, or if it had to stop before its
+        first save, once.
+
+        Parameters
+        ----------
+        command : sequence of str
+            The program, with its launcher.
+        proof : str
+            A file that a finished run has in its folder: launchers may return 0 without one.
+        deadline : float, optional
+            When the job has to end, in seconds since 1970.
+        """
+        mark, chance, child = self.run / "requeue", self.run / "no-progress", self.child
+        mark.unlink(missing_ok=True)
+        before, started = newest_step(self.run), not (child.asked or child.interrupted)
+        status = child.run(command, deadline) if started else 0
+        after, failed = newest_step(self.run), status or 1
+        why = f"status {status}" if started else "a signal came before the program was started"
+        with suppress(OSError):
+            why = mark.read_text(encoding="utf-8").strip()
+        if started and status == 0 and not mark.exists() and (self.run / proof).exists():
+            self.report("done")
+            return self.end(0)
+        if status == WRONG:
+            self.report("options, data or checkpoints are wrong (status 2): not started again")
+            return self.end(WRONG)
+        asked = child.asked or self.job.preempted()
+        if state := self.job.ending():
+            self.report(f"Slurm is ending this job ({state}) and decides whether it starts again")
+            return failed
+        if child.interrupted:
+            self.report(f"interrupted at step {after}: not started again")
+        elif after == before and (not asked or chance.exists()):
+            self.report(f"no progress since step {before} ({why}): not started again")
+        else:
+            if after == before:
+                chance.touch()  # it had to stop before its first save: bad luck, the first time
+            else:
+                chance.unlink(missing_ok=True)
+            self.report(f"stopped at step {after}: {why}")
+            if self.job.restarts < self.max_restarts:
+                return self._restart()
+            self.report(f"not started again: MAX_RESTARTS={self.max_restarts} is reached")
+        return self.end(failed)
+
+    def end(self, status: int) -> int:
+        """Tidy up after the last attempt, and return the exit status of the job."""
+        self.tidy()
+        if problem := self.job.ended(self.run, status):
+            self.report(problem)
+        return status
+
+    def tidy(self) -> None:
+        """Remove the folder on the disks of the nodes."""
+        if not self.job.tidy(self.scratch):
+            self.report(f"{self.scratch} is still there on some nodes")
+
+    def report(self, text: str) -> None:
+        """Write a line to the log."""
+        report(self.job.job, text)
+
+    def _restart(self) -> int:
+        self.tidy()
+        if not self.job.restart(self.run):
+            self.report(self.job.refused.format(run=self.run))
+            return 1
+        if self.job.restarted:
+            self.report(f"{self.job.restarted}, restart {self.job.restarts + 1} of at most {self.max_restarts}")
+        return 0
