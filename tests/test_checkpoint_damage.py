@@ -345,17 +345,17 @@ def test_a_master_that_is_nested_without_end(copied):
 def test_a_newer_version_is_not_passed_over(copied):
     """Going on from an older checkpoint, without a word, would be worse than an error."""
     save(copied.parent, 5)
-    forge(copied, lambda told: told.update(version=3, min_reader=2))
+    forge(copied, lambda told: told.update(version=4, min_reader=3))
     for error in run(2, lambda comm: Store(copied.parent).newest(comm)):
         assert isinstance(error, CheckpointError)
-        assert "it needs a reader of version 2, and this one is version 1" in str(error)
+        assert "it needs a reader of version 3, and this one is version 2" in str(error)
     assert not (copied / "BAD").exists()
     (copied / "BAD").touch()
     assert results(2, lambda comm: Store(copied.parent).newest(comm))[0].step == 5
 
 
 def test_a_newer_version_that_old_readers_can_read(copied):
-    forge(copied, lambda told: told.update(version=2, more="x"))
+    forge(copied, lambda told: told.update(version=3, more="x"))
     assert_holds(copied, 6)
 
 
@@ -465,6 +465,16 @@ def test_the_checksum_is_the_documented_one(nbytes):
     for start in range(0, nbytes, BLOCK):
         value = checksum(data[start : start + BLOCK].data, value)
     assert value == zlib.crc32(sums + data[whole:].tobytes())
+
+
+def test_anybody_can_verify_a_file(copied):
+    """What the index says of an array is the CRC-32 of its bytes."""
+    found = open_checkpoint(copied)
+    file = found._file(1)
+    seen = {(piece.kind, piece.name): piece.crc32 for piece in file.pieces if piece.kind == "per_rank"}
+    assert len(seen) > 2
+    for (_, name), crc32 in seen.items():
+        assert zlib.crc32(np.ascontiguousarray(found.per_rank(name, 1)).tobytes()) == crc32, name
 
 
 def test_the_checksum_sees_flips_and_what_changes_places():

@@ -22,7 +22,7 @@ from virtual import results, run
 from mpi_ef.checkpoint import Store, folder, lock, master, open_checkpoint, rankfile, store, structure
 from mpi_ef.errors import CheckpointError, OptionError
 
-DATA = Path(__file__).parent / "data" / "checkpoint-v1"
+DATA = Path(__file__).parent / "data"
 NOTHING = {"replicated": {}, "per_rank": {}, "document": None, "rank_document": None}
 
 
@@ -56,10 +56,12 @@ def test_every_bit_comes_back(tmp_path, n):
     assert sorted(p.name for p in path.iterdir()) == ["COMMIT", "master.json", *(f"rank-{r:05d}.h5" for r in range(n))]
 
 
-def test_golden_files_can_be_read():
-    """What the first release wrote stays readable: a change of the format is a visible act."""
-    assert_holds(DATA / "step-00000003", 3, 2)
-    assert open_checkpoint(DATA / "step-00000003").verify() == []
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_golden_files_can_be_read(version):
+    """What earlier versions wrote stays readable: a change of the format is a visible act."""
+    path = DATA / f"checkpoint-{version}" / "step-00000003"
+    assert_holds(path, 3, 2)
+    assert open_checkpoint(path).verify() == []
 
 
 def test_the_format_is_the_golden_one(tmp_path):
@@ -77,7 +79,7 @@ def test_the_format_is_the_golden_one(tmp_path):
         return rows, {k: master[k] for k in master if k not in ("files", "written_at", "written_by")}, index, attributes, {
             name: what[:2] for name, what in buffers.items()}  # fmt: skip
 
-    mine, golden = told(save(tmp_path, 3)), told(DATA / "step-00000003")
+    mine, golden = told(save(tmp_path, 3)), told(DATA / "checkpoint-v2" / "step-00000003")
     assert mine[1:] == golden[1:]
     if h5py.version.hdf5_version_tuple[0] == 2:  # where HDF5 puts its structure is its own business
         assert mine[0] == golden[0]

@@ -1,4 +1,4 @@
-"""The checksum of arrays: as fast as memory, with NumPy alone."""
+"""The checksum of arrays in memory, and in files of version 1: as fast as memory, with NumPy alone."""
 
 import zlib
 

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 MASTER, COMMIT, BAD, LATEST, RUNS = "master.json", "COMMIT", "BAD", "LATEST", "RUNS"
-FORMAT, VERSION, MIN_READER = "mpi_ef.checkpoint", 1, 1
+FORMAT, VERSION, MIN_READER = "mpi_ef.checkpoint", 2, 2
 _STEP = re.compile(r"step-(\d{8,18})|\.old-step-(\d{8,18})-[0-9a-f]+")
 
 
@@ -175,7 +175,7 @@ def _check_reader(folder: Path, told: dict[str, Any]) -> None:
 
 
 def _parse(told: dict[str, Any]) -> Master:
-    files = tuple(_parse_file(rank, row) for rank, row in enumerate(told["files"]))
+    files = tuple(_parse_file(rank, row, told["min_reader"]) for rank, row in enumerate(told["files"]))
     counts_fit = type(told["step"]) is int and told["step"] >= 0 and told["world_size"] == len(files) > 0
     texts = [told["run"], told["written_at"], *told["written_by"].values()]
     if not counts_fit or not all(isinstance(text, str) for text in texts):
@@ -185,7 +185,7 @@ def _parse(told: dict[str, Any]) -> Master:
     )
 
 
-def _parse_file(rank: int, row: dict[str, Any]) -> FileEntry:
+def _parse_file(rank: int, row: dict[str, Any], version: int) -> FileEntry:
     """Only the name that rank's file has passes: no path leads out of the directory."""
     if row["name"] != rank_name(rank):
         raise ValueError(f"master.json names {row['name']!r} where {rank_name(rank)} belongs")
@@ -197,7 +197,7 @@ def _parse_file(rank: int, row: dict[str, Any]) -> FileEntry:
         end = offset + nbytes
     if type(row["size"]) is not int or not end <= row["size"]:
         raise ValueError(f"master.json describes {row['name']} wrongly")
-    return FileEntry(row["name"], row["size"], int(row["crc32"], 16), data)
+    return FileEntry(row["name"], row["size"], int(row["crc32"], 16), data, version)
 
 
 def _versions() -> dict[str, str]:

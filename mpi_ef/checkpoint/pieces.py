@@ -39,7 +39,7 @@ class Piece:
         Where in the dataset it is, in bytes.
     nbytes : int
     crc32 : int
-        What :func:`mpi_ef.checkpoint.checksum.checksum` makes of the bytes.
+        Of the bytes; in files of version 1 what :func:`mpi_ef.checkpoint.checksum.checksum` makes of them.
     """
 
     kind: Kind

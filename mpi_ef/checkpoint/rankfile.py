@@ -35,12 +35,15 @@ class FileEntry:
         Of everything but the data: HDF5's structure and the index. It is compared before HDF5 sees the file.
     data : tuple of (int, int)
         Offset and size of every buffer, in the order of offsets. Each piece in them has a checksum in the index.
+    version : int
+        Of the format: from 2 on that checksum is the CRC-32 of the piece, in version 1 another one.
     """
 
     name: str
     size: int
     crc32: int
     data: tuple[tuple[int, int], ...]
+    version: int = 2
 
 
 class DamageError(ValueError):
@@ -124,6 +127,7 @@ class RankFile:
 
     def __init__(self, path: Path, entry: FileEntry, attributes: dict[str, str | int]) -> None:
         self.path = path
+        self._checksum = checksum if entry.version == 1 else zlib.crc32
         self._verified: tuple[int, ...] | None = None
         with reading(path):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -176,7 +180,7 @@ class RankFile:
         for start in range(0, piece.nbytes, BLOCK):
             count = min(BLOCK, piece.nbytes - start)
             target = into[start : start + count] if into.nbytes >= piece.nbytes else into[:count]
-            crc32 = checksum(_read(descriptor, place + start, target).data, crc32)
+            crc32 = self._checksum(_read(descriptor, place + start, target).data, crc32)
         if crc32 != piece.crc32:
             raise DamageError(f"the bytes of {piece.kind} {piece.name!r} are not those that were written")
 
@@ -216,7 +220,7 @@ def _write(descriptor: int, data: memoryview, place: int) -> int:
     crc32 = 0
     for start in range(0, data.nbytes, BLOCK):
         block = data[start : start + BLOCK]
-        crc32 = checksum(block, crc32)
+        crc32 = zlib.crc32(block, crc32)
         done = 0
         while done < block.nbytes:
             done += os.pwrite(descriptor, block[done:], place + start + done)
