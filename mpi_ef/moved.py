@@ -32,6 +32,7 @@ MOVED = {
     "mpi_ef.checkpoint.export": "mpi_ef.state.export",
     "mpi_ef.checkpoint.parts": "mpi_ef.state.components",
     "mpi_ef.checkpoint.state": "mpi_ef.state.training",
+    "mpi_ef.checkpoint.together": "mpi_ef.comm.consensus",
     "mpi_ef.checkpoint.tree": "mpi_ef.state.tree",
     "mpi_ef.checkpoint.world": "mpi_ef.state.reshard",
     "mpi_ef.collectives.agreement": "mpi_ef.comm.consensus",

@@ -43,7 +43,7 @@ ROOMS = {
                    "state jobs", "numpy torch sklearn"),
     "jobs.bench": ("__init__ errors moved kernels comm runtime compress collectives feedback checkpoint jobs",
                    "numpy torch mpi4py"),
-    "jobs.reproduce": ("errors moved comm runtime compress collectives feedback jobs", "numpy"),
+    "jobs.reproduce": ("errors moved comm runtime compress collectives feedback jobs", "numpy sklearn"),
     "jobs.report": ("errors moved jobs jobs.train jobs.bench jobs.reproduce", "numpy"),
     "jobs.doctor": ("__init__ errors moved kernels runtime slurm compress collectives feedback data optim jobs jobs.train",
                     "numpy torch mpi4py h5py"),

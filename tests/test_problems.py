@@ -40,12 +40,13 @@ def test_two_labels_become_minus_and_plus_one(tmp_path, low, high):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("1 1:1\n-1 3:1 2:1\n", "line 2: index 2 after 3; indices begin with 1 and ascend"),
-    ("1 0:1\n-1 1:1\n", "line 1: index 0 after 0"),
-    ("1 1:1\n\n-1 1:x\n", "line 3: '1:x' has no number where one belongs"),
-    ("one 1:1\n", "line 1: 'one' has no number"),
-    ("1 1:1\n-1 17\n", "line 2: '17' is not index:value"),
-    ("1 1:inf\n", "line 1: '1:inf' is not finite"),
+    ("1 1:1\n-1 3:1 2:1\n", "is no LIBSVM file"),
+    ("1 1:1\n-1 2:1 2:1\n", "is no LIBSVM file"),
+    ("1 0:1\n-1 1:1\n", "indices begin with 1 and ascend"),
+    ("1 1:1\n\n-1 1:x\n", "'x'"),
+    ("one 1:1\n", "'one'"),
+    ("1 1:1\n-1 17\n", "is no LIBSVM file"),
+    ("1 1:inf\n-1 1:1\n", "has a NaN or Inf"),
     ("1 1:1\n1 1:2\n", "has 1 different labels"),
     ("1 1:1\n2 1:1\n3 1:1\n", "has 3 different labels"),
     ("", "has 0 different labels"),

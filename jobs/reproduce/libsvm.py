@@ -1,9 +1,7 @@
-"""LIBSVM files, read strictly; and ways to deal their rows out to clients."""
+"""LIBSVM files; and ways to deal their rows out to clients."""
 
 import lzma
-from collections.abc import Iterator
 from hashlib import sha256
-from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -30,68 +28,34 @@ def load_libsvm(path: Path | str, columns: int | None = None) -> tuple[NDArray[n
     Raises
     ------
     OptionError
-        When the file cannot be read, or a line is malformed: file, line number, what is wrong.
+        When the file cannot be read, or is malformed: file, and what is wrong; or scikit-learn is missing.
     """
-    labels: list[float] = []
-    places: list[tuple[int, int]] = []
-    values: list[float] = []
-    for number, line in _lines(Path(path)):
-        try:
-            label, entries = _parse(line)
-        except ValueError as error:
-            raise OptionError(f"{path}, line {number}: {error}") from None
-        places.extend((len(labels), index - 1) for index, _ in entries)
-        values.extend(value for _, value in entries)
-        labels.append(label)
-    widest = max((column for _, column in places), default=-1) + 1
+    path = Path(path)
+    try:
+        from sklearn.datasets import load_svmlight_file
+    except ImportError:
+        raise OptionError(f"{path}: scikit-learn is not installed; pip install scikit-learn") from None
+    try:
+        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+            found, labels = load_svmlight_file(file, zero_based=False)
+    except (OSError, lzma.LZMAError) as error:
+        raise OptionError(f"{path}: cannot be read ({error}); pass a LIBSVM file, plain or .xz") from None
+    except ValueError as error:
+        raise OptionError(f"{path}: is no LIBSVM file ({error}); indices begin with 1 and ascend") from None
+    widest = 1 + int(found.indices.max(initial=-1))
     if columns is not None and widest > columns:
         raise OptionError(f"{path}: has a feature with index {widest}; at most {columns} are wanted")
-    a = np.zeros((len(labels), columns or widest))
-    if places:
-        rows, entered = np.array(places).T
-        a[rows, entered] = values
-    return a, _signs(path, np.array(labels))
+    if not np.isfinite(found.data).all():
+        raise OptionError(f"{path}: has a NaN or Inf")
+    a = np.zeros((labels.size, columns or widest))
+    a[:, :widest] = found.toarray()[:, :widest]
+    return a, _signs(path, labels)
 
 
 def content_of(a: NDArray[np.float64], labels: NDArray[np.float64]) -> str:
     """Return what a file has in it, however it is named and packed: how much, and a hash of features and labels."""
     digest = sha256(np.ascontiguousarray(a).tobytes() + labels.tobytes()).hexdigest()
     return f"{labels.size} rows of {a.shape[1]}, sha256 {digest[:32]}"
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not empty or comments, with their numbers."""
-    try:
-        with lzma.open(path, "rt", encoding="ascii") if path.suffix == ".xz" else path.open(encoding="ascii") as file:
-            for number, line in enumerate(file, 1):
-                if text := line.partition("#")[0].strip():
-                    yield number, text
-    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise OptionError(f"{path}: cannot be read ({error}); pass a LIBSVM file, plain or .xz") from None
-
-
-def _parse(line: str) -> tuple[float, list[tuple[int, float]]]:
-    label, *fields = line.split()
-    entries, last = [], 0
-    for field in fields:
-        index, colon, value = field.partition(":")
-        if not colon or not index.isdigit():
-            raise ValueError(f"{field!r} is not index:value")
-        if int(index) <= last:
-            raise ValueError(f"index {index} after {last}; indices begin with 1 and ascend")
-        last = int(index)
-        entries.append((last, _finite(value, field)))
-    return _finite(label, label), entries
-
-
-def _finite(text: str, field: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError(f"{field!r} has no number where one belongs") from None
-    if not isfinite(value):
-        raise ValueError(f"{field!r} is not finite")
-    return value
 
 
 def _signs(path: Path | str, labels: NDArray[np.float64]) -> NDArray[np.float64]:

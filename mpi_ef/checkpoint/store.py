@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ef.comm.consensus import agree
+from mpi_ef.comm.consensus import agree, together
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import CheckpointError, OptionError
 
@@ -24,7 +24,6 @@ from .master import FORMAT, VERSION, committed_steps, damaged_steps, rank_name
 from .opened import Checkpoint
 from .pieces import Piece, Room, cut_pieces, pack
 from .rankfile import FileEntry, write_rank_file
-from .together import together
 
 __all__ = ["Pending", "Store"]
 

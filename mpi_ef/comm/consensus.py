@@ -4,15 +4,16 @@ from abc import ABCMeta
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import local
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from mpi_ef.errors import DisagreementError, MpiEfError, OptionError, PeerError
+from mpi_ef.errors import CheckpointError, DisagreementError, MpiEfError, OptionError, PeerError
 
 from .protocol import Comm
 
-__all__ = ["OnAllRanks", "Telling", "agree", "check_not_freed", "ranks_text", "tell_all", "telling"]
+__all__ = ["OnAllRanks", "Telling", "agree", "check_not_freed", "ranks_text", "tell_all", "telling", "together"]
 
 Facts = Mapping[str, object]
+T = TypeVar("T")
 _mine = local()  # how often this rank has told something
 
 
@@ -153,6 +154,28 @@ def agree(
             listed = "; ".join(f"{value} on {ranks_text(ranks)}" for value, ranks in values.items())
             raise DisagreementError(f"{subject}: ranks disagree on {name}: {listed}; {remedy}")
     return [told for _, _, told in answers]
+
+
+def together(comm: Comm, subject: str, action: Callable[[], T], undo: Callable[[], None] = lambda: None) -> list[T]:
+    """Call `action` on all ranks and return what it returned on each, or raise the same error on all. Collective.
+
+    `undo` is called everywhere before the error is raised, when no rank works on its action any more.
+    """
+    try:
+        mine: tuple[Any, str, bool] = (action(), "", False)
+    except Exception as raised:
+        mine = (None, str(raised) or type(raised).__name__, getattr(raised, "damaged", False))
+    answers: list[tuple[Any, str, bool]] = tell_all(comm, subject, mine)
+    failed = [rank for rank, (_, text, _) in enumerate(answers) if text]
+    if not failed:
+        return [value for value, _, _ in answers]
+    undo()
+    text = answers[failed[0]][1]
+    where = ranks_text([rank for rank in failed if answers[rank][1] == text]) if comm.Get_size() > 1 else ""
+    others = f" ({where}; {len(failed)} of {len(answers)} ranks failed)" if where else ""
+    error = CheckpointError(f"{subject}: {text}{others}")
+    error.damaged, error.everywhere = answers[failed[0]][2], True
+    raise error
 
 
 def ranks_text(ranks: list[int] | tuple[int, ...]) -> str:
