@@ -43,8 +43,8 @@ ROOMS = {
                    "numpy torch mpi4py"),
     "jobs.reproduce": ("errors moved comm runtime compress collectives feedback jobs", "numpy"),
     "jobs.report": ("errors moved jobs jobs.train jobs.bench jobs.reproduce", "numpy"),
-    "jobs.doctor": ("__init__ errors moved kernels runtime slurm compress collectives feedback data optim jobs jobs.train",
-                    "numpy torch mpi4py h5py"),
+    "jobs.doctor": ("__init__ errors moved kernels comm runtime slurm compress collectives feedback data optim testing jobs "
+                    "jobs.train", "numpy torch mpi4py h5py"),
 }  # fmt: skip
 
 
