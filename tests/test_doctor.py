@@ -127,8 +127,8 @@ CASES = [
     (mpi, [of(installed=True, problem="no library", launched=True)], {"mpi-missing": "error"}),
     (mpi, [MPI | of(problem="status 134", ended=True)], {"mpi-singleton": "note|MPICH 5.0.2 does not start|134"}),
     (launcher, [{}], {"no-launcher": "note"}),
-    (launcher, [of(launcher=asdict(SRUN), size=4)], {"world": "ok|one world of 4 ranks"}),
-    (launcher, [of(launcher=asdict(SRUN), size=2)], {"world-size": "warning|4 tasks|has 2 ranks"}),
+    (launcher, [asdict(SRUN) | of(size=4)], {"world": "ok|one world of 4 ranks"}),
+    (launcher, [asdict(SRUN) | of(size=2)], {"world-size": "warning|4 tasks|has 2 ranks"}),
     (cores, EACH, {"nodes": "ok|4 ranks on n0", "binding": "ok|1 core of its own"}),
     (cores, spread(EACH, 0, 0, 1, 1), {"nodes": "ok|2 ranks on each of 2 nodes: n0, n1"}),
     (cores, [rank(range(8), omp="2")] * 4, {"binding": "ok|not bound"}),
@@ -247,7 +247,7 @@ def test_every_finding_of_the_table_is_raised_and_none_besides(monkeypatch):
     for some in (SRUN, HYDRA):
         alone = context(launcher=some, mpi=MPI | {"size": 1})
         judged(launcher, launcher.collect(alone))
-        launcher.ended_at_start(alone)
+        launcher.ended_at_start(alone, some)
     for reason in ("no end", "ImportError", "OSError"):
         failure("MPI", "it", reason)
     all_ranks._silent([1], 60.0)
@@ -343,7 +343,7 @@ def test_ranks_that_are_no_world_have_a_remedy(monkeypatch, library, environment
     alone = context(environment or {}, launcher=some, mpi=MPI | {"library": library, "size": 1})
     words += "|--mpi=pmix|--mpi=pmi2|--mpi=cray_shasta"
     agrees(judged(launcher, launcher.collect(alone)), {"lonely-ranks": f"error|{some.tasks} tasks|{words}"})
-    agrees([launcher.ended_at_start(alone)], {"mpi-init": f"error|{words}"})
+    agrees([launcher.ended_at_start(alone, some)], {"mpi-init": f"error|{words}"})
 
 
 @pytest.mark.parametrize(
@@ -506,7 +506,7 @@ def test_a_file_system_is_that_of_the_nearest_mount(tmp_path):
     )
     kinds = [files.file_system(path, mounts) for path in (Path("/"), tmp_path / "a", tmp_path / "a" / "b")]
     assert kinds == ["ext4", "nfs4", "lustre"]
-    assert files.file_system(tmp_path, tmp_path / "absent") == ""
+    assert files.file_system(tmp_path, tmp_path / "absent") == files.UNKNOWN
 
 
 @pytest.mark.parametrize(

@@ -58,14 +58,17 @@ def _entries(topic: str, names: Mapping[str, Any], above: str = "") -> Iterator[
 def finding(
     key: str, ranks: Ranks | Iterable[int] = (), /, *, topic: str = "", severe: bool = True, **values: Any
 ) -> Finding:
-    """Return a finding about some ranks with the texts of the table, in which `values` fill the fields.
+    """Return a finding about some ranks with the texts of the table, whose fields are facts of the first rank, or `values`.
 
     `key` is its name there, with the variant if it has any; `topic` counts where the table has none, and `severe` chooses
     between two levels.
     """
     text = texts()[key]
-    where, about = (ranks.where, ranks.about) if isinstance(ranks, Ranks) else ("", tuple(ranks))
-    what, todo = (some.replace("`", "").format(where=where, **values) for some in (text.what, text.todo))
+    if isinstance(ranks, Ranks):
+        about, values = ranks.about, {**ranks[0].facts, "where": ranks.where, **values}
+    else:
+        about, values = tuple(ranks), {"where": "", **values}
+    what, todo = (some.replace("`", "").format_map(values) for some in (text.what, text.todo))
     return Finding(topic or text.topic, key.partition(".")[0], text.levels[0 if severe else -1], what, todo, about)
 
 

@@ -71,7 +71,7 @@ def _launched(context: Context, launcher: Launcher, report: Report) -> int:
     try:
         context = replace(context, mpi=mpi.facts_of_library())
         if first:
-            message = ExitMessage(report.text([ended_at_start(context)]))
+            message = ExitMessage(report.text([ended_at_start(context, launcher)]))
         context = replace(context, mpi={**context.mpi, **mpi.start()})
     except Exception as error:
         watchdog.leave()

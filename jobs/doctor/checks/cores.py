@@ -73,7 +73,7 @@ def _processor() -> str:
 def judge(ranks: Ranks) -> Iterator[Finding]:
     """Yield how ranks lie on nodes and cores, and how many threads they start; of a process alone only its cores."""
     if not ranks[0]["world"]:
-        yield finding("binding.alone", cores=len(ranks[0]["cores"]), most=ranks[0]["of_node"])
+        yield finding("binding.alone", ranks, cores=len(ranks[0]["cores"]))
         return
     nodes = ranks.by(lambda one: one.node)
     yield from _judge_nodes(nodes)
@@ -89,7 +89,7 @@ def judge(ranks: Ranks) -> Iterator[Finding]:
             yield replace(found, what=f"{found.what} on {listed(names)}", ranks=about)
     few = ranks.which(lambda one: str(one["asked"]).isdigit() and int(one["asked"]) > len(one["cores"]))
     if few:
-        yield finding("few-cores", few, asked=few[0]["asked"], cores=counted(len(few[0]["cores"]), "core"))
+        yield finding("few-cores", few, cores=counted(len(few[0]["cores"]), "core"))
 
 
 def _judge_nodes(nodes: dict[str, Ranks]) -> Iterator[Finding]:
@@ -119,13 +119,13 @@ def _judge_cores(ranks: Ranks) -> Iterator[Finding]:
     if limit is not None and limit < cores - 0.01:
         yield finding("cpu-quota", severe=limit < n, limit=limit, cores=cores)
     if n > of_node:
-        yield finding("oversubscribed", ranks=n, cores=counted(of_node, "core"), most=of_node)
+        yield finding("oversubscribed", ranks=n, cores=counted(of_node, "core"), of_node=of_node)
     elif crowded:
         shared = _cores_text({core for one in crowded for core in one["cores"]})
-        yield finding("binding", ranks=ranks_text(one.rank for one in crowded), cores=shared, most=of_node)
+        yield finding("binding", ranks=ranks_text(one.rank for one in crowded), cores=shared, of_node=of_node)
     elif max(ranks_on.values()) == 1:
         size = counted(sizes[0], "core") if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} cores"
-        yield finding("binding.bound", cores=size, most=of_node)
+        yield finding("binding.bound", cores=size, of_node=of_node)
     else:
         yield finding("binding.free", ranks=n, cores=counted(cores, "core"))
 

@@ -19,17 +19,17 @@ __all__ = ["MB", "NETWORK", "attempt", "collect", "existing", "file_system", "ju
 NETWORK = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "fuse.beegfs", "fhgfs", "ceph", "fuse.ceph", "cifs", "smb3", "afs",
            "9p", "panfs", "wekafs", "orangefs", "pvfs2", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "virtiofs", "dvs",
            "vast")  # fmt: skip
-MB = 1 << 20
+MB, UNKNOWN = 1 << 20, "unknown file system"
 _LEAST_OUT, _FEW_OUT = 64 * MB, 1024 * MB  # below: an error, a warning
 
 
 def file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
-    """Return the type of the file system of `path`, which exists; empty where the system has no list. Local."""
+    """Return the type of the file system of `path`, which exists, in words where the system has no list. Local."""
     try:
         lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return ""
-    best, kind, place = -1, "", path.resolve()
+        return UNKNOWN
+    best, kind, place = -1, UNKNOWN, path.resolve()
     for line in lines:
         before, _, after = line.partition(" - ")
         point = Path(before.split()[4].replace("\\040", " "))
@@ -120,38 +120,27 @@ def _write_hdf5(path: Path) -> None:
 def judge(ranks: Ranks) -> Iterator[Finding]:
     """Yield whether checkpoints can be written."""
     if closed := ranks.which("write"):
-        kind = closed[0]["kind"] or "unknown file system"
-        yield finding("folder", closed, path=closed[0]["path"], kind=kind, reason=closed[0]["write"])
+        yield finding("folder", closed)
         return
     one = ranks[0]
-    path, kind = one["path"], one["kind"] or "unknown file system"
-    elsewhere = Path(one["asked"]).absolute() != Path(path)
-    shown = f"{path} (for {one['asked']})" if elsewhere else path
-    yield finding("folder.ok", path=shown, kind=kind, free=in_bytes(one["free"]))
+    elsewhere = f" (for {one['asked']})" if Path(one["asked"]).absolute() != Path(one["path"]) else ""
+    yield finding("folder.ok", ranks, elsewhere=elsewhere, free=in_bytes(one["free"]))
     least = min(ranks, key=lambda some: int(some["free"]))
     if least["free"] < _FEW_OUT:
-        severe = least["free"] < _LEAST_OUT
-        yield finding("folder-space", severe=severe, free=in_bytes(least["free"]), path=least["path"])
+        yield finding("folder-space", Ranks([least]), severe=least["free"] < _LEAST_OUT, free=in_bytes(least["free"]))
     if least["files_left"] is not None and least["files_left"] < 1000:
-        yield finding("folder-files", count=least["files_left"], path=least["path"])
+        yield finding("folder-files", Ranks([least]))
     for fact, key in (("link", "hard-links"), ("rename", "rename"), ("fsync", "fsync")):
         if unable := ranks.which(fact):
-            kind = one["kind"] or "the file system"
-            yield finding(key, unable, kind=kind, path=path, reason=unable[0][fact])
+            yield finding(key, unable)
     if float(one["fsync_seconds"] or 0) > 2:
-        yield finding("slow-disk", seconds=one["fsync_seconds"], path=path)
-    yield _judge_hdf5(ranks)
+        yield finding("slow-disk", ranks)
+    if failing := ranks.which("hdf5_write"):
+        locks = "lock" in failing[0]["hdf5_write"] or failing[0]["lock"]
+        yield finding("hdf5-lock" if locks else "hdf5", failing)
+    else:
+        used = "although this file system has no locks" if one["lock"] else "with its locks"
+        off = one["locking"].upper() in ("FALSE", "0")
+        yield finding("hdf5.ok", ranks, locks="without locks (HDF5_USE_FILE_LOCKING)" if off else used)
     if one["kind"] in ("tmpfs", "ramfs"):
-        yield finding("folder-in-memory", path=path)
-
-
-def _judge_hdf5(ranks: Ranks) -> Finding:
-    one, failing = ranks[0], ranks.which("hdf5_write")
-    if failing:
-        reason = failing[0]["hdf5_write"]
-        key = "hdf5-lock" if "lock" in reason or failing[0]["lock"] else "hdf5"
-        return finding(key, failing, versions=one["versions"], path=one["path"], reason=reason)
-    locks = "although this file system has no locks" if one["lock"] else "with its locks"
-    if one["locking"].upper() in ("FALSE", "0"):
-        locks = "without locks (HDF5_USE_FILE_LOCKING)"
-    return finding("hdf5.ok", versions=one["versions"], locks=locks)
+        yield finding("folder-in-memory", ranks)

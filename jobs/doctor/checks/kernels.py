@@ -8,7 +8,7 @@ from typing import Any
 
 from mpi_ef.jobs.doctor.checks.files import NETWORK, file_system
 from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, RankFacts, Ranks
+from mpi_ef.jobs.doctor.ranks import Facts, Ranks
 from mpi_ef.jobs.doctor.registry import Context
 
 __all__ = ["collect", "dispatchers", "judge"]
@@ -72,7 +72,8 @@ def judge(ranks: Ranks) -> Iterator[Finding]:
     if wrong := ranks.which(lambda one: not one["right"]):
         yield finding("kernels", wrong)
     if lost := ranks.which(lambda one: not one["path"] or one["write"]):
-        yield finding("cache", lost, reason=_why_lost(lost[0]))
+        reason = f"{lost[0]['path']}: {lost[0]['write']}" if lost[0]["path"] else "no folder can be written"
+        yield finding("cache", lost, reason=reason)
         return
     one = next((some for some in ranks if some["kind"] in NETWORK), ranks[0])
     others = " and others" if len(ranks.by_value("path")) > 1 else ""
@@ -81,11 +82,7 @@ def judge(ranks: Ranks) -> Iterator[Finding]:
         key = "cache-network"
     elif ranks.which("open"):
         key = "cache-open"
-    yield finding(key, place=f"{one['path']}{others} ({one['kind'] or 'unknown file system'})")
+    yield finding(key, place=f"{one['path']}{others} ({one['kind']})")
     cold = ranks.which(lambda some: some["total"] and some["there"] < some["total"])
     if cold and not one["warm_up"]:
-        yield finding("cache-cold", cold, there=cold[0]["there"], total=cold[0]["total"])
-
-
-def _why_lost(one: RankFacts) -> str:
-    return f"{one['path']}: {one['write']}" if one["path"] else "no folder can be written"
+        yield finding("cache-cold", cold)

@@ -5,7 +5,6 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from mpi_ef.jobs.doctor.checks.mpi import name_of
 from mpi_ef.jobs.doctor.finding import Finding, finding
@@ -53,58 +52,45 @@ def collect(context: Context) -> Facts:
     launcher, size = context.launcher, context.mpi.get("size")
     if launcher is None:
         return {}
-    facts = {"launcher": asdict(launcher), "size": size}
-    if size == 1 and launcher.tasks > 1:
-        facts["remedy"] = remedy(launcher, context.mpi, context.environment)
-    return facts
+    lonely = size == 1 and launcher.tasks > 1
+    return {**asdict(launcher), "size": size, "remedy": remedy(context, launcher) if lonely else None}
 
 
 def judge(ranks: Ranks) -> Iterator[Finding]:
     """Yield whether the ranks are one world."""
-    launcher, size = ranks[0]["launcher"], ranks[0]["size"]
-    if launcher is None:
+    tasks, size = ranks[0]["tasks"], ranks[0]["size"]
+    if tasks is None:
         yield finding("no-launcher")
     elif ranks[0]["remedy"]:
         kind, values = ranks[0]["remedy"]
-        tasks, variable = launcher["tasks"], launcher["variable"]
-        yield finding(f"lonely-ranks.{kind}", tasks=tasks, variable=variable, **values)
-    elif size is not None and size != launcher["tasks"]:
-        yield finding(
-            "world-size",
-            launcher=launcher["name"],
-            tasks=launcher["tasks"],
-            variable=launcher["variable"],
-            size=size,
-        )
+        yield finding(f"lonely-ranks.{kind}", ranks, **values)
     elif size is not None:
-        yield finding("world", ranks=counted(size, "rank"), launcher=launcher["name"])
+        yield finding("world" if size == tasks else "world-size", ranks, ranks=counted(size, "rank"))
 
 
-def ended_at_start(context: Context) -> Finding:
+def ended_at_start(context: Context, launcher: Launcher) -> Finding:
     """Return the finding that MPI has ended the tasks when it was started. Local; calls srun."""
-    assert context.launcher is not None  # noqa: S101 - otherwise MPI is not started in this process
-    kind, values = remedy(context.launcher, context.mpi, context.environment)
-    return finding(f"mpi-init.{kind}", **values)
+    kind, values = remedy(context, launcher)
+    return finding(f"mpi-init.{kind}", name=launcher.name, **values)
 
 
-def remedy(launcher: Launcher, mpi: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[str, Facts]:
+def remedy(context: Context, launcher: Launcher) -> tuple[str, Facts]:
     """Return which text says how to start the ranks as one world, and its fields. Local; calls srun."""
-    library = str(mpi.get("library", "unknown"))
-    file = mpi.get("file")
-    values = {"launcher": launcher.name, "library": f"{name_of(mpi) or 'unknown'}, {file or 'file unknown'}"}
+    library, file = context.mpi.get("library", "unknown"), context.mpi.get("file")
+    values = {"library": f"{name_of(context.mpi) or 'unknown'}, {file or 'file unknown'}"}
     if launcher.name != "srun":
         beside = Path(str(file or "/")).parent.parent / "bin" / "mpiexec"
         values["beside"] = str(beside) if beside.exists() else f"that of {library}"
         return "mpiexec", values | {"found": shutil.which("mpiexec") or "not in PATH"}
     offered = offered_by_srun()
-    kinds = wanted(library, offered)[1]
+    kinds = wanted(str(library), offered)[1]
     usable = [kind for kind in kinds if kind in offered]
     best = next(iter((*usable, *kinds)), "")
     advice = f"{library} wants srun --mpi={best}" if best else "try the others of srun --mpi=list"
     if kinds and offered and not usable:
         advice += ", which srun here does not have: start with mpiexec inside of sbatch"
     listed = f"; srun here has: {', '.join(offered)}" if offered else ""
-    return "srun", values | {"advice": advice, "asked": _asked_for(environment), "offered": listed}
+    return "srun", values | {"advice": advice, "asked": _asked_for(context.environment), "offered": listed}
 
 
 def _asked_for(environment: Mapping[str, str]) -> str:

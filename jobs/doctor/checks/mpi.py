@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, RankFacts, Ranks
+from mpi_ef.jobs.doctor.ranks import Facts, Ranks
 from mpi_ef.jobs.doctor.registry import Context
 from mpi_ef.jobs.doctor.watchdog import run_python
 
@@ -133,9 +133,9 @@ def judge(ranks: Ranks) -> Iterator[Finding]:
     if not first["installed"]:
         yield finding("mpi4py-missing")
     elif first["ended"]:
-        yield finding("mpi-singleton", library=name_of(first.facts) or "MPI", reason=first["problem"])
+        yield finding("mpi-singleton", ranks, name=name_of(first.facts) or "MPI")
     elif first["problem"] is not None:
-        yield finding("mpi-missing", severe=first["launched"], reason=first["problem"])
+        yield finding("mpi-missing", ranks, severe=first["launched"])
     else:
         yield from _judge_library(ranks)
 
@@ -153,27 +153,13 @@ def _judge_library(ranks: Ranks) -> Iterator[Finding]:
         groups = (files if len(files) > 1 else kinds).values()
         names = [f"{name_of(some[0].facts)} from {some[0]['file']}{some.where}" for some in groups]
         yield finding("mpi-differs", severe=len(kinds) > 1, libraries="; ".join(names))
-    first = ranks[0]
-    yield finding(
-        "mpi",
-        library=name_of(first.facts),
-        standard=first["standard"],
-        abi=first["abi"],
-        file=first["file"] or "file unknown",
-    )
+    yield finding("mpi", ranks, name=name_of(ranks[0].facts), file=ranks[0]["file"] or "file unknown")
     for some in files.values():
-        yield from _judge_abi(some[0])
+        built, abi = some[0]["built_for"], some[0]["abi"]
+        if "unknown" not in (built, abi) and built not in (abi, "mpiabi"):
+            yield finding("mpi-abi", Ranks(some[:1]))
     lowest = min(int(one["threads"]) for one in ranks)
     level = ("single", "funneled", "serialized", "multiple")[lowest]
-    yield (
-        finding("thread-level.ok", threads=level)
-        if lowest >= 2
-        else finding("thread-level", ranks.which(lambda one: one["threads"] == lowest), threads=level)
-    )
-    yield finding("large-counts.ok" if first["large"] else "large-counts.none", standard=first["standard"])
-
-
-def _judge_abi(one: RankFacts) -> Iterator[Finding]:
-    built, abi = one["built_for"], one["abi"]
-    if "unknown" not in (built, abi) and built not in (abi, "mpiabi"):
-        yield finding("mpi-abi", built_for=built, library=one["library"], abi=abi)
+    low = ranks.which(lambda one: one["threads"] == lowest)
+    yield finding("thread-level", low, level=level) if lowest < 2 else finding("thread-level.ok", level=level)
+    yield finding("large-counts.ok" if ranks[0]["large"] else "large-counts.none", ranks)

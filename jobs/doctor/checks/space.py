@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mpi_ef.jobs.doctor.checks.files import MB, NETWORK, attempt, existing, space_of
 from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, RankFacts, Ranks, counted
+from mpi_ef.jobs.doctor.ranks import Facts, Ranks, counted
 from mpi_ef.jobs.doctor.registry import Context
 from mpi_ef.jobs.metrics import in_bytes
 
@@ -42,26 +42,23 @@ def _write_and_remove(path: Path) -> None:
 def judge(ranks: Ranks) -> Iterator[Finding]:
     """Yield whether there is space for temporary files and shared memory."""
     if closed := ranks.which("tmp_write"):
-        yield finding("tmp", closed, path=closed[0]["tmp_path"], reason=closed[0]["tmp_write"])
+        yield finding("tmp", closed)
     else:
-        least = min(ranks, key=lambda one: int(one["tmp_free"]))
-        yield from _judge_tmp(least, several=len(ranks) > 1)
+        yield from _judge_tmp(Ranks([min(ranks, key=lambda one: int(one["tmp_free"]))]), several=len(ranks) > 1)
     yield _judge_shm(ranks)
     limited = ranks.which(lambda one: one["infiniband"] and one["memory_lock"] not in (-1, resource.RLIM_INFINITY))
     if limited:
         yield finding("memory-lock", limited, limit=in_bytes(limited[0]["memory_lock"]))
 
 
-def _judge_tmp(one: RankFacts, several: bool) -> Iterator[Finding]:
-    path, kind, free = one["tmp_path"], one["tmp_kind"], one["tmp_free"]
-    if free < _LEAST_TMP:
-        yield finding("tmp-space", free=in_bytes(free), path=path, place=f" on {one.node}" if several else "")
-    else:
-        yield finding("tmp.ok", path=path, kind=kind or "unknown", free=in_bytes(free))
-    if kind in NETWORK and several:
-        yield finding("tmp-network", path=path, kind=kind)
+def _judge_tmp(least: Ranks, several: bool) -> Iterator[Finding]:
+    path, free = least[0]["tmp_path"], least[0]["tmp_free"]
+    place = f" on {least[0].node}" if several else ""
+    yield finding("tmp-space" if free < _LEAST_TMP else "tmp.ok", least, free=in_bytes(free), place=place)
+    if least[0]["tmp_kind"] in NETWORK and several:
+        yield finding("tmp-network", least)
     if len(path) > _LONG_PATH:
-        yield finding("tmp-path", length=len(path), path=path)
+        yield finding("tmp-path", least, length=len(path))
 
 
 def _judge_shm(ranks: Ranks) -> Finding:
@@ -72,6 +69,6 @@ def _judge_shm(ranks: Ranks) -> Finding:
     )
     if full:
         reason = f": {full[0]['shm_write']}" if full[0]["shm_write"] else ""
-        here = counted(full[0]["ranks_here"], "rank")
-        return finding("shm", full, free=in_bytes(full[0]["shm_free"]), ranks=here, reason=reason)
+        free, here = in_bytes(full[0]["shm_free"]), counted(full[0]["ranks_here"], "rank")
+        return finding("shm", full, free=free, ranks=here, reason=reason)
     return finding("shm.ok", free=in_bytes(min(int(one["shm_free"]) for one in ranks)))

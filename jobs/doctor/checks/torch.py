@@ -6,7 +6,7 @@ from pathlib import Path
 from time import perf_counter
 
 from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, RankFacts, Ranks, counted
+from mpi_ef.jobs.doctor.ranks import Facts, Ranks, counted
 from mpi_ef.jobs.doctor.registry import Context
 from mpi_ef.jobs.doctor.watchdog import run_python
 
@@ -72,13 +72,16 @@ def judge(ranks: Ranks) -> Iterator[Finding]:
     """Yield which GPUs there are, and how ranks share them."""
     slowest = max(ranks, key=lambda one: float(one["import_seconds"]))
     if slowest["import_seconds"] > _SLOW_IMPORT_SECONDS:
-        yield finding(
-            "slow-import", [slowest.rank], seconds=slowest["import_seconds"], rank=slowest.rank, node=slowest.node
-        )
+        place, seconds = f"rank {slowest.rank} ({slowest.node})", slowest["import_seconds"]
+        yield finding("slow-import", [slowest.rank], seconds=seconds, place=place)
     if ranks.which("available"):
         yield from _judge_gpus(ranks)
     else:
-        yield _no_gpu(ranks[0])
+        hidden = [name for name in _VISIBLE if ranks[0][name] in ("", "-1", "NoDevFiles")]
+        key = "gpu-hidden.empty" if hidden else "gpu-hidden"
+        if not (ranks[0]["built"] and ranks[0]["hardware"]):
+            key = "gpu-torch" if ranks[0]["hardware"] else "gpu.none"
+        yield finding(key, ranks, variable=next(iter(hidden), ""))
 
 
 def _judge_gpus(ranks: Ranks) -> Iterator[Finding]:
@@ -99,11 +102,3 @@ def _gpus_of(ranks: Ranks) -> int:
     choices = {tuple(one[name] for name in _VISIBLE) for one in ranks}
     counts = [int(one["count"]) for one in ranks]
     return max(counts) if len(choices) == 1 else sum(counts)
-
-
-def _no_gpu(one: RankFacts) -> Finding:
-    hidden = [name for name in _VISIBLE if one[name] in ("", "-1", "NoDevFiles")]
-    key = "gpu.none" if not one["hardware"] else "gpu-torch" if not one["built"] else "gpu-hidden"
-    if key == "gpu-hidden" and hidden:
-        return finding("gpu-hidden.empty", version=one["torch"], variable=hidden[0])
-    return finding(key, version=one["torch"])

@@ -59,7 +59,7 @@ def judge(ranks: Ranks) -> Iterator[Finding]:
         yield finding("package-missing", packages=", ".join(missing), arguments=" ".join(missing))
     packages = ", ".join(f"{name} {one[name]}" for name in PACKAGES if one[name])
     same = f"; the same on all {len(ranks)} ranks" if len(ranks) > 1 and not differing else ""
-    yield finding("versions", packages=packages, python=one["python"], program=one["program"], same=same)
+    yield finding("versions", ranks, packages=packages, same=same)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -103,4 +103,4 @@ def judge(ranks: Ranks) -> Iterator[Finding]:
             others=others,
         )
         if again := then.which("compiled"):
-            yield finding("warm-up-again", again, compiled=again[0]["compiled"])
+            yield finding("warm-up-again", again)

@@ -48,7 +48,7 @@ def _mpi_is_started() -> bool:
 def judge(ranks: Ranks) -> Iterator[Finding]:
     """Yield whether workers start."""
     if broken := ranks.which("problem"):
-        yield finding("loader", broken, reason=broken[0]["problem"])
+        yield finding("loader", broken)
     elif started := ranks.which("mpi_in_worker"):
         yield finding("loader.mpi", started)
     else:
