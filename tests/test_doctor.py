@@ -16,6 +16,7 @@ import numpy as np
 import patience
 import pytest
 
+from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.jobs.doctor import all_ranks, registry, watchdog
 from mpi_ef.jobs.doctor import checks as doctor_checks
 from mpi_ef.jobs.doctor import finding as doctor_finding
@@ -260,6 +261,20 @@ def test_the_documentation_is_that_of_the_table():
     """Else: python -m mpi_ef.jobs.doctor.finding > docs/findings.md."""
     assert (ROOT / "docs" / "findings.md").read_text(encoding="utf-8") == documentation()
     assert all(text.todo and text.means for text in doctor_finding.texts().values() if text.levels != ("ok",))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [
+        ([3], "rank 3"),
+        ([1, 0], "ranks 0,1"),
+        ([5, 0, 1, 2], "ranks 0-2,5"),
+        (range(64), "ranks 0-63"),
+        (range(0, 40, 2), "ranks 0,2,4,6,8,10,12,14 and 12 more"),
+    ],
+)
+def test_ranks_are_named_shortly(ranks, text):
+    assert ranks_text(ranks) == text
 
 
 # ---- the page
@@ -698,6 +713,27 @@ def test_messages_that_do_not_arrive_are_kept(monkeypatch):
     facts = link.collect(second)
     assert (facts["links"], facts["arrived"]) == ([], False)
     assert len(pending) == 2
+
+
+@pytest.mark.parametrize(
+    ("second", "everywhere", "names"),
+    [
+        ({"arrived": True, "right": False}, {"arrived"}, ["it", "it"]),
+        ({"failed": "OSError: full"}, set(), ["check-failed", "it"]),
+    ],
+)
+def test_ranks_take_turns_and_learn_what_holds_on_all_of_them(second, everywhere, names):
+    """Rank 0 has the first turn, rank 1 the second; facts of both turns are judged together."""
+    answers, sent, report = [(1, second), (1, {})], [], Report(DoctorConfig())
+    message = lambda tag: SimpleNamespace(recv=answers.pop) if len(answers) + len(sent) == 2 else None  # noqa: E731
+    comm = fake_comm(0, 2, improbe=message)
+    comm.isend = lambda value, rank, tag: sent.append(value) or NEVER
+    places = [Placement(0, "n0"), Placement(1, "n0", 1)]
+    both = context(comm=comm, placements=places, placement=places[0])
+    examination = all_ranks._Examination(both, report, SimpleNamespace(enter=lambda *_: None))
+    taking_turns = check(lambda now: {} if now.turn else {"a": 1, "arrived": True, "right": True}, turns=2)
+    assert examination._step(taking_turns, both) == sent[-1] == everywhere
+    assert [one.name for one in report.findings] == names
 
 
 class Ended(Exception):

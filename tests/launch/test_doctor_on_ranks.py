@@ -26,13 +26,11 @@ def names(ended):
     return {finding["name"]: finding for finding in read(ended)["findings"]}
 
 
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_one_page_from_all_ranks(tmp_path, n):
-    ended = doctor(n, "--out", tmp_path)
+def test_one_page_from_all_ranks(tmp_path):
+    ended = doctor(2, "--out", tmp_path)
     assert ended.status == 0, ended.text
     assert len(ended.lines_with("started by mpiexec")) == 2  # title and finding
     assert len(ended.lines_with("verdict: ")) == 1
-    assert f"one world of {n} rank" in ended.text
     assert all(len(line) <= 100 for line in ended.text.splitlines()), ended.text
     assert len(ended.text.splitlines()) < 60
     assert list(tmp_path.iterdir()) == []
@@ -44,6 +42,8 @@ def test_all_findings_as_json(tmp_path, n):
     assert ended.status == 0, ended.text
     found = names(ended)
     assert read(ended)["ranks"] == n
+    assert f"one world of {n} rank" in found["world"]["what"]
+    assert list(tmp_path.iterdir()) == []
     assert len(read(ended)["nodes"]) == 1
     expected = {"mpi", "thread-level", "large-counts", "world", "nodes", "threads", "gpu", "loader", "cache", "folder",
                 "hdf5", "tmp", "shm", "versions", *(["allreduce"] if n > 1 else [])}  # fmt: skip
