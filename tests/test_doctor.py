@@ -723,7 +723,7 @@ def test_messages_that_do_not_arrive_are_kept(monkeypatch):
     ],
 )
 def test_ranks_take_turns_and_learn_what_holds_on_all_of_them(second, everywhere, names):
-    """Rank 0 has the first turn, rank 1 the second; facts of both turns are judged together."""
+    """Rank 1 has facts of the second turn only; those of both are judged together."""
     answers, sent, report = [(1, second), (1, {})], [], Report(DoctorConfig())
     message = lambda tag: SimpleNamespace(recv=answers.pop) if len(answers) + len(sent) == 2 else None  # noqa: E731
     comm = fake_comm(0, 2, improbe=message)
@@ -731,8 +731,10 @@ def test_ranks_take_turns_and_learn_what_holds_on_all_of_them(second, everywhere
     places = [Placement(0, "n0"), Placement(1, "n0", 1)]
     both = context(comm=comm, placements=places, placement=places[0])
     examination = all_ranks._Examination(both, report, SimpleNamespace(enter=lambda *_: None))
-    taking_turns = check(lambda now: {} if now.turn else {"a": 1, "arrived": True, "right": True}, turns=2)
+    turns = []
+    taking_turns = check(lambda now: turns.append(now.turn) or {"a": 1, "arrived": True, "right": True}, turns=2)
     assert examination._step(taking_turns, both) == sent[-1] == everywhere
+    assert turns == [0, 1]
     assert [one.name for one in report.findings] == names
 
 
@@ -847,14 +849,6 @@ def test_broken_packages_and_a_closed_folder_are_findings():
     broken = [one["what"] for one in json.loads(done.stdout)["findings"] if one["name"] == "check-import"]
     assert done.returncode == 1
     assert [text.split(":")[0] for text in broken] == ["GPU", "workers", "kernels", "folder"]
-
-
-@pytest.mark.slow
-def test_a_closed_folder_gives_status_1():
-    done = doctor("--out", "/proc/self/runs")
-    assert done.returncode == 1
-    assert "nothing can be written to /proc/self" in " ".join(done.stdout.split())
-    assert "put right first what stops a training (folder)" in " ".join(done.stdout.split())
 
 
 def test_wrong_options_are_one_line():

@@ -25,18 +25,9 @@ class Placement:
 class RankFacts:
     """What a check has found on one rank."""
 
-    placement: Placement
+    rank: int
+    node: str
     facts: Mapping[str, Any]
-
-    @property
-    def rank(self) -> int:
-        """Rank in the world."""
-        return self.placement.rank
-
-    @property
-    def node(self) -> str:
-        """Name of its node."""
-        return self.placement.node
 
     def __getitem__(self, name: str) -> Any:
         """Return one fact, None when there is none of that name."""

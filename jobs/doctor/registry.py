@@ -101,8 +101,8 @@ def longest_seconds(seconds: float, checks: Sequence[Check]) -> float:
 
 def judge(check: Check, placements: Iterable[Placement], facts: Iterable[Facts | None]) -> Iterator[Finding]:
     """Yield the findings of a check from the facts of all ranks; also that it was not done on some, or cannot be judged."""
-    pairs = zip(placements, facts, strict=True)
-    ranks = Ranks(RankFacts(where, some) for where, some in pairs if some is not None and check.concerns(where))
+    pairs = [(p, some) for p, some in zip(placements, facts, strict=True) if some is not None and check.concerns(p)]
+    ranks = Ranks(RankFacts(placement.rank, placement.node, some) for placement, some in pairs)
     for reason, failed in ranks.which(lambda one: one[FAILED] is not None).by(lambda one: str(one[FAILED])).items():
         yield failure(check.topic, check.name, reason, failed)
     done = Ranks(ranks.which(lambda one: one[FAILED] is None))

@@ -53,7 +53,7 @@ def collect(context: Context) -> Facts:
     if launcher is None:
         return {}
     lonely = size == 1 and launcher.tasks > 1
-    return {**asdict(launcher), "size": size, "remedy": remedy(context, launcher) if lonely else None}
+    return {**asdict(launcher), "size": size, "remedy": list(remedy(context, launcher)) if lonely else None}
 
 
 def judge(ranks: Ranks) -> Iterator[Finding]:

@@ -46,7 +46,7 @@ def collect(context: Context) -> Facts:
                 complete = complete and "lost_nbytes" not in figures
                 if rank == pair[0]:
                     nodes = [context.placements[member].node for member in pair]
-                    links.append({"kind": kind, "pair": pair, "nodes": nodes, **figures})
+                    links.append({"kind": kind, "pair": list(pair), "nodes": nodes, **figures})
     return {"links": links, "arrived": complete, "devices": fast_devices()}
 
 
