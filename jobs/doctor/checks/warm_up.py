@@ -1,6 +1,7 @@
 """Making all machine code before a training needs it: one rank of a node first, then the others load it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -9,7 +10,7 @@ from mpi_ef.jobs.doctor.finding import Finding, finding
 from mpi_ef.jobs.doctor.ranks import Facts, Ranks
 from mpi_ef.jobs.doctor.registry import Context
 
-__all__ = ["collect", "judge", "run_optimizers", "run_rules"]
+__all__ = ["collect", "judge", "optimizers", "rules"]
 
 _D = 3000  # entries of the vectors: more than one block of every kernel
 
@@ -26,7 +27,7 @@ def collect(context: Context) -> Facts:
     if first != (context.turn == 0):
         return {}
     began, before = perf_counter(), _made()
-    for program in (run_rules, run_optimizers):
+    for program in (*rules(), *optimizers()):
         virtual.results(2, program)
     compiled, loaded = (now - then for now, then in zip(_made(), before, strict=True))
     return {"first": first, "seconds": perf_counter() - began, "compiled": compiled, "loaded": loaded}
@@ -38,42 +39,48 @@ def _made() -> tuple[int, int]:
     return sum(sum(s.cache_misses.values()) for s in stats), sum(sum(s.cache_hits.values()) for s in stats)
 
 
-def run_rules(comm: Any) -> None:
-    """Make steps of the rules with compressors that use different kernels. Collective."""
-    import numpy as np
-
-    from mpi_ef.collectives import plan_for
+def rules() -> Iterator[Callable[[Any], None]]:
+    """Yield collective programs that make steps of the rules, with compressors that use different kernels."""
     from mpi_ef.compress import Compressor, Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
-    from mpi_ef.feedback import ErrorFeedback
 
     top, low = [TopK(0.01), TopK(0.01, values=Quantize("bf16"))], LowRank(2, shapes=((_D // 50, 50),))
     others: list[Compressor] = [RandK(0.01), Sign(), Sign(block=1024), Vote(), Quantize("int8"), low, Identity()]
-    x = np.linspace(-1, 1, _D, dtype=np.float32)
-    for compressor in (*top, *others):
-        for rule in ("ef21", "ef14", "econtrol"):
-            options: dict[str, Any] = {"eta": 0.1} if rule == "econtrol" else {}
-            feedback = ErrorFeedback(rule, plan_for(comm, compressor, _D), **options)
-            for _ in range(2):
-                feedback.step(x)
+    yield from (partial(_run_rules, compressor) for compressor in (*top, *others))
 
 
-def run_optimizers(comm: Any) -> None:
-    """Make steps of all optimizers that ``mpi-ef train`` knows. Collective."""
-    import torch
+def _run_rules(compressor: Any, comm: Any) -> None:
+    import numpy as np
 
+    from mpi_ef.collectives import plan_for
+    from mpi_ef.feedback import ErrorFeedback
+
+    for rule in ("ef21", "ef14", "econtrol"):
+        options: dict[str, Any] = {"eta": 0.1} if rule == "econtrol" else {}
+        feedback = ErrorFeedback(rule, plan_for(comm, compressor, _D), **options)
+        for _ in range(2):
+            feedback.step(np.linspace(-1, 1, _D, dtype=np.float32))
+
+
+def optimizers() -> Iterator[Callable[[Any], None]]:
+    """Yield collective programs that make steps of an optimizer each, of all that ``mpi-ef train`` knows."""
     from mpi_ef.jobs.train.choices import OPTIMIZERS
 
-    for name in OPTIMIZERS:
-        model = torch.nn.Linear(40, 30)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
-        optimizer = _optimizer(name, model, comm)
-        for step in range(8):
-            optimizer.zero_grad()
-            model(torch.full((2, 40), 1.0 + comm.Get_rank() + step)).square().sum().backward()
-            optimizer.step()
-        optimizer.synchronize()
+    yield from (partial(_run_optimizer, name) for name in OPTIMIZERS)
+
+
+def _run_optimizer(name: Any, comm: Any) -> None:
+    import torch
+
+    model = torch.nn.Linear(40, 30)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+    optimizer = _optimizer(name, model, comm)
+    for step in range(8):
+        optimizer.zero_grad()
+        model(torch.full((2, 40), 1.0 + comm.Get_rank() + step)).square().sum().backward()
+        optimizer.step()
+    optimizer.synchronize()
 
 
 def _optimizer(name: Any, model: Any, comm: Any) -> Any:
