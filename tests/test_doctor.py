@@ -801,7 +801,7 @@ LARGE = {"torch", "mpi4py", "mpi4py.MPI", "numba", "numpy", "h5py"}
 def doctor(*arguments, code="", **environment):
     """Run the doctor without a launcher, after some code."""
     program = f"import sys\n{code}\nfrom mpi_ef.jobs.doctor.program import main\n"
-    program += f"assert not {LARGE - {'numpy'}} & {{name for name, module in sys.modules.items() if module}}\n"
+    program += f"assert not {LARGE} & {{name for name, module in sys.modules.items() if module}}\n"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED) or "OMPI_MCA" in name}
     done = subprocess.run(
         [sys.executable, "-c", f"{program}main(sys.argv[1:])", *map(str, arguments)],

@@ -85,13 +85,13 @@ def _launched(context: Context, launcher: Launcher, report: Report) -> int:
     message.cancel()
     if context.mpi["size"] == 1 and launcher.tasks > 1:
         watchdog.leave()
-        return _show_lonely(context, report) if first else 0
+        return _show_singleton_worlds(context, report) if first else 0
     from mpi4py import MPI
 
     return all_ranks.examine(replace(context, comm=MPI.COMM_WORLD), report, watchdog)
 
 
-def _show_lonely(context: Context, report: Report) -> int:
+def _show_singleton_worlds(context: Context, report: Report) -> int:
     """Print that the ranks are no world, and nothing else: all else would hold for one of the copies."""
     [check] = [check for check in checks.CHECKS if check.name == "launcher"]
     report.add(registry.judge(check, context.placements, [check.module.collect(context)]))

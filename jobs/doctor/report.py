@@ -112,7 +112,7 @@ def page(title: str, findings: Sequence[Finding], *, width: int = 100, color: bo
 
 
 def _lines(found: Finding, width: int, color: bool) -> Iterator[str]:
-    # The name leads to the documentation; where all is well nobody looks for it.
+    # The name leads to the documentation, which has none of what is well.
     name = "" if found.level == "ok" else f" [{found.name}]"
     first, *more = wrap(found.what + name, width - _MARGIN, break_long_words=False, break_on_hyphens=False) or [""]
     label = f"{_LABELS[found.level]:<{_MARGIN - 2}}"

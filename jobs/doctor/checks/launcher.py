@@ -52,8 +52,8 @@ def collect(context: Context) -> Facts:
     launcher, size = context.launcher, context.mpi.get("size")
     if launcher is None:
         return {}
-    lonely = size == 1 and launcher.tasks > 1
-    return {**asdict(launcher), "size": size, "remedy": list(remedy(context, launcher)) if lonely else None}
+    singleton = size == 1 and launcher.tasks > 1
+    return {**asdict(launcher), "size": size, "remedy": list(remedy(context, launcher)) if singleton else None}
 
 
 def judge(ranks: Ranks) -> Iterator[Finding]:
