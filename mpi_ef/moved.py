@@ -19,12 +19,15 @@ _JOBS = {
 }
 _RENAMED = {"bench_checkpoint": "checkpoint", "bench_methods": "methods", "bench_report": "table", "data": "datasets",
             "interruptible": "recovery", "page": "html", "trainer": "loop"}  # fmt: skip
-_DOCTOR = "checks files finding kernels link mpi ranks roll space together torch versions world"
+_DOCTOR = {"checks": "registry", "ranks": "checks.cores", "roll": "watchdog", "together": "all_ranks",
+           "world": "checks.launcher", "finding": "finding", "files": "checks.files", "kernels": "checks.kernels",
+           "link": "checks.link", "mpi": "checks.mpi", "space": "checks.space", "torch": "checks.torch",
+           "versions": "checks.versions"}  # fmt: skip
 
 MOVED = {
     **{f"mpi_ef.jobs.{name}": f"mpi_ef.jobs.{folder}.{_RENAMED.get(name, name)}"
        for folder, names in _JOBS.items() for name in names.split()},
-    **{f"mpi_ef.jobs.doctor_{name}": f"mpi_ef.jobs.doctor.{name}" for name in _DOCTOR.split()},
+    **{f"mpi_ef.jobs.doctor_{old}": f"mpi_ef.jobs.doctor.{new}" for old, new in _DOCTOR.items()},
     "mpi_ef.jobs.config": "mpi_ef.jobs.options",
     "mpi_ef.jobs.early": "mpi_ef.runtime.early_signals",
     "mpi_ef.jobs.launch": "mpi_ef.runtime.launch",

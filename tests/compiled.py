@@ -7,7 +7,7 @@ import numpy as np
 from programs import PLANS, RULES, rule_steps
 from virtual import results
 
-from mpi_ef.jobs.doctor.kernels import _optimizers
+from mpi_ef.jobs.doctor.checks.warm_up import optimizers
 
 
 def main() -> None:
@@ -19,8 +19,8 @@ def main() -> None:
             for plan in PLANS:
                 for rule in RULES:
                     results(2, rule_steps(rule, plan, 1001, dtype))
-            for step in _optimizers() if dtype is np.float32 else ():
-                step()
+            for program in optimizers() if dtype is np.float32 else ():
+                results(2, program)
             os._exit(0)
         children.append(child)
     failed = [child for child in children if os.waitpid(child, 0)[1]]

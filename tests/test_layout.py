@@ -45,8 +45,8 @@ ROOMS = {
                    "numpy torch mpi4py"),
     "jobs.reproduce": ("errors moved comm runtime compress collectives feedback jobs", "numpy sklearn"),
     "jobs.report": ("errors moved jobs jobs.train jobs.bench jobs.reproduce", "numpy"),
-    "jobs.doctor": ("__init__ errors moved kernels runtime slurm compress collectives feedback data optim jobs jobs.train",
-                    "numpy torch mpi4py h5py"),
+    "jobs.doctor": ("__init__ errors moved kernels comm runtime slurm compress collectives feedback data optim testing jobs "
+                    "jobs.train", "numpy torch mpi4py h5py"),
 }  # fmt: skip
 
 
@@ -186,9 +186,14 @@ def test_modules_stay_small():
 
 
 def test_packages_are_shipped():
-    """Setuptools ships only what pyproject.toml lists."""
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
-    assert sorted(packages) == sorted(name for name, path in SOURCES.items() if path.name == "__init__.py")
+    """Setuptools ships only what pyproject.toml lists, also of files that are no modules."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert sorted(setuptools["packages"]) == sorted(n for n, path in SOURCES.items() if path.name == "__init__.py")
+    shipped = {path for package, patterns in setuptools["package-data"].items() for pattern in patterns
+               for path in SOURCES[package].parent.glob(pattern)}  # fmt: skip
+    folders = {SOURCES[package].parent for package in setuptools["packages"]}
+    others = {path for folder in folders for path in folder.iterdir() if path.is_file() and path.suffix != ".py"}
+    assert others <= shipped
 
 
 def test_names_from_before_work_with_a_warning():

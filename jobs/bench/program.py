@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mpi_ef.errors import ConfigError, DataError, MpiEfError
 from mpi_ef.jobs.bench.table import Link, Row, combine, plot, table
 from mpi_ef.jobs.folder import replacing
+from mpi_ef.jobs.link_fit import fit_line
 from mpi_ef.jobs.metrics import announcing
 from mpi_ef.jobs.options import option, parse
 from mpi_ef.runtime import launch
@@ -189,10 +190,7 @@ def fit_link(comm: Any) -> Link:
             samples.append(perf_counter() - began)
         times[n] = median(samples)
     comm.Allreduce(MPI.IN_PLACE, times, MPI.MAX)
-    # Relative errors count alike at all sizes: divide every equation by its time.
-    columns = np.stack([np.ones(len(sizes)), np.array(sizes)], axis=1) / times[:, None]
-    (latency, inverse), *_ = np.linalg.lstsq(columns, np.ones(len(sizes)), rcond=None)
-    return Link(max(0.0, float(latency)), 1.0 / max(1e-15, float(inverse)))
+    return Link(*fit_line(sizes, times.tolist()))
 
 
 if __name__ == "__main__":

@@ -1,198 +1,104 @@
-"""What the doctor has found: findings, whom they are about, and the page and the document that show them."""
+"""Findings, and the table of their texts: ``python -m mpi_ef.jobs.doctor.finding`` prints it for the documentation."""
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from textwrap import wrap
-from typing import Any, Literal
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from string import Formatter
+from typing import Any, Literal, get_args
 
-__all__ = [
-    "LEVELS",
-    "TOPICS",
-    "Finding",
-    "Level",
-    "Spot",
-    "Told",
-    "by_value",
-    "document",
-    "nodes_text",
-    "page",
-    "ranks_text",
-    "status_of",
-    "verdict",
-    "who",
-]
+from mpi_ef.jobs.doctor.ranks import Ranks
+
+__all__ = ["LEVELS", "TOPICS", "Finding", "Level", "documentation", "finding", "texts"]
 
 Level = Literal["ok", "note", "warning", "error"]
-LEVELS: tuple[Level, ...] = ("ok", "note", "warning", "error")
+LEVELS: tuple[Level, ...] = get_args(Level)
 TOPICS = ("MPI", "Ranks", "GPU", "Data", "Kernels", "Files", "Network", "Versions")
-
-_WORDS = {"ok": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}
-_COLORS = {"ok": "32", "note": "36", "warning": "33;1", "error": "31;1"}
-_MARGIN = 11
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
-
-    Attributes
-    ----------
-    topic : str
-        One of `TOPICS`.
-    name : str
-        Short and stable: the troubleshooting table of the documentation is sorted by it.
-    level : str
-        "ok"; "note": worth knowing; "warning": makes runs slow or fragile; "error": they fail, or are wrong.
-    what, todo : str
-        One line each: what is, and what to do.
-    ranks : tuple of int
-        Whom it is about; empty for all.
-    """
+    """One thing that was looked at: a line on what is, and a line on what to do."""
 
     topic: str
-    name: str
-    level: Level
+    name: str  # short and stable: the documentation lists findings by it
+    level: Level  # note: worth knowing; warning: makes runs slow or fragile; error: they fail, or are wrong
     what: str
     todo: str = ""
-    ranks: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()  # that it concerns; empty for all
 
 
 @dataclass(frozen=True)
-class Spot:
-    """Where a rank runs.
+class _Text:
+    topic: str
+    levels: tuple[Level, ...]
+    what: str
+    todo: str
+    means: str
 
-    Attributes
-    ----------
-    rank : int
-    node : str
-    local : int
-        Number of the rank on its node.
+
+@cache
+def texts() -> Mapping[str, _Text]:
+    """Return the texts of all findings by name, or by name and variant ("threads.unset"). Local."""
+    table = tomllib.loads(Path(__file__).with_name("findings.toml").read_text(encoding="utf-8"))
+    return {key: text for topic, names in table.items() for key, text in _entries(topic, names)}
+
+
+def _entries(topic: str, names: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, _Text]]:
+    for name, entry in names.items():
+        if isinstance(entry, dict):
+            if "what" in entry:
+                level = entry.get("level", "ok")
+                levels = (level,) if isinstance(level, str) else tuple(level)
+                yield above + name, _Text(topic, levels, entry["what"], entry.get("todo", ""), entry.get("means", ""))
+            yield from _entries(topic, entry, f"{above}{name}.")
+
+
+def finding(
+    key: str, ranks: Ranks | Iterable[int] = (), /, *, topic: str = "", severe: bool = True, **values: Any
+) -> Finding:
+    """Return a finding about some ranks with the texts of the table, whose fields are facts of the first rank, or `values`.
+
+    `key` is its name there, with the variant if it has any; `topic` counts where the table has none, and `severe` chooses
+    between two levels.
     """
-
-    rank: int = 0
-    node: str = "this node"
-    local: int = 0
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a check has found on one rank."""
-
-    spot: Spot
-    facts: Mapping[str, Any]
-
-    @property
-    def rank(self) -> int:
-        """Rank in the world."""
-        return self.spot.rank
-
-    @property
-    def node(self) -> str:
-        """Name of its node."""
-        return self.spot.node
-
-    def __getitem__(self, name: str) -> Any:
-        """Return one fact, None when there is none of that name."""
-        return self.facts.get(name)
+    text = texts()[key]
+    if isinstance(ranks, Ranks):
+        about, values = ranks.about, {**ranks[0].facts, "where": ranks.where, **values}
+    else:
+        about, values = tuple(ranks), {"where": "", **values}
+    what, todo = (some.replace("`", "").format_map(values) for some in (text.what, text.todo))
+    return Finding(topic or text.topic, key.partition(".")[0], text.levels[0 if severe else -1], what, todo, about)
 
 
-def by_value(told: Iterable[Told], name: str) -> dict[str, list[Told]]:
-    """Return who has told which value of a fact, the value as text, most common first."""
-    found: dict[str, list[Told]] = {}
-    for one in told:
-        found.setdefault(str(one[name]), []).append(one)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+_PAGE = """\
+# Findings of `mpi-ef doctor`
+
+Everything that can be wrong, by the name that stands in brackets behind a finding. Words in *italics* stand for what was
+found. Made from `jobs/doctor/findings.toml` by `python -m mpi_ef.jobs.doctor.finding > docs/findings.md`.
+"""
 
 
-def ranks_text(ranks: Iterable[int]) -> str:
-    """Return "rank 3", "ranks 0-2,5", or "ranks 0,2,4,6,8,10 and 12 more"."""
-    ordered = sorted(set(ranks))
-    runs: list[list[int]] = []
-    for rank in ordered:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    shown, rest = runs[:6], sum(len(run) for run in runs[6:])
-    text = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in shown)
-    return f"rank{'s' if len(ordered) > 1 else ''} {text}{f' and {rest} more' if rest else ''}"
+def documentation() -> str:
+    """Return the page of the documentation on all findings that are not well by themselves."""
+    lines = [_PAGE, "| name | level | message | meaning | what to do |", "|---|---|---|---|---|"]
+    for key, text in texts().items():
+        if text.levels != ("ok",):
+            cells = (" or ".join(text.levels), _plain(text.what), text.means, _plain(text.todo))
+            lines.append(f"| `{key.partition('.')[0]}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
-def nodes_text(nodes: Iterable[str]) -> str:
-    """Return "n1", "n1, n2", or "n1, n2, n3 and 5 more"."""
-    names = list(dict.fromkeys(nodes))
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _plain(text: str) -> str:
+    """Return a text with the names of its fields in the place of their values, also within backticks."""
+    shown = ""
+    for literal, field, _, _ in Formatter().parse(text):
+        shown += literal
+        if field and field != "where":
+            shown += field.upper() if shown.count("`") % 2 else f"*{field}*"
+    return shown.replace("|", "\\|")
 
 
-def who(some: Sequence[Told], everybody: Sequence[Told]) -> tuple[str, tuple[int, ...]]:
-    """Return " on rank 1 (n2)", or nothing when all ranks are meant, and the ranks."""
-    ranks = {one.rank for one in some}
-    if ranks == {one.rank for one in everybody}:
-        return "", ()
-    return f" on {ranks_text(ranks)} ({nodes_text(one.node for one in some)})", tuple(sorted(ranks))
-
-
-def status_of(findings: Iterable[Finding]) -> int:
-    """Return the exit status: 1 when there is an error."""
-    return int(any(finding.level == "error" for finding in findings))
-
-
-def verdict(findings: Sequence[Finding]) -> str:
-    """Return the last line of the page."""
-    names = {level: [f.name for f in findings if f.level == level] for level in LEVELS}
-    errors, warnings = (list(dict.fromkeys(names[level])) for level in ("error", "warning"))
-    if errors:
-        return f"{_count(names['error'], 'error')}: put right first what stops a training ({', '.join(errors)})"
-    count = f"{_count(names['warning'], 'warning')} ({', '.join(warnings)})" if warnings else ""
-    if "no-launcher" in names["note"]:
-        return f"{count or 'nothing stands in the way here'}; what lies between ranks was not looked at"
-    return (
-        f"a training works; {count} of what makes it slow or fragile"
-        if count
-        else "nothing stands in the way of a training"
-    )
-
-
-def _count(names: list[str], word: str) -> str:
-    return f"{len(names)} {word}{'s' if len(names) > 1 else ''}"
-
-
-def page(title: str, findings: Sequence[Finding], *, width: int = 100, color: bool = False) -> str:
-    """Return the findings by topic, for people.
-
-    Parameters
-    ----------
-    title : str
-    findings : sequence of Finding
-    width : int
-        Columns of the terminal.
-    color : bool
-        Whether it knows colours.
-    """
-    lines = wrap(title, width)
-    for topic in TOPICS:
-        chosen = [finding for finding in findings if finding.topic == topic]
-        if chosen:
-            lines += ["", topic]
-        for finding in chosen:
-            lines += _lines(finding, width, color)
-    return "\n".join([*lines, "", *wrap(f"verdict: {verdict(findings)}", width)])
-
-
-def _lines(finding: Finding, width: int, color: bool) -> Iterator[str]:
-    # The name leads to the documentation; where all is well nobody looks for it.
-    name = "" if finding.level == "ok" else f" [{finding.name}]"
-    first, *more = wrap(finding.what + name, width - _MARGIN, break_long_words=False, break_on_hyphens=False) or [""]
-    word = f"{_WORDS[finding.level]:<{_MARGIN - 2}}"
-    yield "  " + (f"\x1b[{_COLORS[finding.level]}m{word}\x1b[0m" if color else word) + first
-    yield from (" " * _MARGIN + line for line in more)
-    todo = wrap(finding.todo, width - _MARGIN - 3, break_long_words=False, break_on_hyphens=False)
-    yield from (" " * _MARGIN + ("   " if number else "-> ") + line for number, line in enumerate(todo))
-
-
-def document(findings: Sequence[Finding], **facts: Any) -> str:
-    """Return the findings as a JSON document, for programs."""
-    counts = {level: sum(finding.level == level for finding in findings) for level in LEVELS}
-    rows = [asdict(finding) for finding in findings]
-    return json.dumps(facts | {"verdict": verdict(findings), "counts": counts, "findings": rows}, indent=1)
+if __name__ == "__main__":
+    print(documentation(), end="")

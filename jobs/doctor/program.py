@@ -7,17 +7,19 @@ stops a training.
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from textwrap import wrap
-from typing import Any
 
-from mpi_ef.jobs.doctor import checks, together
-from mpi_ef.jobs.doctor.finding import Finding, Spot, Told
-from mpi_ef.jobs.doctor.mpi import judge_mpi, library_facts, mpi_missing, start, start_in_a_child
-from mpi_ef.jobs.doctor.report import DoctorConfig, Report, width_here
-from mpi_ef.jobs.doctor.roll import FAILED, LastWord, Watch, bounded
-from mpi_ef.jobs.doctor.world import Launcher, ended_at_start, judge_world, launcher_of, lonely
+from mpi_ef.jobs.doctor import all_ranks, checks, registry
+from mpi_ef.jobs.doctor.checks import mpi
+from mpi_ef.jobs.doctor.checks.launcher import ended_at_start, launcher_of
+from mpi_ef.jobs.doctor.finding import Finding
+from mpi_ef.jobs.doctor.ranks import error_text
+from mpi_ef.jobs.doctor.registry import Context, Launcher
+from mpi_ef.jobs.doctor.report import DoctorConfig, Report, columns
+from mpi_ef.jobs.doctor.watchdog import ExitMessage, Watchdog
 from mpi_ef.jobs.options import parse
 
 __all__ = ["main"]
@@ -26,97 +28,87 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> None:
     """Look at everything, print it on one of the ranks, and exit with status 1 when there is an error."""
     config = parse(DoctorConfig, argv, prog="mpi-ef doctor", description=__doc__ or "")
-    launcher = launcher_of(os.environ)
     report = Report(config)
-    sys.exit(_alone(config, report) if launcher is None else _launched(config, report, launcher))
+    context = Context(config, os.environ, report.placements[0], report.placements, launcher=launcher_of(os.environ))
+    sys.exit(_alone(context, report) if context.launcher is None else _launched(context, context.launcher, report))
 
 
-def _alone(config: DoctorConfig, report: Report) -> int:
-    """Look at one process that nobody has launched."""
-    facts = {FAILED: ""} if find_spec("mpi4py") is None else start_in_a_child(config.patience)
-    _tell_of_mpi(report, facts)
-    report.add(judge_world(1, None))
+def _alone(context: Context, report: Report) -> int:
+    """Look at one process that was started without a launcher."""
+    facts = {} if find_spec("mpi4py") is None else mpi.facts_of_process(context.config.patience)
     report.started_by = ", no launcher"
-    return _look_here(config, report)
+    return _look_here(replace(context, mpi=facts), report)
 
 
-def _tell_of_mpi(report: Report, facts: Mapping[str, Any]) -> None:
-    missing = mpi_missing(facts, launched=report.launched)
-    report.add([missing] if missing else judge_mpi([Told(report.spots[0], facts)]))
-
-
-def _look_here(config: DoctorConfig, report: Report) -> int:
-    spot = report.spots[0]
-    found = checks.collect(checks.Asked(spot, os.environ, config.out), 2 * config.patience)
-    report.add(checks.judge([Told(spot, found)], checks.Group(report.spots, config.warmup, launched=False)))
-    if config.warmup:
-        _warm_up_here(report, spot)
+def _look_here(context: Context, report: Report) -> int:
+    """Do the checks of one rank."""
+    patience = context.config.patience
+    found = registry.collect(context, 2 * patience, checks.CHECKS)
+    chosen = checks.CHECKS
+    if context.config.warmup:
+        chosen = [*chosen, checks.WARM_UP]
+        found["warm-up"] = checks.WARM_UP.facts(context, checks.WARM_UP.seconds)
+    for check in chosen:
+        report.add(registry.judge(check, context.placements, [found[check.name]]))
     report.show()
     return report.status
 
 
-def _warm_up_here(report: Report, spot: Spot) -> None:
-    def warm_up() -> dict[str, Any]:
-        from mpi_ef.jobs.doctor import kernels
-
-        return kernels.warm_up()
-
-    told = [Told(spot, bounded(warm_up, together.COMPILING_SECONDS))]
-    report.add(together.judge_warm_up(told, []))
-
-
-def _launched(config: DoctorConfig, report: Report, launcher: Launcher) -> int:
+def _launched(context: Context, launcher: Launcher, report: Report) -> int:
     """Look at all ranks, of which this process is one."""
     report.launched = True
     report.started_by = f", one of {launcher.tasks} tasks of {launcher.name}"
-    first = launcher.rank in (None, 0)  # who speaks as long as nobody knows whether there is a world
-    words = LastWord("")
+    first = launcher.rank in (None, 0)  # which one prints as long as it is not known whether there is a world
+    message = ExitMessage()
 
-    def hangs(what: str) -> None:
-        words.take_back()
+    def show_hanging(call: str) -> None:
+        message.cancel()
         if first:
-            report.hangs(what)
+            report.show_hanging(call)
 
-    watch = Watch(hangs, 0.0 if first else 10.0)
-    watch.enter("the start of MPI (MPI_Init)", config.patience)
+    watchdog = Watchdog(show_hanging, 0.0 if first else 10.0)
+    watchdog.enter("the start of MPI (MPI_Init)", context.config.patience)
     try:
-        facts = library_facts()
+        context = replace(context, mpi=mpi.facts_of_library())
         if first:
-            words = LastWord(report.text([ended_at_start(launcher, facts, os.environ)]))
-        facts |= start()
+            message = ExitMessage(report.text([ended_at_start(context, launcher)]))
+        context = replace(context, mpi={**context.mpi, **mpi.start()})
     except Exception as error:
-        watch.leave()
-        words.take_back()
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if not first:
-            if launcher.first_on_node:  # the others may be fine, and wait in MPI_Init
-                sys.stderr.write(f"mpi-ef doctor: task {launcher.rank} on {platform.node()} has no MPI: {reason}\n")
-            return 0  # the status of the first is that of all; leaving early with another would get it killed
-        _tell_of_mpi(report, {FAILED: reason})
-        return _look_here(config, report)
-    words.take_back()
-    if facts["size"] == 1 and launcher.tasks > 1:
-        watch.leave()
-        return _cry(report, lonely(launcher, facts, os.environ), config) if first else 0
+        watchdog.leave()
+        message.cancel()
+        if first:
+            return _look_here(replace(context, mpi={"problem": error_text(error)}), report)
+        if launcher.first_on_node:  # the others may be fine, and wait in MPI_Init
+            task = f"task {launcher.rank} on {platform.node()}"
+            sys.stderr.write(f"mpi-ef doctor: {task} has no MPI: {error_text(error)}\n")
+        return 0  # the status of the first is that of all; leaving early with another would get it killed
+    message.cancel()
+    if context.mpi["size"] == 1 and launcher.tasks > 1:
+        watchdog.leave()
+        return _show_singleton_worlds(context, report) if first else 0
     from mpi4py import MPI
 
-    return together.examine(MPI.COMM_WORLD, facts, launcher, config, report, watch)
+    return all_ranks.examine(replace(context, comm=MPI.COMM_WORLD), report, watchdog)
 
 
-def _cry(report: Report, finding: Finding, config: DoctorConfig) -> int:
-    """Say that the ranks are no world, and nothing else: all else would be said of one of the copies."""
-    report.add([finding])
-    if config.json:
+def _show_singleton_worlds(context: Context, report: Report) -> int:
+    """Print that the ranks are no world, and nothing else: all else would hold for one of the copies."""
+    [check] = [check for check in checks.CHECKS if check.name == "launcher"]
+    report.add(registry.judge(check, context.placements, [check.module.collect(context)]))
+    if context.config.json:
         report.show()
-        return report.status
-    width = width_here()
+    else:
+        sys.stdout.write(_banner(report.findings[0], columns()))
+        sys.stdout.flush()
+    return report.status
+
+
+def _banner(found: Finding, width: int) -> str:
     bar = "!" * width
     heading = "EVERY TASK IS RANK 0 OF ITS OWN WORLD: THE RANKS DO NOT SEE EACH OTHER"
-    todo = wrap(f"What to do: {finding.todo}", width, break_long_words=False, break_on_hyphens=False)
-    lines = [bar, heading.center(width).rstrip(), bar, *wrap(finding.what, width), "", *todo, bar]
-    sys.stdout.write("\n".join(lines) + "\nverdict: 1 error: put this right first (lonely-ranks)\n")
-    sys.stdout.flush()
-    return report.status
+    todo = wrap(f"What to do: {found.todo}", width, break_long_words=False, break_on_hyphens=False)
+    lines = [bar, heading.center(width).rstrip(), bar, *wrap(found.what, width), "", *todo, bar]
+    return "\n".join(lines) + "\nverdict: 1 error: put this right first (lonely-ranks)\n"
 
 
 if __name__ == "__main__":

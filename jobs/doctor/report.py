@@ -1,20 +1,27 @@
-"""What the doctor was asked, and what it has found."""
+"""Options of the doctor; its findings as a page for terminals and as JSON for programs."""
 
+import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import wrap
+from typing import Any
 
 import mpi_ef
 from mpi_ef.errors import ConfigError
-from mpi_ef.jobs.doctor import checks
-from mpi_ef.jobs.doctor.finding import Finding, Spot, document, page, status_of
+from mpi_ef.jobs.doctor.finding import LEVELS, TOPICS, Finding, finding
+from mpi_ef.jobs.doctor.ranks import Placement, counted
 from mpi_ef.jobs.options import option
 
-__all__ = ["DoctorConfig", "Report", "width_here"]
+__all__ = ["DoctorConfig", "Report", "columns", "document", "page", "verdict"]
+
+_LABELS = {"ok": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}
+_COLORS = {"ok": "32", "note": "36", "warning": "33;1", "error": "31;1"}
+_MARGIN = 11
 
 
 @dataclass(frozen=True)
@@ -32,44 +39,34 @@ class DoctorConfig:
 
 
 class Report:
-    """What is found, and printing it once.
-
-    Parameters
-    ----------
-    config : DoctorConfig
-    """
+    """The findings, which are printed once."""
 
     def __init__(self, config: DoctorConfig) -> None:
         self._json = config.json
         self._shown = False
-        self.spots: Sequence[Spot] = (Spot(node=platform.node()),)
+        self.placements: Sequence[Placement] = (Placement(node=platform.node()),)
         self.findings: list[Finding] = []
         self.started_by, self.launched = "", False
 
     def add(self, findings: Iterable[Finding]) -> None:
-        """Take findings; when finding them breaks, that is one."""
-        try:
-            for finding in findings:
-                self.findings.append(finding)  # one by one: those before an error stay
-        except Exception as error:
-            self.findings.append(checks.failure("MPI", "judgement", f"{type(error).__name__}: {error}"))
+        """Add findings."""
+        self.findings.extend(findings)
 
     @property
     def status(self) -> int:
-        """Exit status."""
-        return status_of(self.findings)
+        """Exit status: 1 when there is an error."""
+        return int(any(found.level == "error" for found in self.findings))
 
     def text(self, findings: Sequence[Finding]) -> str:
         """Return the page with these findings, or the document."""
-        nodes = list(dict.fromkeys(spot.node for spot in self.spots))
+        nodes = list(dict.fromkeys(placement.node for placement in self.placements))
         if self._json:
-            return document(findings, version=mpi_ef.__version__, ranks=len(self.spots), nodes=nodes)
+            return document(findings, version=mpi_ef.__version__, ranks=len(self.placements), nodes=nodes)
         # Some launchers give every rank a terminal, whatever becomes of what it prints.
         color = not self.launched and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        many, some = len(self.spots), len(nodes)
-        where = f"{many} rank{'s' if many > 1 else ''} on {nodes[0] if some == 1 else f'{some} nodes'}"
+        where = f"{counted(len(self.placements), 'rank')} on {nodes[0] if len(nodes) == 1 else f'{len(nodes)} nodes'}"
         title = f"mpi-ef doctor {mpi_ef.__version__}: {where}{self.started_by}"
-        return page(title, findings, width=width_here(), color=color)
+        return page(title, findings, width=columns(), color=color)
 
     def show(self) -> None:
         """Print everything, if that was not done yet."""
@@ -78,24 +75,55 @@ class Report:
             sys.stdout.write(self.text(self.findings) + "\n")  # in one piece: nothing of other ranks gets in between
             sys.stdout.flush()
 
-    def hangs(self, what: str) -> None:
-        """Say that the doctor itself hangs, and print what is known."""
-        self.add(
-            [
-                Finding(
-                    "MPI",
-                    "hangs",
-                    "error",
-                    f"{what} does not come back",
-                    "look at the launcher and at --mpi= (srun --mpi=list), at the network that MPI has chosen "
-                    "(UCX_NET_DEVICES, FI_PROVIDER, OMPI_MCA_btl_tcp_if_include), and at the nodes; mpi-ef doctor "
-                    "--patience S waits longer",
-                )
-            ]
-        )
+    def show_hanging(self, call: str) -> None:
+        """Add that a call of MPI hangs, and print everything."""
+        self.add([finding("hangs", call=call)])
         self.show()
 
 
-def width_here() -> int:
+def columns() -> int:
     """Return how many columns a page has here."""
     return min(120, max(80, shutil.get_terminal_size((100, 24)).columns))
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """Return the last line of the page."""
+    names = {level: [found.name for found in findings if found.level == level] for level in LEVELS}
+    errors, warnings = (", ".join(dict.fromkeys(names[level])) for level in ("error", "warning"))
+    count = f"{counted(len(names['warning']), 'warning')} ({warnings})" if warnings else ""
+    if errors:
+        return f"{counted(len(names['error']), 'error')}: put right first what stops a training ({errors})"
+    if "no-launcher" in names["note"]:
+        return f"{count or 'nothing stands in the way here'}; what lies between ranks was not looked at"
+    if warnings:
+        return f"a training works; {count} of what makes it slow or fragile"
+    return "nothing stands in the way of a training"
+
+
+def page(title: str, findings: Sequence[Finding], *, width: int = 100, color: bool = False) -> str:
+    """Return the findings by topic, for a terminal of so many columns, with or without colours."""
+    lines = wrap(title, width)
+    for topic in TOPICS:
+        chosen = [found for found in findings if found.topic == topic]
+        lines += ["", topic] if chosen else []
+        for found in chosen:
+            lines += _lines(found, width, color)
+    return "\n".join([*lines, "", *wrap(f"verdict: {verdict(findings)}", width)])
+
+
+def _lines(found: Finding, width: int, color: bool) -> Iterator[str]:
+    # The name leads to the documentation, which has none of what is well.
+    name = "" if found.level == "ok" else f" [{found.name}]"
+    first, *more = wrap(found.what + name, width - _MARGIN, break_long_words=False, break_on_hyphens=False) or [""]
+    label = f"{_LABELS[found.level]:<{_MARGIN - 2}}"
+    yield "  " + (f"\x1b[{_COLORS[found.level]}m{label}\x1b[0m" if color else label) + first
+    yield from (" " * _MARGIN + line for line in more)
+    todo = wrap(found.todo, width - _MARGIN - 3, break_long_words=False, break_on_hyphens=False)
+    yield from (" " * _MARGIN + ("   " if number else "-> ") + line for number, line in enumerate(todo))
+
+
+def document(findings: Sequence[Finding], **facts: Any) -> str:
+    """Return the findings as a JSON document."""
+    counts = {level: sum(found.level == level for found in findings) for level in LEVELS}
+    rows = [asdict(found) for found in findings]
+    return json.dumps(facts | {"verdict": verdict(findings), "counts": counts, "findings": rows}, indent=1)

@@ -1,7 +1,7 @@
 """Checking on all ranks, once, that they were given the same things: all raise, none hangs."""
 
 from abc import ABCMeta
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import local
 from typing import Any, NoReturn, TypeVar
@@ -178,8 +178,15 @@ def together(comm: Comm, subject: str, action: Callable[[], T], undo: Callable[[
     raise error
 
 
-def ranks_text(ranks: list[int] | tuple[int, ...]) -> str:
-    """Return "rank 3" or "ranks 0,1,2" ("ranks 0,1,2 and 13 more" when there are many)."""
-    shown = ",".join(map(str, ranks[:8]))
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
+def ranks_text(ranks: Iterable[int]) -> str:
+    """Return "rank 3", "ranks 0,1", "ranks 0-2,5", or "ranks 0,2,4,6,8,10,12,14 and 12 more". Local."""
+    ordered = sorted(set(ranks))
+    runs: list[list[int]] = []
+    for rank in ordered:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    shown = (f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs[:8])
+    more = sum(map(len, runs[8:]))
+    return f"rank{'s' if len(ordered) > 1 else ''} {','.join(shown)}{f' and {more} more' if more else ''}"

@@ -4,12 +4,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from time import monotonic, sleep
 from typing import Any
 
 from mpi_ef.errors import LaunchError, MpiEfError
 
 from .ending import PATIENCE_SECONDS, abort, abort_on_exception, die, keep_status
+from .timeouts import wait_until
 from .world import check_world
 
 __all__ = ["abort", "abort_on_exception", "check_world", "run", "threads_per_rank"]
@@ -39,7 +39,7 @@ def run(program: Callable[[Any], None]) -> None:
             sys.stderr.write(f"mpi-ef: {error}\n")
             sys.stderr.flush()
         # A launcher may kill rank 0 before it has printed, once another rank has left with status 2: leave together.
-        if not _within(leaving.Ibarrier(), PATIENCE_SECONDS):
+        if not wait_until(leaving.Ibarrier().Test, PATIENCE_SECONDS, rest=0.01):
             die(comm, f"mpi-ef: rank {comm.Get_rank()}: {error}", 2)  # not everybody is here after all
         keep_status(2)
         sys.exit(2)
@@ -59,13 +59,3 @@ def threads_per_rank(comm: Any) -> int:
     sharing = sum(node == here and bool(mine & theirs) for node, theirs in comm.allgather((here, mine)))
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdigit() and int(asked) else max(1, len(mine) // sharing)
-
-
-def _within(request: Any, seconds: float) -> bool:
-    """Wait for an MPI request for a limited time and tell whether it is done."""
-    limit = monotonic() + seconds
-    while not request.Test():
-        if monotonic() > limit:
-            return False
-        sleep(0.01)
-    return True

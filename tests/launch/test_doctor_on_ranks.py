@@ -26,13 +26,11 @@ def names(ended):
     return {finding["name"]: finding for finding in read(ended)["findings"]}
 
 
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_one_page_from_all_ranks(tmp_path, n):
-    ended = doctor(n, "--out", tmp_path)
+def test_one_page_from_all_ranks(tmp_path):
+    ended = doctor(2, "--out", tmp_path)
     assert ended.status == 0, ended.text
     assert len(ended.lines_with("started by mpiexec")) == 2  # title and finding
     assert len(ended.lines_with("verdict: ")) == 1
-    assert f"one world of {n} rank" in ended.text
     assert all(len(line) <= 100 for line in ended.text.splitlines()), ended.text
     assert len(ended.text.splitlines()) < 60
     assert list(tmp_path.iterdir()) == []
@@ -44,6 +42,8 @@ def test_all_findings_as_json(tmp_path, n):
     assert ended.status == 0, ended.text
     found = names(ended)
     assert read(ended)["ranks"] == n
+    assert f"one world of {n} rank" in found["world"]["what"]
+    assert list(tmp_path.iterdir()) == []
     assert len(read(ended)["nodes"]) == 1
     expected = {"mpi", "thread-level", "large-counts", "world", "nodes", "threads", "gpu", "loader", "cache", "folder",
                 "hdf5", "tmp", "shm", "versions", *(["allreduce"] if n > 1 else [])}  # fmt: skip
@@ -99,15 +99,10 @@ sys.stdout.write(f"compiled by the training: {late}\\n")
 BROKEN = """
 import os, sys, time
 import mpi_ef.jobs.doctor.program as doctor
-from mpi_ef.jobs.doctor import checks as doctor_checks
-from mpi_ef.jobs.doctor import files as doctor_files
-from mpi_ef.jobs.doctor import link as doctor_link
-from mpi_ef.jobs.doctor import ranks as doctor_ranks
-from mpi_ef.jobs.doctor import together as doctor_together
-from mpi_ef.jobs.doctor import versions as doctor_versions
-from mpi_ef.jobs.doctor.world import launcher_of
-doctor_checks.CHECKS = [check for check in doctor_checks.CHECKS if check.name in ("cores", "versions")]  # the fast ones
-rank = launcher_of(os.environ).rank
+from mpi_ef.jobs.doctor import all_ranks, checks, registry
+from mpi_ef.jobs.doctor.checks import allreduce, cores, launcher, link
+checks.CHECKS = [check for check in checks.CHECKS if check.name in ("cores", "versions")]  # the fast ones
+rank = launcher.launcher_of(os.environ).rank
 if rank == {rank}:
     {fault}
 doctor.main(["--json", "--out", {out!r}, "--patience", "{patience}"])
@@ -130,16 +125,16 @@ NOT_DONE = "not looked at on rank 1 (HOST): ValueError: rank one is broken"
 @pytest.mark.parametrize(
     ("fault", "name", "words"),
     [
-        (raising("doctor_ranks.rank_facts"), "check-failed", f"cores: {NOT_DONE}"),
-        (raising("doctor_link.measure_link"), "link-dead", "between rank 0 (HOST) and rank 1 (HOST) had not arrived"),
-        (raising("doctor_link.data_test"), "check-failed", f"sum: {NOT_DONE}"),
+        (raising("cores.collect"), "check-failed", f"cores: {NOT_DONE}"),
+        (raising("link.collect"), "link-dead", "between rank 0 (HOST) and rank 1 (HOST) had not arrived"),
+        (raising("allreduce.collect"), "check-failed", f"sum: {NOT_DONE}"),
         (
-            "doctor_ranks.rank_facts = lambda *_: time.sleep(1000)",
+            "cores.collect = lambda *_: time.sleep(1000)",
             "check-hangs",
             "cores: not looked at on rank 1 (HOST): no end",
         ),
-        ("doctor.together._place = lambda comm: (time.sleep(1000), 0)", "hangs", "does not come back"),
-        ("doctor_checks.collect = lambda *_: time.sleep(1000)", "silent-ranks", "no answer from rank 1"),
+        ("all_ranks.local_rank = lambda comm: (time.sleep(1000), 0)", "hangs", "does not come back"),
+        ("registry.collect = lambda *_: time.sleep(1000)", "silent-ranks", "no answer from rank 1"),
         ("os.environ['OMP_NUM_THREADS'] = '7'", "threads-differ", "OMP_NUM_THREADS differs between ranks: 1, 7"),
         ("sys.modules['mpi_ef'].__version__ = '0.0.1'", "versions-differ", "ranks have different versions of mpi_ef"),
     ],
@@ -154,7 +149,7 @@ def test_a_broken_rank_hangs_nobody_and_is_named(tmp_path, fault, name, words):
 
 
 def test_a_doctor_that_is_broken_itself_hangs_nobody(tmp_path):
-    ended = broken(tmp_path, 2, "doctor.together._rounds = None", rank=0)
+    ended = broken(tmp_path, 2, "all_ranks.placements_of = None", rank=0)
     assert ended.status != 0
     assert "doctor: not looked at: TypeError" in names(ended)["check-failed"]["what"]
     assert "Traceback" not in ended.text
@@ -162,7 +157,7 @@ def test_a_doctor_that_is_broken_itself_hangs_nobody(tmp_path):
 
 
 def test_a_rank_that_is_killed_ends_the_doctor(tmp_path):
-    ended = broken(tmp_path, 3, "doctor_checks.collect = lambda *_: os.kill(os.getpid(), 9)")
+    ended = broken(tmp_path, 3, "registry.collect = lambda *_: os.kill(os.getpid(), 9)")
     assert ended.status != 0
     assert ended.seconds < patience.limit(60)
 

@@ -1,0 +1,88 @@
+"""The compiled kernels: whether they are right, and where their machine code is kept."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mpi_ef.jobs.doctor.checks.files import NETWORK, file_system
+from mpi_ef.jobs.doctor.finding import Finding, finding
+from mpi_ef.jobs.doctor.ranks import Facts, Ranks
+from mpi_ef.jobs.doctor.registry import Context
+
+__all__ = ["collect", "dispatchers", "judge"]
+
+
+def collect(context: Context) -> Facts:
+    """Run a small kernel, and return where machine code is kept. Local; imports Numba."""
+    import numpy as np
+
+    from mpi_ef import kernels
+
+    finite = [bool(kernels.all_finite(x)) for x in (np.ones(9, np.float32), np.full(9, np.nan, np.float32))]
+    path = str(getattr(getattr(next(dispatchers(), None), "_cache", None), "cache_path", None) or "")
+    facts = {
+        "right": finite == [True, False],
+        "path": path,
+        **_cached(),
+        "nodes": context.nodes,
+        "warm_up": context.config.warmup,
+    }
+    if path:
+        folder = Path(path)
+        status = folder.stat()
+        facts["kind"] = file_system(folder)
+        facts["open"] = status.st_uid not in (os.getuid(), 0) or bool(status.st_mode & 0o002)
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder):
+                facts["write"] = ""
+        except OSError as error:
+            facts["write"] = error.strerror or str(error)
+    return facts
+
+
+def dispatchers() -> Iterator[Any]:
+    """Yield what Python calls of the kernels: compiled functions, some of them through a plain one. Local."""
+    from mpi_ef import kernels
+
+    for kernel in (getattr(kernels, name) for name in kernels.__all__):
+        if hasattr(kernel, "stats"):
+            yield kernel
+        elif hasattr(kernel, "__code__"):
+            called = (kernel.__globals__.get(name) for name in kernel.__code__.co_names)
+            yield from (function for function in called if hasattr(function, "stats"))
+
+
+def _cached() -> dict[str, int]:
+    """Return of how many kernels there is machine code on disk; nothing where Numba's inside looks different."""
+    there = total = 0
+    for kernel in dispatchers():
+        file = getattr(getattr(kernel, "_cache", None), "_cache_file", None)
+        load: Callable[[], Mapping[Any, Any]] | None = getattr(file, "_load_index", None)
+        if load is None:
+            return {}
+        total += 1
+        there += bool(load())
+    return {"there": there, "total": total}
+
+
+def judge(ranks: Ranks) -> Iterator[Finding]:
+    """Yield whether kernels are right, and their machine code is in a good place."""
+    if wrong := ranks.which(lambda one: not one["right"]):
+        yield finding("kernels", wrong)
+    if lost := ranks.which(lambda one: not one["path"] or one["write"]):
+        reason = f"{lost[0]['path']}: {lost[0]['write']}" if lost[0]["path"] else "no folder can be written"
+        yield finding("cache", lost, reason=reason)
+        return
+    one = next((some for some in ranks if some["kind"] in NETWORK), ranks[0])
+    others = " and others" if len(ranks.by_value("path")) > 1 else ""
+    key = "cache.ok"
+    if one["kind"] in NETWORK and one["nodes"] > 1:
+        key = "cache-network"
+    elif ranks.which("open"):
+        key = "cache-open"
+    yield finding(key, place=f"{one['path']}{others} ({one['kind']})")
+    cold = ranks.which(lambda some: some["total"] and some["there"] < some["total"])
+    if cold and not one["warm_up"]:
+        yield finding("cache-cold", cold)

@@ -1,0 +1,46 @@
+"""Whether all nodes see the folders of rank 0."""
+
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mpi_ef.jobs.doctor.finding import Finding, finding
+from mpi_ef.jobs.doctor.ranks import Facts, Ranks, listed
+from mpi_ef.jobs.doctor.registry import Context
+from mpi_ef.runtime.timeouts import wait_until
+
+__all__ = ["collect", "judge", "leave_tokens"]
+
+_SECONDS = 3.0  # a network's file system may take a moment to show a file on another node
+
+
+def leave_tokens(folders: Mapping[str, str | None]) -> dict[str, str]:
+    """Make an empty file with a new name in each folder, for other nodes to find; none where that fails. Local."""
+    tokens = {}
+    for name, folder in folders.items():
+        token = Path(folder or "/", f".mpi-ef-doctor-{uuid.uuid4().hex}")
+        try:
+            if folder:
+                token.touch()
+                tokens[name] = str(token)
+        except OSError:
+            continue  # the check of the folder itself says why
+    return tokens
+
+
+def collect(context: Context) -> Facts:
+    """Return which of the tokens of rank 0 are there. Local."""
+    tokens = {name: Path(token) for name, token in context.tokens.items()}
+    wait_until(lambda: all(token.exists() for token in tokens.values()), _SECONDS, rest=0.2)
+    paths = {f"{name}_path": str(token.parent) for name, token in tokens.items()}
+    return {name: token.exists() for name, token in tokens.items()} | paths
+
+
+def judge(ranks: Ranks) -> Iterator[Finding]:
+    """Yield whether all nodes see the folder of runs."""
+    path = ranks[0]["folder_path"]
+    if blind := ranks.which(lambda one: one["folder"] is False):
+        nodes = listed(one.node for one in blind)
+        yield finding("folder-not-shared", [one.rank for one in blind], path=path, node=ranks[0].node, nodes=nodes)
+    elif path and len(ranks) > 1:
+        yield finding("folder-shared", nodes=len(ranks), path=path)

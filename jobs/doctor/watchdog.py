@@ -1,0 +1,152 @@
+"""Limits for what may hang: checks of a rank, calls of MPI, ranks that do not answer, other processes."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import mpi_ef
+from mpi_ef.comm.consensus import ranks_text
+from mpi_ef.jobs.doctor.ranks import FAILED, Facts, error_text
+from mpi_ef.runtime.timeouts import wait_until
+
+__all__ = ["ExitMessage", "NoAnswerError", "RankPoller", "Watchdog", "run_python", "run_with_timeout"]
+
+_ANSWER, _REPLY = 7101, 7102  # tags
+_REST_SECONDS = 0.002
+
+
+def run_with_timeout(action: Callable[[], Facts], seconds: float) -> Facts:
+    """Return what `action` returns, or why it does not: an error, or no end within a time. Local.
+
+    It runs in a thread, which is left behind when it does not come back: a dead file system would hold it for ever.
+    """
+    results: list[Facts] = []
+
+    def run() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:  # also SystemExit: whatever it is, it is a finding
+            results.append({FAILED: error_text(error)})
+
+    thread = threading.Thread(target=run, daemon=True, name="check")
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else {FAILED: f"no end after {seconds:.0f} s"}
+
+
+def run_python(program: str, seconds: float, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str] | None:
+    """Run a program that may import this mpi_ef in another process; return None when that has no end. Local."""
+    home = str(Path(mpi_ef.__file__).resolve().parents[1])
+    paths = os.pathsep.join(filter(None, [home, environment.get("PYTHONPATH")]))
+    try:
+        return subprocess.run(  # noqa: S603 - this interpreter, and a program of ours
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+            errors="replace",
+            env={**environment, "PYTHONPATH": paths},
+        )
+    except subprocess.TimeoutExpired:
+        return None
+
+
+class NoAnswerError(RuntimeError):
+    """Some ranks, which are in `ranks`, did not answer."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        super().__init__(f"no answer from {ranks_text(ranks)}")
+        self.ranks = ranks
+
+
+class RankPoller:
+    """Messages to rank 0 and back that find the ranks that are missing, which a collective of MPI cannot."""
+
+    def __init__(self, comm: Any) -> None:
+        self._comm, self.rank, self.size = comm, int(comm.Get_rank()), int(comm.Get_size())
+        self._sent: list[Any] = []  # requests, and with them what is under way
+
+    def exchange(self, answer: Any, seconds: float, reply: Callable[[list[Any]], Any]) -> Any:
+        """Send the answers of all ranks to rank 0, and to all ranks the `reply` that it makes of them. Collective.
+
+        Both can be pickled. Raises `NoAnswerError` on rank 0 when others are missing after so many seconds; on others, which
+        wait longer, when rank 0 is.
+        """
+        if self.rank:
+            self._sent.append(self._comm.isend((self.rank, answer), 0, _ANSWER))
+            if not wait_until(lambda: bool(self._comm.iprobe(0, _REPLY)), 2 * seconds + 10, rest=_REST_SECONDS):
+                raise NoAnswerError([0])
+            return self._comm.recv(source=0, tag=_REPLY)
+        answers = {0: answer}
+
+        def complete() -> bool:
+            while (message := self._comm.improbe(tag=_ANSWER)) is not None:
+                rank, theirs = message.recv()
+                answers[rank] = theirs
+            return len(answers) == self.size
+
+        if not wait_until(complete, seconds, rest=_REST_SECONDS):
+            raise NoAnswerError([rank for rank in range(self.size) if rank not in answers])
+        value = reply([answers[rank] for rank in range(self.size)])
+        self._sent += [self._comm.isend(value, rank, _REPLY) for rank in range(1, self.size)]
+        return value
+
+    def sent(self, seconds: float) -> bool:
+        """Tell whether all messages of this rank have left in time. Local."""
+        return wait_until(lambda: all(request.Test() for request in self._sent), seconds, rest=_REST_SECONDS)
+
+
+class ExitMessage:
+    """A text, if any, that another process prints when this one has ended, in whatever way, before :meth:`cancel`."""
+
+    _SHELL = 'read -r line || printf "%s\\n" "$1"'
+
+    def __init__(self, text: str = "") -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        if text:
+            with suppress(OSError):
+                command = ["/bin/sh", "-c", self._SHELL, "sh", text]
+                self._process = subprocess.Popen(command, stdin=subprocess.PIPE)  # noqa: S603 - a shell, a text of ours
+
+    def cancel(self) -> None:
+        """Print nothing."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.communicate(b"cancelled\n")
+
+
+class Watchdog:
+    """Ends this process when a call does not come back, as calls of MPI may, after ``on_timeout(call)``.
+
+    With `grace_seconds` it waits longer than others, of which one is to print before the launcher ends all.
+    """
+
+    def __init__(self, on_timeout: Callable[[str], None], grace_seconds: float = 0.0) -> None:
+        self._on_timeout, self._grace = on_timeout, grace_seconds
+        self._call, self._limit = "", float("inf")
+        threading.Thread(target=self._run, daemon=True, name="watchdog").start()
+
+    def enter(self, call: str, seconds: float) -> None:
+        """Begin a call that may take so long."""
+        self._call, self._limit = call, monotonic() + seconds + self._grace
+
+    def leave(self) -> None:
+        """Watch nothing any more."""
+        self._limit = float("inf")
+
+    def _run(self) -> None:
+        while monotonic() < self._limit:
+            sleep(0.1)
+        try:
+            self._on_timeout(self._call)
+            sys.stdout.flush()
+            sleep(0.5)  # the launcher passes on what was printed
+        finally:
+            os._exit(1)
