@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DataError, MpiEfError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class RunFolder:
         On all ranks: another run writes there, or the folder cannot be made.
     """
 
-    def __init__(self, comm: Any, path: Path, *, job: str = "", restart: int = 0) -> None:
+    def __init__(self, comm: Comm, path: Path, *, job: str = "", restart: int = 0) -> None:
         self._comm, self.path, self._job, self._restart = comm, path, job, restart
         self._lock: FolderLock | None = None
         by_first(self._comm, self.path, self._take)
@@ -173,7 +174,7 @@ class RunFolder:
             self._lock = None
 
 
-def by_first(comm: Any, path: Path, action: Callable[[], object]) -> None:
+def by_first(comm: Comm, path: Path, action: Callable[[], object]) -> None:
     """Let rank 0 do something in a folder; raise on all ranks what it raises. Collective."""
     text = ""
     if comm.Get_rank() == 0:

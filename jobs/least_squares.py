@@ -7,10 +7,10 @@ without feedback would stall.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.jobs.metrics import announcing
 from mpi_ef.jobs.options import option, parse
 from mpi_ef.runtime import launch
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     launch.run(lambda comm: run(comm, config))
 
 
-def run(comm: Any, config: LeastSquaresConfig) -> None:
+def run(comm: Comm, config: LeastSquaresConfig) -> None:
     """Build, solve and check one problem. Collective."""
     from mpi_ef.collectives import allreduce
     from mpi_ef.compress import Identity
@@ -59,7 +59,7 @@ def problem(config: LeastSquaresConfig, rank: int) -> tuple[np.ndarray, np.ndarr
     return a, a @ rng.normal(1.0, 1.0, config.columns) + rng.normal(size=config.rows)
 
 
-def solve(comm: Any, a: np.ndarray, b: np.ndarray, *, ratio: float, steps: int) -> tuple[np.ndarray, int, int]:
+def solve(comm: Comm, a: np.ndarray, b: np.ndarray, *, ratio: float, steps: int) -> tuple[np.ndarray, int, int]:
     """Return x, the same on all ranks, with the bytes that this rank sent and that dense exchanges would send. Collective.
 
     Parameters

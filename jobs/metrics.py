@@ -11,6 +11,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import IO, Any
 
+from mpi_ef.comm.protocol import Comm
+
 __all__ = ["Metrics", "Progress", "announcing", "in_bytes"]
 
 
@@ -134,7 +136,7 @@ def _on_terminal() -> bool:
 
 
 @contextmanager
-def announcing(comm: Any) -> Iterator[None]:
+def announcing(comm: Comm) -> Iterator[None]:
     """Let rank 0 print a line before the first kernel that it compiles inside of the block; none for loaded ones. Local."""
     from mpi_ef.kernels import machine_code
 

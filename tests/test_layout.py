@@ -20,7 +20,7 @@ ROOMS = {
     "workers": ("", "mpi4py"),
     "slurm": ("errors", ""),
     "kernels": ("", "numpy numba llvmlite"),
-    "comm": ("errors", ""),
+    "comm": ("errors", "mpi4py"),  # for types alone
     "ranges": ("errors", ""),
     "statetree": ("errors", "numpy"),
     "runtime": ("errors ranges comm", "numpy mpi4py"),

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import CheckpointError, ConfigError
 from mpi_ef.jobs.folder import by_first, replacing
 from mpi_ef.jobs.metrics import in_bytes
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     launch.run(lambda comm: run(comm, config))
 
 
-def run(comm: Any, config: CheckpointBenchConfig) -> None:
+def run(comm: Comm, config: CheckpointBenchConfig) -> None:
     """Measure, print, write. Collective."""
     result = measure(comm, config)
     if comm.Get_rank() == 0:
@@ -73,7 +74,7 @@ def run(comm: Any, config: CheckpointBenchConfig) -> None:
                 draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(comm: Any, config: CheckpointBenchConfig) -> dict[str, Any]:
+def measure(comm: Comm, config: CheckpointBenchConfig) -> dict[str, Any]:
     """Return all figures as a JSON document; times are those of the slowest rank. Collective."""
     turns = _Turns(comm, config)
     calls: dict[str, Callable[[int], Any]] = {name: getattr(turns, name) for name in NAMES}
@@ -101,7 +102,7 @@ def measure(comm: Any, config: CheckpointBenchConfig) -> dict[str, Any]:
 class _Turns:
     """What is measured: every method but `check` is one entry of the table. Construction is collective."""
 
-    def __init__(self, comm: Any, config: CheckpointBenchConfig) -> None:
+    def __init__(self, comm: Comm, config: CheckpointBenchConfig) -> None:
         from mpi_ef.checkpoint import Store
 
         self.comm, self.folder, self.rank = comm, config.folder, comm.Get_rank()

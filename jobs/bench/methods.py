@@ -8,6 +8,7 @@ import numpy as np
 
 from mpi_ef import kernels
 from mpi_ef.collectives import DenseMean, GatherMean, Plan, TwoPhaseMean
+from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.compress import Quantize, RandK, Sign, TopK, source
 from mpi_ef.feedback import ErrorFeedback
 
@@ -38,7 +39,7 @@ class Method:
     plan: Any = None
 
 
-def methods(comm: Any, d: int, ratio: float) -> Iterator[Method]:
+def methods(comm: MpiComm, d: int, ratio: float) -> Iterator[Method]:
     """Yield everything there is to measure, with buffers for vectors of `d` float32. Collective."""
     yield from _dense(comm, d)
     half = Quantize("bf16")
@@ -52,7 +53,7 @@ def methods(comm: Any, d: int, ratio: float) -> Iterator[Method]:
     yield from _local(d, ratio)
 
 
-def _dense(comm: Any, d: int) -> Iterator[Method]:
+def _dense(comm: MpiComm, d: int) -> Iterator[Method]:
     result = np.ones(d, np.float32)
     plan = DenseMean(comm, d)
     dense_nbytes = plan.traffic.dense_nbytes
@@ -77,7 +78,7 @@ def _step(rule: str, plan: Plan) -> Method:
     return Method(name, "compressed", feedback.step, plan.traffic.sent_nbytes, entry_bits, index_bits, plan)
 
 
-def _alternatives(comm: Any, d: int, ratio: float) -> Iterator[Method]:
+def _alternatives(comm: MpiComm, d: int, ratio: float) -> Iterator[Method]:
     k = TopK(ratio).count(d)
     others = comm.Get_size() - 1
     yield Method("ef21 by torch.topk + Allgather", "alternative", _torch_topk_step(comm, d, k), others * 8 * k, 64, 32)
@@ -86,7 +87,7 @@ def _alternatives(comm: Any, d: int, ratio: float) -> Iterator[Method]:
     )
 
 
-def _torch_topk_step(comm: Any, d: int, k: int) -> Callable[[np.ndarray], Any]:
+def _torch_topk_step(comm: MpiComm, d: int, k: int) -> Callable[[np.ndarray], Any]:
     """Return EF21 as one would write it with torch: int32 indices, float32 values, two allgathers."""
     import torch
 
@@ -108,7 +109,7 @@ def _torch_topk_step(comm: Any, d: int, k: int) -> Callable[[np.ndarray], Any]:
     return step
 
 
-def _packbits_step(comm: Any, d: int) -> Callable[[np.ndarray], Any]:
+def _packbits_step(comm: MpiComm, d: int) -> Callable[[np.ndarray], Any]:
     """Return a step with packed signs and error feedback as one would write it with NumPy: one allgather."""
     size = comm.Get_size()
     error, mean = np.zeros(d, np.float32), np.zeros(d, np.float32)

@@ -13,6 +13,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.errors import ConfigError, DataError, MpiEfError
 from mpi_ef.jobs.bench.table import Link, Row, combine, plot, table
 from mpi_ef.jobs.folder import replacing
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         launch.run(lambda comm: run(comm, config))
 
 
-def run(comm: Any, config: BenchConfig) -> None:
+def run(comm: MpiComm, config: BenchConfig) -> None:
     """Measure, print, write. Collective."""
     with announcing(comm):
         result = measure(comm, config)
@@ -108,7 +109,7 @@ def read(path: Path) -> dict[str, Any]:
     return result
 
 
-def measure(comm: Any, config: BenchConfig) -> dict[str, Any]:
+def measure(comm: MpiComm, config: BenchConfig) -> dict[str, Any]:
     """Return all figures as a JSON document; times are those of the slowest rank. Collective.
 
     Every method is called once in each round, with the same vector in all of a round, after a barrier; the first two
@@ -172,7 +173,7 @@ def touched_bytes(method: "Method", x: "np.ndarray") -> float:
     return touched.nbytes / x.size
 
 
-def fit_link(comm: Any) -> Link:
+def fit_link(comm: MpiComm) -> Link:
     """Return latency and bandwidth between neighbours, all ranks sending at once, by least squares. Collective."""
     import numpy as np
     from mpi4py import MPI

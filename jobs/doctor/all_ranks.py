@@ -4,9 +4,9 @@ import platform
 from dataclasses import replace
 from pathlib import Path
 from time import sleep
-from typing import Any
 
 from mpi_ef.comm.consensus import ranks_text
+from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.jobs.doctor import checks, registry
 from mpi_ef.jobs.doctor.checks.allreduce import MESSAGE_SECONDS
 from mpi_ef.jobs.doctor.checks.mpi import name_of
@@ -60,7 +60,7 @@ class _Examination:
 
     def __init__(self, context: Context, report: Report, watchdog: Watchdog) -> None:
         self.context, self.report, self.watchdog = context, report, watchdog
-        self.poller = RankPoller(context.comm)
+        self.poller = RankPoller(context.world)
         self.tokens: dict[str, str] = {}  # on rank 0
 
     def run(self) -> bool:
@@ -81,7 +81,7 @@ class _Examination:
         """Find out where the ranks are, before anything that takes time: silent ones are named with their node."""
         patience = self.context.config.patience
         self.watchdog.enter("the first call of MPI (MPI_Comm_split_type)", patience)
-        local, leader = local_rank(self.context.comm)
+        local, leader = local_rank(self.context.world)
         self.watchdog.enter("the first messages", 4 * patience)
         placements = self.poller.exchange((platform.node(), local, leader), patience, placements_of)
         self.context = replace(self.context, placements=placements, placement=placements[self.poller.rank])
@@ -129,7 +129,7 @@ class _Examination:
         return agreed
 
 
-def local_rank(comm: Any) -> tuple[int, int]:
+def local_rank(comm: MpiComm) -> tuple[int, int]:
     """Return this rank's number on its node, and the first rank there. Collective."""
     from mpi4py import MPI
 

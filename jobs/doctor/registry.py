@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Protocol
 
+from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.jobs.doctor.finding import Finding, finding
 from mpi_ef.jobs.doctor.ranks import FAILED, Facts, Placement, RankFacts, Ranks, error_text
 from mpi_ef.jobs.doctor.report import DoctorConfig
@@ -36,10 +37,16 @@ class Context:
     placements: Sequence[Placement] = (Placement(),)  # of all ranks
     mpi: Mapping[str, Any] = field(default_factory=dict)  # facts of MPI, which has been started before
     launcher: Launcher | None = None
-    comm: Any = None  # of all ranks; None where they are no world
+    comm: MpiComm | None = None  # of all ranks; None where they are no world
     tokens: Mapping[str, str] = field(default_factory=dict)  # files of rank 0 in folders of checks, by check
     shared_cache: bool = False  # whether all nodes keep machine code in one folder
     turn: int = 0  # of checks that not all ranks do at a time
+
+    @property
+    def world(self) -> MpiComm:
+        """The communicator of all ranks, for checks that run where there is one."""
+        assert self.comm is not None  # noqa: S101
+        return self.comm
 
     @property
     def nodes(self) -> int:

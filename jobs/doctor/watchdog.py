@@ -12,6 +12,7 @@ from typing import Any
 
 import mpi_ef
 from mpi_ef.comm.consensus import ranks_text
+from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.jobs.doctor.ranks import FAILED, Facts, error_text
 from mpi_ef.runtime.timeouts import wait_until
 
@@ -69,7 +70,7 @@ class NoAnswerError(RuntimeError):
 class RankPoller:
     """Messages to rank 0 and back that find the ranks that are missing, which a collective of MPI cannot."""
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: MpiComm) -> None:
         self._comm, self.rank, self.size = comm, int(comm.Get_rank()), int(comm.Get_size())
         self._sent: list[Any] = []  # requests, and with them what is under way
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from mpi_ef.collectives import chunk_bounds
 from mpi_ef.comm.consensus import agree
+from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.compress import Identity, TopK
 from mpi_ef.errors import DataError
 from mpi_ef.feedback.theory import step_size
@@ -31,13 +32,13 @@ __all__ = [
 Curves = dict[str, Curve]
 
 
-def own_clients(comm: Any, n: int) -> range:
+def own_clients(comm: MpiComm, n: int) -> range:
     """Return the clients that this rank carries."""
     bounds, rank = chunk_bounds(n, comm.Get_size()), comm.Get_rank()
     return range(bounds[rank], bounds[rank + 1])
 
 
-def carriers(comm: Any, n: int) -> Any:
+def carriers(comm: MpiComm, n: int) -> Any:
     """Return a communicator for n clients: `comm`, or where it has more ranks than that, each rank by itself. Collective."""
     return comm if n >= comm.Get_size() else comm.Split(comm.Get_rank())
 
@@ -58,7 +59,7 @@ def data_file(folder: Path, name: str) -> Path:
                     "with its folder")  # fmt: skip
 
 
-def logistic_regression(comm: Any, folder: Path, name: str, n: int) -> LogisticRegression:
+def logistic_regression(comm: MpiComm, folder: Path, name: str, n: int) -> LogisticRegression:
     """Return this rank's part of the regression on a LIBSVM file, dealt out to n clients in order. Collective."""
     found = []
 
@@ -81,7 +82,7 @@ POSTER = {
 }
 
 
-def ef21(comm: Any, config: ReproduceConfig) -> Outcome:
+def ef21(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     """Run EF21, EF14, EF21+ and gradient descent on four sets, 20 clients, with the tuned step sizes. Collective."""
     n, curves, data = 20, dict[str, Curves](), dict[str, str]()
     lines = ["set        rule          k  factor  steps   bits sent  as papers count  least ||grad f||^2       last"]
@@ -105,7 +106,7 @@ def ef21(comm: Any, config: ReproduceConfig) -> Outcome:
     return Outcome(rows_of(curves), "\n".join(lines), lambda path: figures.against_bits(curves, path), data)
 
 
-def econtrol(comm: Any, config: ReproduceConfig) -> Outcome:
+def econtrol(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     """Run EControl, EC, EF21, EC-Ideal and naive compression on least squares whose clients disagree by zeta. Collective."""
     n, d, alpha = 10, 100, 0.1
     compressor, x0 = TopK(alpha), np.ones(d)
@@ -125,7 +126,7 @@ def econtrol(comm: Any, config: ReproduceConfig) -> Outcome:
     return Outcome(rows_of(curves), "\n".join(lines), lambda path: figures.against_bits(curves, path))
 
 
-def ideal(comm: Any, problem: Quadratics) -> Quadratics:
+def ideal(comm: MpiComm, problem: Quadratics) -> Quadratics:
     """Return what EC-Ideal sees: gradients less those at the optimum, which in practice nobody knows. Collective."""
     gathered = comm.allgather((problem.scales, problem.shifts))
     scales, shifts = (np.concatenate([part[i] for part in gathered]) for i in range(2))
@@ -153,7 +154,7 @@ def floor(curve: Curve) -> float:
     return float(np.mean(curve.squared_norms[len(curve.squared_norms) // 2 :]))
 
 
-def speedup(comm: Any, config: ReproduceConfig) -> Outcome:
+def speedup(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     """Run stochastic methods on least squares with more and more clients: where does the error stay? Collective."""
     d, alpha, gamma, sigma, zeta, sizes = 100, 0.1, 0.005, 10.0, 10.0, (1, 4, 16, 64)
     methods: dict[str, tuple[str, dict[str, float]]] = {
@@ -176,7 +177,7 @@ def speedup(comm: Any, config: ReproduceConfig) -> Outcome:
     return Outcome(rows_of(panels), "\n".join(lines), lambda path: figures.floors(floors, sizes, path))
 
 
-def stability(comm: Any, config: ReproduceConfig) -> Outcome:
+def stability(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     """Run EControl over its feedback eta and the step size. Collective."""
     n, d, alpha, zeta = 10, 100, 0.1, 10.0
     problem = zeta_quadratics(own_clients(comm, n), n, d, zeta, seed=1)
@@ -195,7 +196,7 @@ def stability(comm: Any, config: ReproduceConfig) -> Outcome:
     return Outcome(rows_of(panels), "\n".join(lines), lambda path: figures.stability(last, etas, factors, path))
 
 
-def counterexample(comm: Any, config: ReproduceConfig) -> Outcome:
+def counterexample(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     """Run EF21-SGD and its remedies on ||x||^2 / 2 in two dimensions with noise that Top-1 mistakes. Collective."""
     points = np.sqrt(0.3) * np.array([[2.0, 0.0], [0.0, 1.0], [-2.0, -1.0]])  # of variance 1
     curves: dict[str, Curves] = {}
@@ -217,7 +218,7 @@ def counterexample(comm: Any, config: ReproduceConfig) -> Outcome:
     return Outcome(rows_of(curves), "\n".join(lines), lambda path: figures.against_steps(curves, path))
 
 
-def participation(comm: Any, config: ReproduceConfig) -> Outcome:
+def participation(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     """Run EF21-PP with fewer and fewer of 20 clients, Top-1, on phishing: the best factor halves with them. Collective."""
     n, panels = 20, dict[str, Curves]()
     lines = ["participation  factor   steps  bits sent  ||grad f||^2"]
@@ -241,7 +242,7 @@ def participation(comm: Any, config: ReproduceConfig) -> Outcome:
     )
 
 
-def bidirectional(comm: Any, config: ReproduceConfig) -> Outcome:
+def bidirectional(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     """Run EF21-BC on phishing: Top-2 up, and less and less down. Collective."""
     n, panels = 20, dict[str, Curves]()
     lines = ["down      steps  bits up   ||grad f||^2"]
@@ -264,7 +265,7 @@ def bidirectional(comm: Any, config: ReproduceConfig) -> Outcome:
     )
 
 
-def weights(comm: Any, config: ReproduceConfig) -> Outcome:
+def weights(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     """Run EF21 and EF21-W with 1000 clients that are smooth to different degrees. Collective."""
     n, d, panels = 1000, 20, dict[str, Curves]()
     alpha, tolerance = 1 / d, 1e-6
@@ -289,7 +290,7 @@ def weights(comm: Any, config: ReproduceConfig) -> Outcome:
     return Outcome(rows_of(panels), "\n".join(lines), lambda path: figures.against_steps(panels, path))
 
 
-def rare(comm: Any, config: ReproduceConfig) -> Outcome:
+def rare(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     """Run EF21 on least squares whose features few clients know, with the step sizes of three analyses. Collective."""
     n, d, panels = 100, 500, dict[str, Curves]()
     lines = ["               step size, EF21 = 1     ||grad f||^2 at the end",

@@ -7,12 +7,13 @@ alone. ``f`` is the mean of all clients' ``f_i``.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ef.collectives import ClientsMean
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Identity
 from mpi_ef.feedback.theory import Smoothness
 
@@ -298,7 +299,7 @@ def soft_threshold(x: Vector, threshold: float) -> Vector:
     return shrunk
 
 
-def smoothness(comm: Any, problem: Problem, clients: int) -> Smoothness:
+def smoothness(comm: Comm, problem: Problem, clients: int) -> Smoothness:
     """Return L and the L_i without gathering data: d products with a vector travel, and n numbers. Collective.
 
     Parameters

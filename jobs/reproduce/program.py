@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DataError
 from mpi_ef.jobs.folder import RunFolder, replacing
 from mpi_ef.jobs.metrics import announcing
@@ -31,7 +32,7 @@ class Experiment:
     function: str
     wants_data: bool = False
 
-    def run(self, comm: Any, config: ReproduceConfig) -> Outcome:
+    def run(self, comm: Comm, config: ReproduceConfig) -> Outcome:
         """Run it. Collective."""
         from mpi_ef.jobs.reproduce import experiments
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     launch.run(lambda comm: run(comm, name, config))
 
 
-def run(comm: Any, name: str, config: ReproduceConfig) -> None:
+def run(comm: Comm, name: str, config: ReproduceConfig) -> None:
     """Run one experiment and let rank 0 write what came out. Collective."""
     folder = RunFolder(comm, config.out / name)
     try:

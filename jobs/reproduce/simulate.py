@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpi_ef.collectives import ClientsMean
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity, TopK
 from mpi_ef.errors import OptionError
 from mpi_ef.feedback import ErrorFeedback
@@ -53,7 +54,7 @@ class Curve:
 
 
 def descend(
-    comm: Any,
+    comm: Comm,
     problem: Problem,
     clients: int,
     rule: str,

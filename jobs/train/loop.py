@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from mpi_ef.collectives import chunk_bounds
 from mpi_ef.comm.consensus import agree
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import ConfigError, DataError, MpiEfError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.jobs.metrics import in_bytes
@@ -53,7 +54,7 @@ class Trainer:
         Those of the other steps, on this rank; up to the last row.
     """
 
-    def __init__(self, comm: Any, config: TrainConfig) -> None:
+    def __init__(self, comm: Comm, config: TrainConfig) -> None:
         self._asked, config = config, config.resolved()
         self.comm, self.config, self.steps, self.epoch = comm, config, 0, 0
         self._earlier_sent = 0  # bytes, by another number of ranks

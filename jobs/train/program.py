@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.jobs.folder import replacing
 from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train.config import PHASES, PROOF, TrainConfig
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.checkpoint_every:
         early_signals.note()
 
-    def program(comm: Any) -> None:
+    def program(comm: MpiComm) -> None:
         if config.on_failure == "shrink":
             ulfm.check()
         import torch
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_flush_denormal(True)  # subnormal gradients, common under plain SGD, take several times as long
         attempts = ulfm.Attempts()
 
-        def attempt(comm: Any, failures: int) -> None:
+        def attempt(comm: MpiComm, failures: int) -> None:
             torch.set_num_threads(launch.threads_per_rank(comm))
             if config.on_failure == "shrink":
                 attempts.begin(comm, failures)
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     launch.run(program)
 
 
-def train(comm: Any, config: TrainConfig, attempts: ulfm.Attempts | None = None) -> dict[str, Any]:
+def train(comm: MpiComm, config: TrainConfig, attempts: ulfm.Attempts | None = None) -> dict[str, Any]:
     """Run one training and return its summary, the same on all ranks but for times. Collective.
 
     Rank 0 prints progress and writes ``metrics.jsonl``, ``metrics.csv``, ``config.toml`` and ``summary.json`` into

@@ -5,6 +5,7 @@ import threading
 from typing import Any
 
 from mpi_ef.checkpoint import Store
+from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.jobs.folder import RunFolder
 from mpi_ef.jobs.train.config import FILES, PROOF
 from mpi_ef.jobs.train.loop import Trainer
@@ -41,7 +42,7 @@ class Interruptible:
         The summary of a run that was finished when this one was to go on with it: there is nothing to do, nor to write.
     """
 
-    def __init__(self, comm: Any, trainer: Trainer, attempts: Attempts) -> None:
+    def __init__(self, comm: MpiComm, trainer: Trainer, attempts: Attempts) -> None:
         self.comm, self.trainer, self.attempts = comm, trainer, attempts
         self.config = config = trainer.config
         self.stopped: str | None = None

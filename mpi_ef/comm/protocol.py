@@ -1,8 +1,13 @@
 """What plans, optimizers, samplers and saves ask of a communicator."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Comm", "Communicator", "Request"]
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+__all__ = ["Comm", "Communicator", "MpiComm", "Request"]
+
+MpiComm: TypeAlias = "Intracomm"  # of programs that need more than a plan does: point to point, splitting, reductions
 
 
 class Request(Protocol):

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import LaunchError, MpiEfError
 
 from .ending import PATIENCE_SECONDS, abort, abort_on_exception, die, keep_status
@@ -47,7 +48,7 @@ def run(program: Callable[[Any], None]) -> None:
         die(comm, f"mpi-ef: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}", 1)
 
 
-def threads_per_rank(comm: Any) -> int:
+def threads_per_rank(comm: Comm) -> int:
     """Return how many threads a rank may use without sharing a core with another rank. Collective.
 
     ``OMP_NUM_THREADS`` when it is set; else this rank's cores divided by the number of ranks that may run on them.

@@ -8,6 +8,7 @@ from time import monotonic, sleep
 from typing import Any, NoReturn
 from uuid import uuid4
 
+from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.errors import LaunchError, MpiEfError
 
 __all__ = ["OPTIONS", "Attempts", "all_are_here", "check", "outlive"]
@@ -39,7 +40,7 @@ class Attempts:
     last: int | None = None
     asked: int = 0
 
-    def begin(self, comm: Any, failures: int) -> None:
+    def begin(self, comm: MpiComm, failures: int) -> None:
         """Agree on all of it: ranks may have come to different places. Collective."""
         self.failures = failures
         self.launch = comm.bcast(self.launch or uuid4().hex)
@@ -63,7 +64,7 @@ def check(environment: Mapping[str, str] = os.environ) -> None:
         raise error
 
 
-def outlive(comm: Any, program: Callable[[Any, int], object]) -> NoReturn:
+def outlive(comm: MpiComm, program: Callable[[Any, int], object]) -> NoReturn:
     """Call ``program(comm, 0)``; when ranks die, again on the others, with the number of failures. Collective.
 
     The program has to bring everything back by itself, from a checkpoint: whatever it had of the old communicator may be in
@@ -105,7 +106,7 @@ def outlive(comm: Any, program: Callable[[Any, int], object]) -> NoReturn:
         _end(comm, "", 0)
 
 
-def all_are_here(comm: Any) -> None:
+def all_are_here(comm: MpiComm) -> None:
     """Raise ``MPI.Exception`` on all ranks unless every one has come here alive. Collective.
 
     What they have received up to here was then sent by the living, and is right.
@@ -113,7 +114,7 @@ def all_are_here(comm: Any) -> None:
     comm.Agree(1)
 
 
-def _some_are_dead(comm: Any) -> bool:
+def _some_are_dead(comm: MpiComm) -> bool:
     """Tell whether MPI knows of a dead rank, or another rank has told of one. Waits for that news a little. Local."""
     from mpi4py import MPI
 
@@ -129,7 +130,7 @@ def _some_are_dead(comm: Any) -> bool:
     return True
 
 
-def _without_the_dead(comm: Any, everyone: Any) -> Any:
+def _without_the_dead(comm: MpiComm, everyone: Any) -> Any:
     """Return a communicator of the survivors, in their old order. Collective over these."""
     from mpi4py import MPI
 
@@ -148,7 +149,7 @@ def _without_the_dead(comm: Any, everyone: Any) -> Any:
     return left
 
 
-def _end(comm: Any, text: str, status: int) -> NoReturn:
+def _end(comm: MpiComm, text: str, status: int) -> NoReturn:
     """End this process once all survivors are here, but without MPI_Finalize; rank 0 says what there is to say."""
     if text and comm.Get_rank() == 0:
         sys.stderr.write(text + "\n")

@@ -3,8 +3,8 @@
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
 
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import LaunchError
 
 __all__ = ["ALONE", "check_alone", "check_world"]
@@ -44,7 +44,7 @@ def check_world(size: int, environment: Mapping[str, str] = os.environ) -> None:
             )
 
 
-def check_alone(comm: Any) -> None:
+def check_alone(comm: Comm) -> None:
     """Do the same for a communicator of one rank where it is the whole world, not for COMM_SELF in a larger one. Local."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and isinstance(comm, mpi.Comm) and comm.Get_size() == 1:

@@ -21,7 +21,7 @@ def collect(context: Context) -> Facts:
     n, rank = len(context.placements), context.placement.rank
     ramp = np.arange(100_000, dtype=np.float64)
     mine, total = ramp + rank, np.zeros_like(ramp)
-    request = context.comm.Iallreduce(mine, total)
+    request = context.world.Iallreduce(mine, total)
     if not wait_until(request.Test, MESSAGE_SECONDS):
         PENDING.append((request, mine, total))
         return {"arrived": False}

@@ -7,6 +7,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.jobs.doctor.checks.allreduce import MESSAGE_SECONDS, PENDING
 from mpi_ef.jobs.doctor.finding import Finding, finding
 from mpi_ef.jobs.doctor.ranks import Facts, Placement, Ranks
@@ -42,7 +43,7 @@ def collect(context: Context) -> Facts:
     for kind, pairs in pairs_of(context.placements):
         for pair in pairs:
             if rank in pair:
-                figures = _exchange(context.comm, pair[pair[0] == rank])
+                figures = _exchange(context.world, pair[pair[0] == rank])
                 complete = complete and "lost_nbytes" not in figures
                 if rank == pair[0]:
                     nodes = [context.placements[member].node for member in pair]
@@ -59,7 +60,7 @@ def fast_devices(system: Path = Path("/sys/class")) -> list[str]:
     return found
 
 
-def _exchange(comm: Any, other: int) -> dict[str, float | int]:
+def _exchange(comm: MpiComm, other: int) -> dict[str, float | int]:
     import numpy as np
 
     send, receive = np.ones(_SIZES[-1], np.uint8), np.ones(_SIZES[-1], np.uint8)

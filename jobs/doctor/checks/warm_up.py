@@ -5,6 +5,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.jobs.doctor.checks.kernels import dispatchers
 from mpi_ef.jobs.doctor.finding import Finding, finding
 from mpi_ef.jobs.doctor.ranks import Facts, Ranks
@@ -48,7 +49,7 @@ def rules() -> Iterator[Callable[[Any], None]]:
     yield from (partial(_run_rules, compressor) for compressor in (*top, *others))
 
 
-def _run_rules(compressor: Any, comm: Any) -> None:
+def _run_rules(compressor: Any, comm: Comm) -> None:
     import numpy as np
 
     from mpi_ef.collectives import plan_for
@@ -68,7 +69,7 @@ def optimizers() -> Iterator[Callable[[Any], None]]:
     yield from (partial(_run_optimizer, name) for name in OPTIMIZERS)
 
 
-def _run_optimizer(name: Any, comm: Any) -> None:
+def _run_optimizer(name: Any, comm: Comm) -> None:
     import torch
 
     model = torch.nn.Linear(40, 30)
@@ -83,7 +84,7 @@ def _run_optimizer(name: Any, comm: Any) -> None:
     optimizer.synchronize()
 
 
-def _optimizer(name: Any, model: Any, comm: Any) -> Any:
+def _optimizer(name: Any, model: Any, comm: Comm) -> Any:
     from mpi_ef.jobs.train.choices import OPTIMIZERS
     from mpi_ef.jobs.train.config import TrainConfig
     from mpi_ef.jobs.train.optimizers import build_optimizer
