@@ -37,7 +37,7 @@ ROOMS = {
     "state": ("errors comm statetree vectors data optim checkpoint", "numpy torch h5py"),
     "testing": ("errors compress collectives feedback", "numpy"),
     "__init__": ("errors moved runtime compress collectives feedback buffers data optim ddp checkpoint state", ""),
-    "jobs": ("__init__ errors kernels runtime slurm compress collectives feedback checkpoint state",
+    "jobs": ("__init__ errors kernels comm runtime slurm compress collectives feedback checkpoint state",
              "numpy matplotlib mpi4py"),
     "jobs.train": ("__init__ errors moved registry kernels comm runtime compress collectives feedback optim checkpoint "
                    "state jobs", "numpy torch sklearn"),

@@ -37,7 +37,7 @@ class Context:
     placements: Sequence[Placement] = (Placement(),)  # of all ranks
     mpi: Mapping[str, Any] = field(default_factory=dict)  # facts of MPI, which has been started before
     launcher: Launcher | None = None
-    comm: MpiComm | None = None  # of all ranks; None where they are no world
+    comm: "MpiComm | None" = None  # of all ranks; None where they are no world
     tokens: Mapping[str, str] = field(default_factory=dict)  # files of rank 0 in folders of checks, by check
     shared_cache: bool = False  # whether all nodes keep machine code in one folder
     turn: int = 0  # of checks that not all ranks do at a time
