@@ -1,5 +1,6 @@
 """Laws of the error-feedback rules, on virtual ranks."""
 
+import copy
 from itertools import pairwise
 
 import numpy as np
@@ -506,3 +507,28 @@ def test_forgetting_is_starting_anew(rule):
             assert same_bits(*(feedback.step(gaussian(rank, D, step=step)).copy() for feedback in (new, used)))
 
     virtual.results(3, program)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "same"), [("ef21", {}, "ef21-sgdm"), ("ef21-sgdm", {"eta": 0.25}, "ef21-sgd2m")]
+)
+def test_momentum_goes_with_any_rule(rule, options, same):
+    """EF21 with momentum is EF21-SGDM, and that with momentum EF21-SGD2M, to the last bit; states go on exactly."""
+
+    def program(comm):
+        plans = [GatherMean(comm, TopK(0.1), D) for _ in range(3)]
+        mine, theirs = ErrorFeedback(rule, plans[0], momentum=0.75, **options), ErrorFeedback(same, plans[1], eta=0.25)
+        for step in range(6):
+            grads = [gaussian(comm.Get_rank(), D, step=step) for _ in range(2)]
+            assert same_bits(mine.step(lazy(grads[0])), theirs.step(grads[1]))
+            if step == 2:
+                saved = copy.deepcopy(mine.state_dict())
+        again = ErrorFeedback(f"{rule}(momentum=0.75)", plans[2], **options)
+        again.load_state_dict(saved)
+        for step in range(3, 6):
+            result = again.step(gaussian(comm.Get_rank(), D, step=step))
+        assert same_bits(result, mine.state.g)
+        with pytest.raises(OptionError, match=r"momentum=1.0 is not in \[0, 1\)"):
+            ErrorFeedback("econtrol", plans[0], eta=0.1, momentum=1.0)
+
+    virtual.results(2, program)

@@ -6,7 +6,7 @@ one function per paper, in the table :data:`RULES`; :class:`ErrorFeedback` puts 
 
 from .error_feedback import ErrorFeedback
 from .state import State, Steps, error, estimate, kept, momentum, replicated, scratch, spare
-from .table import RULES, Rule
+from .table import RULES, Rule, with_momentum
 
 __all__ = ["RULES", "ErrorFeedback", "Rule", "State", "Steps", "error", "estimate", "kept", "momentum", "replicated",
-           "scratch", "spare"]  # fmt: skip
+           "scratch", "spare", "with_momentum"]  # fmt: skip

@@ -14,7 +14,7 @@ from mpi_ef.ranges import whole
 from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Leaf, Stateful, StateTree, attribute
 
 from .state import Steps, form
-from .table import Rule, rule_of
+from .table import Rule, rule_of, with_momentum
 
 __all__ = ["ErrorFeedback"]
 
@@ -32,6 +32,8 @@ class ErrorFeedback(OnAllRanks, Stateful):
     dense_steps : int
         The first steps exchange whole vectors. 1 gives the start with the first gradient: g_i^0 = grad f_i(x^0) for
         EF21, h_i^0 = grad f_i(x^0) for EControl; 0 starts from zero.
+    momentum : float, optional
+        Of any rule, in [0, 1): it exchanges an average of the vectors that it is given, see :func:`with_momentum`.
     eta : float, optional
         Strength of EControl's feedback, in [0, 1]; 0.3 times the contraction constant of the plan by default, which
         must then be at least 1e-4: the worst case of Sign over a long vector is no guide.
@@ -51,6 +53,8 @@ class ErrorFeedback(OnAllRanks, Stateful):
 
         def facts() -> dict[str, object]:
             self.rule, specified = rule_of(rule)
+            if "momentum" in specified | options:
+                self.rule = with_momentum(self.rule)
             whole("ErrorFeedback", 0, "0 starts compressed", dense_steps=dense_steps)
             self.options = self.rule.options_for(plan.alpha, specified | options)
             return {"rule": self.rule.name, "dense_steps": dense_steps, "options": self.options}

@@ -19,12 +19,14 @@ nor what is kept: m, heavy ball's v, MARINA's g.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from mpi_ef.compress import Compressor, Identity, RandK
+from mpi_ef.collectives import Plan
+from mpi_ef.compress import Combination, Compressor, Identity, RandK, lazy
+from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 from mpi_ef.ranges import is_within
 from mpi_ef.registry import specified
@@ -44,9 +46,9 @@ from .momentum import (
     lion,
 )
 from .rules import EControlState, EF14State, EF21State, econtrol, ef14, ef21
-from .state import State, Steps
+from .state import State, Steps, form, momentum, spare
 
-__all__ = ["RULES", "Rule", "rule_of"]
+__all__ = ["RULES", "Rule", "rule_of", "with_momentum"]
 
 Options = dict[str, Any]
 
@@ -138,6 +140,33 @@ RULES: Mapping[str, Rule] = {
         Rule(d_ec_sgd, DECSGDState, lambda _: {"correction": RandK(0.1)}),
     )
 }
+
+
+def with_momentum(rule: Rule) -> Rule:
+    """Return a rule that exchanges an average of what it is given: ``ErrorFeedback(rule, plan, momentum=0.9)`` uses it.
+
+    As EF21-SGDM is EF21 with momentum (Fatkhullin, Tyurin, Richtarik 2023, arXiv 2305.15155), with any rule::
+
+        v_i = momentum v_i + (1 - momentum) grad_i
+        result = one step of the rule with v_i in place of grad_i
+    """
+
+    @dataclass(kw_only=True)
+    class WithMomentum(rule.state):  # type: ignore[name-defined, misc]
+        averaged_i: Vector = momentum()
+        averaged_spare: Vector = spare()
+        momentum: float = 0.9
+
+    def step(s: Any, plan: Plan, grad: Vector | Combination, **inputs: Any) -> Steps:
+        v_i = form(s.momentum * lazy(s.averaged_i) + (1.0 - s.momentum) * lazy(grad), into=s.averaged_spare)
+        result = yield from rule.step(s, plan, v_i, **inputs)
+        s.averaged_i, s.averaged_spare = s.averaged_spare, s.averaged_i
+        return result
+
+    step.__name__ = f"{rule.step.__name__}_with_momentum"
+    within_1: Range = ("[0, 1)", "in [0, 1)", "0.9 is usual")
+    return replace(rule, step=step, state=WithMomentum, options=lambda alpha: rule.options(alpha) | {"momentum": 0.9},
+                   most_terms=2, ranges={**rule.ranges, "momentum": within_1})  # fmt: skip
 
 
 def rule_of(rule: "str | Rule") -> tuple[Rule, Options]:
