@@ -6,6 +6,7 @@ A *plan* is built once (collective: all ranks together, same arguments) and exch
 
 from mpi_ef.comm.protocol import Comm
 
+from .chosen import PlanBuilder, build_plan
 from .clients import ClientsMean
 from .dense import DenseMean
 from .frames import Frames
@@ -25,10 +26,12 @@ __all__ = [
     "Move",
     "Offer",
     "Plan",
+    "PlanBuilder",
     "Traffic",
     "TwoPhaseMean",
     "allgather",
     "allreduce",
+    "build_plan",
     "chunk_bounds",
     "plan_for",
 ]

@@ -1,4 +1,4 @@
-"""For tests of one's own compressors and rules: ranks without MPI, and the laws that those built in obey.
+"""For tests of one's own compressors, rules, plans and optimizers: ranks without MPI, faults, the laws of those built in.
 
 ::
 
@@ -8,8 +8,23 @@
         compressor = MyCompressor(3)
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .compressor_laws import CompressorLaws
+from .faults import FaultyComm
+from .plan_laws import PlanLaws
 from .rule_laws import RuleLaws
 from .virtual import VirtualComm, results, run
 
-__all__ = ["CompressorLaws", "RuleLaws", "VirtualComm", "results", "run"]
+if TYPE_CHECKING:
+    from .optimizer_laws import OptimizerLaws
+
+__all__ = ["CompressorLaws", "FaultyComm", "OptimizerLaws", "PlanLaws", "RuleLaws", "VirtualComm", "results", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "OptimizerLaws":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .optimizer_laws import OptimizerLaws  # which wants torch
+
+    return OptimizerLaws
