@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
-from inspect import Parameter, isabstract, isclass, signature
+from inspect import Parameter, Signature, isabstract, isclass, signature
 from typing import Any
 
 from mpi_ef.errors import OptionError
 
-__all__ = ["Specification", "built", "fitting", "found", "names", "specified"]
+__all__ = ["Specification", "built", "fitting", "found", "names", "options_of", "specified"]
 
 # Where what is built in is listed, and what it is: a class of the module's __all__, or a line in the table of rules.
 _HOMES: Mapping[str, tuple[str, str]] = {
@@ -151,10 +151,7 @@ def fitting(what: Specification, text: str, *given: Any, **settings: Any) -> Spe
     """Return a specification; raise `OptionError` unless :func:`built` could call it so. Local."""
     if not callable(what.thing):
         raise OptionError(f"{text!r}: {what.name} is a {type(what.thing).__name__}, which cannot be built")
-    form = signature(what.thing)
-    if isclass(what.thing):  # not that of a metaclass
-        form = signature(what.thing.__init__)
-        form = form.replace(parameters=[*form.parameters.values()][1:])
+    form = _form(what.thing)
     taken = form.parameters
     theirs = [name for name in [*taken][len(given) :] if name not in settings]  # what is the caller's is no option
     free = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in taken.values())
@@ -168,6 +165,18 @@ def fitting(what: Specification, text: str, *given: Any, **settings: Any) -> Spe
     except TypeError as error:
         raise OptionError(f"{text!r}: {what.name}: {error}") from None
     return what
+
+
+def options_of(what: Specification) -> list[str]:
+    """Return the names of the parameters of what a text specifies, in their order. Local."""
+    return [*_form(what.thing).parameters] if callable(what.thing) else []
+
+
+def _form(thing: Any) -> Signature:
+    if not isclass(thing):
+        return signature(thing)
+    form = signature(thing.__init__)  # not that of a metaclass
+    return form.replace(parameters=[*form.parameters.values()][1:])
 
 
 def _arguments(call: ast.Call, text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

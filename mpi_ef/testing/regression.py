@@ -115,7 +115,10 @@ class Run:
     met: list[bool]
     shared: list[dict[str, Any]]
     losses: list[float]
-    optimizer: FlatOptimizer
+    optimizer: Any
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"optimizer": None}  # which stays where it is
 
 
 def trained(
