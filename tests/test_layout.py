@@ -27,6 +27,7 @@ ROOMS = {
     "collectives": ("errors kernels comm runtime compress registry", "numpy mpi4py"),
     "feedback": ("errors kernels comm compress collectives registry", "numpy"),
     "vectors": ("errors comm compress", "numpy torch"),
+    "reference": ("", "numpy torch"),
     "buffers": ("errors comm", "numpy torch"),
     "data": ("errors comm", "numpy torch"),
     "optim": ("errors kernels comm compress collectives feedback vectors buffers", "numpy torch"),
