@@ -139,7 +139,8 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, f: Field[Any], kind: A
     elif choices := _choices(f, kind):
         settings["choices"] = choices
     elif f.metadata["others"]:
-        settings["metavar"] = f"{{{','.join(f.metadata['choices'])}}} | {f.metadata['others']}"
+        known = f"{{{','.join(f.metadata['choices'])}}}"
+        settings["metavar"] = " | ".join([known] * bool(f.metadata["choices"]) + [f.metadata["others"]])
     else:
         settings |= {"type": kind, "metavar": kind.__name__.upper()}
     parser.add_argument("--" + name.replace("_", "-"), **settings)

@@ -2,11 +2,12 @@
 
 A *specification* is a text that says which and how, as one would write it in Python, and as objects print themselves::
 
-    TopK(0.01, values=Quantize('bf16'))      econtrol(eta=0.1)      my_package.things:MyCompressor(3)
+    TopK(0.01, values=Quantize('bf16'))      econtrol(eta=0.1)      OneBitAdam(freeze_step=130)      my_module:MyThing(3)
 
 Names are looked up among what is built in, then in the entry points of installed packages (groups ``mpi_ef.compressors``,
-``mpi_ef.rules``, ``mpi_ef.plans``, ``mpi_ef.optimizers``); ``module:name`` imports. Arguments are numbers, texts, True,
-False, None, lists and tuples of these, and specifications of compressors: nothing is evaluated.
+``mpi_ef.rules``, ``mpi_ef.plans``, ``mpi_ef.optimizers``, ``mpi_ef.models``); ``module:name`` imports. Arguments are
+numbers, texts, True, False, None, lists and tuples of these, and specifications of compressors, there with a dot,
+``my_module.MyCompressor(3)``: nothing is evaluated.
 """
 
 import ast
@@ -16,12 +17,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
-from inspect import Parameter, isclass, signature
+from inspect import Parameter, Signature, isabstract, isclass, signature
 from typing import Any
 
 from mpi_ef.errors import OptionError
 
-__all__ = ["Specification", "built", "found", "names", "specified"]
+__all__ = ["Specification", "built", "fitting", "found", "names", "options_of", "specified"]
 
 # Where what is built in is listed, and what it is: a class of the module's __all__, or a line in the table of rules.
 _HOMES: Mapping[str, tuple[str, str]] = {
@@ -29,6 +30,7 @@ _HOMES: Mapping[str, tuple[str, str]] = {
     "plan": ("mpi_ef.collectives", "Plan"),
     "rule": ("mpi_ef.feedback", ""),
     "optimizer": ("mpi_ef.optim", "FlatOptimizer"),
+    "model": ("", ""),  # those of mpi-ef train are no functions of a configuration
 }
 _FORM = re.compile(r"\s*([A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?(?:-\w+)*)\s*(\(.*\))?\s*", re.DOTALL)
 
@@ -54,12 +56,15 @@ class Specification:
 
 def _built_in(kind: str) -> Mapping[str, Any]:
     module, base = _HOMES[kind]
+    if not module:
+        return {}
     home = import_module(module)
     if not base:
         rules: Mapping[str, Any] = home.RULES
         return rules
     classes = {name: getattr(home, name) for name in home.__all__ if isclass(getattr(home, name))}
-    return {name: c for name, c in classes.items() if base in [parent.__name__ for parent in c.__mro__[1:]]}
+    parents = {name: [parent.__name__ for parent in c.__mro__[1:]] for name, c in classes.items()}
+    return {name: c for name, c in classes.items() if base in parents[name] and not isabstract(c)}
 
 
 def names(kind: str) -> list[str]:
@@ -67,7 +72,7 @@ def names(kind: str) -> list[str]:
 
     Parameters
     ----------
-    kind : {"compressor", "rule", "plan", "optimizer"}
+    kind : {"compressor", "rule", "plan", "optimizer", "model"}
     """
     return sorted({*_built_in(kind), *(point.name for point in entry_points(group=f"mpi_ef.{kind}s"))})
 
@@ -92,7 +97,9 @@ def found(kind: str, name: str) -> Any:
         raise OptionError(f"{kind} {name!r} cannot be loaded: {error}") from error
     lower = {known.lower(): known for known in names(kind)}
     close = get_close_matches(name.lower(), lower, n=1)
-    hint = f"did you mean {lower[close[0]]}?" if close else f"take one of {', '.join(names(kind))}, or module:name"
+    listed = ", ".join(names(kind))
+    hint = f"did you mean {lower[close[0]]}?" if close else f"take one of {listed}, or module:name" if listed else \
+        "write module:name"  # fmt: skip
     raise OptionError(f"there is no {kind} {name!r}; {hint}")
 
 
@@ -120,31 +127,56 @@ def specified(kind: str, text: str) -> Specification:
     return Specification(name, found(kind, name), arguments, options)
 
 
-def built(kind: str, text: str) -> Any:
+def built(kind: str, text: str, *given: Any, **settings: Any) -> Any:
     """Return the compressor that a text specifies; of another kind, what calling the name with the arguments returns. Local.
+
+    Parameters
+    ----------
+    kind, text : str
+    *given
+        Arguments before those of the text.
+    **settings
+        Options besides those of the text, which must not be among them.
 
     Raises
     ------
     OptionError
         As :func:`specified`; or the arguments do not fit, with the nearest name of an option.
     """
-    what = specified(kind, text)
-    return _called(what, text)
+    what = fitting(specified(kind, text), text, *given, **settings)
+    return what.thing(*given, *what.arguments, **what.options, **settings)
 
 
-def _called(what: Specification, text: str) -> Any:
-    taken = signature(what.thing).parameters
+def fitting(what: Specification, text: str, *given: Any, **settings: Any) -> Specification:
+    """Return a specification; raise `OptionError` unless :func:`built` could call it so. Local."""
+    if not callable(what.thing):
+        raise OptionError(f"{text!r}: {what.name} is a {type(what.thing).__name__}, which cannot be built")
+    form = _form(what.thing)
+    taken = form.parameters
+    theirs = [name for name in [*taken][len(given) :] if name not in settings]  # what is the caller's is no option
     free = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in taken.values())
     for option in what.options:
-        if option not in taken and not free:
-            close = get_close_matches(option, taken, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(taken) or 'none'}"
+        if option not in theirs and not (free and option not in taken):
+            close = get_close_matches(option, theirs, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(theirs) or 'none'}"
             raise OptionError(f"{text!r}: {what.name} has no option {option}; {hint}")
     try:
-        signature(what.thing).bind(*what.arguments, **what.options)
+        form.bind(*given, *what.arguments, **what.options, **settings)
     except TypeError as error:
         raise OptionError(f"{text!r}: {what.name}: {error}") from None
-    return what.thing(*what.arguments, **what.options)
+    return what
+
+
+def options_of(what: Specification) -> list[str]:
+    """Return the names of the parameters of what a text specifies, in their order. Local."""
+    return [*_form(what.thing).parameters] if callable(what.thing) else []
+
+
+def _form(thing: Any) -> Signature:
+    if not isclass(thing):
+        return signature(thing)
+    form = signature(thing.__init__)  # not that of a metaclass
+    return form.replace(parameters=[*form.parameters.values()][1:])
 
 
 def _arguments(call: ast.Call, text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -164,13 +196,14 @@ def _value(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Tuple | ast.List):
         values = [_value(element, text) for element in node.elts]
         return tuple(values) if isinstance(node, ast.Tuple) else values
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        inner = Specification(node.func.id, found("compressor", node.func.id), *_arguments(node, text))
-        return _called(inner, text)
+    if isinstance(node, ast.Call) and re.fullmatch(r"[\w.]+", ast.unparse(node.func)):
+        name = ":".join(ast.unparse(node.func).rsplit(".", 1))
+        inner = fitting(Specification(name, found("compressor", name), *_arguments(node, text)), text)
+        return inner.thing(*inner.arguments, **inner.options)
     raise OptionError(f"{text!r}: {ast.unparse(node)} is no value: take numbers, texts, True, False, None, lists and tuples "
                       "of these, or compressors")  # fmt: skip
 
 
 def _example(kind: str) -> str:
     return {"compressor": "TopK(0.01, values=Quantize('bf16'))", "rule": "econtrol(eta=0.1)", "plan": "GatherMean",
-            "optimizer": "OneBitAdam(freeze_step=130)"}[kind]  # fmt: skip
+            "optimizer": "OneBitAdam(freeze_step=130)", "model": "my_model:build(width=32)"}[kind]  # fmt: skip

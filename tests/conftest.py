@@ -89,7 +89,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Let rank 0 alone report; failures of other ranks are printed below."""
-    if _under_mpi(config):
+    if _under_mpi(config) and not config.getoption("real_ranks", default=False):
         from mpi4py import MPI
 
         if MPI.COMM_WORLD.rank:

@@ -17,6 +17,11 @@ from mpi_ef.jobs.train import loop as trainer
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.program import train
 from mpi_ef.optim import EF21, DistributedOptimizer, EControl
+from mpi_ef.testing.law import same_bits
+from mpi_ef.testing.regression import Net as model
+from mpi_ef.testing.regression import loss_of
+
+__all__ = ["loss_of", "model", "same_bits"]  # and what follows
 
 PLANS = {
     "dense": lambda comm, d, dtype: DenseMean(comm, d, dtype),
@@ -40,6 +45,11 @@ PLANS = {
 SIZES = (0, 1, 3, 8, 65, 1001)
 RULES = ("ef14", "ef21", "econtrol")
 OPTIMIZERS = ("ef21", "econtrol", "adamw update", "sgd gradient", "sign update")
+
+
+def laws_in(laws):
+    """Return the names of the laws that a suite of mpi_ef.testing has."""
+    return [name for name in dir(laws) if name.startswith("test_")]
 
 
 def exchanges(plan, d, dtype, steps=3):
@@ -135,31 +145,6 @@ def trained(ranks: int, config: TrainConfig) -> list[dict[str, Any]]:
         return virtual.results(ranks, lambda comm: train(comm, config))
 
 
-def model() -> torch.nn.Module:
-    """A model with a tied weight, a frozen one, an unused one and odd sizes, the same on every call."""
-
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first = torch.nn.Linear(7, 5)
-            self.second = torch.nn.Linear(5, 5, bias=False)
-            self.third = torch.nn.Linear(5, 5)
-            self.third.weight = self.second.weight
-            self.last = torch.nn.Linear(5, 3)
-            self.unused = torch.nn.Parameter(torch.ones(3))
-            self.frozen = torch.nn.Parameter(torch.full((3,), 0.5), requires_grad=False)
-
-        def forward(self, x):
-            x = torch.tanh(self.third(torch.tanh(self.second(torch.tanh(self.first(x))))))
-            return self.last(x) + self.frozen
-
-    net = Net()
-    with torch.no_grad():
-        for number, p in enumerate(net.parameters()):
-            p.copy_(torch.from_numpy(gaussian(number, p.numel()) / 2).view(p.shape))
-    return net
-
-
 def build_optimizer(name, net, comm):
     if name == "ef21":
         return EF21(net.parameters(), comm, TopK(0.2), lr=0.05)
@@ -173,13 +158,6 @@ def build_optimizer(name, net, comm):
         sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
         return DistributedOptimizer(sgd, comm, Identity(), placement="gradient")
     return DistributedOptimizer(torch.optim.Adam(net.parameters(), lr=1e-2), comm, Sign())
-
-
-def loss_of(net, rank, step):
-    """Regression on a linear teacher; inputs differ per rank and step, targets are shifted per rank."""
-    x = torch.from_numpy(gaussian(rank, 32 * 7, step=step).reshape(32, 7))
-    y = x @ torch.from_numpy(gaussian(100, 7 * 3).reshape(7, 3)) + 0.3 * rank
-    return torch.nn.functional.mse_loss(net(x), y)
 
 
 def training(name, steps):
@@ -203,14 +181,3 @@ def training(name, steps):
         return [p.detach().numpy().copy() for p in net.parameters()], losses
 
     return program
-
-
-def same_bits(a, b):
-    """Compare nested results bit for bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, np.ndarray):
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    return a == b

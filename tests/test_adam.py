@@ -6,6 +6,7 @@ import torch
 import virtual
 from training import alone, assert_close, assert_replicas, groups_of, trained
 
+from mpi_ef import reference
 from mpi_ef.compress import Identity, Sign
 from mpi_ef.optim import OneBitAdam
 from mpi_ef.optim.adam import VarianceWatch, inverse_roots
@@ -31,52 +32,15 @@ def test_before_the_freeze_it_is_adamw(n, compressor):
     assert_replicas(rows)
 
 
-class PlainAdam(torch.optim.Optimizer):
-    """Adam as in the paper on 1-bit Adam: the variance is frozen after some steps; float64 loops."""
-
-    def __init__(self, params, *, lr, freeze, betas, eps, bias_correction, floor):
-        super().__init__(params, {"lr": lr})
-        self.freeze, self.betas, self.eps, self.correct, self.floor, self.t = (
-            freeze,
-            betas,
-            eps,
-            bias_correction,
-            floor,
-            0,
-        )
-
-    @torch.no_grad()
-    def step(self):
-        self.t += 1
-        b1, b2 = self.betas
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                s = self.state[p]
-                if not s:
-                    s["m"], s["v"] = torch.zeros_like(p), torch.zeros_like(p)
-                s["m"].mul_(b1).add_((1 - b1) * p.grad)
-                if self.t <= self.freeze:
-                    s["v"].mul_(b2).add_((1 - b2) * p.grad**2)
-                t2 = min(self.t, self.freeze)
-                c1, c2 = (1 - b1**self.t, 1 - b2**t2) if self.correct else (1, 1)
-                root = (s["v"] / c2).sqrt()
-                if self.t > self.freeze:
-                    root = root.clamp(min=float(self.floor * (s["v"] / c2).mean().sqrt()))
-                update = s["m"] / c1 / (root + self.eps)
-                p.sub_(group["lr"] * torch.where(root > 0, update, torch.zeros_like(update)) if self.t > self.freeze
-                       else group["lr"] * update)  # fmt: skip
-
-
 @each_world
 @pytest.mark.parametrize("bias_correction", [True, False])
 def test_with_the_identity_it_is_adam_with_a_frozen_variance(n, bias_correction):
     rows = trained(n, 30, lambda net, comm: OneBitAdam(
         net.parameters(), comm, lr=1e-2, freeze_step=12, compressor=Identity(), bias_correction=bias_correction,
         variance_floor=0.5), dtype=torch.float64)  # fmt: skip
-    plain = alone(n, 30, lambda net: PlainAdam(net.parameters(), lr=1e-2, freeze=12, betas=(0.9, 0.999), eps=1e-8,
-                                               bias_correction=bias_correction, floor=0.5), dtype=torch.float64)  # fmt: skip
+    plain = alone(n, 30, lambda net: reference.OneBitAdam(
+        net.parameters(), lr=1e-2, freeze_step=12, bias_correction=bias_correction, variance_floor=0.5),
+        dtype=torch.float64)  # fmt: skip
     assert rows[0].optimizer.frozen_step == 12
     assert_close(rows[0].path, plain, rtol=1e-11, atol=1e-13)
 

@@ -30,8 +30,9 @@ OTHER = {
     "momentum": [0.7], "beta1": [0.7], "beta2": [0.7], "placement": [*choices.PLACEMENTS], "rule": [*choices.RULES],
     "eta": [0.7], "beta": [0.7], "vote_beta1": [0.7], "vote_beta2": [0.7], "participation": [0.3], "smoothness": ["1,3"],
     "reply": [0.3], "whole": [0.3], "zeta": [3.0], "correction": [0.3], "compressor": [*choices.COMPRESSORS],
-    "ratio": [0.3], "block": [64], "rank": [2], "freeze": [7], "local_steps": [7], "overlap": [True],
-    "per_parameter": [True], "values": [*choices.VALUES], "dense_steps": [7], "weight_decay": [0.3], "clip": [0.3],
+    "plan": ["my_plan:TrimmedMean(trim=0)"], "ratio": [0.3], "block": [64], "rank": [2], "freeze": [7], "local_steps": [7],
+    "overlap": [True], "per_parameter": [True], "values": [*choices.VALUES], "dense_steps": [7], "weight_decay": [0.3],
+    "clip": [0.3],
 }  # fmt: skip
 SAVING = {"keep": 7, "save_in_background": True, "stop_after": 7, "on_failure": "shrink"}
 CONTEXTS = {

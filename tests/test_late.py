@@ -12,7 +12,6 @@ import virtual
 from optimizer_table import ROWS, adamw_updates, rows
 from programs import same_bits
 from stored import MemoryStore
-from test_lamb import PlainLamb
 from training import (
     ALONE,
     LATE,
@@ -26,6 +25,7 @@ from training import (
     train,
 )
 
+from mpi_ef import reference
 from mpi_ef.collectives import TwoPhaseMean, plan_for
 from mpi_ef.compress import Identity, Sign, TopK
 from mpi_ef.errors import NonFiniteError
@@ -40,32 +40,14 @@ with_variance = pytest.mark.parametrize("row", [pytest.param(ROWS[name], id=name
 # ---- a parameter whose first gradient comes late
 
 
-class PlainAdam:
-    """Adam of one parameter whose variance is frozen after so many steps, in float64."""
-
-    def __init__(self, x, lr, freeze, decay=0.0, betas=(0.9, 0.999), floor=0.1, eps=1e-8):
-        self.x, self.m, self.v, self.t = x.copy(), np.zeros_like(x), np.zeros_like(x), 0
-        self.lr, self.freeze, self.decay, self.betas, self.floor, self.eps = lr, freeze, decay, betas, floor, eps
-
-    def step(self, grad):
-        (b1, b2), self.t = self.betas, self.t + 1
-        self.m = b1 * self.m + (1 - b1) * grad
-        if self.t <= self.freeze:
-            self.v = b2 * self.v + (1 - b2) * grad**2
-        v = self.v / (1 - b2 ** min(self.t, self.freeze))
-        root = np.sqrt(v) if self.t <= self.freeze else np.maximum(np.sqrt(v), self.floor * np.sqrt(v.mean()))
-        self.x = (1 - self.lr * self.decay) * self.x - self.lr * self.m / (1 - b1**self.t) / (root + self.eps)
-        return self.x
-
-
-def lamb_alone(x, lr, freeze):
-    """The same by LAMB."""
+def alone_of(kind, x, lr, freeze):
+    """Return the steps of one parameter by the plain algorithm."""
     p = torch.nn.Parameter(torch.from_numpy(x.copy()))
-    lamb = PlainLamb([p], lr=lr, freeze=freeze)
+    plain = kind([p], lr=lr, freeze_step=freeze)
 
     def step(grad):
         p.grad = torch.from_numpy(grad)
-        lamb.step()
+        plain.step()
         return p.detach().numpy()
 
     return step
@@ -118,7 +100,8 @@ def test_a_late_parameter_has_a_warm_up_of_its_own_as_in_torch(kind, compressor,
 
     runs = virtual.results(n, program)
     start, path = runs[0][:2]
-    follow = lamb_alone(start, 1e-2, 9) if make is OneBitLamb else PlainAdam(start, 1e-2, own).step
+    follow = alone_of(reference.OneBitLamb, start, 1e-2, 9) if make is OneBitLamb else \
+        alone_of(reference.OneBitAdam, start, 1e-2, own)  # fmt: skip
     exact = compressor == Identity() and kind != "ZeroOneAdam, seldom" and own != 5
     for t in range(40 if exact else own):
         expected = follow(np.mean([run[2][t] for run in runs], axis=0))

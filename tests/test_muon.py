@@ -5,6 +5,7 @@ import pytest
 import torch
 from training import alone, assert_close, trained
 
+from mpi_ef import reference
 from mpi_ef.compress import Identity
 from mpi_ef.optim import EF21Muon
 from mpi_ef.optim.muon import LinearMinimization, orthogonalized
@@ -41,27 +42,10 @@ def test_it_agrees_with_torchs_muon():
     assert (mine - theirs).norm() < 0.02 * (mine - start).norm()
 
 
-class PlainMuon(torch.optim.Optimizer):
-    """Muon with an exponential average, and signs for vectors, as EF21-Muon's dense original."""
-
-    def __init__(self, params, *, lr, beta, weight_decay):
-        super().__init__(params, {"lr": lr})
-        self.beta, self.inner = beta, LinearMinimization(params, lr=lr, weight_decay=weight_decay, vector_radius=0.1)
-
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    v = self.state[p].setdefault("v", torch.zeros_like(p))
-                    v.mul_(1 - self.beta).add_(self.beta * p.grad)
-                    p.grad = v.clone()
-        self.inner.step()
-
-
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_with_the_identity_it_is_muon(n):
     rows = trained(n, 20, lambda net, comm: EF21Muon(net.parameters(), comm, Identity(), lr=0.02, beta=0.2,
                                                      weight_decay=0.1), dtype=torch.float64)  # fmt: skip
-    plain = alone(n, 20, lambda net: PlainMuon([p for p in net.parameters() if p.requires_grad], lr=0.02, beta=0.2,
-                                               weight_decay=0.1), dtype=torch.float64)  # fmt: skip
+    plain = alone(n, 20, lambda net: reference.EF21Muon([p for p in net.parameters() if p.requires_grad], lr=0.02,
+                                                        beta=0.2, weight_decay=0.1), dtype=torch.float64)  # fmt: skip
     assert_close(rows[0].path, plain, rtol=1e-8, atol=1e-9)

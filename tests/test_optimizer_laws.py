@@ -6,88 +6,65 @@ import torch
 import virtual
 from hypothesis import given
 from hypothesis import strategies as st
-from optimizer_table import ROWS, cases, rows
-from programs import loss_of, same_bits
+from optimizer_table import ROWS, Row, cases, rows
+from programs import laws_in, loss_of, same_bits
 from training import (
-    assert_replicas,
     assert_resumes,
-    assert_skips_broken_gradients,
     dying_network,
     everything,
     groups_of,
     net_of,
-    parameters_of,
     seeded,
     steps_of,
     trained,
 )
 
 from mpi_ef import kernels
-from mpi_ef.errors import DisagreementError, OptionError
+from mpi_ef.errors import OptionError
 from mpi_ef.kernels import reference
 from mpi_ef.optim import DistributedOptimizer
+from mpi_ef.testing import OptimizerLaws
 
 MOMENTS = cases(lambda row: row.moments)
-THREE = pytest.param(3, marks=pytest.mark.slow)
 CALLS = ("Allgather", "Allgatherv", "Alltoall", "Alltoallv", "Iallgather", "Bcast", "allgather")
 
 
-def learning(row, freeze):
-    """Return options for learning; the variance of 0/1 Adam is frozen earlier."""
-    return row.learning | ({"freeze_step": freeze} if "freeze_step" in row.options else {})
+class RowLaws(OptimizerLaws):
+    """The laws for a line of the table."""
+
+    row: Row
+
+    def finished(self, optimizer):
+        assert getattr(optimizer, "frozen_step", None) == self.row.frozen
+        assert set(optimizer.per_rank()) <= self.row.own
 
 
+def laws_of(row, **others):
+    freeze = {"freeze_step": 20} if "freeze_step" in row.options else {}  # the variance of 0/1 Adam is frozen earlier
+    said = {"optimizer": row.make, "options": row.options, "saved_after": row.moments, "learns": row.learns,
+            "learning": row.learning | freeze, "clips": row.clips, "bad": row.bad, "differing": row.differing,
+            "row": row}  # fmt: skip
+    return type("Laws", (RowLaws,), said | others)()
+
+
+@pytest.mark.parametrize("law", laws_in(OptimizerLaws))
 @rows()
-@pytest.mark.parametrize("n", [1, 2, THREE, pytest.param(4, marks=pytest.mark.exhaustive)])
-def test_replicas_are_equal_and_learn(row, n):
-    steps, first, share = row.learns
-    runs = trained(n, steps, lambda net, comm: row(net, comm, **learning(row, 20)))
-    assert_replicas(runs)
-    for run in runs:
-        assert getattr(run.optimizer, "frozen_step", None) == row.frozen
-        assert set(run.optimizer.per_rank()) <= row.own
-        assert np.mean(run.losses[-10:]) < share * np.mean(run.losses[first])
+def test_optimizers_obey(row, law):
+    getattr(laws_of(row), law)()
 
 
+@pytest.mark.parametrize("n", [pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.exhaustive)])
 @rows()
-def test_16_bit_parameters(row):
-    steps = 40 if row.frozen == 12 else 60
-    runs = trained(2, steps, lambda net, comm: row(net, comm, **learning(row, 15)), dtype=torch.bfloat16)
-    assert_replicas(runs)
-    for run in runs:
-        assert np.mean(run.losses[-5:]) < 0.8 * np.mean(run.losses[:5])
+def test_on_more_ranks(row, n):
+    laws = laws_of(row, ranks=(n,))
+    laws.test_replicas_are_equal()
+    laws.test_it_learns()
 
 
 @MOMENTS
-@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
-def test_saved_and_loaded_a_step_is_the_same(row, case, n):
-    """In every phase, with groups."""
-    assert_resumes(n, lambda net, comm: row.make(groups_of(net), comm, **row.options), before=case, after=6)
-
-
-@MOMENTS
-def test_broken_gradients_are_skipped(row, case):
-    assert_skips_broken_gradients(3, row, warm=case)
-
-
-@rows()
-def test_an_early_state_is_loaded_into_an_optimizer_that_was_further(row):
-    def program(comm):
-        rank, net = comm.Get_rank(), net_of()
-        optimizer = row(net, comm)
-        steps_of(net, optimizer, rank, range(2))
-        early = parameters_of(net), optimizer.state_dict()
-        path = steps_of(net, optimizer, rank, range(2, 18))
-        late = everything(net, optimizer, "sent_nbytes")
-        assert (getattr(optimizer, "frozen_step", None) is None) == (row.frozen is None)
-        for p, value in zip(net.parameters(), early[0], strict=True):
-            p.data.copy_(torch.from_numpy(value))
-        optimizer.load_state_dict(early[1])
-        assert getattr(optimizer, "frozen_step", None) is None
-        assert same_bits(steps_of(net, optimizer, rank, range(2, 18)), path)
-        assert same_bits(everything(net, optimizer, "sent_nbytes"), late)
-
-    virtual.results(2, program)
+@pytest.mark.exhaustive
+def test_saved_and_loaded_on_more_ranks(row, case):
+    assert_resumes(3, lambda net, comm: row.make(groups_of(net), comm, **row.options), before=case, after=6)
 
 
 @rows(lambda row: row.freezes)
@@ -155,33 +132,6 @@ def test_errors_stay_bounded(row):
         assert np.mean(losses[-20:]) < 0.2 * np.mean(losses[:5])
 
 
-@rows(lambda row: row.clips)
-def test_clipping_is_global(row):
-    """All ranks scale by the same factor, so that the mean of their squared norms is clip^2 at most; in every phase."""
-    steps, seen = max(row.moments), {}
-
-    def program(comm):
-        rank, net = comm.Get_rank(), net_of()
-        optimizer = row(net, comm, clip=0.5)
-        for step in range(steps):
-            optimizer.zero_grad()
-            (100 * (rank + 1) * loss_of(net, rank, step)).backward()
-            optimizer.flat.collect_gradients()
-            before = optimizer.flat.gradients.copy()
-            optimizer.step()
-            seen[step, rank] = before, optimizer.flat.gradients.copy()
-
-    virtual.results(2, program)
-    for step in range(steps):
-        (a, a_clipped), (b, b_clipped) = seen[step, 0], seen[step, 1]
-        norm = np.sqrt((np.linalg.norm(a) ** 2 + np.linalg.norm(b) ** 2) / 2)
-        assert norm > 5
-        np.testing.assert_allclose(a_clipped, a * (0.5 / norm), rtol=1e-5)
-        np.testing.assert_allclose(b_clipped, b * (0.5 / norm), rtol=1e-5)
-        squares = (float(np.linalg.norm(a_clipped)) ** 2 + float(np.linalg.norm(b_clipped)) ** 2) / 2
-        np.testing.assert_allclose(squares, 0.25, rtol=1e-5)
-
-
 @rows()
 def test_a_step_takes_few_collectives_and_few_bytes(row):
     def program(comm):
@@ -200,72 +150,6 @@ def test_a_step_takes_few_collectives_and_few_bytes(row):
         return tuple(sorted(calls))
 
     assert virtual.results(2, program) == [row.calls] * 2
-
-
-@cases(lambda row: row.bad)
-def test_bad_options(row, case):
-    options, text = case
-    for outcome in virtual.run(2, lambda comm: row.make(net_of().parameters(), comm, **options)):
-        assert isinstance(outcome, OptionError)
-        assert text in str(outcome)
-        assert "\n" not in str(outcome)
-
-
-@rows()
-def test_ranks_with_other_options_all_learn_about_it(row):
-    name, *values = row.differing
-    text = f"disagree on {name}: {values[0]} on rank 0; {values[1]} on rank 1"
-    for outcome in virtual.run(2, lambda comm: row(net_of(), comm, **{name: values[comm.Get_rank()]})):
-        assert isinstance(outcome, DisagreementError)
-        assert text in str(outcome)
-
-    def program(comm):
-        words = "disagree on hyper-parameters: .*0.1.* on rank 0; .*1.1.* on rank 1"
-        with pytest.raises(DisagreementError, match=words):
-            row.make([{"params": net_of().parameters(), "lr": 0.1 + comm.Get_rank()}], comm, **row.options)
-
-    virtual.results(2, program)
-
-
-@rows()
-def test_learning_rates_that_drift_apart_stop_all_ranks(row):
-    """For example ReduceLROnPlateau on each rank's own loss."""
-
-    def program(comm):
-        net = net_of()
-        optimizer = row.make([{"params": net.parameters(), "lr": 0.1}], comm, **row.options)
-        optimizer.param_groups[0]["lr"] /= 1 + comm.Get_rank()
-        text = f"{type(optimizer).__name__}.step: ranks disagree on hyper-parameters: .*0.05.* on rank 1"
-        before = everything(net, optimizer)
-        with pytest.raises(DisagreementError, match=text):
-            steps_of(net, optimizer, comm.Get_rank(), range(1))
-        assert same_bits(everything(net, optimizer), before)
-
-    virtual.results(2, program)
-
-
-@rows()
-def test_loading_on_one_rank_only_stops_all_ranks(row):
-    def program(comm):
-        rank, net = comm.Get_rank(), net_of()
-        optimizer = row(net, comm)
-        saved = optimizer.state_dict()
-        steps_of(net, optimizer, rank, range(3))
-        if rank == 0:
-            optimizer.load_state_dict(saved)
-        with pytest.raises(DisagreementError, match="disagree on completed steps: 0 on rank 0; 3 on rank 1"):
-            optimizer.step()
-
-    virtual.results(2, program)
-
-
-@rows()
-def test_groups_cannot_be_added_later(row):
-    def program(comm):
-        with pytest.raises(OptionError, match="a group cannot be added later"):
-            row(net_of(), comm).add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
-
-    virtual.results(1, program)
 
 
 # Does not hold yet: that wrappers refuse states of the others (KeyError 'placement'), that these refuse states of wrappers

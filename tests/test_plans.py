@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import virtual
-from programs import PLANS, SIZES, exchanges
+from programs import PLANS, exchanges, laws_in
 from vectors_for_tests import gaussian
 
 from mpi_ef.collectives import (
@@ -24,6 +24,7 @@ from mpi_ef.collectives import frames as frames_module
 from mpi_ef.compress import Combination, Identity, Keep, Sign, TopK, lazy, source
 from mpi_ef.ddp import ProcessGroupComm
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
+from mpi_ef.testing import PlanLaws
 
 RANKS = (1, 2, 3, 4)
 each_plan = pytest.mark.parametrize("plan", PLANS)
@@ -40,26 +41,13 @@ def test_chunks_cover_everything_evenly(d, n):
     assert sizes.max() - sizes.min() <= 1
 
 
+@pytest.mark.parametrize("law", laws_in(PlanLaws))
 @each_plan
-@each_world
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_mean_is_equal_on_all_ranks_and_is_the_mean_of_the_messages(plan, n, dtype):
-    """Laws 1 and 2. For a two-phase plan the residuals of all exchanges make up the difference."""
-    for d in SIZES:
-        steps = 3
-        rows = virtual.results(n, exchanges(plan, d, dtype, steps))
-        total = np.zeros(d)
-        for step in range(steps):
-            means = [row[3 * step + 2] for row in rows]
-            assert all(mean.tobytes() == means[0].tobytes() for mean in means)
-            total += means[0] - sum(row[3 * step + 1] for row in rows) / n
-        if "two-phase" not in plan:
-            residual = np.zeros(d)
-        elif "without" in plan:
-            continue
-        else:
-            residual = np.concatenate([row[-1] for row in rows])
-        np.testing.assert_allclose(total + residual, 0, atol=1e-5 if dtype == np.float32 else 1e-13)
+def test_plans_obey(plan, law):
+    """The compressor is the plan's own."""
+    said = {"plan": lambda comm, compressor, d, dtype: PLANS[plan](comm, d, dtype), "compressors": (Identity(),),
+            "ranks": RANKS, "mean": "without" not in plan, "owed": "residual" if "two-phase" in plan else ""}  # fmt: skip
+    getattr(type("Laws", (PlanLaws,), said)(), law)()
 
 
 @each_world
@@ -101,64 +89,6 @@ def test_dense_mean_goes_block_by_block(n, d, monkeypatch):
         np.testing.assert_array_equal(last, expected)
         np.testing.assert_array_equal(in_place, expected)
         np.testing.assert_array_equal(total, sum(xs[1:], start=xs[0]))
-
-
-@each_plan
-@each_world
-def test_combinations_are_formed_on_the_fly(plan, n):
-    """Sending ``0.5 a + b - c``, and keeping what of ``a + b - c`` was not sent, is what it says, bit for bit."""
-    d = 1001
-
-    def vectors(comm):
-        return [gaussian(comm.Get_rank(), d, step=step) for step in range(3)]
-
-    def lazily(comm):
-        p, (a, b, c) = PLANS[plan](comm, d, np.float32), vectors(comm)
-        rest, mean = np.full(d, 7, np.float32), np.zeros(d, np.float32)
-        p.exchange(0.5 * lazy(a) + b - c, keep=Keep(lazy(a) + b - c, into=rest, less_message=True)).set_mean(mean)
-        both = np.full(d, 7, np.float32)
-        p.exchange(lazy(a) + b, keep=Keep(lazy(a) - b, into=both))
-        return rest, mean, both
-
-    def eagerly(comm):
-        p, (a, b, c) = PLANS[plan](comm, d, np.float32), vectors(comm)
-        mean, rest = np.zeros(d, np.float32), a + b - c
-        p.exchange(np.float32(0.5) * a + b - c).add_mean(mean)
-        p.add_own(rest, -1.0)
-        return rest, mean, a - b
-
-    for mine, expected in zip(virtual.results(n, lazily), virtual.results(n, eagerly), strict=True):
-        for x, y in zip(mine, expected, strict=True):
-            np.testing.assert_array_equal(x, y)
-
-
-@each_plan
-def test_a_mean_can_replace_the_previous_one(plan):
-    """``set_mean(again=True)`` gives the bits of a fresh mean, also after a failed exchange and for another array."""
-    d, n = 1001, 2
-
-    def program(comm):
-        p, rank = PLANS[plan](comm, d, np.float32), comm.Get_rank()
-        out, other = np.full(d, 7, np.float32), np.full(d, 7, np.float32)
-        rows = []
-        for step in range(8):
-            x = gaussian(rank, d, step=step)
-            if step == 3:
-                x[rank] = np.nan
-                with pytest.raises(NonFiniteError):
-                    p.exchange(x)
-                continue
-            p.exchange(x)
-            target = other if step == 5 else out
-            p.set_mean(target, again=True)
-            fresh = np.zeros(d, np.float32)
-            p.add_mean(fresh)
-            rows.append((target.copy(), fresh))
-        return rows
-
-    for rows in virtual.results(n, program):
-        for mine, fresh in rows:
-            np.testing.assert_array_equal(mine, fresh)
 
 
 def test_combinations_that_do_not_fit_stop_all_ranks():
@@ -288,31 +218,6 @@ def test_traffic(n):
     assert sign.sent_nbytes * 28 < max(1, dense.sent_nbytes) or n == 1
 
 
-@each_world
-def test_input_may_change_between_start_and_wait(n):
-    def program(comm):
-        plans = [PLANS[name](comm, 50, np.float32) for name in ("gather topk", "two-phase sign")]
-        results = []
-        for touched in (False, True):
-            for plan in plans:
-                plan.exchanges = 0
-                for array in plan.state().values():
-                    array.fill(0)
-            x = gaussian(comm.Get_rank(), 50)
-            for plan in plans:
-                plan.start(x)
-            if touched:
-                x.fill(7)
-            results.append([np.zeros(50, np.float32) for _ in plans])
-            for plan, out in zip(plans, results[-1], strict=True):
-                plan.wait().add_mean(out)
-        return results
-
-    for first, second in virtual.results(n, program):
-        for a, b in zip(first, second, strict=True):
-            np.testing.assert_array_equal(a, b)
-
-
 def test_start_and_wait_alternate():
     def program(comm):
         plan = GatherMean(comm, Identity(), 3)
@@ -353,26 +258,6 @@ def test_an_array_that_does_not_fit_on_one_rank_stops_all_ranks(plan, broken, er
     assert words in texts[1]
     assert f"rank 1 raised: {texts[1]}" in texts[0]
     assert (outs[0] == outs[2]).all()
-
-
-@each_plan
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_value_that_is_not_finite_on_one_rank_stops_all_and_changes_nothing(plan, value):
-    def program(comm):
-        p = PLANS[plan](comm, 100, np.float32)
-        rank = comm.Get_rank()
-        p.exchange(gaussian(rank, 100))
-        before = {k: v.copy() for k, v in p.state().items()}
-        x = gaussian(rank, 100, step=1)
-        if rank == 2:
-            x[17] = value
-        with pytest.raises(NonFiniteError) as caught:
-            p.exchange(x)
-        assert caught.value.ranks == (2,)
-        assert all((before[k] == v).all() for k, v in p.state().items())
-        return str(caught.value)
-
-    assert len(set(virtual.results(3, program))) == 1
 
 
 def test_a_mean_that_overflows_stops_all_and_changes_nothing():

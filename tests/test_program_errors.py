@@ -50,6 +50,11 @@ def test_a_reader_that_has_seen_enough(tmp_path, words, unbuffered):
 @pytest.mark.parametrize(("config", "options", "words"), [
     (BenchConfig, {"d": 99}, "d=99 is too short to say anything; take at least 100"),
     (BenchConfig, {"ratio": 0.0}, "ratio=0.0 is not in (0, 1]; 0.01 keeps one entry in a hundred"),
+    (BenchConfig, {"methods": "ef21"}, "methods: 'ef21' is not RULE COMPRESSOR or RULE COMPRESSOR PLAN"),
+    (BenchConfig, {"methods": "ef22 TopK(0.1)"}, "methods: there is no rule 'ef22'; did you mean ef2"),
+    (BenchConfig, {"methods": "ef21 TopK(0.1); ef21 TopK(ration=1)"}, "TopK has no option ration; did you mean ratio?"),
+    (BenchConfig, {"methods": "ef21 TopK(0.1) Gather"}, "there is no plan 'Gather'; did you mean GatherMean?"),
+    (BenchConfig, {"methods": "ef21 TopK(0.1)", "only": "ef"}, "only=ef has no effect with methods"),
     (BenchConfig, {"repeats": 0}, "repeats=0 is not positive; take for example 9"),
     (BenchConfig, {"plot": Path("p.xyz")}, "plot=p.xyz is no name of a picture; take one that ends in .png, .svg"),
     (CheckpointBenchConfig, {"d": 0}, "d=0 is not positive; leave it out for a default"),

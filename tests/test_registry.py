@@ -1,8 +1,11 @@
 """Compressors, rules and optimizers by name, and texts that say which and how: nothing that they say is evaluated."""
 
 import importlib.metadata
+import os
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +13,21 @@ import pytest
 import torch
 import virtual
 from my_compressor import BlockMax
+from my_optimizer import Normalized
+from my_plan import TrimmedMean
 from my_rule import FADING
 from programs import loss_of, model, same_bits, trained
 from vectors_for_tests import gaussian
 
 from mpi_ef import registry
-from mpi_ef.collectives import GatherMean, TwoPhaseMean, plan_for
+from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, plan_for
 from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
 from mpi_ef.errors import ConfigError, OptionError, PeerError
 from mpi_ef.feedback import RULES, ErrorFeedback
 from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.optimizers import build_compressor
-from mpi_ef.optim import DistributedOptimizer, OneBitAdam
+from mpi_ef.optim import EF21, DistributedOptimizer, OneBitAdam
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 COMPRESSORS = [
@@ -49,6 +54,7 @@ def test_specifications_are_as_in_python():
     rule = registry.specified("rule", "ef21-sgdm(eta=-0.5)")
     assert (rule.name, rule.thing, rule.arguments, rule.options) == ("ef21-sgdm", RULES["ef21-sgdm"], (), {"eta": -0.5})
     assert registry.specified("optimizer", "OneBitAdam(freeze_step=130)").thing is OneBitAdam
+    assert registry.specified("plan", "TwoPhaseMean(reply=my_compressor.BlockMax(8))").options == {"reply": BlockMax(8)}
 
 
 @pytest.mark.parametrize(("kind", "text", "words"), [
@@ -72,6 +78,9 @@ def test_specifications_are_as_in_python():
     ("rule", "ef22", "there is no rule 'ef22'; did you mean ef2"),
     ("plan", "Gather", "there is no plan 'Gather'; did you mean GatherMean?"),
     ("optimizer", "OnebitAdam", "did you mean OneBitAdam?"),
+    ("optimizer", "ReplicatedOptimizer", "there is no optimizer 'ReplicatedOptimizer'"),
+    ("model", "mlp", "there is no model 'mlp'; write module:name"),
+    ("compressor", "TopK(0.1, values=my_compressor.Nothing())", "cannot be loaded: .* has no attribute 'Nothing'"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(kind, text, words):
     with pytest.raises(OptionError, match=words) as told:
@@ -92,6 +101,8 @@ def test_installed_packages_bring_their_own(monkeypatch):
         mine = [importlib.metadata.EntryPoint("BlockMax", "my_compressor:BlockMax", "mpi_ef.compressors"),
                 importlib.metadata.EntryPoint("TopK", "my_compressor:BlockMax", "mpi_ef.compressors"),
                 importlib.metadata.EntryPoint("fading", "my_rule:FADING", "mpi_ef.rules"),
+                importlib.metadata.EntryPoint("trimmed", "my_plan:TrimmedMean", "mpi_ef.plans"),
+                importlib.metadata.EntryPoint("normalized", "my_optimizer:Normalized", "mpi_ef.optimizers"),
                 importlib.metadata.EntryPoint("gone", "no_module:thing", "mpi_ef.rules")]  # fmt: skip
         return [point for point in mine if point.group == group and name in (None, point.name)]
 
@@ -99,6 +110,8 @@ def test_installed_packages_bring_their_own(monkeypatch):
     assert registry.built("compressor", "BlockMax(4)") == BlockMax(4)
     assert registry.built("compressor", "TopK(0.5)") == TopK(0.5)
     assert registry.specified("rule", "fading(fade=0.1)").thing is FADING
+    assert registry.specified("optimizer", "normalized(beta=0.1)").thing is Normalized
+    assert {type(plan) for plan, *_ in (row[0] for row in plans("trimmed(trim=1)"))} == {TrimmedMean}
     assert "fading" in registry.names("rule")
     with pytest.raises(OptionError, match="rule 'gone' cannot be loaded: No module named 'no_module'"):
         registry.found("rule", "gone")
@@ -145,6 +158,58 @@ def test_a_compressor_says_which_plan_suits_it():
         assert type(plan_for(comm, Sign(), 30)) is TwoPhaseMean
 
     virtual.results(2, program)
+
+
+def plans(plan, **options):
+    """Return the plans through which a few steps go, and the parameters after them, with a plan as an option says it."""
+
+    def program(comm):
+        net = model()
+        sgd = torch.optim.SGD(net.parameters(), lr=0.05)
+        optimizer = DistributedOptimizer(sgd, comm, TopK(0.2), placement="gradient", plan=plan, **options)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss_of(net, comm.Get_rank(), step).backward()
+            optimizer.step()
+        return optimizer.plans(), [p.detach().numpy() for p in net.parameters()]
+
+    return virtual.results(3, program)
+
+
+@pytest.mark.parametrize(("text", "builder", "kind"), [
+    ("my_plan:TrimmedMean(trim=1)", partial(TrimmedMean, trim=1), TrimmedMean),
+    ("my_plan:TrimmedMean", TrimmedMean, TrimmedMean),
+    ("TwoPhaseMean(reply=TopK(0.5))", partial(TwoPhaseMean, reply=TopK(0.5)), TwoPhaseMean),
+    ("DenseMean", lambda comm, _, d, dtype: DenseMean(comm, d, dtype), DenseMean),
+])  # fmt: skip
+def test_a_plan_is_what_builds_it_or_a_specification(text, builder, kind):
+    """With buckets too, which overlap."""
+    for options in ({}, {"overlap": True, "bucket_nbytes": 100}):
+        for (mine, values), (others, expected) in zip(plans(text, **options), plans(builder, **options), strict=True):
+            assert {type(plan) for plan in [*mine, *others]} == {kind}
+            assert same_bits(values, expected)
+            assert all(plan.trim == 1 for plan in mine if kind is TrimmedMean)
+
+
+@pytest.mark.parametrize(("plan", "words"), [
+    ("TrimedMean", "there is no plan 'TrimedMean'"),
+    ("my_plan:TrimmedMean(trimm=1)", "has no option trimm; did you mean trim?"),
+    ("my_plan:TrimmedMean(d=1)", "has no option d; it has: trim"),
+    ("my_plan:TrimmedMean(trim=2)", "trim=2 leaves nothing of 3 ranks; take less"),
+    ("my_compressor:BlockMax", "my_compressor:BlockMax: too many positional arguments"),
+    ("my_rule:FADING", "my_rule:FADING is a Rule, which cannot be built"),
+    (lambda *_: 3, "has built a int, which is no Plan"),
+    (3, "plan=3 builds no plan; pass a class such as TwoPhaseMean"),
+])  # fmt: skip
+def test_a_wrong_plan_on_one_rank_stops_all(plan, words):
+    def program(comm):
+        wrong = comm.Get_rank() == 1
+        for build in (lambda plan: OneBitAdam(model().parameters(), comm, plan=plan),
+                      lambda plan: EF21(model().parameters(), comm, TopK(0.1), lr=0.1, plan=plan)):  # fmt: skip
+            with pytest.raises(OptionError if wrong else PeerError, match=words):
+                build(plan if wrong else partial(TrimmedMean, trim=1))
+
+    virtual.results(3, program)
 
 
 def test_a_strangers_rule_and_compressor_train_save_and_resume():
@@ -225,13 +290,20 @@ def test_mpi_ef_train_takes_specifications(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["my_compressor.py", "my_rule.py"])
-def test_examples_run_alone(name):
-    """Each is short, and knows nothing of the inside of the package."""
-    text = (EXAMPLES / name).read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 60
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, timeout=120, check=False
-    )
+def test_examples_run_alone(tmp_path):
+    """Each is short, and imports nothing of the inside of the package; one process runs them one after the other."""
+    most = {"my_compressor": 60, "my_rule": 60, "my_plan": 60, "my_optimizer": 60, "my_model": 40}
+    for name, lines in most.items():
+        text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+        assert len(text.splitlines()) < lines, name
+        assert not re.search(r"import _|\._(?!zeros|slices|bind|like)[a-z]", text), name
+    program = ("import runpy, sys\nfor name in sys.argv[1:]:\n"
+               "    runpy.run_module(name, run_name='__main__', alter_sys=True)\n    print()")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", program, *most], capture_output=True, text=True, timeout=200, check=False,
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{EXAMPLES}:{EXAMPLES.parent}"})  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert np.isfinite(float(done.stdout.split()[-1].strip("[]")))
+    *alone, model_ = done.stdout.split("\n\n", 4)
+    for text in alone:
+        assert np.isfinite(float(text.split()[-1].strip("[]")))
+    assert "validation loss" in model_
+    assert (tmp_path / "runs" / "train" / "summary.json").is_file()

@@ -185,8 +185,8 @@ ANOTHER = {
     "heads": 4, "layers": 2, "width": 16, "context": 16, "model": "mlp", "split": "by-label", "seed": 5, "optimizer": "sgd",
     "weight_decay": 0.2, "momentum": 0.3, "beta1": 0.3, "beta2": 0.3, "placement": "gradient", "rule": "ef21", "eta": 0.3,
     "beta": 0.3, "vote_beta1": 0.3, "vote_beta2": 0.3, "participation": 0.3, "smoothness": "1,2", "reply": 0.3, "zeta": 0.3,
-    "correction": 0.3, "compressor": "sign", "ratio": 0.3, "block": 64, "rank": 2, "freeze": 3, "local_steps": 3,
-    "per_parameter": True, "values": "full", "dense_steps": 3,
+    "correction": 0.3, "compressor": "sign", "plan": "TwoPhaseMean", "ratio": 0.3, "block": 64, "rank": 2, "freeze": 3,
+    "local_steps": 3, "per_parameter": True, "values": "full", "dense_steps": 3,
 }  # fmt: skip
 MAY_CHANGE = {"steps": 9, "batch": 5, "lr": 0.01, "warmup": 3, "clip": 0.5, "log_every": 3, "eval_every": 7, "keep": 2,
               "checkpoint_every": 3, "save_in_background": True}  # fmt: skip

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from training import alone, assert_close, trained
 from vectors_for_tests import gaussian
 
+from mpi_ef import reference
 from mpi_ef.collectives import TwoPhaseMean
 from mpi_ef.compress import Identity, Keep, Vote, lazy, source
 from mpi_ef.errors import OptionError
@@ -72,23 +73,6 @@ def test_a_minority_cannot_turn_what_the_others_agree_on_and_order_does_not_matt
     np.testing.assert_array_equal(outcome(honest + liars), outcome([liars[0], *honest[::-1], liars[1]]))
 
 
-class PlainLion(torch.optim.Optimizer):
-    def __init__(self, params, *, lr, betas, weight_decay):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.betas = betas
-
-    @torch.no_grad()
-    def step(self):
-        b1, b2 = self.betas
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    m = self.state[p].setdefault("m", torch.zeros_like(p))
-                    update = (b1 * m + (1 - b1) * p.grad).sign()
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * update)
-                    m.mul_(b2).add_((1 - b2) * p.grad)
-
-
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize(("optimizer", "options", "betas"), [
     (Lion, {"betas": (0.8, 0.95)}, (0.8, 0.95)), (Signum, {"momentum": 0.7}, (0.7, 0.7)),
@@ -99,15 +83,14 @@ def test_with_the_identity_they_are_their_dense_originals(n, optimizer, options,
         return optimizer(net.parameters(), comm, lr=1e-2, weight_decay=0.1, compressor=Identity(), **options)
 
     rows = trained(n, 25, build, dtype=torch.float64)
-    plain = alone(n, 25, lambda net: PlainLion(net.parameters(), lr=1e-2, betas=betas, weight_decay=0.1),
+    plain = alone(n, 25, lambda net: reference.Lion(net.parameters(), lr=1e-2, betas=betas, weight_decay=0.1),
                   dtype=torch.float64)  # fmt: skip
     assert_close(rows[0].path, plain, rtol=1e-12, atol=1e-14)
 
 
 def test_one_rank_alone_is_signum():
     rows = trained(1, 25, lambda net, comm: Signum(net.parameters(), comm, lr=1e-2, momentum=0.7), dtype=torch.float64)
-    plain = alone(1, 25, lambda net: PlainLion(net.parameters(), lr=1e-2, betas=(0.7, 0.7), weight_decay=0.0),
-                  dtype=torch.float64)  # fmt: skip
+    plain = alone(1, 25, lambda net: reference.Signum(net.parameters(), lr=1e-2, momentum=0.7), dtype=torch.float64)
     assert_close(rows[0].path, plain, rtol=1e-12)
 
 

@@ -1,15 +1,23 @@
-"""The laws that users' own compressors and rules are tested with: what is built in obeys them, and what is wrong is told."""
+"""The laws for users' own things: those of examples/ obey them as what is built in does, and what is wrong is told.
+
+Plans and optimizers that are built in are in test_plans.py and test_optimizer_laws.py.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from my_compressor import BlockMax
+from my_optimizer import Normalized
+from my_plan import TrimmedMean
 from my_rule import FADING, FadingState
+from programs import laws_in
 
-from mpi_ef.compress import Compressor, Identity, LowRank, PlainCodec, Quantize, RandK, Sign, TopK, Vote, lazy
+from mpi_ef.collectives import GatherMean
+from mpi_ef.compress import Compressor, Identity, LowRank, PlainCodec, Quantize, RandK, Sign, TopK, Vote, lazy, source
 from mpi_ef.feedback import Rule
-from mpi_ef.testing import CompressorLaws, RuleLaws
+from mpi_ef.testing import CompressorLaws, OptimizerLaws, PlanLaws, RuleLaws
+from mpi_ef.testing.faults import CommunicationError
 
 COMPRESSORS = [
     Identity(), Quantize("bf16"), Quantize("int8", block=64), Sign(), Sign(block=8), Vote(), TopK(0.1), RandK(0.2, seed=3),
@@ -17,10 +25,6 @@ COMPRESSORS = [
 ]  # fmt: skip
 SIMPLE = ["ef14", "ef21", "econtrol(eta=0.1)", "my_rule:FADING(fade=0.5)"]
 WITH_MOMENTUM = ["ef14-momentum", "ef21-sgdm", "ef21-sgd2m", "ef21-hb"]
-
-
-def laws_in(laws):
-    return [name for name in dir(laws) if name.startswith("test_")]
 
 
 class TestMyCompressor(CompressorLaws):
@@ -31,6 +35,22 @@ class TestMyCompressor(CompressorLaws):
 
 class TestMyRule(RuleLaws):
     rule = FADING
+
+
+class TestMyPlan(PlanLaws):
+    plan = "my_plan:TrimmedMean(trim=0)"
+
+
+class TestMyPlanOfThree(PlanLaws):
+    plan = TrimmedMean
+    ranks = (3,)
+    mean = False
+
+
+class TestMyOptimizer(OptimizerLaws):
+    optimizer = Normalized
+    bad = (({"beta": 1.0}, "Normalized: beta=1.0 is not in [0, 1)"),)
+    differing = ("beta", 0.9, 0.8)
 
 
 @pytest.mark.parametrize("law", laws_in(CompressorLaws))
@@ -149,3 +169,164 @@ def test_what_is_wrong_with_a_rule_is_told(step, law, words):
     rule = Rule(step, FadingState, lambda alpha: {"fade": 0.5})
     with pytest.raises(AssertionError, match=words):
         getattr(type("Laws", (RuleLaws,), {"rule": rule})(), law)()
+
+
+class WrongPlan(GatherMean):
+    """A gathered mean, and something wrong."""
+
+    how = ""
+
+    def _bind(self):
+        self.seen = 0
+        return super()._bind()
+
+    def _begin(self, x, keep):
+        self.seen += 1
+        self.given = x
+        super()._begin(x, keep)
+
+    def _encode(self, x):
+        if self.how == "takes one vector":
+            x = source(x.terms[0][1], None)
+        return super()._encode(x)
+
+    def _complete(self):
+        if self.how == "encodes late" and self._request is not None:
+            self._request.Wait()
+            self._request = None
+            super()._encode(source(self.given, None))
+        try:
+            super()._complete()
+        except CommunicationError:
+            if self.how != "says nothing":
+                raise
+
+    def _communicate(self, blocking, send, receive):
+        super()._communicate(blocking, send, receive)
+        if self.how == "gives up" and getattr(self.comm, "fault", "") == "delay":
+            receive.wires[self.rank] = 0
+
+    def _inspect(self, frames):
+        if self.how != "hears nothing":
+            super()._inspect(frames)
+
+    def add_mean(self, out, scale=1.0):
+        if self.how == "its own":
+            self.add_own(out, scale)
+            return
+        factor = {"a sum": self.size, "has a memory": 1 + self.seen / 100}.get(self.how, 1.0)
+        super().add_mean(out, scale * factor)
+
+    def set_mean(self, out, scale=1.0, *, again=False):
+        if self.how != "keeps the old":
+            out.fill(0)
+        self.add_mean(out, scale)
+
+    @property
+    def traffic(self):
+        honest = super().traffic
+        return type(honest).both_ways(1, self.size, 400) if self.how == "sends less" else honest
+
+
+@pytest.mark.parametrize(("how", "law", "words"), [
+    ("its own", "test_means_are_the_same_on_all_ranks", "the law of equal means: 2 ranks differ through TopK"),
+    ("a sum", "test_a_mean_is_the_mean_of_the_messages", r"the law of the mean of the messages: off by .* on 2 ranks"),
+    ("keeps the old", "test_a_mean_can_replace_the_one_before", "the law of overwriting: "),
+    ("takes one vector", "test_combinations_are_what_they_stand_for", "the law of combinations: "),
+    ("hears nothing", "test_what_fails_on_one_rank_fails_on_all_and_changes_nothing",
+     "the law of exchanges that fail: NaN on rank 0 gives None on rank 0"),
+    ("encodes late", "test_what_was_sent_may_change_before_it_arrives", "the law of exchanges in two parts: "),
+    ("has a memory", "test_a_state_that_was_loaded_goes_on", "the law of going on from a state: other bits in step 3"),
+    ("gives up", "test_what_comes_late_changes_nothing", "the law of ranks that come late: other bits .* rank 0 is late"),
+    ("says nothing", "test_errors_of_communication_are_passed_on",
+     "the law of communication that fails: a call that is to raise raises nothing"),
+    ("sends less", "test_exchanges_are_counted", "the law of accounts: .* bytes have left rank 0, `traffic` says 2"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_plan_is_told(how, law, words):
+    plan = type("Mine", (WrongPlan,), {"how": how})
+    with pytest.raises(AssertionError, match=f"^Mine breaks {words}"):
+        getattr(type("Laws", (PlanLaws,), {"plan": plan})(), law)()
+
+
+def test_a_plan_that_takes_no_compressor_is_told():
+    laws = type("Laws", (PlanLaws,), {"plan": lambda comm, _, d, dtype: GatherMean(comm, Identity(), d, dtype)})()
+    with pytest.raises(
+        AssertionError, match="the law of arguments that differ: another compressor on rank 1 gives None"
+    ):
+        laws.test_ranks_with_other_arguments_all_learn_about_it()
+
+
+class WrongOptimizer(Normalized):
+    """The example, and something wrong."""
+
+    how = ""
+
+    def __init__(self, params, comm, **options):
+        self.taken, self.options = 0, options
+        if self.how == "checks nothing":
+            options = {name: value for name, value in options.items() if name != "beta"}
+        super().__init__(params, comm, **options)
+
+    def _ready(self, problem):
+        if self.how == "is early":
+            self.arrays["m"] += 0.1
+        if self.how == "has a rate of its own":
+            for group in self.param_groups:
+                group["lr"] = 0.1
+        return super()._ready(problem)
+
+    def _clip(self, squared_norms):
+        super()._clip(
+            squared_norms[self.comm.Get_rank() :][:1] if self.how == "clips by its own norm" else squared_norms
+        )
+
+    def _update(self):
+        self.taken += 1
+        rate, before = 1 + self.taken / 10, self.flat.values.copy()
+        super()._update()
+        if self.how == "climbs":
+            self.flat.values[:] = 2 * before - self.flat.values
+        if self.how == "has a memory":
+            self.flat.values *= rate
+        if self.how == "its own":
+            self.flat.values -= self.flat.gradients / 100
+
+    def load_state_dict(self, state_dict):
+        steps = self.steps
+        super().load_state_dict(state_dict)
+        if self.how == "goes on counting":
+            self.steps = steps
+
+    def add_param_group(self, param_group):
+        if self.how != "takes groups" or not hasattr(self, "flat"):
+            super().add_param_group(param_group)
+
+
+@pytest.mark.parametrize(("how", "law", "words"), [
+    ("its own", "test_replicas_are_equal", "the law of equal replicas: parameters on 2 ranks differ after step 1"),
+    ("climbs", "test_it_learns", "the law of learning: the loss on rank 0 of 2 was .* and is "),
+    ("climbs", "test_16_bit_parameters", "the law of 16-bit parameters: the loss on rank 0 of 2 was .* and is "),
+    ("has a memory", "test_a_state_that_was_loaded_goes_on", "the law of going on from a state: saved after 1 steps"),
+    ("has a memory", "test_an_early_state_is_loaded_into_an_optimizer_that_was_further", "the law of going back to a state"),
+    ("is early", "test_broken_gradients_are_skipped", "the law of steps that are skipped: nan in the gradient of first"),
+    ("clips by its own norm", "test_clipping_is_global", "the law of global clipping: in step 1 rank [01] "),
+    ("checks nothing", "test_bad_options", "the law of options out of range: {'beta': 1.0} give Mine"),
+    ("checks nothing", "test_ranks_with_other_options_all_learn_about_it", "the law of options that differ: .* on beta"),
+    ("has a rate of its own", "test_learning_rates_that_drift_apart_stop_all_ranks", "the law of learning rates that drift"),
+    ("goes on counting", "test_loading_on_one_rank_only_stops_all_ranks", "the law of loading everywhere: the message is"),
+    ("takes groups", "test_groups_cannot_be_added_later", "the law of groups that are known at first: a group was added"),
+])  # fmt: skip
+def test_what_is_wrong_with_an_optimizer_is_told(how, law, words):
+    optimizer = type("Mine", (WrongOptimizer,), {"how": how})
+    said = {"optimizer": optimizer, "bad": (({"beta": 1.0}, "is not in"),), "differing": ("beta", 0.9, 0.8)}
+    with pytest.raises(AssertionError, match=f"^Mine breaks {words}"):
+        getattr(type("Laws", (OptimizerLaws,), said)(), law)()
+
+
+def test_every_law_of_plans_and_optimizers_is_broken_here():
+    tests = test_what_is_wrong_with_a_plan_is_told, test_what_is_wrong_with_an_optimizer_is_told
+    told = {law for test in tests for mark in test.pytestmark for _, law, _ in mark.args[1]}
+    assert told | {"test_ranks_with_other_arguments_all_learn_about_it"} == {
+        *laws_in(PlanLaws),
+        *laws_in(OptimizerLaws),
+    }

@@ -23,6 +23,7 @@ from training import (
     trained,
 )
 
+from mpi_ef import reference
 from mpi_ef.compress import Identity, TopK
 from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError, PeerError
 from mpi_ef.optim import OneBitAdam, ZeroOneAdam
@@ -46,84 +47,38 @@ def test_before_the_first_signs_it_is_adamw(n, compressor):
     assert_close(rows[0].path, adamw, rtol=1e-12, atol=1e-14)
 
 
-class Plain:
-    """0/1 Adam as in the paper without compression, decay decoupled, in float64: u is a sum, x is undone and redone."""
+class Workers:
+    """The plain algorithm on the tests' networks, one for every worker."""
 
-    def __init__(self, n, dtype, options, groups=None):
-        self.n, self.o = (
-            n,
-            {"betas": (0.9, 0.999), "eps": 1e-8, "bias_correction": True, "variance_floor": 0.1} | options,
-        )
+    def __init__(self, n, dtype, options, groups):
         self.nets = [net_of(dtype) for _ in range(n)]
         self.trained = [p.requires_grad for p in self.nets[0].parameters()]
         trained = [p for p in self.nets[0].parameters() if p.requires_grad]
         self.sizes = [p.numel() for p in trained]
         decays = {id(p): (number, group.get("weight_decay", 0.0)) for number, group in enumerate(groups(self.nets[0]))
-                  for p in group["params"]} if groups else {}  # fmt: skip
-        places = [decays.get(id(p), (0, 0.0)) for p in trained]
+                  for p in group["params"]}  # fmt: skip
+        places = [decays[id(p)] for p in trained]
         self.group_of = np.repeat([number for number, _ in places], self.sizes)
-        self.decay = np.repeat([decay for _, decay in places], self.sizes)
-        self.x = [np.concatenate([p.detach().double().numpy().ravel() for p in trained]) for _ in range(n)]
-        d = sum(self.sizes)
-        self.v, self.m, self.u = np.zeros(d), [np.zeros(d)] * n, [np.zeros(d)] * n
-        self.updates = self.last = self.t = 0
-
-    def gradients(self):
-        rows = []
-        for rank, net in enumerate(self.nets):
-            trained = [p for p in net.parameters() if p.requires_grad]
-            with torch.no_grad():
-                for p, part in zip(trained, np.split(self.x[rank], np.cumsum(self.sizes)[:-1]), strict=True):
-                    p.copy_(torch.from_numpy(part).view(p.shape))
-            net.zero_grad()
-            loss_in(net, rank, self.t - 1).backward()
-            rows.append(np.concatenate([np.zeros(p.numel()) if p.grad is None else p.grad.double().numpy().ravel()
-                                        for p in trained]))  # fmt: skip
-            self.moving = np.repeat([p.grad is not None for p in trained], self.sizes)
-        return rows
-
-    def inverse(self, floor):
-        c2 = 1 - self.o["betas"][1] ** self.updates if self.o["bias_correction"] else 1.0
-        parts = []
-        for v in np.split(self.v / c2, np.cumsum(self.sizes)[:-1]):
-            root = np.maximum(np.sqrt(v), floor * np.sqrt(v.mean()))
-            parts.append(1 / (root + self.o["eps"]) if root.any() else 0 * root)
-        return np.concatenate(parts)
+        decay = np.repeat([decay for _, decay in places], self.sizes)
+        start = np.concatenate([p.detach().double().numpy().ravel() for p in trained])
+        options = {name: value for name, value in options.items() if name != "lr"}
+        self.optimizer, self.t = reference.ZeroOneAdam(start, n, sizes=self.sizes, weight_decay=decay, **options), 0
 
     def step(self, lrs):
         """One step of all ranks; `lrs` by group. Return whether the replicas are the same afterwards."""
+        rows = []
+        for rank, (net, x) in enumerate(zip(self.nets, self.optimizer.x, strict=True)):
+            trained = [p for p in net.parameters() if p.requires_grad]
+            with torch.no_grad():
+                for p, part in zip(trained, np.split(x, np.cumsum(self.sizes)[:-1]), strict=True):
+                    p.copy_(torch.from_numpy(part).view(p.shape))
+            net.zero_grad()
+            loss_in(net, rank, self.t).backward()
+            rows.append(np.concatenate([np.zeros(p.numel()) if p.grad is None else p.grad.double().numpy().ravel()
+                                        for p in trained]))  # fmt: skip
+            moving = np.repeat([p.grad is not None for p in trained], self.sizes)
         self.t += 1
-        t, o, (b1, b2), grads = self.t, self.o, self.o["betas"], self.gradients()
-        lr = np.asarray(lrs, float)[self.group_of]
-        gamma = lr / (1 - b1**t if o["bias_correction"] else 1.0)
-        keep = np.where(self.moving, 1 - lr * self.decay, 1.0)
-        if t <= o["var_freeze_step"]:
-            mean = np.mean(grads, axis=0)
-            if not self.updates or t - self.last == 2 ** ((self.updates - 1) // o["var_update_scaler"]):
-                self.v = b2 * self.v + (1 - b2) * mean**2
-                self.updates, self.last = self.updates + 1, t
-            m = b1 * self.m[0] + (1 - b1) * mean
-            inverse = self.inverse(0.0 if self.updates == t else o["variance_floor"])
-            self.m, self.x = [m] * self.n, [keep * self.x[0] - gamma * m * inverse] * self.n
-            self.interval, self.since, self.age = 1, 0, 0
-            self.start, self.total, self.left = self.x[0], 0.0, 1.0
-            return True
-        inverse = self.inverse(o["variance_floor"])
-        self.m = [b1 * m + (1 - b1) * g for m, g in zip(self.m, grads, strict=True)]
-        self.x = [keep * x - gamma * m * inverse for x, m in zip(self.x, self.m, strict=True)]
-        self.u = [keep * u + gamma * m for u, m in zip(self.u, self.m, strict=True)]
-        self.total, self.left = keep * self.total + gamma, keep * self.left
-        self.since += 1
-        meet = self.since >= self.interval
-        if meet:
-            mean = np.mean(self.u, axis=0)
-            self.x = [self.left * self.start - mean * inverse] * self.n
-            self.m = [np.divide(mean, self.total, out=np.mean(self.m, axis=0), where=self.total > 0)] * self.n
-            self.u, self.start, self.total, self.left, self.since = [0 * mean] * self.n, self.x[0], 0.0, 1.0, 0
-        self.age += 1
-        if self.age % o["local_step_scaler"] == 0:
-            self.interval = min(o["local_step_clipper"], 2 * self.interval)
-        return meet
+        return self.optimizer.step(rows, np.asarray(lrs, float)[self.group_of], moving)
 
 
 def lrs_of(step):
@@ -147,13 +102,13 @@ def test_with_the_identity_it_is_the_plain_algorithm(n, more, dtype, tolerance):
 
     rows = trained(n, 45, lambda net, comm: ZeroOneAdam(groups_of(net), comm, compressor=Identity(), **options),
                    dtype=dtype, each=schedule)  # fmt: skip
-    plain, met = Plain(n, dtype, options, groups_of), 0
+    plain, met = Workers(n, dtype, options, groups_of), 0
     for step in range(45):
         met += plain.step(lrs_of(step))
         for rank in range(n):
             flat = np.concatenate([p.ravel() for p, is_trained in zip(rows[rank].path[step], plain.trained, strict=True)
                                    if is_trained])  # fmt: skip
-            distance = np.linalg.norm(flat - plain.x[rank])
+            distance = np.linalg.norm(flat - plain.optimizer.x[rank])
             assert distance <= tolerance * np.linalg.norm(flat), f"step {step} on rank {rank}"
     assert met == (45 if more.get("local_step_clipper") == 1 else 12 + 6 + 3 + 5)
 

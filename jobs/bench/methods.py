@@ -1,13 +1,13 @@
 """What the benchmark measures: dense means, compressed steps, obvious alternatives, and parts that need no network."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mpi_ef import kernels
-from mpi_ef.collectives import DenseMean, GatherMean, Plan, TwoPhaseMean
+from mpi_ef import kernels, registry
+from mpi_ef.collectives import DenseMean, GatherMean, Plan, TwoPhaseMean, build_plan, plan_for
 from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.compress import Quantize, RandK, Sign, TopK, source
 from mpi_ef.feedback import ErrorFeedback
@@ -39,9 +39,17 @@ class Method:
     plan: Any = None
 
 
-def methods(comm: MpiComm, d: int, ratio: float) -> Iterator[Method]:
-    """Yield everything there is to measure, with buffers for vectors of `d` float32. Collective."""
+def methods(comm: MpiComm, d: int, ratio: float, specified: Sequence[tuple[str, ...]] = ()) -> Iterator[Method]:
+    """Yield what there is to measure, with buffers for vectors of `d` float32. Collective.
+
+    Besides dense ones, everything, or what is `specified`: rules, compressors and maybe plans, see :mod:`mpi_ef.registry`.
+    """
     yield from _dense(comm, d)
+    for rule, text, *plan in specified:
+        built = registry.built("compressor", text)
+        yield _step(rule, build_plan(plan[0] if plan else plan_for, comm, built, d, np.float32))
+    if specified:
+        return
     half = Quantize("bf16")
     for rule in ("ef21", "ef14", "econtrol"):
         yield _step(rule, GatherMean(comm, TopK(ratio), d))

@@ -39,7 +39,8 @@ MODELS: Mapping[str, Takes] = {
     "mlp": {"split": "shuffled"},
     "cnn": {"split": "shuffled"},
 }
-_ANY_RULE: Takes = {"placement": "update", "rule": "ef14", "compressor": "topk", "dense_steps": 0}
+_ANY_RULE: Takes = {"placement": "update", "rule": "ef14", "compressor": "topk", "plan": Depends("that of the compressor"),
+                    "dense_steps": 0}  # fmt: skip
 _GRADIENT: Takes = {"placement": Only("gradient"), "dense_steps": 0}
 _ONE_BIT: Takes = {"beta1": 0.9, "beta2": 0.99, "compressor": "sign", "freeze": 0}
 # Sparse feedback delays updates, and delay acts like momentum; dense updates want the usual one.

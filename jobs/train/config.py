@@ -34,7 +34,8 @@ class TrainConfig:
     What goes with some choices only is None until it is given, or :meth:`resolved`.
     """
 
-    model: Literal["gpt", "mlp", "cnn"] = option("gpt", "gpt on text; mlp or cnn on scikit-learn's digits")
+    model: str = option("gpt", "gpt on text; mlp or cnn on scikit-learn's digits; a function that returns a model and data",
+                        choices=tuple(choices_of.MODELS), others="MODULE:FUNCTION(OPTION=...)")  # fmt: skip
     text: Path | None = _for("text", "UTF-8 text")
     data: str | None = option(None, "what text or digits have to be, by their content, as config.toml says",
                               shown="not compared")  # fmt: skip
@@ -46,7 +47,7 @@ class TrainConfig:
     heads: int | None = _for("heads", "attention heads")
     width: int | None = _for("width", "width")
     optimizer: str = option("adamw", "adamw, sgd: torch's on every rank, with a rule under it",
-                            choices=tuple(choices_of.OPTIMIZERS))  # fmt: skip
+                            choices=tuple(choices_of.OPTIMIZERS), others="NAME(OPTION=...)")  # fmt: skip
     lr: float = option(0.006, "peak learning rate; linear warm-up, then cosine to a tenth of it")
     warmup: int = option(40, "steps of linear warm-up")
     momentum: float | None = _for("momentum", "momentum")
@@ -73,6 +74,7 @@ class TrainConfig:
     correction: float | None = _for("correction", "share of the entries, drawn at random, of the second message")
     compressor: str | None = _for("compressor", "identity exchanges everything", tuple(choices_of.COMPRESSORS),
                                   "NAME(OPTION=...)")  # fmt: skip
+    plan: str | None = _for("plan", "how the ranks' messages are exchanged and combined", others="NAME(OPTION=...)")
     ratio: float | None = _for("ratio", "share of entries that are kept")
     block: int | None = _for("block", "entries that share a scale")
     rank: int | None = _for("rank", "columns of a factor")
@@ -112,7 +114,7 @@ class TrainConfig:
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if f.name in settings.SPECIFIED and value not in choices and value is not None:
-                settings.check_specified(f.name, value)
+                settings.check_specified(f.name, value, choices)
             elif choices and value is not None and value not in choices:
                 raise ConfigError(f"{f.name}={value!r} is unknown; take one of {', '.join(choices)}")
         settings.check(self.chosen())

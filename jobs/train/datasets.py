@@ -1,25 +1,31 @@
 """Training data and how ranks share them: every sample on exactly one rank."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from mpi_ef import registry
 from mpi_ef.collectives import chunk_bounds
-from mpi_ef.errors import DataError
+from mpi_ef.errors import ConfigError, DataError
 
-__all__ = ["Dataset", "Digits", "Text", "batches", "shard"]
+if TYPE_CHECKING:
+    from mpi_ef.jobs.train.config import TrainConfig
+
+__all__ = ["Dataset", "Digits", "Loss", "Tensors", "Text", "batches", "own_problem", "shard"]
 
 Indices = NDArray[np.int64]
+Loss = Callable[[Tensor, Tensor], Tensor]  # of what a model returns and targets, the mean over them
 
 
+@runtime_checkable
 class Dataset(Protocol):
-    """Samples 0 ... size-1 for training, 0 ... held_out_size-1 for validation."""
+    """Samples 0 ... size-1 for training, 0 ... held_out_size-1 for validation; the same on all ranks."""
 
     size: int
     held_out_size: int
@@ -136,7 +142,63 @@ def _read(path: Path | None) -> str:
     return text
 
 
-class Digits:
+class Tensors:
+    """Inputs and targets in memory, a row for every sample.
+
+    Parameters
+    ----------
+    train, held_out : (tensor, tensor)
+        Inputs, (samples, ...), and targets, (samples, ...). Targets of one whole number each are labels: accuracies are
+        measured as well.
+    name : str
+        What the samples are, for messages.
+    """
+
+    def __init__(self, train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], name: str = "samples") -> None:
+        self._train, self._held_out = train, held_out
+        self.size, self.held_out_size = len(train[1]), len(held_out[1])
+        if not self.size or not self.held_out_size or any(len(x) != len(y) for x, y in (train, held_out)):
+            raise DataError(f"{name}: {len(train[0])} inputs with {self.size} targets, and {len(held_out[0])} with "
+                            f"{self.held_out_size} held out; give a target for every input, and some of both")  # fmt: skip
+        hashed = sha256()
+        for tensor in (*train, *held_out):
+            hashed.update(str((tensor.dtype, tuple(tensor.shape))).encode() + tensor.contiguous().numpy().tobytes())
+        self.content = f"{self.size + self.held_out_size} {name}, sha256 {hashed.hexdigest()[:32]}"
+        labelled = train[1].dim() == 1 and not train[1].is_floating_point()
+        self.labels: NDArray[np.int64] | None = train[1].numpy() if labelled else None
+
+    def batch(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Return inputs and targets of training samples, (b, ...) each."""
+        return self._train[0][indices], self._train[1][indices]
+
+    def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Return the same of held-out samples."""
+        return self._held_out[0][indices], self._held_out[1][indices]
+
+
+def own_problem(config: "TrainConfig") -> tuple[Dataset, nn.Module] | tuple[Dataset, nn.Module, Loss]:
+    """Return what the user's function makes, of which ``--model module:function(options)`` is the specification. Local.
+
+    ``function(config, **options)`` returns ``(model, data)`` or ``(model, data, loss)``: a module, a :class:`Dataset`,
+    for example :class:`Tensors`, and ``loss(model(inputs), targets)``, the mean over targets; cross entropy by default.
+
+    Raises
+    ------
+    ConfigError
+        It returns something else.
+    """
+    made: Any = registry.built("model", config.model, config)
+    parts = made if isinstance(made, tuple) else ()
+    if len(parts) not in (2, 3) or not isinstance(parts[0], nn.Module) or not isinstance(parts[1], Dataset) \
+            or not all(callable(loss) for loss in parts[2:]):  # fmt: skip
+        returned = ", ".join(type(part).__name__ for part in parts) or type(made).__name__
+        raise ConfigError(f"model={config.model} returns {returned}; return (module, data) or (module, data, loss), where "
+                          "data is for example mpi_ef.jobs.train.datasets.Tensors")  # fmt: skip
+    model, data, *loss = parts
+    return (data, model, *loss)
+
+
+class Digits(Tensors):
     """Scikit-learn's 1797 handwritten digits, 8 x 8 pixels in [0, 1]; a fifth, the same for every seed, is held out."""
 
     def __init__(self) -> None:
@@ -145,20 +207,10 @@ class Digits:
         except ImportError:
             raise DataError("digits: scikit-learn is not installed; pip install scikit-learn") from None
         pixels, labels = load_digits(return_X_y=True)
-        content = sha256(pixels.tobytes() + labels.astype(np.int64).tobytes()).hexdigest()
-        self.content = f"{labels.size} digits, sha256 {content[:32]}"
         order = np.random.default_rng(0).permutation(labels.size)
         cut = labels.size * 4 // 5
         x = torch.from_numpy((pixels[order] / 16.0).astype(np.float32).reshape(-1, 1, 8, 8))
         y = torch.from_numpy(labels[order].astype(np.int64))
-        self._train, self._held_out = (x[:cut], y[:cut]), (x[cut:], y[cut:])
-        self.labels = y[:cut].numpy()
-        self.size, self.held_out_size = cut, labels.size - cut
-
-    def batch(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Return (b, 1, 8, 8) float32 images and (b,) int64 labels."""
-        return self._train[0][indices], self._train[1][indices]
-
-    def held_out(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        """Return the same of the held-out digits."""
-        return self._held_out[0][indices], self._held_out[1][indices]
+        super().__init__((x[:cut], y[:cut]), (x[cut:], y[cut:]), "digits")
+        content = sha256(pixels.tobytes() + labels.astype(np.int64).tobytes()).hexdigest()
+        self.content = f"{labels.size} digits, sha256 {content[:32]}"  # as checkpoints have it

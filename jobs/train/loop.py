@@ -19,7 +19,7 @@ from mpi_ef.jobs.metrics import in_bytes
 from mpi_ef.jobs.train import choices, models
 from mpi_ef.jobs.train.changes import Changes
 from mpi_ef.jobs.train.config import PHASES, TrainConfig, learning_rate
-from mpi_ef.jobs.train.datasets import Dataset, Digits, Text, batches, shard
+from mpi_ef.jobs.train.datasets import Dataset, Digits, Loss, Text, batches, own_problem, shard
 from mpi_ef.jobs.train.optimizers import build_optimizer
 from mpi_ef.jobs.train.settings import CHANGES, rule_in
 from mpi_ef.kernels import machine_code
@@ -62,7 +62,8 @@ class Trainer:
         size, rank = comm.Get_size(), comm.Get_rank()
 
         def facts() -> dict[str, object]:
-            self.data, self.model = _build(config)
+            self.data, self.model, *loss = _build(config)
+            self._loss_of = loss[0] if loss else _cross_entropy
             if config.data not in (None, self.data.content):
                 raise DataError(f"data={config.data}, but here there are {self.data.content}; give the same, or leave the "
                                 "option out")  # fmt: skip
@@ -148,7 +149,7 @@ class Trainer:
 
     def _backward(self, inputs: "Tensor", targets: "Tensor", share: float = 1.0) -> float:
         """Add the gradient of a share of the mean loss over a batch; return that. Local."""
-        loss = share * _loss(self.model(inputs), targets)
+        loss = share * self._loss_of(self.model(inputs), targets)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.item()
 
@@ -308,8 +309,8 @@ class Trainer:
             for start in range(0, self._held_out.size, _EVALUATION_BATCH):
                 inputs, targets = self.data.held_out(self._held_out[start : start + _EVALUATION_BATCH])
                 logits = self.model(inputs)
-                total += float(_loss(logits, targets)) * targets.numel()
-                right += int((logits.argmax(-1) == targets).sum())
+                total += float(self._loss_of(logits, targets)) * targets.numel()
+                right += 0 if self.data.labels is None else int((logits.argmax(-1) == targets).sum())
                 count += targets.numel()
         self.model.train()
         total, hits, number = self._sum(total, right, count)
@@ -346,12 +347,14 @@ def _everywhere(error: MpiEfError) -> MpiEfError:
     return error
 
 
-def _loss(logits: "Tensor", targets: "Tensor") -> "Tensor":
+def _cross_entropy(logits: "Tensor", targets: "Tensor") -> "Tensor":
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
-def _build(config: TrainConfig) -> "tuple[Dataset, nn.Module]":
+def _build(config: TrainConfig) -> "tuple[Dataset, nn.Module] | tuple[Dataset, nn.Module, Loss]":
     torch.manual_seed(config.seed)
+    if config.model not in choices.MODELS:
+        return own_problem(config)
     if config.model != "gpt":
         return Digits(), models.mlp() if config.model == "mlp" else models.cnn()
     sizes = {name: int(getattr(config, name)) for name in ("context", "layers", "heads", "width")}

@@ -1,6 +1,7 @@
 """The optimizers that ``mpi-ef train`` knows, built from its options; what they take is in choices.py."""
 
 from collections.abc import Callable, Mapping
+from inspect import isclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -8,12 +9,13 @@ import numpy as np
 import torch
 
 from mpi_ef import optim, registry
-from mpi_ef.collectives import ClientsMean, Plan, TwoPhaseMean, plan_for
+from mpi_ef.collectives import ClientsMean, Plan, TwoPhaseMean, build_plan, plan_for
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity, LowRank, Quantize, RandK, Sign, TopK, Vote, for_parameters
 from mpi_ef.errors import ConfigError
+from mpi_ef.jobs.train.choices import OPTIMIZERS
 from mpi_ef.jobs.train.config import TrainConfig
-from mpi_ef.jobs.train.settings import CLIENTS, rule_in, smoothness_of
+from mpi_ef.jobs.train.settings import CLIENTS, optimizer_in, rule_in, smoothness_of
 from mpi_ef.optim.flat import FlatOptimizer
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ def build_optimizer(config: TrainConfig, model: "nn.Module", comm: Comm) -> Flat
         On all ranks: `smoothness` is not of so many ranks.
     """
     chosen = _chosen(config)
+    if chosen.optimizer not in OPTIMIZERS:
+        return _specified(chosen, model, comm)
     if hasattr(chosen, "placement"):
         return _wrapped(chosen, model, comm)
     groups = _decayed(chosen, model)
@@ -41,6 +45,21 @@ def build_optimizer(config: TrainConfig, model: "nn.Module", comm: Comm) -> Flat
     compressor = for_parameters(_compressor(chosen), shapes)
     options: dict[str, Any] = {"lr": chosen.lr, "compressor": compressor, "clip": chosen.clip}
     return _REPLICATED[chosen.optimizer](chosen, groups, comm, options)
+
+
+def _specified(chosen: Chosen, model: "nn.Module", comm: Comm) -> FlatOptimizer:
+    """Return what a specification says, with the learning rate, the decay and the clipping of the run. Collective."""
+    what, of_run = optimizer_in(chosen.optimizer)
+    groups, options = _decayed(chosen, model), what.options
+    if not (isclass(what.thing) and issubclass(what.thing, optim.DistributedOptimizer)):
+        # The others bind their compressors to parameters themselves.
+        shapes = tuple(tuple(p.shape) for group in groups for p in group["params"])
+        options = {name: for_parameters(value, shapes) if isinstance(value, Compressor) else value
+                   for name, value in options.items()}  # fmt: skip
+    built = what.thing(groups, comm, *what.arguments, **options, **{name: getattr(chosen, name) for name in of_run})
+    if not isinstance(built, FlatOptimizer):
+        raise ConfigError(f"optimizer={chosen.optimizer} has built a {type(built).__name__}, no FlatOptimizer")
+    return built
 
 
 def build_compressor(config: TrainConfig) -> Compressor:
@@ -100,6 +119,8 @@ def _plan(chosen: Chosen) -> Callable[[Comm, Compressor, int, Any], Plan]:
     """Return what builds the plan that the rule needs."""
 
     def plan(comm: Comm, compressor: Compressor, d: int, dtype: Any) -> Plan:
+        if hasattr(chosen, "plan"):
+            return build_plan(chosen.plan, comm, compressor, d, dtype)
         rule = rule_in(chosen.rule)
         if rule in CLIENTS:
             return ClientsMean(comm, compressor, d, dtype, clients=comm.Get_size(), weights=_weights(chosen, comm))

@@ -160,7 +160,7 @@ def _table(summary: dict[str, Any]) -> str:
     from mpi_ef.jobs.metrics import in_bytes
 
     sent, dense = summary["sent_nbytes"], summary["dense_nbytes"]
-    share = f"{dense / sent:.0f}x less, {100 * sent / dense:.2f} %" if sent else "one rank sends nothing"
+    share = f"{dense / sent:.0f}x less, {100 * sent / dense:.2f} %" if sent and dense else "one rank sends nothing"
     rows = [("validation loss", f"{summary['val_loss']:.4f}"), ("training loss", f"{summary['loss']:.4f}")]
     if summary["val_accuracy"] is not None:
         rows.append(("validation accuracy", f"{100 * summary['val_accuracy']:.2f} %"))

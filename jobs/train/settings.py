@@ -1,12 +1,16 @@
 """What the options of ``mpi-ef train`` may be, alone and together; before MPI is started."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpi_ef.errors import ConfigError, OptionError
 
-__all__ = ["SPECIFIED", "check", "check_specified", "rule_in", "smoothness_of"]
+if TYPE_CHECKING:
+    from mpi_ef.registry import Specification
+
+__all__ = ["SPECIFIED", "check", "check_specified", "optimizer_in", "rule_in", "smoothness_of"]
 
 _ONES = ("keep", "steps", "batch", "context", "layers", "heads", "width", "block", "rank", "local_steps", "log_every",
          "eval_every")  # fmt: skip
@@ -34,17 +38,53 @@ CLIENTS = (
 )  # rules in which a rank may be silent, or say which of two it sends
 
 
-SPECIFIED = ("compressor", "rule")  # which may also be written as in Python, with their options
+# What may also be written as in Python, with its options, see :mod:`mpi_ef.registry`.
+SPECIFIED = ("compressor", "rule", "plan", "optimizer", "model")
+OF_RUN = ("lr", "weight_decay", "clip")  # options of optimizers that are options of the run
 
 
-def check_specified(kind: str, text: str) -> None:
-    """Raise `ConfigError` unless a text specifies a compressor or a rule, see :mod:`mpi_ef.registry`."""
+def check_specified(kind: str, text: str, choices: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` unless a text specifies what there is of a kind, with options that it has."""
     from mpi_ef import registry
 
     try:
-        registry.built(kind, text) if kind == "compressor" else registry.specified(kind, text)
+        if kind == "compressor":
+            registry.built(kind, text)
+        elif kind == "plan":
+            from mpi_ef.collectives.chosen import check_plan
+
+            check_plan(text)
+        elif kind == "optimizer":
+            optimizer_in(text)
+        else:
+            what = registry.specified(kind, text)
+            if kind == "model":
+                registry.fitting(what, text, None)
     except OptionError as error:
-        raise ConfigError(f"{kind}={text}: {error}") from None
+        short = kind in ("optimizer", "model") and text.islower() and "(" not in text
+        close = get_close_matches(text, choices, n=1) if short else []
+        hint = f"{text!r} is unknown; did you mean {close[0]}?" if close else str(error)
+        raise ConfigError(f"{kind}={text}: {hint}") from None
+
+
+def optimizer_in(text: str) -> "tuple[Specification, tuple[str, ...]]":
+    """Return what specifies an optimizer, and which options of the run it takes.
+
+    Raises
+    ------
+    OptionError
+        There is no such optimizer, an option does not fit, or is one of the run; or it is not built on parameters.
+    """
+    from mpi_ef import registry
+
+    what = registry.specified("optimizer", text)
+    taken = registry.options_of(what)
+    if taken[:1] != ["params"]:
+        raise OptionError(f"{what.name} is not built on parameters; take adamw or sgd, with a rule under it")
+    if doubled := [name for name in OF_RUN if name in what.options]:
+        raise OptionError(f"{doubled[0]} is an option of the run; give {doubled[0]} outside of the optimizer")
+    of_run = tuple(name for name in ("lr", "clip") if name in taken)  # decay is of groups
+    return registry.fitting(what, text, None, None, **dict.fromkeys(of_run, 0.0)), of_run
 
 
 def rule_in(text: str | None) -> str | None:
@@ -91,6 +131,8 @@ def _check_combinations(chosen: Mapping[str, Any]) -> None:
         raise ConfigError("values=full with compressor=quantize quantizes nothing; take compressor=identity")
     if overlap and clip:
         raise ConfigError("overlap sends gradients before their norm is known; pass clip=0 with it")
+    if chosen.get("plan") and rule in CLIENTS:
+        raise ConfigError(f"plan={chosen['plan']}: rule={rule} has a plan of its own; leave one of them out")
     if overlap and rule in CLIENTS:
         raise ConfigError(f"overlap sends in two parts, which rule={rule} cannot; leave one of them out")
     if rule in CHANGES and (chosen["placement"] != "gradient" or overlap or clip):

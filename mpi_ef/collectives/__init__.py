@@ -6,9 +6,11 @@ A *plan* is built once (collective: all ranks together, same arguments) and exch
 
 from mpi_ef.comm.protocol import Comm
 
+from .chosen import PlanBuilder, build_plan
 from .clients import ClientsMean
 from .combine import Combine
 from .dense import DenseMean
+from .exchange import Round
 from .frames import Frames
 from .lowrank import LowRankMean
 from .onecall import allgather, allreduce
@@ -25,10 +27,13 @@ __all__ = [
     "LowRankMean",
     "Offer",
     "Plan",
+    "PlanBuilder",
+    "Round",
     "Traffic",
     "TwoPhaseMean",
     "allgather",
     "allreduce",
+    "build_plan",
     "chunk_bounds",
     "plan_for",
 ]

@@ -198,7 +198,8 @@ class ClientsMean(Plan):
         for row in np.flatnonzero(self._heard == client).tolist():
             self._codec.add(self._received[row : row + 1], out, scale)
 
-    def _like(self, compressor: Compressor) -> Plan:
+    def like(self, compressor: Compressor) -> Plan:
+        """Return a plan of the same kind, see :meth:`Plan.like`. Collective."""
         return ClientsMean(self.comm, compressor, self.d, self.dtype, clients=self.clients, weights=self.weights)
 
     @property

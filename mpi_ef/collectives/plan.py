@@ -190,7 +190,7 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
 
     def dense(self) -> "Plan":
         """Return a new plan for the uncompressed mean of the same vectors. Collective."""
-        return self._like(Identity())
+        return self.like(Identity())
 
     def sibling(self, compressor: Compressor) -> "Plan":
         """Return a plan for the same vectors with another compressor, kept for the next time. Collective the first time.
@@ -198,12 +198,13 @@ class Plan(OnAllRanks, Memory, metaclass=Telling):
         For rules that send two messages. Its number of exchanges, the key of random compressors, is set to this plan's.
         """
         if compressor not in self._siblings:
-            self._siblings[compressor] = self._like(compressor)
+            self._siblings[compressor] = self.like(compressor)
         sibling = self._siblings[compressor]
         sibling.exchanges = self.exchanges
         return sibling
 
-    def _like(self, compressor: Compressor) -> "Plan":
+    def like(self, compressor: Compressor) -> "Plan":
+        """Return a new plan for the same vectors, through which dense steps and second messages go. Collective."""
         return plan_for(self.comm, compressor, self.d, self.dtype)
 
     @property

@@ -72,9 +72,10 @@ class GatherMean(Plan, kind="gather"):
         self._turns = 0
         return {"combine": self.combine}
 
-    def _like(self, compressor: Compressor) -> Plan:
+    def like(self, compressor: Compressor) -> Plan:
+        """Return a plan of the same kind, see :meth:`Plan.like`. Collective."""
         if self.combine is None:
-            return super()._like(compressor)
+            return super().like(compressor)
         return GatherMean(self.comm, compressor, self.d, self.dtype, combine=self.combine)
 
     def encode(self, x: Source, *, split: bool) -> bool:  # noqa: ARG002
@@ -210,9 +211,10 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         )
         return {"reply": self.reply, "residual": self._remember, "combine": combine}
 
-    def _like(self, compressor: Compressor) -> Plan:
+    def like(self, compressor: Compressor) -> Plan:
+        """Return a plan of the same kind, see :meth:`Plan.like`. Collective."""
         if self.combine is None:
-            return super()._like(compressor)
+            return super().like(compressor)
         return TwoPhaseMean(self.comm, compressor, self.d, self.dtype, combine=self.combine)
 
     def _start(self, chunk: int) -> int:

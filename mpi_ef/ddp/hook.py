@@ -1,7 +1,7 @@
 """The communication hook: the rule at work under DistributedDataParallel."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from mpi_ef.collectives import Plan, plan_for
+from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
 from mpi_ef.comm.consensus import OnAllRanks, agree, ranks_text, telling
-from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, for_parameters
 from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
@@ -24,8 +23,6 @@ from .bucket import FeedbackBucket, Place, Saved, anew, moved
 from .process_group import ProcessGroupComm
 
 __all__ = ["FeedbackHook"]
-
-PlanBuilder = Callable[[Comm, Compressor, int, Any], Plan]
 
 
 class FeedbackHook(OnAllRanks):
@@ -48,8 +45,8 @@ class FeedbackHook(OnAllRanks):
         A name in :data:`mpi_ef.feedback.RULES`, for example "ef21", "econtrol" or "ef14".
     process_group : torch.distributed.ProcessGroup, optional
         Of the same ranks as the model's, which is the default.
-    plan : callable, optional
-        ``plan(comm, compressor, d, dtype)`` builds the collective of a bucket.
+    plan : callable or str, optional
+        Builds the collective of a bucket, see :func:`mpi_ef.collectives.build_plan`.
     dense_steps : int
         The first steps exchange whole vectors; 1 is the papers' start with the first gradient.
     **options
@@ -173,7 +170,8 @@ class FeedbackHook(OnAllRanks):
             self._earlier_sent_nbytes += left.feedback.sent_nbytes
         compressor = for_parameters(self.compressor, [tuple(g.shape) for g in gradients])
         with telling(self.comm, "FeedbackHook", Plan.built):
-            plan = self._plan(self.comm, compressor, buffer.numel(), buffer.detach().numpy().dtype)
+            dtype = buffer.detach().numpy().dtype
+            plan = build_plan(self._plan, self.comm, compressor, buffer.numel(), dtype)
         feedback = ErrorFeedback(self.rule, plan, dense_steps=self.dense_steps, **self.options)
         places = [Place.of_parameter(name, self._parameters[name], int(g.storage_offset() - buffer.storage_offset()))
                   for name, g in zip(names, gradients, strict=True)]  # fmt: skip

@@ -4,6 +4,7 @@ from .adam import OneBitAdam
 from .descent import EF21, EControl, PowerSGD
 from .lamb import OneBitLamb
 from .muon import EF21Muon
+from .replicated import ReplicatedOptimizer
 from .signs import Lion, Signum
 from .wrapper import BucketReport, DistributedOptimizer
 from .zero_one import ZeroOneAdam
@@ -18,6 +19,7 @@ __all__ = [
     "OneBitAdam",
     "OneBitLamb",
     "PowerSGD",
+    "ReplicatedOptimizer",
     "Signum",
     "ZeroOneAdam",
 ]

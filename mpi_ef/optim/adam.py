@@ -5,7 +5,7 @@ from math import sqrt
 from typing import Any
 
 from mpi_ef import kernels
-from mpi_ef.collectives import Plan, plan_for
+from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
 from mpi_ef.comm.consensus import telling
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Sign
@@ -14,7 +14,6 @@ from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.ranges import whole
 
 from .variance import VarianceOptimizer, VarianceWatch, inverse_roots
-from .wrapper import PlanBuilder
 
 __all__ = ["OneBitAdam", "VarianceWatch", "inverse_roots"]
 
@@ -90,7 +89,7 @@ class OneBitAdam(VarianceOptimizer):
 
         super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, facts)
         with telling(comm, type(self).__name__, Plan.built):
-            momentum = plan(comm, compressor, self.flat.d, self.flat.dtype)
+            momentum = build_plan(plan, comm, compressor, self.flat.d, self.flat.dtype)
         self.rules["momentum"] = ErrorFeedback("ef14-momentum", momentum, beta=betas[0])
         self.arrays["v"] = self._zeros()
         self._inverse: Vector | None = None

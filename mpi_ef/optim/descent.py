@@ -5,12 +5,12 @@ from typing import Any
 
 from torch.optim import SGD
 
-from mpi_ef.collectives import plan_for
+from mpi_ef.collectives import PlanBuilder, plan_for
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, LowRank
 
 from .groups import parameters_of
-from .wrapper import DistributedOptimizer, PlanBuilder
+from .wrapper import DistributedOptimizer
 
 __all__ = ["EF21", "EControl", "PowerSGD"]
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ef import kernels
-from mpi_ef.collectives import Plan, plan_for
+from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
 from mpi_ef.comm.consensus import telling
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Sign
@@ -19,7 +19,6 @@ from mpi_ef.ranges import whole, within
 
 from .runs import stretches
 from .variance import VarianceOptimizer, inverse_roots, mean_root
-from .wrapper import PlanBuilder
 
 __all__ = ["OneBitLamb"]
 
@@ -99,7 +98,7 @@ class OneBitLamb(VarianceOptimizer):
         self.variance_floor, self.clip = variance_floor, clip
         super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, self._checked_options)
         with telling(comm, type(self).__name__, Plan.built):
-            momentum = plan(comm, compressor, self.flat.d, self.flat.dtype)
+            momentum = build_plan(plan, comm, compressor, self.flat.d, self.flat.dtype)
         self.rules["momentum"] = ErrorFeedback("ef14", momentum)
         self.arrays |= {name: self._zeros() for name in ("m", "v", "fresh")}
         self._starts = np.array(self.flat.starts, np.int64)

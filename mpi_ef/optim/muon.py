@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mpi_ef.collectives import plan_for
+from mpi_ef.collectives import PlanBuilder, plan_for
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor
 
 from .groups import parameters_of
-from .wrapper import DistributedOptimizer, PlanBuilder
+from .wrapper import DistributedOptimizer
 
 __all__ = ["EF21Muon", "LinearMinimization", "orthogonalized"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from mpi_ef.collectives import Plan, plan_for
+from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
 from mpi_ef.comm.consensus import telling
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Identity, for_parameters, lazy
@@ -27,9 +27,8 @@ from .groups import group_sizes
 from .lane import Lane
 from .saved import WRAPPED
 
-__all__ = ["BucketReport", "DistributedOptimizer", "PlanBuilder"]
+__all__ = ["BucketReport", "DistributedOptimizer"]
 
-PlanBuilder = Callable[[Comm, Compressor, int, Any], Plan]
 _LONG = 2**16
 OVERLAPPED_NBYTES = 25_000_000
 
@@ -63,9 +62,10 @@ class DistributedOptimizer(FlatOptimizer):
     placement : {"update", "gradient"}
     rule : str
         A name in :data:`mpi_ef.feedback.RULES`.
-    plan : callable, optional
+    plan : callable or str, optional
         ``plan(comm, compressor, d, dtype)`` builds the collective, for example the class `TwoPhaseMean`, on the
-        communicator that it is given. :func:`mpi_ef.collectives.plan_for` by default.
+        communicator that it is given; or a specification, ``"my_plan:TrimmedMean(trim=1)"``.
+        :func:`mpi_ef.collectives.plan_for` by default.
     dense_steps : int
         The first steps exchange whole vectors.
     bucket_nbytes : int, optional
@@ -136,7 +136,8 @@ class DistributedOptimizer(FlatOptimizer):
         for numbers, part in bucket_slices(self.flat, bucket_nbytes):
             shapes = tuple(tuple(self.flat.parameters[number].shape) for number in numbers)
             with telling(of_buckets, type(self).__name__, Plan.built):
-                parted = plan(of_buckets, for_parameters(compressor, shapes), part.stop - part.start, self.flat.dtype)
+                bound, d = for_parameters(compressor, shapes), part.stop - part.start
+                parted = build_plan(plan, of_buckets, bound, d, self.flat.dtype)
             buckets.append(Bucket(numbers, part, ErrorFeedback(rule, parted, dense_steps=dense_steps, **options)))
         self.buckets = Buckets(self.flat, buckets, lane)
         self.feedback, self._quiet = buckets[0].feedback, ExitStack()

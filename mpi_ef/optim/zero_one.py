@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mpi_ef import kernels
-from mpi_ef.collectives import Plan, plan_for
+from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
 from mpi_ef.comm.consensus import telling
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Sign, lazy
@@ -20,7 +20,6 @@ from mpi_ef.statetree import PER_RANK, Leaf, Reshard, StateTree
 
 from .apart import Apart
 from .variance import VarianceOptimizer, inverse_roots
-from .wrapper import PlanBuilder
 
 __all__ = ["ZeroOneAdam"]
 
@@ -123,7 +122,7 @@ class ZeroOneAdam(Apart):
 
         super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, facts)
         with telling(comm, type(self).__name__, Plan.built):
-            momentum = plan(comm, compressor, self.flat.d, self.flat.dtype)
+            momentum = build_plan(plan, comm, compressor, self.flat.d, self.flat.dtype)
         self.rules["momentum"] = ErrorFeedback("ef14", momentum)
         self.arrays.update({name: self._zeros() for name in ("m", "v", "u", "x")})
         self._inverse = self._zeros()

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import MpiEfError
 
 __all__ = ["VirtualComm", "results", "run"]
 
 patience_seconds = 240.0  # for a rank to come to its end
+world: Comm | None = None  # real ranks, on which programs for as many run; set by the plugin for pytest
 
 
 class _World:
@@ -138,22 +140,27 @@ class VirtualComm:
         array[...] = self._share("Bcast", array)[root]
 
 
-def run(size: int, program: Callable[[Any], Any]) -> list[Any]:
+def run(size: int, program: Callable[[Any], Any], *, virtual: bool = False) -> list[Any]:
     """Call ``program(comm)`` on `size` virtual ranks and return what each of them returned or raised.
 
     A rank that raises breaks the barrier, so that no other rank waits for it for ever. An `Exception` is returned in
     the place of the result: tests say themselves which ranks may fail.
+
+    With `virtual` False, and real ranks of that number, see :mod:`mpi_ef.testing.plugin`, it runs on these, and all of
+    them return what came of all.
     """
-    world = _World(size)
+    if world is not None and size == world.Get_size() and not virtual:
+        return _run_for_real(world, program)
+    shared = _World(size)
     results: list[Any] = [None] * size
 
     def rank_main(rank: int) -> None:
         try:
-            results[rank] = program(VirtualComm(world, rank))
+            results[rank] = program(VirtualComm(shared, rank))
         except BaseException as error:  # what pytest.raises raises is no Exception
             results[rank] = error
             if not isinstance(error, MpiEfError):  # those the library raises on all ranks that need to know
-                world.barrier.abort()
+                shared.barrier.abort()
 
     threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
@@ -163,6 +170,16 @@ def run(size: int, program: Callable[[Any], Any]) -> list[Any]:
         if thread.is_alive():
             raise TimeoutError(f"a virtual rank has not come to its end within {patience_seconds:.0f} s")
     return results
+
+
+def _run_for_real(comm: Comm, program: Callable[[Any], Any]) -> list[Any]:
+    try:
+        mine = program(comm)
+    except MpiEfError as error:  # all others end the test, and with it all ranks
+        mine = error
+    gathered = comm.allgather(mine)
+    gathered[comm.Get_rank()] = mine  # itself, with what cannot travel
+    return gathered
 
 
 def results(size: int, program: Callable[[Any], Any]) -> list[Any]:

@@ -1,0 +1,43 @@
+"""How a law of plans and optimizers says its name when it is broken."""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import numpy as np
+
+__all__ = ["law", "must", "same_bits"]
+
+
+def law(name: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Return what makes a test of a method: whatever it raises becomes an `AssertionError` that names subject and law."""
+
+    def named(test: Callable[[Any], None]) -> Callable[[Any], None]:
+        @wraps(test)
+        def kept(laws: Any) -> None:
+            try:
+                test(laws)
+            except Exception as error:
+                kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+                raise AssertionError(f"{laws.subject()} breaks the law of {name}: {kind}{error}") from error
+
+        return kept
+
+    return named
+
+
+def must(holds: object, text: str) -> None:
+    """Raise `AssertionError`, also under ``python -O``, unless something holds."""
+    if not holds:
+        raise AssertionError(text)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Compare nested results bit for bit. Local."""
+    if isinstance(a, dict):
+        return bool(a.keys() == b.keys()) and all(same_bits(a[key], b[key]) for key in a)
+    if isinstance(a, Sequence) and not isinstance(a, str):
+        return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, np.ndarray):
+        return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
+    return bool(a == b)
