@@ -53,12 +53,18 @@ def test_optimizers_obey(row, law):
     getattr(laws_of(row), law)()
 
 
-@pytest.mark.parametrize("n", [pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.exhaustive)])
+@pytest.mark.slow
 @rows()
-def test_on_more_ranks(row, n):
-    laws = laws_of(row, ranks=(n,))
-    laws.test_replicas_are_equal()
-    laws.test_it_learns()
+def test_replicas_are_equal_on_three_ranks(row):
+    laws_of(row, ranks=(3,)).test_replicas_are_equal()
+
+
+@pytest.mark.exhaustive
+@rows()
+def test_on_more_ranks(row):
+    laws_of(row, ranks=(3,)).test_it_learns()
+    laws_of(row, ranks=(4,)).test_replicas_are_equal()
+    laws_of(row, ranks=(4,)).test_it_learns()
 
 
 @MOMENTS

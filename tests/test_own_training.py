@@ -38,9 +38,10 @@ def read(*flags):
 
 @pytest.mark.parametrize(("text", "options"), [
     ("OneBitAdam(betas=(0.9, 0.99), freeze_step=3, compressor=Sign(block=1024))", {"optimizer": "onebit-adam", "freeze": 3}),
-    ("OneBitLamb(betas=(0.9, 0.99), freeze_step=3, compressor=TopK(0.05, values=Quantize('bf16')))",
-     {"optimizer": "onebit-lamb", "freeze": 3, "compressor": "topk", "ratio": 0.05}),
-    ("Signum(momentum=0.8)", {"optimizer": "signum", "momentum": 0.8}),
+    pytest.param("OneBitLamb(betas=(0.9, 0.99), freeze_step=3, compressor=TopK(0.05, values=Quantize('bf16')))",
+                 {"optimizer": "onebit-lamb", "freeze": 3, "compressor": "topk", "ratio": 0.05},
+                 marks=pytest.mark.exhaustive),
+    pytest.param("Signum(momentum=0.8)", {"optimizer": "signum", "momentum": 0.8}, marks=pytest.mark.exhaustive),
     ("EF21Muon(TopK(0.05, values=Quantize('bf16')), beta=0.5, dense_steps=0)",
      {"optimizer": "ef21-muon", "ratio": 0.05, "momentum": 0.5}),
 ])  # fmt: skip

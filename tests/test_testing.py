@@ -290,6 +290,15 @@ class WrongOptimizer(Normalized):
             self.flat.values *= rate
         if self.how == "its own":
             self.flat.values -= self.flat.gradients / 100
+        if self.how == "gives up" and getattr(self.comm, "fault", "") == "delay":
+            self.flat.values[:] = before
+
+    def step(self, closure=None):
+        try:
+            return super().step(closure)
+        except CommunicationError:
+            if self.how != "says nothing":
+                raise
 
     def load_state_dict(self, state_dict):
         steps = self.steps
@@ -314,6 +323,8 @@ class WrongOptimizer(Normalized):
     ("checks nothing", "test_ranks_with_other_options_all_learn_about_it", "the law of options that differ: .* on beta"),
     ("has a rate of its own", "test_learning_rates_that_drift_apart_stop_all_ranks", "the law of learning rates that drift"),
     ("goes on counting", "test_loading_on_one_rank_only_stops_all_ranks", "the law of loading everywhere: the message is"),
+    ("gives up", "test_what_comes_late_changes_nothing", "the law of ranks that come late: other parameters after step 1"),
+    ("says nothing", "test_errors_of_communication_are_passed_on", "the law of communication that fails: call 0 of a step"),
     ("takes groups", "test_groups_cannot_be_added_later", "the law of groups that are known at first: a group was added"),
 ])  # fmt: skip
 def test_what_is_wrong_with_an_optimizer_is_told(how, law, words):

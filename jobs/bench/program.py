@@ -81,7 +81,7 @@ def specified(text: str | None) -> list[tuple[str, ...]]:
     if text is None:
         return []
     from mpi_ef import registry
-    from mpi_ef.collectives.chosen import check_plan
+    from mpi_ef.collectives.chosen import plan_named
 
     found = []
     for method in text.split(";"):
@@ -93,7 +93,7 @@ def specified(text: str | None) -> list[tuple[str, ...]]:
             registry.specified("rule", words[0])
             registry.built("compressor", words[1])
             for plan in words[2:]:
-                check_plan(plan)
+                plan_named(plan)
         except OptionError as error:
             raise ConfigError(f"methods: {error}") from None
         found.append(words)

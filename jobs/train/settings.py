@@ -51,9 +51,9 @@ def check_specified(kind: str, text: str, choices: Sequence[str] = ()) -> None:
         if kind == "compressor":
             registry.built(kind, text)
         elif kind == "plan":
-            from mpi_ef.collectives.chosen import check_plan
+            from mpi_ef.collectives.chosen import plan_named
 
-            check_plan(text)
+            plan_named(text)
         elif kind == "optimizer":
             optimizer_in(text)
         else:

@@ -1,9 +1,11 @@
 """The plan that is asked for: by what builds it, by name, or as a specification."""
 
 from collections.abc import Callable
+from functools import partial
 from inspect import isclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import DTypeLike
 
 from mpi_ef import registry
@@ -13,17 +15,24 @@ from mpi_ef.errors import OptionError
 
 from .plan import Plan
 
-__all__ = ["PlanBuilder", "build_plan", "check_plan"]
+__all__ = ["PlanBuilder", "build_plan", "plan_named"]
 
 PlanBuilder = str | Callable[[Comm, Compressor, int, Any], Plan]
 
 
-def check_plan(text: str) -> registry.Specification:
-    """Return what a text specifies; raise `OptionError` unless :func:`build_plan` can build it. Local."""
+def plan_named(text: str) -> Callable[[Comm, Compressor, int, Any], Plan]:
+    """Return what builds the plan that a text specifies. Local.
+
+    Raises
+    ------
+    OptionError
+        There is no such plan, or an option does not fit.
+    """
     what = registry.specified("plan", text)
     if isclass(what.thing) and issubclass(what.thing, Plan) and not (what.arguments or what.options):
-        return what
-    return registry.fitting(what, text, None, None, 0, "float32")
+        return partial(what.thing.suited, residual=True)
+    registry.fitting(what, text, None, None, 0, np.float32)
+    return lambda comm, compressor, d, dtype: what.thing(comm, compressor, d, dtype, *what.arguments, **what.options)
 
 
 def build_plan(plan: PlanBuilder, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike) -> Plan:
@@ -42,15 +51,9 @@ def build_plan(plan: PlanBuilder, comm: Comm, compressor: Compressor, d: int, dt
     OptionError
         There is no such plan, an option does not fit, or what was built is no plan.
     """
-    if isinstance(plan, str):
-        what = check_plan(plan)
-        plain = isclass(what.thing) and issubclass(what.thing, Plan) and not (what.arguments or what.options)
-        built = what.thing.suited(comm, compressor, d, dtype, residual=True) if plain else \
-            what.thing(comm, compressor, d, dtype, *what.arguments, **what.options)  # fmt: skip
-    elif callable(plan):
-        built = plan(comm, compressor, d, dtype)
-    else:
+    if not isinstance(plan, str) and not callable(plan):
         raise OptionError(f"plan={plan!r} builds no plan; pass a class such as TwoPhaseMean, or its name")
+    built = (plan_named(plan) if isinstance(plan, str) else plan)(comm, compressor, d, dtype)
     if not isinstance(built, Plan):
         raise OptionError(f"plan={plan!r} has built a {type(built).__name__}, which is no Plan")
     return built

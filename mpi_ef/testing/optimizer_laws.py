@@ -1,6 +1,7 @@
 """What every optimizer keeps to, one law a test, on virtual ranks."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -8,9 +9,11 @@ import torch
 from torch import nn
 
 from mpi_ef import registry
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DisagreementError, OptionError
 from mpi_ef.optim.flat import FlatOptimizer
 
+from .faults import CommunicationError, FaultyComm
 from .law import law, must, same_bits
 from .regression import (
     Run,
@@ -72,7 +75,7 @@ class OptimizerLaws:
     def finished(self, optimizer: FlatOptimizer) -> None:
         """Check what else holds after training; nothing here."""
 
-    def _built(self, params: nn.Module | Iterable[Any], comm: VirtualComm, **options: Any) -> FlatOptimizer:
+    def _built(self, params: nn.Module | Iterable[Any], comm: Comm, **options: Any) -> FlatOptimizer:
         """Return it on parameters or groups, or on the parameters of a model. Collective."""
         how, options = type(self).optimizer, self.options | options
         params = params.parameters() if isinstance(params, nn.Module) else params
@@ -240,6 +243,39 @@ class OptimizerLaws:
                 raise AssertionError("a step after loading on rank 0 alone raises nothing")
 
         results(2, program)
+
+    @law("ranks that come late")
+    def test_what_comes_late_changes_nothing(self) -> None:
+        """A rank that is slow at every call in turn: the parameters are the same bits."""
+
+        def program(comm: VirtualComm) -> None:
+            rank, (net, twin), slow = comm.Get_rank(), (net_of(), net_of()), FaultyComm(comm)
+            optimizers = self._built(net, slow), self._built(twin, comm)
+            for step in range(4):
+                if rank == step % 2:
+                    slow.arm("delay", step // 2)
+                paths = [steps_of(*pair, rank, [step]) for pair in zip((net, twin), optimizers, strict=True)]
+                must(same_bits(*paths), f"other parameters after step {step + 1}, in which rank {step % 2} is late")
+
+        results(2, program)
+
+    @law("communication that fails")
+    def test_errors_of_communication_are_passed_on(self) -> None:
+        """Whichever call of a step raises on a rank, the step raises there."""
+
+        def program(comm: VirtualComm, call: int) -> None:
+            net, faulty = net_of(), FaultyComm(comm)
+            optimizer = self._built(net, faulty)
+            steps_of(net, optimizer, comm.Get_rank(), range(2))
+            calls = len(faulty.calls)
+            if comm.Get_rank() == 0:
+                faulty.arm("raise", call)
+            steps_of(net, optimizer, comm.Get_rank(), [2])
+            must(len(faulty.calls) <= calls + call, f"call {call} of a step raises on rank 0, and the step does not")
+
+        for call in range(3):
+            outcome = run(2, partial(program, call=call), virtual=True)[0]
+            must(outcome is None or isinstance(outcome, CommunicationError), str(outcome))
 
     @law("groups that are known at first")
     def test_groups_cannot_be_added_later(self) -> None:

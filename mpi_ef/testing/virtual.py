@@ -146,8 +146,8 @@ def run(size: int, program: Callable[[Any], Any], *, virtual: bool = False) -> l
     A rank that raises breaks the barrier, so that no other rank waits for it for ever. An `Exception` is returned in
     the place of the result: tests say themselves which ranks may fail.
 
-    With `virtual` False, and real ranks of that number, see :mod:`mpi_ef.testing.plugin`, it runs on these, and all of
-    them return what came of all.
+    Where there are real ranks of that number, see :mod:`mpi_ef.testing.plugin`, it runs on these, unless they are to be
+    `virtual`, and all return what came of all.
     """
     if world is not None and size == world.Get_size() and not virtual:
         return _run_for_real(world, program)
@@ -182,9 +182,9 @@ def _run_for_real(comm: Comm, program: Callable[[Any], Any]) -> list[Any]:
     return gathered
 
 
-def results(size: int, program: Callable[[Any], Any]) -> list[Any]:
+def results(size: int, program: Callable[[Any], Any], *, virtual: bool = False) -> list[Any]:
     """Like :func:`run`, but raise the first error of any rank."""
-    values = run(size, program)
+    values = run(size, program, virtual=virtual)
     errors = [value for value in values if isinstance(value, BaseException)]
     broken = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
     for error in broken or errors:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import resident
@@ -151,3 +152,21 @@ def test_it_has_to_be_started_so():
     ended = run(2, *arguments("nowhere", "--on-failure", "shrink"), within=LIMIT)
     assert ended.status == 2
     assert len(ended.lines_with("ranks would not outlive others")) == 1, ended.text
+
+
+@pytest.mark.exhaustive
+def test_a_model_and_an_optimizer_of_ones_own_outlive_a_death(tmp_path):
+    """What is run with two ranks to the end is what the third one's death has left of three."""
+    out, root = tmp_path / "run", Path(__file__).parents[2]
+    mine = ["--model", "my_model:build(samples=400)", "--optimizer", "my_optimizer:Normalized", "--lr", "0.02"]
+    words = faulty_training("SIGKILL", 67, [2], out, *mine, "--on-failure", "shrink")
+    path = {"PYTHONPATH": f"{root / 'examples'}:{root}"}
+    ended = finish(start(3, *words, launcher=ULFM, **path), within=LIMIT)
+    assert ended.status == 0, ended.text
+    (step,) = resumed(ended)
+    assert summary(out)["ranks"] == 2
+    by_hand = tmp_path / "by-hand"
+    for ranks, more in ((3, ["--stop-after", step]), (2, ["--resume", "redistribute"])):
+        again = run(ranks, *training(by_hand, *mine, *more), within=LIMIT, **path)
+        assert again.status == 0, again.text
+    assert_same(out, by_hand)
