@@ -33,7 +33,8 @@ class TrimmedMean(Plan):
         wires = self.mine.wires if own else self.all.wires
         rows = np.sort([self.codec.decode(wire) for wire in wires], axis=0)
         left = rows if own else rows[self.trim : self.size - self.trim]
-        out *= not overwrite
+        if overwrite:
+            out.fill(0)
         out += self.dtype.type(scale) * left.mean(axis=0, dtype=self.dtype)
 
     def like(self, compressor):  # dense steps, and second messages

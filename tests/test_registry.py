@@ -195,7 +195,7 @@ def test_a_plan_is_what_builds_it_or_a_specification(text, builder, kind):
     ("TrimedMean", "there is no plan 'TrimedMean'"),
     ("my_plan:TrimmedMean(trimm=1)", "has no option trimm; did you mean trim?"),
     ("my_plan:TrimmedMean(d=1)", "has no option d; it has: trim"),
-    ("my_plan:TrimmedMean(trim=2)", "trim=2 leaves nothing of 3 ranks; take less"),
+    ("my_plan:TrimmedMean(trim=2)", "trim=2 is not a non-negative integer up to 1; there are 3 ranks"),
     ("my_compressor:BlockMax", "my_compressor:BlockMax: too many positional arguments"),
     ("my_rule:FADING", "my_rule:FADING is a Rule, which cannot be built"),
     (lambda *_: 3, "has built a int, which is no Plan"),

@@ -176,39 +176,35 @@ class WrongPlan(GatherMean):
 
     how = ""
 
-    def _bind(self):
+    def bind(self):
         self.seen = 0
-        return super()._bind()
+        return super().bind()
 
-    def _begin(self, x, keep):
+    def _begin(self, x, keep, *, split):
         self.seen += 1
         self.given = x
-        super()._begin(x, keep)
+        super()._begin(x, keep, split=split)
 
-    def _encode(self, x):
+    def encode(self, x, *, split):
         if self.how == "takes one vector":
             x = source(x.terms[0][1], None)
-        return super()._encode(x)
+        return super().encode(x, split=split)
 
-    def _complete(self):
-        if self.how == "encodes late" and self._request is not None:
-            self._request.Wait()
-            self._request = None
-            super()._encode(source(self.given, None))
+    def communicate(self):
+        for sent in super().communicate():
+            yield sent._replace(inspect=self.how != "hears nothing")
+            if self.how == "encodes late":
+                super().encode(source(self.given, None), split=True)
+            if self.how == "gives up" and getattr(self.comm, "fault", "") == "delay":
+                sent.receive.wires[self.rank] = 0
+
+    def wait(self):
         try:
-            super()._complete()
+            super().wait()
         except CommunicationError:
             if self.how != "says nothing":
                 raise
-
-    def _communicate(self, blocking, send, receive):
-        super()._communicate(blocking, send, receive)
-        if self.how == "gives up" and getattr(self.comm, "fault", "") == "delay":
-            receive.wires[self.rank] = 0
-
-    def _inspect(self, frames):
-        if self.how != "hears nothing":
-            super()._inspect(frames)
+        return self
 
     def add_mean(self, out, scale=1.0):
         if self.how == "its own":
