@@ -35,7 +35,8 @@ OF_CLIENTS = {"plan": a_client_each, "compressors": (TopK(0.1),)}
 NO_MEAN = {"mean": False}  # momentum; a lazy estimate; sums of changes
 RULE_LAWS = {
     "ef14": {}, "ef21": {}, "econtrol": {"options": {"eta": 0.1}}, "ef14-momentum": NO_MEAN, "lion": NO_MEAN,
-    "ef21-sgdm": NO_MEAN, "ef21-sgd2m": NO_MEAN, "ef21-hb": NO_MEAN, "ef21-pp": OF_CLIENTS | {"options": {"participation": 1.0}},
+    "ef21-sgdm": NO_MEAN, "ef21-sgd2m": NO_MEAN, "ef21-hb": NO_MEAN,
+    "ef21-pp": OF_CLIENTS | {"options": {"participation": 1.0}},  # the NaN of a client that is silent stops nobody
     "ef21-w": OF_CLIENTS, "ef21-bc": {}, "ef21-plus": OF_CLIENTS, "ef21-page": NO_MEAN,
     "marina": {"compressors": (RandK(0.3, seed=2),)}, "clag": OF_CLIENTS | NO_MEAN, "d-ec-sgd": {},
     "my_rule:FADING(fade=0.5)": {},
