@@ -19,7 +19,7 @@ from training import (
     trained,
 )
 
-from mpi_ef import kernels
+from mpi_ef import kernels, registry
 from mpi_ef.errors import OptionError
 from mpi_ef.kernels import reference
 from mpi_ef.optim import DistributedOptimizer
@@ -51,6 +51,11 @@ def laws_of(row, **others):
 @rows()
 def test_optimizers_obey(row, law):
     getattr(laws_of(row), law)()
+
+
+def test_no_optimizer_is_left_out():
+    (built,) = virtual.results(1, lambda comm: {type(row(net_of(), comm)).__name__ for row in ROWS.values()})
+    assert {*registry.names("optimizer")} <= built
 
 
 @pytest.mark.slow

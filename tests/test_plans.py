@@ -10,6 +10,7 @@ from programs import PLANS, exchanges, laws_in
 from vectors_for_tests import gaussian
 
 from mpi_ef.collectives import (
+    ClientsMean,
     Combine,
     DenseMean,
     GatherMean,
@@ -47,6 +48,15 @@ def test_plans_obey(plan, law):
     """The compressor is the plan's own."""
     said = {"plan": lambda comm, compressor, d, dtype: PLANS[plan](comm, d, dtype), "compressors": (Identity(),),
             "ranks": RANKS, "mean": "without" not in plan, "owed": "residual" if "two-phase" in plan else ""}  # fmt: skip
+    getattr(type("Laws", (PlanLaws,), said)(), law)()
+
+
+@pytest.mark.parametrize("law", laws_in(PlanLaws))
+def test_a_mean_of_clients_obeys(law):
+    """One more of them than ranks."""
+    said = {
+        "plan": lambda comm, compressor, d, dtype: ClientsMean(comm, compressor, d, dtype, clients=comm.Get_size() + 1)
+    }
     getattr(type("Laws", (PlanLaws,), said)(), law)()
 
 

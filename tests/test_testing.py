@@ -13,9 +13,10 @@ from my_plan import TrimmedMean
 from my_rule import FADING, FadingState
 from programs import laws_in
 
-from mpi_ef.collectives import GatherMean
+from mpi_ef import registry
+from mpi_ef.collectives import ClientsMean, GatherMean
 from mpi_ef.compress import Compressor, Identity, LowRank, PlainCodec, Quantize, RandK, Sign, TopK, Vote, lazy, source
-from mpi_ef.feedback import Rule
+from mpi_ef.feedback import RULES, Rule
 from mpi_ef.testing import CompressorLaws, OptimizerLaws, PlanLaws, RuleLaws
 from mpi_ef.testing.faults import CommunicationError
 
@@ -23,8 +24,23 @@ COMPRESSORS = [
     Identity(), Quantize("bf16"), Quantize("int8", block=64), Sign(), Sign(block=8), Vote(), TopK(0.1), RandK(0.2, seed=3),
     TopK(0.3, values=Quantize("bf16")), LowRank(1), BlockMax(8),
 ]  # fmt: skip
-SIMPLE = ["ef14", "ef21", "econtrol(eta=0.1)", "my_rule:FADING(fade=0.5)"]
-WITH_MOMENTUM = ["ef14-momentum", "ef21-sgdm", "ef21-sgd2m", "ef21-hb"]
+
+
+def a_client_each(comm, compressor, d, dtype):
+    n = comm.Get_size()
+    return ClientsMean(comm, compressor, d, dtype, clients=n, weights=np.full(n, 1 / n))
+
+
+OF_CLIENTS = {"plan": a_client_each, "compressors": (TopK(0.1),)}
+NO_MEAN = {"mean": False}  # momentum; a lazy estimate; sums of changes
+RULE_LAWS = {
+    "ef14": {}, "ef21": {}, "econtrol": {"options": {"eta": 0.1}}, "ef14-momentum": NO_MEAN, "lion": NO_MEAN,
+    "ef21-sgdm": NO_MEAN, "ef21-sgd2m": NO_MEAN, "ef21-hb": NO_MEAN,
+    "ef21-pp": OF_CLIENTS | {"options": {"participation": 1.0}},  # the NaN of a client that is silent stops nobody
+    "ef21-w": OF_CLIENTS, "ef21-bc": {}, "ef21-plus": OF_CLIENTS, "ef21-page": NO_MEAN,
+    "marina": {"compressors": (RandK(0.3, seed=2),)}, "clag": OF_CLIENTS | NO_MEAN, "d-ec-sgd": {},
+    "my_rule:FADING(fade=0.5)": {},
+}  # fmt: skip
 
 
 class TestMyCompressor(CompressorLaws):
@@ -62,9 +78,14 @@ def test_compressors_obey(compressor, law):
 
 
 @pytest.mark.parametrize("law", laws_in(RuleLaws))
-@pytest.mark.parametrize("rule", [*SIMPLE, *WITH_MOMENTUM])
+@pytest.mark.parametrize("rule", RULE_LAWS)
 def test_rules_obey(rule, law):
-    getattr(type("Laws", (RuleLaws,), {"rule": rule, "mean": rule not in WITH_MOMENTUM})(), law)()
+    getattr(type("Laws", (RuleLaws,), {"rule": rule} | RULE_LAWS[rule])(), law)()
+
+
+def test_no_rule_and_no_compressor_is_left_out():
+    assert RULES.keys() < RULE_LAWS.keys()
+    assert {*registry.names("compressor")} <= {type(compressor).__name__ for compressor in COMPRESSORS}
 
 
 @dataclass(frozen=True, repr=False)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mpi_ef.collectives import plan_for
+from mpi_ef.collectives import PlanBuilder, build_plan, plan_for
 from mpi_ef.compress import Compressor, Identity, Sign, TopK, lazy
 from mpi_ef.errors import NonFiniteError
 from mpi_ef.feedback import ErrorFeedback, Rule
@@ -26,6 +26,8 @@ class RuleLaws:
     options : dict
     compressors : tuple of Compressor
         Through which it speaks.
+    plan : callable or str
+        Through which plan; what suits the compressor by default.
     ranks : tuple of int
     mean : bool
         Whether results through the identity are the mean of what the ranks have given: not for rules with momentum.
@@ -34,12 +36,13 @@ class RuleLaws:
     rule: ClassVar[Rule | str]
     options: ClassVar[dict[str, Any]] = {}
     compressors: ClassVar[tuple[Compressor, ...]] = (TopK(0.1), Sign(block=16))
+    plan: ClassVar[PlanBuilder] = plan_for
     ranks: ClassVar[tuple[int, ...]] = (1, 2, 3)
     mean: ClassVar[bool] = True
     d: ClassVar[int] = 101
 
     def _built(self, comm: VirtualComm, compressor: Compressor, dense_steps: int = 0) -> ErrorFeedback:
-        plan = plan_for(comm, compressor, self.d)
+        plan = build_plan(type(self).plan, comm, compressor, self.d, np.float32)
         return ErrorFeedback(self.rule, plan, dense_steps=dense_steps, **self.options)
 
     def _law(self, holds: object, law: str, compressor: Compressor, more: str = "") -> None:
