@@ -96,7 +96,7 @@ def _folder(path: Path) -> Path:
 
 
 def found_in(folder: Path) -> list[Found]:
-    """Return what is in a folder of checkpoints, by step. Local; reads the master files, no arrays.
+    """Return what is in a folder of checkpoints, by step. Local; reads the manifests, no arrays.
 
     Raises
     ------

@@ -109,7 +109,7 @@ class RunFolder:
         by_first(self._comm, self.path, lambda: self._clear([proof, *others]) if overwrite else self._refuse(proof))
 
     def _refuse(self, proof: str) -> None:
-        from mpi_ef.checkpoint.master import committed_steps
+        from mpi_ef.checkpoint.manifest import committed_steps
 
         if steps := [step for step, _ in committed_steps(self.path / "checkpoints")]:
             raise DataError(f"{self.path} has checkpoints of another run, up to step {steps[-1]}; resume from them, or take "

@@ -33,6 +33,8 @@ MOVED = {
     "mpi_ef.jobs.launch": "mpi_ef.runtime.launch",
     "mpi_ef.jobs.survivors": "mpi_ef.runtime.ulfm",
     "mpi_ef.checkpoint.export": "mpi_ef.state.export",
+    "mpi_ef.checkpoint.master": "mpi_ef.checkpoint.manifest",
+    "mpi_ef.checkpoint.opened": "mpi_ef.checkpoint.reader",
     "mpi_ef.checkpoint.parts": "mpi_ef.state.components",
     "mpi_ef.checkpoint.state": "mpi_ef.state.training",
     "mpi_ef.checkpoint.together": "mpi_ef.comm.consensus",

@@ -88,7 +88,7 @@ def assert_holds(path: Path, step: int = 0, n: int = 2) -> None:
 
 
 def forge(path: Path, change=lambda told: None) -> None:
-    """Make checksums right again after files were changed, as an attacker would; `change` may edit the master."""
+    """Make checksums right again after files were changed, as an attacker would; `change` may edit the manifest."""
     told = json.loads((path / "master.json").read_text())
     for row in told["files"]:
         file = path / row["name"]

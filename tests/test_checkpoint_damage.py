@@ -100,14 +100,14 @@ def test_files_of_two_checkpoints_do_not_mix(copied, tmp_path):
 
 def test_a_forged_structure_gives_clean_errors(copied):
     """Checksums made right again: now HDF5 and the index are looked at."""
-    master, whole = (copied / "master.json").read_bytes(), (copied / "rank-00001.h5").read_bytes()
+    manifest, whole = (copied / "master.json").read_bytes(), (copied / "rank-00001.h5").read_bytes()
     rng, refused = np.random.default_rng(0), 0
     for _ in range(300):
         data = bytearray(whole)
         for place in rng.integers(0, len(data), rng.integers(1, 6)):
             data[place] = rng.choice([0, 1, 255, int(rng.integers(256))])
         (copied / "rank-00001.h5").write_bytes(data)
-        (copied / "master.json").write_bytes(master)
+        (copied / "master.json").write_bytes(manifest)
         forge(copied)
         try:
             found = open_checkpoint(copied)
@@ -324,14 +324,14 @@ def test_indices_of_another_shape_are_refused(copied, told):
         lambda told: told.clear(),
     ],
 )
-def test_hostile_masters_are_refused(copied, change):
+def test_hostile_manifests_are_refused(copied, change):
     forge(copied, change)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(copied)
     assert "\n" not in str(caught.value)
 
 
-def test_a_master_that_is_nested_without_end(copied):
+def test_a_manifest_that_is_nested_without_end(copied):
     forge(copied, lambda told: told.update(document=0))
     text = (copied / "master.json").read_text().replace('"document": 0', '"document": ' + "[" * 100_000)
     (copied / "master.json").write_text(text)
@@ -389,7 +389,7 @@ def test_all_damaged(copied):
 
 def test_at_reads_everything(copied):
     data = bytearray((copied / "rank-00001.h5").read_bytes())
-    data[open_checkpoint(copied)._master.files[1].data[0][0]] ^= 1
+    data[open_checkpoint(copied)._manifest.files[1].data[0][0]] ^= 1
     (copied / "rank-00001.h5").write_bytes(data)
     for error in run(2, lambda comm: Store(copied.parent).at(comm, 6)):
         assert isinstance(error, CheckpointError)
@@ -400,7 +400,7 @@ def test_at_reads_everything(copied):
 
 def test_verify_names_every_array_that_is_damaged(copied):
     found = open_checkpoint(copied)
-    starts = [offset for offset, _ in found._master.files[1].data]
+    starts = [offset for offset, _ in found._manifest.files[1].data]
     data = bytearray((copied / "rank-00001.h5").read_bytes())
     for start in starts[:2]:
         data[start] ^= 1
@@ -413,7 +413,7 @@ def test_verify_names_every_array_that_is_damaged(copied):
 def test_what_changes_after_verification_is_noticed(copied):
     found = open_checkpoint(copied)
     assert found.verify() == []
-    place = found._master.files[1].data[0][0]
+    place = found._manifest.files[1].data[0][0]
     with (copied / "rank-00001.h5").open("r+b") as file:
         file.seek(place)
         byte = file.read(1)[0]
@@ -506,7 +506,7 @@ def test_a_file_that_is_cut_between_two_looks(copied):
     """Before its size is compared again, and after."""
     path, seen, unseen = copied / "rank-00001.h5", open_checkpoint(copied), open_checkpoint(copied)
     assert seen.per_rank_names(1)
-    size, cut = path.stat().st_size, seen._master.files[1].data[-1][0]
+    size, cut = path.stat().st_size, seen._manifest.files[1].data[-1][0]
     with path.open("r+b") as file:
         file.truncate(cut)
     assert "it ends at byte " in " ".join(seen.verify())
@@ -515,7 +515,7 @@ def test_a_file_that_is_cut_between_two_looks(copied):
     assert caught.value.damaged
 
 
-def test_buffers_that_are_not_where_the_master_says(copied):
+def test_buffers_that_are_not_where_the_manifest_says(copied):
     forge(copied, lambda told: told["files"][1]["data"].pop())
     forge(copied)
     with pytest.raises(CheckpointError, match="its buffers are not where master.json says"):

@@ -43,7 +43,7 @@ from mpi_ef.optim import (
     ZeroOneAdam,
 )
 from mpi_ef.state.components import GeneratorPart, RandomPart
-from mpi_ef.state.reshard import Past, mean_over_ranks
+from mpi_ef.state.reshard import RestoreView, mean_over_ranks
 from mpi_ef.state.training import Training
 from mpi_ef.state.tree import decoded, encoded, tensor_of
 
@@ -671,7 +671,7 @@ def test_random_numbers_go_on_and_new_ranks_begin_anew():
     store = MemoryStore()
     [before], [after] = virtual.results(1, save), virtual.results(1, resume)
     assert repr(before) == repr(after)
-    past, drawn = Past(store.last, 2, 3), []
+    past, drawn = RestoreView(store.last, 2, 3), []
     for _ in range(2):
         generator = torch.Generator()
         GeneratorPart("generator", generator).restore(past)

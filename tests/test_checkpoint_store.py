@@ -19,7 +19,7 @@ import resident
 from checkpoint_cases import any_bits, assert_holds, save, shared
 from virtual import results, run
 
-from mpi_ef.checkpoint import Store, folder, lock, master, open_checkpoint, rankfile, store, structure
+from mpi_ef.checkpoint import Store, folder, lock, manifest, open_checkpoint, rankfile, store, structure
 from mpi_ef.errors import CheckpointError, OptionError
 
 DATA = Path(__file__).parent / "data"
@@ -65,18 +65,19 @@ def test_golden_files_can_be_read(version):
 
 
 def test_the_format_is_the_golden_one(tmp_path):
-    """Same index, same names and sizes of buffers, same master, but for identities and versions."""
+    """Same index, same names and sizes of buffers, same manifest, but for identities and versions."""
 
     def told(path):
-        master = json.loads((path / "master.json").read_text())
+        manifest = json.loads((path / "master.json").read_text())
         with h5py.File(path / "rank-00001.h5") as file:
             index = json.loads(file["index"][:].tobytes())
             buffers = {name: (file[name].shape, str(file[name].dtype), file[name].id.get_offset()) for name in file}
             attributes = {name: value for name, value in file.attrs.items() if name != "run"}
-        for one in (master, index):
+        for one in (manifest, index):
             del one["run"]
-        rows = [{k: v for k, v in row.items() if k != "crc32"} for row in master["files"]]
-        return rows, {k: master[k] for k in master if k not in ("files", "written_at", "written_by")}, index, attributes, {
+        rows = [{k: v for k, v in row.items() if k != "crc32"} for row in manifest["files"]]
+        kept = {k: manifest[k] for k in manifest if k not in ("files", "written_at", "written_by")}
+        return rows, kept, index, attributes, {
             name: what[:2] for name, what in buffers.items()}  # fmt: skip
 
     mine, golden = told(save(tmp_path, 3)), told(DATA / "checkpoint-v2" / "step-00000003")
@@ -205,10 +206,10 @@ def test_one_rank_that_fails_fails_all(tmp_path, monkeypatch, rank, code, asynch
     assert is_step(open_checkpoint(tmp_path / "step-00000002"), 2)
 
 
-@pytest.mark.parametrize("name", ["write_master", "sync_folder"])
+@pytest.mark.parametrize("name", ["write_manifest", "sync_folder"])
 def test_rank_0_that_cannot_commit_fails_all(tmp_path, monkeypatch, name):
     save(tmp_path, 1, 2)
-    module = folder if name == "write_master" else __import__("mpi_ef.checkpoint.master", fromlist=["x"])
+    module = folder if name == "write_manifest" else __import__("mpi_ef.checkpoint.manifest", fromlist=["x"])
     failing(monkeypatch, module, name, OSError(28, "No space left on device"))
     errors = run(2, lambda comm: Store(tmp_path).save(comm, 2, **arrays_of(2, comm.Get_rank())))
     assert all("No space left" in str(error) for error in errors)
@@ -854,9 +855,9 @@ def test_without_proc_a_process_is_there_or_not(monkeypatch, error, running):
 
 def test_a_package_that_is_not_installed_has_no_version(tmp_path, monkeypatch):
     def version(name):
-        raise master.metadata.PackageNotFoundError(name)
+        raise manifest.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(master.metadata, "version", version)
+    monkeypatch.setattr(manifest.metadata, "version", version)
     found = open_checkpoint(save(tmp_path, 3, 2))
     assert found.written_by["mpi_ef"] == "unknown"
     assert repr(found) == f"Checkpoint({str(found.path)!r}, step=3, world_size=2)"

@@ -118,7 +118,7 @@ def test_memory_of_the_same_kind_is_taken_over(dtype):
     flat.adopt()
     assert (flat.values == 0.5).sum() == 15
     flat.values += 1
-    flat.publish()
+    flat.write_back()
     assert (net.last.weight == 1.5).all()
 
 

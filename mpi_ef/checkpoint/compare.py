@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import BFLOAT16, raw_bytes
-from .opened import Checkpoint, Names
+from .reader import Checkpoint, Names
 
 __all__ = ["Difference", "brain_floats", "compare", "wide"]
 

@@ -10,17 +10,17 @@ from typing import Any
 from mpi_ef.errors import CheckpointError
 
 from .lock import FolderLock, Owner, age_seconds
-from .master import (
+from .manifest import (
     BAD,
     COMMIT,
     LATEST,
     RUNS,
     committed_steps,
-    read_master,
+    read_manifest,
     step_name,
     sync_folder,
     write_durably,
-    write_master,
+    write_manifest,
 )
 from .rankfile import FileEntry
 
@@ -80,11 +80,11 @@ class Folder:
                 break
 
     def publish(self, place: str, step: int, run: str, document: Any, files: list[FileEntry]) -> None:
-        """Make what was written a checkpoint: master file, marker, name. Then delete what is not kept any more."""
+        """Make what was written a checkpoint: manifest, marker, name. Then delete what is not kept any more."""
         if self._lock is None:
             raise CheckpointError(f"{self._path}: the store was closed; save again")
         written, final, aside = self._path / place, self.path_of(step), None
-        write_master(written, step, run, document, files)
+        write_manifest(written, step, run, document, files)
         (written / _OWNER).unlink(missing_ok=True)
         self._lock.check()
         if final.exists():  # stays valid under its other name while the new one has none: see committed_steps
@@ -105,10 +105,10 @@ class Folder:
             _log.warning("%s: saved, but older ones could not be tidied up: %s", final, error)
 
     def opens(self, path: Path) -> bool:
-        """Tell whether master file, sizes, step and run are right; mark a damaged checkpoint."""
+        """Tell whether manifest, sizes, step and run are right; mark a damaged checkpoint."""
         seen = identity(path)
         try:
-            run, known = read_master(path).run, self._runs()
+            run, known = read_manifest(path).run, self._runs()
         except CheckpointError as error:
             if not error.damaged:
                 raise
@@ -126,7 +126,7 @@ class Folder:
             return
         for _, path in () if known else committed_steps(self._path):
             with suppress(CheckpointError):
-                known.append(read_master(path).run)
+                known.append(read_manifest(path).run)
         lines = "".join(f"{one}\n" for one in dict.fromkeys([*known, run]))
         write_durably(self._path / RUNS, lines.encode())
 

@@ -24,7 +24,7 @@ __all__ = ["DamageError", "FileEntry", "RankFile", "reading", "write_rank_file"]
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What the master file says about a rank's file.
+    """What the manifest says about a rank's file.
 
     Attributes
     ----------

@@ -20,10 +20,10 @@ from .checksum import whole_checksum
 from .documents import checked_json
 from .dtypes import dtype_name, raw_bytes
 from .folder import Folder, identity
-from .master import FORMAT, VERSION, committed_steps, damaged_steps, rank_name
-from .opened import Checkpoint
+from .manifest import FORMAT, VERSION, committed_steps, damaged_steps, rank_name
 from .pieces import Piece, Room, cut_pieces, pack
 from .rankfile import FileEntry, write_rank_file
+from .reader import Checkpoint
 
 __all__ = ["Pending", "Store"]
 

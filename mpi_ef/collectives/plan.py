@@ -19,9 +19,9 @@ from mpi_ef.runtime.world import check_alone
 
 from .exchange import Exchange, Round, Timer
 from .frames import WIRE_VERSION
-from .memory import Memory
 from .misfit import misfit, unwritable
 from .offer import Offer
+from .plan_state import PlanState
 from .traffic import Traffic
 
 __all__ = ["Offer", "Plan", "Traffic", "plan_for"]
@@ -29,7 +29,7 @@ __all__ = ["Offer", "Plan", "Traffic", "plan_for"]
 _numbers = count(1)
 
 
-class Plan(OnAllRanks, Memory, metaclass=Telling):
+class Plan(OnAllRanks, PlanState, metaclass=Telling):
     """A compressed mean over the ranks of a communicator, built once, executed many times.
 
     After ``plan.exchange(x)`` the plan holds the messages of this exchange, until the next one starts:

@@ -134,7 +134,7 @@ class Apart(VarianceOptimizer):
         if not self.synchronized:
             np.copyto(self.flat.values, self.arrays["u"])
             self._meet(self._ways([False] * len(self.moved)))
-            self.flat.publish()
+            self.flat.write_back()
 
     def check_replicas(self) -> None:
         """Raise on all ranks unless all parameters, those of the last synchronisation, are the same bits. Collective.
@@ -148,9 +148,9 @@ class Apart(VarianceOptimizer):
             super().check_replicas()
             return
         np.copyto(self.flat.values, self.arrays["x"])
-        self.flat.publish()
+        self.flat.write_back()
         try:
             super().check_replicas()
         finally:
             self._place()
-            self.flat.publish()
+            self.flat.write_back()

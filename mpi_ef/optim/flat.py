@@ -190,7 +190,7 @@ class FlatOptimizer(Saved):
         with self._resting():
             self._update()
         self._updated()
-        self.flat.publish()
+        self.flat.write_back()
         self._writes.settle()
         self.steps += 1
         self._handshake.steps = self.steps

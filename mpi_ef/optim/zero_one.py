@@ -293,7 +293,7 @@ class ZeroOneAdam(Apart):
             self._settle(self.frozen_step)
             if not self.synchronized:  # else the parameters are those of the model, which x may not be yet
                 self._place()
-                self.flat.publish()
+                self.flat.write_back()
         elif self.variance_updates and self._compresses:
             self._derive()
             self._fall_asleep()

@@ -13,7 +13,7 @@ from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.optim.flat import FlatOptimizer
 from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Stateful
 
-from .reshard import EITHER, Past, Snapshot, read
+from .reshard import EITHER, RestoreView, Snapshot, read
 
 __all__ = [
     "GeneratorPart",
@@ -46,10 +46,10 @@ class Part(Protocol):
     def collect(self, into: Snapshot) -> None:
         """Add what is saved."""
 
-    def check(self, past: Past) -> None:
+    def check(self, past: RestoreView) -> None:
         """Raise where what was saved does not fit. Nothing is changed."""
 
-    def restore(self, past: Past) -> Finish | None:
+    def restore(self, past: RestoreView) -> Finish | None:
         """Put back what was saved."""
 
 
@@ -91,7 +91,7 @@ class StatePart:
         if own := tree.values(PER_RANK):
             into.add(f"{name}:own", own, PER_RANK)
 
-    def check(self, past: Past) -> None:
+    def check(self, past: RestoreView) -> None:
         """Compare the names, shapes and dtypes of all arrays."""
         mine, start = self.owner.state_tree().arrays(), f"{self.name}."
         theirs = {name.removeprefix(start) for name in past.names() if name.startswith(start)}
@@ -101,7 +101,7 @@ class StatePart:
         for key, leaf in mine.items():
             past.check_array(start + key, leaf.array, leaf.reshard)
 
-    def restore(self, past: Past) -> None:
+    def restore(self, past: RestoreView) -> None:
         """Write values, then arrays, which may follow from them, then derive what follows from all."""
         owner, name = self.owner, self.name
         tree = owner.state_tree()
@@ -157,13 +157,13 @@ class ModelPart:
         if self._extra:
             into.add("model:extra", self._extra, EITHER)
 
-    def check(self, past: Past) -> None:
+    def check(self, past: RestoreView) -> None:
         """Compare what is in vectors here; :meth:`identity` has the rest."""
         for name, (optimizer, number, shape) in self._flat.items():
             past.check_array(name, optimizer.flat.values[optimizer.flat.place(number)].reshape(shape), None)
 
     @torch.no_grad()
-    def restore(self, past: Past) -> None:
+    def restore(self, past: RestoreView) -> None:
         """Write parameters and buffers; buffers that differ between ranks become their mean on another number of ranks."""
         self._look()
         for optimizer in self.optimizers.values():
@@ -177,7 +177,7 @@ class ModelPart:
         if self._extra and self.model is not None:
             self.model.load_state_dict(past.value("model:extra"), strict=False)
         for optimizer in self.optimizers.values():
-            optimizer.flat.publish()
+            optimizer.flat.write_back()
 
 
 def _described(tensor: Tensor) -> str:
@@ -198,10 +198,10 @@ class ObjectPart:
         """Add its state, once where it is the same on all ranks."""
         into.add(self.name, self.owner.state_dict(), EITHER)
 
-    def check(self, past: Past) -> None:
+    def check(self, past: RestoreView) -> None:
         """Nothing: what fits only the object knows."""
 
-    def restore(self, past: Past) -> Finish:
+    def restore(self, past: RestoreView) -> Finish:
         """Read its state, and return the loading, which may be collective."""
         if isinstance(self.owner, Movable) and not past.same_world:
             state = read(self.owner.state_dict_from(past.values(self.name), past.rank, past.size))
@@ -227,10 +227,10 @@ class GeneratorPart:
         """Add its state."""
         into.add(self.name, self.generator.get_state(), PER_RANK)
 
-    def check(self, past: Past) -> None:
+    def check(self, past: RestoreView) -> None:
         """Nothing."""
 
-    def restore(self, past: Past) -> None:
+    def restore(self, past: RestoreView) -> None:
         """Go on where it was; on ranks that are new, begin anew."""
         if past.rank < past.found.world_size:
             self.generator.set_state(past.value(self.name))
@@ -254,10 +254,10 @@ class RandomPart:
         """Add their states."""
         into.add(self.name, random_state(), PER_RANK)
 
-    def check(self, past: Past) -> None:
+    def check(self, past: RestoreView) -> None:
         """Nothing."""
 
-    def restore(self, past: Past) -> None:
+    def restore(self, past: RestoreView) -> None:
         """Go on where they were; on ranks that are new, begin with the seed and the step."""
         if past.rank < past.found.world_size:
             set_random_state(past.value(self.name))
@@ -271,6 +271,6 @@ class RandomPart:
             )
 
 
-def _fresh_seed(past: Past) -> int:
+def _fresh_seed(past: RestoreView) -> int:
     words = np.random.SeedSequence([int(past.found.document["seed"]), past.found.step]).generate_state(2)
     return int(words[0]) << 32 | int(words[1])

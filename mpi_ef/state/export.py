@@ -16,11 +16,11 @@ from torch import Tensor
 
 from mpi_ef.checkpoint.compare import brain_floats
 from mpi_ef.checkpoint.dtypes import BFLOAT16
-from mpi_ef.checkpoint.master import sync_folder
-from mpi_ef.checkpoint.opened import Checkpoint
+from mpi_ef.checkpoint.manifest import sync_folder
+from mpi_ef.checkpoint.reader import Checkpoint
 from mpi_ef.errors import CheckpointError, MpiEfError, OptionError
 
-from .reshard import Past
+from .reshard import RestoreView
 from .tree import Array
 
 __all__ = ["export", "model_state"]
@@ -84,7 +84,7 @@ def model_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     document = checkpoint.document
     state: dict[str, Tensor] = {}
     if isinstance(document, dict) and {"values", "parts"} <= document.keys():
-        past = Past(checkpoint, 0, 1)
+        past = RestoreView(checkpoint, 0, 1)
         try:
             names = sorted(name for name in past.names() if name.startswith(_MODEL))
             state = {name.removeprefix(_MODEL): _tensor(past.merged(name)) for name in names}

@@ -16,14 +16,14 @@ from mpi_ef.vectors import mean_over_ranks
 
 from .tree import _MARK, Array, decoded, encoded, tensor_of
 
-__all__ = ["Past", "Snapshot", "Stored", "Unread", "mean_over_ranks", "read"]
+__all__ = ["LazyDict", "RestoreView", "Snapshot", "Stored", "mean_over_ranks", "read"]
 
 EITHER = "either"
 TensorLeaf = Mapping[str, Any]
 
 
 class Stored(Protocol):
-    """A checkpoint that can be read: what :class:`Past` asks of the storage."""
+    """A checkpoint that can be read: what :class:`RestoreView` asks of the storage."""
 
     @property
     def step(self) -> int:
@@ -86,7 +86,7 @@ def _hash(tree: Any, arrays: Mapping[str, Array]) -> bytes:
     return digest.digest()
 
 
-class Unread(Mapping[str, Any]):
+class LazyDict(Mapping[str, Any]):
     """A dict in a checkpoint, of which only what is asked for is read: all ranks' states at once may be too much."""
 
     def __init__(self, tree: Mapping[str, Any], decode: Callable[[Any], Any]) -> None:
@@ -103,18 +103,18 @@ class Unread(Mapping[str, Any]):
 
 
 def _unread(tree: Any, decode: Callable[[Any], Any]) -> Any:
-    return Unread(tree, decode) if isinstance(tree, dict) and _MARK not in tree else decode(tree)
+    return LazyDict(tree, decode) if isinstance(tree, dict) and _MARK not in tree else decode(tree)
 
 
 def read(value: Any) -> Any:
-    """Return a value in which every :class:`Unread` has become a dict."""
+    """Return a value in which every :class:`LazyDict` has become a dict."""
     if type(value) in (list, tuple):
         return type(value)(map(read, value))
-    return {key: read(part) for key, part in value.items()} if type(value) in (dict, Unread) else value
+    return {key: read(part) for key, part in value.items()} if type(value) in (dict, LazyDict) else value
 
 
 @dataclass
-class Past:
+class RestoreView:
     """A checkpoint, seen from rank `rank` of `size`.
 
     Attributes
@@ -171,7 +171,7 @@ class Past:
         return self._decoded(self.tree(name), self.kind(name), self.old_rank)
 
     def values(self, name: str) -> list[Any]:
-        """Return a value as it was on each old rank, in rank order; plain dicts in it are :class:`Unread`."""
+        """Return a value as it was on each old rank, in rank order; plain dicts in it are :class:`LazyDict`."""
         ranks, kind = range(self.found.world_size), self.kind(name)
         return [_unread(self.tree(name, rank), partial(self._decoded, kind=kind, rank=rank)) for rank in ranks]
 

@@ -19,7 +19,7 @@ from mpi_ef.optim.flat import FlatOptimizer
 from mpi_ef.statetree import PER_RANK, REPLICATED, Stateful
 
 from .components import Finish, ModelPart, Movable, ObjectPart, Part, RandomPart, StatePart, part_of
-from .reshard import EITHER, Past, Snapshot, Stored
+from .reshard import EITHER, RestoreView, Snapshot, Stored
 from .tree import Array
 
 __all__ = ["POLICIES", "Storage", "Training"]
@@ -181,7 +181,7 @@ class Training:
         if found is None:
             _agree_on_policy(comm, policy)
             return 0
-        past, parts = Past(found, int(comm.Get_rank()), int(comm.Get_size())), {}
+        past, parts = RestoreView(found, int(comm.Get_rank()), int(comm.Get_size())), {}
 
         def facts() -> dict[str, object]:
             parts.update(self._parts(comm))
@@ -207,7 +207,7 @@ class Training:
         self._tell(comm, past, policy)
         return found.step
 
-    def _tell(self, comm: Comm, past: Past, policy: str) -> None:
+    def _tell(self, comm: Comm, past: RestoreView, policy: str) -> None:
         """Say what is not as it was."""
         self.notes = () if past.same_world else (_ABOUT[policy], *past.notes)
         if self.notes and comm.Get_rank() == 0:
@@ -257,7 +257,7 @@ def _known(policy: str) -> None:
         raise OptionError(f"Training.resume: policy={policy!r} is unknown; take one of {', '.join(POLICIES)}")
 
 
-def _check_policy(policy: str, past: Past) -> None:
+def _check_policy(policy: str, past: RestoreView) -> None:
     _known(policy)
     document, old = past.found.document, past.found.world_size
     if document.get("format") != FORMAT:
@@ -268,7 +268,7 @@ def _check_policy(policy: str, past: Past) -> None:
                           f'policy="redistribute" or "reset", or start {_ranks(old)}')  # fmt: skip
 
 
-def _check_parts(parts: Mapping[str, Part], past: Past) -> None:
+def _check_parts(parts: Mapping[str, Part], past: RestoreView) -> None:
     """Raise unless the checkpoint is of the same parts."""
     saved, at = past.found.document["parts"], f"resume: the checkpoint at step {past.found.step}"
     for name in sorted(saved.keys() ^ parts.keys()):
@@ -284,7 +284,7 @@ def _check_parts(parts: Mapping[str, Part], past: Past) -> None:
         part.check(past)
 
 
-def _forgetting(parts: Mapping[str, Part], past: Past) -> Iterator[Finish]:
+def _forgetting(parts: Mapping[str, Part], past: RestoreView) -> Iterator[Finish]:
     """Note which parts begin anew, and yield what makes them do so once everything is put back."""
     for name, part in parts.items():
         owner = part.owner if isinstance(part, StatePart | ObjectPart) else None

@@ -32,7 +32,7 @@ class FlatParameters:
     Every parameter becomes a view of `values`. What is in its ``grad`` is copied to `gradients` when it is asked for.
 
     A parameter in 16 bits, or in memory that processes share, stays where it is. Its place in `values` is its *master*, in
-    float32 where it is in 16 bits, of which it is a rounded copy after :meth:`publish`. What a program writes to such a
+    float32 where it is in 16 bits, of which it is a rounded copy after :meth:`write_back`. What a program writes to such a
     parameter goes into the master (:meth:`adopt`), entry by entry where the two differ.
 
     Parameters
@@ -247,10 +247,10 @@ class FlatParameters:
             for p, grad in zip(everything, kept, strict=True):
                 p.grad = grad
 
-    def publish(self) -> None:
+    def write_back(self) -> None:
         """Copy the masters to the parameters that stay apart, rounded to their dtype. Local."""
         for part in self._apart:
-            part.publish()
+            part.write_back()
 
     def masters(self) -> dict[int, Tensor]:
         """Return copies of the masters, with what has been written, by the number of the parameter in 16 bits. Local."""
@@ -265,7 +265,7 @@ class FlatParameters:
     def broadcast(self, comm: Comm, root: int = 0) -> None:
         """Overwrite the parameters, frozen ones too, on all ranks with those of rank `root`. Collective."""
         _broadcast(comm, self.values.view(np.uint8), root)
-        self.publish()
+        self.write_back()
         for p in self.frozen:  # of any dtype and layout
             copied = _bytes(p)
             _broadcast(comm, copied.numpy(), root)

@@ -137,7 +137,7 @@ class Part:
             self.p.data = value
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def write_back(self) -> None:
         """Copy `value`, rounded, to the parameter, which stays apart."""
         self.p.copy_(self.value)
 

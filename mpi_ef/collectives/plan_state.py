@@ -4,10 +4,10 @@ import numpy as np
 
 from mpi_ef.statetree import Leaf, Reshard
 
-__all__ = ["Memory"]
+__all__ = ["PlanState"]
 
 
-class Memory:
+class PlanState:
     """What a plan keeps from one exchange to the next; nothing, unless a plan says otherwise."""
 
     def leaves(self) -> dict[str, Leaf]:

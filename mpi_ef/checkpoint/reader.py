@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mpi_ef.errors import CheckpointError
 
 from .dtypes import DTYPES
-from .master import Master, read_master
+from .manifest import Manifest, read_manifest
 from .pieces import Piece, check_tiles
 from .rankfile import RankFile, reading
 
@@ -22,7 +22,7 @@ Names = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
 def open_checkpoint(path: str | Path) -> "Checkpoint":
     """Open the checkpoint in the directory `path`. Local: works without MPI, on a login node too.
 
-    Only the master file is read, and the sizes of the others are compared; each rank's file is checked when something
+    Only the manifest is read, and the sizes of the others are compared; each rank's file is checked when something
     of it is asked for, and every array when it is read.
 
     Raises
@@ -56,16 +56,16 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._master: Master = read_master(path)
+        self._manifest: Manifest = read_manifest(path)
         self._files: dict[int, RankFile] = {}
         self._shared: dict[str, list[tuple[RankFile, Piece]]] | None = None
-        self.step = self._master.step
-        self.world_size = self._master.world_size
-        self.run = self._master.run
-        self.document: Any = self._master.document
-        self.written_by = dict(self._master.written_by)
-        self.written_at = self._master.written_at
-        self.nbytes = sum(entry.size for entry in self._master.files)
+        self.step = self._manifest.step
+        self.world_size = self._manifest.world_size
+        self.run = self._manifest.run
+        self.document: Any = self._manifest.document
+        self.written_by = dict(self._manifest.written_by)
+        self.written_at = self._manifest.written_at
+        self.nbytes = sum(entry.size for entry in self._manifest.files)
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, step={self.step}, world_size={self.world_size})"
@@ -132,7 +132,7 @@ class Checkpoint:
                 "step": self.step,
                 "run": self.run,
             }
-            entry = self._master.files[rank]
+            entry = self._manifest.files[rank]
             self._files[rank] = RankFile(self.path / entry.name, entry, told)
         return self._files[rank]
 

@@ -1,4 +1,4 @@
-"""Names in a folder of checkpoints; the master file, and the marker that makes a checkpoint valid."""
+"""Names in a folder of checkpoints; the manifest, and the marker that makes a checkpoint valid."""
 
 import hashlib
 import json
@@ -22,27 +22,27 @@ __all__ = [
     "BAD",
     "COMMIT",
     "LATEST",
-    "MASTER",
+    "MANIFEST",
     "RUNS",
     "VERSION",
-    "Master",
+    "Manifest",
     "committed_steps",
     "damaged_steps",
     "rank_name",
-    "read_master",
+    "read_manifest",
     "step_name",
     "sync_folder",
     "write_durably",
-    "write_master",
+    "write_manifest",
 ]
 
-MASTER, COMMIT, BAD, LATEST, RUNS = "master.json", "COMMIT", "BAD", "LATEST", "RUNS"
+MANIFEST, COMMIT, BAD, LATEST, RUNS = "master.json", "COMMIT", "BAD", "LATEST", "RUNS"
 FORMAT, VERSION, MIN_READER = "mpi_ef.checkpoint", 2, 2
 _STEP = re.compile(r"step-(\d{8,18})|\.old-step-(\d{8,18})-[0-9a-f]+")
 
 
 @dataclass(frozen=True)
-class Master:
+class Manifest:
     """What ``master.json`` says.
 
     Attributes
@@ -117,8 +117,8 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def write_master(folder: Path, step: int, run: str, document: Any, files: list[FileEntry]) -> None:
-    """Write the master file, then the marker: the checkpoint is valid from then on, wherever it lies."""
+def write_manifest(folder: Path, step: int, run: str, document: Any, files: list[FileEntry]) -> None:
+    """Write the manifest, then the marker: the checkpoint is valid from then on, wherever it lies."""
     text = json.dumps({
         "format": FORMAT, "version": VERSION, "min_reader": MIN_READER, "step": step, "world_size": len(files), "run": run,
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"), "written_by": _versions(),
@@ -126,41 +126,41 @@ def write_master(folder: Path, step: int, run: str, document: Any, files: list[F
                   for entry in files],
         "document": document,
     }, indent=1).encode()  # fmt: skip
-    write_durably(folder / MASTER, text)
+    write_durably(folder / MANIFEST, text)
     sync_folder(folder)  # the names of all ranks' files are on the disk before the marker is
     write_durably(folder / COMMIT, f"{hashlib.sha256(text).hexdigest()}\n".encode())
     sync_folder(folder)
 
 
-def read_master(folder: Path) -> Master:
-    """Read and check the master file and the marker of a checkpoint; sizes of the rank files are compared.
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest and the marker of a checkpoint; sizes of the rank files are compared.
 
     Raises
     ------
     CheckpointError
     """
     with reading(folder):
-        for name in (COMMIT, MASTER) if folder.is_dir() else ():
+        for name in (COMMIT, MANIFEST) if folder.is_dir() else ():
             if not (folder / name).is_file():
                 raise DamageError(f"{name} is missing")
-        text, mark = (folder / MASTER).read_bytes(), (folder / COMMIT).read_bytes()
+        text, mark = (folder / MANIFEST).read_bytes(), (folder / COMMIT).read_bytes()
         if mark != f"{hashlib.sha256(text).hexdigest()}\n".encode():
             raise DamageError("master.json is not what COMMIT says")
         told = json.loads(text)
         if not isinstance(told, dict) or told.get("format") != FORMAT:
             raise ValueError("master.json is of another format")
         _check_reader(folder, told)
-        master = _parse(told)
+        manifest = _parse(told)
         named = _STEP.fullmatch(folder.name)
-        if named and int(named[1] or named[2]) != master.step:
-            raise DamageError(f"it is the checkpoint of step {master.step} under the name of another step")
-        for entry in master.files:
+        if named and int(named[1] or named[2]) != manifest.step:
+            raise DamageError(f"it is the checkpoint of step {manifest.step} under the name of another step")
+        for entry in manifest.files:
             if not (folder / entry.name).is_file():
                 raise DamageError(f"{entry.name} is missing")
             size = (folder / entry.name).stat().st_size
             if size != entry.size:
                 raise DamageError(f"{entry.name} has {size} bytes where {entry.size} were written")
-        return master
+        return manifest
 
 
 def _check_reader(folder: Path, told: dict[str, Any]) -> None:
@@ -174,13 +174,13 @@ def _check_reader(folder: Path, told: dict[str, Any]) -> None:
         )
 
 
-def _parse(told: dict[str, Any]) -> Master:
+def _parse(told: dict[str, Any]) -> Manifest:
     files = tuple(_parse_file(rank, row, told["min_reader"]) for rank, row in enumerate(told["files"]))
     counts_fit = type(told["step"]) is int and told["step"] >= 0 and told["world_size"] == len(files) > 0
     texts = [told["run"], told["written_at"], *told["written_by"].values()]
     if not counts_fit or not all(isinstance(text, str) for text in texts):
         raise ValueError("master.json has fields of wrong types")
-    return Master(
+    return Manifest(
         told["step"], len(files), told["run"], told["document"], files, told["written_by"], told["written_at"]
     )
 
