@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,10 +11,27 @@ from mpi_ef import kernels
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 
-from .runs import Advance, Run
 from .variance import VarianceOptimizer
 
 __all__ = ["Apart"]
+
+
+class Run(NamedTuple):
+    """Parameters one after the other, of one group, with one S, D and number of steps; see :class:`ZeroOneAdam`.
+
+    `moves` tells whether they have a gradient in this step, `moved` whether one since the last synchronisation. `weight` is
+    that of the newest momentum in u.
+    """
+
+    numbers: range
+    part: slice
+    group: dict[str, Any]
+    covered: float
+    left: float
+    moves: bool
+    moved: bool
+    steps: int
+    weight: float = 0.0
 
 
 class Apart(VarianceOptimizer):
@@ -28,7 +46,6 @@ class Apart(VarianceOptimizer):
     covered: list[float]
     left: list[float]
     moved: list[bool]
-    _inverse: Vector
 
     def _start_afresh(self) -> None:
         """Count from a synchronisation on: steps, and for every parameter S, D, and whether it has had a gradient."""
@@ -71,60 +88,58 @@ class Apart(VarianceOptimizer):
 
     def _displaced(self, call: str, values: Vector) -> OptionError | None:
         """Return an error with the first parameter that is in `values`, (d,), not where x and u say. Local."""
-        real = self.flat.dtype.type
-        for run in self._runs(self.moved):
-            expected = self.arrays["x"][run.part].copy()
-            if run.moved:
-                kernels.preconditioned_step(self.arrays["u"][run.part], self._inverse[run.part], real(run.covered),
-                                            real(run.left), expected)  # fmt: skip
-            if expected.tobytes() != values[run.part].tobytes():
-                wrong = int((expected != values[run.part]).argmax()) + run.part.start
-                return OptionError(f"{type(self).__name__}.{call}: {self._name(bisect_right(self.flat.starts, wrong) - 1)} "
-                                   "was written to between two synchronisations, where each rank has its own values; call "
-                                   "optimizer.synchronize() on all ranks first")  # fmt: skip
-        return None
+        expected = np.empty_like(values)
+        self._place(expected)
+        different = expected.view(np.uint8) != values.view(np.uint8)
+        if not different.any():
+            return None
+        wrong = bisect_right(self.flat.starts, int(different.argmax()) // values.itemsize) - 1
+        return OptionError(
+            f"{type(self).__name__}.{call}: {self._name(wrong)} was written to between two synchronisations, where each "
+            "rank has its own values; call optimizer.synchronize() on all ranks first"
+        )
 
-    def _ways(self, moves: Sequence[bool]) -> list[tuple[Run, Advance]]:
-        return [(run, self._advance(run)) for run in self._runs(moves)]
+    def _ways(self, moves: Sequence[bool]) -> list[Run]:
+        return [self._advance(run) if run.moves else run for run in self._runs(moves)]
 
-    def _advance(self, run: Run) -> Advance:
-        """Return what the next step makes of a run's S and D."""
-        if not run.moves:
-            return Advance(0.0, run.covered, run.left, run.moved)
+    def _advance(self, run: Run) -> Run:
+        """Return the run with what the next step makes of its S and D."""
         decay = 1.0 - run.group["lr"] * run.group["weight_decay"]
         size = run.group["lr"] / self._correction(self.betas[0], run.steps + 1)
         total = decay * run.covered + size
-        return Advance(size / total if total > 0.0 else 1.0, total, decay * run.left, True)
+        weight = size / total if total > 0.0 else 1.0
+        return run._replace(weight=weight, covered=total, left=decay * run.left, moved=True)
 
-    def _meet(self, ways: list[tuple[Run, Advance]]) -> None:
+    def _meet(self, ways: list[Run]) -> None:
         """Exchange the u_i that are in the place of the parameters, and take the way of their mean from x. Collective.
 
         What has not moved since the last time has no part in it.
         """
-        real, x, m = self.flat.dtype.type, self.arrays["x"], self.arrays["m"]
-        still = [number for run, a in ways if not a.moved for number in run.numbers]
+        still = [number for run in ways if not run.moved for number in run.numbers]
         try:
             with self._silent(still, self.flat.values) if still else nullcontext():
                 mean = self._exchange(self.flat.values)
         except BaseException:
-            self._place()
+            self._place(self.flat.values)
             raise
-        for (_, part, *_), (_, covered, left, moved) in ways:
-            if moved:
-                kernels.preconditioned_step(mean[part], self._inverse[part], real(covered), real(left), x[part])
-                m[part] = mean[part]
+        for run in ways:
+            if run.moved:
+                self._go(run, mean, self.arrays["x"])
+                self.m[run.part] = mean[run.part]
         self._start_afresh()
-        self._place()
+        self._place(self.flat.values)
 
-    def _place(self) -> None:
-        """Put the parameters where this rank's steps since the last synchronisation lead from x."""
-        values, real = self.flat.values, self.flat.dtype.type
+    def _place(self, values: Vector) -> None:
+        """Write to `values`, (d,), where this rank's steps since the last synchronisation lead from x. Local."""
         np.copyto(values, self.arrays["x"])
-        if self.local_steps:
-            for run in self._runs(self.moved):
-                if run.moved:
-                    kernels.preconditioned_step(self.arrays["u"][run.part], self._inverse[run.part], real(run.covered),
-                                                real(run.left), values[run.part])  # fmt: skip
+        for run in self._runs(self.moved):
+            if run.moved:
+                self._go(run, self.arrays["u"], values)
+
+    def _go(self, run: Run, u: Vector, x: Vector) -> None:
+        """Let a run's x be D x - S u / sqrt(v). Local."""
+        real, part = self.flat.dtype.type, run.part
+        kernels.preconditioned_step(u[part], self._inverse[part], real(run.covered), real(run.left), x[part])
 
     def synchronize(self) -> None:
         """Synchronise now, between two steps, for example before the model is evaluated or saved. Collective.
@@ -152,5 +167,5 @@ class Apart(VarianceOptimizer):
         try:
             super().check_replicas()
         finally:
-            self._place()
+            self._place(self.flat.values)
             self.flat.publish()

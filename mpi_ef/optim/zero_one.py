@@ -1,32 +1,26 @@
 """0/1 Adam: variance from fewer and fewer steps, then steps that need no communication at all."""
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from math import sqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mpi_ef import kernels
-from mpi_ef.collectives import Plan, plan_for
-from mpi_ef.comm.consensus import telling
-from mpi_ef.comm.protocol import Comm
-from mpi_ef.compress import Compressor, Sign, lazy
+from mpi_ef.collectives import Plan
+from mpi_ef.compress import lazy
 from mpi_ef.compress.combination import Vector
-from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.state import form
-from mpi_ef.ranges import whole
+from mpi_ef.ranges import option, with_options
 from mpi_ef.statetree import PER_RANK, Leaf, Reshard, StateTree
 
 from .apart import Apart
-from .variance import VarianceOptimizer, inverse_roots
-from .wrapper import PlanBuilder
+from .variance import inverse_roots
 
 __all__ = ["ZeroOneAdam"]
 
-SIGNS = Sign(block=1024)
 
-
+@with_options
 class ZeroOneAdam(Apart):
     """0/1 Adam (Lu et al. 2022, arXiv 2202.06009): seldom a new variance, signs in between; later steps without exchange.
 
@@ -51,14 +45,9 @@ class ZeroOneAdam(Apart):
 
     Parameters
     ----------
-    params : iterable of parameters or of groups, as for torch optimizers
-    comm : MPI.Comm
-    lr, betas, eps, weight_decay : as torch.optim.AdamW; the decay is decoupled. Of groups, but betas and eps of all
-    compressor : Compressor
-    plan : callable, optional
-        See :class:`DistributedOptimizer`.
+    params, comm, lr, betas, eps, weight_decay, compressor, plan : as :class:`OneBitAdam`'s
     var_freeze_step : int, optional
-        Freeze the variance after so many steps. By default when it has settled, see :class:`VarianceWatch`.
+        As its `freeze_step`.
     var_update_scaler : int
         kappa: after so many updates of the variance the interval between them doubles.
     local_step_scaler, local_step_clipper : int
@@ -85,48 +74,20 @@ class ZeroOneAdam(Apart):
     the freeze they change from gradients to momenta, as which ``1 - beta1`` of them counts.
     """
 
-    counters = (*VarianceOptimizer.counters, "variance_updates", "variance_step", "local_steps", "covered", "left", "moved",
-                "renewed")  # fmt: skip
-    later_counters = VarianceOptimizer.later_counters | {"renewed": [], "moved": []}
+    counters: ClassVar = (*Apart.counters, "variance_updates", "variance_step", "local_steps", "covered", "left", "moved",
+                          "renewed")  # fmt: skip
+    later_counters: ClassVar = Apart.later_counters | {"renewed": [], "moved": []}
+    vectors: ClassVar = ("m", "v", "u", "x")
+    hushed: ClassVar = ("u",)
+    freezes_at: ClassVar = "var_freeze_step"
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        comm: Comm,
-        *,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        compressor: Compressor = SIGNS,
-        plan: PlanBuilder = plan_for,
-        var_freeze_step: int | None = None,
-        var_update_scaler: int = 16,
-        local_step_scaler: int = 32678,
-        local_step_clipper: int = 16,
-        bias_correction: bool = True,
-        variance_floor: float = 0.1,
-        clip: float = 0.0,
-    ) -> None:
-        self.betas, self.eps, self.bias_correction = betas, eps, bias_correction
-        self.variance_floor, self.clip = variance_floor, clip
-        self.var_freeze_step, self.var_update_scaler = var_freeze_step, var_update_scaler
-        self.local_step_scaler, self.local_step_clipper = local_step_scaler, local_step_clipper
-        counts = {"var_update_scaler": var_update_scaler, "local_step_scaler": local_step_scaler,
-                  "local_step_clipper": local_step_clipper}  # fmt: skip
+    var_freeze_step: int | None = option(None, 1, "the variance needs a step")
+    var_update_scaler: int = option(16, 1, "16 is usual")
+    local_step_scaler: int = option(32678, 1, "16 is usual")
+    local_step_clipper: int = option(16, 1, "16 is usual")
 
-        def facts() -> dict[str, object]:
-            name, freeze = type(self).__name__, var_freeze_step
-            whole(name, 1, "the variance needs a step", var_freeze_step=1 if freeze is None else freeze)
-            whole(name, 1, "16 is usual", **counts)
-            return self._shared_facts() | {"var_freeze_step": freeze, **counts}
-
-        super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, facts)
-        with telling(comm, type(self).__name__, Plan.built):
-            momentum = plan(comm, compressor, self.flat.d, self.flat.dtype)
-        self.rules["momentum"] = ErrorFeedback("ef14", momentum)
-        self.arrays.update({name: self._zeros() for name in ("m", "v", "u", "x")})
-        self._inverse = self._zeros()
+    def _build(self, plan: Plan) -> None:
+        super()._build(plan)
         self.renewed = [0] * len(self.counted)
         self.variance_updates = self.variance_step = 0
         self._start_afresh()
@@ -176,13 +137,9 @@ class ZeroOneAdam(Apart):
             self._step_compressed()
 
     def _updated(self) -> None:
-        """Freeze the variance if it is time."""
         super()._updated()
-        if self.frozen_step is None:
-            if self._whole and self._compresses:
-                self._fall_asleep()
-            if self._is_time(self.var_freeze_step, self.variance_updates):
-                self._freeze(self.steps + 1)
+        if self.frozen_step is None and self._whole and self._compresses:
+            self._fall_asleep()
 
     def _step_exactly(self, step: int) -> None:
         """Update both moments with the mean gradient, and step."""
@@ -222,32 +179,18 @@ class ZeroOneAdam(Apart):
         m, v, updates = self.arrays["m"][part], self.arrays["v"][part], self.renewed[number] + 1
         kernels.update_moments(mean, real(beta1), real(beta2), m, v)
         inverse = inverse_roots(v, self._factor(updates), [0, v.size], self.eps, self.variance_floor)
-        self._step_over_variance(part, self._group_of(number), self.counted[number], updates, inverse)
+        self._step_over_variance(part, self._groups[number], self.counted[number], updates, inverse)
         self.renewed[number] = updates
         self.arrays["x"][part] = self.flat.values[part]
         self.covered[number], self.left[number], self.moved[number] = 0.0, 1.0, False
-
-    def _factor(self, updates: int) -> float:
-        return 1.0 / self._correction(self.betas[1], max(1, updates))
-
-    def _derive(self) -> None:
-        """Form one over the roots of the variance, whose bias is corrected by the number of its updates."""
-        factors = [self._factor(updates) for updates in self.renewed]
-        self._inverse = inverse_roots(self.arrays["v"], factors, self.flat.starts, self.eps, self.variance_floor)
 
     def _fall_asleep(self) -> None:
         super()._fall_asleep()
         self.renewed = [updates if count else 0 for updates, count in zip(self.renewed, self.counted, strict=True)]
 
-    def _momenta(self) -> list[Vector]:
-        return [self.arrays["m"]]
-
-    def _hushed(self) -> list[Vector]:
-        return [self.arrays["m"], self.arrays["u"]]
-
     def _freeze(self, step: int) -> None:
         """Let the variance of now hold for good; what was not sent of gradients becomes what was not sent of momenta."""
-        self._settle(step)
+        super()._freeze(step)
         np.copyto(self.arrays["x"], self.flat.values)
         unsent = self.rules["momentum"].per_rank()
         for name in unsent.keys() & {"e_i", "plan.residual"}:
@@ -255,23 +198,24 @@ class ZeroOneAdam(Apart):
 
     def _step_alone(self) -> None:
         """Step along this rank's momentum; synchronise if it is time."""
-        grad, m, u, x = self.flat.gradients, self.arrays["m"], self.arrays["u"], self.arrays["x"]
+        grad, m, u, x = self.flat.gradients, self.m, self.arrays["u"], self.arrays["x"]
         real, beta1, ways = self.flat.dtype.type, self.betas[0], self._ways(self.moving.tolist())
         if self.local_steps + 1 < self.local_step_interval:
-            for run, (weight, covered, left, moved) in ways:
+            for run in ways:
                 part = run.part
                 if run.moves:
-                    kernels.local_step(grad[part], self._inverse[part], x[part], real(beta1), real(weight), real(covered),
-                                       real(left), m[part], u[part], self.flat.values[part])  # fmt: skip
+                    kernels.local_step(grad[part], self._inverse[part], x[part], real(beta1), real(run.weight),
+                                       real(run.covered), real(run.left), m[part], u[part],
+                                       self.flat.values[part])  # fmt: skip
                 for number in run.numbers:
-                    self.covered[number], self.left[number], self.moved[number] = covered, left, moved
+                    self.covered[number], self.left[number], self.moved[number] = run.covered, run.left, run.moved
             self.local_steps += 1
             return
         # The new u takes the place of the parameters, which follow from x and the old u.
-        for run, a in ways:
-            part = run.part
-            newest = a.weight * beta1 * lazy(m[part]) + a.weight * (1.0 - beta1) * lazy(grad[part])
-            sent = (1.0 - a.weight) * lazy(u[part]) + newest if run.moves else lazy(u[part])
+        for run in ways:
+            part, w = run.part, run.weight
+            newest = w * beta1 * lazy(m[part]) + w * (1.0 - beta1) * lazy(grad[part])
+            sent = (1.0 - w) * lazy(u[part]) + newest if run.moves else lazy(u[part])
             form(sent, into=self.flat.values[part])
         self._meet(ways)
 
@@ -284,17 +228,17 @@ class ZeroOneAdam(Apart):
 
     def loaded(self) -> None:
         """Derive again what follows from what was written, see :meth:`FlatOptimizer.loaded`. Local."""
-        super().loaded()
         if not self.renewed:
             self.renewed = self._where_known(self.variance_updates)
         if not self.moved:  # earlier versions counted by group
-            self.covered, self.left = ([values[n] for n in self._owners] for values in (self.covered, self.left))
-            self.moved = [self.frozen_step is not None] * len(self._owners)
-        if self.frozen_step is not None:
-            self._settle(self.frozen_step)
-            if not self.synchronized:  # else the parameters are those of the model, which x may not be yet
-                self._place()
-                self.flat.publish()
-        elif self.variance_updates and self._compresses:
+            owners = [id(group) for group in self._groups]
+            of_groups = {id(g): values for g, *values in zip(self.param_groups, self.covered, self.left, strict=True)}
+            self.covered, self.left = ([of_groups[owner][n] for owner in owners] for n in range(2))
+            self.moved = [self.frozen_step is not None] * len(owners)
+        super().loaded()
+        if not self.synchronized:  # else the parameters are those of the model, which x may not be yet
+            self._place(self.flat.values)
+            self.flat.publish()
+        elif self.frozen_step is None and self.variance_updates and self._compresses:
             self._derive()
             self._fall_asleep()
