@@ -68,8 +68,7 @@ class OneBitAdam(VarianceOptimizer):
     @property
     def m(self) -> Vector:
         """The momentum, (d,), the same on all ranks."""
-        momentum: Vector = self.rules["momentum"].state.m  # type: ignore[attr-defined]
-        return momentum
+        return self.rules["momentum"].state.m  # type: ignore[attr-defined, no-any-return]
 
     def _update(self) -> None:
         if self.frozen_step is None:

@@ -13,7 +13,7 @@ from mpi_ef.collectives import Plan
 from mpi_ef.compress.combination import Vector
 from mpi_ef.ranges import option, with_options
 
-from .variance import VarianceOptimizer, mean_root, stretches
+from .variance import VarianceOptimizer, mean_root
 
 __all__ = ["OneBitLamb"]
 
@@ -52,11 +52,6 @@ class OneBitLamb(VarianceOptimizer):
     variance_floor : float
         As OneBitAdam's, for the frozen variance and the fresh one. A layer's momentum does not count as smaller than this
         share of the root of its mean variance when its scale is chosen.
-
-    Attributes
-    ----------
-    frozen_step : int or None
-        After how many steps variance and coefficients were frozen.
     """
 
     vectors: ClassVar = ("m", "v", "fresh")
@@ -88,7 +83,7 @@ class OneBitLamb(VarianceOptimizer):
 
     def _runs(self) -> Iterator[tuple[slice, slice, int]]:
         """Yield layers that have had a gradient in equally many steps, where they are in the vectors, and that number."""
-        for numbers, part, _, count in stretches(self.flat.starts, [({}, slice(0, self.flat.d))], self.counted):
+        for numbers, part, _, count in self._stretches(self.counted):
             yield slice(numbers.start, numbers.stop), part, count
 
     def _of_layers(self, name: str) -> Layers:
@@ -111,7 +106,7 @@ class OneBitLamb(VarianceOptimizer):
     def _lamb(self, layers: slice, part: slice, step: int, mean: Vector) -> None:
         """Take a step of LAMB on the mean gradient with some layers, the step-th one of theirs."""
         real, starts, (beta1, beta2) = self.flat.dtype.type, self._starts_in(layers), self.betas
-        m, v, x, direction = (a[part] for a in (self.arrays["m"], self.arrays["v"], self.flat.values, self._direction))
+        m, v, x, direction = (a[part] for a in (self.m, self.arrays["v"], self.flat.values, self._direction))
         kernels.update_moments(mean, real(beta1), real(beta2), m, v)
         root_factor = 1.0 / sqrt(self._correction(beta2, step))
         direction.fill(0)
@@ -151,7 +146,7 @@ class OneBitLamb(VarianceOptimizer):
     def _sizes(self) -> Layers:
         """Return the root mean squares of the layers' momenta, as far as they count for a scale."""
         entries = np.maximum(np.diff(self._starts), 1)
-        sizes: Layers = np.maximum(self._norms(self.arrays["m"], self._starts) / np.sqrt(entries), self._least)
+        sizes: Layers = np.maximum(self._norms(self.m, self._starts) / np.sqrt(entries), self._least)
         return sizes
 
     def _derive(self) -> None:
@@ -179,7 +174,7 @@ class OneBitLamb(VarianceOptimizer):
 
     def _follow(self) -> None:
         """Exchange the new momentum, and step along what all know of it over the frozen variance."""
-        real, m, direction, beta1 = self.flat.dtype.type, self.arrays["m"], self._direction, self.betas[0]
+        real, m, direction, beta1 = self.flat.dtype.type, self.m, self._direction, self.betas[0]
         scales, starts = self.arrays["scales"].astype(self.flat.dtype), self._starts
         kernels.scaled_momentum(self.flat.gradients, m, real(beta1), scales, starts, direction)
         sent = self._exchange(direction)
@@ -200,7 +195,7 @@ class OneBitLamb(VarianceOptimizer):
 
     def _refresh(self, sent: Vector, scales: Vector, runs: list[tuple[slice, slice, int]]) -> Layers:
         """Take the new momentum over and update the fresh variance; return its ratios to the frozen one."""
-        real, ratios, m, fresh = self.flat.dtype.type, np.zeros_like(scales), self.arrays["m"], self.arrays["fresh"]
+        real, ratios, m, fresh = self.flat.dtype.type, np.zeros_like(scales), self.m, self.arrays["fresh"]
         asleep, inverse = self._asleep.mask, self._inverse
         if asleep is not None:  # they have no part in the ratio of their layer
             inverse = np.where(asleep, real(0), inverse)

@@ -45,8 +45,8 @@ class ReplicatedOptimizer(FlatOptimizer):
     """What OneBitAdam and its relatives share: groups, named arrays, rules at work, saving and loading.
 
     Fields are what the constructor takes; ranks agree on those that are kept. :meth:`_build` fills `arrays` with vectors
-    that are equal on all ranks, and `rules`. `counters` names the attributes that are saved as they are, `later_counters`
-    what those are that states of earlier versions lack.
+    that are equal on all ranks, and `rules`. `counters` names attributes that are saved as they are, `later_counters`
+    those that states of earlier versions lack, with what they are then.
     """
 
     counters: ClassVar[tuple[str, ...]] = ()

@@ -45,21 +45,15 @@ class Lion(ReplicatedOptimizer):
 
     Parameters
     ----------
-    params : iterable of parameters or of groups, as for torch optimizers
-    comm : MPI.Comm
+    params, comm, weight_decay, clip : as :class:`OneBitAdam`'s
     lr : float
         The step of every entry: a third to a tenth of what Adam takes.
     betas : (float, float)
         Weights of the momentum in the vote, and in itself.
-    weight_decay : float
-        Decoupled.
     compressor : Compressor
         ``Identity()`` gives Lion on the mean gradient.
-    clip : float
-        As OneBitAdam's.
     """
 
-    counters: ClassVar = ("asleep",)
     later_counters: ClassVar = {"asleep": None}
 
     lr: InitVar[float] = 1e-4

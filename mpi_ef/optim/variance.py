@@ -25,12 +25,11 @@ from .replicated import ReplicatedOptimizer
 from .resting import memories
 from .wrapper import PlanBuilder
 
-__all__ = ["VarianceOptimizer", "VarianceWatch", "inverse_roots", "stretches"]
+__all__ = ["VarianceOptimizer", "VarianceWatch", "inverse_roots"]
 
 SIGNS = Sign(block=1024)
 _NOTHING = np.empty(0, np.intp)
 Key = TypeVar("Key", bound=Hashable)
-Stretch = tuple[range, slice, dict[str, Any], Key]
 
 
 @with_options
@@ -46,14 +45,9 @@ class VarianceOptimizer(ReplicatedOptimizer):
       learn about it before the step, and it takes part in it. A parameter whose entries all sleep begins anew then.
 
     Which these are follows from v and the counters. `arrays` has "v"; `rules` one rule, "momentum".
-
-    Attributes
-    ----------
-    counted : list of int
-        In how many steps each parameter had a gradient; 0 where all of its entries sleep.
     """
 
-    counters: ClassVar[tuple[str, ...]] = ("frozen_step", "looks", "counted")
+    counters: ClassVar[tuple[str, ...]] = ("frozen_step", "looks")
     later_counters: ClassVar = {"counted": []}
     vectors: ClassVar[tuple[str, ...]] = ("m", "v")  # of `arrays`
     hushed: ClassVar[tuple[str, ...]] = ()  # which of them are, besides m, zero where entries sleep
@@ -97,9 +91,18 @@ class VarianceOptimizer(ReplicatedOptimizer):
         groups = {id(p): group for group in reversed(self.param_groups) for p in group["params"]}
         return [groups[id(p)] for p in self.flat.parameters]
 
-    def _stretches(self, keys: Sequence[Key]) -> Iterator[Stretch[Key]]:
-        """Yield the parameters in runs of one group and one key."""
-        return stretches(self.flat.starts, self._slices(), keys)
+    def _stretches(self, keys: Sequence[Key]) -> Iterator[tuple[range, slice, dict[str, Any], Key]]:
+        """Yield the parameters in runs of one group and one of `keys`, as long as they can be: which, where, both."""
+        starts, number, alike = self.flat.starts, 0, keys.count(keys[0]) == len(keys)
+        for group, part in self._slices():
+            first, number = number, bisect_left(starts, part.stop, number)
+            if alike:
+                yield range(first, number), part, group, keys[0]
+                continue
+            for key, of_it in groupby(range(first, number), keys.__getitem__):
+                numbers = list(of_it)
+                whole = slice(starts[numbers[0]], starts[numbers[-1] + 1])
+                yield range(numbers[0], numbers[-1] + 1), whole, group, key
 
     def _scalars(self, group: dict[str, Any], step: int) -> tuple[Any, Any]:
         """Return the corrected step size and what weight decay leaves, in the dtype of the vectors."""
@@ -242,8 +245,11 @@ class VarianceOptimizer(ReplicatedOptimizer):
             elif behind[number]:
                 part[:] = False
         self._asleep.fall(mask)
-        hushed = (self.m, *(self.arrays[name] for name in self.hushed))
-        for array, start in (*((array, 0) for array in hushed), *memories(self._rules())):
+        self._hush(self.m, *(self.arrays[name] for name in self.hushed))
+
+    def _hush(self, *vectors: Vector) -> None:
+        """Set what these, (d,), and rules keep of entries that sleep to zero. Local."""
+        for array, start in (*((vector, 0) for vector in vectors), *memories(self._rules())):
             self._asleep.hush(array, start)
 
     def _momenta(self) -> Sequence[Vector]:
@@ -254,8 +260,7 @@ class VarianceOptimizer(ReplicatedOptimizer):
         rule = self.rules["momentum"]
         result = rule.step(vector)
         if self._asleep.mask is not None:
-            for array, start in ((getattr(rule.state, self.result), 0), *memories(self._rules())):
-                self._asleep.hush(array, start)
+            self._hush(getattr(rule.state, self.result))
         return result
 
     def loaded(self) -> None:
@@ -271,29 +276,6 @@ class VarianceOptimizer(ReplicatedOptimizer):
         """Return `count` for every parameter that has a variance, else 0."""
         v = self.arrays["v"]
         return [count if v[start:stop].any() else 0 for start, stop in pairwise(self.flat.starts)]
-
-
-def stretches(
-    starts: Sequence[int], slices: Sequence[tuple[dict[str, Any], slice]], keys: Sequence[Key]
-) -> Iterator[Stretch[Key]]:
-    """Yield runs as long as they can be: which parameters, where they are, of which group, and their key.
-
-    Parameters
-    ----------
-    starts : where parameters begin in the vectors, and d
-    slices : groups and their parts of the vectors
-    keys : of every parameter, what those of a run have in common
-    """
-    number, alike = 0, keys.count(keys[0]) == len(keys)
-    for group, part in slices:
-        first, number = number, bisect_left(starts, part.stop, number)
-        if alike:
-            yield range(first, number), part, group, keys[0]
-            continue
-        for key, of_it in groupby(range(first, number), keys.__getitem__):
-            numbers = list(of_it)
-            whole = slice(starts[numbers[0]], starts[numbers[-1] + 1])
-            yield range(numbers[0], numbers[-1] + 1), whole, group, key
 
 
 class VarianceWatch:
