@@ -4,28 +4,25 @@ mpiexec -n 2 python -m mpi4py examples/my_optimizer.py
 mpiexec -n 2 mpi-ef train --optimizer "my_optimizer:Normalized(beta=0.8)"      # with examples/ on PYTHONPATH
 """
 
+from dataclasses import InitVar
+
 import numpy as np
 
-from mpi_ef.collectives import plan_for
-from mpi_ef.compress import TopK
-from mpi_ef.errors import OptionError
+from mpi_ef.compress import Compressor, TopK
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.optim import ReplicatedOptimizer
+from mpi_ef.ranges import option, with_options
 
 
+@with_options
 class Normalized(ReplicatedOptimizer):
     """``m = beta m + (1 - beta) g``, ``x = x - lr m / ||m||`` in each group; g is EF21's estimate of the mean gradient."""
 
-    def __init__(self, params, comm, *, lr=0.05, beta=0.9, weight_decay=0.0, compressor=TopK(0.1), clip=0.0):  # noqa: B008
-        self.beta, self.clip = beta, clip
+    lr: InitVar[float] = 0.05
+    compressor: InitVar[Compressor] = TopK(0.1)
+    beta: float = option(0.9, "[0, 1)", "try 0.9")  # ranks that disagree on it raise
 
-        def facts():  # what the ranks have to agree on, besides groups
-            if not 0 <= beta < 1:
-                raise OptionError(f"Normalized: beta={beta} is not in [0, 1); try 0.9")
-            return {"beta": beta, "clip": clip}
-
-        super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, facts)
-        plan = plan_for(comm, compressor, self.flat.d, self.flat.dtype)
+    def _build(self, plan):
         self.rules["ef21"] = ErrorFeedback("ef21", plan)
         self.arrays["m"] = self._zeros()  # the same on all ranks
 

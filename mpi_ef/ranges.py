@@ -1,12 +1,15 @@
 """What values an option may have, and the one line that says so where it has another."""
 
 import operator
+from dataclasses import InitVar, dataclass, field, fields
 from math import inf, isfinite
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 from mpi_ef.errors import OptionError
 
-__all__ = ["is_within", "whole", "within"]
+__all__ = ["checked", "is_within", "option", "whole", "with_options", "within"]
+
+Class = TypeVar("Class", bound=type)
 
 
 def is_within(value: Any, interval: str) -> bool:
@@ -56,3 +59,35 @@ def whole(subject: str, least: int, hint: str, *, most: float = inf, **values: A
                 f"{subject}: {name}={value!r} {text}{'' if most == inf else f' up to {most:.0f}'}; {hint}"
             )
     return number
+
+
+def option(default: Any, allowed: str | int, hint: str) -> Any:
+    """Return the field of an option: an interval, as of :func:`within`, or the least whole number; None is always allowed.
+
+    An interval may name other options: ``"(0, {max_coeff}]"``.
+    """
+    return field(default=default, metadata={"allowed": allowed, "hint": hint})
+
+
+@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(field,))
+def with_options(kind: Class) -> Class:
+    """Let the constructor of a class take its fields by name, as that of a dataclass does, and keep but the `InitVar`."""
+    dataclass(eq=False, repr=False, match_args=False, kw_only=True)(kind)
+    for name, said in kind.__init__.__annotations__.items():  # type: ignore[misc]
+        if isinstance(said, InitVar):
+            kind.__init__.__annotations__[name] = said.type  # type: ignore[misc]
+            if name in vars(kind):
+                delattr(kind, name)  # a default is no value of an object that does not keep it
+    return kind
+
+
+def checked(owner: Any) -> dict[str, object]:
+    """Return the options that `owner` keeps, by name; raise `OptionError` unless all are allowed. Local."""
+    values = {f.name: getattr(owner, f.name) for f in fields(owner)}
+    for f in fields(owner):
+        allowed, hint = f.metadata.get("allowed"), f.metadata.get("hint", "")
+        if isinstance(allowed, str):
+            within(type(owner).__name__, allowed.format_map(values), hint, **{f.name: values[f.name]})
+        elif allowed is not None and values[f.name] is not None:
+            whole(type(owner).__name__, allowed, hint, **{f.name: values[f.name]})
+    return values

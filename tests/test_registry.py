@@ -1,6 +1,7 @@
 """Compressors, rules and optimizers by name, and texts that say which and how: nothing that they say is evaluated."""
 
 import importlib.metadata
+import inspect
 import os
 import re
 import subprocess
@@ -27,7 +28,7 @@ from mpi_ef.feedback import RULES, ErrorFeedback
 from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.optimizers import build_compressor
-from mpi_ef.optim import EF21, DistributedOptimizer, OneBitAdam
+from mpi_ef.optim import EF21, DistributedOptimizer, OneBitAdam, OneBitLamb
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 COMPRESSORS = [
@@ -92,6 +93,21 @@ def test_names_are_all_there_is():
     assert registry.names("rule") == sorted(RULES)
     assert {"GatherMean", "TwoPhaseMean", "DenseMean", "LowRankMean", "ClientsMean"} == {*registry.names("plan")}
     assert {"EF21", "OneBitAdam", "Lion", "DistributedOptimizer"} <= {*registry.names("optimizer")}
+
+
+def test_signatures_list_the_options():
+    """Of classes that are built on all ranks together; a default is no attribute of an object that has another value."""
+    adam, lamb = inspect.signature(OneBitAdam), inspect.signature(OneBitLamb)
+    assert [p.name for p in adam.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD] == ["params", "comm"]
+    assert {p.name: p.default for p in lamb.parameters.values() if p.name not in adam.parameters} == {
+        "max_coeff": 10.0, "min_coeff": 0.01, "coeff_beta": 0.9, "factor_max": 4.0, "factor_min": 0.5,
+        "factor_threshold": 0.1,
+    }  # fmt: skip
+    assert (adam.parameters["lr"].default, adam.parameters["lr"].annotation) == (1e-3, float)
+    assert not hasattr(OneBitAdam, "lr")
+    for name in registry.names("optimizer"):
+        taken = inspect.signature(registry.found("optimizer", name)).parameters
+        assert "comm" in taken, name
 
 
 def test_installed_packages_bring_their_own(monkeypatch):

@@ -3,7 +3,9 @@
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import Signature, signature
 from threading import local
+from types import MethodType
 from typing import Any, NoReturn, TypeVar
 
 from mpi_ef.errors import CheckpointError, DisagreementError, MpiEfError, OptionError, PeerError
@@ -31,6 +33,11 @@ class Telling(ABCMeta):
         comm: Any = keywords.get("comm", next((arg for arg in args if hasattr(arg, "Iallgather")), None))
         with telling(comm, cls.__name__, cls.built):
             return super().__call__(*args, **keywords)
+
+    @property
+    def __signature__(cls) -> Signature:
+        """What the constructor takes; without it, inspection would show what :meth:`__call__` takes."""
+        return signature(MethodType(cls.__init__, cls))  # type: ignore[misc]
 
 
 @contextmanager

@@ -1,25 +1,21 @@
 """1-bit Adam: Adam whose momentum travels as signs once its variance has settled."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import sqrt
-from typing import Any
+from typing import Any, ClassVar
 
 from mpi_ef import kernels
-from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
-from mpi_ef.comm.consensus import telling
-from mpi_ef.comm.protocol import Comm
-from mpi_ef.compress import Compressor, Sign
+from mpi_ef.collectives import Plan
 from mpi_ef.compress.combination import Vector
 from mpi_ef.feedback import ErrorFeedback
-from mpi_ef.ranges import whole
+from mpi_ef.ranges import option, with_options
 
 from .variance import VarianceOptimizer, VarianceWatch, inverse_roots
 
 __all__ = ["OneBitAdam", "VarianceWatch", "inverse_roots"]
 
-SIGNS = Sign(block=1024)
 
-
+@with_options
 class OneBitAdam(VarianceOptimizer):
     """1-bit Adam (Tang et al. 2021, arXiv 2102.02888): dense Adam at first, then compressed momentum, frozen variance.
 
@@ -61,44 +57,18 @@ class OneBitAdam(VarianceOptimizer):
         its entries sleep.
     """
 
-    result = "m"
+    vectors: ClassVar = ("v",)
+    result: ClassVar = "m"
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        comm: Comm,
-        *,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        compressor: Compressor = SIGNS,
-        plan: PlanBuilder = plan_for,
-        freeze_step: int | None = None,
-        bias_correction: bool = True,
-        variance_floor: float = 0.1,
-        clip: float = 0.0,
-    ) -> None:
-        self.betas, self.eps, self.freeze_step, self.bias_correction = betas, eps, freeze_step, bias_correction
-        self.variance_floor, self.clip = variance_floor, clip
+    freeze_step: int | None = option(None, 1, "the variance needs a step")
 
-        def facts() -> dict[str, object]:
-            least = 1 if freeze_step is None else freeze_step
-            whole(type(self).__name__, 1, "the variance needs a step", freeze_step=least)
-            return self._shared_facts() | {"freeze_step": freeze_step}
-
-        super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, facts)
-        with telling(comm, type(self).__name__, Plan.built):
-            momentum = build_plan(plan, comm, compressor, self.flat.d, self.flat.dtype)
-        self.rules["momentum"] = ErrorFeedback("ef14-momentum", momentum, beta=betas[0])
-        self.arrays["v"] = self._zeros()
-        self._inverse: Vector | None = None
+    def _rule(self, plan: Plan) -> ErrorFeedback:
+        return ErrorFeedback("ef14-momentum", plan, beta=self.betas[0])
 
     @property
     def m(self) -> Vector:
         """The momentum, (d,), the same on all ranks."""
-        momentum: Vector = self.rules["momentum"].state.m  # type: ignore[attr-defined]
-        return momentum
+        return self.rules["momentum"].state.m  # type: ignore[attr-defined, no-any-return]
 
     def _update(self) -> None:
         if self.frozen_step is None:
@@ -115,34 +85,14 @@ class OneBitAdam(VarianceOptimizer):
         kernels.adam(mean, real(beta1), real(beta2), size, real(root_factor), real(self.eps), decay, m[part], v[part],
                      x[part])  # fmt: skip
 
-    def _updated(self) -> None:
-        """Freeze the variance if it is time."""
-        super()._updated()
-        if self.frozen_step is None and self._is_time(self.freeze_step, self.steps + 1):
-            self._settle(self.steps + 1)
-
-    def _derive(self) -> None:
-        factor = 1.0 / self._correction(self.betas[1], self.frozen_step or 0)
-        self._inverse = inverse_roots(self.arrays["v"], factor, self.flat.starts, self.eps, self.variance_floor)
-
     def _step_late(self, number: int, mean: Vector) -> None:
-        self._adam(self.flat.place(number), self._group_of(number), self.counted[number], mean)
+        self._adam(self.flat.place(number), self._groups[number], self.counted[number], mean)
 
     def _descend(self, m: Vector) -> None:
         """Step along the momentum, over the frozen variance."""
-        assert self._inverse is not None  # noqa: S101
         for _, part, group, count in self._stretches(self.counted):
             kernels.preconditioned_step(m[part], self._inverse[part], *self._scalars(group, count + 1),
                                         self.flat.values[part])  # fmt: skip
 
     def _kept(self) -> Sequence[Vector]:
         return [*super()._kept(), self.m]
-
-    def _momenta(self) -> Sequence[Vector]:
-        return [self.m]
-
-    def loaded(self) -> None:
-        """Derive again what follows from what was written, see :meth:`FlatOptimizer.loaded`. Local."""
-        super().loaded()
-        if self.frozen_step is not None:
-            self._settle(self.frozen_step)

@@ -60,20 +60,10 @@ class EControl(DistributedOptimizer):
 
     Parameters
     ----------
-    params : iterable of parameters or of groups, as for torch optimizers
-    comm : MPI.Comm
-    compressor : Compressor
-    lr : float
-        gamma.
+    params, comm, compressor, lr, momentum, weight_decay, dense_steps, plan, overlap : as :class:`EF21`'s
     eta : float, optional
         Strength of the feedback; 0.3 times the contraction constant by default. Grid worth trying: 0.05, 0.1, 0.3, 1
         times that constant.
-    momentum, weight_decay : float
-        Of the SGD step that follows, on the aggregated estimate: equal on all ranks.
-    dense_steps : int
-        1 starts with h_i^0 = grad f_i(x^0), as in the paper; 0 with zero.
-    plan, overlap
-        See :class:`DistributedOptimizer`.
     """
 
     def __init__(
@@ -105,12 +95,10 @@ class PowerSGD(DistributedOptimizer):
 
     Parameters
     ----------
-    params : iterable of parameters or of groups, as for torch optimizers
-    comm : MPI.Comm
-    lr : float
+    params, comm, lr, momentum, weight_decay : as :class:`EF21`'s
     rank : int
-    momentum, nesterov, weight_decay
-        Of the SGD step that follows, on the aggregated gradient: equal on all ranks.
+    nesterov : bool
+        As of torch.optim.SGD.
     seed : int
         Of the columns before the first exchange.
     dense_steps : int

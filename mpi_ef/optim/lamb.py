@@ -1,31 +1,26 @@
 """1-bit LAMB: LAMB whose momentum travels as signs once its variance and its trust ratios have settled."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from math import fsum, sqrt
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ef import kernels
-from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
-from mpi_ef.comm.consensus import telling
-from mpi_ef.comm.protocol import Comm
-from mpi_ef.compress import Compressor, Sign
+from mpi_ef.collectives import Plan
 from mpi_ef.compress.combination import Vector
-from mpi_ef.feedback import ErrorFeedback
-from mpi_ef.ranges import whole, within
+from mpi_ef.ranges import option, with_options
 
-from .runs import stretches
-from .variance import VarianceOptimizer, inverse_roots, mean_root
+from .variance import VarianceOptimizer, mean_root
 
 __all__ = ["OneBitLamb"]
 
-SIGNS = Sign(block=1024)
 Layers = NDArray[np.float64]
 
 
+@with_options
 class OneBitLamb(VarianceOptimizer):
     """1-bit LAMB (Li et al. 2021, arXiv 2104.06069): dense LAMB at first, then compressed momentum and frozen variance.
 
@@ -45,13 +40,7 @@ class OneBitLamb(VarianceOptimizer):
 
     Parameters
     ----------
-    params : iterable of parameters or of groups, as for torch optimizers
-    comm : MPI.Comm
-    lr, betas, eps, weight_decay : as usual for LAMB. Of groups, but betas and eps of all
-    compressor : Compressor
-    plan : callable, optional
-        See :class:`DistributedOptimizer`.
-    freeze_step, clip : as OneBitAdam's
+    params, comm, lr, betas, eps, weight_decay, compressor, plan, freeze_step, clip : as :class:`OneBitAdam`'s
     max_coeff, min_coeff : float
         Bounds of the coefficients of the warm-up.
     coeff_beta : float
@@ -63,63 +52,26 @@ class OneBitLamb(VarianceOptimizer):
     variance_floor : float
         As OneBitAdam's, for the frozen variance and the fresh one. A layer's momentum does not count as smaller than this
         share of the root of its mean variance when its scale is chosen.
-
-    Attributes
-    ----------
-    frozen_step : int or None
-        After how many steps variance and coefficients were frozen.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        comm: Comm,
-        *,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        compressor: Compressor = SIGNS,
-        plan: PlanBuilder = plan_for,
-        freeze_step: int | None = None,
-        max_coeff: float = 10.0,
-        min_coeff: float = 0.01,
-        coeff_beta: float = 0.9,
-        factor_max: float = 4.0,
-        factor_min: float = 0.5,
-        factor_threshold: float = 0.1,
-        bias_correction: bool = True,
-        variance_floor: float = 0.1,
-        clip: float = 0.0,
-    ) -> None:
-        self.betas, self.eps, self.freeze_step, self.bias_correction = betas, eps, freeze_step, bias_correction
-        self.max_coeff, self.min_coeff, self.coeff_beta = max_coeff, min_coeff, coeff_beta
-        self.factor_max, self.factor_min, self.factor_threshold = factor_max, factor_min, factor_threshold
-        self.variance_floor, self.clip = variance_floor, clip
-        super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, self._checked_options)
-        with telling(comm, type(self).__name__, Plan.built):
-            momentum = build_plan(plan, comm, compressor, self.flat.d, self.flat.dtype)
-        self.rules["momentum"] = ErrorFeedback("ef14", momentum)
-        self.arrays |= {name: self._zeros() for name in ("m", "v", "fresh")}
+    vectors: ClassVar = ("m", "v", "fresh")
+    hushed: ClassVar = ("fresh",)
+
+    freeze_step: int | None = option(None, 1, "the variance needs a step")
+    max_coeff: float = option(10.0, "(0, inf)", "10 is usual")
+    min_coeff: float = option(0.01, "(0, {max_coeff}]", "0.01 and 10 are usual")
+    coeff_beta: float = option(0.9, "[0, 1)", "0.9 is usual")
+    factor_max: float = option(4.0, "[1, inf)", "4 is usual")
+    factor_min: float = option(0.5, "(0, 1]", "0.5 is usual")
+    factor_threshold: float = option(0.1, "[0, 1)", "0.1 is usual")
+
+    def _build(self, plan: Plan) -> None:
+        super()._build(plan)
         self._starts = np.array(self.flat.starts, np.int64)
         layers = self._starts.size - 1
         self.arrays |= {"scales": np.ones(layers), "averages": np.zeros(layers), "averaged": np.zeros(layers),
                         "factors": np.ones(layers)}  # fmt: skip
-        self._direction, self._inverse = self._zeros(), self._zeros()
-        self._least, self._frozen_coefficients = np.zeros(layers), np.ones(layers)
-
-    def _checked_options(self) -> dict[str, object]:
-        name, low, high = type(self).__name__, self.factor_min, self.factor_max
-        whole(name, 1, "the variance needs a step", freeze_step=1 if self.freeze_step is None else self.freeze_step)
-        within(name, "(0, inf)", "10 is usual", max_coeff=self.max_coeff)
-        within(name, f"(0, {self.max_coeff}]", "0.01 and 10 are usual", min_coeff=self.min_coeff)
-        within(name, "(0, 1]", "0.5 is usual", factor_min=low)
-        within(name, "[1, inf)", "4 is usual", factor_max=high)
-        within(name, "[0, 1)", "0.9 is usual", coeff_beta=self.coeff_beta)
-        within(name, "[0, 1)", "0.1 is usual", factor_threshold=self.factor_threshold)
-        options = ("freeze_step", "max_coeff", "min_coeff", "coeff_beta", "factor_max", "factor_min",
-                   "factor_threshold")  # fmt: skip
-        return self._shared_facts() | {option: getattr(self, option) for option in options}
+        self._direction, self._least, self._frozen_coefficients = self._zeros(), np.zeros(layers), np.ones(layers)
 
     def _update(self) -> None:
         if self.frozen_step is None:
@@ -131,13 +83,12 @@ class OneBitLamb(VarianceOptimizer):
 
     def _runs(self) -> Iterator[tuple[slice, slice, int]]:
         """Yield layers that have had a gradient in equally many steps, where they are in the vectors, and that number."""
-        for numbers, part, _, count in stretches(self.flat.starts, [({}, slice(0, self.flat.d))], self.counted):
+        for numbers, part, _, count in self._stretches(self.counted):
             yield slice(numbers.start, numbers.stop), part, count
 
     def _of_layers(self, name: str) -> Layers:
         """Return a hyper-parameter of the groups for every layer."""
-        values: Layers = np.array([float(group[name]) for group in self.param_groups])[self._owners]
-        return values
+        return np.array([float(group[name]) for group in self._groups])
 
     def _starts_in(self, layers: slice) -> NDArray[np.int64]:
         """Return where these layers begin, and end, in their own part of the vectors."""
@@ -155,7 +106,7 @@ class OneBitLamb(VarianceOptimizer):
     def _lamb(self, layers: slice, part: slice, step: int, mean: Vector) -> None:
         """Take a step of LAMB on the mean gradient with some layers, the step-th one of theirs."""
         real, starts, (beta1, beta2) = self.flat.dtype.type, self._starts_in(layers), self.betas
-        m, v, x, direction = (a[part] for a in (self.arrays["m"], self.arrays["v"], self.flat.values, self._direction))
+        m, v, x, direction = (a[part] for a in (self.m, self.arrays["v"], self.flat.values, self._direction))
         kernels.update_moments(mean, real(beta1), real(beta2), m, v)
         root_factor = 1.0 / sqrt(self._correction(beta2, step))
         direction.fill(0)
@@ -166,12 +117,6 @@ class OneBitLamb(VarianceOptimizer):
             self._add(x, decays, starts, direction)
         coefficients = self._coefficients(layers, self._norms(x, starts), self._norms(direction, starts))
         self._add(direction, -self._of_layers("lr")[layers] * coefficients, starts, x)
-
-    def _updated(self) -> None:
-        """Freeze variance and coefficients if it is time."""
-        super()._updated()
-        if self.frozen_step is None and self._is_time(self.freeze_step, self.steps + 1):
-            self._freeze(self.steps + 1)
 
     def _coefficients(self, layers: slice, of_x: Layers, of_direction: Layers) -> Layers:
         """Return the trust ratios, and take those of layers that have one into their moving averages."""
@@ -192,7 +137,7 @@ class OneBitLamb(VarianceOptimizer):
 
     def _freeze(self, step: int) -> None:
         """Let variance and coefficients of now hold for good, choose the scales of the layers, and go over to signs."""
-        self._settle(step)
+        super()._freeze(step)
         np.copyto(self.arrays["fresh"], self.arrays["v"])
         sizes = self._sizes()
         alive = (sizes > 0) & ~self._behind()
@@ -201,12 +146,12 @@ class OneBitLamb(VarianceOptimizer):
     def _sizes(self) -> Layers:
         """Return the root mean squares of the layers' momenta, as far as they count for a scale."""
         entries = np.maximum(np.diff(self._starts), 1)
-        sizes: Layers = np.maximum(self._norms(self.arrays["m"], self._starts) / np.sqrt(entries), self._least)
+        sizes: Layers = np.maximum(self._norms(self.m, self._starts) / np.sqrt(entries), self._least)
         return sizes
 
     def _derive(self) -> None:
-        factor, v = 1.0 / self._correction(self.betas[1], self.frozen_step or 0), self.arrays["v"]
-        self._inverse = inverse_roots(v, factor, self.flat.starts, self.eps, self.variance_floor)
+        super()._derive()
+        factor, v = self._factor(self.frozen_step or 0), self.arrays["v"]
         roots = [mean_root(v[start:stop], factor) for start, stop in pairwise(self.flat.starts)]
         self._least = self.variance_floor * np.array(roots)
         self._frozen_coefficients = self._average_coefficients()
@@ -229,7 +174,7 @@ class OneBitLamb(VarianceOptimizer):
 
     def _follow(self) -> None:
         """Exchange the new momentum, and step along what all know of it over the frozen variance."""
-        real, m, direction, beta1 = self.flat.dtype.type, self.arrays["m"], self._direction, self.betas[0]
+        real, m, direction, beta1 = self.flat.dtype.type, self.m, self._direction, self.betas[0]
         scales, starts = self.arrays["scales"].astype(self.flat.dtype), self._starts
         kernels.scaled_momentum(self.flat.gradients, m, real(beta1), scales, starts, direction)
         sent = self._exchange(direction)
@@ -250,7 +195,7 @@ class OneBitLamb(VarianceOptimizer):
 
     def _refresh(self, sent: Vector, scales: Vector, runs: list[tuple[slice, slice, int]]) -> Layers:
         """Take the new momentum over and update the fresh variance; return its ratios to the frozen one."""
-        real, ratios, m, fresh = self.flat.dtype.type, np.zeros_like(scales), self.arrays["m"], self.arrays["fresh"]
+        real, ratios, m, fresh = self.flat.dtype.type, np.zeros_like(scales), self.m, self.arrays["fresh"]
         asleep, inverse = self._asleep.mask, self._inverse
         if asleep is not None:  # they have no part in the ratio of their layer
             inverse = np.where(asleep, real(0), inverse)
@@ -270,15 +215,3 @@ class OneBitLamb(VarianceOptimizer):
         bounded = np.clip(bounded, factors * (1.0 - change), factors * (1.0 + change))
         np.copyto(factors, bounded)
         return bounded
-
-    def _momenta(self) -> Sequence[Vector]:
-        return [self.arrays["m"]]
-
-    def _hushed(self) -> Sequence[Vector]:
-        return [self.arrays["m"], self.arrays["fresh"]]
-
-    def loaded(self) -> None:
-        """Derive again what follows from what was written, see :meth:`FlatOptimizer.loaded`. Local."""
-        super().loaded()
-        if self.frozen_step is not None:
-            self._settle(self.frozen_step)

@@ -77,9 +77,7 @@ class EF21Muon(DistributedOptimizer):
 
     Parameters
     ----------
-    params : iterable of parameters or of groups, as for torch optimizers
-    comm : MPI.Comm
-    compressor : Compressor
+    params, comm, compressor, dense_steps, plan, overlap : as :class:`EF21`'s
     lr : float
         Radius of the ball for a square matrix.
     beta : float
@@ -88,8 +86,6 @@ class EF21Muon(DistributedOptimizer):
         Decoupled.
     vector_radius : float
         Step of the entries of vectors (biases, gains), as a multiple of lr.
-    dense_steps, plan, overlap
-        See :class:`DistributedOptimizer`.
     """
 
     def __init__(

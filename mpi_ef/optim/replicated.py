@@ -1,16 +1,20 @@
 """Optimizers whose update is computed here, on the vector of all parameters, the same on all ranks."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import InitVar, field
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
-from mpi_ef.collectives import DenseMean
+from mpi_ef.collectives import DenseMean, Plan, PlanBuilder, build_plan, plan_for
+from mpi_ef.comm.consensus import telling
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.compress import aligned_zeros
+from mpi_ef.compress import Compressor, aligned_zeros
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.ranges import checked, option, with_options
 from mpi_ef.statetree import LOCAL, REPLICATED, Leaf, StateTree, attribute
 
 from .accounts import Channel
@@ -35,30 +39,43 @@ class NoState(dict[Any, Any]):
     __missing__ = __setitem__ = clear = update = setdefault = __ior__ = _refuse
 
 
+@with_options
 class ReplicatedOptimizer(FlatOptimizer):
     """What OneBitAdam and its relatives share: groups, named arrays, rules at work, saving and loading.
 
-    A subclass fills `arrays` with vectors that are equal on all ranks, `rules` with its rule, and names in `counters`
-    the attributes that are saved as they are, in `later_counters` what those are that states of earlier versions lack.
+    Fields are what the constructor takes; ranks agree on those that are kept. :meth:`_build` fills `arrays` with vectors
+    that are equal on all ranks, and `rules`. `counters` names attributes that are saved as they are, `later_counters`
+    those that states of earlier versions lack, with what they are then.
     """
 
-    counters: tuple[str, ...] = ()
-    later_counters: dict[str, Any] = {}  # noqa: RUF012
+    counters: ClassVar[tuple[str, ...]] = ()
+    later_counters: ClassVar[dict[str, Any]] = {}
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        comm: Comm,
-        defaults: dict[str, Any],
-        facts: Callable[[], Mapping[str, object]],
-    ) -> None:
-        Optimizer.__init__(self, parameters_of(params), defaults)
+    params: InitVar[Iterable[Any]] = field(kw_only=False)
+    comm: InitVar[Comm] = field(kw_only=False)
+    lr: InitVar[float]
+    weight_decay: InitVar[float] = 0.0
+    compressor: InitVar[Compressor]
+    clip: float = option(0.0, "[0, inf)", "0 does not clip")
+
+    def __post_init__(
+        self, params: Iterable[Any], comm: Comm, lr: float, weight_decay: float, compressor: Compressor,
+        plan: PlanBuilder = plan_for,
+    ) -> None:  # fmt: skip
+        Optimizer.__init__(self, parameters_of(params), {"lr": lr, "weight_decay": weight_decay})
         self.arrays: dict[str, Vector] = {}
         self.rules: dict[str, ErrorFeedback] = {}
         self._dense: DenseMean | None = None
         self._kind = type(self).__name__
-        self._lay_out(comm, facts, params)
+        self._lay_out(comm, lambda: checked(self), params)
         self._asleep = Asleep(comm)
+        with telling(comm, self._kind, Plan.built):
+            built = build_plan(plan, comm, compressor, self.flat.d, self.flat.dtype)
+        self._build(built)
+
+    @abstractmethod
+    def _build(self, plan: Plan) -> None:
+        """Make the rule, which speaks through `plan`, and the arrays. Local."""
 
     @property
     def state(self) -> Any:

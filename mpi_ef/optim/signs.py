@@ -1,7 +1,8 @@
 """Optimizers that only know directions: Signum and Lion by majority vote, one bit per entry both ways."""
 
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import InitVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from mpi_ef.collectives import Plan, TwoPhaseMean, plan_for
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Vote
 from mpi_ef.feedback import ErrorFeedback
-from mpi_ef.ranges import within
+from mpi_ef.ranges import option, with_options
 from mpi_ef.vectors import Mask
 
 from .asleep import ASKS, AWAKE, QUIET, STIRS
@@ -30,6 +31,7 @@ def _voting(comm: Comm, compressor: Compressor, d: int, dtype: Any) -> Plan:
     return plan_for(comm, compressor, d, dtype)
 
 
+@with_options
 class Lion(ReplicatedOptimizer):
     """Lion (Chen et al. 2023, arXiv 2302.06675) whose update is what most ranks vote for (arXiv 2404.00438).
 
@@ -43,46 +45,27 @@ class Lion(ReplicatedOptimizer):
 
     Parameters
     ----------
-    params : iterable of parameters or of groups, as for torch optimizers
-    comm : MPI.Comm
+    params, comm, weight_decay, clip : as :class:`OneBitAdam`'s
     lr : float
         The step of every entry: a third to a tenth of what Adam takes.
     betas : (float, float)
         Weights of the momentum in the vote, and in itself.
-    weight_decay : float
-        Decoupled.
     compressor : Compressor
         ``Identity()`` gives Lion on the mean gradient.
-    clip : float
-        As OneBitAdam's.
     """
 
-    counters = ("asleep",)
-    later_counters: dict[str, Any] = {"asleep": None}  # noqa: RUF012
+    later_counters: ClassVar = {"asleep": None}
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        comm: Comm,
-        *,
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        compressor: Compressor = VOTE,
-        clip: float = 0.0,
-    ) -> None:
-        self.clip = clip
+    lr: InitVar[float] = 1e-4
+    betas: tuple[float, float] = option((0.9, 0.99), "[0, 1)", "try (0.9, 0.99)")
+    compressor: InitVar[Compressor] = VOTE
 
-        def facts() -> dict[str, object]:
-            name = type(self).__name__
-            within(name, "[0, 1)", "try (0.9, 0.99)", betas=betas)
-            within(name, "[0, inf)", "0 does not clip", clip=clip)
-            return {"betas": betas, "clip": clip}
+    def __post_init__(self, *arguments: Any) -> None:
+        super().__post_init__(*arguments, plan=_voting)  # type: ignore[misc]
 
-        super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, facts)
-        plan = _voting(comm, compressor, self.flat.d, self.flat.dtype)
-        self.rules["lion"] = ErrorFeedback("lion", plan, beta1=betas[0], beta2=betas[1])
-        self._betas, self._knows = betas, False  # which entries sleep
+    def _build(self, plan: Plan) -> None:
+        self.rules["lion"] = ErrorFeedback("lion", plan, beta1=self.betas[0], beta2=self.betas[1])
+        self._knows = False  # which entries sleep
 
     @property
     def asleep(self) -> Tensor | None:
@@ -114,7 +97,7 @@ class Lion(ReplicatedOptimizer):
     def _stirring(self) -> Mask:
         """Return which entries have a momentum or a gradient on this rank. Local."""
         stirring: Mask = self.flat.gradients != 0
-        if self._betas[0] > 0:
+        if self.betas[0] > 0:
             stirring |= self.rules["lion"].per_rank()["m_i"] != 0
         return stirring
 
@@ -134,7 +117,7 @@ class Lion(ReplicatedOptimizer):
         rule, real = self.rules["lion"], self.flat.dtype.type
         vote = rule.step(self.flat.gradients)
         self._asleep.hush(rule.state.vote)  # type: ignore[attr-defined]
-        self._knows = all(self._betas)
+        self._knows = all(self.betas)
         for group, part in self._slices():
             kernels.sign_step(vote[part], real(group["lr"]), real(1.0 - group["lr"] * group["weight_decay"]),
                               self.flat.values[part])  # fmt: skip

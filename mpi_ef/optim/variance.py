@@ -1,31 +1,37 @@
 """What 1-bit Adam and its relatives share: a variance that is frozen, of every parameter after a warm-up of its own."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import pairwise
+from dataclasses import InitVar
+from itertools import groupby, pairwise
 from math import sqrt
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ef import kernels
-from mpi_ef.comm.protocol import Comm
+from mpi_ef.collectives import Plan, PlanBuilder, plan_for
+from mpi_ef.compress import Compressor, Sign
 from mpi_ef.compress.combination import Vector
-from mpi_ef.ranges import within
+from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.ranges import option, with_options
 from mpi_ef.vectors import Mask
 
 from .asleep import QUIET, STIRS
 from .replicated import ReplicatedOptimizer
 from .resting import memories
-from .runs import Key, Stretch, stretches
 
 __all__ = ["VarianceOptimizer", "VarianceWatch", "inverse_roots"]
 
+SIGNS = Sign(block=1024)
 _NOTHING = np.empty(0, np.intp)
+Key = TypeVar("Key", bound=Hashable)
 
 
+@with_options
 class VarianceOptimizer(ReplicatedOptimizer):
     """What OneBitAdam, OneBitLamb and ZeroOneAdam share, besides what ReplicatedOptimizer is.
 
@@ -38,66 +44,64 @@ class VarianceOptimizer(ReplicatedOptimizer):
       learn about it before the step, and it takes part in it. A parameter whose entries all sleep begins anew then.
 
     Which these are follows from v and the counters. `arrays` has "v"; `rules` one rule, "momentum".
-
-    Attributes
-    ----------
-    counted : list of int
-        In how many steps each parameter had a gradient; 0 where all of its entries sleep.
     """
 
-    counters: tuple[str, ...] = ("frozen_step", "looks", "counted")
-    later_counters: dict[str, Any] = {"counted": []}  # noqa: RUF012
-    betas: tuple[float, float]
-    eps: float
-    bias_correction: bool
-    variance_floor: float
-    result = "mean"  # of the rule's state: what it returns
+    counters: ClassVar[tuple[str, ...]] = ("frozen_step", "looks")
+    later_counters: ClassVar = {"counted": []}
+    vectors: ClassVar[tuple[str, ...]] = ("m", "v")  # of `arrays`
+    hushed: ClassVar[tuple[str, ...]] = ()  # which of them are, besides m, zero where entries sleep
+    result: ClassVar = "mean"  # of the rule's state: what it returns
+    freezes_at: ClassVar = "freeze_step"  # the option that says after how many steps the variance is frozen
 
-    def __init__(
-        self, params: Iterable[Any], comm: Comm, defaults: dict[str, Any], facts: Callable[[], Mapping[str, object]]
-    ) -> None:
-        super().__init__(params, comm, defaults, facts)
+    lr: InitVar[float] = 1e-3
+    betas: tuple[float, float] = option((0.9, 0.999), "[0, 1)", "try (0.9, 0.999)")
+    eps: float = 1e-8
+    compressor: InitVar[Compressor] = SIGNS
+    plan: InitVar[PlanBuilder] = plan_for
+    bias_correction: bool = True
+    variance_floor: float = option(0.1, "[0, 1]", "try 0.1")
+
+    def _build(self, plan: Plan) -> None:
+        self.rules["momentum"] = self._rule(plan)
+        self.arrays |= {name: self._zeros() for name in self.vectors}
         self.frozen_step: int | None = None
-        self._watch = VarianceWatch(self.betas[1])
-        self.counted, self._whole, self._cut = [0] * len(self.flat.parameters), True, list[int]()
+        self._watch, self._inverse = VarianceWatch(self.betas[1]), self._zeros()
+        self.counted, self._whole = [0] * len(self.flat.parameters), True
 
-    def _shared_facts(self) -> dict[str, object]:
-        """Return the options that all of them have; raise what is wrong with them."""
-        name, betas, floor = type(self).__name__, self.betas, self.variance_floor
-        within(name, "[0, 1)", "try (0.9, 0.999)", betas=betas)
-        within(name, "[0, 1]", "try 0.1", variance_floor=floor)
-        within(name, "[0, inf)", "0 does not clip", clip=self.clip)
-        return {"betas": betas, "eps": self.eps, "bias_correction": self.bias_correction, "variance_floor": floor,
-                "clip": self.clip}  # fmt: skip
+    def _rule(self, plan: Plan) -> ErrorFeedback:
+        return ErrorFeedback("ef14", plan)
 
     @property
-    def looks(self) -> list[tuple[float, float]]:
-        """What the watch over the variance has seen: norms and learning rates."""
-        return self._watch.looks
+    def m(self) -> Vector:
+        """The momentum, (d,); the same on all ranks but where an optimizer says otherwise."""
+        return self.arrays["m"]
 
-    @looks.setter
-    def looks(self, looks: list[tuple[float, float]]) -> None:
-        self._watch.looks = [(norm, lr) for norm, lr in looks]
+    # What the watch over the variance has seen: norms and learning rates.
+    looks = property(
+        lambda self: self._watch.looks, lambda self, looks: setattr(self._watch, "looks", [*map(tuple, looks)])
+    )
 
     def _correction(self, beta: float, step: int) -> float:
         return 1.0 - beta**step if self.bias_correction else 1.0
 
     @property
-    def _owners(self) -> NDArray[np.intp]:
-        """The number of the group of each parameter. Groups may be cut anew, not parameters change places."""
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if sizes != self._cut:
-            owners = {id(p): n for n, group in reversed([*enumerate(self.param_groups)]) for p in group["params"]}
-            self._cut, self._owned = sizes, np.array([owners[id(p)] for p in self.flat.parameters])
-        return self._owned
+    def _groups(self) -> list[dict[str, Any]]:
+        """The group of each parameter. Groups may be cut anew, not parameters change places."""
+        groups = {id(p): group for group in reversed(self.param_groups) for p in group["params"]}
+        return [groups[id(p)] for p in self.flat.parameters]
 
-    def _group_of(self, number: int) -> dict[str, Any]:
-        group: dict[str, Any] = self.param_groups[self._owners[number]]
-        return group
-
-    def _stretches(self, keys: Sequence[Key]) -> Iterator[Stretch[Key]]:
-        """Yield the parameters in runs of one group and one key."""
-        return stretches(self.flat.starts, self._slices(), keys)
+    def _stretches(self, keys: Sequence[Key]) -> Iterator[tuple[range, slice, dict[str, Any], Key]]:
+        """Yield the parameters in runs of one group and one of `keys`, as long as they can be: which, where, both."""
+        starts, number, alike = self.flat.starts, 0, keys.count(keys[0]) == len(keys)
+        for group, part in self._slices():
+            first, number = number, bisect_left(starts, part.stop, number)
+            if alike:
+                yield range(first, number), part, group, keys[0]
+                continue
+            for key, of_it in groupby(range(first, number), keys.__getitem__):
+                numbers = list(of_it)
+                whole = slice(starts[numbers[0]], starts[numbers[-1] + 1])
+                yield range(numbers[0], numbers[-1] + 1), whole, group, key
 
     def _scalars(self, group: dict[str, Any], step: int) -> tuple[Any, Any]:
         """Return the corrected step size and what weight decay leaves, in the dtype of the vectors."""
@@ -110,7 +114,7 @@ class VarianceOptimizer(ReplicatedOptimizer):
 
     def _updates(self) -> tuple[list[int], int]:
         """Return how often the variance of each parameter was updated, and of those that are not late. Local."""
-        return self.counted, self.frozen_step or 0
+        return self.counted, self.frozen_step or self.steps + 1
 
     def _behind(self) -> Mask:
         """Return which parameters have had fewer updates of their variance than the others. Local."""
@@ -121,9 +125,15 @@ class VarianceOptimizer(ReplicatedOptimizer):
     def _step_late(self, number: int, mean: Vector) -> None:
         """Take a dense step with a parameter, which has had ``counted`` of them with this one. Local."""
 
-    @abstractmethod
+    def _factor(self, updates: int) -> float:
+        """Return what corrects the bias of a variance that was updated so often."""
+        return 1.0 / self._correction(self.betas[1], max(1, updates))
+
     def _derive(self) -> None:
-        """Form what follows from the variance: its inverse roots. Local."""
+        """Form what follows from the variance: one over its roots. Local."""
+        updates, of_others = self._updates()
+        factors = [self._factor(min(count, of_others)) for count in updates]
+        self._inverse = inverse_roots(self.arrays["v"], factors, self.flat.starts, self.eps, self.variance_floor)
 
     def _join(self, numbers: list[int]) -> None:
         """Let parameters whose own warm-up has come to its end take part in the compressed exchange. Local."""
@@ -202,11 +212,20 @@ class VarianceOptimizer(ReplicatedOptimizer):
         if joined and not any(map(self.counted.__getitem__, np.flatnonzero(behind))):
             self._retire_dense()
 
-    def _is_time(self, freeze_step: int | None, updates: int) -> bool:
-        """Return whether to freeze the variance after this step, in which it has had so many updates. Local."""
-        step, lr = self.steps + 1, max(group["lr"] for group in self.param_groups)
-        settled = self._watch.settled(step, self.arrays["v"], lr, updates=updates)
-        return settled if freeze_step is None else step >= freeze_step
+    def _updated(self) -> None:
+        """Count the steps of every parameter, and freeze the variance if it is time."""
+        self.counted = [count + bool(moves and (self._whole or count))
+                        for count, moves in zip(self.counted, self.moving.tolist(), strict=True)]  # fmt: skip
+        if self.frozen_step is None:
+            step, at = self.steps + 1, getattr(self, self.freezes_at)
+            lr = max(group["lr"] for group in self.param_groups)
+            settled = self._watch.settled(step, self.arrays["v"], lr, updates=self._updates()[1])
+            if settled if at is None else step >= at:
+                self._freeze(step)
+
+    def _freeze(self, step: int) -> None:
+        """Freeze the variance after this step, and choose what holds from then on. Local."""
+        self._settle(step)
 
     def _settle(self, step: int) -> None:
         """Let the variance of now hold for good, and go over to the compressed exchange. Local."""
@@ -225,32 +244,32 @@ class VarianceOptimizer(ReplicatedOptimizer):
             elif behind[number]:
                 part[:] = False
         self._asleep.fall(mask)
-        for array, start in (*((array, 0) for array in self._hushed()), *memories(self._rules())):
+        self._hush(self.m, *(self.arrays[name] for name in self.hushed))
+
+    def _hush(self, *vectors: Vector) -> None:
+        """Set what these, (d,), and rules keep of entries that sleep to zero. Local."""
+        for array, start in (*((vector, 0) for vector in vectors), *memories(self._rules())):
             self._asleep.hush(array, start)
 
-    def _hushed(self) -> Sequence[Vector]:
-        """Return the arrays, (d,), that are zero where entries sleep."""
-        return self._momenta()
+    def _momenta(self) -> Sequence[Vector]:
+        return [self.m]
 
     def _exchange(self, vector: Vector) -> Vector:
         """Return what the rule makes of this rank's vector, nothing for entries that sleep. Collective."""
         rule = self.rules["momentum"]
         result = rule.step(vector)
         if self._asleep.mask is not None:
-            for array, start in ((getattr(rule.state, self.result), 0), *memories(self._rules())):
-                self._asleep.hush(array, start)
+            self._hush(getattr(rule.state, self.result))
         return result
 
-    def _updated(self) -> None:
-        self.counted = [count + bool(moves and (self._whole or count))
-                        for count, moves in zip(self.counted, self.moving.tolist(), strict=True)]  # fmt: skip
-
     def loaded(self) -> None:
-        """Derive which parameters are late, of states of earlier versions too, in which none was. Local."""
+        """Derive again what follows from what was written, see :meth:`FlatOptimizer.loaded`. Local."""
         super().loaded()
-        if not self.counted:
+        if not self.counted:  # in earlier versions no parameter was late
             self.counted = self._where_known(self.steps)
         self._asleep.fall(None)
+        if self.frozen_step is not None:
+            self._settle(self.frozen_step)
 
     def _where_known(self, count: int) -> list[int]:
         """Return `count` for every parameter that has a variance, else 0."""

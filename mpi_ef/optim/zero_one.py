@@ -1,32 +1,47 @@
 """0/1 Adam: variance from fewer and fewer steps, then steps that need no communication at all."""
 
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import sqrt
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from mpi_ef import kernels
-from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
-from mpi_ef.comm.consensus import telling
-from mpi_ef.comm.protocol import Comm
-from mpi_ef.compress import Compressor, Sign, lazy
+from mpi_ef.collectives import Plan
+from mpi_ef.compress import lazy
 from mpi_ef.compress.combination import Vector
-from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.errors import OptionError
 from mpi_ef.feedback.state import form
-from mpi_ef.ranges import whole
+from mpi_ef.ranges import option, with_options
 from mpi_ef.statetree import PER_RANK, Leaf, Reshard, StateTree
 
-from .apart import Apart
 from .variance import VarianceOptimizer, inverse_roots
 
 __all__ = ["ZeroOneAdam"]
 
-SIGNS = Sign(block=1024)
+
+class Run(NamedTuple):
+    """Parameters one after the other, of one group, with one S, D and number of steps; see :class:`ZeroOneAdam`.
+
+    `moves` tells whether they have a gradient in this step, `moved` whether one since the last synchronisation. `weight` is
+    that of the newest momentum in u.
+    """
+
+    numbers: range
+    part: slice
+    group: dict[str, Any]
+    covered: float
+    left: float
+    moves: bool
+    moved: bool
+    steps: int
+    weight: float = 0.0
 
 
-class ZeroOneAdam(Apart):
+@with_options
+class ZeroOneAdam(VarianceOptimizer):
     """0/1 Adam (Lu et al. 2022, arXiv 2202.06009): seldom a new variance, signs in between; later steps without exchange.
 
     *Before the freeze* the exact mean gradient travels only in the steps that update the variance, in which it also goes
@@ -50,14 +65,9 @@ class ZeroOneAdam(Apart):
 
     Parameters
     ----------
-    params : iterable of parameters or of groups, as for torch optimizers
-    comm : MPI.Comm
-    lr, betas, eps, weight_decay : as torch.optim.AdamW; the decay is decoupled. Of groups, but betas and eps of all
-    compressor : Compressor
-    plan : callable, optional
-        See :class:`DistributedOptimizer`.
+    params, comm, lr, betas, eps, weight_decay, compressor, plan : as :class:`OneBitAdam`'s
     var_freeze_step : int, optional
-        Freeze the variance after so many steps. By default when it has settled, see :class:`VarianceWatch`.
+        As its `freeze_step`.
     var_update_scaler : int
         kappa: after so many updates of the variance the interval between them doubles.
     local_step_scaler, local_step_clipper : int
@@ -68,7 +78,7 @@ class ZeroOneAdam(Apart):
     Attributes
     ----------
     frozen_step : int or None
-        After how many steps the variance was frozen.
+        As OneBitAdam's.
     variance_updates : int
     renewed : list of int
         How often the variance of each parameter was updated.
@@ -77,55 +87,28 @@ class ZeroOneAdam(Apart):
     -----
     Between synchronisations the replicas differ on purpose: see :attr:`synchronized`, and call :meth:`synchronize` before
     parameters of one rank are taken for all, or written to: in between the next step or save would raise. Parameters follow
-    from the optimizer's arrays then, and :meth:`load_state_dict` restores those of every rank.
+    from the optimizer's arrays x and u then, and :meth:`load_state_dict` restores those of every rank. While replicas are
+    the same the parameters are what counts, and x becomes what they are when a step is taken.
 
     The paper exchanges S u_i; divided by S, errors keep the size of the momentum when learning rates fall, and nothing is
     divided by a learning rate of zero. With constant rates and intervals it is the same. Errors are never thrown away: at
     the freeze they change from gradients to momenta, as which ``1 - beta1`` of them counts.
     """
 
-    counters = (*VarianceOptimizer.counters, "variance_updates", "variance_step", "local_steps", "covered", "left", "moved",
-                "renewed")  # fmt: skip
-    later_counters = VarianceOptimizer.later_counters | {"renewed": [], "moved": []}
+    counters: ClassVar = (*VarianceOptimizer.counters, "variance_updates", "variance_step", "local_steps", "covered",
+                          "left")  # fmt: skip
+    later_counters: ClassVar = VarianceOptimizer.later_counters | {"renewed": [], "moved": []}
+    vectors: ClassVar = ("m", "v", "u", "x")
+    hushed: ClassVar = ("u",)
+    freezes_at: ClassVar = "var_freeze_step"
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        comm: Comm,
-        *,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        compressor: Compressor = SIGNS,
-        plan: PlanBuilder = plan_for,
-        var_freeze_step: int | None = None,
-        var_update_scaler: int = 16,
-        local_step_scaler: int = 32678,
-        local_step_clipper: int = 16,
-        bias_correction: bool = True,
-        variance_floor: float = 0.1,
-        clip: float = 0.0,
-    ) -> None:
-        self.betas, self.eps, self.bias_correction = betas, eps, bias_correction
-        self.variance_floor, self.clip = variance_floor, clip
-        self.var_freeze_step, self.var_update_scaler = var_freeze_step, var_update_scaler
-        self.local_step_scaler, self.local_step_clipper = local_step_scaler, local_step_clipper
-        counts = {"var_update_scaler": var_update_scaler, "local_step_scaler": local_step_scaler,
-                  "local_step_clipper": local_step_clipper}  # fmt: skip
+    var_freeze_step: int | None = option(None, 1, "the variance needs a step")
+    var_update_scaler: int = option(16, 1, "16 is usual")
+    local_step_scaler: int = option(32678, 1, "16 is usual")
+    local_step_clipper: int = option(16, 1, "16 is usual")
 
-        def facts() -> dict[str, object]:
-            name, freeze = type(self).__name__, var_freeze_step
-            whole(name, 1, "the variance needs a step", var_freeze_step=1 if freeze is None else freeze)
-            whole(name, 1, "16 is usual", **counts)
-            return self._shared_facts() | {"var_freeze_step": freeze, **counts}
-
-        super().__init__(params, comm, {"lr": lr, "weight_decay": weight_decay}, facts)
-        with telling(comm, type(self).__name__, Plan.built):
-            momentum = build_plan(plan, comm, compressor, self.flat.d, self.flat.dtype)
-        self.rules["momentum"] = ErrorFeedback("ef14", momentum)
-        self.arrays.update({name: self._zeros() for name in ("m", "v", "u", "x")})
-        self._inverse = self._zeros()
+    def _build(self, plan: Plan) -> None:
+        super()._build(plan)
         self.renewed = [0] * len(self.counted)
         self.variance_updates = self.variance_step = 0
         self._start_afresh()
@@ -143,6 +126,16 @@ class ZeroOneAdam(Apart):
         doublings = (self.steps - self.frozen_step) // self.local_step_scaler
         return min(self.local_step_clipper, 1 << min(doublings, self.local_step_clipper.bit_length()))
 
+    @property
+    def synchronized(self) -> bool:
+        """Whether the parameters are the same on all ranks now."""
+        return self.local_steps == 0
+
+    @property
+    def shared_values(self) -> Vector:
+        """The parameters, (d,), of now or, where ranks have gone on alone, of the last synchronisation. Not a copy."""
+        return self.flat.values if self.synchronized else self.arrays["x"]
+
     def state_tree(self) -> StateTree:
         """Describe the state: once the variance is frozen m and u differ between ranks. Local.
 
@@ -153,6 +146,24 @@ class ZeroOneAdam(Apart):
         if self.frozen_step is not None:
             tree.leaves.update({n: Leaf(PER_RANK, self.arrays[n], reshard=Reshard("mean")) for n in ("m", "u")})
         return tree
+
+    def _collect(self) -> Exception | None:
+        problem = super()._collect()
+        if problem is None and self.frozen_step is not None:
+            if self.synchronized:
+                np.copyto(self.arrays["x"], self.flat.values)  # where something has been written to them
+            else:
+                return self._displaced("step", self.flat.values)
+        return problem
+
+    def before_save(self) -> None:
+        """Raise where a save would not have the parameters of this moment: it has x and u. Local."""
+        if not self.synchronized:
+            values = self.flat.values.copy()
+            for number, written in self.flat.written().items():
+                values[self.flat.place(number)] = written.reshape(-1).numpy()
+            if problem := self._displaced("state_dict", values):
+                raise problem
 
     def _is_whole(self) -> bool:
         due = self.steps + 1 >= self.variance_step + self.variance_interval
@@ -175,13 +186,9 @@ class ZeroOneAdam(Apart):
             self._step_compressed()
 
     def _updated(self) -> None:
-        """Freeze the variance if it is time."""
         super()._updated()
-        if self.frozen_step is None:
-            if self._whole and self._compresses:
-                self._fall_asleep()
-            if self._is_time(self.var_freeze_step, self.variance_updates):
-                self._freeze(self.steps + 1)
+        if self.frozen_step is None and self._whole and self._compresses:
+            self._fall_asleep()
 
     def _step_exactly(self, step: int) -> None:
         """Update both moments with the mean gradient, and step."""
@@ -192,7 +199,7 @@ class ZeroOneAdam(Apart):
         keys = list(zip(moves, self.counted, self.renewed, strict=True))
         moving = [stretch for stretch in self._stretches(keys) if stretch[3][0]]
         for _, part, *_ in moving:
-            kernels.update_moments(mean[part], real(beta1), real(beta2), self.arrays["m"][part], self.arrays["v"][part])
+            kernels.update_moments(mean[part], real(beta1), real(beta2), self.m[part], self.arrays["v"][part])
         if self._compresses:
             self._derive()
         for _, part, group, (_, count, updates) in moving:
@@ -200,7 +207,7 @@ class ZeroOneAdam(Apart):
 
     def _step_over_variance(self, part: slice, group: dict[str, Any], step: int, updates: int, inverse: Vector) -> None:
         """Step along the momentum: as in Adam where nothing compressed is in it, else over roots with a floor."""
-        m, v, x, real = self.arrays["m"][part], self.arrays["v"][part], self.flat.values[part], self.flat.dtype.type
+        m, v, x, real = self.m[part], self.arrays["v"][part], self.flat.values[part], self.flat.dtype.type
         size, decay = self._scalars(group, step)
         if updates < step:
             kernels.preconditioned_step(m, inverse, size, decay, x)
@@ -213,40 +220,26 @@ class ZeroOneAdam(Apart):
         beta1, mean = self.flat.dtype.type(self.betas[0]), self._exchange(self.flat.gradients)
         for _, part, group, count in self._stretches(self.counted):
             kernels.momentum_step(mean[part], self._inverse[part], beta1, *self._scalars(group, count + 1),
-                                  self.arrays["m"][part], self.flat.values[part])  # fmt: skip
+                                  self.m[part], self.flat.values[part])  # fmt: skip
 
     def _step_late(self, number: int, mean: Vector) -> None:
         """Do what :meth:`_step_exactly` does, with one parameter."""
         part, real, (beta1, beta2) = self.flat.place(number), self.flat.dtype.type, self.betas
-        m, v, updates = self.arrays["m"][part], self.arrays["v"][part], self.renewed[number] + 1
+        m, v, updates = self.m[part], self.arrays["v"][part], self.renewed[number] + 1
         kernels.update_moments(mean, real(beta1), real(beta2), m, v)
         inverse = inverse_roots(v, self._factor(updates), [0, v.size], self.eps, self.variance_floor)
-        self._step_over_variance(part, self._group_of(number), self.counted[number], updates, inverse)
+        self._step_over_variance(part, self._groups[number], self.counted[number], updates, inverse)
         self.renewed[number] = updates
         self.arrays["x"][part] = self.flat.values[part]
         self.covered[number], self.left[number], self.moved[number] = 0.0, 1.0, False
-
-    def _factor(self, updates: int) -> float:
-        return 1.0 / self._correction(self.betas[1], max(1, updates))
-
-    def _derive(self) -> None:
-        """Form one over the roots of the variance, whose bias is corrected by the number of its updates."""
-        factors = [self._factor(updates) for updates in self.renewed]
-        self._inverse = inverse_roots(self.arrays["v"], factors, self.flat.starts, self.eps, self.variance_floor)
 
     def _fall_asleep(self) -> None:
         super()._fall_asleep()
         self.renewed = [updates if count else 0 for updates, count in zip(self.renewed, self.counted, strict=True)]
 
-    def _momenta(self) -> list[Vector]:
-        return [self.arrays["m"]]
-
-    def _hushed(self) -> list[Vector]:
-        return [self.arrays["m"], self.arrays["u"]]
-
     def _freeze(self, step: int) -> None:
         """Let the variance of now hold for good; what was not sent of gradients becomes what was not sent of momenta."""
-        self._settle(step)
+        super()._freeze(step)
         np.copyto(self.arrays["x"], self.flat.values)
         unsent = self.rules["momentum"].per_rank()
         for name in unsent.keys() & {"e_i", "plan.residual"}:
@@ -254,46 +247,142 @@ class ZeroOneAdam(Apart):
 
     def _step_alone(self) -> None:
         """Step along this rank's momentum; synchronise if it is time."""
-        grad, m, u, x = self.flat.gradients, self.arrays["m"], self.arrays["u"], self.arrays["x"]
+        grad, m, u, x = self.flat.gradients, self.m, self.arrays["u"], self.arrays["x"]
         real, beta1, ways = self.flat.dtype.type, self.betas[0], self._ways(self.moving.tolist())
         if self.local_steps + 1 < self.local_step_interval:
-            for run, (weight, covered, left, moved) in ways:
+            for run in ways:
                 part = run.part
                 if run.moves:
-                    kernels.local_step(grad[part], self._inverse[part], x[part], real(beta1), real(weight), real(covered),
-                                       real(left), m[part], u[part], self.flat.values[part])  # fmt: skip
+                    kernels.local_step(grad[part], self._inverse[part], x[part], real(beta1), real(run.weight),
+                                       real(run.covered), real(run.left), m[part], u[part],
+                                       self.flat.values[part])  # fmt: skip
                 for number in run.numbers:
-                    self.covered[number], self.left[number], self.moved[number] = covered, left, moved
+                    self.covered[number], self.left[number], self.moved[number] = run.covered, run.left, run.moved
             self.local_steps += 1
             return
         # The new u takes the place of the parameters, which follow from x and the old u.
-        for run, a in ways:
-            part = run.part
-            newest = a.weight * beta1 * lazy(m[part]) + a.weight * (1.0 - beta1) * lazy(grad[part])
-            sent = (1.0 - a.weight) * lazy(u[part]) + newest if run.moves else lazy(u[part])
+        for run in ways:
+            part, w = run.part, run.weight
+            newest = w * beta1 * lazy(m[part]) + w * (1.0 - beta1) * lazy(grad[part])
+            sent = (1.0 - w) * lazy(u[part]) + newest if run.moves else lazy(u[part])
             form(sent, into=self.flat.values[part])
         self._meet(ways)
+
+    def _start_afresh(self) -> None:
+        """Count from a synchronisation on: steps, and for every parameter S, D, and whether it has had a gradient."""
+        self.local_steps, count = 0, len(self.flat.parameters)
+        self.covered, self.left, self.moved = [0.0] * count, [1.0] * count, [False] * count
+
+    def _runs(self, moves: Sequence[bool]) -> Iterator[Run]:
+        """Yield the parameters in runs as long as they can be. Local."""
+        keys = list(zip(self.covered, self.left, moves, self.moved, self.counted, strict=True))
+        for numbers, part, group, key in self._stretches(keys):
+            yield Run(numbers, part, group, *key)
+
+    def _displaced(self, call: str, values: Vector) -> OptionError | None:
+        """Return an error with the first parameter that is in `values`, (d,), not where x and u say. Local."""
+        expected = np.empty_like(values)
+        self._place(expected)
+        different = expected.view(np.uint8) != values.view(np.uint8)
+        if not different.any():
+            return None
+        wrong = bisect_right(self.flat.starts, int(different.argmax()) // values.itemsize) - 1
+        return OptionError(
+            f"{type(self).__name__}.{call}: {self._name(wrong)} was written to between two synchronisations, where each "
+            "rank has its own values; call optimizer.synchronize() on all ranks first"
+        )
+
+    def _ways(self, moves: Sequence[bool]) -> list[Run]:
+        return [self._advance(run) if run.moves else run for run in self._runs(moves)]
+
+    def _advance(self, run: Run) -> Run:
+        """Return the run with what the next step makes of its S and D."""
+        decay = 1.0 - run.group["lr"] * run.group["weight_decay"]
+        size = run.group["lr"] / self._correction(self.betas[0], run.steps + 1)
+        total = decay * run.covered + size
+        weight = size / total if total > 0.0 else 1.0
+        return run._replace(weight=weight, covered=total, left=decay * run.left, moved=True)
+
+    def _meet(self, ways: list[Run]) -> None:
+        """Exchange the u_i that are in the place of the parameters, and take the way of their mean from x. Collective.
+
+        What has not moved since the last time has no part in it.
+        """
+        still = [number for run in ways if not run.moved for number in run.numbers]
+        try:
+            with self._silent(still, self.flat.values) if still else nullcontext():
+                mean = self._exchange(self.flat.values)
+        except BaseException:
+            self._place(self.flat.values)
+            raise
+        for run in ways:
+            if run.moved:
+                self._go(run, mean, self.arrays["x"])
+                self.m[run.part] = mean[run.part]
+        self._start_afresh()
+        self._place(self.flat.values)
+
+    def _place(self, values: Vector) -> None:
+        """Write to `values`, (d,), where this rank's steps since the last synchronisation lead from x. Local."""
+        np.copyto(values, self.arrays["x"])
+        for run in self._runs(self.moved):
+            if run.moved:
+                self._go(run, self.arrays["u"], values)
+
+    def _go(self, run: Run, u: Vector, x: Vector) -> None:
+        """Let a run's x be D x - S u / sqrt(v). Local."""
+        real, part = self.flat.dtype.type, run.part
+        kernels.preconditioned_step(u[part], self._inverse[part], real(run.covered), real(run.left), x[part])
+
+    def synchronize(self) -> None:
+        """Synchronise now, between two steps, for example before the model is evaluated or saved. Collective.
+
+        Does nothing when the replicas are the same. The steps that follow are not those without it.
+        """
+        if not self.synchronized:
+            np.copyto(self.flat.values, self.arrays["u"])
+            self._meet(self._ways([False] * len(self.moved)))
+            self.flat.write_back()
+
+    def check_replicas(self) -> None:
+        """Raise on all ranks unless all parameters, those of the last synchronisation, are the same bits. Collective.
+
+        Raises
+        ------
+        DisagreementError
+            With the first parameter that differs, and the ranks that hold what rank 0 does not.
+        """
+        if self.synchronized:
+            super().check_replicas()
+            return
+        np.copyto(self.flat.values, self.arrays["x"])
+        self.flat.write_back()
+        try:
+            super().check_replicas()
+        finally:
+            self._place(self.flat.values)
+            self.flat.write_back()
 
     def _spared(self) -> AbstractContextManager[None]:
         """Leave alone what has no gradient; with a frozen variance the step itself goes around it."""
         return super()._spared() if self.frozen_step is None else nullcontext()
 
     def _kept(self) -> list[Vector]:
-        return [self.arrays["m"], self.arrays["v"]]
+        return [self.m, self.arrays["v"]]
 
     def loaded(self) -> None:
         """Derive again what follows from what was written, see :meth:`FlatOptimizer.loaded`. Local."""
-        super().loaded()
         if not self.renewed:
             self.renewed = self._where_known(self.variance_updates)
         if not self.moved:  # earlier versions counted by group
-            self.covered, self.left = ([values[n] for n in self._owners] for values in (self.covered, self.left))
-            self.moved = [self.frozen_step is not None] * len(self._owners)
-        if self.frozen_step is not None:
-            self._settle(self.frozen_step)
-            if not self.synchronized:  # else the parameters are those of the model, which x may not be yet
-                self._place()
-                self.flat.write_back()
-        elif self.variance_updates and self._compresses:
+            owners = [id(group) for group in self._groups]
+            of_groups = {id(g): values for g, *values in zip(self.param_groups, self.covered, self.left, strict=True)}
+            self.covered, self.left = ([of_groups[owner][n] for owner in owners] for n in range(2))
+            self.moved = [self.frozen_step is not None] * len(owners)
+        super().loaded()
+        if not self.synchronized:  # else the parameters are those of the model, which x may not be yet
+            self._place(self.flat.values)
+            self.flat.write_back()
+        elif self.frozen_step is None and self.variance_updates and self._compresses:
             self._derive()
             self._fall_asleep()
