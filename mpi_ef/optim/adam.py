@@ -85,8 +85,8 @@ class OneBitAdam(VarianceOptimizer):
         kernels.adam(mean, real(beta1), real(beta2), size, real(root_factor), real(self.eps), decay, m[part], v[part],
                      x[part])  # fmt: skip
 
-    def _step_late(self, number: int, mean: Vector) -> None:
-        self._adam(self.flat.place(number), self._groups[number], self.counted[number], mean)
+    def _step_late(self, number: int, group: dict[str, Any], mean: Vector) -> None:
+        self._adam(self.flat.place(number), group, self.counted[number], mean)
 
     def _descend(self, m: Vector) -> None:
         """Step along the momentum, over the frozen variance."""

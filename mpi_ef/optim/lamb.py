@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import pairwise
 from math import fsum, sqrt
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from .variance import VarianceOptimizer, mean_root
 __all__ = ["OneBitLamb"]
 
 Layers = NDArray[np.float64]
+LayerRun = tuple[slice, slice, dict[str, Any], int]
 
 
 @with_options
@@ -76,15 +77,15 @@ class OneBitLamb(VarianceOptimizer):
     def _update(self) -> None:
         if self.frozen_step is None:
             mean = self._mean(self.flat.gradients)
-            for numbers, part, count in self._runs():
-                self._lamb(numbers, part, count + 1, mean[part])
+            for layers, part, group, count in self._runs():
+                self._lamb(layers, part, group, count + 1, mean[part])
         else:
             self._follow()
 
-    def _runs(self) -> Iterator[tuple[slice, slice, int]]:
-        """Yield layers that have had a gradient in equally many steps, where they are in the vectors, and that number."""
-        for numbers, part, _, count in self._stretches(self.counted):
-            yield slice(numbers.start, numbers.stop), part, count
+    def _runs(self) -> Iterator[LayerRun]:
+        """Yield layers of a group that have had a gradient in equally many steps: which, where, the group, that number."""
+        for numbers, part, group, count in self._stretches(self.counted):
+            yield slice(numbers.start, numbers.stop), part, group, count
 
     def _of_layers(self, name: str) -> Layers:
         """Return a hyper-parameter of the groups for every layer."""
@@ -103,7 +104,7 @@ class OneBitLamb(VarianceOptimizer):
     def _add(self, values: Vector, factors: Layers, starts: NDArray[np.int64], out: Vector) -> None:
         kernels.add_layers(values, factors.astype(self.flat.dtype), starts, out)
 
-    def _lamb(self, layers: slice, part: slice, step: int, mean: Vector) -> None:
+    def _lamb(self, layers: slice, part: slice, group: dict[str, Any], step: int, mean: Vector) -> None:
         """Take a step of LAMB on the mean gradient with some layers, the step-th one of theirs."""
         real, starts, (beta1, beta2) = self.flat.dtype.type, self._starts_in(layers), self.betas
         m, v, x, direction = (a[part] for a in (self.m, self.arrays["v"], self.flat.values, self._direction))
@@ -112,11 +113,10 @@ class OneBitLamb(VarianceOptimizer):
         direction.fill(0)
         kernels.adam_step(m, v, real(-1.0 / self._correction(beta1, step)), real(root_factor), real(self.eps), real(0.0),
                           direction)  # fmt: skip
-        decays = self._of_layers("weight_decay")[layers]
-        if decays.any():
-            self._add(x, decays, starts, direction)
+        if decay := float(group["weight_decay"]):
+            self._add(x, np.full(starts.size - 1, decay), starts, direction)
         coefficients = self._coefficients(layers, self._norms(x, starts), self._norms(direction, starts))
-        self._add(direction, -self._of_layers("lr")[layers] * coefficients, starts, x)
+        self._add(direction, -float(group["lr"]) * coefficients, starts, x)
 
     def _coefficients(self, layers: slice, of_x: Layers, of_direction: Layers) -> Layers:
         """Return the trust ratios, and take those of layers that have one into their moving averages."""
@@ -156,8 +156,8 @@ class OneBitLamb(VarianceOptimizer):
         self._least = self.variance_floor * np.array(roots)
         self._frozen_coefficients = self._average_coefficients()
 
-    def _step_late(self, number: int, mean: Vector) -> None:
-        self._lamb(slice(number, number + 1), self.flat.place(number), self.counted[number], mean)
+    def _step_late(self, number: int, group: dict[str, Any], mean: Vector) -> None:
+        self._lamb(slice(number, number + 1), self.flat.place(number), group, self.counted[number], mean)
 
     def _join(self, numbers: list[int]) -> None:
         """Scale the momenta of the new layers to the size that those of the others have now."""
@@ -181,7 +181,7 @@ class OneBitLamb(VarianceOptimizer):
         runs = list(self._runs())
         ratios = self._refresh(sent, scales, runs)
         np.multiply(m, self._inverse, out=direction)
-        for _, part, count in runs:
+        for _, part, _, count in runs:
             direction[part] *= real(1.0 / self._correction(beta1, count + 1))
         decays = self._of_layers("weight_decay")
         if decays.any():
@@ -193,14 +193,14 @@ class OneBitLamb(VarianceOptimizer):
         steps = self._of_layers("lr") * self._frozen_coefficients * self._factors(ratios)
         self._add(direction, -steps, starts, self.flat.values)
 
-    def _refresh(self, sent: Vector, scales: Vector, runs: list[tuple[slice, slice, int]]) -> Layers:
+    def _refresh(self, sent: Vector, scales: Vector, runs: list[LayerRun]) -> Layers:
         """Take the new momentum over and update the fresh variance; return its ratios to the frozen one."""
         real, ratios, m, fresh = self.flat.dtype.type, np.zeros_like(scales), self.m, self.arrays["fresh"]
         asleep, inverse = self._asleep.mask, self._inverse
         if asleep is not None:  # they have no part in the ratio of their layer
             inverse = np.where(asleep, real(0), inverse)
         betas, least = np.array(self.betas, self.flat.dtype), self._least.astype(self.flat.dtype)
-        for layers, part, count in runs:
+        for layers, part, _, count in runs:
             root_factor = 1.0 / sqrt(self._correction(self.betas[1], count + 1))
             kernels.follow_momentum(sent[part], inverse[part], betas, real(root_factor), real(self.eps), scales[layers],
                                     least[layers], self._starts_in(layers), m[part], fresh[part],

@@ -122,8 +122,8 @@ class VarianceOptimizer(ReplicatedOptimizer):
         return np.array(updates) < of_others
 
     @abstractmethod
-    def _step_late(self, number: int, mean: Vector) -> None:
-        """Take a dense step with a parameter, which has had ``counted`` of them with this one. Local."""
+    def _step_late(self, number: int, group: dict[str, Any], mean: Vector) -> None:
+        """Take a dense step with a parameter of a group, which has had ``counted`` of them with this one. Local."""
 
     def _factor(self, updates: int) -> float:
         """Return what corrects the bias of a variance that was updated so often."""
@@ -198,12 +198,12 @@ class VarianceOptimizer(ReplicatedOptimizer):
 
     def _go_on(self, late: list[int], means: list[Vector]) -> None:
         """Take the steps of those that are late. Local."""
-        anew = [number for number in late if self.counted[number] == 0]
+        anew, groups = [number for number in late if self.counted[number] == 0], self._groups
         for number, mean in zip(late, means, strict=True):
             if number in anew:
                 self.arrays["v"][self.flat.place(number)] = 0
             self.counted[number] += 1
-            self._step_late(number, mean)
+            self._step_late(number, groups[number], mean)
         behind = self._behind()
         if joined := [number for number in late if not behind[number]]:
             self._join(joined)

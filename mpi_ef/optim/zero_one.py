@@ -222,13 +222,13 @@ class ZeroOneAdam(VarianceOptimizer):
             kernels.momentum_step(mean[part], self._inverse[part], beta1, *self._scalars(group, count + 1),
                                   self.m[part], self.flat.values[part])  # fmt: skip
 
-    def _step_late(self, number: int, mean: Vector) -> None:
+    def _step_late(self, number: int, group: dict[str, Any], mean: Vector) -> None:
         """Do what :meth:`_step_exactly` does, with one parameter."""
         part, real, (beta1, beta2) = self.flat.place(number), self.flat.dtype.type, self.betas
         m, v, updates = self.m[part], self.arrays["v"][part], self.renewed[number] + 1
         kernels.update_moments(mean, real(beta1), real(beta2), m, v)
         inverse = inverse_roots(v, self._factor(updates), [0, v.size], self.eps, self.variance_floor)
-        self._step_over_variance(part, self._groups[number], self.counted[number], updates, inverse)
+        self._step_over_variance(part, group, self.counted[number], updates, inverse)
         self.renewed[number] = updates
         self.arrays["x"][part] = self.flat.values[part]
         self.covered[number], self.left[number], self.moved[number] = 0.0, 1.0, False
@@ -283,10 +283,11 @@ class ZeroOneAdam(VarianceOptimizer):
         """Return an error with the first parameter that is in `values`, (d,), not where x and u say. Local."""
         expected = np.empty_like(values)
         self._place(expected)
-        different = expected.view(np.uint8) != values.view(np.uint8)
+        bits = f"u{values.itemsize}"
+        different = expected.view(bits) != values.view(bits)
         if not different.any():
             return None
-        wrong = bisect_right(self.flat.starts, int(different.argmax()) // values.itemsize) - 1
+        wrong = bisect_right(self.flat.starts, int(different.argmax())) - 1
         return OptionError(
             f"{type(self).__name__}.{call}: {self._name(wrong)} was written to between two synchronisations, where each "
             "rank has its own values; call optimizer.synchronize() on all ranks first"
