@@ -75,7 +75,6 @@ test-all: $(VENV)/test $(READY)
 
 lint: $(VENV)/test
 	$(BASE)/ruff check .
-	$(BASE)/ruff format --check .
 
 types: $(VENV)/test
 	$(BASE)/mypy

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mpi-ef checkpoint", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     tools = parser.add_subparsers(required=True, metavar="TOOL")
 
     def tool(function: Any, name: str, text: str, **places: Any) -> argparse.ArgumentParser:
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = tool(
         _verify, "verify", "read every byte and compare checksums; status 1 if any is damaged",
         PATH={"nargs": "+", "help": "a checkpoint, or a run: all of its checkpoints"},
-    )  # fmt: skip
+    )
     inspect = tool(_inspect, "inspect", "tell what a checkpoint holds", CHECKPOINT={})
     inspect.add_argument("--rank", type=int, default=0, help="whose own arrays to show (default: 0)")
     inspect.add_argument("--values", action="store_true", help="read all arrays: norms, extremes, NaN and Inf")
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     for each in (listing, verify, inspect, diff):
         each.add_argument("--json", action="store_true", help="print JSON")
     out = tool(_export, "export", "write one file for other programs: .safetensors or plain HDF5",
-               CHECKPOINT={}, FILE={"help": "its name ends in .safetensors or .h5"})  # fmt: skip
+               CHECKPOINT={}, FILE={"help": "its name ends in .safetensors or .h5"})
     out.add_argument("--all", action="store_true", help="all arrays, also of the optimizer and of every rank")
     return parser
 
@@ -168,7 +168,7 @@ def _aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:
     return "\n".join(
         "  ".join(cell.ljust(w) if i >= turn else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         .rstrip() for row in rows
-    )  # fmt: skip
+    )
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -225,7 +225,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         "replicated": list(_described(opened.replicated_names(), opened.replicated, values=arguments.values)),
         "per_rank": list(_described(opened.per_rank_names(rank), lambda name: opened.per_rank(name, rank),
                                     values=arguments.values)),
-    }  # fmt: skip
+    }
     if arguments.json:
         told |= {"document": opened.document, "rank_document": opened.rank_document(rank)}
         print(json.dumps(told, indent=1))
@@ -235,7 +235,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for name, text in (
         ("step", opened.step), ("ranks", opened.world_size), ("size", in_bytes(opened.nbytes)), ("run", opened.run),
         ("written", opened.written_at), ("by", by),
-    ):  # fmt: skip
+    ):
         print(f"  {name:<9}{text}")
     for name, facts in told["parts"].items():
         if name != "model" and facts:  # of the model these are shapes, which come below
@@ -275,7 +275,7 @@ def _numbers(array: Any) -> dict[str, Any]:
         size = np.abs(finite) if finite.dtype.kind == "c" else finite
         norm = float(np.linalg.norm(finite))
     return {"norm": norm if np.isfinite(norm) else None, "min": _number(size.min()) if size.size else None,
-            "max": _number(size.max()) if size.size else None, "non_finite": int(numbers.size - finite.size)}  # fmt: skip
+            "max": _number(size.max()) if size.size else None, "non_finite": int(numbers.size - finite.size)}
 
 
 def _number(value: Any) -> float | None:

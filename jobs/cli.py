@@ -21,7 +21,7 @@ PROGRAMS = {
     "report": ("report.program", "draw and tabulate finished runs: loss against bytes, time and steps"),
     "reproduce": ("reproduce.program", "run published experiments again; NAME, or --list"),
     "least-squares": ("least_squares", "solve a least-squares problem with rows on all ranks; NumPy only, no torch"),
-}  # fmt: skip
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

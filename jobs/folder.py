@@ -81,7 +81,7 @@ class RunFolder:
                     text = file.read(_TOLD)
             if not path.is_file() or (text.strip() and not is_of_a_run(text)):
                 raise DataError(f"{path}: no run has written it, and this one would overwrite it; move it, or give another "
-                                "--out")  # fmt: skip
+                                "--out")
         for pattern in _CHECKPOINTS:
             for path in (self.path / "checkpoints").glob(pattern):
                 inside = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
@@ -113,7 +113,7 @@ class RunFolder:
 
         if steps := [step for step, _ in committed_steps(self.path / "checkpoints")]:
             raise DataError(f"{self.path} has checkpoints of another run, up to step {steps[-1]}; resume from them, or take "
-                            "another folder, or pass --overwrite")  # fmt: skip
+                            "another folder, or pass --overwrite")
         if (self.path / proof).exists():
             raise DataError(f"{self.path} has a finished run ({proof}); give another --out, or pass --overwrite")
 

@@ -41,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mpi-ef slurm", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     tools = parser.add_subparsers(required=True, metavar="TOOL")
     changes = argparse.ArgumentParser(add_help=False)
     changes.add_argument("--profile", metavar="SITE", help="what is known of a site, or a TOML file that tells it")
     changes.add_argument("--set", dest="options", action="append", default=[], metavar="KEY=VALUE",
-                         help="an option of sbatch, such as nodes=4, time=02:00:00, account=project")  # fmt: skip
+                         help="an option of sbatch, such as nodes=4, time=02:00:00, account=project")
 
     def tool(function: Any, name: str, text: str, *parents: Any, usage: str | None = None) -> argparse.ArgumentParser:
         added = tools.add_parser(name, help=text, description=text, parents=parents, usage=usage)
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--dry-run", action="store_true", help="print the script that would be submitted")
     kind = tool(_mpi_type, "mpi-type", "print the --mpi of srun that fits the MPI library of mpi4py, or nothing")
     kind.add_argument("--offered", metavar="TEXT",
-                      help="what srun --mpi=list has printed, where srun is out of reach; - for standard input")  # fmt: skip
+                      help="what srun --mpi=list has printed, where srun is out of reach; - for standard input")
     return parser
 
 

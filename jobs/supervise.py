@@ -97,7 +97,7 @@ def _of_environment(environ: MutableMapping[str, str]) -> list[str]:
     names = [field.name for field in fields(SuperviseConfig) if field.name not in _NO_VARIABLES]
     given = {name: environ.get(name.upper()) for name in names}
     return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()
-            if value or (value is not None and name in _MAY_BE_EMPTY)]  # fmt: skip
+            if value or (value is not None and name in _MAY_BE_EMPTY)]
 
 
 class _Job:
@@ -176,7 +176,7 @@ class _Job:
         deadline = self.job.deadline()
         self.environ.update({"RUN_DIR": str(self.run_dir), "OMP_NUM_THREADS": self.job.threads,
                          "NUMBA_NUM_THREADS": self.job.threads, "PYTHONUNBUFFERED": "1",
-                         "NUMBA_CACHE_DIR": str(self.scratch / "numba")})  # fmt: skip
+                         "NUMBA_CACHE_DIR": str(self.scratch / "numba")})
         if deadline is not None:
             self.environ["SLURM_JOB_END_TIME"] = str(deadline)  # mpi-ef knows this variable, from Slurm
         return deadline

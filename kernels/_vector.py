@@ -12,28 +12,10 @@ from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils
 
-__all__ = [
-    "GROUP",
-    "add_signed",
-    "add_signed_past_caches",
-    "address",
-    "at_least",
-    "fence",
-    "fetch",
-    "fetch_entry",
-    "form_group",
-    "load_word",
-    "magnitude",
-    "most_significant_first",
-    "non_negative",
-    "population",
-    "store_past_caches",
-    "store_word",
-    "subtract_signs",
-    "subtract_signs_past_caches",
-    "sum_magnitudes",
-    "trailing_zeros",
-]
+__all__ = ["GROUP", "add_signed", "add_signed_past_caches", "address", "at_least", "fence", "fetch", "fetch_entry",
+           "form_group", "load_word", "magnitude", "most_significant_first", "non_negative", "population",
+           "store_past_caches", "store_word", "subtract_signs", "subtract_signs_past_caches", "sum_magnitudes",
+           "trailing_zeros"]
 
 GROUP = 64
 _LINE = 64  # bytes

@@ -59,7 +59,7 @@ def quantize(
     Memory touched: every term once and `keep`; the terms twice when a block has more than 4096 entries.
     """
     return bool(_quantize(terms, factors, keep, keep_factors, less_decoded, FORMATS[format], block,
-                          exponents, codes, scratch))  # fmt: skip
+                          exponents, codes, scratch))
 
 
 def add_quantized(
@@ -109,7 +109,7 @@ def _from_half(code):
 
 @jit
 def _quantize(terms, factors, keep, keep_factors, less_decoded, headroom, block,
-              exponents, codes, scratch):  # fmt: skip
+              exponents, codes, scratch):
     d, finite = terms[0].size, True
     x, other = scratch[:BLOCK], scratch[BLOCK:]
     tile = BLOCK // block * block if block <= BLOCK else BLOCK

@@ -5,37 +5,11 @@ from numpy.typing import NDArray
 
 from .reference_steps import add_layers, follow_momentum, layer_norms, local_step, momentum_step, scaled_momentum
 
-__all__ = [
-    "adam",
-    "adam_step",
-    "add_dense",
-    "add_layers",
-    "add_low_rank",
-    "add_quantized",
-    "add_signs",
-    "add_sparse",
-    "all_finite",
-    "clear_sparse",
-    "combine",
-    "decode_indices",
-    "encode_indices",
-    "encode_signs",
-    "follow_momentum",
-    "gather",
-    "l1_norm",
-    "layer_norms",
-    "local_step",
-    "mean_rows",
-    "momentum_step",
-    "orthonormalise",
-    "preconditioned_step",
-    "quantize",
-    "sample_indices",
-    "scaled_momentum",
-    "select_largest",
-    "sign_step",
-    "update_moments",
-]
+__all__ = ["adam", "adam_step", "add_dense", "add_layers", "add_low_rank", "add_quantized", "add_signs", "add_sparse",
+           "all_finite", "clear_sparse", "combine", "decode_indices", "encode_indices", "encode_signs",
+           "follow_momentum", "gather", "l1_norm", "layer_norms", "local_step", "mean_rows", "momentum_step",
+           "orthonormalise", "preconditioned_step", "quantize", "sample_indices", "scaled_momentum", "select_largest",
+           "sign_step", "update_moments"]
 
 Vector = NDArray[np.floating]
 Terms = tuple[Vector, Vector, Vector]
@@ -176,7 +150,7 @@ def _mean_magnitude(x: Vector) -> float:
         if not np.isinf(sum(totals)):
             return sum(totals) / x.size
         means = [_mean_of_large_numbers(part.astype(np.float64)) if np.isinf(total) else total / part.size
-                 for part, total in zip(parts, totals, strict=True)]  # fmt: skip
+                 for part, total in zip(parts, totals, strict=True)]
         return sum(mean * (part.size / x.size) for mean, part in zip(means, parts, strict=True))
 
 

@@ -78,7 +78,7 @@ def select_largest(
         k, start, stop = counts[s], bounds[s], bounds[s + 1]
         if k:
             _select_segment(terms, factors, keep, keep_factors, start, stop, k,
-                            indices[first:], values[first:], scratch, histogram)  # fmt: skip
+                            indices[first:], values[first:], scratch, histogram)
             largest = max(largest, _largest(values[first:], k))
             first += k
     fence()
@@ -118,7 +118,7 @@ def _room(d, k):
 
 @jit
 def _select_segment(terms, factors, keep, keep_factors, start, stop, k,
-                    indices, values, scratch, histogram):  # fmt: skip
+                    indices, values, scratch, histogram):
     d, one = stop - start, np.uint64(1)
     sample = scratch[BLOCK + GROUP :]
     if d <= _SMALL or k == d:
@@ -131,12 +131,12 @@ def _select_segment(terms, factors, keep, keep_factors, start, stop, k,
         if rank <= _sample_size(d, attempt):
             threshold = _sample_threshold(terms, factors, start, d, rank, attempt, sample, histogram)
         found = _collect(terms, factors, keep, keep_factors, start, stop, threshold + one, _room(d, k),
-                         indices, values, scratch)  # fmt: skip
+                         indices, values, scratch)
         if k <= found <= _room(d, k):
             _reduce(indices, values, found, k, threshold + one, histogram, sample)
             return
         if found < k and k == _collect_ties(terms, factors, start, stop, threshold, k - found, k,
-                                            indices, values, scratch):  # fmt: skip
+                                            indices, values, scratch):
             return  # many entries are equal to the threshold; else it was too high, or too low
     if keep.size:
         form(terms, keep_factors, start, keep[start:stop])

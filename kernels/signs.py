@@ -96,7 +96,7 @@ def encode_signs(
         for j in range(scales.size):
             start, stop = j * block, min((j + 1) * block, d)
             scales[j] = _scale_of_long_block(terms, factors, row_bits, row_scales, row_block, row_factor,
-                                             start, stop, bits, x, sums)  # fmt: skip
+                                             start, stop, bits, x, sums)
             finite &= np.isfinite(scales[j])
             for low in range(start, stop if keep.size else start, BLOCK):
                 m = min(BLOCK, stop - low)

@@ -31,15 +31,8 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DataError, OptionError
 from mpi_ef.ranges import whole
 
-__all__ = [
-    "ShardedSampler",
-    "generator_for",
-    "loader_context",
-    "random_state",
-    "rank_seed",
-    "seed_rank",
-    "set_random_state",
-]
+__all__ = ["ShardedSampler", "generator_for", "loader_context", "random_state", "rank_seed", "seed_rank",
+           "set_random_state"]
 
 Indices = NDArray[np.int64]
 
@@ -130,7 +123,7 @@ class ShardedSampler(Sampler[list[int]]):
             raise DataError(f"ShardedSampler: {self.size} samples for {self.ranks} ranks; use more data or fewer ranks")
         if self._batches_from(0) == 0:
             raise DataError(f"ShardedSampler: {self.size} samples are not a batch of {self.batch} for each of "
-                            f"{self.ranks} ranks; use a smaller batch or drop_last=False")  # fmt: skip
+                            f"{self.ranks} ranks; use a smaller batch or drop_last=False")
 
     def __len__(self) -> int:
         """Return the number of batches of a whole epoch, wherever the run is."""
@@ -231,7 +224,7 @@ class ShardedSampler(Sampler[list[int]]):
                     raise OptionError(f"ShardedSampler: the state has no {name}; pass what state_dict() returned")
                 if name not in ("epoch", "position") and state[name] != mine:
                     raise OptionError(f"ShardedSampler: {name} is {state[name]} in the state and {mine} here; build the "
-                                      f"sampler with {name}={state[name]}")  # fmt: skip
+                                      f"sampler with {name}={state[name]}")
             self._check_place(state)
             return {name: int(state[name]) for name in ("epoch", "position")}
 
@@ -244,7 +237,7 @@ class ShardedSampler(Sampler[list[int]]):
         _whole(state["epoch"], "epoch", 0)
         if _whole(state["position"], "position", 0) >= self.size:
             raise OptionError(f"ShardedSampler: position={state['position']} in the state is beyond {self.size} samples; "
-                              "pass what state_dict() returned")  # fmt: skip
+                              "pass what state_dict() returned")
 
 
 def _whole(value: Any, name: str, least: int, subject: str = "ShardedSampler") -> int:

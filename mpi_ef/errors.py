@@ -1,18 +1,7 @@
 """Errors of mpi_ef: one line each, *subject: what is wrong, with the values; what to do*."""
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "DisagreementError",
-    "DtypeError",
-    "LaunchError",
-    "MpiEfError",
-    "NonFiniteError",
-    "OptionError",
-    "PeerError",
-    "ShapeError",
-]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "DisagreementError", "DtypeError", "LaunchError",
+           "MpiEfError", "NonFiniteError", "OptionError", "PeerError", "ShapeError"]
 
 
 class MpiEfError(Exception):

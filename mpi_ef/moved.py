@@ -18,11 +18,11 @@ _JOBS = {
     "report": "page",
 }
 _RENAMED = {"bench_checkpoint": "checkpoint", "bench_methods": "methods", "bench_report": "table", "data": "datasets",
-            "interruptible": "recovery", "page": "html", "trainer": "loop"}  # fmt: skip
+            "interruptible": "recovery", "page": "html", "trainer": "loop"}
 _DOCTOR = {"checks": "registry", "ranks": "checks.cores", "roll": "watchdog", "together": "all_ranks",
            "world": "checks.launcher", "finding": "finding", "files": "checks.files", "kernels": "checks.kernels",
            "link": "checks.link", "mpi": "checks.mpi", "space": "checks.space", "torch": "checks.torch",
-           "versions": "checks.versions"}  # fmt: skip
+           "versions": "checks.versions"}
 
 MOVED = {
     **{f"mpi_ef.jobs.{name}": f"mpi_ef.jobs.{folder}.{_RENAMED.get(name, name)}"
@@ -44,7 +44,7 @@ MOVED = {
     "mpi_ef.ending": "mpi_ef.runtime.ending",
     "mpi_ef.stopping": "mpi_ef.runtime.stopper",
     "mpi_ef.world": "mpi_ef.runtime.world",
-}  # fmt: skip
+}
 
 
 class _Finder(MetaPathFinder):
@@ -88,7 +88,7 @@ def earlier(package: str, **homes: str) -> Callable[[str], Any]:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         warn(f"{package}.{name} is now in {package}.{homes[name]}; the old name goes with the next release",
-             DeprecationWarning, stacklevel=2)  # fmt: skip
+             DeprecationWarning, stacklevel=2)
         return getattr(import_module(f"{package}.{homes[name]}"), name)
 
     return getattribute

@@ -99,7 +99,7 @@ def found(kind: str, name: str) -> Any:
     close = get_close_matches(name.lower(), lower, n=1)
     listed = ", ".join(names(kind))
     hint = f"did you mean {lower[close[0]]}?" if close else f"take one of {listed}, or module:name" if listed else \
-        "write module:name"  # fmt: skip
+        "write module:name"
     raise OptionError(f"there is no {kind} {name!r}; {hint}")
 
 
@@ -201,9 +201,9 @@ def _value(node: ast.expr, text: str) -> Any:
         inner = fitting(Specification(name, found("compressor", name), *_arguments(node, text)), text)
         return inner.thing(*inner.arguments, **inner.options)
     raise OptionError(f"{text!r}: {ast.unparse(node)} is no value: take numbers, texts, True, False, None, lists and tuples "
-                      "of these, or compressors")  # fmt: skip
+                      "of these, or compressors")
 
 
 def _example(kind: str) -> str:
     return {"compressor": "TopK(0.01, values=Quantize('bf16'))", "rule": "econtrol(eta=0.1)", "plan": "GatherMean",
-            "optimizer": "OneBitAdam(freeze_step=130)", "model": "my_model:build(width=32)"}[kind]  # fmt: skip
+            "optimizer": "OneBitAdam(freeze_step=130)", "model": "my_model:build(width=32)"}[kind]

@@ -120,7 +120,7 @@ class StateTree:
     def arrays(self, *kinds: Kind) -> dict[str, Leaf]:
         """Return the leaves that are arrays, of these kinds or of all, by name."""
         return {prefix + name: leaf for prefix, tree in self.trees() for name, leaf in tree.leaves.items()
-                if leaf.array is not None and (not kinds or leaf.kind in kinds)}  # fmt: skip
+                if leaf.array is not None and (not kinds or leaf.kind in kinds)}
 
     def identities(self) -> dict[str, str]:
         """Return what must be the same, of all parts."""
@@ -130,7 +130,7 @@ class StateTree:
         """Return the values of a kind, nested as the parts are. Not copies."""
         own = {name: leaf.read() for name, leaf in self.leaves.items() if leaf.kind == kind and leaf.read}
         parts = {name: [tree.values(kind) for tree in part] if isinstance(part, list) else part.values(kind)
-                 for name, part in self.parts.items()}  # fmt: skip
+                 for name, part in self.parts.items()}
         return own | {name: values for name, values in parts.items() if any(values)}
 
     def write(self, values: Mapping[str, Any], *kinds: Kind) -> None:
@@ -157,7 +157,7 @@ class StateTree:
         arrays = {name: of_array(leaf.array.copy()) for name, leaf in self.leaves.items() if leaf.array is not None}
         values = {name: deepcopy(leaf.read()) for name, leaf in self.leaves.items() if leaf.read}
         parts = {name: [tree.state_dict(of_array) for tree in part] if isinstance(part, list) else part.state_dict(of_array)
-                 for name, part in self.parts.items()}  # fmt: skip
+                 for name, part in self.parts.items()}
         return {**self.identity, **self.place, **values, **({"arrays": arrays} if self.identity else {}), **parts}
 
     def check(self, saved: Mapping[str, Any]) -> None:
@@ -173,14 +173,14 @@ class StateTree:
         for name, mine in (self.identity | self.place).items():
             if (theirs := saved.get(name, mine)) != mine:
                 raise OptionError(f"load_state_dict: the saved {name} is {theirs}, here it is {mine}; build it as it was, "
-                                  "and load on each rank what that rank saved")  # fmt: skip
+                                  "and load on each rank what that rank saved")
         arrays = saved.get("arrays", {})
         wanted = {name: leaf for name, leaf in self.leaves.items() if leaf.array is not None}
         for name in [*wanted, *(arrays.keys() - wanted.keys())]:
             mine = _described(wanted[name].array if name in wanted else None)
             if (theirs := _described(arrays.get(name))) != mine:
                 raise ShapeError(f"load_state_dict: {name} is {theirs}, here it is {mine}; load into the model, compressor "
-                                 "and plan it was saved from")  # fmt: skip
+                                 "and plan it was saved from")
         needed = [n for n, leaf in self.leaves.items() if leaf.array is None and leaf.default is _REQUIRED]
         for name in [*needed, *self.parts]:
             if name not in saved:
@@ -188,7 +188,7 @@ class StateTree:
         for name, part in self.parts.items():
             if isinstance(part, list) and len(part) != len(saved[name]):
                 raise OptionError(f"load_state_dict: the saved state has {len(saved[name])} {name}, here there are "
-                                  f"{len(part)}; build it as it was")  # fmt: skip
+                                  f"{len(part)}; build it as it was")
         for tree, of_part in self._parts_with(saved):
             tree.check(of_part)
 

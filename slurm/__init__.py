@@ -10,7 +10,7 @@ from importlib import resources
 from mpi_ef.errors import ConfigError, OptionError
 
 __all__ = ["PROFILES", "TEMPLATES", "Profile", "full_name", "parse_profile", "profile_text", "read_profile", "read_template",
-           "render"]  # fmt: skip
+           "render"]
 
 TEMPLATES = {
     "train.sbatch": "train on one node",
@@ -126,7 +126,7 @@ def parse_profile(name: str, text: str) -> Profile:
             f'slurm: profile {name} is no TOML ({error}); write lines like partition = "standard"'
         ) from None
     kinds = {"description": str, "tested": bool, "sources": list, "required": list, "sbatch": dict,
-             "environment": dict, "lines": list}  # fmt: skip
+             "environment": dict, "lines": list}
     for key, value in document.items():
         if not isinstance(value, kinds.get(key, ())):
             raise ConfigError(f"slurm: profile {name}: {key} = {value!r} is not known; take {', '.join(kinds)}")

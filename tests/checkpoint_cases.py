@@ -11,7 +11,7 @@ from virtual import results
 from mpi_ef.checkpoint import BFLOAT16, Store, open_checkpoint
 
 NUMBERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
-           "complex64", "complex128")  # fmt: skip
+           "complex64", "complex128")
 
 
 def any_bits(seed: int, dtype, shape) -> np.ndarray:
@@ -57,7 +57,7 @@ def save(folder: Path, step: int = 0, n: int = 2, **options) -> Path:
         rank, store = comm.Get_rank(), Store(folder, **options)
         document, mine = documents(rank, step)
         return store.save(comm, step, replicated=shared(step), per_rank=own(rank, step), document=document,
-                          rank_document=mine)  # fmt: skip
+                          rank_document=mine)
 
     return results(n, program)[0]
 

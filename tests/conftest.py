@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "mpi_ef", derandomize=True, database=None, deadline=None, max_examples=60, print_blob=False,
     suppress_health_check=[HealthCheck.too_slow],
-)  # fmt: skip
+)
 settings.load_profile("mpi_ef")
 
 TMPDIR_OF_PRTE = "PRTE_MCA_prte_tmpdir_base"  # Open MPI's launcher
@@ -109,7 +109,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
 
         comm = MPI.COMM_WORLD
         print(f"\nrank {comm.rank} of {comm.size}: {item.nodeid} failed\n{report.longreprtext}",
-              file=sys.__stderr__, flush=True)  # fmt: skip
+              file=sys.__stderr__, flush=True)
         abort(comm, 3)
 
 
@@ -136,5 +136,5 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     passed, skipped = (len(reporter.stats.get(kind, [])) for kind in ("passed", "skipped"))
     if MPI.COMM_WORLD.size != int(expected) or skipped or not passed:
         print(f"expected all tests to run on {expected} ranks: {passed} passed and {skipped} were skipped on "
-              f"{MPI.COMM_WORLD.size} ranks", file=sys.__stderr__, flush=True)  # fmt: skip
+              f"{MPI.COMM_WORLD.size} ranks", file=sys.__stderr__, flush=True)
         session.exitstatus = 4

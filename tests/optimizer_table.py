@@ -72,7 +72,7 @@ def dying(name, freezes, **options):
 def adamw_updates(params, comm, **options):
     params = list(params)
     groups = params if isinstance(params[0], dict) else [{"params": params[:2], "lr": 1e-2},
-                                                         {"params": params[2:], "weight_decay": 0.0}]  # fmt: skip
+                                                         {"params": params[2:], "weight_decay": 0.0}]
     return DistributedOptimizer(torch.optim.AdamW(groups, lr=2e-2), comm, TopK(0.1), dense_steps=2, **options)
 
 
@@ -95,9 +95,9 @@ _wrapper = {"clips": False, "learns": QUICKLY, "calls": GATHERS, "differing": ("
 _muon = {
     "make": muon, "clips": False, "learns": SLOWLY, "bad": (NEGATIVE, ({"beta": 1.5}, "eta=1.5 is not in [0, 1]")),
     "differing": ("dense_steps", 1, 0), "saves": 4,
-}  # fmt: skip
+}
 _votes = {"learns": SLOWLY, "learning": {"lr": 5e-3}, "options": {"lr": 1e-2}, "own": {"m_i"}, "calls": TWO_PHASES,
-          "saves": 31}  # fmt: skip
+          "saves": 31}
 _adam = {
     "make": OneBitAdam, "options": {"lr": 1e-2, "freeze_step": 9, "compressor": SIGNS}, "moments": (3, 9, 10, 14, 16),
     "own": {"e_i", "plan.residual"}, "learns": (120, slice(18, 22), 0.5), "frozen": 20,
@@ -109,7 +109,7 @@ _adam = {
         ({"variance_floor": 2.0}, "variance_floor=2.0 is not in [0, 1]"), ({"clip": -1.0}, "clip=-1.0 is negative"),
     ),
     "differing": ("eps", 1e-8, 1e-7),
-}  # fmt: skip
+}
 _lamb = _adam | {
     "make": OneBitLamb, "learns": (150, slice(18, 22), 0.5), "learning": {"lr": 2e-2},
     "dying": dying("freeze_step", [50], lr=1e-2),
@@ -123,7 +123,7 @@ _lamb = _adam | {
         ({"variance_floor": 1.1}, "variance_floor=1.1 is not in [0, 1]"), ({"clip": -1.0}, "clip=-1.0 is negative"),
     ),
     "differing": ("coeff_beta", 0.0, 0.5),
-}  # fmt: skip
+}
 _zero_one = _adam | {
     "make": ZeroOneAdam, "options": SHORT | {"compressor": SIGNS}, "own": {"e_i", "plan.residual", "m", "u"},
     # With an exact step next, with a compressed one, at the freeze, at and between synchronisations.
@@ -140,7 +140,7 @@ _zero_one = _adam | {
         ({"variance_floor": -0.1}, "variance_floor=-0.1 is not in [0, 1]"), ({"clip": -1.0}, "clip=-1.0 is negative"),
     ),
     "differing": ("local_step_clipper", 4, 5),
-}  # fmt: skip
+}
 _topk = {"wire": {}, "saves": 8, "calls": GATHERS, "dying": (), "bad": ()}  # the rest is as with signs
 
 
@@ -199,7 +199,7 @@ ROWS = {
         "OneBitLamb": _lamb, "OneBitLamb TopK": with_topk(_lamb),
         "ZeroOneAdam": _zero_one, "ZeroOneAdam TopK": with_topk(_zero_one),
     }.items()
-}  # fmt: skip
+}
 
 
 def rows(which=lambda row: True):
@@ -210,7 +210,7 @@ def rows(which=lambda row: True):
 def cases(of, often=100):
     """Parametrise by all rows, and for each by what `of` makes of it; only the first few are in the gate."""
     listed = [pytest.param(row, case, id=f"{name}-{label(case)}", marks=[pytest.mark.exhaustive] * (n >= often))
-              for name, row in ROWS.items() for n, case in enumerate(of(row))]  # fmt: skip
+              for name, row in ROWS.items() for n, case in enumerate(of(row))]
     return pytest.mark.parametrize(("row", "case"), listed)
 
 

@@ -47,7 +47,7 @@ class Resident:
         command = [sys.executable, __file__, str(self.folder)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a process with threads must not fork
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
-                                         start_new_session=True)  # fmt: skip
+                                         start_new_session=True)
         if self._process.stdout.readline() != LISTENING:
             self.close()
             raise AssertionError("the resident process did not start; its error is above")
@@ -228,7 +228,7 @@ def become(folder: Path, fds: list[int]) -> list[str]:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         raw = open(number, "rb" if number == 0 else "wb", -1 if number < 2 else 0, closefd=False)  # noqa: SIM115
         stream = io.TextIOWrapper(raw, "utf-8", "strict" if number < 2 else "backslashreplace",
-                                  line_buffering=number == 2 or raw.isatty(), write_through=number == 2)  # fmt: skip
+                                  line_buffering=number == 2 or raw.isatty(), write_through=number == 2)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     random.seed()

@@ -27,7 +27,7 @@ def test_before_the_freeze_it_is_adamw(n, compressor):
 
     rows = trained(n, 25, build, dtype=torch.float64, each=schedule)
     adamw = alone(n, 25, lambda net: torch.optim.AdamW(groups_of(net), lr=1e-2, betas=(0.8, 0.99), weight_decay=0.0),
-                  dtype=torch.float64, each=schedule)  # fmt: skip
+                  dtype=torch.float64, each=schedule)
     assert_close(rows[0].path, adamw, rtol=1e-12, atol=1e-14)
     assert_replicas(rows)
 
@@ -37,10 +37,10 @@ def test_before_the_freeze_it_is_adamw(n, compressor):
 def test_with_the_identity_it_is_adam_with_a_frozen_variance(n, bias_correction):
     rows = trained(n, 30, lambda net, comm: OneBitAdam(
         net.parameters(), comm, lr=1e-2, freeze_step=12, compressor=Identity(), bias_correction=bias_correction,
-        variance_floor=0.5), dtype=torch.float64)  # fmt: skip
+        variance_floor=0.5), dtype=torch.float64)
     plain = alone(n, 30, lambda net: reference.OneBitAdam(
         net.parameters(), lr=1e-2, freeze_step=12, bias_correction=bias_correction, variance_floor=0.5),
-        dtype=torch.float64)  # fmt: skip
+        dtype=torch.float64)
     assert rows[0].optimizer.frozen_step == 12
     assert_close(rows[0].path, plain, rtol=1e-11, atol=1e-13)
 

@@ -37,7 +37,7 @@ class Holder(nn.Module):
 def bits(model):
     copies = {name: b.detach().resolve_conj().contiguous().clone() for name, b in model.named_buffers()}
     return {name: b.view(-1).numpy(force=True).tobytes() if b.dtype != torch.bfloat16 else b.tolist()
-            for name, b in copies.items()}  # fmt: skip
+            for name, b in copies.items()}
 
 
 def synchronized(n, build, **options):
@@ -276,7 +276,7 @@ def test_frozen_statistics_and_models_without_buffers():
         (lambda rank: Holder(**{"ab"[rank % 2]: torch.zeros(1)}), r"b \(1,\) torch.float32 on rank 1"),
         (lambda rank: nn.BatchNorm1d(3, track_running_stats=rank > 0), "on the number of buffers: 0 on rank 0; 3 on"),
     ],
-)  # fmt: skip
+)
 def test_models_that_differ_are_told_on_all_ranks(build, words):
     def program(comm):
         model = build(comm.Get_rank())

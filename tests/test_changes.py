@@ -35,7 +35,7 @@ def same_model(monkeypatch):
 def config_of(rule, **more):
     return TrainConfig(**{"model": "mlp", "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "placement": "gradient",
                           "clip": 0.0, "batch": BATCH, "steps": STEPS, "lr": LR, "warmup": 0, "rule": rule}
-                       | EXACT[rule] | more)  # fmt: skip
+                       | EXACT[rule] | more)
 
 
 @pytest.mark.parametrize("rule", EXACT)

@@ -211,7 +211,7 @@ def same_twice(file):
 
 HOSTILE = (external_link, soft_link, external_storage, virtual, chunked, filtered, compact, shape_bomb, index_bomb,
            wrong_type, text, reference, two_dimensions, unknown_name, group, named_type, many, no_index,
-           same_twice)  # fmt: skip
+           same_twice)
 
 
 @pytest.mark.parametrize("attack", HOSTILE, ids=lambda attack: attack.__name__)
@@ -260,7 +260,7 @@ def edit_index(path: Path, change) -> None:
         {"crc32": 5}, {"name": 5}, {"new": 1}, {"shape": [0]}, {"shape": []}, {"offset": 0, "dtype": "float32"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_hostile_indices_are_refused(copied, change):
     def edit(told):
         row = next(row for row in told["arrays"] if row["name"] == "int16 values")
@@ -492,7 +492,7 @@ def test_the_checksum_sees_flips_and_what_changes_places():
             swapped = data.copy()
             swapped[first : first + size], swapped[second : second + size] = (
                 data[second : second + size], data[first : first + size],
-            )  # fmt: skip
+            )
             assert checksum(swapped.data) != known
             swapped[first : first + size] = 0  # a block that never reached the disk
             assert checksum(swapped.data) != known

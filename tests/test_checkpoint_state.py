@@ -49,7 +49,7 @@ from mpi_ef.state.tree import decoded, encoded, tensor_of
 
 SIGNS = Sign(block=64)
 zero_one = functools.partial(ZeroOneAdam, compressor=SIGNS, lr=0.01, var_freeze_step=4, var_update_scaler=2,
-                             local_step_scaler=2, local_step_clipper=4)  # fmt: skip
+                             local_step_scaler=2, local_step_clipper=4)
 
 BUILDERS = {
     name: functools.partial(lambda name, net, comm: build_optimizer(name, net, comm), name) for name in OPTIMIZERS
@@ -72,7 +72,7 @@ BUILDERS |= {
     "two-phase ef21-bc": lambda net, comm: DistributedOptimizer(
         torch.optim.SGD(net.parameters(), lr=0.05), comm, TopK(0.3), placement="gradient", rule="ef21-bc", plan=TwoPhaseMean
     ),
-}  # fmt: skip
+}
 
 
 def trained(net, optimizer, comm, steps):
@@ -134,7 +134,7 @@ def with_rule(rule, net, comm, dense_steps=0, **options):
     sgd, more = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.5), CLIENT_OPTIONS.get(rule, {})
     options = more | ({"participation": 0.4} if rule == "ef21-w" else {}) | options
     return DistributedOptimizer(sgd, comm, compressor, placement="gradient", rule=rule, plan=plan, dense_steps=dense_steps,
-                                **options)  # fmt: skip
+                                **options)
 
 
 def stepped(net, optimizer, comm, steps):
@@ -283,7 +283,7 @@ def test_estimates_have_the_aggregate_as_their_mean_to_the_last_bit(name, dtype)
                         [old.per_rank(f"optimizer.{key}", r).astype("f8") for r in range(old.world_size)], axis=0
                     )
                     np.testing.assert_allclose(arrays[key], of_old, rtol=2.0**-23 if dtype == torch.float32 else 1e-15,
-                                               atol=1e-18)  # fmt: skip
+                                               atol=1e-18)
 
 
 # What the papers rely on, rule by rule, with the bits of a rule's own state ------------------------------------------
@@ -314,7 +314,7 @@ def test_the_table_says_for_every_array_how_it_moves():
         return move.how + (f" of {move.of}" if move.of else "") + (f" + {move.owed}" if move.owed else "")
 
     table = {name: {key: text(mark.reshard) for key, mark in rule.state.marks().items() if mark.reshard}
-             for name, rule in RULES.items()}  # fmt: skip
+             for name, rule in RULES.items()}
     assert table == MOVES
     for rule in RULES.values():
         marks = rule.state.marks()
@@ -326,14 +326,14 @@ FORGOTTEN = {  # what policy="reset" sets to zero
     "ef14": "e_i", "ef21": "g g_i", "econtrol": "e_i h h_i", "ef14-momentum": "e_i", "lion": "", "ef21-sgdm": "g g_i",
     "ef21-sgd2m": "g g_i", "ef21-hb": "g g_i", "ef21-pp": "g g_i", "ef21-w": "g g_i", "ef21-bc": "behind g g_i",
     "ef21-plus": "all_i g", "ef21-page": "g g_i", "marina": "", "clag": "g g_i y_i", "d-ec-sgd": "e_i h h_i",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_reset_forgets_errors_and_estimates_and_no_momenta(rule):
     def program(comm):
         feedback = clients_feedback(comm, rule) if rule != "ef14-momentum" else (
-            ErrorFeedback(rule, GatherMean(comm, TopK(0.1), 20, np.float64)))  # fmt: skip
+            ErrorFeedback(rule, GatherMean(comm, TopK(0.1), 20, np.float64)))
         for array in (feedback.per_rank() | feedback.replicated()).values():
             array.fill(1)
         feedback.steps = 5
@@ -576,7 +576,7 @@ class Shares:
 
     def __init__(self, rank):
         self.state = {"rank": rank, "part": torch.tensor([rank + 1.0]), "of": {"all": ({"large": torch.arange(5.0)},)},
-                      "ready": {"set": torch.ones(1)}}  # fmt: skip
+                      "ready": {"set": torch.ones(1)}}
         self.forgotten = 0
 
     def state_dict(self):
@@ -709,7 +709,7 @@ def test_exact_refuses_another_number_of_ranks_and_names_both():
     moved(store, 4, BUILDERS["ef21"], 3)
     for text in refused(2, store, BUILDERS["ef21"]):
         assert text == ('resume: step 3 was saved by 4 ranks, here there are 2; pass policy="redistribute" or "reset", or '
-                        "start 4 ranks")  # fmt: skip
+                        "start 4 ranks")
 
 
 def test_reset_says_so():
@@ -746,7 +746,7 @@ def sgd_with(
         named = list(net.parameters())
         groups = [{"params": named[:2]}, {"params": named[2:]}] if split else named
         return DistributedOptimizer(torch_optimizer(groups, lr=0.1), comm, compressor, placement="gradient", rule=rule,
-                                    bucket_nbytes=nbytes, plan=plan)  # fmt: skip
+                                    bucket_nbytes=nbytes, plan=plan)
 
     return build
 
@@ -856,16 +856,16 @@ PLAIN = [
     None, True, 0, -(2**80), 0.1, -0.0, 5e-324, float("inf"), "é\u2028\0", b"\x00\xff", 1 + 2j, (), [], {}, (1, (2, [3])),
     {1: "a", "1": "b", None: 2, (1, 2): 3, False: 4, 0.5: 5}, {"~": "tensor"}, OrderedDict(b=1, a=2), Counter({3: 2}),
     {"a": {"b": [(None, {"c": -1})]}},
-]  # fmt: skip
+]
 NUMBERS = [
     *(torch.tensor([[0, 1], [1, 0]], dtype=dtype) for dtype in (torch.bool, torch.int8, torch.int64, torch.uint8,
       torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.uint16,
       torch.float8_e4m3fn)),
     torch.tensor(float("nan")), torch.tensor([-0.0, float("inf")], dtype=torch.bfloat16), torch.zeros(0, 3),
     torch.arange(6).view(2, 3).t(),
-]  # fmt: skip
+]
 ARRAYS = [np.float32(0.1), np.int64(3), np.bool_(True), np.arange(6.0).reshape(2, 3).T, np.array(2), np.zeros((0, 2)),
-          np.arange(3, dtype=">i4")]  # fmt: skip
+          np.arange(3, dtype=">i4")]
 
 
 def there_and_back(value):
@@ -912,7 +912,7 @@ def test_a_learning_rate_that_groups_share_is_shared_after_a_resume(kind):
             named, lr = list(net.parameters()), torch.tensor(0.02)
             groups = [{"params": named[:2]}, {"params": named[2:]}]
             optimizer = OneBitAdam(groups, comm, lr=lr, freeze_step=3, compressor=SIGNS) if kind == "replicated" else (
-                DistributedOptimizer(torch.optim.AdamW(groups, lr=lr), comm, TopK(0.2)))  # fmt: skip
+                DistributedOptimizer(torch.optim.AdamW(groups, lr=lr), comm, TopK(0.2)))
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda e: 1 / (1 + e), lambda e: 0.9**e])
             return (
                 net,
@@ -1070,7 +1070,7 @@ class Stubborn:
     (lambda comm: {"document": torch.Generator()}, "Training: document is no name for a part; pass it to save()"),
     (lambda comm: {"steps": 3}, "Training: steps is a int without state_dict() and load_state_dict(); give it both"),
     (lambda comm: {"x": Stubborn(comm)}, "stubborn: no state fits; build another one"),
-])  # fmt: skip
+])
 def test_parts_that_are_none_or_refuse_their_state(parts, text):
     def program(comm):
         training = Training(random=False, **parts(comm))
@@ -1115,7 +1115,7 @@ RESIDUAL = "optimizer.plan.residual"
      f"resume: {RESIDUAL} has 101 entries on all ranks together in the checkpoint and 91 here; build the model as it was"),
     ("sign update", 3, lambda shared, ranks, found: found.ranks[1].update({RESIDUAL: np.zeros(9, np.float32)}),
      f"resume: {RESIDUAL} has 55 entries on all ranks together;"),
-])  # fmt: skip
+])
 def test_values_that_do_not_fit_are_told_on_all_ranks(name, n, change, text):
     store = MemoryStore()
     moved(store, 2, BUILDERS[name], 2)

@@ -78,7 +78,7 @@ def test_the_format_is_the_golden_one(tmp_path):
         rows = [{k: v for k, v in row.items() if k != "crc32"} for row in manifest["files"]]
         kept = {k: manifest[k] for k in manifest if k not in ("files", "written_at", "written_by")}
         return rows, kept, index, attributes, {
-            name: what[:2] for name, what in buffers.items()}  # fmt: skip
+            name: what[:2] for name, what in buffers.items()}
 
     mine, golden = told(save(tmp_path, 3)), told(DATA / "checkpoint-v2" / "step-00000003")
     assert mine[1:] == golden[1:]
@@ -180,7 +180,7 @@ def failing(monkeypatch, module, name, error, when=lambda *a: True):
 def test_one_rank_that_fails_fails_all(tmp_path, monkeypatch, rank, code, asynchronous):
     save(tmp_path, 1, 3)
     failing(monkeypatch, store, "write_rank_file", OSError(code, os.strerror(code)),
-            lambda path, *rest: path.name == f"rank-{rank:05d}.h5")  # fmt: skip
+            lambda path, *rest: path.name == f"rank-{rank:05d}.h5")
 
     def program(comm):
         st, me = Store(tmp_path), comm.Get_rank()
@@ -259,7 +259,7 @@ def test_a_read_only_folder_can_be_read(tmp_path):
         results(2, lambda comm: Store(disk / "run").save(comm, 1, **arrays_of(1, comm.Get_rank())))
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         for call in (lambda comm: Store(disk / "run").save(comm, 2, **arrays_of(2, comm.Get_rank())),
-                     lambda comm: Store(disk / "run").claim(comm)):  # fmt: skip
+                     lambda comm: Store(disk / "run").claim(comm)):
             errors = run(2, call)
             assert len({str(error) for error in errors}) == 1
             assert isinstance(errors[0], CheckpointError)
@@ -300,7 +300,7 @@ def test_killed_at_any_moment(tmp_path, asynchronous):
     program = CHILD.format(tests=str(Path(__file__).parent))
     for _ in range(12):
         child = subprocess.Popen(resident.command("-c", program, tmp_path, seen, asynchronous),
-                                 stdout=subprocess.PIPE, text=True)  # fmt: skip
+                                 stdout=subprocess.PIPE, text=True)
         step = int(child.stdout.readline())
         stop = time.monotonic() + rng.uniform(0.0, 0.25)
         while time.monotonic() < stop:
@@ -470,7 +470,7 @@ def test_nothing_there(tmp_path):
 def test_names_that_are_not_there(tmp_path):
     found = open_checkpoint(save(tmp_path))
     for call in (lambda: found.replicated("e_i"), lambda: found.per_rank("bf16", 0), lambda: found.per_rank("e_i", 2),
-                 lambda: found.rank_document(-1), lambda: open_checkpoint(tmp_path / "no")):  # fmt: skip
+                 lambda: found.rank_document(-1), lambda: open_checkpoint(tmp_path / "no")):
         with pytest.raises(CheckpointError):
             call()
 

@@ -95,7 +95,7 @@ def test_ls_tells_what_is_whole_and_what_is_not(tmp_path, capsys):
     status, listed = call(capsys, "ls", folder, "--json")
     assert [(row["step"], row["world_size"]) for row in json.loads(listed)] == [
         (1, 2), (2, 2), (3, None), (20, 2), (30, None),
-    ]  # fmt: skip
+    ]
     assert call(capsys, "ls", tmp_path)[1].endswith("no checkpoints\n")
     status, text = call(capsys, "ls", tmp_path / "nowhere")
     assert status == 2
@@ -163,10 +163,10 @@ def test_diff_names_what_differs(tmp_path, capsys):
         x = np.arange(8, dtype=np.float64)
         x[3] += 0.5
         Store(tmp_path / "c").save(comm, 6, replicated={"x": x}, per_rank={"e": x[: 3 + comm.Get_rank()].copy()},
-                                   document={"lr": 0.1, "old": 1}, rank_document=comm.Get_rank())  # fmt: skip
+                                   document={"lr": 0.1, "old": 1}, rank_document=comm.Get_rank())
         x[3], x[4] = 3.0, np.nan
         Store(tmp_path / "d").save(comm, 7, replicated={"x": x, "y": x}, per_rank={"e": x[:3].copy()},
-                                   document={"lr": 0.2}, rank_document=comm.Get_rank())  # fmt: skip
+                                   document={"lr": 0.2}, rank_document=comm.Get_rank())
 
     results(2, program)
     told = json.loads(call(capsys, "diff", tmp_path / "c", tmp_path / "d", "--json")[1])
@@ -256,7 +256,7 @@ def test_everything_as_safetensors(tmp_path):
 def test_exports_that_cannot_be(tmp_path, capsys, monkeypatch):
     path = save(tmp_path / "run", 5, 2)
     for out, told in (("x.pt", "end it in .safetensors or .h5"), ("x.h5", "no model that mpi_ef.Training saved"),
-                      ("no/where/x.h5", "no model")):  # fmt: skip
+                      ("no/where/x.h5", "no model")):
         status, text = call(capsys, "export", path, tmp_path / out)
         assert status == 2
         assert told in text
@@ -275,7 +275,7 @@ def test_exports_that_cannot_be(tmp_path, capsys, monkeypatch):
 def test_a_strange_document_is_one_line(tmp_path, capsys, values):
     document = {"values": values, "parts": {}}
     results(1, lambda comm: Store(tmp_path / "run").save(comm, 1, replicated={}, per_rank={}, document=document,
-                                                         rank_document={"values": {}}))  # fmt: skip
+                                                         rank_document={"values": {}}))
     status, text = call(capsys, "export", tmp_path / "run", tmp_path / "x.h5")
     assert (status, text.count("\n")) == (2, 1), text
     assert "export everything instead" in text
@@ -297,7 +297,7 @@ def test_a_full_disk_keeps_the_older_export(tmp_path, end):
         pytest.importorskip("safetensors")
     values = np.random.default_rng(0).standard_normal(100_000)
     results(1, lambda comm: Store(tmp_path / "run").save(comm, 1, replicated={"x": values}, per_rank={}, document=None,
-                                                         rank_document=None))  # fmt: skip
+                                                         rank_document=None))
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -325,7 +325,7 @@ def test_without_mpi(tmp_path):
     trained(tmp_path / "run", 3)
     out = tmp_path / "model.h5"
     for arguments in (["ls", tmp_path / "run"], ["verify", tmp_path / "run"], ["inspect", tmp_path / "run"],
-                      ["diff", tmp_path / "run", tmp_path / "run"], ["export", tmp_path / "run", out]):  # fmt: skip
+                      ["diff", tmp_path / "run", tmp_path / "run"], ["export", tmp_path / "run", out]):
         words = ["checkpoint", *map(str, arguments)]
         code = f"import sys; sys.modules['mpi4py'] = None; from mpi_ef.jobs.cli import main; main({words})"
         done = subprocess.run(

@@ -49,7 +49,7 @@ def test_a_replica_that_differs_is_not_saved_as_a_mix(tmp_path):
         if comm.Get_rank() == 1:
             weights[3] = np.nextafter(weights[3], 9.0)
         Store(tmp_path).save(comm, 1, replicated={"bias": np.ones(3), "weight": weights}, per_rank={}, document=None,
-                             rank_document=None)  # fmt: skip
+                             rank_document=None)
 
     for outcome in run(3, program):
         assert isinstance(outcome, CheckpointError)

@@ -33,7 +33,7 @@ OTHER = {
     "plan": ["my_plan:TrimmedMean(trim=0)"], "ratio": [0.3], "block": [64], "rank": [2], "freeze": [7], "local_steps": [7],
     "overlap": [True], "per_parameter": [True], "values": [*choices.VALUES], "dense_steps": [7], "weight_decay": [0.3],
     "clip": [0.3],
-}  # fmt: skip
+}
 SAVING = {"keep": 7, "save_in_background": True, "stop_after": 7, "on_failure": "shrink"}
 CONTEXTS = {
     **{name: {"optimizer": name} for name in choices.OPTIMIZERS},
@@ -72,7 +72,7 @@ def described(trained, comm):
                  plain({name: value for name, value in vars(channel.plan).items() if name in (
                      "compressor", "reply", "residual", "clients", "_keeps", "_warm_start")}),
                  None if getattr(channel.plan, "weights", None) is None else channel.plan.weights.tolist())
-                for channel in optimizer.channels() if isinstance(channel, ErrorFeedback)]  # fmt: skip
+                for channel in optimizer.channels() if isinstance(channel, ErrorFeedback)]
     for p in trained.model.parameters():
         p.grad = torch.ones_like(p)
     trained._clip()
@@ -82,7 +82,7 @@ def described(trained, comm):
     indices = next(trained._batches)[1]
     batch = [crc32(part.numpy().tobytes()) for part in trained.data.batch(indices, 0)]
     return [optimizer.identity(), own, groups, channels, round(norm, 3), layers, shapes, indices.tolist(), batch,
-            None if trained.changes is None else trained.changes.whole]  # fmt: skip
+            None if trained.changes is None else trained.changes.whole]
 
 
 def built(config, record=False):
@@ -124,7 +124,7 @@ OFTEN -= {f"rule {name}" for name in choices.RULES} - {"rule econtrol", "rule ef
 
 @pytest.mark.parametrize("context", [
     pytest.param(name, marks=[] if name in OFTEN else pytest.mark.exhaustive) for name in CONTEXTS
-])  # fmt: skip
+])
 def test_an_option_is_refused_or_changes_what_is_built(context):
     base = small(CONTEXTS[context])
     before, unchanged = built(TrainConfig(**base)), []
@@ -302,7 +302,7 @@ def test_every_rule_trains(rule, tmp_path):
     options = {"optimizer": "sgd", **GRADIENT, "compressor": compressor, "momentum": 0.0, "weight_decay": 0.0}
     options |= {"lr": 0.01} if rule == "lion" else {"lr": 0.2, "ratio": 0.3}
     config = TrainConfig(model="mlp", split="by-label", rule=rule, steps=30, warmup=0, batch=64, log_every=1,
-                         eval_every=15, out=tmp_path, **options)  # fmt: skip
+                         eval_every=15, out=tmp_path, **options)
     one, two = programs.trained(2, config)
     assert one["replicas_equal"]
     assert one["parameters_crc32"] == two["parameters_crc32"]

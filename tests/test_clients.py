@@ -126,7 +126,7 @@ def test_a_split_exchange_lets_all_clients_speak():
 @pytest.mark.parametrize(("said", "error"), [
     ({"speaks": np.ones(9, np.bool_)}, ShapeError), ({"notes": np.ones(9, np.uint8)}, ShapeError),
     ({"notes": np.full(3, 128, np.uint8)}, OptionError),
-])  # fmt: skip
+])
 def test_wrong_words_of_one_rank_are_told_on_all(said, error):
     def program(comm):
         plan = ClientsMean(comm, TOP, D, np.float64, clients=6)
@@ -154,7 +154,7 @@ def test_weights_weigh():
     ({"clients": 2.5}, OptionError, "clients=2.5 on 3 ranks"),
     ({"clients": 5, "weights": np.ones(4)}, OptionError, "weights of shape (4,); pass one finite number a client"),
     ({"clients": 5, "weights": np.full(5, np.nan)}, OptionError, "one finite number a client"),
-])  # fmt: skip
+])
 def test_bad_arguments(options, error, text):
     for outcome in virtual.run(3, lambda comm: ClientsMean(comm, TopK(0.1), D, **options)):
         assert isinstance(outcome, error)
@@ -190,7 +190,7 @@ def test_one_bad_client_is_told_on_all_ranks_and_changes_nothing():
 
 @pytest.mark.parametrize("rule", [
     rule for rule in CLIENT_RULES if rule not in ("marina", "ef14", "lion", "ef21-w", "ef21-bc")
-])  # fmt: skip
+])
 def test_aggregate_is_the_mean_of_the_local_estimates(rule):
     """Law 5."""
     world = gathered(virtual.results(2, client_steps(rule)))
@@ -234,7 +234,7 @@ def test_identities_between_rules():
     ef21 = descent("ef21")
     for rule, options in (("ef21-sgdm", {"eta": 1.0}), ("ef21-sgd2m", {"eta": 1.0}), ("ef21-hb", {"eta": 0.0}),
                           ("ef21-pp", {"participation": 1.0}), ("ef21-bc", {"reply": Identity()}),
-                          ("econtrol", {"eta": 0.0}), ("clag", {"zeta": 0.0})):  # fmt: skip
+                          ("econtrol", {"eta": 0.0}), ("clag", {"zeta": 0.0})):
         np.testing.assert_allclose(descent(rule, options=options), ef21, rtol=1e-12, atol=1e-13, err_msg=rule)
 
 
@@ -250,7 +250,7 @@ def test_ef21_w_moves_like_ef21_for_a_homogeneous_compressor(plain, options):
 def test_identity_compressor_gives_gradient_descent(rule):
     """Law 4; momentum is switched off, and clients of CLAG always speak."""
     options = {"ef21-sgdm": {"eta": 1.0}, "ef21-sgd2m": {"eta": 1.0}, "clag": {"zeta": 0.0}, "econtrol": {"eta": 0.7},
-               "lion": {"beta1": 0.0, "beta2": 0.0}}  # fmt: skip
+               "lion": {"beta1": 0.0, "beta2": 0.0}}
     weights = CLIENT_WEIGHTS if rule == "ef21-w" else None
     x = descent(rule, compressor=Identity(), options=options.get(rule), weights=weights)
     expected = np.ones(D)
@@ -313,7 +313,7 @@ def test_lag_is_silent_where_little_changes():
     ("ef21-w", lambda comm: ClientsMean(comm, TopK(0.1), D, clients=4), "the plan has no weights"),
     ("ef14-momentum", lambda comm: ClientsMean(comm, TopK(0.1), D, clients=4), "2 vectors on a rank share one momentum"),
     ("marina", lambda comm: ClientsMean(comm, TopK(0.1), D, clients=4), "values=Identity()) is not unbiased; take RandK"),
-])  # fmt: skip
+])
 def test_rules_say_what_they_need(rule, plan, text):
     def program(comm):
         p = plan(comm)
@@ -328,7 +328,7 @@ def test_rules_say_what_they_need(rule, plan, text):
     ("ef12", {}, "did you mean ef"), ("ef21-sgdm", {"eta": 1.5}, "eta=1.5 is not in [0, 1]"),
     ("ef21-pp", {"participation": 0.0}, "participation=0.0 is not in (0, 1]"), ("clag", {"zeta": -1}, "zeta=-1"),
     ("ef21-bc", {"reply": 3}, "reply=3 is not a compressor"), ("ef21", {"eta": 0.1}, "ef21 has no option eta"),
-])  # fmt: skip
+])
 def test_bad_options(rule, options, text):
     def program(comm):
         ErrorFeedback(rule, ClientsMean(comm, TopK(0.1), D, clients=4), **options)

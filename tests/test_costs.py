@@ -148,7 +148,7 @@ def test_tracemalloc_would_see_a_vector():
 
 
 @pytest.mark.parametrize(("ratio", "limit"), [(0.001, 1.10), (0.003, 1.10), (0.01, 1.10), (0.02, 1.10), (0.05, 1.10),
-                                              (0.1, 1.25), (0.25, 1.25)])  # fmt: skip
+                                              (0.1, 1.25), (0.25, 1.25)])
 @pytest.mark.parametrize("d", [10**6, 10**7])
 def test_bits_per_index_are_close_to_the_entropy(d, ratio, limit):
     k = int(ratio * d)
@@ -323,7 +323,7 @@ def test_vector_instructions_compile_for_other_machines(triple):
 def test_kernels_give_the_same_bits_without_wide_vector_instructions(tmp_path, dtype):
     """On a processor of 2003: slower, but right."""
     tests = [f"{ROOT}/tests/test_kernels.py::{name}" for name in ("test_select_largest_on_long_vectors",
-             "test_signs_of_long_vectors", "test_combining", "test_adding_signs")]  # fmt: skip
+             "test_signs_of_long_vectors", "test_combining", "test_adding_signs")]
     code = f"import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', {dtype!r}, *{tests!r}]))"
     out = run_python(code, NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES="", NUMBA_CACHE_DIR=str(tmp_path))
     assert {"passed", "passed,"} & set(out)

@@ -39,7 +39,7 @@ def seen_by(optimizer):
 
 def in_grad(optimizer):
     return np.concatenate([np.zeros(p.numel(), np.float32) if p.grad is None else p.grad.detach().float().reshape(-1).numpy()
-                           for p in optimizer.flat.parameters])  # fmt: skip
+                           for p in optimizer.flat.parameters])
 
 
 # ---- gradients
@@ -332,7 +332,7 @@ def swap_by_copy(net, average):
 
 
 @pytest.mark.parametrize(("swap", "dtype"), [(swap_by_reference, torch.float32), (swap_by_reference, torch.bfloat16),
-                                             pytest.param(swap_by_copy, torch.bfloat16, marks=EXHAUSTIVE)])  # fmt: skip
+                                             pytest.param(swap_by_copy, torch.bfloat16, marks=EXHAUSTIVE)])
 @pytest.mark.parametrize("before", [pytest.param(9, marks=EXHAUSTIVE), 21])
 @rows()
 def test_weights_that_are_swapped_for_a_while_come_back(row, before, swap, dtype):
@@ -707,7 +707,7 @@ def test_long_gradients_that_are_not_copied_give_the_same_bits(oddity, monkeypat
             optimizer = DistributedOptimizer(inner, comm, TopK(0.01))
             optimizer._lends, lent = lends, []
             monkeypatch.setattr(optimizer, "_try_inside", lambda do=optimizer._try_inside, o=optimizer, lent=lent: (
-                lent.append(o.flat.lends), do())[1])  # fmt: skip
+                lent.append(o.flat.lends), do())[1])
             for step in range(7):
                 drawn = np.random.default_rng((rank, step)).normal(size=net.weight.shape).astype(np.float32)
                 net.weight.grad, net.bias.grad = torch.from_numpy(drawn), torch.from_numpy(drawn[:, 0].copy())

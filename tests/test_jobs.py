@@ -198,7 +198,7 @@ def test_metrics_go_on_and_a_kill_meanwhile_loses_nothing(tmp_path):
     before = (tmp_path / "metrics.jsonl").read_text()
     kill = "import os, pathlib; from mpi_ef.jobs.metrics import Metrics; Metrics.write = lambda *_: os._exit(9)"
     done = subprocess.run([sys.executable, "-c", f"{kill}; Metrics(pathlib.Path({str(tmp_path)!r}), [], after=2)"],
-                          check=False, timeout=60)  # fmt: skip
+                          check=False, timeout=60)
     assert done.returncode == 9
     assert (tmp_path / "metrics.jsonl").read_text() == before
     metrics = Metrics(tmp_path, ["step", "loss"], after=2)
@@ -260,7 +260,7 @@ def test_training_on_virtual_ranks(tmp_path, model):
     """The whole program, small: same summary on all ranks, loss falls, files are complete."""
     small = {"context": 16, "layers": 1, "heads": 2, "width": 16} if model == "gpt" else {}
     config = TrainConfig(model=model, steps=12, warmup=2, batch=8, eval_every=6, log_every=3, lr=0.02,
-                         out=tmp_path / "run", **small)  # fmt: skip
+                         out=tmp_path / "run", **small)
     one, two = trained(2, config)
     times = {"seconds", "seconds_per_step", "phases_seconds_per_step", "untimed_seconds"}
     assert {k: v for k, v in one.items() if k not in times} == {k: v for k, v in two.items() if k not in times}
@@ -363,9 +363,9 @@ def test_break_even_bandwidth():
 def test_launches_are_combined_by_their_medians():
     def launch(milliseconds):
         rows = [asdict(bench_row("MPI_Allreduce", "dense", milliseconds, 8)),
-                asdict(bench_row("x", "compressed", 2 * milliseconds, 1, milliseconds))]  # fmt: skip
+                asdict(bench_row("x", "compressed", 2 * milliseconds, 1, milliseconds))]
         return {"ranks": 2, "d": 100, "ratio": 0.1, "repeats": 1, "launches": 1, "mpi": "M", "rows": rows,
-                "link": {"latency_seconds": 1e-6 * milliseconds, "bytes_per_second": 1e9}}  # fmt: skip
+                "link": {"latency_seconds": 1e-6 * milliseconds, "bytes_per_second": 1e9}}
 
     result = combine([launch(1), launch(50), launch(2)])
     assert [row["median_seconds"] for row in result["rows"]] == [0.002, 0.004]

@@ -57,7 +57,7 @@ def select(kernel, source, bounds, counts):
     indices, values, keep = np.full(room, -1, np.int64), np.full(room, 7, dtype), keep.copy()
     with np.errstate(invalid="ignore", over="ignore"):
         finite = kernel(terms, factors, keep, kept, bounds, counts, indices, values,
-                        np.empty(kernels.SELECT_SCRATCH, dtype), np.empty(2048, np.int64))  # fmt: skip
+                        np.empty(kernels.SELECT_SCRATCH, dtype), np.empty(2048, np.int64))
     return bool(finite), indices[:k], values[:k], keep
 
 
@@ -226,14 +226,14 @@ def assert_signs_like_the_twin(source, block, less_decoded, rows=0, row_block=64
     terms, factors, keep, kept = source
     d, dtype, rng = terms[0].size, factors.dtype, np.random.default_rng(block)
     messages = (rng.integers(0, 256, (rows, -(-d // 8)), np.uint8), rng.random((rows, -(-d // row_block))).astype(dtype),
-                row_block, dtype.type(0.3))  # fmt: skip
+                row_block, dtype.type(0.3))
     seen = []
     for room in (kernels, reference):
         bits, scales = np.full(-(-d // 8), 255, np.uint8), np.empty(-(-d // block), dtype)
         left, scratch = keep.copy(), np.empty(kernels.SIGNS_SCRATCH, dtype)
         with np.errstate(invalid="ignore", over="ignore"):
             finite = room.encode_signs(terms, factors, left, kept, less_decoded, *messages, block, bits,
-                                       scales, scratch)  # fmt: skip
+                                       scales, scratch)
         seen.append((bool(finite), bits, scales, left))
     mine, twin = seen
     assert mine[0] == twin[0]
@@ -383,7 +383,7 @@ def test_long_errors_are_written_past_the_caches_while_selecting(dtype, cut):
             into.fill(9)
             indices, values = np.empty(room, np.int64), np.empty(room, dtype)
             module.select_largest(terms_of(x, 3), factors, into, kept, bounds, counts, indices, values,
-                                  np.empty(kernels.SELECT_SCRATCH, dtype), np.empty(2048, np.int64))  # fmt: skip
+                                  np.empty(kernels.SELECT_SCRATCH, dtype), np.empty(2048, np.int64))
             seen.append((indices[: counts.sum()], values[: counts.sum()]))
         assert same_bits(seen[0][0], seen[1][0])
         assert same_bits(seen[0][1], seen[1][1])
@@ -403,7 +403,7 @@ def test_long_signs_are_written_past_the_caches(dtype, block):
     for room, kept in ((kernels, out), (reference, expected)):
         bits, scales = np.empty(-(-d // 8), np.uint8), np.empty(-(-d // block), dtype)
         room.encode_signs(terms_of(x, 2), factors, kept, factors, True, *messages, block, dtype(0.3), block, bits, scales,
-                          np.empty(kernels.SIGNS_SCRATCH, dtype))  # fmt: skip
+                          np.empty(kernels.SIGNS_SCRATCH, dtype))
         sent.append((bits, scales))
     assert same_bits(sent[0][0], sent[1][0])
     assert same_bits(sent[0][1], sent[1][1])

@@ -24,7 +24,7 @@ def schedule(optimizer, step):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_before_the_freeze_it_is_lamb(n, compressor, dtype, tolerance):
     rows = trained(n, 25, lambda net, comm: OneBitLamb(groups_of(net), comm, lr=1e-2, betas=(0.8, 0.99), freeze_step=99,
-                                                       compressor=compressor), dtype=dtype, each=schedule)  # fmt: skip
+                                                       compressor=compressor), dtype=dtype, each=schedule)
     plain = alone(
         n, 25, lambda net: reference.OneBitLamb(groups_of(net), lr=1e-2, betas=(0.8, 0.99)), dtype=dtype, each=schedule
     )
@@ -37,7 +37,7 @@ def test_before_the_freeze_it_is_lamb(n, compressor, dtype, tolerance):
     ({}, torch.float64, 1e-11), ({}, torch.float32, 1e-5), ({"bias_correction": False}, torch.float64, 1e-11),
     ({"factor_min": 0.9, "factor_max": 1.2, "factor_threshold": 0.02}, torch.float64, 1e-11),
     ({"variance_floor": 0.0, "coeff_beta": 0.5, "max_coeff": 0.2}, torch.float64, 1e-11),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_with_the_identity_it_is_the_plain_algorithm(n, options, dtype, tolerance):
     """Step by step, with groups, decay and a schedule; scaling momenta changes nothing."""
 
@@ -54,7 +54,7 @@ def test_with_the_identity_it_is_the_plain_algorithm(n, options, dtype, toleranc
     assert rows[0].optimizer.frozen_step == 12
     for step, (mine, theirs) in enumerate(zip(rows[0].path, plain, strict=True)):
         distance, size = (np.sqrt(sum(float(np.sum(np.square(a))) for a in arrays)) for arrays in
-                          ([a - b for a, b in zip(mine, theirs, strict=True)], theirs))  # fmt: skip
+                          ([a - b for a, b in zip(mine, theirs, strict=True)], theirs))
         assert distance <= tolerance * size, f"step {step}"
     assert len(set(built[0].factors)) > 20
 
@@ -75,7 +75,7 @@ def test_layers_are_scaled_to_one_size():
                 m = optimizer.arrays["m"].copy()
         scales, starts = optimizer.arrays["scales"], optimizer.flat.starts
         sizes = [np.sqrt(np.mean((scale * m[start:stop].astype(float)) ** 2)) for scale, start, stop in
-                 zip(scales, starts, starts[1:], strict=False)]  # fmt: skip
+                 zip(scales, starts, starts[1:], strict=False)]
         np.testing.assert_allclose(sizes[:4], sizes[0], rtol=1e-5)
         assert (scales[2:4] > 1e3 * scales[:2]).all()
         assert scales[4] == 1

@@ -59,7 +59,7 @@ KINDS = {
     "ZeroOneAdam": (ZeroOneAdam, {"var_freeze_step": 12, "var_update_scaler": 2, "local_step_clipper": 1}),
     "ZeroOneAdam, seldom": (ZeroOneAdam, {"var_freeze_step": 12, "var_update_scaler": 2, "local_step_scaler": 6,
                                           "local_step_clipper": 4}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("compressor", [Identity(), Sign(block=16)], ids=str)
@@ -67,7 +67,7 @@ KINDS = {
 @pytest.mark.parametrize(("way", "first", "n"), [
     ("unused", 4, 2), ("frozen", 10, 3), ("zero", 15, 2), pytest.param("unused", 26, 1, marks=pytest.mark.exhaustive),
     pytest.param("frozen", 10, 2, marks=pytest.mark.exhaustive), ("unused", 26, 2),
-])  # fmt: skip
+])
 def test_a_late_parameter_has_a_warm_up_of_its_own_as_in_torch(kind, compressor, way, first, n):
     """With any compressor it takes the steps of dense Adam or LAMB, as many as there were of the others: in step 9 of
     0/1 Adam 5, later 6. With the identity also the steps after them are those of 1-bit Adam or LAMB."""
@@ -101,7 +101,7 @@ def test_a_late_parameter_has_a_warm_up_of_its_own_as_in_torch(kind, compressor,
     runs = virtual.results(n, program)
     start, path = runs[0][:2]
     follow = alone_of(reference.OneBitLamb, start, 1e-2, 9) if make is OneBitLamb else \
-        alone_of(reference.OneBitAdam, start, 1e-2, own)  # fmt: skip
+        alone_of(reference.OneBitAdam, start, 1e-2, own)
     exact = compressor == Identity() and kind != "ZeroOneAdam, seldom" and own != 5
     for t in range(40 if exact else own):
         expected = follow(np.mean([run[2][t] for run in runs], axis=0))
@@ -229,7 +229,7 @@ FIRST = {"layer": 14, "words": 15}
 
 @pytest.mark.parametrize(("n", "before"), [
     (2, 17), (3, 22), *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ((2, 10), (3, 15)))
-])  # fmt: skip
+])
 @rows(lambda row: row.rests)
 def test_a_resume_is_exact_in_a_warm_up_of_its_own(row, before, n):
     """While the layer sleeps, before and after its first step, when it has joined; and with words that have woken."""
@@ -500,7 +500,7 @@ def going_on(comm, rule, plan, compressor, *, overlap, rests):
     net, path = net_with_more(), []
     sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.5, weight_decay=0.1)
     optimizer = DistributedOptimizer(sgd, comm, compressor, placement="gradient", rule=rule, plan=plan, bucket_nbytes=1,
-                                     overlap=overlap)  # fmt: skip
+                                     overlap=overlap)
     for step in range(24):
         optimizer.zero_grad()
         loss = loss_in(net, comm.Get_rank(), step)

@@ -48,7 +48,7 @@ ROOMS = {
     "jobs.report": ("errors moved jobs jobs.train jobs.bench jobs.reproduce", "numpy"),
     "jobs.doctor": ("__init__ errors moved kernels comm runtime slurm compress collectives feedback data optim testing jobs "
                     "jobs.train", "numpy torch mpi4py h5py"),
-}  # fmt: skip
+}
 
 
 def sources():
@@ -91,7 +91,7 @@ def imported(module: str, is_package: bool, text: str, known) -> set[str]:
 
 def imports_of_all() -> dict[str, set[str]]:
     return {name: imported(name, path.name == "__init__.py", path.read_text(encoding="utf-8"), SOURCES)
-            for name, path in SOURCES.items()}  # fmt: skip
+            for name, path in SOURCES.items()}
 
 
 def circles(arrows) -> list[list[str]]:
@@ -164,7 +164,7 @@ def test_the_check_sees_wrong_arrows():
     """All of them, not the first."""
     text = ("import torch\nfrom mpi_ef import optim\nfrom mpi_ef.jobs.train.program import main\nimport numpy.linalg\n"
             "def late():\n from ..data import ShardedSampler\n from .plan import Plan\n from jobs import cli\n"
-            "from mpi_ef.errors import MpiEfError\nfrom mpi_ef.kernels import BLOCK\n")  # fmt: skip
+            "from mpi_ef.errors import MpiEfError\nfrom mpi_ef.kernels import BLOCK\n")
     names = imported("mpi_ef.collectives.gather", False, text, SOURCES)
     assert list(wrong_arrows("mpi_ef.collectives.gather", names)) == [
         "mpi_ef.collectives.gather imports the top-level name jobs",
@@ -191,7 +191,7 @@ def test_packages_are_shipped():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     assert sorted(setuptools["packages"]) == sorted(n for n, path in SOURCES.items() if path.name == "__init__.py")
     shipped = {path for package, patterns in setuptools["package-data"].items() for pattern in patterns
-               for path in SOURCES[package].parent.glob(pattern)}  # fmt: skip
+               for path in SOURCES[package].parent.glob(pattern)}
     folders = {SOURCES[package].parent for package in setuptools["packages"]}
     others = {path for folder in folders for path in folder.iterdir() if path.is_file() and path.suffix != ".py"}
     assert others <= shipped
@@ -206,7 +206,7 @@ def test_names_from_before_work_with_a_warning():
         assert module.__spec__.name == module.__name__ == new
         assert old not in SOURCES
     for package, name in [("train", "TrainConfig"), ("train", "main"), ("bench", "measure"), ("reproduce", "Outcome"),
-                          ("report", "Section"), ("doctor", "Report")]:  # fmt: skip
+                          ("report", "Section"), ("doctor", "Report")]:
         with pytest.warns(DeprecationWarning, match=f"mpi_ef.jobs.{package}.{name} is now in"):
             assert callable(getattr(import_module(f"mpi_ef.jobs.{package}"), name))
 
@@ -247,7 +247,7 @@ def test_imports_load_only_what_is_needed():
     assert done.returncode == 0, done.stderr
     loaded = [set(line.split()) for line in done.stdout.splitlines()]
     wrong = [f"{code}: loads {', '.join(sorted(names & absent))}"
-             for (code, absent), names in zip(ABSENT, loaded, strict=True) if names & absent]  # fmt: skip
+             for (code, absent), names in zip(ABSENT, loaded, strict=True) if names & absent]
     assert not wrong, "\n".join(wrong)
     assert {"torch", "numba", "numpy"} <= loaded[-1]  # as they are called here
 
@@ -269,5 +269,5 @@ def test_public_docstrings_say_what_is_needed():
     from mpi_ef.optim import DistributedOptimizer
 
     for function in (allreduce, allgather, Plan.exchange, Plan.start, Plan.wait, ErrorFeedback.step,
-                     DistributedOptimizer.step):  # fmt: skip
+                     DistributedOptimizer.step):
         assert "Collective." in (function.__doc__ or "")

@@ -42,7 +42,7 @@ def matrices_of(x, shapes=SHAPES):
     """Return the parts of a vector as matrices, vectors as matrices of one row."""
     bounds = np.cumsum([0, *map(prod, shapes)])
     return [part.reshape((shape[0], prod(shape[1:])) if len(shape) > 1 else (1, -1))
-            for part, shape in zip(np.split(x, bounds[1:-1]), shapes, strict=True)]  # fmt: skip
+            for part, shape in zip(np.split(x, bounds[1:-1]), shapes, strict=True)]
 
 
 def same(a, b):
@@ -114,7 +114,7 @@ def test_adding_products(dtype):
     @given(
         st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=5), st.integers(1, 6), st.booleans(),
         st.integers(0, 2**32),
-    )  # fmt: skip
+    )
     def check(parts, rank, overwrite, seed):
         assert_adds_like_the_twin(np.array(parts, np.int64).reshape(-1, 2), rank, overwrite, seed, dtype)
 
@@ -472,7 +472,7 @@ def test_the_wire_is_the_documented_one():
     assert codec.nbytes == wire.size == 72
     assert codec.decode(wire).tolist() == [
         *(7, 8), *(1, 10, 100, 1000, 2, 20, 200, 2000, 3, 30, 300, 3000), 9, *(4, 5, 6, 0, 0, 0, 0, 0, 0, -4, -5, -6),
-    ]  # fmt: skip
+    ]
     assert codec.encode(codec.decode(wire), wire)
     assert wire[:8].view(np.float32).tolist() == [7, 8]
     assert wire[20:24].view(np.float32) == 9
@@ -513,7 +513,7 @@ def test_other_plans_take_it_where_that_makes_sense():
     def program(comm):
         d, rank = 900, comm.Get_rank()
         for plan in (GatherMean(comm, LowRank(2, shapes=((30, 30),)), d), TwoPhaseMean(comm, LowRank(2), d),
-                     ClientsMean(comm, LowRank(2), d, clients=4)):  # fmt: skip
+                     ClientsMean(comm, LowRank(2), d, clients=4)):
             feedback = ErrorFeedback("ef21", plan)
             x = np.concatenate([gaussian(rank + k, d) for k in range(plan.own)])
             for _ in range(150):
@@ -548,7 +548,7 @@ def test_steps_allocate_nothing_of_the_size_of_the_vector():
 
     d = 100_000
     feedback = {rule: ErrorFeedback(rule, LowRankMean(OwnComm(), LowRank(2), d), **options)
-                for rule, options in (("ef14", {}), ("ef21", {}), ("econtrol", {"eta": 0.1}))}  # fmt: skip
+                for rule, options in (("ef14", {}), ("ef21", {}), ("econtrol", {"eta": 0.1}))}
     vectors = [gaussian(0, d, step=t) for t in range(4)]
 
     def steps():

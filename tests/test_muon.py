@@ -45,7 +45,7 @@ def test_it_agrees_with_torchs_muon():
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_with_the_identity_it_is_muon(n):
     rows = trained(n, 20, lambda net, comm: EF21Muon(net.parameters(), comm, Identity(), lr=0.02, beta=0.2,
-                                                     weight_decay=0.1), dtype=torch.float64)  # fmt: skip
+                                                     weight_decay=0.1), dtype=torch.float64)
     plain = alone(n, 20, lambda net: reference.EF21Muon([p for p in net.parameters() if p.requires_grad], lr=0.02,
-                                                        beta=0.2, weight_decay=0.1), dtype=torch.float64)  # fmt: skip
+                                                        beta=0.2, weight_decay=0.1), dtype=torch.float64)
     assert_close(rows[0].path, plain, rtol=1e-8, atol=1e-9)

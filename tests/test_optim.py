@@ -129,7 +129,7 @@ def test_any_plan_can_be_chosen():
         (lambda net, comm, r: (EF21, EControl)[r](net.parameters(), comm, TopK(0.5), lr=0.1), "disagree on rule"),
         (lambda net, comm, r: EF21(net.parameters(), comm, TopK(0.5 - r / 10), lr=0.1), "disagree on compressor"),
     ],
-)  # fmt: skip
+)
 def test_ranks_that_disagree_all_learn_about_it(build, words):
     def program(comm):
         with pytest.raises(DisagreementError, match=words):
@@ -195,7 +195,7 @@ def test_frozen_parameters_of_any_kind_are_broadcast():
         rank = comm.Get_rank()
         frozen = [torch.nn.Parameter(t, requires_grad=False) for t in (
             torch.arange(6.0).view(2, 3).t() + rank, torch.ones(3, dtype=torch.bfloat16) * rank, torch.ones(()) + rank,
-            torch.ones(0))]  # fmt: skip
+            torch.ones(0))]
         EF21([torch.nn.Parameter(torch.ones(2)), *frozen], comm, TopK(0.5), lr=0.1)
         assert not frozen[0].is_contiguous()
         return [p.float().tolist() for p in frozen]

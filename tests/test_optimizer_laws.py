@@ -43,7 +43,7 @@ def laws_of(row, **others):
     freeze = {"freeze_step": 20} if "freeze_step" in row.options else {}  # the variance of 0/1 Adam is frozen earlier
     said = {"optimizer": row.make, "options": row.options, "saved_after": row.moments, "learns": row.learns,
             "learning": row.learning | freeze, "clips": row.clips, "bad": row.bad, "differing": row.differing,
-            "row": row}  # fmt: skip
+            "row": row}
     return type("Laws", (RowLaws,), said | others)()
 
 
@@ -211,7 +211,7 @@ def test_kernels_are_their_twins(dtype):
             ("layer_norms", (x, starts), (np.empty(layers),)), ("add_layers", (x, factors, starts), (u,)),
             ("scaled_momentum", (x, m, dtype(0.9), factors, starts), (u,)),
             ("follow_momentum", (x, gaps, betas, *follow), (m, inverse, np.empty(layers, dtype))),
-        ):  # fmt: skip
+        ):
             mine, theirs = ([a.copy() for a in outputs] for _ in range(2))
             getattr(kernels, name)(*inputs, *mine)
             getattr(reference, name)(*inputs, *theirs)

@@ -31,7 +31,7 @@ def build(net, comm, way, *, overlap, bucket_nbytes=100, dense_steps=1):
     rule, compressor, plan = WAYS[way]
     sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.5)
     return DistributedOptimizer(sgd, comm, compressor, placement="gradient", rule=rule, plan=plan, overlap=overlap,
-                                bucket_nbytes=bucket_nbytes, dense_steps=dense_steps)  # fmt: skip
+                                bucket_nbytes=bucket_nbytes, dense_steps=dense_steps)
 
 
 def run(net, optimizer, rank, steps):
@@ -73,7 +73,7 @@ def test_one_bucket_is_the_whole_vector_and_buckets_hold_whole_parameters_the_la
             numbers = [number for bucket in buckets[::-1] for number in bucket.numbers]
             assert numbers == list(range(len(flat.parameters)))
             assert [bucket.part for bucket in buckets[::-1]] == [
-                slice(flat.starts[b.numbers.start], flat.starts[b.numbers.stop]) for b in buckets[::-1]]  # fmt: skip
+                slice(flat.starts[b.numbers.start], flat.starts[b.numbers.stop]) for b in buckets[::-1]]
 
     virtual.results(2, program)
 
@@ -236,7 +236,7 @@ def test_ranks_that_drift_apart_are_told_although_buckets_are_under_way():
 @pytest.mark.parametrize(("options", "text"), [
     ({"placement": "update", "overlap": True}, "overlap=True with placement='update'"),
     ({"placement": "gradient", "bucket_nbytes": 0}, "bucket_nbytes=0 is not positive"),
-])  # fmt: skip
+])
 def test_bad_options(options, text):
     def program(comm):
         DistributedOptimizer(torch.optim.SGD(model().parameters(), lr=1), comm, TopK(0.1), **options)
@@ -258,7 +258,7 @@ def test_an_observer_sees_every_bucket(overlap):
         optimizer.observer = None
         run(net, optimizer, comm.Get_rank(), [4])
         assert [[report.step for report in reports] for reports in seen] == [[step] * len(list(optimizer.buckets))
-                                                                            for step in (3, 4)]  # fmt: skip
+                                                                            for step in (3, 4)]
         last = optimizer.sent_nbytes - before
         assert sum(report.sent_nbytes for reports in seen for report in reports) * 3 == last * 2
         for report in (report for reports in seen for report in reports):

@@ -44,11 +44,11 @@ def read(*flags):
     pytest.param("Signum(momentum=0.8)", {"optimizer": "signum", "momentum": 0.8}, marks=pytest.mark.exhaustive),
     ("EF21Muon(TopK(0.05, values=Quantize('bf16')), beta=0.5, dense_steps=0)",
      {"optimizer": "ef21-muon", "ratio": 0.05, "momentum": 0.5}),
-])  # fmt: skip
+])
 def test_a_specified_optimizer_is_the_one_of_the_options(text, options, tmp_path):
     """Same loss, same bytes; and what is recorded is what was built."""
     ended = [trained(2, TrainConfig(**SMALL, **more, lr=0.01, out=tmp_path / name))[0]
-             for name, more in (("text", {"optimizer": text}), ("options", options))]  # fmt: skip
+             for name, more in (("text", {"optimizer": text}), ("options", options))]
     for name in ("loss", "val_loss", "sent_nbytes", "parameters_crc32", "optimizer"):
         assert ended[0][name] == ended[1][name], name
     recorded = json.loads((tmp_path / "text" / "summary.json").read_text(encoding="utf-8"))
@@ -97,7 +97,7 @@ def test_an_optimizer_and_a_plan_from_outside_train_stop_and_go_on(tmp_path, cap
     (["--model", "my_model:bild"], "cannot be loaded: .* has no attribute 'bild'"),
     (["--model", "my_model:build(widht=3)"], "my_model:build has no option widht; did you mean width?"),
     (["--model", "my_model:build", "--context", "8"], "context=8 has no effect with model=my_model:build"),
-])  # fmt: skip
+])
 def test_what_does_not_fit_is_refused_before_mpi_is_started(flags, words, capsys):
     with pytest.raises(SystemExit) as ended:
         read(*flags)
@@ -122,7 +122,7 @@ def test_a_model_from_outside_trains_stops_and_goes_on(tmp_path):
     assert fewer["steps"] == 8
     assert fewer["replicas_equal"]
     for model, kind, words in ((MINE["model"].replace("100", "90"), DataError, "the run that saved had other data"),
-                               ("my_model:build(samples=100)", MpiEfError, "width|model|shape|has")):  # fmt: skip
+                               ("my_model:build(samples=100)", MpiEfError, "width|model|shape|has")):
         with pytest.raises(kind, match=words):
             trained(1, replace(parts, model=model, resume="redistribute", steps=10))
 
@@ -165,7 +165,7 @@ def test_bench_measures_what_is_specified():
         x = gaussian(comm.Get_rank(), 1000)
         found = [m for m in methods(comm, 1000, 0.01, bench.specified(text)) if m.kind != "dense"]
         expected = [ErrorFeedback("ef21", GatherMean(comm, TopK(0.1, values=Quantize("bf16")), 1000)),
-                    ErrorFeedback(FADING, TrimmedMean(comm, BlockMax(8), 1000, trim=0), fade=0.5)]  # fmt: skip
+                    ErrorFeedback(FADING, TrimmedMean(comm, BlockMax(8), 1000, trim=0), fade=0.5)]
         for method, feedback in zip(found, expected, strict=True):
             np.testing.assert_array_equal(method.call(x), feedback.step(x))
             assert method.sent_nbytes == feedback.plan.traffic.sent_nbytes

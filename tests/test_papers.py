@@ -167,7 +167,7 @@ PLAIN = {
 @pytest.mark.parametrize(("name", "steps"), [
     ("phishing", 200), ("a9a", 20),
     *(pytest.param(name, 200, marks=pytest.mark.exhaustive) for name in ("mushrooms", "a9a", "w8a")),
-])  # fmt: skip
+])
 def test_trajectories_are_the_mathematics(shared_data, name, steps):
     """Steps of 20 clients on 1, 2 and 4 ranks against a loop of the papers' pseudocode, to 1e-12."""
     a, b = load_libsvm(shared_data / f"{name}.libsvm.xz")
@@ -183,7 +183,7 @@ def test_trajectories_are_the_mathematics(shared_data, name, steps):
             bounds = chunk_bounds(CLIENTS, comm.Get_size())
             own = LogisticRegression(parts[bounds[comm.Get_rank()] : bounds[comm.Get_rank() + 1]])
             x, _ = descend(comm, own, CLIENTS, rule, TopK(k=k), gamma=gamma, steps=steps, x0=x0,
-                           dense_steps=int(rule != "ef14"), every=10**9, options=options)  # fmt: skip
+                           dense_steps=int(rule != "ef14"), every=10**9, options=options)
             return x
 
         expected = plain(whole.gradients, x0, gamma, k, steps, **options)

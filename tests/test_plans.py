@@ -47,7 +47,7 @@ def test_chunks_cover_everything_evenly(d, n):
 def test_plans_obey(plan, law):
     """The compressor is the plan's own."""
     said = {"plan": lambda comm, compressor, d, dtype: PLANS[plan](comm, d, dtype), "compressors": (Identity(),),
-            "ranks": RANKS, "mean": "without" not in plan, "owed": "residual" if "two-phase" in plan else ""}  # fmt: skip
+            "ranks": RANKS, "mean": "without" not in plan, "owed": "residual" if "two-phase" in plan else ""}
     getattr(type("Laws", (PlanLaws,), said)(), law)()
 
 
@@ -135,7 +135,7 @@ def test_dense_allreduce_into_an_array_that_does_not_fit_stops_all_ranks(wrong):
         out = np.zeros(10, np.float32)
         if comm.Get_rank() == 1:
             out = {"read-only": DenseMean(comm_of_one(), 10).mean, "short": out[:9], "float64": np.zeros(10),
-                   "strided": np.zeros(20, np.float32)[::2]}[wrong]  # fmt: skip
+                   "strided": np.zeros(20, np.float32)[::2]}[wrong]
         DenseMean(comm, 10).allreduce(gaussian(comm.Get_rank(), 10), out)
 
     def comm_of_one():
@@ -299,7 +299,7 @@ def test_ranks_that_disagree_all_learn_about_it():
 
     answers = caught(lambda comm, r: GatherMean(comm, TopK(0.1), 1024 if r == 2 else 1000))
     assert set(answers) == {("DisagreementError", "GatherMean: ranks disagree on d: 1000 on ranks 0,1; 1024 on rank 2; "
-                             "build the plan from the same arguments everywhere")}  # fmt: skip
+                             "build the plan from the same arguments everywhere")}
     for build, words in (
         (lambda comm, r: GatherMean(comm, TopK(0.1 + r / 100), 100), "disagree on compressor"),
         (

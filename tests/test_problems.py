@@ -50,7 +50,7 @@ def test_two_labels_become_minus_and_plus_one(tmp_path, low, high):
     ("1 1:1\n1 1:2\n", "has 1 different labels"),
     ("1 1:1\n2 1:1\n3 1:1\n", "has 3 different labels"),
     ("", "has 0 different labels"),
-])  # fmt: skip
+])
 def test_malformed_files(tmp_path, text, message):
     with pytest.raises(OptionError) as caught:
         load_libsvm(file(tmp_path, text))

@@ -42,7 +42,7 @@ def test_a_reader_that_has_seen_enough(tmp_path, words, unbuffered):
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run([sys.executable, "-m", "mpi_ef.jobs.cli", *words.split()], stdout=writing, check=False,
-                          stderr=subprocess.PIPE, timeout=patience.limit(60), env=environment, cwd=tmp_path)  # fmt: skip
+                          stderr=subprocess.PIPE, timeout=patience.limit(60), env=environment, cwd=tmp_path)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
 
@@ -62,7 +62,7 @@ def test_a_reader_that_has_seen_enough(tmp_path, words, unbuffered):
     (CheckpointBenchConfig, {"folder": Path(__file__).parent}, "exists, and would be deleted; name one that does not"),
     (TrainConfig, {"on_failure": "shrink", "checkpoint_every": 0}, "checkpoint_every"),
     (TrainConfig, {"placement": "gradient", "overlap": True, "clip": 1.0}, "pass clip=0 with it"),
-])  # fmt: skip
+])
 def test_programs_that_would_be_of_no_use_are_refused(config, options, words):
     with pytest.raises(ConfigError) as caught:
         config(**options)
@@ -83,7 +83,7 @@ def test_what_pays_on_any_link_and_on_none():
     unknown, fast = bench_row("unknown", "compressed", 30, 1), bench_row("fast", "compressed", 99, 1_000_000, 5)
     assert break_even(unknown, dense, Link(1e-6, 1e9)) == 0.0
     launch = {"ranks": 2, "d": 100, "ratio": 0.1, "repeats": 1, "launches": 1, "mpi": "M",
-              "link": {"latency_seconds": 1e-6, "bytes_per_second": 1e10}}  # fmt: skip
+              "link": {"latency_seconds": 1e-6, "bytes_per_second": 1e10}}
     shown = table(launch | {"rows": [asdict(row) for row in (dense, unknown, fast)]})
     verdicts = {line.split()[0]: line for line in shown.splitlines() if line.split()[:1] in (["unknown"], ["fast"])}
     assert verdicts["unknown"].endswith("never")
@@ -197,7 +197,7 @@ def everywhere(error):
     (DataError("x: is empty; fill it"), 2, "mpi-ef: rank 1: x: is empty; fill it"),
     (everywhere(DataError("all: are empty; fill them")), 2, "mpi-ef: rank 1: all: are empty; fill them"),
     (ZeroDivisionError("by zero"), 1, "mpi-ef: rank 1 failed:\nTraceback (most recent call last):"),
-])  # fmt: skip
+])
 def test_an_error_ends_all_ranks(dying, capsys, error, status, text):
     """Also one that all raise, when nobody comes. With real ranks: launch/test_programs.py, whose end is MPI_Abort."""
 
@@ -307,7 +307,7 @@ def test_an_error_without_a_death_is_not_outlived(monkeypatch, error):
     """It would happen again. With deaths: launch/test_survivors.py, whose processes leave without MPI_Finalize."""
     nobody = SimpleNamespace(Get_size=lambda: 0)
     comm = SimpleNamespace(Set_errhandler=lambda _: None, Get_group=lambda: nobody, Get_size=lambda: 4, Iprobe=lambda: False,
-                           Is_revoked=lambda: False, Get_failed=lambda: nobody)  # fmt: skip
+                           Is_revoked=lambda: False, Get_failed=lambda: nobody)
     monkeypatch.setitem(sys.modules, "mpi4py.MPI", SimpleNamespace(Exception=Failure, ERRORS_RETURN=None))
     monkeypatch.setattr(mpi4py, "MPI", sys.modules["mpi4py.MPI"], raising=False)
     monkeypatch.setattr(survivors, "_without_the_dead", lambda comm, everyone: comm)

@@ -35,7 +35,7 @@ COMPRESSORS = [
     Identity(), Quantize("bf16"), Quantize("int8", block=64), Sign(), Sign(block=8), Vote(), TopK(0.1), TopK(k=7),
     TopK(0.3, values=Quantize("bf16"), segments=(3, 4)), TopK(0.2, segments="parameters"), RandK(0.1, seed=7), RandK(k=3),
     LowRank(2, shapes=((3, 4), (5,))), LowRank(1, shapes="parameters", seed=3),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
@@ -82,7 +82,7 @@ def test_specifications_are_as_in_python():
     ("optimizer", "ReplicatedOptimizer", "there is no optimizer 'ReplicatedOptimizer'"),
     ("model", "mlp", "there is no model 'mlp'; write module:name"),
     ("compressor", "TopK(0.1, values=my_compressor.Nothing())", "cannot be loaded: .* has no attribute 'Nothing'"),
-])  # fmt: skip
+])
 def test_what_is_wrong_is_said_in_one_line(kind, text, words):
     with pytest.raises(OptionError, match=words) as told:
         registry.built(kind, text) if kind == "compressor" else registry.specified(kind, text)
@@ -102,7 +102,7 @@ def test_signatures_list_the_options():
     assert {p.name: p.default for p in lamb.parameters.values() if p.name not in adam.parameters} == {
         "max_coeff": 10.0, "min_coeff": 0.01, "coeff_beta": 0.9, "factor_max": 4.0, "factor_min": 0.5,
         "factor_threshold": 0.1,
-    }  # fmt: skip
+    }
     assert (adam.parameters["lr"].default, adam.parameters["lr"].annotation) == (1e-3, float)
     assert not hasattr(OneBitAdam, "lr")
     for name in registry.names("optimizer"):
@@ -119,7 +119,7 @@ def test_installed_packages_bring_their_own(monkeypatch):
                 importlib.metadata.EntryPoint("fading", "my_rule:FADING", "mpi_ef.rules"),
                 importlib.metadata.EntryPoint("trimmed", "my_plan:TrimmedMean", "mpi_ef.plans"),
                 importlib.metadata.EntryPoint("normalized", "my_optimizer:Normalized", "mpi_ef.optimizers"),
-                importlib.metadata.EntryPoint("gone", "no_module:thing", "mpi_ef.rules")]  # fmt: skip
+                importlib.metadata.EntryPoint("gone", "no_module:thing", "mpi_ef.rules")]
         return [point for point in mine if point.group == group and name in (None, point.name)]
 
     monkeypatch.setattr(registry, "entry_points", points)
@@ -139,7 +139,7 @@ def test_installed_packages_bring_their_own(monkeypatch):
     (RULES["ef21"], {}, ("ef21", {})),
     (FADING, {"fade": 0.5}, ("my_rule:FADING(fade=0.5)", {})),
     ("my_rule:FADING(fade=0.0)", {}, ("my_rule:FADING", {"fade": 0.0})),
-])  # fmt: skip
+])
 def test_a_rule_is_an_object_a_name_or_a_specification(rule, options, same):
     def program(comm):
         rules = [ErrorFeedback(r, GatherMean(comm, TopK(0.1), 50), **o) for r, o in ((rule, options), same)]
@@ -158,7 +158,7 @@ def test_a_rule_is_an_object_a_name_or_a_specification(rule, options, same):
     ("econtrol(eta=2.0)", r"eta=2.0 is not in \[0, 1\]"),
     ("my_compressor:BlockMax", "my_compressor:BlockMax is no Rule"),
     (TopK(0.1), "is neither a name nor a Rule"),
-])  # fmt: skip
+])
 def test_a_wrong_rule_on_one_rank_stops_all(rule, words):
     def program(comm):
         wrong = comm.Get_rank() == 1
@@ -197,7 +197,7 @@ def plans(plan, **options):
     ("my_plan:TrimmedMean", TrimmedMean, TrimmedMean),
     ("TwoPhaseMean(reply=TopK(0.5))", partial(TwoPhaseMean, reply=TopK(0.5)), TwoPhaseMean),
     ("DenseMean", lambda comm, _, d, dtype: DenseMean(comm, d, dtype), DenseMean),
-])  # fmt: skip
+])
 def test_a_plan_is_what_builds_it_or_a_specification(text, builder, kind):
     """With buckets too, which overlap."""
     for options in ({}, {"overlap": True, "bucket_nbytes": 100}):
@@ -216,12 +216,12 @@ def test_a_plan_is_what_builds_it_or_a_specification(text, builder, kind):
     ("my_rule:FADING", "my_rule:FADING is a Rule, which cannot be built"),
     (lambda *_: 3, "has built a int, which is no Plan"),
     (3, "plan=3 builds no plan; pass a class such as TwoPhaseMean"),
-])  # fmt: skip
+])
 def test_a_wrong_plan_on_one_rank_stops_all(plan, words):
     def program(comm):
         wrong = comm.Get_rank() == 1
         for build in (lambda plan: OneBitAdam(model().parameters(), comm, plan=plan),
-                      lambda plan: EF21(model().parameters(), comm, TopK(0.1), lr=0.1, plan=plan)):  # fmt: skip
+                      lambda plan: EF21(model().parameters(), comm, TopK(0.1), lr=0.1, plan=plan)):
             with pytest.raises(OptionError if wrong else PeerError, match=words):
                 build(plan if wrong else partial(TrimmedMean, trim=1))
 
@@ -234,7 +234,7 @@ def test_a_strangers_rule_and_compressor_train_save_and_resume():
     def build(net, comm):
         sgd = torch.optim.SGD(net.parameters(), lr=0.05)
         return DistributedOptimizer(sgd, comm, BlockMax(3), placement="gradient", rule="my_rule:FADING(fade=0.5)",
-                                    overlap=True, bucket_nbytes=100)  # fmt: skip
+                                    overlap=True, bucket_nbytes=100)
 
     def train(net, optimizer, rank, steps):
         for step in steps:
@@ -314,9 +314,9 @@ def test_examples_run_alone(tmp_path):
         assert len(text.splitlines()) < lines, name
         assert not re.search(r"import _|\._(?!zeros|slices|bind|like)[a-z]", text), name
     program = ("import runpy, sys\nfor name in sys.argv[1:]:\n"
-               "    runpy.run_module(name, run_name='__main__', alter_sys=True)\n    print()")  # fmt: skip
+               "    runpy.run_module(name, run_name='__main__', alter_sys=True)\n    print()")
     done = subprocess.run([sys.executable, "-c", program, *most], capture_output=True, text=True, timeout=200, check=False,
-                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{EXAMPLES}:{EXAMPLES.parent}"})  # fmt: skip
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{EXAMPLES}:{EXAMPLES.parent}"})
     assert (done.returncode, done.stderr) == (0, "")
     *alone, model_ = done.stdout.split("\n\n", 4)
     for text in alone:

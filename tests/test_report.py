@@ -61,9 +61,9 @@ def runs(tmp_path_factory):
     virtual.results(2, lambda comm: reproduce.run(comm, "speedup", config))
     unknown = dict.fromkeys(("entry_bits", "index_bits", "local_seconds", "touched_bytes"))
     row = {"name": "MPI_Allreduce", "kind": "dense", "median_seconds": 2.0, "min_seconds": 1.0, "max_seconds": 3.0,
-           "sent_nbytes": 10, **unknown}  # fmt: skip
+           "sent_nbytes": 10, **unknown}
     bench = {"ranks": 2, "d": 5, "ratio": 0.1, "repeats": 3, "launches": 1, "mpi": "Some MPI",
-             "link": {"latency_seconds": 1e-6, "bytes_per_second": 1e9}, "rows": [row]}  # fmt: skip
+             "link": {"latency_seconds": 1e-6, "bytes_per_second": 1e9}, "rows": [row]}
     (folder / "bench.json").write_text(json.dumps(bench))
     return folder
 
@@ -152,7 +152,7 @@ def test_runs_of_the_same_name_are_told_apart(runs, tmp_path, capsys):
     capsys.readouterr()
     report.main([str(runs / "sparse"), str(tmp_path / "sparse")])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
-        str(runs / "sparse"), str(tmp_path / "sparse")]  # fmt: skip
+        str(runs / "sparse"), str(tmp_path / "sparse")]
 
 
 @pytest.mark.parametrize(("files", "arguments", "text"), [
@@ -161,7 +161,7 @@ def test_runs_of_the_same_name_are_told_apart(runs, tmp_path, capsys):
     ({"run/table.txt": "", "run/metrics.jsonl": '{"step": 1}'}, ["run"], "run: metrics.jsonl is damaged"),
     ({"some.json": "[1, 2]"}, ["some.json"], "some.json: is no result of mpi-ef bench --json"),
     ({"some.json": "{"}, ["some.json"], "some.json: is no result of mpi-ef bench --json"),
-])  # fmt: skip
+])
 def test_what_is_no_run(tmp_path, monkeypatch, files, arguments, text):
     monkeypatch.chdir(tmp_path)
     for name, content in files.items():
@@ -174,7 +174,7 @@ def test_what_is_no_run(tmp_path, monkeypatch, files, arguments, text):
 
 @pytest.mark.parametrize(("option", "name", "text"), [
     ("--plot", "curves.xyz", "the picture cannot be written"), ("--html", "a file/page.html", "the page cannot be written"),
-])  # fmt: skip
+])
 def test_what_cannot_be_written(runs, tmp_path, option, name, text):
     (tmp_path / "a file").write_text("")
     with pytest.raises(SystemExit, match=text):

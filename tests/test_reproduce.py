@@ -58,7 +58,7 @@ def small_data(tmp_path):
 @pytest.mark.parametrize(("name", "words", "rows"), [
     ("ef21", NAMES, 16), ("ef21-pp", ["100.0%", "50.0%", "25.0%", "12.5%"], 4),
     ("ef21-bc", ["Top-2 down", "Top-4 down", "Top-8 down", "all down"], 5),
-])  # fmt: skip
+])
 def test_experiments_on_small_data(small_data, name, words, rows, monkeypatch):
     """As test_experiments_on_data, of all that want data: the same on any number of ranks."""
     monkeypatch.setattr(figures, "save", lambda figure, path: path.write_text("drawn"))
@@ -178,7 +178,7 @@ def test_naive_compression_has_no_options_and_no_dense_steps():
     ([], "there is no experiment None; take one of ef21"),
     (["ef21", "--steps", "-1"], "steps=-1 is negative"),
     (["ef21", "--dta", "x"], "did you mean --data?"),
-])  # fmt: skip
+])
 def test_wrong_command_lines(argv, text, capsys):
     with pytest.raises(SystemExit) as caught:
         reproduce.main(argv)

@@ -133,7 +133,7 @@ def test_a_checkpoint_with_all_options_that_there_were_is_gone_on_from(tmp_path,
     once = {"rule": "ef14", "placement": "update", "momentum": 0.9, "ratio": 0.01, "block": 1024, "rank": 4, "freeze": 0,
             "local_steps": 200, "overlap": False, "per_parameter": False, "values": "bf16", "dense_steps": 0, "eta": None,
             "beta1": None, "beta2": 0.99, "compressor": None, "context": 64, "layers": 4, "heads": 4, "width": 128,
-            "split": "shuffled", "text": "None"}  # fmt: skip
+            "split": "shuffled", "text": "None"}
     position = Trainer.position
 
     def as_it_was(self):
@@ -162,7 +162,7 @@ def test_what_a_checkpoint_brings_back_is_not_recorded_as_something_else(tmp_pat
     for options, words in (
         ({"momentum": 0.5}, "momentum was 0.9, is 0.5"), ({"weight_decay": 0.0}, "weight_decay was 0.1, is 0.0"),
         ({"eta": 0.5}, ", is 0.5"), ({"dense_steps": 7}, "dense_steps was 0, is 7"),
-    ):  # fmt: skip
+    ):
         assert words in refused(2, replace(again, **options), ConfigError)
     capsys.readouterr()
     ended = programs.trained(2, replace(again, stop_after=0))[0]
@@ -187,9 +187,9 @@ ANOTHER = {
     "beta": 0.3, "vote_beta1": 0.3, "vote_beta2": 0.3, "participation": 0.3, "smoothness": "1,2", "reply": 0.3, "zeta": 0.3,
     "correction": 0.3, "compressor": "sign", "plan": "TwoPhaseMean", "ratio": 0.3, "block": 64, "rank": 2, "freeze": 3,
     "local_steps": 3, "per_parameter": True, "values": "full", "dense_steps": 3,
-}  # fmt: skip
+}
 MAY_CHANGE = {"steps": 9, "batch": 5, "lr": 0.01, "warmup": 3, "clip": 0.5, "log_every": 3, "eval_every": 7, "keep": 2,
-              "checkpoint_every": 3, "save_in_background": True}  # fmt: skip
+              "checkpoint_every": 3, "save_in_background": True}
 ELSEWHERE = {
     "text",
     "data",

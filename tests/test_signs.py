@@ -77,14 +77,14 @@ def test_a_minority_cannot_turn_what_the_others_agree_on_and_order_does_not_matt
 @pytest.mark.parametrize(("optimizer", "options", "betas"), [
     (Lion, {"betas": (0.8, 0.95)}, (0.8, 0.95)), (Signum, {"momentum": 0.7}, (0.7, 0.7)),
     (Signum, {"momentum": 0.0}, (0, 0)),
-])  # fmt: skip
+])
 def test_with_the_identity_they_are_their_dense_originals(n, optimizer, options, betas):
     def build(net, comm):
         return optimizer(net.parameters(), comm, lr=1e-2, weight_decay=0.1, compressor=Identity(), **options)
 
     rows = trained(n, 25, build, dtype=torch.float64)
     plain = alone(n, 25, lambda net: reference.Lion(net.parameters(), lr=1e-2, betas=betas, weight_decay=0.1),
-                  dtype=torch.float64)  # fmt: skip
+                  dtype=torch.float64)
     assert_close(rows[0].path, plain, rtol=1e-12, atol=1e-14)
 
 

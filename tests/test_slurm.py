@@ -23,7 +23,7 @@ TRAINING = [name for name in SBATCH if name not in ("bench.sbatch", "tests.sbatc
 KNOWN = {
     "account", "array", "constraint", "cpus-per-task", "exclusive", "gpus-per-node", "job-name", "mail-type", "mail-user",
     "mem", "nodes", "ntasks-per-node", "open-mode", "output", "partition", "qos", "requeue", "signal", "time",
-}  # fmt: skip
+}
 
 
 def lines(text, start):
@@ -66,7 +66,7 @@ SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.
 def test_shellcheck(name):
     # SC2016: shell code in single quotes, on purpose.
     ended = subprocess.run([SHELLCHECK, "--shell=bash", "--exclude=SC2016", FOLDER / name],
-                           capture_output=True, text=True, check=False)  # fmt: skip
+                           capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout
 
 
@@ -169,11 +169,11 @@ class Site:
         for path in commands.iterdir():
             path.chmod(0o755)
         ours = ("SLURM", "SBATCH", "SQUEUE", "MPI_EF", "MPI_TYPE", "RUN_DIR", "TEXT", "MAX_RESTARTS", "CHECKPOINT_EVERY",
-                "LAUNCH", "FORWARD", "NODE_DIR", "PROGRAM", "PYTHON", "SOURCE", "RANKS", "CONFIGS", "IMAGE")  # fmt: skip
+                "LAUNCH", "FORWARD", "NODE_DIR", "PROGRAM", "PYTHON", "SOURCE", "RANKS", "CONFIGS", "IMAGE")
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | {
             "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "CALLS": str(self.calls_file),
             "PYTHONPATH": str(FOLDER.parent), "PYTHON_HERE": sys.executable,
-        }  # fmt: skip
+        }
 
     def start(self, script, *arguments, **variables):
         """Run a script as its batch system would; return its exit status and output, and what mpi-ef has noted."""
@@ -181,7 +181,7 @@ class Site:
         environment = self.environment | {name: str(value) for name, value in variables.items()}
         ended = subprocess.run(["bash", script, *arguments], cwd=self.folder, env=environment, text=True, check=False,
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               timeout=patience.limit(60))  # fmt: skip
+                               timeout=patience.limit(60))
         return ended.returncode, ended.stdout, self.calls_file.read_text().splitlines()
 
 
@@ -223,7 +223,7 @@ SHORT_LIST = ["--lr 0.003", "--lr 0.006", "--lr 0.01", "--lr 0.006 --ratio 0.05"
     ("tests.sbatch", {}, ["--each", "ranks", "--ranks", "", "--"], [*TESTED, "python3", *PYTEST]),
     ("tests.sbatch", {"RANKS": "1 3", "PYTHON": "p"}, ["--each", "ranks", "--ranks", "1 3", "--"], [*TESTED, "p", *PYTEST]),
     ("train.lsf", {}, ["--"], ["train"]), ("train.pbs", {}, ["--script", str(FOLDER / "train.pbs"), "--"], ["train"]),
-])  # fmt: skip
+])
 def test_what_every_template_starts(site, name, variables, words, after):
     arguments = ["--steps", "9 x"] if name.endswith(".sbatch") else []
     status, said, noted = site.start(FOLDER / name, *arguments, **variables)
@@ -329,7 +329,7 @@ def test_list_and_show(capsys):
     (["submit", "train", "--set", "account=a\nb", "--dry-run"], "fits on no"),
     (["submit", "train", "--profile", "frontier"], "--set account="), (["show", "train", "--", "--steps"], "submit"),
     (["submit", "train", "--profile", "none.toml"], "cannot be read"),
-])  # fmt: skip
+])
 def test_what_cannot_be_done(words, hint, capsys, monkeypatch):
     monkeypatch.delenv("SBATCH_ACCOUNT", raising=False)
     assert call(*words) == 2
@@ -456,7 +456,7 @@ INTEL = "Intel(R) MPI Library 2021.9 for Linux* OS\n"
     (OPEN_MPI, LIST_22, "pmix"), (OPEN_MPI, LIST_20, "pmix_v10"), (OPEN_MPI, "none pmi2", ""), (MPICH, LIST_22, "pmi2"),
     (MPICH, LIST_20, "pmi2"), (MPICH, "none pmix", ""), (CRAY, LIST_22, "cray_shasta"), (CRAY, LIST_20, "pmi2"),
     (INTEL, LIST_22, "pmi2"), (INTEL, "", ""), ("MVAPICH2 Version : 2.3.7", LIST_22, "pmi2"), ("Some MPI 1", LIST_22, ""),
-])  # fmt: skip
+])
 def test_what_srun_and_an_mpi_speak(library, listed, kind):
     chosen, hint = choose(library, offered_by(listed))
     assert chosen == kind
@@ -476,7 +476,7 @@ def test_mpi_type(site):
     def ask(*words, **options):
         command = [sys.executable, "-m", "mpi_ef.jobs.cli", "slurm", "mpi-type", *words]
         ended = subprocess.run(command, env=site.environment, cwd=FOLDER.parent, capture_output=True, text=True, check=True,
-                               timeout=patience.limit(60), **options)  # fmt: skip
+                               timeout=patience.limit(60), **options)
         return ended.stdout, ended.stderr
 
     kind = ask()[0].strip()

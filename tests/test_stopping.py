@@ -61,7 +61,7 @@ def test_signals_set_a_flag_and_handlers_come_back():
 @pytest.mark.parametrize(("options", "error", "text"), [
     ({"every": 0}, OptionError, "every=0 is not a positive integer"),
     ({"margin_seconds": -1.0}, OptionError, "margin_seconds=-1.0"),
-])  # fmt: skip
+])
 def test_bad_options(options, error, text):
     for outcome in virtual.run(2, lambda comm: Stopper(comm, signals=(), **options)):
         assert isinstance(outcome, error)

@@ -44,7 +44,7 @@ class Site:
         self.disk = folder / "disk"
         self.slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "name", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2",
                       "SLURM_CPUS_PER_TASK": "3", "SLURM_NTASKS_PER_NODE": "2", "RUN_DIR": str(self.run),
-                      "NODE_DIR": str(self.disk)}  # fmt: skip
+                      "NODE_DIR": str(self.disk)}
         self.scratch = self.disk / f"mpi-ef-{os.getuid()}-7"
 
     def command(self, words, timeout=None, given=""):
@@ -126,7 +126,7 @@ def test_a_run_that_ends(site):
     assert site.child.commands == [
         ["srun", "--mpi=pmix", "--kill-on-bad-exit=1", "mpi-ef", "train", "--checkpoint-every", "100", "--resume", "exact",
          "--steps", "9", "--text", "a b", "--out", str(site.run)]
-    ]  # fmt: skip
+    ]
     assert not site.called("scontrol")
     assert not list(site.disk.iterdir())  # nothing stays on the nodes
 
@@ -276,7 +276,7 @@ def test_a_container_is_started_by_srun(site):
     assert site.called("apptainer") == ["apptainer exec image.sif mpi-ef slurm mpi-type --offered -"]
     binds = f"{site.folder},{site.run},{site.scratch},/data"
     assert site.child.commands[0][:9] == ["srun", "--mpi=pmix", "--kill-on-bad-exit=1", "apptainer", "exec", "--bind", binds,
-                                          "image.sif", "mpi-ef"]  # fmt: skip
+                                          "image.sif", "mpi-ef"]
     site.job("--image", "i.sif", "--", "train", APPTAINER="singularity", MPI_TYPE="pmi2", play=site.finishes)
     assert site.child.commands[0][1:5] == ["--mpi=pmi2", "--kill-on-bad-exit=1", "singularity", "exec"]
     assert not site.called("singularity")
@@ -287,7 +287,7 @@ def test_the_benchmark_on_growing_numbers_of_nodes(site):
     assert site.child.commands == [
         ["srun", "--mpi=pmix", "--kill-on-bad-exit=1", f"--nodes={nodes}", f"--ntasks={2 * nodes}", "--ntasks-per-node=2",
          "mpi-ef", "bench", "--json", f"{site.run}/nodes-{nodes}.json", "--d", "1000"] for nodes in (1, 2, 4)
-    ]  # fmt: skip
+    ]
     assert site.run.is_dir()
     assert not site.scratch.exists()
 
@@ -305,7 +305,7 @@ def test_the_tests_on_growing_numbers_of_ranks(site):
     assert [words[3:] for words in site.child.commands] == [
         [f"--nodes={nodes}", f"--ntasks={ranks}", "--distribution=cyclic", "tests"]
         for nodes, ranks in ((1, 1), (2, 2), (2, 3))
-    ]  # fmt: skip
+    ]
     assert "all passed" in said
     assert not site.run.exists()
 
@@ -484,7 +484,7 @@ def test_pbs(site):
     (site.folder / "script").write_text("the script")
     pbs = {"SLURM_JOB_ID": None, "RUN_DIR": None, "PBS_O_WORKDIR": site.folder, "PBS_JOBID": "12.server",
            "PBS_JOBNAME": "name", "PBS_NODEFILE": site.folder / "nodes", "ARGS": "--steps 9", "MAX_RESTARTS": 2,
-           "OMP_NUM_THREADS": 5}  # fmt: skip
+           "OMP_NUM_THREADS": 5}
     words = ("--script", str(site.folder / "script"), "--", "train")
     said = site.job(*words, play=site.asks(10), **pbs)
     (command,) = site.child.commands
@@ -517,11 +517,11 @@ def test_pbs(site):
 
 def test_lsf(site):
     lsf = {"SLURM_JOB_ID": None, "RUN_DIR": None, "LS_SUBCWD": site.folder, "LSB_JOBID": "12", "LSB_JOBNAME": "name",
-           "LSB_DJOB_NUMPROC": 4, "MAX_RESTARTS": 2, "THREADS": 2}  # fmt: skip
+           "LSB_DJOB_NUMPROC": 4, "MAX_RESTARTS": 2, "THREADS": 2}
     for restart in (1, 2):
         said = site.job("--", "train", play=site.asks(restart), **lsf)
         assert site.child.commands[0] == ["mpiexec", "-n", "4", "mpi-ef", "train", "--checkpoint-every", "100", "--resume",
-                                          "exact", "--out", "runs/name-12"]  # fmt: skip
+                                          "exact", "--out", "runs/name-12"]
         assert site.child.forward == "USR1"
         assert site.environ["OMP_NUM_THREADS"] == "2"
         assert site.called("brequeue") == ["brequeue -r 12"]
@@ -556,7 +556,7 @@ def test_every_signal_is_handed_on_as_the_one_that_the_launcher_knows(child, nam
     """Also a second one; and the program may take its time."""
     child.listen()
     told = shell("n=0; trap 'n=$((n+1))' USR2", f"kill -{name} $PPID; until ((n == 1)); do idle; done",
-                 f"kill -{name} $PPID; until ((n == 2)); do idle; done", "exit 7")  # fmt: skip
+                 f"kill -{name} $PPID; until ((n == 2)); do idle; done", "exit 7")
     assert child.run(told) == 7
     assert child.asked
     child.forward = "USR1"
@@ -652,7 +652,7 @@ def start(folder, *words, **options):
         "RUN_DIR": "run",
     }
     return subprocess.Popen([sys.executable, "-m", "mpi_ef.jobs.cli", "supervise", "--", *words], cwd=folder, env=environ,
-                            text=True, **options)  # fmt: skip
+                            text=True, **options)
 
 
 def test_a_signal_in_the_first_moment_is_not_lost(tmp_path):

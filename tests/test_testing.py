@@ -23,7 +23,7 @@ from mpi_ef.testing.faults import CommunicationError
 COMPRESSORS = [
     Identity(), Quantize("bf16"), Quantize("int8", block=64), Sign(), Sign(block=8), Vote(), TopK(0.1), RandK(0.2, seed=3),
     TopK(0.3, values=Quantize("bf16")), LowRank(1), BlockMax(8),
-]  # fmt: skip
+]
 
 
 def a_client_each(comm, compressor, d, dtype):
@@ -40,7 +40,7 @@ RULE_LAWS = {
     "ef21-w": OF_CLIENTS, "ef21-bc": {}, "ef21-plus": OF_CLIENTS, "ef21-page": NO_MEAN,
     "marina": {"compressors": (RandK(0.3, seed=2),)}, "clag": OF_CLIENTS | NO_MEAN, "d-ec-sgd": {},
     "my_rule:FADING(fade=0.5)": {},
-}  # fmt: skip
+}
 
 
 class TestMyCompressor(CompressorLaws):
@@ -142,7 +142,7 @@ class _WrongCodec(PlainCodec):
     ("leaves bytes", "test_size_is_known_ahead", "breaks the law of messages that are written whole"),
     ("tells nobody", "test_what_is_not_finite_is_told", "breaks the law of vectors that are not finite"),
     ("keeps the old", "test_messages_are_added_in_order", "breaks the law of overwriting"),
-])  # fmt: skip
+])
 def test_what_is_wrong_with_a_compressor_is_told(how, law, words):
     with pytest.raises(AssertionError, match=words) as told:
         getattr(type("Laws", (CompressorLaws,), {"compressor": Wrong(how)})(), law)()
@@ -185,7 +185,7 @@ def forgetful(s, plan, u):
     (of_this_rank, "test_nothing_is_lost_through_the_identity", "breaks the law of the uncompressed method"),
     (too_early, "test_a_step_that_all_skip_changes_nothing", "breaks the law of steps that are skipped"),
     (forgetful, "test_a_state_that_was_loaded_goes_on", "breaks the law of going on from a state"),
-])  # fmt: skip
+])
 def test_what_is_wrong_with_a_rule_is_told(step, law, words):
     rule = Rule(step, FadingState, lambda alpha: {"fade": 0.5})
     with pytest.raises(AssertionError, match=words):
@@ -258,7 +258,7 @@ class WrongPlan(GatherMean):
     ("says nothing", "test_errors_of_communication_are_passed_on",
      "the law of communication that fails: a call that is to raise raises nothing"),
     ("sends less", "test_exchanges_are_counted", "the law of accounts: .* bytes have left rank 0, `traffic` says 2"),
-])  # fmt: skip
+])
 def test_what_is_wrong_with_a_plan_is_told(how, law, words):
     plan = type("Mine", (WrongPlan,), {"how": how})
     with pytest.raises(AssertionError, match=f"^Mine breaks {words}"):
@@ -343,7 +343,7 @@ class WrongOptimizer(Normalized):
     ("gives up", "test_what_comes_late_changes_nothing", "the law of ranks that come late: other parameters after step 1"),
     ("says nothing", "test_errors_of_communication_are_passed_on", "the law of communication that fails: call 0 of a step"),
     ("takes groups", "test_groups_cannot_be_added_later", "the law of groups that are known at first: a group was added"),
-])  # fmt: skip
+])
 def test_what_is_wrong_with_an_optimizer_is_told(how, law, words):
     optimizer = type("Mine", (WrongOptimizer,), {"how": how})
     said = {"optimizer": optimizer, "bad": (({"beta": 1.0}, "is not in"),), "differing": ("beta", 0.9, 0.8)}

@@ -67,7 +67,7 @@ def test_step_sizes():
     (lambda: step_size("clag", SOME, 0.1, zeta=-1.0), "zeta=-1.0 is negative"),
     (lambda: Smoothness(1.0, ()), "one L_i a client"),
     (lambda: Smoothness(-1.0, (1.0,)), "pass positive numbers"),
-])  # fmt: skip
+])
 def test_formulas_say_when_they_do_not_apply(call, text):
     with pytest.raises(OptionError) as caught:
         call()

@@ -105,7 +105,7 @@ def test_hooks_of_a_step_are_called_as_torch_calls_them(row):
         optimizer, called = row(net, comm), []
         mine = Own(own.parameters(), comm)
         handles = [optimizer.register_step_pre_hook(lambda *_: called.append("before")),
-                   optimizer.register_step_post_hook(lambda *_: called.append("after"))]  # fmt: skip
+                   optimizer.register_step_post_hook(lambda *_: called.append("after"))]
         steps_of(net, optimizer, comm.Get_rank(), range(2))
         assert called == ["before", "after"] * 2
         for handle in handles:
@@ -163,7 +163,7 @@ def own_options(row):
     """Return options of its constructor, each with a value, that are not those of groups."""
     names = {"EF21": "compressor", "EControl": "eta", "PowerSGD": "rank", "EF21Muon": "beta", "Lion": "betas",
              "Signum": "momentum", "OneBitAdam": "freeze_step", "OneBitLamb": "max_coeff",
-             "ZeroOneAdam": "local_step_clipper"}  # fmt: skip
+             "ZeroOneAdam": "local_step_clipper"}
     (optimizer,) = virtual.results(1, lambda comm: row(net_of(), comm))
     mine = {names.get(type(optimizer).__name__, "compressor"): 1}
     return (
@@ -282,7 +282,7 @@ def test_the_checkpoint_of_another_wrapped_optimizer_is_one_line(kinds, tmp_path
 # ---- copies
 
 COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": pickle.dumps,
-          "torch.save": lambda value: torch.save(value, io.BytesIO())}  # fmt: skip
+          "torch.save": lambda value: torch.save(value, io.BytesIO())}
 
 
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
@@ -364,7 +364,7 @@ def test_hooks_of_saving_and_loading_are_called_as_torch_calls_them(row, changes
         _, of_torch = seen(torch.optim.SGD(net_of().parameters(), lr=0.1))
         assert calls == of_torch
         assert [name for name, *_ in calls] == ["state_dict pre", "state_dict post", "load_state_dict pre",
-                                                "load_state_dict post"]  # fmt: skip
+                                                "load_state_dict post"]
         assert ("extra" in saved) == changes
         assert same_bits(*(steps_of(*pair, rank, range(3, 5)) for pair in ((net, optimizer), (twin, other))))
 

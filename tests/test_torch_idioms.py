@@ -56,7 +56,7 @@ def load(net):
 @pytest.mark.parametrize(("write", "dtype"), [
     (copy_into, torch.bfloat16), (through_data, torch.bfloat16), (other_data, torch.float32), (other_data, torch.bfloat16),
     (load, torch.float32), (load, torch.bfloat16),
-])  # fmt: skip
+])
 @rows()
 def test_written_weights_stay_written(row, write, dtype):
     def program(comm):
@@ -152,7 +152,7 @@ def to_zero_by_optimizer(_, optimizer):
 @pytest.mark.parametrize(("clear", "dtype"), [
     (by_model, torch.bfloat16), (one_by_one, torch.float32), pytest.param(to_zero, torch.bfloat16, marks=EXHAUSTIVE),
     (to_zero_by_optimizer, torch.bfloat16), (to_zero_by_optimizer, torch.float32),
-])  # fmt: skip
+])
 @rows()
 def test_gradients_are_cleared_however_it_is_done(row, clear, dtype):
     def program(comm):
@@ -185,7 +185,7 @@ def test_the_wrapped_optimizer_clears_them_too():
 @pytest.mark.parametrize("clip", [
     lambda net: torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5),
     lambda net: torch.nn.utils.clip_grad_value_(net.parameters(), 1e-3),
-], ids=["norm", "value"])  # fmt: skip
+], ids=["norm", "value"])
 @rows()
 def test_clipping_by_torch_clips(row, clip, dtype):
     def program(comm):
@@ -199,7 +199,7 @@ def test_clipping_by_torch_clips(row, clip, dtype):
             (100 * loss_in(net, comm.Get_rank(), step)).backward()
             clip(net)
             expected = torch.cat([(0 * p if p.grad is None else p.grad).detach().float().reshape(-1)
-                                  for p in optimizer.flat.parameters]).numpy()  # fmt: skip
+                                  for p in optimizer.flat.parameters]).numpy()
             optimizer.step()
             np.testing.assert_array_equal(seen[-1], expected)
             assert 0 < np.linalg.norm(seen[-1]) < 0.51
@@ -215,7 +215,7 @@ def test_gradients_that_have_left_cannot_be_changed(through, dtype):
         net = net_of(dtype)
         sgd = torch.optim.SGD(net.parameters(), lr=0.05)
         optimizer = DistributedOptimizer(sgd, comm, TopK(0.2), placement="gradient", rule="ef21", overlap=True,
-                                         bucket_nbytes=60)  # fmt: skip
+                                         bucket_nbytes=60)
         steps_of(net, optimizer, comm.Get_rank(), range(3))
         before = everything(net, optimizer, "exchanges", "sent_nbytes")
         optimizer.zero_grad()
@@ -576,7 +576,7 @@ def test_a_wrapped_optimizer_that_raises_on_one_rank_stops_all(bucket_nbytes):
                     steps_of(net, optimizer, rank, [step])
                 elif optimizer is optimizers[0]:
                     error, words = (MemoryError, "^no room for moments$") if rank == 1 else (
-                        PeerError, "rank 1 raised: Fragile.step: MemoryError: no room for moments")  # fmt: skip
+                        PeerError, "rank 1 raised: Fragile.step: MemoryError: no room for moments")
                     with pytest.raises(error, match=words):
                         steps_of(net, optimizer, rank, [step])
         apart = "exchanges", "sent_nbytes"  # of exchanges that failed as well
@@ -592,7 +592,7 @@ def test_a_wrapped_optimizer_that_raises_on_one_rank_stops_all(bucket_nbytes):
     lambda net, comm, plan: OneBitAdam(net.parameters(), comm, plan=plan),
     lambda net, comm, plan: OneBitLamb(net.parameters(), comm, plan=plan),
     lambda net, comm, plan: ZeroOneAdam(net.parameters(), comm, plan=plan),
-])  # fmt: skip
+])
 def test_a_builder_of_plans_that_raises_on_one_rank_stops_all(build):
     def program(comm):
         def plan(*arguments):

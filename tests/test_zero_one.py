@@ -41,9 +41,9 @@ def test_before_the_first_signs_it_is_adamw(n, compressor):
 
     options = {"lr": 1e-2, "betas": (0.8, 0.99), "compressor": compressor}
     rows = trained(n, 16, lambda net, comm: ZeroOneAdam(groups_of(net), comm, **options), dtype=torch.float64,
-                   each=schedule)  # fmt: skip
+                   each=schedule)
     adamw = alone(n, 16, lambda net: torch.optim.AdamW(groups_of(net), lr=1e-2, betas=(0.8, 0.99), weight_decay=0.0),
-                  dtype=torch.float64, each=schedule)  # fmt: skip
+                  dtype=torch.float64, each=schedule)
     assert_close(rows[0].path, adamw, rtol=1e-12, atol=1e-14)
 
 
@@ -56,7 +56,7 @@ class Workers:
         trained = [p for p in self.nets[0].parameters() if p.requires_grad]
         self.sizes = [p.numel() for p in trained]
         decays = {id(p): (number, group.get("weight_decay", 0.0)) for number, group in enumerate(groups(self.nets[0]))
-                  for p in group["params"]}  # fmt: skip
+                  for p in group["params"]}
         places = [decays[id(p)] for p in trained]
         self.group_of = np.repeat([number for number, _ in places], self.sizes)
         decay = np.repeat([decay for _, decay in places], self.sizes)
@@ -75,7 +75,7 @@ class Workers:
             net.zero_grad()
             loss_in(net, rank, self.t).backward()
             rows.append(np.concatenate([np.zeros(p.numel()) if p.grad is None else p.grad.double().numpy().ravel()
-                                        for p in trained]))  # fmt: skip
+                                        for p in trained]))
             moving = np.repeat([p.grad is not None for p in trained], self.sizes)
         self.t += 1
         return self.optimizer.step(rows, np.asarray(lrs, float)[self.group_of], moving)
@@ -91,7 +91,7 @@ def lrs_of(step):
     ({}, torch.float64, 1e-12), ({}, torch.float32, 1e-5), ({"local_step_clipper": 1}, torch.float32, 1e-5),
     ({"local_step_clipper": 1}, torch.float64, 1e-12), ({"variance_floor": 0.0}, torch.float64, 1e-12),
     ({"bias_correction": False}, torch.float64, 1e-12),  # such long steps at first that float32 goes a way of its own
-], ids=str)  # fmt: skip
+], ids=str)
 def test_with_the_identity_it_is_the_plain_algorithm(n, more, dtype, tolerance):
     """Step by step on every rank, with groups, decay and a schedule that comes down to zero."""
     options = SHORT | more
@@ -101,13 +101,13 @@ def test_with_the_identity_it_is_the_plain_algorithm(n, more, dtype, tolerance):
             group["lr"] = lr
 
     rows = trained(n, 45, lambda net, comm: ZeroOneAdam(groups_of(net), comm, compressor=Identity(), **options),
-                   dtype=dtype, each=schedule)  # fmt: skip
+                   dtype=dtype, each=schedule)
     plain, met = Workers(n, dtype, options, groups_of), 0
     for step in range(45):
         met += plain.step(lrs_of(step))
         for rank in range(n):
             flat = np.concatenate([p.ravel() for p, is_trained in zip(rows[rank].path[step], plain.trained, strict=True)
-                                   if is_trained])  # fmt: skip
+                                   if is_trained])
             distance = np.linalg.norm(flat - plain.optimizer.x[rank])
             assert distance <= tolerance * np.linalg.norm(flat), f"step {step} on rank {rank}"
     assert met == (45 if more.get("local_step_clipper") == 1 else 12 + 6 + 3 + 5)
@@ -116,7 +116,7 @@ def test_with_the_identity_it_is_the_plain_algorithm(n, more, dtype, tolerance):
 @each_world
 @pytest.mark.parametrize(("compressor", "dtype"), [
     (SIGNS, torch.float32), (TopK(0.1), torch.float32), (SIGNS, torch.bfloat16),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_replicas_meet_when_they_should(n, compressor, dtype):
     def build(net, comm):
         return ZeroOneAdam(net.parameters(), comm, compressor=compressor, **SHORT)
@@ -294,7 +294,7 @@ def test_nothing_that_was_not_sent_is_lost_at_the_freeze():
             if step == 11:
                 other = net_of()
                 twin = ZeroOneAdam(other.parameters(), comm, compressor=SIGNS, betas=(0.8, 0.99),
-                                   **SHORT | {"var_freeze_step": 99})  # fmt: skip
+                                   **SHORT | {"var_freeze_step": 99})
                 twin.load_state_dict(optimizer.state_dict())
                 twin.flat.values[:] = optimizer.flat.values
                 for p, q in zip(other.parameters(), net.parameters(), strict=True):
@@ -363,7 +363,7 @@ def test_with_a_synchronisation_every_step_it_is_1_bit_adam():
         return kind(net.parameters(), comm, lr=1e-2, compressor=SIGNS, **more)
 
     rows = [trained(2, 25, lambda net, comm, kind=kind: build(kind, net, comm), dtype=torch.float64)
-            for kind in (ZeroOneAdam, OneBitAdam)]  # fmt: skip
+            for kind in (ZeroOneAdam, OneBitAdam)]
     assert_close(rows[0][0].path, rows[1][0].path, rtol=1e-9, atol=1e-11)
 
 

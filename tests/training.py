@@ -12,7 +12,7 @@ from mpi_ef.testing.regression import skips_broken_gradients as assert_skips_bro
 
 __all__ = ["alone", "assert_close", "assert_replicas", "assert_resumes", "assert_skips_broken_gradients", "dying_network",
            "everything", "groups_of", "have_met", "loss_in", "net_of", "net_with_more", "parameters_of", "seeded",
-           "steps_of", "train", "trained"]  # fmt: skip
+           "steps_of", "train", "trained"]
 
 
 def seeded(net):

@@ -96,7 +96,7 @@ def measure(comm: Comm, config: CheckpointBenchConfig) -> dict[str, Any]:
         "ranks": comm.Get_size(), "d": config.d, "repeats": config.repeats, "folder": str(config.folder),
         "written_nbytes": turns.written, "read_nbytes": 4 * config.d * (COPIES + 1), "seconds": times,
         "ratios": {name: median(times[name]) / median(times[beside]) for name, beside in PAIRS},
-    }  # fmt: skip
+    }
 
 
 class _Turns:
@@ -176,7 +176,7 @@ def table(result: dict[str, Any]) -> str:
     title = (
         f"{result['ranks']} ranks, each writes {writes} and reads {reads}; medians of {result['repeats']}, slowest rank"
     )
-    lines = [title, "", f"{'':<44}{'ms':>8}{'min':>8}{'max':>8}{'ratio':>8}"]  # fmt: skip
+    lines = [title, "", f"{'':<44}{'ms':>8}{'min':>8}{'max':>8}{'ratio':>8}"]
     for name, text in NAMES.items():
         times, ratio = result["seconds"][name], result["ratios"].get(name, 1.0)
         figures = "".join(f"{1e3 * value:8.0f}" for value in (median(times), min(times), max(times)))

@@ -150,7 +150,7 @@ def _local(d: int, ratio: float) -> Iterator[Method]:
     torch.set_num_threads(1)
     yield Method("read the vector once", "local", lambda x: int(np.bitwise_or.reduce(x.view(np.uint32))))
     yield Method("select TopK", "local",
-                 lambda x: kernels.select_largest(*source(x)[:4], bounds, counts, *places, *scratch))  # fmt: skip
+                 lambda x: kernels.select_largest(*source(x)[:4], bounds, counts, *places, *scratch))
     yield Method("select TopK and code it", "local", lambda x: codec.encode(x, wire))
     yield Method("torch.topk, one thread", "local", lambda x: torch.topk(torch.from_numpy(x).abs(), k, sorted=False))
     yield from _updates(d)

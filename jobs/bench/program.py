@@ -46,7 +46,7 @@ class BenchConfig:
     methods: str | None = option(
         None, "measure these beside dense ones: RULE COMPRESSOR, or RULE COMPRESSOR PLAN, separated by semicolons, such as "
         "'econtrol(eta=0.1) TopK(0.05); ef14 my_module:Mine(3) TwoPhaseMean'", shown="the list that --only is about"
-    )  # fmt: skip
+    )
     json: Path | None = option(None, "write all figures to this file")
     plot: Path | None = option(None, "draw them to this picture, .png, .svg, .pdf or .jpg")
     combine: str = option("", "no measurement: medians over the launches in these JSON files, separated by commas")
@@ -88,7 +88,7 @@ def specified(text: str | None) -> list[tuple[str, ...]]:
         words = _words(method)
         if len(words) not in (2, 3):
             raise ConfigError(f"methods: {method.strip()!r} is not RULE COMPRESSOR or RULE COMPRESSOR PLAN, such as "
-                              "'econtrol(eta=0.1) TopK(0.05)'")  # fmt: skip
+                              "'econtrol(eta=0.1) TopK(0.05)'")
         try:
             registry.specified("rule", words[0])
             registry.built("compressor", words[1])
@@ -197,12 +197,12 @@ def measure(comm: MpiComm, config: BenchConfig) -> dict[str, Any]:
             local = comm.allreduce(spent / repeats, MPI.MAX)
             touched = touched_bytes(method, vectors[0])
         rows.append(Row(method.name, method.kind, median(times), min(times), max(times), method.sent_nbytes,
-                        method.entry_bits, method.index_bits, local, touched))  # fmt: skip
+                        method.entry_bits, method.index_bits, local, touched))
     return {
         "ranks": comm.Get_size(), "d": d, "ratio": ratio, "repeats": repeats, "launches": 1,
         "mpi": " ".join(MPI.Get_library_version().split("\x00")[0].splitlines()[0].split(",")[0].split()),
         "link": asdict(link), "rows": [asdict(row) for row in rows],
-    }  # fmt: skip
+    }
 
 
 def _check_words(wanted: Sequence[str], names: Sequence[str]) -> None:

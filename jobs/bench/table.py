@@ -171,7 +171,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         here.plot([milliseconds], [place], "o", color=colours[row.kind])
         here.annotate(f"{milliseconds:.3g}", (milliseconds, place), (0, 5), textcoords="offset points", fontsize=8)
     here.set(xlabel=f"milliseconds, d = {result['d']:,}, {result['ranks']} ranks", xscale="log",
-             yticks=range(len(shown)), yticklabels=[row.name for row in shown])  # fmt: skip
+             yticks=range(len(shown)), yticklabels=[row.name for row in shown])
     here.grid(visible=True, alpha=0.3)
     here.margins(x=0.1)
     bandwidths = [10 ** (power / 20) for power in range(120, 221)]
@@ -182,10 +182,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
         if own is None:
             continue
         elsewhere.plot([8e-9 * b for b in bandwidths], [1e3 * (own + row.sent_nbytes / b) for b in bandwidths],
-                       label=row.name, color="black" if row is best else None, lw=2.5 if row is best else 1.2)  # fmt: skip
+                       label=row.name, color="black" if row is best else None, lw=2.5 if row is best else 1.2)
     elsewhere.axvline(8e-9 * link.bytes_per_second, color="tab:gray", ls=":")
     elsewhere.set(xscale="log", yscale="log", xlabel="bandwidth of a link, Gbit/s (dotted: this one)",
-                  ylabel="milliseconds, by the model c + bytes / bandwidth")  # fmt: skip
+                  ylabel="milliseconds, by the model c + bytes / bandwidth")
     elsewhere.legend(fontsize=7)
     elsewhere.grid(visible=True, alpha=0.3)
     save(figure, path)

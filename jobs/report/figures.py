@@ -35,7 +35,7 @@ def training(runs: Mapping[str, Rows], path: Path) -> None:
         columns = [column for column, value in rows[-1].items() if column.startswith("norm_") and value]
         for style, column in zip(("-", "--", ":", "-."), columns, strict=False):
             _line(norms, rows, "step", column, color=colour, linestyle=style, linewidth=1.0,
-                  label=f"{name}: {column.removeprefix('norm_')}")  # fmt: skip
+                  label=f"{name}: {column.removeprefix('norm_')}")
     _phases(phases, runs)
     by_bytes.set(xscale="log", xlabel="bytes sent per rank", ylabel="validation loss")
     by_time.set(xlabel="seconds of training", ylabel="validation loss")
@@ -77,6 +77,6 @@ def _phases(panel: Any, runs: Mapping[str, Rows]) -> None:
         reach = np.array([np.subtract(mean, low), np.subtract(high, mean)])
         panel.barh(places, mean, height, xerr=reach, color=f"C{number % 10}", label=name, error_kw={"lw": 0.8})
     panel.set(xlabel="ms per step (whiskers: fastest, slowest rank)", yticks=range(len(PHASES)),
-              yticklabels=PHASES, xscale="log")  # fmt: skip
+              yticklabels=PHASES, xscale="log")
     panel.invert_yaxis()
     panel.grid(visible=True, alpha=0.3, axis="x")

@@ -30,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="mpi-ef report", description=(__doc__ or "").partition("\n")[2])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder or file of a finished run")
     parser.add_argument("--plot", type=Path, metavar="PNG",
-                        help="draw losses against bytes, time and steps; what is lost, state, times of phases")  # fmt: skip
+                        help="draw losses against bytes, time and steps; what is lost, state, times of phases")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write tables and pictures into one page")
     parser.add_argument("--best", action="store_true",
-                        help="of trained runs that differ in the learning rate only, show the best")  # fmt: skip
+                        help="of trained runs that differ in the learning rate only, show the best")
     arguments = parser.parse_args(argv)
     try:
         sections = read_sections(arguments.runs, best=arguments.best)
@@ -119,7 +119,7 @@ def _trained(path: Path) -> _Run:
         rows[-1]["step"], summary["val_loss"], summary["config"]["compressor"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path}: holds no finished run ({error}); name a folder that mpi-ef train or reproduce has "
-                        "written, or a file of mpi-ef bench --json") from None  # fmt: skip
+                        "written, or a file of mpi-ef bench --json") from None
     return _Run(str(path), summary, rows)
 
 

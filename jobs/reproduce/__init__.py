@@ -6,4 +6,4 @@ __all__: list[str] = []
 
 __getattr__ = earlier(
     __name__, main="program", EXPERIMENTS="program", Experiment="program", Outcome="outcome", ReproduceConfig="outcome"
-)  # fmt: skip
+)

@@ -25,9 +25,8 @@ from mpi_ef.jobs.reproduce.problems import (
 )
 from mpi_ef.jobs.reproduce.simulate import Curve, descend
 
-__all__ = [
-    "bidirectional", "counterexample", "econtrol", "ef21", "participation", "rare", "speedup", "stability", "weights",
-]  # fmt: skip
+__all__ = ["bidirectional", "counterexample", "econtrol", "ef21", "participation", "rare", "speedup", "stability",
+           "weights"]
 
 Curves = dict[str, Curve]
 
@@ -56,7 +55,7 @@ def data_file(folder: Path, name: str) -> Path:
             return path
     raise DataError(f"reproduce: {folder} has no file {name}; get it from "
                     "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary.html, put it there, or pass --data "
-                    "with its folder")  # fmt: skip
+                    "with its folder")
 
 
 def logistic_regression(comm: MpiComm, folder: Path, name: str, n: int) -> LogisticRegression:
@@ -98,11 +97,11 @@ def ef21(comm: MpiComm, config: ReproduceConfig) -> Outcome:
             gamma = factor * step_size("gd" if rule == "gd" else "ef21", constants, alpha)
             _, curve = descend(comm, problem, n, "ef21" if rule == "gd" else rule, compressor, gamma=gamma,
                                steps=config.steps or steps, x0=x0, dense_steps=int(rule != "ef14"), every=10,
-                               tolerance=1e-30)  # fmt: skip
+                               tolerance=1e-30)
             curves[name][rule] = curve
             lines.append(f"{name:<10} {rule:<10} {k:4} {factor:7} {curve.steps[-1]:6} {curve.sent_bits[-1]:11.3g} "
                          f"{curve.paper_bits[-1]:16.3g} {min(curve.squared_norms):19.1e} "
-                         f"{curve.squared_norms[-1]:10.1e}")  # fmt: skip
+                         f"{curve.squared_norms[-1]:10.1e}")
     return Outcome(rows_of(curves), "\n".join(lines), lambda path: figures.against_bits(curves, path), data)
 
 
@@ -118,10 +117,10 @@ def econtrol(comm: MpiComm, config: ReproduceConfig) -> Outcome:
         for method, rule, options in (
             ("naive", "naive", {}), ("EC", "ef14", {}), ("EC-Ideal", "ef14", {}), ("EF21", "ef21", {}),
             ("EControl", "econtrol", {"eta": 0.3 * alpha}),
-        ):  # fmt: skip
+        ):
             seen = ideal(comm, problem) if method == "EC-Ideal" else problem
             _, panel[method] = descend(comm, seen, n, rule, compressor, gamma=gamma, steps=config.steps or 3000, x0=x0,
-                                       dense_steps=int(rule in ("ef21", "econtrol")), every=20, options=options)  # fmt: skip
+                                       dense_steps=int(rule in ("ef21", "econtrol")), every=20, options=options)
             lines.append(f"{zeta:5g} {method:<10} {panel[method].squared_norms[-1]:.1e}")
     return Outcome(rows_of(curves), "\n".join(lines), lambda path: figures.against_bits(curves, path))
 
@@ -160,7 +159,7 @@ def speedup(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     methods: dict[str, tuple[str, dict[str, float]]] = {
         "SGD": ("ef21", {}), "EC-Ideal": ("ef14", {}), "EC": ("ef14", {}), "EF21-SGD": ("ef21", {}),
         "EF21-SGDM": ("ef21-sgdm", {"eta": 0.1}), "EControl": ("econtrol", {"eta": alpha}),
-    }  # fmt: skip
+    }
     panels: dict[str, Curves] = {}
     for n in sizes:
         world = carriers(comm, n)
@@ -170,7 +169,7 @@ def speedup(comm: MpiComm, config: ReproduceConfig) -> Outcome:
             seen = ideal(world, problem) if method == "EC-Ideal" else problem
             _, panel[method] = descend(world, seen, n, rule, Identity() if method == "SGD" else TopK(alpha), gamma=gamma,
                                        steps=config.steps or 4000, x0=np.ones(d), dense_steps=int(rule != "ef14"), every=20,
-                                       noise=gaussian_noise(sigma, d, seed=2), options=options)  # fmt: skip
+                                       noise=gaussian_noise(sigma, d, seed=2), options=options)
     floors = {method: [floor(panel[method]) for panel in panels.values()] for method in methods}
     lines = ["||grad f||^2 in the last half".ljust(12) + "".join(f"{f'n = {n}':>10}" for n in sizes)]
     lines += [f"{method:<29}" + "".join(f"{value:10.2g}" for value in values) for method, values in floors.items()]
@@ -188,7 +187,7 @@ def stability(comm: MpiComm, config: ReproduceConfig) -> Outcome:
         panel = panels[f"eta = {eta:g} delta"] = {}
         for j, factor in enumerate(factors):
             _, curve = descend(comm, problem, n, "econtrol", TopK(alpha), gamma=factor * gamma, steps=config.steps or 2000,
-                               x0=np.ones(d), every=50, options={"eta": eta * alpha})  # fmt: skip
+                               x0=np.ones(d), every=50, options={"eta": eta * alpha})
             last[i, j] = min(curve.squared_norms[-1], 1e30)
             panel[f"{factor:g} gamma"] = curve
     lines = ["eta / delta".ljust(12) + "".join(f"{f'{factor:g} gamma':>11}" for factor in factors)]
@@ -209,11 +208,11 @@ def counterexample(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     for gamma in (0.02, 0.005, 0.00125):
         panel = curves[f"gamma = {gamma:g}"] = {}
         for method, rule, options in (("EF21-SGD", "ef21", {}), ("EF21-SGDM", "ef21-sgdm", {"eta": min(1.0, 10 * gamma)}),
-                                      ("EControl", "econtrol", {"eta": 0.5})):  # fmt: skip
+                                      ("EControl", "econtrol", {"eta": 0.5})):
             one = Quadratics(np.ones(1), np.zeros((1, 2)))
             _, panel[method] = descend(carriers(comm, 1), one, 1, rule, TopK(k=1), gamma=gamma,
                                        steps=config.steps or 20_000, x0=np.ones(2), every=10, noise=noise,
-                                       options=options)  # fmt: skip
+                                       options=options)
         lines.append(f"{gamma:<10g}" + "".join(f"{floor(panel[m]):<11.2g}" for m in panel))
     return Outcome(rows_of(curves), "\n".join(lines), lambda path: figures.against_steps(curves, path))
 
@@ -229,7 +228,7 @@ def participation(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     for share, factor in ((1.0, 16), (0.5, 8), (0.25, 4), (0.125, 2)):
         gamma = factor * step_size("ef21", constants, 1 / problem.d)
         _, curve = descend(comm, problem, n, "ef21-pp", TopK(k=1), gamma=gamma, steps=config.steps or 5000, x0=x0, every=20,
-                           tolerance=1e-14, options={"participation": share})  # fmt: skip
+                           tolerance=1e-14, options={"participation": share})
         panel[f"{share:.1%} of the clients"] = curve
         lines.append(
             f"{share:<13.1%} {factor:7} {curve.steps[-1]:7} {curve.sent_bits[-1]:10.3g}  {curve.squared_norms[-1]:.1e}"
@@ -253,7 +252,7 @@ def bidirectional(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     for k in (2, 4, 8, 16, problem.d):
         reply = TopK(k=k) if k < problem.d else Identity()
         _, curve = descend(comm, problem, n, "ef21-bc", TopK(k=2), gamma=gamma, steps=config.steps or 3000, x0=x0, every=20,
-                           tolerance=1e-14, options={"reply": reply})  # fmt: skip
+                           tolerance=1e-14, options={"reply": reply})
         name = f"Top-{k} down" if k < problem.d else "all down"
         panel[name] = curve
         lines.append(f"{name:<9}{curve.steps[-1]:6} {curve.sent_bits[-1]:8.3g}   {curve.squared_norms[-1]:.1e}")
@@ -275,18 +274,18 @@ def weights(comm: MpiComm, config: ReproduceConfig) -> Outcome:
         scales *= n / scales.sum()
         own = own_clients(comm, n)
         problem = Quadratics(scales[own.start : own.stop],
-                             np.array([np.random.default_rng((5, client)).normal(size=d) for client in own]))  # fmt: skip
+                             np.array([np.random.default_rng((5, client)).normal(size=d) for client in own]))
         constants, needed = smoothness(comm, problem, n), {}
         gammas = {rule: step_size(rule, constants, alpha) for rule in ("ef21", "ef21-w")}
         panel = panels[f"spread {spread:g}"] = {}
         for rule, gamma in gammas.items():
             _, panel[rule] = descend(comm, problem, n, rule, TopK(k=1), gamma=gamma, steps=config.steps or 1500,
                                      x0=np.ones(d), every=5, tolerance=tolerance,
-                                     weights=scales / n if rule == "ef21-w" else None)  # fmt: skip
+                                     weights=scales / n if rule == "ef21-w" else None)
             needed[rule] = panel[rule].steps[-1]
         lines.append(f"{spread:<6g} {constants.quadratic_mean / constants.arithmetic_mean:12.2f} "
                      f"{gammas['ef21-w'] / gammas['ef21']:23.2f} {needed['ef21']:11} {needed['ef21-w']:13} "
-                     f"{1 - needed['ef21-w'] / needed['ef21']:6.0%}")  # fmt: skip
+                     f"{1 - needed['ef21-w'] / needed['ef21']:6.0%}")
     return Outcome(rows_of(panels), "\n".join(lines), lambda path: figures.against_steps(panels, path))
 
 
@@ -294,7 +293,7 @@ def rare(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     """Run EF21 on least squares whose features few clients know, with the step sizes of three analyses. Collective."""
     n, d, panels = 100, 500, dict[str, Curves]()
     lines = ["               step size, EF21 = 1     ||grad f||^2 at the end",
-             "c / n     c    r  support  rare features      EF21   support      rare        GD"]  # fmt: skip
+             "c / n     c    r  support  rare features      EF21   support      rare        GD"]
     for share in (0.05, 0.5, 0.9):
         owners = int(np.ceil(share * n))
         problem = rare_features(own_clients(comm, n), n, d, owners)
@@ -310,9 +309,9 @@ def rare(comm: MpiComm, config: ReproduceConfig) -> Outcome:
         for method, gamma in gammas.items():
             compressor = Identity() if method == "GD" else TopK(k=1)
             _, panel[method] = descend(comm, problem, n, "ef21", compressor, gamma=gamma, steps=config.steps or 10_000,
-                                       x0=np.zeros(d), dense_steps=0, every=50, tolerance=1e-12)  # fmt: skip
+                                       x0=np.zeros(d), dense_steps=0, every=50, tolerance=1e-12)
         plain, support, rarely, _ = gammas.values()
         lines.append(f"{share:<6g} {owners:4} {most:4} {support / plain:8.2f} {rarely / plain:14.2f}"
-                     + "".join(f"{curve.squared_norms[-1]:10.1e}" for curve in panel.values()))  # fmt: skip
+                     + "".join(f"{curve.squared_norms[-1]:10.1e}" for curve in panel.values()))
     compressed = {name: {m: curve for m, curve in panel.items() if m != "GD"} for name, panel in panels.items()}
     return Outcome(rows_of(panels), "\n".join(lines), lambda path: figures.against_steps(compressed, path))

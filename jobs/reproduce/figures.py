@@ -9,14 +9,7 @@ import numpy as np
 from mpi_ef.jobs import figures
 from mpi_ef.jobs.reproduce.simulate import Curve
 
-__all__ = [
-    "Curves",
-    "against_bits",
-    "against_bits_and_steps",
-    "against_steps",
-    "floors",
-    "stability",
-]
+__all__ = ["Curves", "against_bits", "against_bits_and_steps", "against_steps", "floors", "stability"]
 
 Curves = Mapping[str, Curve]
 

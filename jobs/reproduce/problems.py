@@ -17,19 +17,8 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Identity
 from mpi_ef.feedback.theory import Smoothness
 
-__all__ = [
-    "LeastSquares",
-    "LogisticRegression",
-    "Problem",
-    "Quadratics",
-    "Tridiagonal",
-    "Vector",
-    "rare_features",
-    "smoothness",
-    "soft_threshold",
-    "tridiagonal",
-    "zeta_quadratics",
-]
+__all__ = ["LeastSquares", "LogisticRegression", "Problem", "Quadratics", "Tridiagonal", "Vector", "rare_features",
+           "smoothness", "soft_threshold", "tridiagonal", "zeta_quadratics"]
 
 Vector = NDArray[np.float64]
 

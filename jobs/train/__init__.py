@@ -7,4 +7,4 @@ __all__: list[str] = []
 __getattr__ = earlier(
     __name__, main="program", train="program", TrainConfig="config", PHASES="config", PROOF="config", FILES="config",
     learning_rate="config",
-)  # fmt: skip
+)

@@ -7,7 +7,7 @@ from typing import Any
 from mpi_ef.errors import ConfigError
 
 __all__ = ["CHOOSERS", "COMPRESSORS", "MODELS", "OPTIMIZERS", "PLACEMENTS", "RULES", "VALUES", "Only", "Takes", "described",
-           "earlier", "full_record", "kept", "owners", "resolve"]  # fmt: skip
+           "earlier", "full_record", "kept", "owners", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ MODELS: Mapping[str, Takes] = {
     "cnn": {"split": "shuffled"},
 }
 _ANY_RULE: Takes = {"placement": "update", "rule": "ef14", "compressor": "topk", "plan": Depends("that of the compressor"),
-                    "dense_steps": 0}  # fmt: skip
+                    "dense_steps": 0}
 _GRADIENT: Takes = {"placement": Only("gradient"), "dense_steps": 0}
 _ONE_BIT: Takes = {"beta1": 0.9, "beta2": 0.99, "compressor": "sign", "freeze": 0}
 # Sparse feedback delays updates, and delay acts like momentum; dense updates want the usual one.
@@ -104,7 +104,7 @@ CHOOSERS: Mapping[str, Mapping[Any, Takes]] = {
 
 
 _ONCE_RECORDED = {"split", "context", "layers", "heads", "width", "momentum", "beta2", "rule", "placement", "ratio", "block",
-                  "rank", "freeze", "local_steps", "overlap", "per_parameter", "values", "dense_steps", "keep"}  # fmt: skip
+                  "rank", "freeze", "local_steps", "overlap", "per_parameter", "values", "dense_steps", "keep"}
 
 
 def resolve(given: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def resolve(given: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
             if isinstance(default, Only):
                 if strict and given.get(name, default.value) != default.value:
                     raise ConfigError(f"{name}={given[name]} has no effect with optimizer={chosen['optimizer']}, whose "
-                                      f"{name} is always {default.value}")  # fmt: skip
+                                      f"{name} is always {default.value}")
                 chosen[name] = default.value
             else:
                 chosen[name] = given.get(name, default)

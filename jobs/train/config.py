@@ -35,10 +35,10 @@ class TrainConfig:
     """
 
     model: str = option("gpt", "gpt on text; mlp or cnn on scikit-learn's digits; a function that returns a model and data",
-                        choices=tuple(choices_of.MODELS), others="MODULE:FUNCTION(OPTION=...)")  # fmt: skip
+                        choices=tuple(choices_of.MODELS), others="MODULE:FUNCTION(OPTION=...)")
     text: Path | None = _for("text", "UTF-8 text")
     data: str | None = option(None, "what text or digits have to be, by their content, as config.toml says",
-                              shown="not compared")  # fmt: skip
+                              shown="not compared")
     split: str | None = _for("split", "how the digits are dealt to the ranks", ("shuffled", "by-label"))
     steps: int = option(800, "optimizer steps")
     batch: int = option(16, "samples per rank and step")
@@ -47,7 +47,7 @@ class TrainConfig:
     heads: int | None = _for("heads", "attention heads")
     width: int | None = _for("width", "width")
     optimizer: str = option("adamw", "adamw, sgd: torch's on every rank, with a rule under it",
-                            choices=tuple(choices_of.OPTIMIZERS), others="NAME(OPTION=...)")  # fmt: skip
+                            choices=tuple(choices_of.OPTIMIZERS), others="NAME(OPTION=...)")
     lr: float = option(0.006, "peak learning rate; linear warm-up, then cosine to a tenth of it")
     warmup: int = option(40, "steps of linear warm-up")
     momentum: float | None = _for("momentum", "momentum")
@@ -55,9 +55,9 @@ class TrainConfig:
     beta2: float | None = _for("beta2", "weight of the past in the variance, of Adam's kind; in the momentum of lion")
     weight_decay: float = option(0.1, "of the optimizer")
     placement: str | None = _for("placement", "what is exchanged: the optimizer's update, or the gradient",
-                                 tuple(choices_of.PLACEMENTS))  # fmt: skip
+                                 tuple(choices_of.PLACEMENTS))
     rule: str | None = _for("rule", "error-feedback rule, see docs/algorithms.md", tuple(choices_of.RULES),
-                            "NAME(OPTION=...)")  # fmt: skip
+                            "NAME(OPTION=...)")
     eta: float | None = _for(
         "eta", "strength of the feedback of econtrol, weight of the new gradient or momentum of ef21-*"
     )
@@ -73,7 +73,7 @@ class TrainConfig:
     zeta: float | None = _for("zeta", "a rank is silent while its estimate is so much worse than the gradient before")
     correction: float | None = _for("correction", "share of the entries, drawn at random, of the second message")
     compressor: str | None = _for("compressor", "identity exchanges everything", tuple(choices_of.COMPRESSORS),
-                                  "NAME(OPTION=...)")  # fmt: skip
+                                  "NAME(OPTION=...)")
     plan: str | None = _for("plan", "how the ranks' messages are exchanged and combined", others="NAME(OPTION=...)")
     ratio: float | None = _for("ratio", "share of entries that are kept")
     block: int | None = _for("block", "entries that share a scale")

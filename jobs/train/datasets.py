@@ -112,7 +112,7 @@ class Text:
         self.held_out_size = (tokens.size - cut - 1) // context
         if self.size < 1 or self.held_out_size < 1:
             raise DataError(f"{path}: {len(text)} characters are too few for blocks of {context}; use a longer text or a "
-                            "smaller --context")  # fmt: skip
+                            "smaller --context")
 
     def batch(self, indices: Indices, epoch: int) -> tuple[Tensor, Tensor]:
         """Return (b, context) characters and the characters that follow them, int64."""
@@ -159,7 +159,7 @@ class Tensors:
         self.size, self.held_out_size = len(train[1]), len(held_out[1])
         if not self.size or not self.held_out_size or any(len(x) != len(y) for x, y in (train, held_out)):
             raise DataError(f"{name}: {len(train[0])} inputs with {self.size} targets, and {len(held_out[0])} with "
-                            f"{self.held_out_size} held out; give a target for every input, and some of both")  # fmt: skip
+                            f"{self.held_out_size} held out; give a target for every input, and some of both")
         hashed = sha256()
         for tensor in (*train, *held_out):
             hashed.update(str((tensor.dtype, tuple(tensor.shape))).encode() + tensor.contiguous().numpy().tobytes())
@@ -190,10 +190,10 @@ def own_problem(config: "TrainConfig") -> tuple[Dataset, nn.Module] | tuple[Data
     made: Any = registry.built("model", config.model, config)
     parts = made if isinstance(made, tuple) else ()
     if len(parts) not in (2, 3) or not isinstance(parts[0], nn.Module) or not isinstance(parts[1], Dataset) \
-            or not all(callable(loss) for loss in parts[2:]):  # fmt: skip
+            or not all(callable(loss) for loss in parts[2:]):
         returned = ", ".join(type(part).__name__ for part in parts) or type(made).__name__
         raise ConfigError(f"model={config.model} returns {returned}; return (module, data) or (module, data, loss), where "
-                          "data is for example mpi_ef.jobs.train.datasets.Tensors")  # fmt: skip
+                          "data is for example mpi_ef.jobs.train.datasets.Tensors")
     model, data, *loss = parts
     return (data, model, *loss)
 

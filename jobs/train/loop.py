@@ -66,7 +66,7 @@ class Trainer:
             self._loss_of = loss[0] if loss else _cross_entropy
             if config.data not in (None, self.data.content):
                 raise DataError(f"data={config.data}, but here there are {self.data.content}; give the same, or leave the "
-                                "option out")  # fmt: skip
+                                "option out")
             shard(self.data.size, size, rank)
             options = {f"option {k}": v for k, v in asdict(config).items() if k not in ("text", "out")}
             return {"training samples": self.data.size, "their content": self.data.content, **options}
@@ -98,14 +98,14 @@ class Trainer:
         sent = in_bytes(sum(plan.traffic.sent_nbytes for plan in plans))
         return (f"{self.config.model}: {self.optimizer.flat.d:,} parameters on {self.comm.Get_size()} ranks, "
                 f"{self.data.size:,} training samples; {self.config.optimizer}, {plans[0].compressor}: {sent} per step and "
-                f"rank when compressed (dense: {dense})")  # fmt: skip
+                f"rank when compressed (dense: {dense})")
 
     @property
     def columns(self) -> list[str]:
         """Names of what :meth:`row` returns. Local."""
         times = [f"{which}seconds_{phase}" for phase in PHASES for which in ("", "min_", "max_")]
         return ["step", "epoch", "lr", "loss", "val_loss", "val_accuracy", "sent_nbytes", "dense_nbytes", "lost",
-                *(f"norm_{name}" for name in self._state()), "seconds", *times]  # fmt: skip
+                *(f"norm_{name}" for name in self._state()), "seconds", *times]
 
     def _state(self) -> "dict[str, np.ndarray]":
         return self.optimizer.per_rank() | self.optimizer.replicated()
@@ -189,7 +189,7 @@ class Trainer:
         row = {"step": self.steps, "epoch": self.epoch, "lr": learning_rate(self.config, self.steps),
                "loss": self._loss, "val_loss": None, "val_accuracy": None,
                "sent_nbytes": self._sent(), "dense_nbytes": self.steps * self.optimizer.dense_nbytes,
-               **self._diagnosis()}  # fmt: skip
+               **self._diagnosis()}
         if evaluate:
             paused = perf_counter()
             row |= self._evaluate()
@@ -235,7 +235,7 @@ class Trainer:
         return {"seconds": self._spent(), "untimed": [self.untimed_steps, self.untimed_seconds],
                 "loss": [self._loss_sum, self._loss_count, self._loss], "samples": self._samples,
                 "sent_nbytes": self._sent(), "ranks": self.comm.Get_size(), "data": self.data.content,
-                "options": _shaping(self.record())}  # fmt: skip
+                "options": _shaping(self.record())}
 
     def go_on(self, steps: int, position: dict[str, Any]) -> list[str]:
         """Be where a run was after so many steps: this rank's batches, times, losses since the last row. Local.
@@ -255,10 +255,10 @@ class Trainer:
         """
         if steps > self.config.steps:
             raise _everywhere(ConfigError(f"resume: {steps} steps are done, and steps={self.config.steps} are fewer; "
-                                          "give it as many or more, or another --out"))  # fmt: skip
+                                          "give it as many or more, or another --out"))
         if position.get("data", self.data.content) != self.data.content:
             raise _everywhere(DataError(f"resume: the run that saved had other data ({position['data']}; here "
-                                        f"{self.data.content}); give it the same, or another --out"))  # fmt: skip
+                                        f"{self.data.content}); give it the same, or another --out"))
         changed = self._changed(position["options"])
         self.steps, self._earlier = steps, position["seconds"]
         self.untimed_steps, self.untimed_seconds = position.get("untimed", (0, 0.0))
@@ -288,7 +288,7 @@ class Trainer:
         lost = _differences(then, {name: now.get(name) for name in sorted(choices.kept())})
         if lost:
             raise _everywhere(ConfigError(f"resume: {lost[0]}; a run goes on with the model, data and optimizer that "
-                                          "it has: give it the same options, or another --out"))  # fmt: skip
+                                          "it has: give it the same options, or another --out"))
         return _differences(then, {name: value for name, value in now.items() if name not in choices.kept()})
 
     def _diagnosis(self) -> dict[str, float | None]:
@@ -334,7 +334,7 @@ class Trainer:
 def _shaping(config: TrainConfig) -> dict[str, Any]:
     """Return the options that the parameters depend on, as a checkpoint can hold them; the text is known by its content."""
     apart = ("out", "overwrite", "resume", "keep", "checkpoint_every", "save_in_background", "stop_after", "on_failure",
-             "log_every", "eval_every", "text", "data")  # fmt: skip
+             "log_every", "eval_every", "text", "data")
     return {name: value for name, value in asdict(config).items() if name not in apart and value is not None}
 
 

@@ -64,4 +64,4 @@ def cnn(width: int = 16) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(),
         nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2 * width * 16, 10),
-    )  # fmt: skip
+    )

@@ -55,7 +55,7 @@ def _specified(chosen: Chosen, model: "nn.Module", comm: Comm) -> FlatOptimizer:
         # The others bind their compressors to parameters themselves.
         shapes = tuple(tuple(p.shape) for group in groups for p in group["params"])
         options = {name: for_parameters(value, shapes) if isinstance(value, Compressor) else value
-                   for name, value in options.items()}  # fmt: skip
+                   for name, value in options.items()}
     built = what.thing(groups, comm, *what.arguments, **options, **{name: getattr(chosen, name) for name in of_run})
     if not isinstance(built, FlatOptimizer):
         raise ConfigError(f"optimizer={chosen.optimizer} has built a {type(built).__name__}, no FlatOptimizer")
@@ -155,17 +155,17 @@ def _wrapped(chosen: Chosen, model: "nn.Module", comm: Comm) -> FlatOptimizer:
     overlap = hasattr(chosen, "overlap") and chosen.overlap
     if chosen.optimizer == "ef21-muon":
         return optim.EF21Muon(_decayed(chosen, model), comm, _compressor(chosen), lr=chosen.lr, beta=1.0 - chosen.momentum,
-                              dense_steps=chosen.dense_steps, overlap=overlap)  # fmt: skip
+                              dense_steps=chosen.dense_steps, overlap=overlap)
     if chosen.optimizer == "adamw":
         inner: torch.optim.Optimizer = torch.optim.AdamW(_decayed(chosen, model), lr=chosen.lr,
-                                                         betas=(chosen.beta1, chosen.beta2))  # fmt: skip
+                                                         betas=(chosen.beta1, chosen.beta2))
     else:
         inner = torch.optim.SGD(model.parameters(), lr=chosen.lr, momentum=chosen.momentum,
-                                weight_decay=chosen.weight_decay)  # fmt: skip
+                                weight_decay=chosen.weight_decay)
     options = _RULE_OPTIONS.get(chosen.rule, lambda _: {})(chosen)
     return optim.DistributedOptimizer(inner, comm, _compressor(chosen), placement=chosen.placement, rule=chosen.rule,
                                       plan=_plan(chosen), dense_steps=chosen.dense_steps, overlap=overlap,
-                                      **options)  # fmt: skip
+                                      **options)
 
 
 Replicated = Callable[[Chosen, Groups, Comm, dict[str, Any]], FlatOptimizer]

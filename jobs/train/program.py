@@ -153,7 +153,7 @@ def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:
         "replicas_equal": len(set(fingerprints)) == 1, "parameters_crc32": fingerprints[0],
         "optimizer": trainer.optimizer.identity(),
         "config": {name: str(value) if isinstance(value, Path) else value for name, value in used.items()},
-    }  # fmt: skip
+    }
 
 
 def _table(summary: dict[str, Any]) -> str:

@@ -63,7 +63,7 @@ class Interruptible:
             if number := early_signals.noted() or attempts.asked:
                 self._stopper.request(number)
         self._training = Training(model=trainer.model, optimizer=trainer.optimizer, seed=config.seed,
-                                  changes=trainer.changes)  # fmt: skip
+                                  changes=trainer.changes)
         try:
             self.folder = RunFolder(comm, config.out, job=job, restart=restarts)
         except BaseException:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["SPECIFIED", "check", "check_specified", "optimizer_in", "rule_in", "smoothness_of"]
 
 _ONES = ("keep", "steps", "batch", "context", "layers", "heads", "width", "block", "rank", "local_steps", "log_every",
-         "eval_every")  # fmt: skip
+         "eval_every")
 _ZEROS = (
     "checkpoint_every",
     "stop_after",
@@ -137,7 +137,7 @@ def _check_combinations(chosen: Mapping[str, Any]) -> None:
         raise ConfigError(f"overlap sends in two parts, which rule={rule} cannot; leave one of them out")
     if rule in CHANGES and (chosen["placement"] != "gradient" or overlap or clip):
         raise ConfigError(f"rule={rule} sends changes of gradients over a batch; pass placement=gradient and clip=0 with "
-                          "it, and no overlap")  # fmt: skip
+                          "it, and no overlap")
     if rule == "marina" and chosen["compressor"] != "randk":
         raise ConfigError(
             f"rule=marina wants an unbiased compressor; pass compressor=randk, not {chosen['compressor']}"
@@ -154,7 +154,7 @@ def _check_compressor(chosen: Mapping[str, Any]) -> None:
         with_them = ", ".join(f"{name}={chosen[name]}" for name in ("optimizer", "rule", "placement") if name in chosen)
         raise ConfigError("compressor=vote sends signs without magnitudes, for majority votes: with optimizer="
                           f"{' or '.join(_VOTERS)}, or rule=lion and placement=gradient; with {with_them} take "
-                          "compressor=sign")  # fmt: skip
+                          "compressor=sign")
     if rule == "econtrol" and chosen["compressor"] == "low-rank" and chosen.get("eta") is None:
         raise ConfigError(
             "rule=econtrol has no default for eta with compressor=low-rank; pass one, for example eta=0.1"

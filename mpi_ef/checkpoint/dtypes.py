@@ -20,7 +20,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(name).newbyteorder("<")
     for name in ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
                  "float16", "float32", "float64", "complex64", "complex128")
-} | {"bfloat16": BFLOAT16}  # fmt: skip
+} | {"bfloat16": BFLOAT16}
 """Every dtype that a file may hold, by the name it has there. Bytes are little endian on any machine."""
 
 

@@ -18,23 +18,8 @@ from mpi_ef.errors import CheckpointError
 
 from .rankfile import DamageError, FileEntry, reading
 
-__all__ = [
-    "BAD",
-    "COMMIT",
-    "LATEST",
-    "MANIFEST",
-    "RUNS",
-    "VERSION",
-    "Manifest",
-    "committed_steps",
-    "damaged_steps",
-    "rank_name",
-    "read_manifest",
-    "step_name",
-    "sync_folder",
-    "write_durably",
-    "write_manifest",
-]
+__all__ = ["BAD", "COMMIT", "LATEST", "MANIFEST", "RUNS", "VERSION", "Manifest", "committed_steps", "damaged_steps",
+           "rank_name", "read_manifest", "step_name", "sync_folder", "write_durably", "write_manifest"]
 
 MANIFEST, COMMIT, BAD, LATEST, RUNS = "master.json", "COMMIT", "BAD", "LATEST", "RUNS"
 FORMAT, VERSION, MIN_READER = "mpi_ef.checkpoint", 2, 2
@@ -125,7 +110,7 @@ def write_manifest(folder: Path, step: int, run: str, document: Any, files: list
         "files": [{"name": entry.name, "size": entry.size, "crc32": f"{entry.crc32:08x}", "data": entry.data}
                   for entry in files],
         "document": document,
-    }, indent=1).encode()  # fmt: skip
+    }, indent=1).encode()
     write_durably(folder / MANIFEST, text)
     sync_folder(folder)  # the names of all ranks' files are on the disk before the marker is
     write_durably(folder / COMMIT, f"{hashlib.sha256(text).hexdigest()}\n".encode())

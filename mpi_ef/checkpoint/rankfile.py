@@ -73,7 +73,7 @@ def reading(path: Path) -> Iterator[None]:
 def write_rank_file(
     path: Path, packed: Sequence[tuple[Piece, memoryview]], sizes: dict[str, int], attributes: dict[str, str | int],
     document: Any,
-) -> FileEntry:  # fmt: skip
+) -> FileEntry:
     """Write one rank's file and wait until the disk has it. Makes no MPI call.
 
     All space is reserved first: a full disk is an `OSError` before anything is written.

@@ -92,7 +92,7 @@ class Store:
                 self._on_disk.claim(self.run, wait=True)
                 if new and (steps := self.steps()):
                     raise CheckpointError(f"{self.folder} has checkpoints of another run, up to step {steps[-1]}; resume "
-                                          "from them, or take another folder")  # fmt: skip
+                                          "from them, or take another folder")
 
         together(comm, "Store.claim", take)
 
@@ -174,7 +174,7 @@ class Store:
         together(
             comm, subject, lambda: disk.publish(pending.place, pending.step, self.run, pending.document, entries)
             if root else None, undo,
-        )  # fmt: skip
+        )
         pending.path = disk.path_of(pending.step)
         return pending.path
 
@@ -212,7 +212,7 @@ class Store:
                     return path.name
             if count := len(rejected | {path.name for path in damaged_steps(self.folder)}):
                 raise CheckpointError(f"{self.folder}: of {count} checkpoints none is whole; see mpi-ef checkpoint verify, "
-                                      "and move the folder away to start from nothing")  # fmt: skip
+                                      "and move the folder away to start from nothing")
             return None
 
         while True:
@@ -269,7 +269,7 @@ class Store:
             raise error from raised
         place, self.run = together(
             comm, save.subject, lambda: ("", "") if rank else (self._on_disk.make_place(save.step, self.run), self.run)
-        )[0]  # fmt: skip
+        )[0]
         told: dict[str, str | int] = {
             "format": FORMAT,
             "version": VERSION,
@@ -325,7 +325,7 @@ class _Save:
             raise OptionError(f"{self.subject}: step={self.step!r} is no number of a step; count from 0")
         layout = [(name, dtype_name(array.dtype), array.shape) for name, array in sorted(self.replicated.items())]
         values = {f"the values of {name}": f"hash {whole_checksum(raw_bytes(array)):08x}"
-                  for name, array in sorted(self.replicated.items())}  # fmt: skip
+                  for name, array in sorted(self.replicated.items())}
         self.document = checked_json(self.subject, self.document) if rank == 0 else None
         self.rank_document = checked_json(self.subject, self.rank_document)
         cut = list(cut_pieces(self.replicated, self.per_rank, rank, size))
@@ -336,7 +336,7 @@ class _Save:
         self.replicated = self.per_rank = {}  # what is needed of them is packed
         digest = sha256(repr(layout).encode("utf-8", "backslashreplace")).hexdigest()
         return {"step": self.step,
-                "replicated arrays": f"{len(layout)} arrays of {nbytes} bytes (layout {digest[:8]})", **values}  # fmt: skip
+                "replicated arrays": f"{len(layout)} arrays of {nbytes} bytes (layout {digest[:8]})", **values}
 
 
 class Pending:

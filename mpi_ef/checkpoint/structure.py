@@ -90,7 +90,7 @@ def make_structure(
     """
     file, extents = _Sparse(), Extents()
     with h5py.File(file, "w", libver=("earliest", "v110"), locking=False, alignment_threshold=_LARGE,
-                   alignment_interval=_PAGE) as made:  # fmt: skip
+                   alignment_interval=_PAGE) as made:
         made.attrs.update(attributes)
         creation = h5p.create(h5p.DATASET_CREATE)
         creation.set_layout(h5d.CONTIGUOUS)

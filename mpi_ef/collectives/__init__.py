@@ -17,23 +17,6 @@ from .onecall import allgather, allreduce
 from .plan import Offer, Plan, Traffic, plan_for
 from .plans import GatherMean, TwoPhaseMean, chunk_bounds
 
-__all__ = [
-    "ClientsMean",
-    "Combine",
-    "Comm",
-    "DenseMean",
-    "Frames",
-    "GatherMean",
-    "LowRankMean",
-    "Offer",
-    "Plan",
-    "PlanBuilder",
-    "Round",
-    "Traffic",
-    "TwoPhaseMean",
-    "allgather",
-    "allreduce",
-    "build_plan",
-    "chunk_bounds",
-    "plan_for",
-]
+__all__ = ["ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LowRankMean", "Offer", "Plan",
+           "PlanBuilder", "Round", "Traffic", "TwoPhaseMean", "allgather", "allreduce", "build_plan", "chunk_bounds",
+           "plan_for"]

@@ -142,7 +142,7 @@ class ClientsMean(Plan):
     def _problem(self, x: Vector | Combination, keep: Keep | None) -> MpiEfError | None:
         if self._speaks.shape != (self.own,) or self._notes.shape != (self.own,):
             return ShapeError(f"ClientsMean.exchange: speaks and notes have shapes {self._speaks.shape}, "
-                              f"{self._notes.shape}; this rank carries {self.own} clients")  # fmt: skip
+                              f"{self._notes.shape}; this rank carries {self.own} clients")
         if (self._notes >= 128).any():
             return OptionError(f"ClientsMean.exchange: a note of {self._notes.max()}; notes are below 128")
         if keep is not None and not self._speaks.all():

@@ -43,7 +43,7 @@ class _Block(NamedTuple):
         others = np.full(n, size)
         others[rank] = 0
         return cls(low, high, size, slice(rank * size, (rank + 1) * size), others, np.arange(n) * size,
-                   np.full(n, rank * size))  # fmt: skip
+                   np.full(n, rank * size))
 
 
 class RankOrderMean:

@@ -16,7 +16,7 @@ from .frames import (
     header_of,
     misunderstanding,
     status_of,
-    what_is_wrong,  # fmt: skip
+    what_is_wrong,
 )
 from .in_flight import landed, took_off
 

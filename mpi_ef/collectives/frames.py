@@ -17,7 +17,7 @@ from mpi_ef.compress import Codec
 from mpi_ef.errors import DisagreementError, MpiEfError, NonFiniteError, PeerError
 
 __all__ = ["NON_FINITE", "NOTHING", "OK", "REJECTED", "WIRE_VERSION", "Frames", "header_of", "misunderstanding",
-           "status_of", "what_is_wrong"]  # fmt: skip
+           "status_of", "what_is_wrong"]
 
 OK, NON_FINITE, REJECTED, NOTHING = 0, 1, 2, 255  # the last is what is there before anything has arrived
 
@@ -95,7 +95,7 @@ def what_is_wrong(frames: Frames, subject: str) -> MpiEfError:
         return NonFiniteError(text, broken)
     steps = frames.header["step"].tolist()
     return DisagreementError(f"{subject}: ranks are out of step: exchange number {steps} by rank; call the plan equally "
-                             "often on all ranks")  # fmt: skip
+                             "often on all ranks")
 
 
 def misunderstanding(frames: Frames, subject: str) -> MpiEfError | None:

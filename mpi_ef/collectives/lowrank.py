@@ -72,7 +72,7 @@ class LowRankMean(Plan, kind="low-rank"):
         """Build codecs and buffers, see :meth:`Plan.bind`."""
         if not isinstance(self.compressor, LowRank):
             raise OptionError(f"LowRankMean: compressor={self.compressor} has no factors; take LowRank, or build the plan "
-                              "with plan_for")  # fmt: skip
+                              "with plan_for")
         self._seed, self._factors = int(self.compressor.seed), self.compressor.factors(self.d)
         sizes = self._factors.left_size, self._factors.right_size
         self._left, self._right = (aligned_zeros(size, self.dtype) for size in sizes)  # P and Q
@@ -137,7 +137,7 @@ class LowRankMean(Plan, kind="low-rank"):
         mean.form(own, 1.0 / self.size, out)
         if not self._kernels.all_finite(out):  # all ranks see the same numbers
             raise NonFiniteError("LowRankMean.exchange: a product of finite numbers overflows; nothing was changed "
-                                 "anywhere, so this step can be skipped", ())  # fmt: skip
+                                 "anywhere, so this step can be skipped", ())
 
     def _conclude(self) -> None:
         """Do what waits for the success of all ranks: the next Q, what is kept, what is measured."""

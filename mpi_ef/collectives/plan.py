@@ -113,10 +113,10 @@ class Plan(OnAllRanks, PlanState, metaclass=Telling):
             codec = compressor.codec(d, dtype)
             self.d, self.dtype, self._kernels = codec.d, codec.dtype, backend(codec.dtype)
             return {"plan": subject, "compressor": compressor, "d": self.d, "dtype": self.dtype,
-                    "wire version": WIRE_VERSION, **self.bind()}  # fmt: skip
+                    "wire version": WIRE_VERSION, **self.bind()}
 
         told = agree(comm, subject, facts, "build the plan from the same arguments everywhere", tell=next(_numbers),
-                     call=self.built)  # fmt: skip
+                     call=self.built)
         self._exchange.number = told[0]  # of rank 0, which has all plans of this communicator; in every header
 
     @abstractmethod

@@ -73,7 +73,7 @@ class OnAllRanks:
     def __getstate__(self) -> NoReturn:
         """Refuse: nothing on the other ranks would answer a copy."""
         raise OptionError(f"{type(self).__name__}: it cannot be copied or pickled, nothing on the other ranks would answer "
-                          f"the copy; save {self.saved_by} and build it anew on all ranks")  # fmt: skip
+                          f"the copy; save {self.saved_by} and build it anew on all ranks")
 
 
 def check_not_freed(comm: Comm, subject: str, remedy: str = "pass another one") -> None:

@@ -12,22 +12,5 @@ from .lowrank import LowRank
 from .plain import PlainCodec
 from .sparse import RandK, TopK
 
-__all__ = [
-    "Codec",
-    "Combination",
-    "Compressor",
-    "Identity",
-    "Keep",
-    "LowRank",
-    "PlainCodec",
-    "Quantize",
-    "RandK",
-    "Sign",
-    "Source",
-    "TopK",
-    "Vote",
-    "aligned_zeros",
-    "for_parameters",
-    "lazy",
-    "source",
-]
+__all__ = ["Codec", "Combination", "Compressor", "Identity", "Keep", "LowRank", "PlainCodec", "Quantize", "RandK",
+           "Sign", "Source", "TopK", "Vote", "aligned_zeros", "for_parameters", "lazy", "source"]

@@ -60,7 +60,7 @@ class Combination:
                 terms.append((sign * factor, vector))
         if len(terms) > MOST_TERMS:
             raise OptionError(f"lazy: a combination of {len(terms)} vectors; the kernels take {MOST_TERMS}, so add some "
-                              "of them up beforehand")  # fmt: skip
+                              "of them up beforehand")
         return Combination(*terms)
 
 

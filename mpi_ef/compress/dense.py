@@ -229,7 +229,7 @@ class _VoteCodec(Codec):
         bits, odd = wire[: self._used], step >> 1 & 1  # a two-phase plan counts two steps an exchange
         turned = x._replace(less_message=False, factors=-x.factors if odd else x.factors)
         rows = (*self._nobody, kernels.BLOCK, self.dtype.type(0))
-        finite: bool = self._kernels.encode_signs(*turned, *rows, kernels.BLOCK, bits, self._magnitudes)  # fmt: skip
+        finite: bool = self._kernels.encode_signs(*turned, *rows, kernels.BLOCK, bits, self._magnitudes)
         wire[self._used :] = 0
         if odd:  # signs of -x, turned around, are those of x but for zeros
             np.invert(bits, out=bits)
@@ -240,4 +240,4 @@ class _VoteCodec(Codec):
 
     def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
         ones = np.ones((len(wires), self._magnitudes.size), self.dtype)
-        self._kernels.add_signs(wires[:, : self._used], ones, kernels.BLOCK, factor, overwrite, writable(out))  # fmt: skip
+        self._kernels.add_signs(wires[:, : self._used], ones, kernels.BLOCK, factor, overwrite, writable(out))

@@ -80,7 +80,7 @@ class LowRank(Compressor):
         entries = sum(map(prod, self.shapes))
         if entries != d:
             raise ShapeError(f"LowRank: the shapes have {entries} entries together, the vector has {d}; pass the shapes of "
-                             "all its parts, or none for a plan that cuts vectors into chunks")  # fmt: skip
+                             "all its parts, or none for a plan that cuts vectors into chunks")
         return Factors(self.shapes, self.rank)
 
     def alpha(self, d: int) -> float:
@@ -100,7 +100,7 @@ def _checked(shapes: Sequence[Sequence[int]]) -> tuple[Shape, ...]:
         checked = ((-1,),)
     if isinstance(shapes, str) or any(size < 0 for shape in checked for size in shape):
         raise OptionError(f"LowRank: shapes={shapes!r}; pass the shapes of the parts, as in ((64, 32), (32,)), or "
-                          "'parameters'")  # fmt: skip
+                          "'parameters'")
     return checked
 
 

@@ -113,7 +113,7 @@ class TopK(_KeptCoordinates):
         bounds = np.cumsum((0, *self.segments), dtype=np.int64)
         if bounds[-1] != d:
             raise ShapeError(f"TopK: the segments have {bounds[-1]} entries together, the vector has {d}; pass the "
-                             "lengths of all its parts")  # fmt: skip
+                             "lengths of all its parts")
         return bounds
 
     def segment_counts(self, d: int) -> NDArray[np.int64]:
@@ -249,7 +249,7 @@ class _TopKCodec(_SparseCodec):
     def _choose(self, x: Source, head: Wires, step: int, rank: int) -> bool:  # noqa: ARG002
         indices, kept = self._indices.base, self._kept.base
         finite: bool = self._kernels.select_largest(x.terms, x.factors, x.keep, x.keep_factors, self._bounds, self._counts,
-                                              indices, kept)  # fmt: skip
+                                              indices, kept)
         self._kernels.encode_indices(self._indices, self._low, *self._halves(head))
         return finite
 

@@ -59,7 +59,7 @@ class FeedbackBucket:
         for name, array in self._arrays().items():
             if array.size != plan.d and name != _RESIDUAL:
                 raise OptionError(f"FeedbackHook: {name} of {feedback.rule.name} on {type(plan).__name__} is not as long as "
-                                  "the gradient and cannot follow parameters; take another rule or plan")  # fmt: skip
+                                  "the gradient and cannot follow parameters; take another rule or plan")
 
     def _arrays(self) -> dict[str, Vector]:
         """Return the arrays with an entry for every one of the gradient, or of this rank's chunk of it. Not copies."""
@@ -80,7 +80,7 @@ class FeedbackBucket:
         counters = {"steps": self.feedback.steps, "exchanges": self.feedback.plan.exchanges}
         return {place.name: counters | {"arrays": {name: place.view(vector).clone(memory_format=torch.contiguous_format)
                                                    for name, vector in whole.items()}}
-                for place in self.places}  # fmt: skip
+                for place in self.places}
 
     def plan_state(self) -> dict[str, Tensor]:
         """Return a copy of what belongs to no parameter. Local."""
@@ -96,7 +96,7 @@ class FeedbackBucket:
         for place in self.places:
             if (seen := saved[place.name]["arrays"].keys()) != arrays.keys():
                 raise OptionError(f"FeedbackHook: the saved state of {place.name} is {', '.join(seen)}, here it is "
-                                  f"{', '.join(arrays)}; build the hook as it was when saved")  # fmt: skip
+                                  f"{', '.join(arrays)}; build the hook as it was when saved")
         for name, array in arrays.items():
             whole = self._spread(name, array)
             for place in self.places:

@@ -103,7 +103,7 @@ class FeedbackHook(OnAllRanks):
         self.steps = self.skipped_steps = 0
         self._plan = plan
         self._parameters = {name: p for name, p in model.module.named_parameters()
-                            if p.requires_grad and name not in model.parameters_to_ignore}  # fmt: skip
+                            if p.requires_grad and name not in model.parameters_to_ignore}
         self._names: dict[Tensor, str] = {p: name for name, p in self._parameters.items()}
         self._buckets: dict[tuple[str, ...], FeedbackBucket] = {}
         self._loose: dict[str, Saved] = {}  # state of parameters that are in no bucket yet
@@ -121,14 +121,14 @@ class FeedbackHook(OnAllRanks):
             )
         if self.comm.ranks != (theirs := dist.get_process_group_ranks(model.process_group)):
             raise OptionError(f"FeedbackHook: process_group has the ranks {self.comm.ranks}, the model's {theirs}; pass one "
-                              "of the same ranks")  # fmt: skip
+                              "of the same ranks")
         for name, p in self._parameters.items():
             if p.dtype not in (torch.float32, torch.float64) or p.device.type != "cpu":
                 raise DtypeError(f"FeedbackHook: parameter {name} is {p.dtype} on {p.device}; make it torch.float32 or "
-                                 "torch.float64 on cpu")  # fmt: skip
+                                 "torch.float64 on cpu")
         parameters = {f"parameter {name}": f"{tuple(p.shape)} {p.dtype}" for name, p in self._parameters.items()}
         return {"the names of the parameters": list(self._parameters), **parameters, "compressor": self.compressor,
-                "rule": rule, "dense_steps": self.dense_steps, "options": self.options}  # fmt: skip
+                "rule": rule, "dense_steps": self.dense_steps, "options": self.options}
 
     def run(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         """Start the step of one bucket; with the last one, finish those of all. DDP calls this. Collective.
@@ -143,7 +143,7 @@ class FeedbackHook(OnAllRanks):
         buffer = bucket.buffer()
         if buffer.layout is not torch.strided or buffer.device.type != "cpu":
             raise DtypeError(f"FeedbackHook: a gradient is {buffer.layout} on {buffer.device}; take dense ones on the cpu "
-                             "(sparse=False in embeddings)")  # fmt: skip
+                             "(sparse=False in embeddings)")
         names = tuple(self._names[p] for p in bucket.parameters())
         if names not in self._buckets:
             self._build(names, buffer, bucket.gradients())
@@ -174,7 +174,7 @@ class FeedbackHook(OnAllRanks):
             plan = build_plan(self._plan, self.comm, compressor, buffer.numel(), dtype)
         feedback = ErrorFeedback(self.rule, plan, dense_steps=self.dense_steps, **self.options)
         places = [Place.of_parameter(name, self._parameters[name], int(g.storage_offset() - buffer.storage_offset()))
-                  for name, g in zip(names, gradients, strict=True)]  # fmt: skip
+                  for name, g in zip(names, gradients, strict=True)]
         fresh = FeedbackBucket(feedback, places)
         if self._loose:
             fresh.fill(self._loose, self._loose_plans.pop(names, {}))
@@ -203,7 +203,7 @@ class FeedbackHook(OnAllRanks):
         if broken is not None and self.comm.Get_rank() == 0:
             where = f" on {ranks_text(sorted(broken))}" if broken else ""
             warnings.warn(f"step {self.steps}: NaN or Inf in the gradient{where}; all gradients are NaN on all ranks now, "
-                          "so skip the optimizer's step", RuntimeWarning, stacklevel=2)  # fmt: skip
+                          "so skip the optimizer's step", RuntimeWarning, stacklevel=2)
 
     @property
     def sent_nbytes(self) -> int:
@@ -218,7 +218,7 @@ class FeedbackHook(OnAllRanks):
             plans[names] = bucket.plan_state()
         return {**self._described().state_dict(),
                 "parameters": {name: state[name] for name in self._parameters if name in state},
-                "plans": [{"bucket": list(names), "arrays": plan} for names, plan in plans.items() if plan]}  # fmt: skip
+                "plans": [{"bucket": list(names), "arrays": plan} for names, plan in plans.items() if plan]}
 
     def _described(self) -> StateTree:
         """Describe what of the state belongs to no parameter."""
@@ -230,7 +230,7 @@ class FeedbackHook(OnAllRanks):
         return StateTree({"steps": attribute(self, "steps"), "skipped_steps": attribute(self, "skipped_steps"),
                           "sent_nbytes": sent},
                          identity={"rule": rule_of(self.rule)[0].name, "compressor": str(self.compressor)},
-                         place={"rank": self.comm.Get_rank(), "size": self.comm.Get_size()})  # fmt: skip
+                         place={"rank": self.comm.Get_rank(), "size": self.comm.Get_size()})
 
     def state_dict_from(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> dict[str, Any]:
         """Return what rank `rank` of `size` loads to go on where another number of ranks has been. Local.
@@ -292,7 +292,7 @@ class FeedbackHook(OnAllRanks):
             for array, tensor in of_parameter["arrays"].items():
                 if tensor.shape != p.shape or tensor.dtype != p.dtype:
                     raise ShapeError(f"load_state_dict: {array} of {name} is {tuple(tensor.shape)} {tensor.dtype}, here it "
-                                     f"is {tuple(p.shape)} {p.dtype}; load into the model it was saved from")  # fmt: skip
+                                     f"is {tuple(p.shape)} {p.dtype}; load into the model it was saved from")
         self._buckets, self._loose, self._loads = {}, dict(state), self._loads + 1
         self._loose_plans = {tuple(plan["bucket"]): plan["arrays"] for plan in saved["plans"]}
         self._described().load_values(saved)

@@ -66,7 +66,7 @@ class ProcessGroupComm:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise OptionError("ProcessGroupComm: torch.distributed is not initialised; call "
-                              "torch.distributed.init_process_group('gloo') first")  # fmt: skip
+                              "torch.distributed.init_process_group('gloo') first")
         self._rank = dist.get_rank(group)
         if self._rank < 0:
             raise OptionError(
@@ -75,7 +75,7 @@ class ProcessGroupComm:
         backends = dist.get_backend_config(group)
         if "cpu:" not in backends:
             raise OptionError(f"ProcessGroupComm: the group's backend is {backends}, which moves no CPU memory; pass "
-                              "torch.distributed.new_group(backend='gloo')")  # fmt: skip
+                              "torch.distributed.new_group(backend='gloo')")
         self._group, self.ranks = group, dist.get_process_group_ranks(group)
         self._attributes: dict[int, Any] = {}
 
@@ -169,10 +169,10 @@ def _bytes(call: str, array: Any) -> Tensor:
     """Return the memory of `array` as a tensor of bytes."""
     if not isinstance(array, np.ndarray):
         raise OptionError(f"ProcessGroupComm.{call}: messages above 2 GiB are counted in datatypes of MPI, which a process "
-                          "group does not know; exchange shorter vectors (bucket_cap_mb of DDP)")  # fmt: skip
+                          "group does not know; exchange shorter vectors (bucket_cap_mb of DDP)")
     if not array.flags.c_contiguous or not array.flags.writeable:
         raise ShapeError(f"ProcessGroupComm.{call}: an array {array.shape} is read-only or not contiguous; pass one that "
-                         "can be written as a whole")  # fmt: skip
+                         "can be written as a whole")
     memory = array.reshape(-1).view(np.uint8)
     _lent.append(ref(memory))
     return torch.from_numpy(memory)

@@ -9,4 +9,4 @@ from .state import State, Steps, error, estimate, kept, momentum, replicated, sc
 from .table import RULES, Rule, with_momentum
 
 __all__ = ["RULES", "ErrorFeedback", "Rule", "State", "Steps", "error", "estimate", "kept", "momentum", "replicated",
-           "scratch", "spare", "with_momentum"]  # fmt: skip
+           "scratch", "spare", "with_momentum"]

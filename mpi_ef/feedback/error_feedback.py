@@ -254,7 +254,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
         clients = {} if share is None else {"clients": str(plan.clients)}
         identity = {"rule": self.rule.name, "plan": type(plan).__name__, "compressor": str(plan.compressor)}
         return StateTree(own | of_plan | values, identity=identity | clients | objects,
-                         place={"rank": plan.rank, "size": plan.size})  # fmt: skip
+                         place={"rank": plan.rank, "size": plan.size})
 
     def _plain_options(self) -> dict[str, Any]:
         return {name: option for name, option in self.options.items() if isinstance(option, int | float)}

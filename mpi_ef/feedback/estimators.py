@@ -11,16 +11,7 @@ from .federated import _clients
 from .rules import EF21State
 from .state import State, Steps, error, estimate, kept, momentum, replicated, scratch, spare
 
-__all__ = [
-    "CLAGState",
-    "DECSGDState",
-    "EF21PAGEState",
-    "MARINAState",
-    "clag",
-    "d_ec_sgd",
-    "ef21_page",
-    "marina",
-]
+__all__ = ["CLAGState", "DECSGDState", "EF21PAGEState", "MARINAState", "clag", "d_ec_sgd", "ef21_page", "marina"]
 
 
 @dataclass(kw_only=True)

@@ -10,18 +10,8 @@ from mpi_ef.errors import OptionError
 from .rules import EF21State, ef21
 from .state import State, Steps, error, form, kept, momentum, scratch, spare
 
-__all__ = [
-    "EF14MomentumState",
-    "EF21HBState",
-    "EF21SGD2MState",
-    "EF21SGDMState",
-    "LionState",
-    "ef14_momentum",
-    "ef21_hb",
-    "ef21_sgd2m",
-    "ef21_sgdm",
-    "lion",
-]
+__all__ = ["EF14MomentumState", "EF21HBState", "EF21SGD2MState", "EF21SGDMState", "LionState", "ef14_momentum",
+           "ef21_hb", "ef21_sgd2m", "ef21_sgdm", "lion"]
 
 
 @dataclass(kw_only=True)

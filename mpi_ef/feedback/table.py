@@ -110,7 +110,7 @@ class Rule:
             raise OptionError(f"ErrorFeedback: {self.name} has no option {', '.join(sorted(unknown))}; it has: {known}")
         if "eta" in options and "eta" not in given and alpha < self.least_alpha:
             raise OptionError(f"ErrorFeedback: the worst-case constant {alpha:.1e} of this compressor says nothing about a "
-                              "good eta; pass one, for example eta=0.1")  # fmt: skip
+                              "good eta; pass one, for example eta=0.1")
         options |= {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
         for name, value in options.items():
             fits, text, hint = self.ranges.get(name, _ANYTHING)
@@ -166,7 +166,7 @@ def with_momentum(rule: Rule) -> Rule:
     step.__name__ = f"{rule.step.__name__}_with_momentum"
     within_1: Range = ("[0, 1)", "in [0, 1)", "0.9 is usual")
     return replace(rule, step=step, state=WithMomentum, options=lambda alpha: rule.options(alpha) | {"momentum": 0.9},
-                   most_terms=2, ranges={**rule.ranges, "momentum": within_1})  # fmt: skip
+                   most_terms=2, ranges={**rule.ranges, "momentum": within_1})
 
 
 def rule_of(rule: "str | Rule") -> tuple[Rule, Options]:

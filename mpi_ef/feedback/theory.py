@@ -156,7 +156,7 @@ def _participating(s: Smoothness, reach: float, alpha: float, participation: flo
     contraction = slack * p + shrink * p - slack
     if contraction <= 0:
         raise OptionError(f"theory: participation={p} with alpha={alpha}: the analysis of EF21-PP gives no step size; "
-                          "take more clients, or more of each vector")  # fmt: skip
+                          "take more clients, or more of each vector")
     growth = (1.0 + 1.0 / slack) * (1.0 - alpha)
     bracket = growth * p + (1.0 + 1.0 / slack) * (1.0 - p)
     return 1.0 / (s.whole + reach * sqrt(bracket / contraction))

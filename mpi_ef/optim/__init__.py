@@ -9,17 +9,5 @@ from .signs import Lion, Signum
 from .wrapper import BucketReport, DistributedOptimizer
 from .zero_one import ZeroOneAdam
 
-__all__ = [
-    "EF21",
-    "BucketReport",
-    "DistributedOptimizer",
-    "EControl",
-    "EF21Muon",
-    "Lion",
-    "OneBitAdam",
-    "OneBitLamb",
-    "PowerSGD",
-    "ReplicatedOptimizer",
-    "Signum",
-    "ZeroOneAdam",
-]
+__all__ = ["EF21", "BucketReport", "DistributedOptimizer", "EControl", "EF21Muon", "Lion", "OneBitAdam", "OneBitLamb",
+           "PowerSGD", "ReplicatedOptimizer", "Signum", "ZeroOneAdam"]

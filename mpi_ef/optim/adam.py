@@ -83,7 +83,7 @@ class OneBitAdam(VarianceOptimizer):
         real, m, v, x, (beta1, beta2) = self.flat.dtype.type, self.m, self.arrays["v"], self.flat.values, self.betas
         (size, decay), root_factor = self._scalars(group, step), 1.0 / sqrt(self._correction(beta2, step))
         kernels.adam(mean, real(beta1), real(beta2), size, real(root_factor), real(self.eps), decay, m[part], v[part],
-                     x[part])  # fmt: skip
+                     x[part])
 
     def _step_late(self, number: int, group: dict[str, Any], mean: Vector) -> None:
         self._adam(self.flat.place(number), group, self.counted[number], mean)
@@ -92,7 +92,7 @@ class OneBitAdam(VarianceOptimizer):
         """Step along the momentum, over the frozen variance."""
         for _, part, group, count in self._stretches(self.counted):
             kernels.preconditioned_step(m[part], self._inverse[part], *self._scalars(group, count + 1),
-                                        self.flat.values[part])  # fmt: skip
+                                        self.flat.values[part])
 
     def _kept(self) -> Sequence[Vector]:
         return [*super()._kept(), self.m]

@@ -50,7 +50,7 @@ class EF21(DistributedOptimizer):
     ) -> None:
         sgd = SGD(parameters_of(params), lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__(sgd, comm, compressor, placement="gradient", rule="ef21", plan=plan,
-                         dense_steps=dense_steps, overlap=overlap, model=params)  # fmt: skip
+                         dense_steps=dense_steps, overlap=overlap, model=params)
 
 
 class EControl(DistributedOptimizer):
@@ -83,7 +83,7 @@ class EControl(DistributedOptimizer):
         sgd = SGD(parameters_of(params), lr=lr, momentum=momentum, weight_decay=weight_decay)
         options: dict[str, Any] = {} if eta is None else {"eta": eta}
         super().__init__(sgd, comm, compressor, placement="gradient", rule="econtrol", plan=plan,
-                         dense_steps=dense_steps, overlap=overlap, model=params, **options)  # fmt: skip
+                         dense_steps=dense_steps, overlap=overlap, model=params, **options)
 
 
 class PowerSGD(DistributedOptimizer):
@@ -120,4 +120,4 @@ class PowerSGD(DistributedOptimizer):
     ) -> None:
         sgd = SGD(parameters_of(params), lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
         super().__init__(sgd, comm, LowRank(rank, shapes="parameters", seed=seed), placement="gradient", rule="ef14",
-                         dense_steps=dense_steps, model=params)  # fmt: skip
+                         dense_steps=dense_steps, model=params)

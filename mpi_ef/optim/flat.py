@@ -84,13 +84,13 @@ class FlatOptimizer(Saved):
             check_options(self)
             self.flat = FlatParameters(parameters)
             named = {f"parameter {number}": f"{self._named.get(id(p), '')} {tuple(p.shape)} {p.dtype} "
-                     f"trained={p.requires_grad}".lstrip() for number, p in enumerate(parameters)}  # fmt: skip
+                     f"trained={p.requires_grad}".lstrip() for number, p in enumerate(parameters)}
             return {"the number of parameters": len(parameters), **named,
                     "whether a model is given": isinstance(model, nn.Module),
-                    "hyper-parameters": hyper_parameters(self), **more}  # fmt: skip
+                    "hyper-parameters": hyper_parameters(self), **more}
 
         told = agree(comm, type(self).__name__, all_facts, "build the same model and optimizer on every rank",
-                     tell=(next(_numbers), state_of_line(comm)), call=self.built)  # fmt: skip
+                     tell=(next(_numbers), state_of_line(comm)), call=self.built)
         self._number: int = told[0][0]  # of rank 0, which has all optimizers of this communicator
         line = line_for(comm, {state for _, state in told})
         self._handshake = Handshake(comm, type(self).__name__, self._number, line)
@@ -355,7 +355,7 @@ class FlatOptimizer(Saved):
             return {"the optimizer that takes a step": f"number {self._number} ({type(self).__name__})",
                     "completed steps": self.steps, "how many states were loaded": self._loads,
                     "weigh of join": self.weighs, "hyper-parameters": hyper_parameters(self),
-                    "check_replicas_every": self.check_replicas_every}  # fmt: skip
+                    "check_replicas_every": self.check_replicas_every}
 
         agree(self.comm, f"{type(self).__name__}.step", facts, "change and load them on all ranks alike")
 

@@ -28,7 +28,7 @@ def hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
 def names_of(optimizer: Optimizer, model: object = None) -> dict[int, str]:
     """Return the names of parameters that were given with names, or have one in a module `model`, by their id."""
     given = {id(p): name for group in optimizer.param_groups
-             for p, name in zip(group["params"], group.get("param_names", ()), strict=False)}  # fmt: skip
+             for p, name in zip(group["params"], group.get("param_names", ()), strict=False)}
     in_model = {id(p): name for name, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
     return in_model | given
 
@@ -63,7 +63,7 @@ def check_options(optimizer: Optimizer) -> None:
         if key not in optimizer.defaults:
             raise OptionError(f"{kind.__name__}: {key!r} in a group of parameters has no effect, groups have "
                               f"{', '.join(optimizer.defaults)}; leave it out, or pass it to the constructor, for all "
-                              "parameters, where that has it")  # fmt: skip
+                              "parameters, where that has it")
 
 
 class Listed:
@@ -92,7 +92,7 @@ class Listed:
         if ids != self._known:
             if sorted(ids) == sorted(self._known):
                 raise OptionError(f"{type(optimizer).__name__}.step: the groups list their parameters in another order than "
-                                  "at construction; groups may be cut anew, in the same order")  # fmt: skip
+                                  "at construction; groups may be cut anew, in the same order")
             raise OptionError(f"{type(optimizer).__name__}.step: the groups have other parameters than at construction, of "
-                              "which this optimizer would exchange none; build it after all groups are known")  # fmt: skip
+                              "which this optimizer would exchange none; build it after all groups are known")
         self._right = now

@@ -22,7 +22,7 @@ __all__ = ["Handshake", "check_order", "joins"]
 # have a gradient; what joins() returns; what it has to say of entries that sleep (asleep.py).
 _WORDS = np.dtype([("status", "u4"), ("groups", "u4"), ("steps", "u4"), ("number", "u4"), ("values", "u4"),
                    ("gradient", "u4"), ("present", "u4"), ("joins", "u2"), ("sleepers", "u2"),
-                   ("squared_norm", "f8")])  # fmt: skip
+                   ("squared_norm", "f8")])
 _FORM = Struct("=7I2Hd")  # the same
 _BUT_THE_NORM = 8  # words of 32 bits
 LEFT = 3  # besides the statuses of frames
@@ -85,7 +85,7 @@ class Handshake:
         if self._line.gone:
             raise PeerError(f"{self._name}.step: {ranks_text(self._line.gone)} left the training{self._when()}, by ending "
                             "or by dropping the optimizer; give all ranks as many batches, or train inside `with "
-                            "optimizer.join():`")  # fmt: skip
+                            "optimizer.join():`")
         return self._answers
 
     def _are_alike(self) -> bool:
@@ -159,7 +159,7 @@ class Handshake:
                 f"{self._name}: all {hashes.size} ranks had the same gradients, to the last bit, in {self.LOOKS} steps: "
                 "they read the same data. Give each rank its own share: mpi_ef.ShardedSampler, or torch's "
                 "DistributedSampler(dataset, num_replicas=comm.size, rank=comm.rank), or, where data are drawn at random, "
-                "mpi_ef.seed_rank(comm, seed)", RuntimeWarning, stacklevel=5)  # fmt: skip
+                "mpi_ef.seed_rank(comm, seed)", RuntimeWarning, stacklevel=5)
 
 
 def check_order(comm: Comm, name: str, hashes: NDArray[np.uint32], described: Callable[[int], str]) -> None:

@@ -22,7 +22,7 @@ def joined(optimizer: _Joins, weigh: bool) -> Iterator[None]:
     """See :meth:`FlatOptimizer.join`."""
     if weigh and optimizer.overlaps:
         raise OptionError("join: weigh=True with overlap=True, whose gradients leave before ranks know who has some; take "
-                          "overlap=False")  # fmt: skip
+                          "overlap=False")
     before, optimizer.weighs = optimizer.weighs, weigh
     try:
         yield

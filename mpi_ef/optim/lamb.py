@@ -71,7 +71,7 @@ class OneBitLamb(VarianceOptimizer):
         self._starts = np.array(self.flat.starts, np.int64)
         layers = self._starts.size - 1
         self.arrays |= {"scales": np.ones(layers), "averages": np.zeros(layers), "averaged": np.zeros(layers),
-                        "factors": np.ones(layers)}  # fmt: skip
+                        "factors": np.ones(layers)}
         self._direction, self._least, self._frozen_coefficients = self._zeros(), np.zeros(layers), np.ones(layers)
 
     def _update(self) -> None:
@@ -112,7 +112,7 @@ class OneBitLamb(VarianceOptimizer):
         root_factor = 1.0 / sqrt(self._correction(beta2, step))
         direction.fill(0)
         kernels.adam_step(m, v, real(-1.0 / self._correction(beta1, step)), real(root_factor), real(self.eps), real(0.0),
-                          direction)  # fmt: skip
+                          direction)
         if decay := float(group["weight_decay"]):
             self._add(x, np.full(starts.size - 1, decay), starts, direction)
         coefficients = self._coefficients(layers, self._norms(x, starts), self._norms(direction, starts))
@@ -204,7 +204,7 @@ class OneBitLamb(VarianceOptimizer):
             root_factor = 1.0 / sqrt(self._correction(self.betas[1], count + 1))
             kernels.follow_momentum(sent[part], inverse[part], betas, real(root_factor), real(self.eps), scales[layers],
                                     least[layers], self._starts_in(layers), m[part], fresh[part],
-                                    ratios[layers])  # fmt: skip
+                                    ratios[layers])
         ratios[ratios == 0] = 1
         return ratios.astype(np.float64)
 

@@ -90,7 +90,7 @@ class Line:
                 missing.discard(status.Get_source())
         if missing:
             sys.stderr.write(f"mpi-ef: rank {own} has waited for {PATIENCE_SECONDS:.0f} s in {what} for "
-                             f"{ranks_text(sorted(missing))}\n")  # fmt: skip
+                             f"{ranks_text(sorted(missing))}\n")
             sys.stderr.flush()
         return True
 

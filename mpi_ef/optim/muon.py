@@ -106,4 +106,4 @@ class EF21Muon(DistributedOptimizer):
             parameters_of(params), lr=lr, weight_decay=weight_decay, vector_radius=vector_radius
         )
         super().__init__(descent, comm, compressor, placement="gradient", rule="ef21-sgdm", plan=plan,
-                         dense_steps=dense_steps, overlap=overlap, model=params, eta=beta)  # fmt: skip
+                         dense_steps=dense_steps, overlap=overlap, model=params, eta=beta)

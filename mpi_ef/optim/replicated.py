@@ -34,7 +34,7 @@ class NoState(dict[Any, Any]):
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise OptionError(f"{self._owner}.state: nothing is there to write to: moments are vectors of all parameters; load "
-                          "a state_dict() of the start, or build the optimizer anew, to reset them")  # fmt: skip
+                          "a state_dict() of the start, or build the optimizer anew, to reset them")
 
     __missing__ = __setitem__ = clear = update = setdefault = __ior__ = _refuse
 
@@ -61,7 +61,7 @@ class ReplicatedOptimizer(FlatOptimizer):
     def __post_init__(
         self, params: Iterable[Any], comm: Comm, lr: float, weight_decay: float, compressor: Compressor,
         plan: PlanBuilder = plan_for,
-    ) -> None:  # fmt: skip
+    ) -> None:
         Optimizer.__init__(self, parameters_of(params), {"lr": lr, "weight_decay": weight_decay})
         self.arrays: dict[str, Vector] = {}
         self.rules: dict[str, ErrorFeedback] = {}
@@ -105,7 +105,7 @@ class ReplicatedOptimizer(FlatOptimizer):
         }
         rules = StateTree(parts={name: feedback.state_tree() for name, feedback in self.rules.items()})
         return StateTree(leaves, {"rules": rules, "counters": StateTree(counters)},
-                         {"optimizer": self._kind, "parameters by group": group_sizes(self)})  # fmt: skip
+                         {"optimizer": self._kind, "parameters by group": group_sizes(self)})
 
     def _set_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for group, values in zip(self.param_groups, groups, strict=True):

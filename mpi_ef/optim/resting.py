@@ -35,7 +35,7 @@ def memories(rules: Iterable[tuple[ErrorFeedback, int]]) -> list[Placed]:
 def momenta(rules: Iterable[tuple[ErrorFeedback, int]]) -> list[Placed]:
     """Return the averages of this rank's own gradients that rules keep. Not copies. Local; as :func:`memories`."""
     return [(leaf.array, first) for rule, first in rules for leaf in rule.state.leaves().values()
-            if leaf.kind == PER_RANK and not leaf.resets]  # fmt: skip
+            if leaf.kind == PER_RANK and not leaf.resets]
 
 
 @contextmanager

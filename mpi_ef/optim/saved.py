@@ -88,11 +88,11 @@ class Saved(Communicating, Stateful):
         if theirs != self._kind:
             raise OptionError(f"load_state_dict: the state is of {theirs}, this is {type(self).__name__}; load a torch "
                               "optimizer's into that optimizer, before or after it is wrapped, and of others build what it "
-                              "was saved from")  # fmt: skip
+                              "was saved from")
 
     def _check_masters(self, state: Mapping[str, Any]) -> None:
         mine = {number: master.shape for number, master in self.flat.masters().items()}
         theirs = {number: master.shape for number, master in state.get("masters", mine).items()} if mine else mine
         if "masters" in state and theirs != mine:
             raise ShapeError("load_state_dict: the saved state has other parameters in 16 bits; load into the model it was "
-                             "saved from")  # fmt: skip
+                             "saved from")

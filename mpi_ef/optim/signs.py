@@ -120,7 +120,7 @@ class Lion(ReplicatedOptimizer):
         self._knows = all(self.betas)
         for group, part in self._slices():
             kernels.sign_step(vote[part], real(group["lr"]), real(1.0 - group["lr"] * group["weight_decay"]),
-                              self.flat.values[part])  # fmt: skip
+                              self.flat.values[part])
 
 
 class Signum(Lion):
@@ -142,4 +142,4 @@ class Signum(Lion):
         clip: float = 0.0,
     ) -> None:
         super().__init__(params, comm, lr=lr, betas=(momentum, momentum), weight_decay=weight_decay, compressor=compressor,
-                         clip=clip)  # fmt: skip
+                         clip=clip)

@@ -215,7 +215,7 @@ class VarianceOptimizer(ReplicatedOptimizer):
     def _updated(self) -> None:
         """Count the steps of every parameter, and freeze the variance if it is time."""
         self.counted = [count + bool(moves and (self._whole or count))
-                        for count, moves in zip(self.counted, self.moving.tolist(), strict=True)]  # fmt: skip
+                        for count, moves in zip(self.counted, self.moving.tolist(), strict=True)]
         if self.frozen_step is None:
             step, at = self.steps + 1, getattr(self, self.freezes_at)
             lr = max(group["lr"] for group in self.param_groups)

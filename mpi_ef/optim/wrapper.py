@@ -125,7 +125,7 @@ class DistributedOptimizer(FlatOptimizer):
         def facts() -> dict[str, object]:
             self._check_arguments()
             return {"the optimizer": type(optimizer).__name__, "rule": rule, "options": options, "placement": placement,
-                    "dense_steps": dense_steps, "bucket_nbytes": bucket_nbytes, "overlap": overlap}  # fmt: skip
+                    "dense_steps": dense_steps, "bucket_nbytes": bucket_nbytes, "overlap": overlap}
 
         self._lay_out(comm, facts, model)
         buckets, lane, of_buckets = [], None, comm
@@ -154,7 +154,7 @@ class DistributedOptimizer(FlatOptimizer):
             )
         if self.overlaps and self.placement == "update":
             raise OptionError("DistributedOptimizer: overlap=True with placement='update', whose updates exist only after "
-                              "the backward pass; take placement='gradient', or overlap=False")  # fmt: skip
+                              "the backward pass; take placement='gradient', or overlap=False")
         closure = signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is Parameter.empty:
             raise OptionError(
@@ -182,20 +182,20 @@ class DistributedOptimizer(FlatOptimizer):
                            write=lambda groups: self._load_inner(inner.state_dict()["state"], groups)),
             "state": Leaf(kind, read=lambda: inner.state_dict()["state"], default={},
                           write=lambda state: self._load_inner(state, inner.state_dict()["param_groups"])),
-        }  # fmt: skip
+        }
         identity = {"optimizer": f"{type(self).__name__} of {type(inner).__name__}", "placement": self.placement,
-                    "parameters by group": group_sizes(self), "number of buckets": str(len(self.channels()))}  # fmt: skip
+                    "parameters by group": group_sizes(self), "number of buckets": str(len(self.channels()))}
         return StateTree(leaves, {"rules": self.buckets.state_trees()}, identity)
 
     def _packed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         groups, state = state_dict.pop("groups"), state_dict.pop("state")
         return state_dict | {"optimizer": {"state": state, "param_groups": groups}, "feedback": state_dict.pop("rules"),
-                             "wrapped optimizer": type(self.optimizer).__name__}  # fmt: skip
+                             "wrapped optimizer": type(self.optimizer).__name__}
 
     def _unpacked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         inner, wrapped = state_dict["optimizer"], state_dict.get("wrapped optimizer", type(self.optimizer).__name__)
         return state_dict | {"state": inner["state"], "groups": inner["param_groups"], "rules": state_dict["feedback"],
-                             "optimizer": f"{type(self).__name__} of {wrapped}"}  # fmt: skip
+                             "optimizer": f"{type(self).__name__} of {wrapped}"}
 
     def _load_inner(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
         with self.flat.lent():  # torch rounds moments to the precision of their parameter
@@ -270,12 +270,12 @@ class DistributedOptimizer(FlatOptimizer):
     def _collect(self) -> Exception | None:
         if self.overlaps and hasattr(self, "found_inf"):  # set by GradScaler while it calls step
             return OptionError("DistributedOptimizer: GradScaler with overlap=True: scaled gradients have left already; "
-                               "take overlap=False")  # fmt: skip
+                               "take overlap=False")
         if self.buckets.problem is not None:  # raised in the backward pass already, by this rank alone
             return self.buckets.problem
         if self.overlaps and (number := self.buckets.changed()) is not None:
             return OptionError(f"DistributedOptimizer: the gradient of {self._name(number)} was changed after it had been "
-                               "sent, in the backward pass; take overlap=False to clip or clear gradients")  # fmt: skip
+                               "sent, in the backward pass; take overlap=False to clip or clear gradients")
         return super()._collect()
 
     def _update(self) -> None:
@@ -352,6 +352,6 @@ class DistributedOptimizer(FlatOptimizer):
             seconds = {name: spent - old[1][name] for name, spent in new[1].items()}
             traffic = channel.plan.traffic
             reports.append(BucketReport(self.steps, n, new[0] - old[0], traffic.dense_nbytes, channel.plan.lost, norms,
-                                        seconds))  # fmt: skip
+                                        seconds))
             channel.plan.lost = None
         self._observer(reports)

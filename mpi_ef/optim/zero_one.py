@@ -96,7 +96,7 @@ class ZeroOneAdam(VarianceOptimizer):
     """
 
     counters: ClassVar = (*VarianceOptimizer.counters, "variance_updates", "variance_step", "local_steps", "covered",
-                          "left")  # fmt: skip
+                          "left")
     later_counters: ClassVar = VarianceOptimizer.later_counters | {"renewed": [], "moved": []}
     vectors: ClassVar = ("m", "v", "u", "x")
     hushed: ClassVar = ("u",)
@@ -220,7 +220,7 @@ class ZeroOneAdam(VarianceOptimizer):
         beta1, mean = self.flat.dtype.type(self.betas[0]), self._exchange(self.flat.gradients)
         for _, part, group, count in self._stretches(self.counted):
             kernels.momentum_step(mean[part], self._inverse[part], beta1, *self._scalars(group, count + 1),
-                                  self.m[part], self.flat.values[part])  # fmt: skip
+                                  self.m[part], self.flat.values[part])
 
     def _step_late(self, number: int, group: dict[str, Any], mean: Vector) -> None:
         """Do what :meth:`_step_exactly` does, with one parameter."""
@@ -255,7 +255,7 @@ class ZeroOneAdam(VarianceOptimizer):
                 if run.moves:
                     kernels.local_step(grad[part], self._inverse[part], x[part], real(beta1), real(run.weight),
                                        real(run.covered), real(run.left), m[part], u[part],
-                                       self.flat.values[part])  # fmt: skip
+                                       self.flat.values[part])
                 for number in run.numbers:
                     self.covered[number], self.left[number], self.moved[number] = run.covered, run.left, run.moved
             self.local_steps += 1

@@ -16,7 +16,7 @@ class OneBitAdam(Plain):
     def __init__(
         self, params: Iterable[Any], *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.0, freeze_step: int = 10**9, bias_correction: bool = True, variance_floor: float = 0.1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(params, lr=lr, weight_decay=weight_decay)
         self.betas, self.eps, self.freeze_step = betas, eps, freeze_step
         self.bias_correction, self.variance_floor = bias_correction, variance_floor

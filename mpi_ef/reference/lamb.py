@@ -24,7 +24,7 @@ class OneBitLamb(Plain):
         weight_decay: float = 0.0, freeze_step: int = 10**9, max_coeff: float = 10.0, min_coeff: float = 0.01,
         coeff_beta: float = 0.9, factor_max: float = 4.0, factor_min: float = 0.5, factor_threshold: float = 0.1,
         bias_correction: bool = True, variance_floor: float = 0.1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(params, lr=lr, weight_decay=weight_decay)
         self.betas, self.eps, self.freeze_step = betas, eps, freeze_step
         self.max_coeff, self.min_coeff, self.coeff_beta = max_coeff, min_coeff, coeff_beta

@@ -16,7 +16,7 @@ class EF21Muon(Plain):
 
     def __init__(
         self, params: Iterable[Any], *, lr: float, beta: float = 0.1, weight_decay: float = 0.0, vector_radius: float = 0.1
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(params, lr=lr, weight_decay=weight_decay)
         self.beta, self.vector_radius = beta, vector_radius
 

@@ -15,7 +15,7 @@ class Lion(Plain):
 
     def __init__(
         self, params: Iterable[Any], *, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(params, lr=lr, weight_decay=weight_decay)
         self.betas = betas
 
@@ -33,5 +33,5 @@ class Signum(Lion):
 
     def __init__(
         self, params: Iterable[Any], *, lr: float = 1e-4, momentum: float = 0.9, weight_decay: float = 0.0
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(params, lr=lr, betas=(momentum, momentum), weight_decay=weight_decay)

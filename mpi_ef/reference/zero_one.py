@@ -36,7 +36,7 @@ class ZeroOneAdam:
         betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, var_freeze_step: int = 10**9,
         var_update_scaler: int = 16, local_step_scaler: int = 32768, local_step_clipper: int = 16,
         bias_correction: bool = True, variance_floor: float = 0.1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.sizes, self.weight_decay, self.betas, self.eps = list(sizes), np.asarray(weight_decay), betas, eps
         self.var_freeze_step, self.var_update_scaler = var_freeze_step, var_update_scaler
         self.local_step_scaler, self.local_step_clipper = local_step_scaler, local_step_clipper

@@ -19,7 +19,7 @@ _REMEDIES = {
     "WORLD_SIZE": "torchrun starts no MPI: take mpiexec or srun, or mpi_ef.ddp, which speaks through torch.distributed",
 }
 _MPIEXEC = ("start it with the mpiexec that belongs to the MPI library mpi4py uses "
-            "(python -c 'from mpi4py import MPI; print(MPI.Get_library_version())')")  # fmt: skip
+            "(python -c 'from mpi4py import MPI; print(MPI.Get_library_version())')")
 
 
 def check_world(size: int, environment: Mapping[str, str] = os.environ) -> None:

@@ -15,16 +15,7 @@ from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Stateful
 
 from .reshard import EITHER, RestoreView, Snapshot, read
 
-__all__ = [
-    "GeneratorPart",
-    "ModelPart",
-    "Movable",
-    "ObjectPart",
-    "Part",
-    "RandomPart",
-    "StatePart",
-    "part_of",
-]
+__all__ = ["GeneratorPart", "ModelPart", "Movable", "ObjectPart", "Part", "RandomPart", "StatePart", "part_of"]
 
 Finish = Callable[[], None]
 
@@ -67,7 +58,7 @@ def part_of(name: str, value: Any) -> Part:
     if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):
         return ObjectPart(name, value)
     raise OptionError(f"Training: {name} is a {type(value).__name__} without state_dict() and load_state_dict(); give it "
-                      "both")  # fmt: skip
+                      "both")
 
 
 class StatePart:
@@ -208,7 +199,7 @@ class ObjectPart:
         else:
             if past.kind(self.name) == PER_RANK and not past.same_world:
                 past.notes.append(f"{self.name} differed between ranks: rank r takes that of old rank r mod "
-                                  f"{past.found.world_size}")  # fmt: skip
+                                  f"{past.found.world_size}")
             state = past.value(self.name)
         return lambda: self.owner.load_state_dict(state)
 

@@ -90,7 +90,7 @@ def model_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
             state = {name.removeprefix(_MODEL): _tensor(past.merged(name)) for name in names}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"export: {checkpoint.path} has a document that Training did not write "
-                                  f"({type(error).__name__}: {error}); export everything instead") from error  # fmt: skip
+                                  f"({type(error).__name__}: {error}); export everything instead") from error
     if not state:
         raise OptionError(
             f"export: {checkpoint.path} has no model that mpi_ef.Training saved; export everything instead"
@@ -134,7 +134,7 @@ def _to_hdf5(checkpoint: Checkpoint, path: Path, arrays: Any, *, everything: boo
     count = 0
     with h5py.File(path, "w", libver=("earliest", "v110"), locking=False) as file:
         file.attrs.update(step=checkpoint.step, world_size=checkpoint.world_size, run=checkpoint.run,
-                          written_at=checkpoint.written_at, written_by=json.dumps(checkpoint.written_by))  # fmt: skip
+                          written_at=checkpoint.written_at, written_by=json.dumps(checkpoint.written_by))
         for name, value in arrays:
             numbers, dtype = _plain(value)
             file.create_dataset(name if everything else _escaped(name), data=numbers).attrs["dtype"] = dtype

@@ -195,7 +195,7 @@ class RestoreView:
         trees = [self.tree(name, rank) for rank in old]
         if any(tree != trees[0] for tree in trees):
             raise OptionError(f"resume: {name} differs between the {len(old)} ranks that saved it, not in tensors alone; "
-                              f"resume on {len(old)} ranks")  # fmt: skip
+                              f"resume on {len(old)} ranks")
 
         def tensor(leaf: TensorLeaf) -> Tensor:
             parts = (tensor_of(self.found.per_rank(leaf["name"], r), leaf["dtype"], leaf["shape"]) for r in old)
@@ -240,7 +240,7 @@ class RestoreView:
         array = self.moved(name, move)
         if array.shape != out.shape or array.dtype != out.dtype:
             raise ShapeError(f"resume: {name} was read as {array.shape} {array.dtype}, here it is {out.shape} {out.dtype}; "
-                             "the checkpoint is damaged, resume from another one")  # fmt: skip
+                             "the checkpoint is damaged, resume from another one")
         np.copyto(out, array)
 
     def check_array(self, name: str, array: Array, move: Reshard | None) -> None:
@@ -253,13 +253,13 @@ class RestoreView:
         leaf = self.tree(name)
         if leaf["dtype"] != array.dtype.name:
             raise DtypeError(f"resume: {name} is {leaf['dtype']} in the checkpoint and {array.dtype} here; build the model "
-                             "as it was")  # fmt: skip
+                             "as it was")
         worlds, shape = range(self.found.world_size), tuple(leaf["shape"])
         if move is not None and move.how == "cut" and not self.same_world and self.kind(name) == PER_RANK:
             whole = sum(self.tree(name, rank)["shape"][0] for rank in worlds)
             if (self.rank == self.size - 1 and whole != move.stop) or whole < move.stop:
                 raise ShapeError(f"resume: {name} has {whole} entries on all ranks together in the checkpoint and "
-                                 f"{move.stop} here; build the model as it was")  # fmt: skip
+                                 f"{move.stop} here; build the model as it was")
         elif shape != array.shape:
             raise ShapeError(
                 f"resume: {name} is {shape} in the checkpoint and {array.shape} here; build the model as it was"

@@ -33,11 +33,11 @@ class Storage(Protocol):
     """Where checkpoints are: what :class:`Training` asks of :class:`mpi_ef.checkpoint.Store`."""
 
     def save(self, comm: Comm, step: int, *, replicated: Mapping[str, Array], per_rank: Mapping[str, Array], document: Any,
-             rank_document: Any) -> Any:  # fmt: skip
+             rank_document: Any) -> Any:
         """Write a checkpoint. Collective."""
 
     def save_async(self, comm: Comm, step: int, *, replicated: Mapping[str, Array], per_rank: Mapping[str, Array],
-                   document: Any, rank_document: Any) -> Any:  # fmt: skip
+                   document: Any, rank_document: Any) -> Any:
         """Copy, and write in the background. Collective."""
 
     def newest(self, comm: Comm) -> Stored | None:
@@ -148,15 +148,15 @@ class Training:
             shared = repr((snapshot.trees[REPLICATED], sorted(snapshot.trees[PER_RANK])))
             return {"step": step, "seed": self.seed, "parts": sorted(parts),
                     "what is replicated": sha256(shared.encode()).hexdigest()[:16],
-                    "what is there": sorted(snapshot.trees[EITHER])}  # fmt: skip
+                    "what is there": sorted(snapshot.trees[EITHER])}
 
         agree(comm, "Training.save", facts, "save the same training after the same step on all ranks")
         snapshot.decide(comm.allgather(snapshot.undecided()))
         shared = {"format": FORMAT, "seed": self.seed, "versions": _versions(), "values": snapshot.trees[REPLICATED],
-                  "parts": {name: part.identity() for name, part in parts.items()}}  # fmt: skip
+                  "parts": {name: part.identity() for name, part in parts.items()}}
         write = store.save_async if background else store.save
         write(comm, step, replicated=snapshot.arrays[REPLICATED], per_rank=snapshot.arrays[PER_RANK], document=shared,
-              rank_document={"values": snapshot.trees[PER_RANK]})  # fmt: skip
+              rank_document={"values": snapshot.trees[PER_RANK]})
 
     def resume(self, store: Storage, comm: Comm, *, policy: str = "exact") -> int:
         """Put everything back from the newest checkpoint and return its step; 0 when there is none. Collective.
@@ -212,7 +212,7 @@ class Training:
         self.notes = () if past.same_world else (_ABOUT[policy], *past.notes)
         if self.notes and comm.Get_rank() == 0:
             warnings.warn(f"step {past.found.step} of {_ranks(past.found.world_size)} goes on with {past.size}: "
-                          f"{'; '.join(self.notes)}", RuntimeWarning, stacklevel=3)  # fmt: skip
+                          f"{'; '.join(self.notes)}", RuntimeWarning, stacklevel=3)
 
 
 _ABOUT = {
@@ -230,7 +230,7 @@ def _readable(found: Stored) -> Iterator[None]:
         raise
     except Exception as error:
         raise CheckpointError(f"resume: the checkpoint at step {found.step} cannot be put back: {type(error).__name__}: "
-                              f"{error}; resume from another one") from error  # fmt: skip
+                              f"{error}; resume from another one") from error
 
 
 def _ranks(count: int) -> str:
@@ -241,7 +241,7 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {"mpi_ef": version("mpi_ef"), "torch": torch.__version__, "numpy": np.__version__,
-            "python": platform.python_version()}  # fmt: skip
+            "python": platform.python_version()}
 
 
 def _agree_on_policy(comm: Comm, policy: str) -> None:
@@ -262,10 +262,10 @@ def _check_policy(policy: str, past: RestoreView) -> None:
     document, old = past.found.document, past.found.world_size
     if document.get("format") != FORMAT:
         raise OptionError(f"resume: the checkpoint at step {past.found.step} has format {document.get('format')}; this "
-                          f"version reads {FORMAT}; take the version that wrote it")  # fmt: skip
+                          f"version reads {FORMAT}; take the version that wrote it")
     if policy == "exact" and not past.same_world:
         raise OptionError(f'resume: step {past.found.step} was saved by {_ranks(old)}, here there are {past.size}; pass '
-                          f'policy="redistribute" or "reset", or start {_ranks(old)}')  # fmt: skip
+                          f'policy="redistribute" or "reset", or start {_ranks(old)}')
 
 
 def _check_parts(parts: Mapping[str, Part], past: RestoreView) -> None:
@@ -280,7 +280,7 @@ def _check_parts(parts: Mapping[str, Part], past: RestoreView) -> None:
             if theirs.get(fact) != mine.get(fact):
                 subject = fact if name == "model" else f"{name}: {fact}"
                 raise OptionError(f"{at} has {subject} {theirs.get(fact, 'not at all')}, here it is "
-                                  f"{mine.get(fact, 'not there')}; {_OTHER}")  # fmt: skip
+                                  f"{mine.get(fact, 'not there')}; {_OTHER}")
         part.check(past)
 
 

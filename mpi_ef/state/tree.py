@@ -65,7 +65,7 @@ def _encoded(value: Any, name: str, found: Found) -> Any:
         kind = np.ndarray
     if kind not in _ENCODERS:
         raise OptionError(f"checkpoint: {name} is of {kind.__name__}, which is not stored; give it as numbers, strings, "
-                          "tensors, lists, tuples and dicts")  # fmt: skip
+                          "tensors, lists, tuples and dicts")
     return _ENCODERS[kind](value, name, found)
 
 
@@ -123,7 +123,7 @@ def _dict(value: Any, name: str, found: Found) -> Any:
 _ENCODERS: dict[type, Callable[[Any, str, Found], Any]] = {
     float: _float, complex: _complex, bytes: _bytes, Tensor: _tensor, np.ndarray: _array, list: _sequence, tuple: _sequence,
     dict: _dict, OrderedDict: _dict, Counter: _dict,
-}  # fmt: skip
+}
 
 
 def plain_array(tensor: Tensor, name: str) -> tuple[Array, str]:
@@ -135,7 +135,7 @@ def plain_array(tensor: Tensor, name: str) -> tuple[Array, str]:
     """
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         raise DtypeError(f"checkpoint: {name} is a tensor of layout {tensor.layout} on {tensor.device}, which is not "
-                         "stored; make it dense")  # fmt: skip
+                         "stored; make it dense")
     dense = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     dtype = str(dense.dtype).removeprefix("torch.")
     if dense.is_floating_point() and dense.dtype not in _FLOATS:  # the bits of what numpy does not have
@@ -210,4 +210,4 @@ def _decoded(tree: Any, tensor: Callable[[Leaf], Tensor], array: Callable[[str],
 _DECODERS: dict[str, Callable[[Any], Any]] = {
     "float": float, "bytes": bytes.fromhex, "complex": lambda parts: complex(*parts), "tuple": tuple, "dict": dict,
     "OrderedDict": OrderedDict, "Counter": lambda pairs: Counter(dict(pairs)),
-}  # fmt: skip
+}

@@ -63,7 +63,7 @@ class CompressorLaws:
             self._law(wire.size % 8 == 0, "whole words", x, f"{wire.size} bytes are no multiple of 8")
             again = self._sent(x, x, fill=0x5A)[0]
             self._law(again.tobytes() == wire.tobytes(), "messages that are written whole", x,
-                      f"bytes {np.flatnonzero(again != wire)[:5].tolist()} depend on what was there")  # fmt: skip
+                      f"bytes {np.flatnonzero(again != wire)[:5].tolist()} depend on what was there")
 
     def test_messages_are_deterministic(self) -> None:
         """The same vector, step and rank give the same bytes, whatever a codec has done before."""
@@ -86,7 +86,7 @@ class CompressorLaws:
             subnormal = x.size * (np.longdouble(np.finfo(x.dtype).smallest_subnormal) / scale) ** 2
             self._law(lost <= (1 - alpha + self.tolerance) * whole + subnormal, "contraction", x,
                       f"{float(lost / whole) if whole else 0:.4g} of ||x||^2 is lost, alpha = {alpha} allows "
-                      f"{1 - alpha:.4g}")  # fmt: skip
+                      f"{1 - alpha:.4g}")
 
     def test_messages_are_added_in_order(self) -> None:
         """Adding messages is one addition for every one, in the order of the rows; overwriting starts at zero."""

@@ -80,7 +80,7 @@ class OptimizerLaws:
         how, options = type(self).optimizer, self.options | options
         params = params.parameters() if isinstance(params, nn.Module) else params
         built: Any = how(params, comm, **options) if callable(how) else \
-            registry.built("optimizer", how, params, comm, **options)  # fmt: skip
+            registry.built("optimizer", how, params, comm, **options)
         return built  # type: ignore[no-any-return]
 
     def _learned(self, runs: list[Run], first: slice, last: int, share: float) -> None:
@@ -101,7 +101,7 @@ class OptimizerLaws:
                 for step, met in enumerate(seen.met):
                     same = same_bits(seen.path[step], runs[0].path[step])
                     must(same == met or seen is runs[0], f"parameters on {n} ranks {'differ' if met else 'are the same'} "
-                                                         f"after step {step + 1}")  # fmt: skip
+                                                         f"after step {step + 1}")
                 if seen.optimizer is not None:  # it is one of this process
                     self.finished(seen.optimizer)
 
@@ -199,9 +199,9 @@ class OptimizerLaws:
         if self.differing is not None:
             name, *values = self.differing
             disagree(lambda comm: self._built(net_of(), comm, **{name: values[comm.Get_rank()]}),
-                     f"{name}: {values[0]} on rank 0; {values[1]} on rank 1")  # fmt: skip
+                     f"{name}: {values[0]} on rank 0; {values[1]} on rank 1")
         disagree(lambda comm: self._built([{"params": net_of().parameters(), "lr": 0.1 + comm.Get_rank()}], comm),
-                 "hyper-parameters")  # fmt: skip
+                 "hyper-parameters")
 
     @law("learning rates that drift apart")
     def test_learning_rates_that_drift_apart_stop_all_ranks(self) -> None:

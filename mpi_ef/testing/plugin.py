@@ -44,5 +44,5 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
         comm = MPI.COMM_WORLD
         print(f"\nrank {comm.rank} of {comm.size}: {item.nodeid} failed\n{report.longreprtext}",
-              file=sys.__stderr__, flush=True)  # fmt: skip
+              file=sys.__stderr__, flush=True)
         comm.Abort(3)

@@ -18,7 +18,7 @@ from .vectors import gaussian
 from .virtual import results
 
 __all__ = ["Build", "Net", "Run", "everything", "groups_of", "have_met", "loss_of", "net_of", "parameters_of", "resumes",
-           "skips_broken_gradients", "steps_of", "trained"]  # fmt: skip
+           "skips_broken_gradients", "steps_of", "trained"]
 
 Build = Callable[[nn.Module, Any], FlatOptimizer]  # (model, comm)
 
@@ -124,7 +124,7 @@ class Run:
 def trained(
     n: int, steps: int, build: Build, *, dtype: torch.dtype = torch.float32, each: Any = None, sees: Any = None,
     compare_every: int = 5,
-) -> list[Run]:  # fmt: skip
+) -> list[Run]:
     """Train on n ranks, which start with other parameters: those of rank 0 must win. Return a run for every rank.
 
     ``each(optimizer, step)`` is called before a step, ``sees(optimizer, step)`` after it.

@@ -167,7 +167,7 @@ class FlatParameters:
             if first != number:
                 raise OptionError(f"parameters {first} and {number} {tuple(p.shape)} have the same memory: to tie weights "
                                   "let both modules have one parameter, `b.weight = a.weight`, before the optimizer is "
-                                  "built; else write p.data = q.data.clone()")  # fmt: skip
+                                  "built; else write p.data = q.data.clone()")
 
     def hashes(self) -> NDArray[np.uint32]:
         """Return a hash of every parameter, and of every frozen one. Local."""
@@ -193,7 +193,7 @@ class FlatParameters:
         """
         if any(p.requires_grad for p in self.frozen):
             raise OptionError("a parameter was unfrozen after the optimizer was built; unfreeze first, then build it "
-                              "anew")  # fmt: skip
+                              "anew")
         grads: list[Any] = [p.grad for p in self.parameters]
         self.lends = False
         if self._halves or [g for g in grads if g is None or g.requires_grad or g.layout is not torch.strided]:

@@ -27,5 +27,5 @@ def mean_over_ranks(parts: Iterable[Tensor], name: str) -> Tensor:
         same &= part == first
     if not (first.is_floating_point() or first.is_complex()) and not bool(same.all()):
         raise OptionError(f"resume: {name} holds whole numbers that differ between the {count} ranks that saved it; "
-                          f"resume on {count} ranks")  # fmt: skip
+                          f"resume on {count} ranks")
     return torch.where(same, first, (total / count).to(first.dtype))

@@ -104,7 +104,7 @@ class Part:
             self.gradient.zero_()
         elif grad.layout is not torch.strided:
             raise DtypeError(f"parameter {self.number} {tuple(self.p.shape)}: its gradient is sparse; use sparse=False in "
-                             "the embedding")  # fmt: skip
+                             "the embedding")
         elif self._rounded is None or not self._known:
             self.gradient.copy_(grad.detach() if grad.requires_grad else grad)
         return grad is not None
@@ -123,7 +123,7 @@ class Part:
         p = p.detach()
         if p.shape != value.shape or p.device != value.device or p.dtype != self._dtype:
             raise ShapeError(f"parameter {self.number} {tuple(p.shape)}: its memory was replaced (by model.to(...)?); build "
-                             "the optimizer after the model is in its final place")  # fmt: skip
+                             "the optimizer after the model is in its final place")
         if not self.half:
             return None if self.apart and torch.equal(p, self.value) else p
         kept = p.view(torch.int16) == value.to(p.dtype).view(torch.int16)

@@ -80,7 +80,7 @@ class Known(nn.Module):
 def known_gradients(rank, step, dtype=np.float32):
     sizes = {name: int(np.prod(shape)) for name, shape in Known.SHAPES.items()}
     return {name: torch.from_numpy(gaussian(rank, d, dtype, step=100 * number + step)).view(Known.SHAPES[name])
-            for number, (name, d) in enumerate(sizes.items())}  # fmt: skip
+            for number, (name, d) in enumerate(sizes.items())}
 
 
 def network(dtype=torch.float32):
@@ -135,7 +135,7 @@ def assert_same_everywhere(tensors):
 
 def arrays(hook):
     return {(name, array): tensor for name, saved in hook.state_dict()["parameters"].items()
-            for array, tensor in saved["arrays"].items()}  # fmt: skip
+            for array, tensor in saved["arrays"].items()}
 
 
 def assert_equal_arrays(one, other):
@@ -281,11 +281,11 @@ def state_follows_parameters(folder):
     """Selection per parameter does not depend on buckets: every gradient is that of a rule on this parameter alone."""
     comm = ProcessGroupComm()
     for rule, dtype, options in (("ef21", np.float32, {}), ("ef14", np.float64, {}), ("ef21-sgdm", np.float32, {}),
-                                 ("econtrol", np.float32, {"eta": 0.1})):  # fmt: skip
+                                 ("econtrol", np.float32, {"eta": 0.1})):
         model = DDP(Known(torch.from_numpy(np.zeros(0, dtype)).dtype), bucket_cap_mb=SMALL_BUCKETS)
         hook = WatchedHook(model, PER_PARAMETER, rule=rule, dense_steps=1, **options)
         alone = {name: ErrorFeedback(rule, plan_for(comm, TopK(0.1), p.numel(), dtype), dense_steps=1, **options)
-                 for name, p in model.module.named_parameters()}  # fmt: skip
+                 for name, p in model.module.named_parameters()}
         for step in range(4):
             gradients = known_gradients(comm.Get_rank(), step, dtype)
             model.zero_grad()
@@ -329,7 +329,7 @@ def save_and_load(folder):
     file = folder / f"hook_{dist.get_rank()}.pt"
     for compressor, rule, afresh in ((TopK(0.1), "ef21", False), (Sign(block=64), "ef14", False),
                                      (RandK(0.2), "ef14", False), (LowRank(2, shapes="parameters"), "ef14", False),
-                                     (PER_PARAMETER, "ef21-sgdm", True)):  # fmt: skip
+                                     (PER_PARAMETER, "ef21-sgdm", True)):
         model = DDP(network(), bucket_cap_mb=SMALL_BUCKETS)
         hook = WatchedHook(model, compressor, rule=rule, dense_steps=1)
         train(model, range(5))
@@ -344,7 +344,7 @@ def save_and_load(folder):
         model.module.load_state_dict(saved["model"])
         hook.load_state_dict(saved["hook"])
         assert_equal_arrays(arrays(hook), {(name, array): tensor for name, of in saved["hook"]["parameters"].items()
-                                           for array, tensor in of["arrays"].items()})  # fmt: skip
+                                           for array, tensor in of["arrays"].items()})
         assert (hook.steps, hook.sent_nbytes) == (5, sent)
         train(model, range(5, 9))
         assert_rebuilt(hook)
@@ -376,7 +376,7 @@ def loading_is_checked(folder):
     train(model, range(2))
     saved, before = hook.state_dict(), arrays(hook)
     for change, part in (({"rule": "ef14"}, "rule"), ({"size": 7}, "size"), ({"compressor": "TopK(ratio=0.2)"}, "0.2"),
-                         ({"parameters": {"0.weight": saved["parameters"]["0.weight"]}}, "model only")):  # fmt: skip
+                         ({"parameters": {"0.weight": saved["parameters"]["0.weight"]}}, "model only")):
         for kind, text in raised(lambda change=change: hook.load_state_dict(saved | change)):
             assert kind is OptionError
             assert part in text
@@ -479,7 +479,7 @@ def ways_of_ddp(folder):
     """find_unused_parameters, static_graph, gradients that are views of buckets, uneven inputs."""
     rank, n = dist.get_rank(), dist.get_world_size()
     for options in ({"find_unused_parameters": True}, {"gradient_as_bucket_view": True}, {"static_graph": True},
-                    {"find_unused_parameters": True, "gradient_as_bucket_view": True}):  # fmt: skip
+                    {"find_unused_parameters": True, "gradient_as_bucket_view": True}):
         model, plain = (DDP(Known(), bucket_cap_mb=SMALL_BUCKETS, **options) for _ in range(2))
         hook = WatchedHook(model, Identity(), rule="ef14")
         for step in range(4):
@@ -513,7 +513,7 @@ def refusals(folder):
     model = DDP(network())
     for call, part in ((lambda: FeedbackHook(network(), TopK(0.1)), "DistributedDataParallel(model)"),
                        (lambda: FeedbackHook(model, 0.1), "no compressor"),
-                       (lambda: FeedbackHook(model, TopK(0.1), rule="ef12"), "did you mean")):  # fmt: skip
+                       (lambda: FeedbackHook(model, TopK(0.1), rule="ef12"), "did you mean")):
         for kind, text in raised(call):
             assert kind is OptionError
             assert part in text
@@ -554,7 +554,7 @@ def part_of_the_world(folder):
 PROGRAMS = (same_plans_as_over_mpi, communicator, communicator_refuses, identity_is_ddp, ef21_trains, one_bucket,
             state_follows_parameters, residuals_follow_parameters, save_and_load,
             load_before_the_first_backward_keeps_the_invariant, loading_is_checked, loading_on_one_rank_only,
-            nan_on_one_rank, grad_scaler_skips_everywhere, no_sync, ways_of_ddp, refusals, part_of_the_world)  # fmt: skip
+            nan_on_one_rank, grad_scaler_skips_everywhere, no_sync, ways_of_ddp, refusals, part_of_the_world)
 
 
 def rank_main(rank, n, folder):

@@ -62,7 +62,7 @@ def goes_on(size, case, folder, steps, *, policy="redistribute", before=()):
         training.save(store, hook.comm, start + steps)
         store.close()
         seen = {"start": start, "loaded": loaded, "made": made, "losses": losses, "saved": hook.state_dict(),
-                "parameters": bits(model.parameters()), "notes": training.notes}  # fmt: skip
+                "parameters": bits(model.parameters()), "notes": training.notes}
     rows = everywhere(seen)[:size]
     assert len({row["parameters"] for row in rows}) == 1
     return rows
@@ -149,7 +149,7 @@ def redistributed(folder):
 def packed(state):
     """Return a state as what can be compared."""
     return {key: packed(value) if isinstance(value, dict) else bits([value]) if isinstance(value, torch.Tensor) else
-            [packed(part) for part in value] if key == "plans" else value for key, value in state.items()}  # fmt: skip
+            [packed(part) for part in value] if key == "plans" else value for key, value in state.items()}
 
 
 def assert_falls(path, case):
@@ -159,7 +159,7 @@ def assert_falls(path, case):
 def nothing_is_lost(folder):
     """What was told plus what is still owed is what was meant, over a sequence of worlds, to the last digits."""
     ways = {"topk": {"compressor": TopK(0.1)}, "sign": {"compressor": Sign(block=64)},
-            "topk two-phase": {"compressor": TopK(0.1), "plan": TwoPhaseMean}}  # fmt: skip
+            "topk two-phase": {"compressor": TopK(0.1), "plan": TwoPhaseMean}}
     for name, case in ways.items():
         meant, told, start = 0.0, 0.0, 0
         for size in (3, 2, 4, 1, 3):
@@ -182,7 +182,7 @@ def nothing_is_lost(folder):
             rows, start = everywhere(seen)[:size], steps.stop
             meant, told = meant + np.mean([row[0] for row in rows], axis=0), told + rows[0][1]
             owed = flat(torch.from_numpy(arrays["e_i"].mean(axis=0) + arrays.get(RESIDUAL, np.zeros(1)).sum(axis=0))
-                        for _, arrays in stacks([row[2] for row in rows]))  # fmt: skip
+                        for _, arrays in stacks([row[2] for row in rows]))
             np.testing.assert_allclose(told + owed, meant, rtol=0, atol=1e-12)
 
 
@@ -207,7 +207,7 @@ def reset(folder):
             anew = hook["rule"] != "ef14"
             assert {saved["steps"] for saved in row["loaded"]["parameters"].values()} == {0 if anew else 6}
             assert row["notes"] == ("errors, residuals and estimates begin anew, momenta are the mean over the old ranks",
-                                    "hook starts without errors and estimates")  # fmt: skip
+                                    "hook starts without errors and estimates")
         losses = np.mean(of(rows, "losses"), axis=0)
         assert losses[-5:].mean() < losses[0], (case, losses)
 
@@ -240,7 +240,7 @@ def exact_refuses(folder):
         assert bits(model.parameters()) == before
         assert not hook.state_dict()["parameters"]
     assert everywhere(text)[:2] == ['resume: step 2 was saved by 3 ranks, here there are 2; pass policy="redistribute" or '
-                                    '"reset", or start 3 ranks'] * 2  # fmt: skip
+                                    '"reset", or start 3 ranks'] * 2
 
 
 def forgets_while_it_trains(folder):

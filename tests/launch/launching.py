@@ -34,7 +34,7 @@ READ_EARLY = ("MPI4PY_", "NUMBA_", "OMP_", "PYTHON")
 
 
 def start(n: int, *arguments: object, launcher: Sequence[str] = (), real: bool = False,
-          **environment: str) -> subprocess.Popen[str]:  # fmt: skip
+          **environment: str) -> subprocess.Popen[str]:
     """Start ``python ARGUMENTS`` on `n` ranks, with more options for the launcher.
 
     They are forks of a resident process, which saves their imports (see resident.py), unless `real` ones are asked for.
@@ -47,7 +47,7 @@ def start(n: int, *arguments: object, launcher: Sequence[str] = (), real: bool =
     environment = {"PYTHONUNBUFFERED": ""} | environment
     command = [MPIEXEC, *launcher, "-n", str(n), *resident.command(*arguments, real=real)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                            env=os.environ | environment, start_new_session=True)  # fmt: skip
+                            env=os.environ | environment, start_new_session=True)
 
 
 def _remove_folders_of_dead_launchers() -> None:
@@ -78,5 +78,5 @@ def run_alone(*arguments: object, within: float) -> Ended:
     """Start ``python ARGUMENTS`` without a launcher, for ranks that it forks itself and that meet over gloo."""
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
     process = subprocess.Popen(resident.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               errors="replace", env=environment, start_new_session=True)  # fmt: skip
+                               errors="replace", env=environment, start_new_session=True)
     return finish(process, within=within)

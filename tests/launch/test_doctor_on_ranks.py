@@ -46,7 +46,7 @@ def test_all_findings_as_json(tmp_path, n):
     assert list(tmp_path.iterdir()) == []
     assert len(read(ended)["nodes"]) == 1
     expected = {"mpi", "thread-level", "large-counts", "world", "nodes", "threads", "gpu", "loader", "cache", "folder",
-                "hdf5", "tmp", "shm", "versions", *(["allreduce"] if n > 1 else [])}  # fmt: skip
+                "hdf5", "tmp", "shm", "versions", *(["allreduce"] if n > 1 else [])}
     assert expected <= found.keys()
     assert ("link-node" in found or "slow-node" in found) == (n > 1)
     assert {"binding", "oversubscribed"} & found.keys()

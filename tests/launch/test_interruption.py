@@ -16,11 +16,11 @@ from launching import finish, run, start
 
 STEPS = 140
 SMALL = ["--steps", STEPS, "--warmup", 20, "--batch", 4, "--log-every", 10, "--eval-every", 100,
-         "--checkpoint-every", 20]  # fmt: skip
+         "--checkpoint-every", 20]
 GPT = ["--context", 16, "--layers", 1, "--heads", 2, "--width", 16]
 MLP = ["--model", "mlp"]
 TRAININGS = {"topk of adamw": [*GPT, "--optimizer", "adamw"],
-             "1-bit adam": [*MLP, "--optimizer", "onebit-adam", "--freeze", 50]}  # fmt: skip
+             "1-bit adam": [*MLP, "--optimizer", "onebit-adam", "--freeze", 50]}
 FAULTY = Path(__file__).with_name("faulty_training.py")
 LIMIT = 120
 
@@ -134,7 +134,7 @@ def test_kills_at_any_moment(whole, tmp_path):
     rng, kills = random.Random(0), 0
     for step, victims in ((40, [0]), (60, [0, 1]), (80, [1]), (100, [0, 1]), (120, [0])):
         killed = faulty("SIGKILL", f"save of step {step}", victims, tmp_path, *options, "--resume", "exact", "--keep", 2,
-                        after=0.02 * rng.random())  # fmt: skip
+                        after=0.02 * rng.random())
         ended = run(2, *killed, within=LIMIT)
         kills += ended.status != 0
         assert (ended.status == 0) == (tmp_path / "summary.json").exists(), ended.text
@@ -207,7 +207,7 @@ def test_stopping_after_so_many_steps(whole, tmp_path):
     whole, options = whole
     for launch in range(3):
         ended = run(2, *arguments(tmp_path, *options, "--stop-after", STEPS // 3 + 1, "--save-in-background", "--resume",
-                                  "exact"), within=LIMIT)  # fmt: skip
+                                  "exact"), within=LIMIT)
         assert ended.status == 0, ended.text
         assert (tmp_path / "requeue").exists() == (launch < 2)
     assert_same(tmp_path, whole)

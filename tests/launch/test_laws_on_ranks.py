@@ -14,7 +14,7 @@ def test_on_real_ranks(n, pytestconfig):
     """A rank in which a test fails ends all of them; conftest.py also fails runs in which a test was skipped."""
     ended = launching.run(n, "-m", "pytest", "-q", "--color=no", "--durations=25", "-p", "no:cacheprovider", "--with-mpi",
                           "-p", "mpi_ef.testing.plugin", "--real-ranks",
-                          "-m", pytestconfig.option.markexpr, FOLDER, within=600, MPI_EF_TEST_RANKS=str(n))  # fmt: skip
+                          "-m", pytestconfig.option.markexpr, FOLDER, within=600, MPI_EF_TEST_RANKS=str(n))
     print(ended.text)
     assert ended.status == 0, ended.text
     assert " passed" in ended.text

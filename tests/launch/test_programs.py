@@ -52,7 +52,7 @@ def test_train_on_your_own_text_with_a_file_of_options(tmp_path):
 @pytest.mark.parametrize("options", [["--rule", "ef21"], ["--rule", "econtrol"], ["--compressor", "identity"]])
 def test_train_with_gradient_placement(tmp_path, options):
     ended = run(2, "-m", "mpi_ef.jobs.train.program", *SHORT, "--model", "mlp", "--split", "by-label", "--optimizer", "sgd",
-                "--placement", "gradient", "--dense-steps", 1, *options, "--out", tmp_path, within=LIMIT)  # fmt: skip
+                "--placement", "gradient", "--dense-steps", 1, *options, "--out", tmp_path, within=LIMIT)
     assert ended.status == 0, ended.text
     assert "validation accuracy" in ended.text
 
@@ -74,7 +74,7 @@ def test_bench(tmp_path, n):
     assert rows["ef21 TopK(0.01)"]["touched_bytes"] < 12
     combined = tmp_path / "both.json"
     ended = run(1, "-m", "mpi_ef.jobs.bench.program", "--combine", f"{files[0]},{files[1]}", "--json", combined,
-                "--plot", tmp_path / "bench.png", within=LIMIT)  # fmt: skip
+                "--plot", tmp_path / "bench.png", within=LIMIT)
     assert ended.status == 0, ended.text
     assert "2 launches" in ended.text
     assert json.loads(combined.read_text())["launches"] == 2
@@ -136,7 +136,7 @@ def test_wrong_options_need_no_mpi_to_be_noticed(tmp_path, arguments, words):
     arguments = [str(tmp_path / a) if a.isupper() else a for a in arguments]
     done = subprocess.run([sys.executable, "-m", "mpi_ef.jobs.cli", "train", *arguments], capture_output=True, text=True,
                           timeout=patience.limit(60), check=False,
-                          env=os.environ | {"MPI4PY_LIBMPI": "/nowhere"})  # fmt: skip
+                          env=os.environ | {"MPI4PY_LIBMPI": "/nowhere"})
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -158,7 +158,7 @@ def test_what_a_killed_launcher_has_left_does_not_stop_another(tmp_path, monkeyp
 def test_n_copies_of_rank_zero(told):
     """Each says what is wrong before the first leaves, and ends with the same status, also when srun ends it."""
     task = subprocess.Popen([sys.executable, "-m", "mpi_ef.jobs.train.program"], stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.STDOUT, env=os.environ | {"SLURM_STEP_NUM_TASKS": "2"})  # fmt: skip
+                            stderr=subprocess.STDOUT, env=os.environ | {"SLURM_STEP_NUM_TASKS": "2"})
     began, first = time.monotonic(), task.stdout.readline()
     if told:
         wait_for(lambda: handles(task.pid, signal.SIGTERM), task)
@@ -355,7 +355,7 @@ print("grown", comm.allreduce(grown, max), "kB", flush=True)
 
 
 @pytest.mark.parametrize("which", ["topk", pytest.param("econtrol", marks=pytest.mark.exhaustive), "sign",
-                                   pytest.param("dense", marks=pytest.mark.exhaustive)])  # fmt: skip
+                                   pytest.param("dense", marks=pytest.mark.exhaustive)])
 def test_steps_do_not_raise_the_peak_of_memory(tmp_path, which):
     """On real ranks, everything counted that a process holds, MPI's buffers too; a vector has 15,625 kB. (What comes and
     goes within a step is looked for in test_costs.py.)"""

@@ -35,7 +35,7 @@ def arguments(out, *more):
 def by_rank(out):
     """Return the processes that train into this folder by their ranks, all seen at one moment."""
     return {int(environment["OMPI_COMM_WORLD_RANK"]): pid
-            for pid, (words, environment) in resident.processes().items() if str(out) in words}  # fmt: skip
+            for pid, (words, environment) in resident.processes().items() if str(out) in words}
 
 
 def faulty(signal_, at, ranks, out, *more):
@@ -54,7 +54,7 @@ def stepwise(out, *parts):
     begun = 0
     for ranks, step in parts:
         ended = run(ranks, *arguments(out, "--steps", parts[-1][1], "--resume", "redistribute", "--stop-after",
-                                      step - begun), within=LIMIT)  # fmt: skip
+                                      step - begun), within=LIMIT)
         assert ended.status == 0, ended.text
         begun = step
     return out

@@ -28,7 +28,7 @@ TRAININGS = {
 def command(out, options):
     """Later options count: all are those of the interruption test but for the length and the number of checkpoints."""
     return arguments(out, *options, "--steps", STEPS, "--checkpoint-every", 4, "--eval-every", STEPS, "--resume", "exact",
-                     "--keep", 2)  # fmt: skip
+                     "--keep", 2)
 
 
 def strike(process, out, rng):

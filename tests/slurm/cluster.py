@@ -25,14 +25,14 @@ SETTINGS = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm,tcp",
     "OMPI_MCA_rmaps_base_oversubscribe": "true", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "OMPI_MCA_mpi_yield_when_idle": "true", "MPIR_CVAR_POLLS_BEFORE_YIELD": "1",
-}  # fmt: skip
+}
 
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
-         "OUT_OF_MEMORY"}  # fmt: skip
+         "OUT_OF_MEMORY"}
 
 STEPS = 60
 TINY = ["--steps", STEPS, "--warmup", 10, "--batch", 4, "--context", 16, "--layers", 1, "--heads", 2, "--width", 16,
-        "--log-every", 5, "--eval-every", 30]  # fmt: skip
+        "--log-every", 5, "--eval-every", 30]
 
 
 class Cluster:
@@ -44,7 +44,7 @@ class Cluster:
         self._wholes: dict[tuple[object, ...], Path] = {}
         self.disk = self.lab / "local"  # what a job sees there is its node's own
         ours = ("SLURM", "SBATCH", "SQUEUE", "MPI_EF", "MPI_TYPE", "RUN_DIR", "TEXT", "MAX_RESTARTS", "CHECKPOINT_EVERY",
-                "CONFIGS", "IMAGE", "APPTAINER", "LAUNCH", "FORWARD", "NODE_DIR", "PRTE_MCA_prte_tmpdir_base")  # fmt: skip
+                "CONFIGS", "IMAGE", "APPTAINER", "LAUNCH", "FORWARD", "NODE_DIR", "PRTE_MCA_prte_tmpdir_base")
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         self.environment |= SETTINGS | {
             "SLURM_CONF": str(self.lab / "slurm.conf"),
@@ -64,11 +64,11 @@ class Cluster:
         return path
 
     def command(self, *words: object, within: float = 60, status: int = 0, cwd: Path | None = None,
-                **variables: object) -> str:  # fmt: skip
+                **variables: object) -> str:
         """Run a program, with some more variables in its environment, and return what it printed."""
         environment = self.environment | {name: str(value) for name, value in variables.items()}
         ended = subprocess.run([str(word) for word in words], env=environment, cwd=cwd, check=False, text=True,
-                               timeout=patience.limit(within), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+                               timeout=patience.limit(within), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert ended.returncode == status, f"{words} ended with status {ended.returncode}:\n{ended.stdout}"
         return ended.stdout
 
@@ -86,7 +86,7 @@ class Cluster:
             out = self.folder / f"whole-{len(self._wholes)}"
             mpiexec = BESIDE / "mpiexec" if (BESIDE / "mpiexec").exists() else "mpiexec"
             self.command(mpiexec, "-n", ranks, self.program, "train", *arguments, "--out", out, within=300,
-                         TMPDIR=self.folder)  # fmt: skip
+                         TMPDIR=self.folder)
             self._wholes[key] = out
         return self._wholes[key]
 
@@ -179,7 +179,7 @@ class Job:
             elif now > self._gone.setdefault(number, now) + 3.0:
                 self._gone[number] = now
                 subprocess.run(["scontrol", "update", f"jobid={number}", "starttime=now"], timeout=30,
-                               env=self.cluster.environment, stderr=subprocess.DEVNULL, check=False)  # fmt: skip
+                               env=self.cluster.environment, stderr=subprocess.DEVNULL, check=False)
 
     def until(self, condition: Callable[[list[dict[str, str]]], object], what: str, *, within: float = 150) -> None:
         """Wait until the condition on the job's records holds, while the job has not ended."""
@@ -235,7 +235,7 @@ class Place:
         self.brake = self.folder / "brake"
         self.notes_file = self.folder / "notes"
         self.variables = {"MPI_EF": str(self.cluster.program), "CHECKPOINT_EVERY": "5",
-                          "MPI_EF_TEST_NOTES": str(self.notes_file), "MPI_EF_TEST_BRAKE": str(self.brake)}  # fmt: skip
+                          "MPI_EF_TEST_NOTES": str(self.notes_file), "MPI_EF_TEST_BRAKE": str(self.brake)}
 
     def submit(
         self, template: Path | str, *arguments: object, options: tuple[str, ...] = (), **variables: object

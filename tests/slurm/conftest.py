@@ -53,7 +53,7 @@ def cluster():
         settings = {"SLURM_LAB_PORT": str(_free_ports(5)), "SLURM_LAB_OWNER": str(os.getpid())}
         with tempfile.TemporaryFile("w+") as log:  # a pipe would stay open as long as the daemons live
             up = subprocess.run([HERE / "slurm_up.sh", lab], env=os.environ | settings, stdin=subprocess.DEVNULL,
-                                stdout=log, stderr=log, timeout=600, check=False)  # fmt: skip
+                                stdout=log, stderr=log, timeout=600, check=False)
             log.seek(0)
             said = log.read().strip()
         if up.returncode == 77 and os.environ.get("MPI_EF_TEST_SLURM") != "required":

@@ -63,7 +63,7 @@ def test_usr2_to_the_batch_script(place, whole):
 def preempted(job, place):
     """Let a job of higher priority come and go that needs one of the nodes."""
     rival = place.job(place.run("sbatch", "--parsable", "--partition=high", "--nodelist=n2", "--exclusive",
-                                "--output=rival", "--wrap=sleep 1").strip())  # fmt: skip
+                                "--output=rival", "--wrap=sleep 1").strip())
     rival.completes()
 
 
@@ -170,7 +170,7 @@ def test_requeues_end(place):
 
     def submit(**variables):
         return place.submit("train", options=("--nodes=1", "--ntasks-per-node=1"), MPI_EF=stand_in, MPI_TYPE="none",
-                            **variables)  # fmt: skip
+                            **variables)
 
     stuck = submit(CHECKPOINTS=0, ASKS=1, STATUS=0)
     broken = submit(CHECKPOINTS=0, ASKS="", STATUS=3)
@@ -181,7 +181,7 @@ def test_requeues_end(place):
     for job, restarts, status, words in (
         (stuck, 0, None, "no progress"), (broken, 0, 3, "no progress"), (silent, 0, None, "no progress"), (wrong, 0, 2, ""),
         (endless, 2, None, "MAX_RESTARTS"), (crashing, 1, 3, "MAX_RESTARTS"),
-    ):  # fmt: skip
+    ):
         assert job.end() == "FAILED", job
         record = job.record()
         code = int(record["ExitCode"].partition(":")[0])

@@ -91,7 +91,7 @@ def test_sweep(cluster, place):
     assert_same(first, cluster.whole(2, *SAVING))
     assert summary(second)["config"] == summary(first)["config"] | {
         "lr": 0.003, "ratio": 0.05, "out": str(second.relative_to(place.folder)),
-    }  # fmt: skip
+    }
     assert summary(second)["parameters_crc32"] != summary(first)["parameters_crc32"]
     for task in ("1", "2"):
         notes = place.notes(SLURM_ARRAY_TASK_ID=task)

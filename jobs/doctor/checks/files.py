@@ -18,7 +18,7 @@ __all__ = ["MB", "NETWORK", "attempt", "collect", "existing", "file_system", "ju
 # Types of file systems that several nodes may share, as the kernel calls them.
 NETWORK = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "fuse.beegfs", "fhgfs", "ceph", "fuse.ceph", "cifs", "smb3", "afs",
            "9p", "panfs", "wekafs", "orangefs", "pvfs2", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "virtiofs", "dvs",
-           "vast")  # fmt: skip
+           "vast")
 MB, UNKNOWN = 1 << 20, "unknown file system"
 _LEAST_OUT, _FEW_OUT = 64 * MB, 1024 * MB  # below: an error, a warning
 

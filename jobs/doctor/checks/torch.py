@@ -17,7 +17,7 @@ _SLOW_IMPORT_SECONDS = 30.0
 # What launchers leave in the environment: without it a process is a world of its own.
 _LAUNCHED = ("PMI", "PMIX", "PRTE", "HYDI", "HYDRA", "MPI_LOCAL", "SLURM", "FLUX", "JSM", "PALS", "OMPI_COMM_WORLD",
              "OMPI_UNIVERSE", "OMPI_FILE", "OMPI_FIRST", "OMPI_NUM", "OMPI_APP", "OMPI_ARGV", "OMPI_COMMAND", "OMPI_MCA_ess",
-             "OMPI_MCA_orte")  # fmt: skip
+             "OMPI_MCA_orte")
 # A message to itself: an MPI that does not know what a device pointer is copies from it, and dies.
 _MESSAGE = """
 from mpi4py import MPI
