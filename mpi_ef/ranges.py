@@ -62,9 +62,15 @@ def whole(subject: str, least: int, hint: str, *, most: float = inf, **values: A
 
 
 def option(default: Any, allowed: str | int, hint: str) -> Any:
-    """Return the field of an option: an interval, as of :func:`within`, or the least whole number; None is always allowed.
+    """Return the field of an option, for :func:`with_options`, with what :func:`checked` allows besides a default of None.
 
-    An interval may name other options: ``"(0, {max_coeff}]"``.
+    Parameters
+    ----------
+    default : object
+    allowed : str or int
+        An interval, as of :func:`within`, which may name other options: ``"(0, {max_coeff}]"``; or the least whole number.
+    hint : str
+        What to try instead.
     """
     return field(default=default, metadata={"allowed": allowed, "hint": hint})
 
@@ -83,11 +89,13 @@ def with_options(kind: Class) -> Class:
 
 def checked(owner: Any) -> dict[str, object]:
     """Return the options that `owner` keeps, by name; raise `OptionError` unless all are allowed. Local."""
-    values = {f.name: getattr(owner, f.name) for f in fields(owner)}
+    subject, values = type(owner).__name__, {f.name: getattr(owner, f.name) for f in fields(owner)}
     for f in fields(owner):
-        allowed, hint = f.metadata.get("allowed"), f.metadata.get("hint", "")
+        value, allowed = {f.name: values[f.name]}, f.metadata.get("allowed")
+        if allowed is None or values[f.name] is f.default is None:
+            continue
         if isinstance(allowed, str):
-            within(type(owner).__name__, allowed.format_map(values), hint, **{f.name: values[f.name]})
-        elif allowed is not None and values[f.name] is not None:
-            whole(type(owner).__name__, allowed, hint, **{f.name: values[f.name]})
+            within(subject, allowed.format_map(values), f.metadata["hint"], **value)
+        else:
+            whole(subject, allowed, f.metadata["hint"], **value)
     return values
