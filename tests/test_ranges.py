@@ -46,7 +46,7 @@ def test_what_is_kept_are_the_facts():
     ({"least": 2.5, "most": 2}, r"least=2.5 is not in \(0, 2\]"), ({"least": None}, "least=None is not in"),
     ({"bounces": 0}, "Ball: bounces=0 is not a positive integer; 3 is usual"),
     ({"bounces": None}, "bounces=None is not a positive integer"), ({"stops": 0}, "stops=0 is not a positive integer"),
-])  # fmt: skip
+])
 def test_what_is_not_allowed_is_said(options, words):
     with pytest.raises(OptionError, match=words):
         checked(Ball(**options))
