@@ -9,7 +9,7 @@ __all__ = ["adam", "adam_step", "add_dense", "add_layers", "add_low_rank", "add_
            "all_finite", "clear_sparse", "combine", "decode_indices", "encode_indices", "encode_signs",
            "follow_momentum", "gather", "l1_norm", "layer_norms", "local_step", "mean_rows", "momentum_step",
            "orthonormalise", "preconditioned_step", "quantize", "sample_indices", "scaled_momentum", "select_largest",
-           "sign_step", "update_moments"]
+           "sign_step", "subtract", "update_moments"]
 
 Vector = NDArray[np.floating]
 Terms = tuple[Vector, Vector, Vector]
@@ -30,6 +30,11 @@ def combine(terms: Terms, factors: Vector, out: Vector, scratch: Vector) -> bool
     if out.size:
         out[:] = x
     return all_finite(x)
+
+
+def subtract(values: Vector, out: Vector) -> None:
+    """Subtract `values` from `out` where they are not zero."""
+    np.subtract(out, values, out=out, where=values != 0)
 
 
 def all_finite(x: Vector) -> bool:

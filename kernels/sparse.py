@@ -5,9 +5,10 @@ from numpy.typing import NDArray
 
 from ._jit import jit
 from ._stream import BLOCK, form, put
-from ._vector import GROUP, at_least, fence, fetch_entry, magnitude
+from ._vector import GROUP, at_least, fence, fetch_entry, magnitude, population, trailing_zeros
 
-__all__ = ["COMBINE_SCRATCH", "add_dense", "add_sparse", "clear_sparse", "combine", "gather", "mean_rows"]
+__all__ = ["COMBINE_SCRATCH", "add_dense", "add_sparse", "clear_sparse", "combine", "gather", "mean_rows",
+           "subtract"]
 
 Terms = tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]
 
@@ -38,6 +39,33 @@ def combine(
             put(scratch[:m], out, low)
     fence()
     return bool(broken == 0)
+
+
+@jit
+def subtract(values: NDArray[np.floating], out: NDArray[np.floating]) -> None:
+    """Subtract `values` from `out`, of which only what is near entries that are not zero is touched.
+
+    Parameters
+    ----------
+    values : (d,), for the most part zero
+    out : (d,) of the dtype of the values, updated
+    """
+    whole = out.size // GROUP * GROUP
+    for g in range(0, whole, GROUP):
+        word = at_least(values, g, np.uint64(1))
+        if word == 0:
+            continue
+        if population(word) > 8:
+            for i in range(g, g + GROUP):
+                out[i] -= values[i] if values[i] != 0 else values.dtype.type(0)
+            continue
+        while word != 0:
+            at = np.int64(g) + np.int64(trailing_zeros(word))
+            out[at] -= values[at]
+            word &= word - np.uint64(1)
+    for i in range(whole, out.size):
+        if values[i] != 0:
+            out[i] -= values[i]
 
 
 @jit

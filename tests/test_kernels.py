@@ -341,6 +341,21 @@ def test_combining(dtype):
 
 
 @each_dtype
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.5, 1.0])
+def test_subtracting_what_is_mostly_zero(dtype, share):
+    """Entries from which nothing is subtracted keep their bits, a -0.0 too; NaN and -0.0 are subtracted as NumPy does it."""
+    rng = np.random.default_rng(7)
+    for d in (0, 1, 63, 64, 65, 1000):
+        values, out = rng.normal(size=(2, d)).astype(dtype)
+        values[rng.random(d) >= share] = 0
+        values[::97], values[5::101], out[::7] = -0.0, np.nan, -0.0
+        expected = out.copy()
+        reference.subtract(values, expected)
+        kernels.subtract(values, out)
+        assert out.tobytes() == expected.tobytes()
+
+
+@each_dtype
 def test_mean_of_rows(dtype):
     @given(vectors(dtype, finite=False), st.integers(1, 4), st.integers(0, 3))
     def check(x, n, rank):

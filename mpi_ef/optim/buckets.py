@@ -160,8 +160,9 @@ class Buckets:
 
     def finish(self, take: Take) -> None:
         """Update all states, and give the results of the rules to `take`. Local."""
-        for bucket in self._buckets:
-            take(bucket.part, bucket.feedback.finish())
+        results = [bucket.feedback.finish() for bucket in self._buckets]  # all, before anything is taken
+        for bucket, result in zip(self._buckets, results, strict=True):
+            take(bucket.part, result)
 
     def state_trees(self) -> list[StateTree]:
         """Describe the state of all rules; with several, names begin with the number of the bucket. Local."""

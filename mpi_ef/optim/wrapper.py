@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
+from mpi_ef import kernels
 from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
 from mpi_ef.comm.consensus import telling
 from mpi_ef.comm.protocol import Comm
@@ -17,7 +18,6 @@ from mpi_ef.compress import Combination, Compressor, Identity, for_parameters, l
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import MpiEfError, OptionError
 from mpi_ef.feedback import ErrorFeedback, Rule
-from mpi_ef.feedback.state import form
 from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, StateTree, attribute
 
 from .accounts import BucketReport
@@ -29,7 +29,6 @@ from .saved import WRAPPED
 
 __all__ = ["BucketReport", "DistributedOptimizer"]
 
-_LONG = 2**16
 OVERLAPPED_NBYTES = 25_000_000
 
 
@@ -143,7 +142,8 @@ class DistributedOptimizer(FlatOptimizer):
         self.feedback, self._quiet = buckets[0].feedback, ExitStack()
         # One rank that loses nothing need not take its update apart and put it together again, which rounds.
         whole = placement == "gradient" or (comm.Get_size() == 1 and isinstance(compressor, Identity))
-        self._before = None if whole else self.flat.values.copy()
+        self._after = None if whole else np.zeros_like(self.flat.values)  # what the torch optimizer makes of the parameters
+        self._places = None if self._after is None else self.flat.views(self._after)
         self._lends = placement == "update"
 
     def _check_arguments(self) -> None:
@@ -205,7 +205,7 @@ class DistributedOptimizer(FlatOptimizer):
         """Let the torch optimizer move the parameters that move in this step, in the precision of the vectors. Local."""
         if self.done and self.placement == "update":
             return  # nothing is this rank's part
-        with self.flat.lent(self.moving):
+        with self.flat.lent(self.moving, self._places):
             if self.flat.mixed:
                 self._widen()
             self.optimizer.step()
@@ -279,8 +279,8 @@ class DistributedOptimizer(FlatOptimizer):
         return super()._collect()
 
     def _update(self) -> None:
-        if self._before is not None:
-            self._exchange_updates(self._before)
+        if self._after is not None:
+            self._exchange_updates(self._after)
         else:
             if self.overlaps:
                 self.buckets.finish(self._take_mean)
@@ -302,28 +302,24 @@ class DistributedOptimizer(FlatOptimizer):
             return error
         return None
 
-    def _exchange_updates(self, before: np.ndarray) -> None:
+    def _exchange_updates(self, after: np.ndarray) -> None:
+        """Let the torch optimizer step in `after`, (d,), and take the mean of what that is less than before."""
         values = self.flat.values
-        np.copyto(before, values)
+        np.copyto(after, values)
         problem = self._try_inside()
-        update: Vector | Combination = lazy(before) - values
+        update: Vector | Combination = lazy(values) - after
         if self.weight != 1.0 or self.feedback.rule.most_terms == 1:
-            np.subtract(before, values, out=values)  # for a moment the parameters are this rank's update
+            update = np.subtract(values, after, out=after)
             if self.weight != 1.0:
-                values *= self.flat.dtype.type(self.weight)
-            update = values
+                after *= self.flat.dtype.type(self.weight)
 
         def take(part: slice, mean: Vector) -> None:
-            if mean.size < _LONG:
-                np.subtract(before[part], mean, out=values[part])
-            else:  # past the caches
-                form(lazy(before[part]) - mean, into=values[part])
+            kernels.subtract(mean, values[part])
 
         try:
             self.buckets.step(update, take)
-        except BaseException as error:
-            np.copyto(values, before)
-            if problem is not None and isinstance(error, MpiEfError):
+        except MpiEfError:
+            if problem is not None:
                 raise problem from None
             raise
 

@@ -221,19 +221,28 @@ class FlatParameters:
         for part in self._parts:
             part.scale(factor)
 
+    def views(self, vector: Vector) -> list[Tensor]:
+        """Return the parts of a vector, (d,), that belong to the parameters, in their shapes. Not copies. Local."""
+        return [_view(vector, self.place(number), p) for number, p in enumerate(self.parameters)]
+
     @contextmanager
-    def lent(self, moving: Sequence[bool] | Mask | None = None) -> Iterator[None]:
+    def lent(
+        self, moving: Sequence[bool] | Mask | None = None, into: Sequence[Tensor] | None = None
+    ) -> Iterator[None]:
         """Let every parameter be its place in `values`, also those in 16 bits, while a torch optimizer steps. Local.
 
         Parameters
         ----------
+        into : sequence of tensor, optional
+            What they are to be instead, such as :meth:`views` of another vector.
         moving : sequence of bool, optional
             Which of them have a gradient then: their place in `gradients`, or, where `lends`, their own; all by default.
         """
         everything = self.frozen + self.parameters  # what is not in the vectors would move on this rank alone
         kept = [p.grad for p in everything]
-        for part in self._apart:
-            part.lend()
+        parts = self._apart if into is None else self._parts
+        for part in parts:
+            part.lend(None if into is None else into[part.number])
         for p in self.frozen:
             p.grad = None
         grads = kept[len(self.frozen) :] if self.lends else self._gradients
@@ -242,7 +251,7 @@ class FlatParameters:
         try:
             yield
         finally:
-            for part in self._apart:
+            for part in parts:
                 part.take_back()
             for p, grad in zip(everything, kept, strict=True):
                 p.grad = grad

@@ -154,10 +154,10 @@ class Part:
             self.gradient.mul_(factor)
             self._rounded = grad.detach().clone() if self.half else None
 
-    def lend(self) -> None:
-        """Let the parameter, which stays apart, be its place in the vector, without a gradient."""
+    def lend(self, to: Tensor | None = None) -> None:
+        """Let the parameter be `to`, or its place in the vector, without a gradient."""
         self._lent, self.p.grad = self.p.data, None
-        self.p.data = self.value
+        self.p.data = self.value if to is None else to
 
     def take_back(self) -> None:
         """Let it be what it was, without a gradient."""
