@@ -235,7 +235,7 @@ def test_ranks_that_drift_apart_are_told_although_buckets_are_under_way():
 
 @pytest.mark.parametrize(("options", "text"), [
     ({"placement": "update", "overlap": True}, "overlap=True with placement='update'"),
-    ({"placement": "gradient", "bucket_nbytes": 0}, "bucket_nbytes=0 is not positive"),
+    ({"placement": "gradient", "bucket_nbytes": 0}, "bucket_nbytes=0 is not a positive integer"),
 ])
 def test_bad_options(options, text):
     def program(comm):

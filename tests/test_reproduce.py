@@ -22,7 +22,8 @@ from mpi_ef.jobs.reproduce.simulate import descend
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, experiment in EXPERIMENTS.items() if not experiment.wants_data])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name == "ef21-rare"))
+                                  for name, experiment in EXPERIMENTS.items() if not experiment.wants_data])
 def test_experiments_do_not_depend_on_the_number_of_ranks(name, tmp_path):
     seen = []
     for n in (1, 3):

@@ -540,6 +540,8 @@ def child():
     """Handlers as they were come back."""
     numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)
     before = {number: signal.getsignal(number) for number in numbers}
+    for number in (signal.SIGINT, signal.SIGHUP):  # which tests that run in the background may ignore
+        signal.signal(number, signal.SIG_DFL)
     yield Child()
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -80,7 +80,7 @@ def handles(pid, number):
     return False
 
 
-@pytest.fixture(scope="module", params=TRAININGS)
+@pytest.fixture(scope="module", params=["topk of adamw", pytest.param("1-bit adam", marks=pytest.mark.exhaustive)])
 def whole(request, tmp_path_factory):
     """A run that nobody disturbs, and its options."""
     out = tmp_path_factory.mktemp("whole")
