@@ -677,3 +677,12 @@ def test_standard_output_that_has_gone_changes_no_status(tmp_path):
     process = start(tmp_path, "sh", "-c", "exit 5", stdout=end)
     os.close(end)
     assert process.wait(timeout=patience.limit(60)) == 5
+
+
+def test_no_call_blocks_while_a_program_runs(child, monkeypatch):
+    """A signal that comes just before such a call would be seen at its end, which may be that of the job."""
+    wait, options = os.waitid, []
+    monkeypatch.setattr(os, "waitid", lambda *call: (options.append(call[-1]), wait(*call))[1])
+    assert child.run(["sleep", "0.05"]) == 0
+    assert options
+    assert all(option & os.WNOHANG for option in options)

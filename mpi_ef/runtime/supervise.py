@@ -72,7 +72,11 @@ class Child:
         if deadline is not None and (seconds := deadline - LEAD_SECONDS - time.time()) > 0:
             signal.setitimer(signal.ITIMER_REAL, seconds)
         # The process stays a zombie until _pid is forgotten: no signal goes to another one with its number.
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        # A call that blocks until the end would not see a signal that comes just before it.
+        pause = 0.001
+        while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
         self._pid = None
         signal.setitimer(signal.ITIMER_REAL, 0)
         status = process.wait()
