@@ -155,16 +155,20 @@ class Part:
             self._rounded = grad.detach().clone() if self.half else None
 
     def lend(self, to: Tensor | None = None) -> None:
-        """Let the parameter be `to`, or its place in the vector, without a gradient."""
-        self._lent, self.p.grad = self.p.data, None
+        """Let the parameter be `to`, or its place in the vector; without a gradient where that is of another dtype."""
+        if self.apart:
+            self._lent, self.p.grad = self.p.data, None
         self.p.data = self.value if to is None else to
 
     def take_back(self) -> None:
-        """Let it be what it was, without a gradient."""
-        assert self._lent is not None  # noqa: S101
-        self.p.grad = None
-        self.p.data, self._lent = self._lent, None
-        self._listen()
+        """Let it be what it was."""
+        if self.apart:
+            assert self._lent is not None  # noqa: S101
+            self.p.grad = None
+            self.p.data, self._lent = self._lent, None
+            self._listen()
+        else:
+            self.p.data = self.value
 
 
 def _shared(p: Tensor) -> bool:
