@@ -8,15 +8,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils
+from numpy.typing import NDArray
 
-__all__ = ["GROUP", "add_signed", "add_signed_past_caches", "address", "at_least", "fence", "fetch", "fetch_entry",
-           "form_group", "load_word", "magnitude", "most_significant_first", "non_negative", "population",
-           "store_past_caches", "store_word", "subtract_signs", "subtract_signs_past_caches", "sum_magnitudes",
-           "trailing_zeros"]
+__all__ = ["GROUP", "Terms", "Vector", "add_signed", "add_signed_past_caches", "address", "at_least", "fence",
+           "fetch", "fetch_entry", "form_group", "load_word", "magnitude", "most_significant_first", "non_negative",
+           "population", "store_past_caches", "store_word", "subtract_signs", "subtract_signs_past_caches",
+           "sum_magnitudes", "trailing_zeros"]
 
+Vector = NDArray[np.floating]
+Terms = tuple[Vector, Vector, Vector]
 GROUP = 64
 _LINE = 64  # bytes
 intrinsic: Any = extending.intrinsic
@@ -45,9 +49,8 @@ def _either_sign(builder: Any, positive: Any, step: Any) -> Any:
 def _splat(builder: Any, value: Any) -> Any:
     vector = ir.VectorType(value.type, GROUP)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
-    return builder.shuffle_vector(
-        first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(_I32, GROUP), [0] * GROUP)
-    )
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined),
+                                  ir.Constant(ir.VectorType(_I32, GROUP), [0] * GROUP))
 
 
 def _on_words(operation: Callable[[Any, Any], Any]) -> Any:
@@ -343,10 +346,7 @@ def _form(past_caches: bool, a: Any, b: Any, c: Any, out: Any) -> Any:
         return context.get_dummy_value()
 
     number = a.dtype
-    return (
-        types.void(a, b, c, number, number, number, types.int64, types.int64, out, types.int64),
-        generate,
-    )
+    return (types.void(a, b, c, number, number, number, types.int64, types.int64, out, types.int64), generate)
 
 
 # Write 64 entries from `start` on of ``f * a + g * b + h * c`` to ``out[at:]``. `kind` says how: its lowest two bits for a,

@@ -1,22 +1,15 @@
 """Adam-like updates of a whole vector in one pass."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ._jit import jit
-from ._vector import GROUP, sum_magnitudes
+from ._vector import GROUP, Vector, sum_magnitudes
 
 __all__ = ["adam", "adam_step", "l1_norm", "preconditioned_step", "sign_step", "update_moments"]
 
 
 @jit
-def update_moments(
-    grad: NDArray[np.floating],
-    beta1: np.floating,
-    beta2: np.floating,
-    m: NDArray[np.floating],
-    v: NDArray[np.floating],
-) -> None:
+def update_moments(grad: Vector, beta1: np.floating, beta2: np.floating, m: Vector, v: Vector) -> None:
     """Take the mean and the mean square of gradients along: ``m = beta1 m + (1 - beta1) grad``, v with ``grad^2``.
 
     Parameters
@@ -32,15 +25,8 @@ def update_moments(
 
 
 @jit
-def adam_step(
-    m: NDArray[np.floating],
-    v: NDArray[np.floating],
-    step: np.floating,
-    root_factor: np.floating,
-    eps: np.floating,
-    decay: np.floating,
-    x: NDArray[np.floating],
-) -> None:
+def adam_step(m: Vector, v: Vector, step: np.floating, root_factor: np.floating, eps: np.floating, decay: np.floating,
+              x: Vector) -> None:
     """Take a step of Adam: ``x = decay x - step m / (root_factor sqrt(v) + eps)``.
 
     Parameters
@@ -54,18 +40,8 @@ def adam_step(
 
 
 @jit
-def adam(
-    grad: NDArray[np.floating],
-    beta1: np.floating,
-    beta2: np.floating,
-    step: np.floating,
-    root_factor: np.floating,
-    eps: np.floating,
-    decay: np.floating,
-    m: NDArray[np.floating],
-    v: NDArray[np.floating],
-    x: NDArray[np.floating],
-) -> None:
+def adam(grad: Vector, beta1: np.floating, beta2: np.floating, step: np.floating, root_factor: np.floating,
+         eps: np.floating, decay: np.floating, m: Vector, v: Vector, x: Vector) -> None:
     """Do what :func:`update_moments` and then :func:`adam_step` do, in one pass.
 
     Parameters
@@ -84,13 +60,7 @@ def adam(
 
 
 @jit
-def preconditioned_step(
-    m: NDArray[np.floating],
-    inverse: NDArray[np.floating],
-    step: np.floating,
-    decay: np.floating,
-    x: NDArray[np.floating],
-) -> None:
+def preconditioned_step(m: Vector, inverse: Vector, step: np.floating, decay: np.floating, x: Vector) -> None:
     """Take a step along a preconditioned direction: ``x = decay x - step (m inverse)``.
 
     Parameters
@@ -104,7 +74,7 @@ def preconditioned_step(
 
 
 @jit
-def l1_norm(x: NDArray[np.floating]) -> float:
+def l1_norm(x: Vector) -> float:
     """Return the sum of magnitudes of `x`, (d,) float32 or float64; the same bits on every machine.
 
     Groups of 64 are added in the dtype of x, halves upon halves; they, and what follows the last one, in order in float64.
@@ -118,7 +88,7 @@ def l1_norm(x: NDArray[np.floating]) -> float:
 
 
 @jit
-def sign_step(direction: NDArray[np.floating], step: np.floating, decay: np.floating, x: NDArray[np.floating]) -> None:
+def sign_step(direction: Vector, step: np.floating, decay: np.floating, x: Vector) -> None:
     """Take a step of equal length in every entry: ``x = decay x - step sign(direction)``, where sign(0) = 0.
 
     Parameters

@@ -67,9 +67,8 @@ class Backend:
         finite: bool = kernels.encode_signs(*arguments, self._memory.scratch)
         return finite
 
-    def add_quantized(
-        self, exponents: Vector, codes: Vector, form: str, block: int, factor: float, overwrite: bool, out: Vector
-    ) -> None:
+    def add_quantized(self, exponents: Vector, codes: Vector, form: str, block: int, factor: float, overwrite: bool,
+                      out: Vector) -> None:
         """See :func:`mpi_ef.kernels.add_quantized`."""
         real = self.dtype.type(factor)
         kernels.add_quantized(exponents, codes, form, block, real, overwrite, out, self._memory.scratch)
@@ -78,9 +77,8 @@ class Backend:
         """See :func:`mpi_ef.kernels.add_signs`."""
         kernels.add_signs(bits, scales, block, self.dtype.type(factor), overwrite, out, self._memory.scratch)
 
-    def add_low_rank(
-        self, left: Vector, right: Vector, parts: Vector, rank: int, factor: float, overwrite: bool, out: Vector
-    ) -> None:
+    def add_low_rank(self, left: Vector, right: Vector, parts: Vector, rank: int, factor: float, overwrite: bool,
+                     out: Vector) -> None:
         """See :func:`mpi_ef.kernels.add_low_rank`."""
         real = self.dtype.type(factor)
         kernels.add_low_rank(left, right, parts, rank, real, overwrite, out, self._memory.scratch)

@@ -1,14 +1,14 @@
 """Seeing NaN and Inf."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ._jit import jit
+from ._vector import Vector
 
 __all__ = ["all_finite"]
 
 
-def all_finite(x: NDArray[np.floating]) -> bool:
+def all_finite(x: Vector) -> bool:
     """Tell whether no entry of `x` is NaN or Inf.
 
     Parameters

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ._jit import jit
 from ._stream import BLOCK
+from ._vector import Vector
 
 __all__ = ["add_layers", "follow_momentum", "layer_norms", "scaled_momentum"]
 
@@ -17,7 +18,7 @@ _LANES = 64
 
 
 @jit
-def layer_norms(x: NDArray[np.floating], starts: NDArray[np.int64], norms: NDArray[np.float64]) -> None:
+def layer_norms(x: Vector, starts: NDArray[np.int64], norms: NDArray[np.float64]) -> None:
     """Write the norms of the layers of `x` to `norms`.
 
     Parameters
@@ -52,12 +53,7 @@ def _sum_of_squares(x, sums):
 
 
 @jit
-def add_layers(
-    values: NDArray[np.floating],
-    factors: NDArray[np.floating],
-    starts: NDArray[np.int64],
-    out: NDArray[np.floating],
-) -> None:
+def add_layers(values: Vector, factors: Vector, starts: NDArray[np.int64], out: Vector) -> None:
     """Add every layer of `values`, times a factor of its own, to `out`.
 
     Parameters
@@ -79,14 +75,8 @@ def _add(values, factor, out):
 
 
 @jit
-def scaled_momentum(
-    grad: NDArray[np.floating],
-    m: NDArray[np.floating],
-    beta: np.floating,
-    scales: NDArray[np.floating],
-    starts: NDArray[np.int64],
-    out: NDArray[np.floating],
-) -> None:
+def scaled_momentum(grad: Vector, m: Vector, beta: np.floating, scales: Vector, starts: NDArray[np.int64],
+                    out: Vector) -> None:
     """Write every layer of ``beta m + (1 - beta) grad``, times a scale of its own, to `out`.
 
     Parameters
@@ -110,19 +100,9 @@ def _form(grad, m, beta, scale, out):
 
 
 @jit
-def follow_momentum(
-    sent: NDArray[np.floating],
-    inverse: NDArray[np.floating],
-    betas: NDArray[np.floating],
-    root_factor: np.floating,
-    eps: np.floating,
-    scales: NDArray[np.floating],
-    least: NDArray[np.floating],
-    starts: NDArray[np.int64],
-    m: NDArray[np.floating],
-    fresh: NDArray[np.floating],
-    ratios: NDArray[np.floating],
-) -> None:
+def follow_momentum(sent: Vector, inverse: Vector, betas: Vector, root_factor: np.floating, eps: np.floating,
+                    scales: Vector, least: Vector, starts: NDArray[np.int64], m: Vector, fresh: Vector,
+                    ratios: Vector) -> None:
     """Take a new momentum over, and into the variance the gradient that must have led to it; compare with the frozen one.
 
     With ``m' = sent / scale`` and ``grad = (m' - beta1 m) / (1 - beta1)``: ``fresh = beta2 fresh + (1 - beta2) grad^2``,

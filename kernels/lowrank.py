@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ._jit import jit
 from ._stream import BLOCK
+from ._vector import Vector
 
 __all__ = ["add_low_rank", "orthonormalise"]
 
@@ -19,9 +20,7 @@ _DEPENDENT = 16  # rounding errors of a row; what is left of a dependent one has
 
 
 @jit
-def orthonormalise(
-    rows: NDArray[np.floating], spans: NDArray[np.int64], rank: int, spare: NDArray[np.floating]
-) -> None:
+def orthonormalise(rows: Vector, spans: NDArray[np.int64], rank: int, spare: Vector) -> None:
     """Make the rows of every factor orthonormal, in their order; rows that depend on those before become zero.
 
     Parameters
@@ -92,16 +91,8 @@ def _dot(x, y):
 
 
 @jit
-def add_low_rank(
-    left: NDArray[np.floating],
-    right: NDArray[np.floating],
-    parts: NDArray[np.int64],
-    rank: int,
-    factor: np.floating,
-    overwrite: bool,
-    out: NDArray[np.floating],
-    scratch: NDArray[np.floating],
-) -> None:
+def add_low_rank(left: Vector, right: Vector, parts: NDArray[np.int64], rank: int, factor: np.floating, overwrite: bool,
+                 out: Vector, scratch: Vector) -> None:
     """Add ``factor`` times the decoded vector to `out`: products of factors, and what travels whole.
 
     Parameters

@@ -1,24 +1,17 @@
 """Steps along a momentum over a variance that does not change."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ._jit import jit
 from ._stream import BLOCK
+from ._vector import Vector
 
 __all__ = ["local_step", "momentum_step"]
 
 
 @jit
-def momentum_step(
-    grad: NDArray[np.floating],
-    inverse: NDArray[np.floating],
-    beta: np.floating,
-    step: np.floating,
-    decay: np.floating,
-    m: NDArray[np.floating],
-    x: NDArray[np.floating],
-) -> None:
+def momentum_step(grad: Vector, inverse: Vector, beta: np.floating, step: np.floating, decay: np.floating, m: Vector,
+                  x: Vector) -> None:
     """Take a gradient into the momentum, then a step: ``m = beta m + (1 - beta) grad``, ``x = decay x - step (m inverse)``.
 
     Parameters
@@ -34,18 +27,8 @@ def momentum_step(
 
 
 @jit
-def local_step(
-    grad: NDArray[np.floating],
-    inverse: NDArray[np.floating],
-    start: NDArray[np.floating],
-    beta: np.floating,
-    weight: np.floating,
-    step: np.floating,
-    decay: np.floating,
-    m: NDArray[np.floating],
-    u: NDArray[np.floating],
-    x: NDArray[np.floating],
-) -> None:
+def local_step(grad: Vector, inverse: Vector, start: Vector, beta: np.floating, weight: np.floating, step: np.floating,
+               decay: np.floating, m: Vector, u: Vector, x: Vector) -> None:
     """Take a gradient into the momentum, that into a mean of momenta, and place x where this mean leads from `start`.
 
     ``m = beta m + (1 - beta) grad``, ``u = (1 - weight) u + weight m``, ``x = decay start - step (u inverse)``.

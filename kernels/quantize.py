@@ -7,11 +7,10 @@ from numpy.typing import NDArray
 
 from ._jit import jit
 from ._stream import BLOCK, form, put
-from ._vector import fence, magnitude
+from ._vector import Terms, Vector, fence, magnitude
 
 __all__ = ["FORMATS", "QUANTIZE_SCRATCH", "add_quantized", "quantize"]
 
-Terms = tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]
 
 QUANTIZE_SCRATCH = 2 * BLOCK
 
@@ -21,18 +20,8 @@ FORMATS = {"bf16": 0, "fp16": 15, "int8": 7}
 _NOT_FINITE = 32767  # exponent of a block that holds NaN or Inf; the whole block decodes to NaN
 
 
-def quantize(
-    terms: Terms,
-    factors: NDArray[np.floating],
-    keep: NDArray[np.floating],
-    keep_factors: NDArray[np.floating],
-    less_decoded: bool,
-    format: str,
-    block: int,
-    exponents: NDArray[np.int16],
-    codes: NDArray[np.int16 | np.int8],
-    scratch: NDArray[np.floating],
-) -> bool:
+def quantize(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vector, less_decoded: bool, format: str,
+             block: int, exponents: NDArray[np.int16], codes: NDArray[np.int16 | np.int8], scratch: Vector) -> bool:
     """Write ``x = sum_t factors[t] * terms[t]`` as ``codes * 2**exponents``, rounded to nearest, ties to even.
 
     Parameters
@@ -62,16 +51,8 @@ def quantize(
                           exponents, codes, scratch))
 
 
-def add_quantized(
-    exponents: NDArray[np.int16],
-    codes: NDArray[np.int16 | np.int8],
-    format: str,
-    block: int,
-    factor: np.floating,
-    overwrite: bool,
-    out: NDArray[np.floating],
-    scratch: NDArray[np.floating],
-) -> None:
+def add_quantized(exponents: NDArray[np.int16], codes: NDArray[np.int16 | np.int8], format: str, block: int,
+                  factor: np.floating, overwrite: bool, out: Vector, scratch: Vector) -> None:
     """Add ``factor * decoded`` to `out`, the inverse of :func:`quantize`.
 
     Parameters

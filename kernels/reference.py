@@ -3,7 +3,15 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from .reference_steps import add_layers, follow_momentum, layer_norms, local_step, momentum_step, scaled_momentum
+from .reference_steps import (
+    Vector,
+    add_layers,
+    follow_momentum,
+    layer_norms,
+    local_step,
+    momentum_step,
+    scaled_momentum,
+)
 
 __all__ = ["adam", "adam_step", "add_dense", "add_layers", "add_low_rank", "add_quantized", "add_signs", "add_sparse",
            "all_finite", "clear_sparse", "combine", "decode_indices", "encode_indices", "encode_signs",
@@ -11,7 +19,6 @@ __all__ = ["adam", "adam_step", "add_dense", "add_layers", "add_low_rank", "add_
            "orthonormalise", "preconditioned_step", "quantize", "sample_indices", "scaled_momentum", "select_largest",
            "sign_step", "subtract", "update_moments"]
 
-Vector = NDArray[np.floating]
 Terms = tuple[Vector, Vector, Vector]
 
 
@@ -68,13 +75,7 @@ def select_largest(
     return all_finite(x)
 
 
-def mean_rows(
-    rows: Vector,
-    own: Vector,
-    rank: int,
-    factor: np.floating,
-    out: Vector,
-) -> bool:
+def mean_rows(rows: Vector, own: Vector, rank: int, factor: np.floating, out: Vector) -> bool:
     """Write ``factor * rows[0] + factor * rows[1] + ...`` to `out`, `own` in place of a row; tell whether it is finite."""
     parts = [factor * (own if r == rank else row) for r, row in enumerate(rows)]
     out[:] = sum(parts[1:], start=parts[0])
@@ -119,21 +120,9 @@ def decode_indices(lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: in
     indices[:] = (high << low) | (parts << np.arange(low)).sum(axis=1)
 
 
-def encode_signs(
-    terms: Terms,
-    factors: Vector,
-    keep: Vector,
-    keep_factors: Vector,
-    less_decoded: bool,
-    row_bits: NDArray[np.uint8],
-    row_scales: Vector,
-    row_block: int,
-    row_factor: np.floating,
-    block: int,
-    bits: NDArray[np.uint8],
-    scales: Vector,
-    scratch: Vector,
-) -> bool:
+def encode_signs(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vector, less_decoded: bool,
+                 row_bits: NDArray[np.uint8], row_scales: Vector, row_block: int, row_factor: np.floating, block: int,
+                 bits: NDArray[np.uint8], scales: Vector, scratch: Vector) -> bool:
     """Write the signs as bits, most significant first, and the mean magnitude of each block."""
     x = _sum(terms, factors)
     add_signs(row_bits, row_scales, row_block, row_factor, False, x, scratch)
@@ -194,18 +183,8 @@ def add_signs(
         out += np.where(np.unpackbits(row, count=out.size), step, -step)
 
 
-def quantize(
-    terms: Terms,
-    factors: Vector,
-    keep: Vector,
-    keep_factors: Vector,
-    less_decoded: bool,
-    format: str,
-    block: int,
-    exponents: NDArray[np.int16],
-    codes: NDArray[np.int16 | np.int8],
-    scratch: Vector,
-) -> bool:
+def quantize(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vector, less_decoded: bool, format: str,
+             block: int, exponents: NDArray[np.int16], codes: NDArray[np.int16 | np.int8], scratch: Vector) -> bool:
     """Write the linear combination as ``codes * 2**exponents``, a power of two per block."""
     x = _sum(terms, factors)
     for j in range(exponents.size):
@@ -366,9 +345,8 @@ def update_moments(grad: Vector, beta1: np.floating, beta2: np.floating, m: Vect
     v[:] = beta2 * v + (one - beta2) * (grad * grad)
 
 
-def adam_step(
-    m: Vector, v: Vector, step: np.floating, root_factor: np.floating, eps: np.floating, decay: np.floating, x: Vector
-) -> None:
+def adam_step(m: Vector, v: Vector, step: np.floating, root_factor: np.floating, eps: np.floating, decay: np.floating,
+              x: Vector) -> None:
     """Take a step of Adam."""
     x[:] = decay * x - step * (m / (root_factor * np.sqrt(v) + eps))
 

@@ -11,26 +11,15 @@ Vector = NDArray[np.floating]
 Places = NDArray[np.int64]
 
 
-def momentum_step(
-    grad: Vector, inverse: Vector, beta: np.floating, step: np.floating, decay: np.floating, m: Vector, x: Vector
-) -> None:
+def momentum_step(grad: Vector, inverse: Vector, beta: np.floating, step: np.floating, decay: np.floating, m: Vector,
+                  x: Vector) -> None:
     """Take a gradient into the momentum, then a step."""
     m[:] = beta * m + (m.dtype.type(1) - beta) * grad
     x[:] = decay * x - step * (m * inverse)
 
 
-def local_step(
-    grad: Vector,
-    inverse: Vector,
-    start: Vector,
-    beta: np.floating,
-    weight: np.floating,
-    step: np.floating,
-    decay: np.floating,
-    m: Vector,
-    u: Vector,
-    x: Vector,
-) -> None:
+def local_step(grad: Vector, inverse: Vector, start: Vector, beta: np.floating, weight: np.floating, step: np.floating,
+               decay: np.floating, m: Vector, u: Vector, x: Vector) -> None:
     """Take a gradient into the momentum, that into a mean of momenta, and place x where this mean leads from `start`."""
     one = m.dtype.type(1)
     m[:] = beta * m + (one - beta) * grad
@@ -57,19 +46,8 @@ def scaled_momentum(grad: Vector, m: Vector, beta: np.floating, scales: Vector, 
     out[:] = np.repeat(scales, np.diff(starts)) * (beta * m + (out.dtype.type(1) - beta) * grad)
 
 
-def follow_momentum(
-    sent: Vector,
-    inverse: Vector,
-    betas: Vector,
-    root_factor: np.floating,
-    eps: np.floating,
-    scales: Vector,
-    least: Vector,
-    starts: Places,
-    m: Vector,
-    fresh: Vector,
-    ratios: Vector,
-) -> None:
+def follow_momentum(sent: Vector, inverse: Vector, betas: Vector, root_factor: np.floating, eps: np.floating,
+                    scales: Vector, least: Vector, starts: Places, m: Vector, fresh: Vector, ratios: Vector) -> None:
     """Take a new momentum over, and into the variance the gradient that must have led to it; compare with the frozen one."""
     (beta1, beta2), one, sizes = betas, m.dtype.type(1), np.diff(starts)
     new = np.repeat(one / scales, sizes) * sent

@@ -9,9 +9,8 @@ from ._vector import trailing_zeros
 __all__ = ["sample_indices"]
 
 
-def sample_indices(
-    seed: int, step: int, rank: int, d: int, indices: NDArray[np.int64], bitmap: NDArray[np.uint64]
-) -> None:
+def sample_indices(seed: int, step: int, rank: int, d: int, indices: NDArray[np.int64],
+                   bitmap: NDArray[np.uint64]) -> None:
     """Write ``k = indices.size`` different indices below `d`, uniformly drawn from the key (seed, step, rank).
 
     Parameters

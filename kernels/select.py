@@ -9,6 +9,8 @@ from ._jit import jit
 from ._stream import BLOCK, ahead, fetch_terms, form, goes_past_caches, kinds, put
 from ._vector import (
     GROUP,
+    Terms,
+    Vector,
     at_least,
     fence,
     form_group,
@@ -20,7 +22,6 @@ from ._vector import (
 
 __all__ = ["SELECT_SCRATCH", "select_candidates", "select_largest"]
 
-Terms = tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]
 
 _SMALL = 1024  # shorter segments are collected whole
 _SAMPLE = 16384
@@ -31,18 +32,9 @@ SELECT_SCRATCH = BLOCK + GROUP + max(_SAMPLE, BLOCK)
 
 
 @jit
-def select_largest(
-    terms: Terms,
-    factors: NDArray[np.floating],
-    keep: NDArray[np.floating],
-    keep_factors: NDArray[np.floating],
-    bounds: NDArray[np.int64],
-    counts: NDArray[np.int64],
-    indices: NDArray[np.int64],
-    values: NDArray[np.floating],
-    scratch: NDArray[np.floating],
-    histogram: NDArray[np.int64],
-) -> bool:
+def select_largest(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vector, bounds: NDArray[np.int64],
+                   counts: NDArray[np.int64], indices: NDArray[np.int64], values: Vector, scratch: Vector,
+                   histogram: NDArray[np.int64]) -> bool:
     """Select the entries of largest magnitude of each segment of ``x = sum_t factors[t] * terms[t]``.
 
     Parameters

@@ -7,6 +7,8 @@ from ._jit import jit
 from ._stream import BLOCK, ahead, fetch_terms, form, goes_past_caches, kinds, put
 from ._vector import (
     GROUP,
+    Terms,
+    Vector,
     add_signed,
     add_signed_past_caches,
     fence,
@@ -22,27 +24,14 @@ from ._vector import (
 
 __all__ = ["SIGNS_SCRATCH", "add_signs", "encode_signs"]
 
-Terms = tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]
 
 SIGNS_SCRATCH = 2 * BLOCK + GROUP + BLOCK // GROUP
 
 
 @jit
-def encode_signs(
-    terms: Terms,
-    factors: NDArray[np.floating],
-    keep: NDArray[np.floating],
-    keep_factors: NDArray[np.floating],
-    less_decoded: bool,
-    row_bits: NDArray[np.uint8],
-    row_scales: NDArray[np.floating],
-    row_block: int,
-    row_factor: np.floating,
-    block: int,
-    bits: NDArray[np.uint8],
-    scales: NDArray[np.floating],
-    scratch: NDArray[np.floating],
-) -> bool:
+def encode_signs(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vector, less_decoded: bool,
+                 row_bits: NDArray[np.uint8], row_scales: Vector, row_block: int, row_factor: np.floating, block: int,
+                 bits: NDArray[np.uint8], scales: Vector, scratch: Vector) -> bool:
     """Write the signs of ``x = sum_t factors[t] * terms[t]`` into `bits` and mean magnitudes of blocks into `scales`.
 
     Parameters
@@ -195,15 +184,8 @@ def _keep(base, x, low, m, block, scales, less_decoded, keep):
 
 
 @jit
-def add_signs(
-    bits: NDArray[np.uint8],
-    scales: NDArray[np.floating],
-    block: int,
-    factor: np.floating,
-    overwrite: bool,
-    out: NDArray[np.floating],
-    scratch: NDArray[np.floating],
-) -> None:
+def add_signs(bits: NDArray[np.uint8], scales: Vector, block: int, factor: np.floating, overwrite: bool, out: Vector,
+              scratch: Vector) -> None:
     """Add the decoded messages of `m` ranks to `out`, each times `factor`, in row order and in one pass over `out`.
 
     Parameters

@@ -5,21 +5,18 @@ from numpy.typing import NDArray
 
 from ._jit import jit
 from ._stream import BLOCK, form, put
-from ._vector import GROUP, at_least, fence, fetch_entry, magnitude, population, trailing_zeros
+from ._vector import GROUP, Terms, Vector, at_least, fence, fetch_entry, magnitude, population, trailing_zeros
 
 __all__ = ["COMBINE_SCRATCH", "add_dense", "add_sparse", "clear_sparse", "combine", "gather", "mean_rows",
            "subtract"]
 
-Terms = tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]
 
 COMBINE_SCRATCH = BLOCK + GROUP
 _FAR = 512  # entries ahead to ask for: far, because every one lies in another cache line
 
 
 @jit
-def combine(
-    terms: Terms, factors: NDArray[np.floating], out: NDArray[np.floating], scratch: NDArray[np.floating]
-) -> bool:
+def combine(terms: Terms, factors: Vector, out: Vector, scratch: Vector) -> bool:
     """Write ``x = sum_t factors[t] * terms[t]`` to `out` and tell whether it is finite.
 
     Parameters
@@ -42,7 +39,7 @@ def combine(
 
 
 @jit
-def subtract(values: NDArray[np.floating], out: NDArray[np.floating]) -> None:
+def subtract(values: Vector, out: Vector) -> None:
     """Subtract `values` from `out`, of which only what is near entries that are not zero is touched.
 
     Parameters
@@ -69,13 +66,7 @@ def subtract(values: NDArray[np.floating], out: NDArray[np.floating]) -> None:
 
 
 @jit
-def mean_rows(
-    rows: NDArray[np.floating],
-    own: NDArray[np.floating],
-    rank: int,
-    factor: np.floating,
-    out: NDArray[np.floating],
-) -> bool:
+def mean_rows(rows: Vector, own: Vector, rank: int, factor: np.floating, out: Vector) -> bool:
     """Write ``factor * rows[0] + factor * rows[1] + ...``, added in this order, to `out`; tell whether it is finite.
 
     Parameters
@@ -106,9 +97,7 @@ def mean_rows(
 
 
 @jit
-def gather(
-    terms: Terms, factors: NDArray[np.floating], indices: NDArray[np.int64], values: NDArray[np.floating]
-) -> None:
+def gather(terms: Terms, factors: Vector, indices: NDArray[np.int64], values: Vector) -> None:
     """Write the entries of ``sum_t factors[t] * terms[t]`` at `indices` into `values`.
 
     Parameters
@@ -129,9 +118,7 @@ def gather(
 
 
 @jit
-def add_sparse(
-    indices: NDArray[np.int64], values: NDArray[np.floating], factor: np.floating, out: NDArray[np.floating]
-) -> None:
+def add_sparse(indices: NDArray[np.int64], values: Vector, factor: np.floating, out: Vector) -> None:
     """Add ``factor * values`` to `out` at `indices`.
 
     Parameters
@@ -148,7 +135,7 @@ def add_sparse(
 
 
 @jit
-def clear_sparse(indices: NDArray[np.int64], out: NDArray[np.floating]) -> None:
+def clear_sparse(indices: NDArray[np.int64], out: Vector) -> None:
     """Set `out` to zero at `indices`.
 
     Parameters
@@ -163,7 +150,7 @@ def clear_sparse(indices: NDArray[np.int64], out: NDArray[np.floating]) -> None:
 
 
 @jit
-def add_dense(values: NDArray[np.floating], factor: np.floating, out: NDArray[np.floating]) -> None:
+def add_dense(values: Vector, factor: np.floating, out: Vector) -> None:
     """Add ``factor * values`` to `out`, the product rounded before the sum.
 
     Parameters

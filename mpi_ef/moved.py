@@ -62,11 +62,8 @@ class _Alias(Loader):
         self._spec: ModuleSpec | None = None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        warn(
-            f"{spec.name} is now {self._name}; the old name goes with the next release",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        warn(f"{spec.name} is now {self._name}; the old name goes with the next release", DeprecationWarning,
+             stacklevel=2)
         module = import_module(self._name)
         self._spec = module.__spec__
         return module

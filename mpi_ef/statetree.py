@@ -70,9 +70,8 @@ class Leaf:
     default: Any = _REQUIRED
 
 
-def attribute(
-    owner: object, name: str, kind: Kind = REPLICATED, *, resets: bool = False, default: Any = _REQUIRED
-) -> Leaf:
+def attribute(owner: object, name: str, kind: Kind = REPLICATED, *, resets: bool = False,
+              default: Any = _REQUIRED) -> Leaf:
     """Return the leaf of an attribute that holds a plain value."""
 
     def write(value: Any) -> None:

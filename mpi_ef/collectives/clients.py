@@ -54,16 +54,8 @@ class ClientsMean(Plan):
         Bytes of all messages of all clients so far, without headers: what the papers plot, with the indices.
     """
 
-    def __init__(
-        self,
-        comm: Comm,
-        compressor: Compressor,
-        d: int,
-        dtype: DTypeLike = np.float32,
-        *,
-        clients: int,
-        weights: NDArray[np.floating] | None = None,
-    ) -> None:
+    def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *, clients: int,
+                 weights: NDArray[np.floating] | None = None) -> None:
         self._wanted, self.weights, self.message_nbytes, self._last_nbytes = clients, weights, 0, 0
         super().__init__(comm, compressor, d, dtype)
 
@@ -92,14 +84,8 @@ class ClientsMean(Plan):
         self.notes: NDArray[np.uint8] = np.zeros(n, np.uint8)
         return {"clients": n, "weights": None if self.weights is None else self.weights.tolist()}
 
-    def exchange(
-        self,
-        x: Vector | Combination,
-        *,
-        keep: Keep | None = None,
-        speaks: NDArray[np.bool_] | None = None,
-        notes: NDArray[np.uint8] | None = None,
-    ) -> Self:
+    def exchange(self, x: Vector | Combination, *, keep: Keep | None = None, speaks: NDArray[np.bool_] | None = None,
+                 notes: NDArray[np.uint8] | None = None) -> Self:
         """Send the messages of this rank's clients and receive those of all. Collective.
 
         Parameters

@@ -8,16 +8,7 @@ from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import MpiEfError, NonFiniteError, PeerError
 
-from .frames import (
-    NON_FINITE,
-    OK,
-    REJECTED,
-    Frames,
-    header_of,
-    misunderstanding,
-    status_of,
-    what_is_wrong,
-)
+from .frames import NON_FINITE, OK, REJECTED, Frames, header_of, misunderstanding, status_of, what_is_wrong
 from .in_flight import landed, took_off
 
 __all__ = ["Exchange", "Round", "Timer"]

@@ -57,9 +57,8 @@ class LowRankMean(Plan, kind="low-rank"):
     `x` does, and leaves Q as it was.
     """
 
-    def __init__(
-        self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *, warm_start: bool = True
-    ) -> None:
+    def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *,
+                 warm_start: bool = True) -> None:
         self._warm_start = warm_start
         super().__init__(comm, compressor, d, dtype)
 

@@ -28,14 +28,8 @@ class _Plans(OrderedDict[_Key, Plan]):
     """The plans kept with a communicator; MPI drops them when it is freed."""
 
 
-def allreduce(
-    comm: Comm,
-    x: Any,
-    compressor: Compressor,
-    *,
-    op: Literal["mean", "sum"] = "mean",
-    out: Any = None,
-) -> Any:
+def allreduce(comm: Comm, x: Any, compressor: Compressor, *, op: Literal["mean", "sum"] = "mean",
+              out: Any = None) -> Any:
     """Return the mean, or the sum, of the compressed vectors of all ranks, the same bits on every rank. Collective.
 
     Sparse compressors (TopK, RandK) go through :class:`GatherMean`, Identity through :class:`DenseMean`, LowRank through
@@ -156,13 +150,8 @@ def _like(x: Any, rows: tuple[int, ...]) -> Any:
     return np.empty(shape, x.dtype) if isinstance(x, np.ndarray) else x.new_empty(shape)
 
 
-def _plan(
-    call: str,
-    comm: Comm,
-    compressor: Compressor,
-    check: Callable[[], tuple[Any, np.ndarray, np.ndarray]],
-    op: str,
-) -> tuple[Plan, tuple[Any, np.ndarray, np.ndarray]]:
+def _plan(call: str, comm: Comm, compressor: Compressor, check: Callable[[], tuple[Any, np.ndarray, np.ndarray]],
+          op: str) -> tuple[Plan, tuple[Any, np.ndarray, np.ndarray]]:
     """Return the cached plan for this request and the checked arrays, once all ranks are known to ask for the same."""
     check_not_freed(comm, call)
     error: Exception | None = None

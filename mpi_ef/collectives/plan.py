@@ -342,9 +342,8 @@ class Plan(OnAllRanks, PlanState, metaclass=Telling):
         return unwritable(keep.into, self.own_d, self.dtype, subject, "keep.into")
 
 
-def plan_for(
-    comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *, residual: bool = True
-) -> Plan:
+def plan_for(comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *,
+             residual: bool = True) -> Plan:
     """Return the plan that suits a compressor, by what its attribute ``plan`` says. Collective.
 
     Gathered for sparse ones, dense for Identity, :class:`LowRankMean` for LowRank, else two-phase.

@@ -50,15 +50,8 @@ class GatherMean(Plan, kind="gather"):
         What to take in place of the mean; n vectors of memory then.
     """
 
-    def __init__(
-        self,
-        comm: Comm,
-        compressor: Compressor,
-        d: int,
-        dtype: DTypeLike = np.float32,
-        *,
-        combine: Combine | None = None,
-    ) -> None:
+    def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *,
+                 combine: Combine | None = None) -> None:
         self.combine = combine
         super().__init__(comm, compressor, d, dtype)
 
@@ -161,17 +154,8 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         What to take in place of the mean, entry by entry; n vectors of the length of a chunk then.
     """
 
-    def __init__(
-        self,
-        comm: Comm,
-        compressor: Compressor,
-        d: int,
-        dtype: DTypeLike = np.float32,
-        *,
-        reply: Compressor | None = None,
-        residual: bool = True,
-        combine: Combine | None = None,
-    ) -> None:
+    def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *,
+                 reply: Compressor | None = None, residual: bool = True, combine: Combine | None = None) -> None:
         self.reply = compressor if reply is None else reply
         self._remember, self.combine = residual, combine
         super().__init__(comm, compressor, d, dtype)

@@ -120,9 +120,8 @@ class TopK(_KeptCoordinates):
         """Return how many entries of each segment are kept."""
         if self.segments is None:
             return np.array([self.count(d)], np.int64)
-        return np.array(
-            [super(TopK, self).count(int(n)) if n else 0 for n in np.diff(self.segment_bounds(d))], np.int64
-        )
+        return np.array([super(TopK, self).count(int(n)) if n else 0 for n in np.diff(self.segment_bounds(d))],
+                        np.int64)
 
     def count(self, d: int) -> int:
         """Return how many coordinates of a vector of length `d` are kept, over all segments."""

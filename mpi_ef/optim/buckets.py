@@ -127,9 +127,8 @@ class Buckets:
             return
         if broken := self.arrive(vector):
             self.drop()
-            raise NonFiniteError(
-                f"DistributedOptimizer: NaN or Inf on {ranks_text(broken)}; nothing was changed", broken
-            )
+            raise NonFiniteError(f"DistributedOptimizer: NaN or Inf on {ranks_text(broken)}; nothing was changed",
+                                 broken)
         self.finish(take)
 
     def arrive(self, vector: Vector | Combination) -> tuple[int, ...]:

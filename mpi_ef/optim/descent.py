@@ -35,22 +35,12 @@ class EF21(DistributedOptimizer):
         See :class:`DistributedOptimizer`.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        comm: Comm,
-        compressor: Compressor,
-        *,
-        lr: float,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        dense_steps: int = 1,
-        plan: PlanBuilder = plan_for,
-        overlap: bool = False,
-    ) -> None:
+    def __init__(self, params: Iterable[Any], comm: Comm, compressor: Compressor, *, lr: float, momentum: float = 0.0,
+                 weight_decay: float = 0.0, dense_steps: int = 1, plan: PlanBuilder = plan_for,
+                 overlap: bool = False) -> None:
         sgd = SGD(parameters_of(params), lr=lr, momentum=momentum, weight_decay=weight_decay)
-        super().__init__(sgd, comm, compressor, placement="gradient", rule="ef21", plan=plan,
-                         dense_steps=dense_steps, overlap=overlap, model=params)
+        super().__init__(sgd, comm, compressor, placement="gradient", rule="ef21", plan=plan, dense_steps=dense_steps,
+                         overlap=overlap, model=params)
 
 
 class EControl(DistributedOptimizer):
@@ -66,24 +56,13 @@ class EControl(DistributedOptimizer):
         times that constant.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        comm: Comm,
-        compressor: Compressor,
-        *,
-        lr: float,
-        eta: float | None = None,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        dense_steps: int = 1,
-        plan: PlanBuilder = plan_for,
-        overlap: bool = False,
-    ) -> None:
+    def __init__(self, params: Iterable[Any], comm: Comm, compressor: Compressor, *, lr: float, eta: float | None = None,
+                 momentum: float = 0.0, weight_decay: float = 0.0, dense_steps: int = 1, plan: PlanBuilder = plan_for,
+                 overlap: bool = False) -> None:
         sgd = SGD(parameters_of(params), lr=lr, momentum=momentum, weight_decay=weight_decay)
         options: dict[str, Any] = {} if eta is None else {"eta": eta}
-        super().__init__(sgd, comm, compressor, placement="gradient", rule="econtrol", plan=plan,
-                         dense_steps=dense_steps, overlap=overlap, model=params, **options)
+        super().__init__(sgd, comm, compressor, placement="gradient", rule="econtrol", plan=plan, dense_steps=dense_steps,
+                         overlap=overlap, model=params, **options)
 
 
 class PowerSGD(DistributedOptimizer):
@@ -105,19 +84,8 @@ class PowerSGD(DistributedOptimizer):
         So many first steps exchange everything.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        comm: Comm,
-        *,
-        lr: float,
-        rank: int = 4,
-        momentum: float = 0.9,
-        nesterov: bool = False,
-        weight_decay: float = 0.0,
-        seed: int = 0,
-        dense_steps: int = 0,
-    ) -> None:
+    def __init__(self, params: Iterable[Any], comm: Comm, *, lr: float, rank: int = 4, momentum: float = 0.9,
+                 nesterov: bool = False, weight_decay: float = 0.0, seed: int = 0, dense_steps: int = 0) -> None:
         sgd = SGD(parameters_of(params), lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
         super().__init__(sgd, comm, LowRank(rank, shapes="parameters", seed=seed), placement="gradient", rule="ef14",
                          dense_steps=dense_steps, model=params)

@@ -88,22 +88,10 @@ class EF21Muon(DistributedOptimizer):
         Step of the entries of vectors (biases, gains), as a multiple of lr.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        comm: Comm,
-        compressor: Compressor,
-        *,
-        lr: float = 0.02,
-        beta: float = 0.05,
-        weight_decay: float = 0.0,
-        vector_radius: float = 0.1,
-        dense_steps: int = 1,
-        plan: PlanBuilder = plan_for,
-        overlap: bool = False,
-    ) -> None:
-        descent = LinearMinimization(
-            parameters_of(params), lr=lr, weight_decay=weight_decay, vector_radius=vector_radius
-        )
+    def __init__(self, params: Iterable[Any], comm: Comm, compressor: Compressor, *, lr: float = 0.02,
+                 beta: float = 0.05, weight_decay: float = 0.0, vector_radius: float = 0.1, dense_steps: int = 1,
+                 plan: PlanBuilder = plan_for, overlap: bool = False) -> None:
+        descent = LinearMinimization(parameters_of(params), lr=lr, weight_decay=weight_decay,
+                                     vector_radius=vector_radius)
         super().__init__(descent, comm, compressor, placement="gradient", rule="ef21-sgdm", plan=plan,
                          dense_steps=dense_steps, overlap=overlap, model=params, eta=beta)

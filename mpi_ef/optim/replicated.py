@@ -58,10 +58,8 @@ class ReplicatedOptimizer(FlatOptimizer):
     compressor: InitVar[Compressor]
     clip: float = option(0.0, "[0, inf)", "0 does not clip")
 
-    def __post_init__(
-        self, params: Iterable[Any], comm: Comm, lr: float, weight_decay: float, compressor: Compressor,
-        plan: PlanBuilder = plan_for,
-    ) -> None:
+    def __post_init__(self, params: Iterable[Any], comm: Comm, lr: float, weight_decay: float, compressor: Compressor,
+                      plan: PlanBuilder = plan_for) -> None:
         Optimizer.__init__(self, parameters_of(params), {"lr": lr, "weight_decay": weight_decay})
         self.arrays: dict[str, Vector] = {}
         self.rules: dict[str, ErrorFeedback] = {}

@@ -130,16 +130,7 @@ class Signum(Lion):
     signSGD. Parameters, and what has no gradient, as :class:`Lion`.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        comm: Comm,
-        *,
-        lr: float = 1e-4,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        compressor: Compressor = VOTE,
-        clip: float = 0.0,
-    ) -> None:
+    def __init__(self, params: Iterable[Any], comm: Comm, *, lr: float = 1e-4, momentum: float = 0.9,
+                 weight_decay: float = 0.0, compressor: Compressor = VOTE, clip: float = 0.0) -> None:
         super().__init__(params, comm, lr=lr, betas=(momentum, momentum), weight_decay=weight_decay, compressor=compressor,
                          clip=clip)

@@ -77,9 +77,8 @@ class VarianceOptimizer(ReplicatedOptimizer):
         return self.arrays["m"]
 
     # What the watch over the variance has seen: norms and learning rates.
-    looks = property(
-        lambda self: self._watch.looks, lambda self, looks: setattr(self._watch, "looks", [*map(tuple, looks)])
-    )
+    looks = property(lambda self: self._watch.looks, lambda self,
+                     looks: setattr(self._watch, "looks", [*map(tuple, looks)]))
 
     def _correction(self, beta: float, step: int) -> float:
         return 1.0 - beta**step if self.bias_correction else 1.0
@@ -306,9 +305,8 @@ class VarianceWatch:
         return lr <= old_lr and min(norm, old) >= self.TOLERANCE * max(norm, old) > 0.0
 
 
-def inverse_roots(
-    v: Vector, factor: float | Sequence[float], starts: Sequence[int], eps: float, floor: float
-) -> Vector:
+def inverse_roots(v: Vector, factor: float | Sequence[float], starts: Sequence[int], eps: float,
+                  floor: float) -> Vector:
     """Return ``1 / (sqrt(factor v) + eps)``, with roots of at least `floor` times the root mean square of their parameter.
 
     Parameters

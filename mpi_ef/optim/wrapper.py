@@ -33,9 +33,8 @@ OVERLAPPED_NBYTES = 25_000_000
 
 
 def _of_inner(name: str) -> Any:
-    return property(
-        lambda self: getattr(self.optimizer, name), lambda self, value: setattr(self.optimizer, name, value)
-    )
+    return property(lambda self: getattr(self.optimizer, name), lambda self,
+                    value: setattr(self.optimizer, name, value))
 
 
 class DistributedOptimizer(FlatOptimizer):
@@ -101,21 +100,10 @@ class DistributedOptimizer(FlatOptimizer):
     _kind = WRAPPED
     _observer: Callable[[list[BucketReport]], None] | None = None
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        comm: Comm,
-        compressor: Compressor,
-        *,
-        placement: Literal["update", "gradient"] = "update",
-        rule: str | Rule = "ef14",
-        plan: PlanBuilder = plan_for,
-        dense_steps: int = 0,
-        bucket_nbytes: int | None = None,
-        overlap: bool = False,
-        model: object = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, comm: Comm, compressor: Compressor, *,
+                 placement: Literal["update", "gradient"] = "update", rule: str | Rule = "ef14",
+                 plan: PlanBuilder = plan_for, dense_steps: int = 0, bucket_nbytes: int | None = None,
+                 overlap: bool = False, model: object = None, **options: Any) -> None:
         self.optimizer, self.placement, self.overlaps = optimizer, placement, overlap
         self.__setstate__({})  # torch's own construction, but for groups and state, which the torch optimizer has
         if overlap and bucket_nbytes is None:

@@ -13,10 +13,9 @@ __all__ = ["OneBitAdam"]
 class OneBitAdam(Plain):
     """Adam whose variance is frozen after `freeze_step` steps; options as of :class:`mpi_ef.optim.OneBitAdam`."""
 
-    def __init__(
-        self, params: Iterable[Any], *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, freeze_step: int = 10**9, bias_correction: bool = True, variance_floor: float = 0.1,
-    ) -> None:
+    def __init__(self, params: Iterable[Any], *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.0, freeze_step: int = 10**9, bias_correction: bool = True,
+                 variance_floor: float = 0.1) -> None:
         super().__init__(params, lr=lr, weight_decay=weight_decay)
         self.betas, self.eps, self.freeze_step = betas, eps, freeze_step
         self.bias_correction, self.variance_floor = bias_correction, variance_floor

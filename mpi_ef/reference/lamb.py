@@ -19,12 +19,10 @@ class OneBitLamb(Plain):
         By which frozen coefficients were multiplied, of every layer and step.
     """
 
-    def __init__(
-        self, params: Iterable[Any], *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, freeze_step: int = 10**9, max_coeff: float = 10.0, min_coeff: float = 0.01,
-        coeff_beta: float = 0.9, factor_max: float = 4.0, factor_min: float = 0.5, factor_threshold: float = 0.1,
-        bias_correction: bool = True, variance_floor: float = 0.1,
-    ) -> None:
+    def __init__(self, params: Iterable[Any], *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.0, freeze_step: int = 10**9, max_coeff: float = 10.0,
+                 min_coeff: float = 0.01, coeff_beta: float = 0.9, factor_max: float = 4.0, factor_min: float = 0.5,
+                 factor_threshold: float = 0.1, bias_correction: bool = True, variance_floor: float = 0.1) -> None:
         super().__init__(params, lr=lr, weight_decay=weight_decay)
         self.betas, self.eps, self.freeze_step = betas, eps, freeze_step
         self.max_coeff, self.min_coeff, self.coeff_beta = max_coeff, min_coeff, coeff_beta

@@ -14,9 +14,8 @@ __all__ = ["EF21Muon"]
 class EF21Muon(Plain):
     """``v = (1 - beta) v + beta grad``; a step of length lr along U V^T of v, or along its signs where it is no matrix."""
 
-    def __init__(
-        self, params: Iterable[Any], *, lr: float, beta: float = 0.1, weight_decay: float = 0.0, vector_radius: float = 0.1
-    ) -> None:
+    def __init__(self, params: Iterable[Any], *, lr: float, beta: float = 0.1, weight_decay: float = 0.0,
+                 vector_radius: float = 0.1) -> None:
         super().__init__(params, lr=lr, weight_decay=weight_decay)
         self.beta, self.vector_radius = beta, vector_radius
 

@@ -13,9 +13,8 @@ __all__ = ["Lion", "Signum"]
 class Lion(Plain):
     """``x = (1 - lr weight_decay) x - lr sign(beta1 m + (1 - beta1) grad)``, then m moves with beta2."""
 
-    def __init__(
-        self, params: Iterable[Any], *, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
-    ) -> None:
+    def __init__(self, params: Iterable[Any], *, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99),
+                 weight_decay: float = 0.0) -> None:
         super().__init__(params, lr=lr, weight_decay=weight_decay)
         self.betas = betas
 
@@ -31,7 +30,6 @@ class Lion(Plain):
 class Signum(Lion):
     """``m = momentum m + (1 - momentum) grad``, ``x = (1 - lr weight_decay) x - lr sign(m)``."""
 
-    def __init__(
-        self, params: Iterable[Any], *, lr: float = 1e-4, momentum: float = 0.9, weight_decay: float = 0.0
-    ) -> None:
+    def __init__(self, params: Iterable[Any], *, lr: float = 1e-4, momentum: float = 0.9,
+                 weight_decay: float = 0.0) -> None:
         super().__init__(params, lr=lr, betas=(momentum, momentum), weight_decay=weight_decay)

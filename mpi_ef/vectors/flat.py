@@ -226,9 +226,7 @@ class FlatParameters:
         return [_view(vector, self.place(number), p) for number, p in enumerate(self.parameters)]
 
     @contextmanager
-    def lent(
-        self, moving: Sequence[bool] | Mask | None = None, into: Sequence[Tensor] | None = None
-    ) -> Iterator[None]:
+    def lent(self, moving: Sequence[bool] | Mask | None = None, into: Sequence[Tensor] | None = None) -> Iterator[None]:
         """Let every parameter be its place in `values`, also those in 16 bits, while a torch optimizer steps. Local.
 
         Parameters
