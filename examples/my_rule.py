@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpi_ef.compress import Keep, lazy
-from mpi_ef.feedback import Rule, State, error, scratch, spare
+from mpi_ef.feedback import Rule, State, double_buffer, error, scratch
 
 
 @dataclass(kw_only=True)
@@ -18,7 +18,7 @@ class FadingState(State):
 
     e_i: np.ndarray = error()
     mean: np.ndarray = scratch()
-    spare: np.ndarray = spare()
+    spare: np.ndarray = double_buffer()
     fade: float = 0.9
 
 

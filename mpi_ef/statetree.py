@@ -50,13 +50,13 @@ class Leaf:
     ----------
     kind : str
         "replicated": the same on all ranks. "per rank": of this rank; another number of ranks gets arrays as `reshard` says,
-        and of values the mean of every tensor. "local": what a rank counts for itself, which begins anew elsewhere.
+        and of values the mean of every tensor. "local": what a rank counts for itself, which starts at zero elsewhere.
     array : array, optional
     read, write : callable, optional
         Of a value.
     reshard : Reshard, optional
     resets : bool
-        A start anew sets it to zero.
+        A restart sets it to zero.
     default : object
         What a state of an earlier version means that lacks it. Without one, the state is refused.
     """
@@ -143,7 +143,7 @@ class StateTree:
             tree.write(of_part, *kinds)
 
     def reset(self) -> None:
-        """Set everything to zero that a start anew forgets."""
+        """Set everything to zero that a restart forgets."""
         for _, tree in self.trees():
             for leaf in tree.leaves.values():
                 if leaf.resets and leaf.array is not None:

@@ -89,12 +89,12 @@ def test_who_is_silent_adds_nothing_and_costs_nothing(compressor):
         mine = slice(plan.first, plan.first + plan.own)
         x = own_vectors(plan, 0)
         mean, own, by_client = np.zeros(D), np.zeros(plan.own * D), np.zeros((CLIENTS, D))
-        plan.exchange(x.reshape(-1), speaks=chosen[mine], notes=np.arange(CLIENTS, dtype=np.uint8)[mine])
+        plan.exchange(x.reshape(-1), participates=chosen[mine], tags=np.arange(CLIENTS, dtype=np.uint8)[mine])
         plan.add_mean(mean)
         plan.add_own(own)
         for client, row in enumerate(by_client):
             plan.add_message(client, row)
-        assert plan.notes.tolist() == list(range(CLIENTS))
+        assert plan.tags.tolist() == list(range(CLIENTS))
         assert plan.message_nbytes == chosen.sum() * compressor.wire_nbytes(D, np.float64)
         np.testing.assert_array_equal(own.reshape(plan.own, D), by_client[mine])
         assert not by_client[~chosen].any()
@@ -112,10 +112,10 @@ def test_a_split_exchange_lets_all_clients_speak():
         plan = ClientsMean(comm, TOP, D, np.float64, clients=CLIENTS)
         x, out = own_vectors(plan, 0).reshape(-1), [np.zeros(D) for _ in range(2)]
         plan.exchange(x).add_mean(out[0])
-        plan.exchange(x, speaks=np.zeros(plan.own, np.bool_), notes=np.ones(plan.own, np.uint8))
+        plan.exchange(x, participates=np.zeros(plan.own, np.bool_), tags=np.ones(plan.own, np.uint8))
         plan.start(x)
         plan.wait().add_mean(out[1])
-        assert not plan.notes.any()
+        assert not plan.tags.any()
         return out
 
     for first, second in virtual.results(2, program):
@@ -124,8 +124,8 @@ def test_a_split_exchange_lets_all_clients_speak():
 
 
 @pytest.mark.parametrize(("said", "error"), [
-    ({"speaks": np.ones(9, np.bool_)}, ShapeError), ({"notes": np.ones(9, np.uint8)}, ShapeError),
-    ({"notes": np.full(3, 128, np.uint8)}, OptionError),
+    ({"participates": np.ones(9, np.bool_)}, ShapeError), ({"tags": np.ones(9, np.uint8)}, ShapeError),
+    ({"tags": np.full(3, 128, np.uint8)}, OptionError),
 ])
 def test_wrong_words_of_one_rank_are_told_on_all(said, error):
     def program(comm):
@@ -372,8 +372,8 @@ def test_nothing_is_kept_of_silent_clients():
     def program(comm):
         plan = ClientsMean(comm, TOP, D, np.float64, clients=6)
         x = own_vectors(plan, 0).reshape(-1)
-        speaks = np.arange(plan.own) != 1
-        plan.exchange(x, keep=Keep(lazy(x), into=np.zeros_like(x)), speaks=speaks if comm.Get_rank() else None)
+        participates = np.arange(plan.own) != 1
+        plan.exchange(x, keep=Keep(lazy(x), into=np.zeros_like(x)), participates=participates if comm.Get_rank() else None)
 
     errors = virtual.run(2, program)
     assert all("keep= with clients that do not speak; nothing is kept for those" in str(error) for error in errors)
@@ -385,7 +385,7 @@ def test_who_speaks_cannot_be_said_in_two_parts():
 
     def program(comm):
         feedback = clients_feedback(comm, "ef21-pp")
-        with pytest.raises(OptionError, match="ClientsMean: an exchange with speaks cannot be split"):
+        with pytest.raises(OptionError, match="ClientsMean: an exchange with participates cannot be split"):
             feedback.start(own_vectors(feedback.plan, 0))
 
     virtual.results(2, program)

@@ -22,14 +22,14 @@ __all__ = ["ClientsMean"]
 
 
 class ClientsMean(Plan):
-    """Mean of the compressed vectors of many clients by one allgather. The ranks carry them, and cannot be told apart.
+    """Mean of the compressed vectors of many clients by one allgather. The result does not depend on which rank has which.
 
     Federated and simulated workers: 1000 clients on 2 ranks, or on 7. Rank r carries a run of consecutive clients, whose
     vectors lie one after the other in one array; what every client does is a function of its number alone, sums go
     through the clients in order, and so results are the same bits on any number of ranks.
 
-    1. Encode the vectors of this rank's clients that speak.
-    2. Allgather a word from every rank: its status, and for each client whether it speaks, and its note.
+    1. Encode the vectors of this rank's clients that participate.
+    2. Allgather the status of every rank, and for each client whether it participates, and its tag.
     3. Allgather the messages; those of one rank travel together.
 
     Cost per exchange: two collectives; every rank receives all messages; memory for all of them.
@@ -48,7 +48,7 @@ class ClientsMean(Plan):
     clients : int
     first, own : int
         This rank carries the clients ``first ... first + own - 1``.
-    notes : (n,) uint8
+    tags : (n,) uint8
         What the clients have noted in the last exchange.
     message_nbytes : int
         Bytes of all messages of all clients so far, without headers: what the papers plot, with the indices.
@@ -79,36 +79,36 @@ class ClientsMean(Plan):
         self._send, self._received = (np.zeros((rows, self._codec.nbytes), np.uint8) for rows in (self.own, n))
         most = words(int(self._counts.max()))
         self._word, self._words = Frames(1, most), Frames(self.size, most)
-        self._speaks, self._notes = np.ones(self.own, np.bool_), np.zeros(self.own, np.uint8)
-        self._heard = np.arange(n)
-        self.notes: NDArray[np.uint8] = np.zeros(n, np.uint8)
+        self._participates, self._tags = np.ones(self.own, np.bool_), np.zeros(self.own, np.uint8)
+        self._participants = np.arange(n)
+        self.tags: NDArray[np.uint8] = np.zeros(n, np.uint8)
         return {"clients": n, "weights": None if self.weights is None else self.weights.tolist()}
 
-    def exchange(self, x: Vector | Combination, *, keep: Keep | None = None, speaks: NDArray[np.bool_] | None = None,
-                 notes: NDArray[np.uint8] | None = None) -> Self:
+    def exchange(self, x: Vector | Combination, *, keep: Keep | None = None, participates: NDArray[np.bool_] | None = None,
+                 tags: NDArray[np.uint8] | None = None) -> Self:
         """Send the messages of this rank's clients and receive those of all. Collective.
 
         Parameters
         ----------
         x : (own * d,) of the plan's dtype, contiguous, the vectors of this rank's clients; or a combination of such vectors
         keep : Keep, optional
-            Not together with `speaks`.
-        speaks : (own,) bool, optional
+            Not together with `participates`.
+        participates : (own,) bool, optional
             Which clients send a message; the message of the others is zero and costs nothing.
-        notes : (own,) uint8 below 128, optional
-            A small number of every client that all ranks learn: :attr:`notes`.
+        tags : (own,) uint8 below 128, optional
+            A small number of every client that all ranks learn: :attr:`tags`.
 
         Raises
         ------
         As :meth:`Plan.exchange`.
         """
-        self._speaks = np.ones(self.own, np.bool_) if speaks is None else np.asarray(speaks, np.bool_)
-        self._notes = np.zeros(self.own, np.uint8) if notes is None else np.asarray(notes, np.uint8)
+        self._participates = np.ones(self.own, np.bool_) if participates is None else np.asarray(participates, np.bool_)
+        self._tags = np.zeros(self.own, np.uint8) if tags is None else np.asarray(tags, np.uint8)
         return super().exchange(x, keep=keep)
 
     def start(self, x: Vector | Combination, *, keep: Keep | None = None) -> None:
         """Encode `x`, all clients speaking; messages travel in :meth:`wait`. See :meth:`Plan.start`."""
-        self._speaks, self._notes = np.ones(self.own, np.bool_), np.zeros(self.own, np.uint8)
+        self._participates, self._tags = np.ones(self.own, np.bool_), np.zeros(self.own, np.uint8)
         super().start(x, keep=keep)
 
     def _sent_last(self) -> int:
@@ -126,34 +126,34 @@ class ClientsMean(Plan):
             self._codec.add(self._send[j : j + 1], part)
 
     def _problem(self, x: Vector | Combination, keep: Keep | None) -> MpiEfError | None:
-        if self._speaks.shape != (self.own,) or self._notes.shape != (self.own,):
-            return ShapeError(f"ClientsMean.exchange: speaks and notes have shapes {self._speaks.shape}, "
-                              f"{self._notes.shape}; this rank carries {self.own} clients")
-        if (self._notes >= 128).any():
-            return OptionError(f"ClientsMean.exchange: a note of {self._notes.max()}; notes are below 128")
-        if keep is not None and not self._speaks.all():
-            return OptionError("ClientsMean.exchange: keep= with clients that do not speak; nothing is kept for those")
+        if self._participates.shape != (self.own,) or self._tags.shape != (self.own,):
+            return ShapeError(f"ClientsMean.exchange: participates and tags have shapes {self._participates.shape}, "
+                              f"{self._tags.shape}; this rank carries {self.own} clients")
+        if (self._tags >= 128).any():
+            return OptionError(f"ClientsMean.exchange: a tag of {self._tags.max()}; tags are below 128")
+        if keep is not None and not self._participates.all():
+            return OptionError("ClientsMean.exchange: keep= with clients that do not participate; nothing is kept for those")
         return super()._problem(x, keep)
 
     def encode(self, x: Source, *, split: bool) -> bool:  # noqa: ARG002
-        """Encode the vectors of the clients that speak, see :meth:`Plan.encode`."""
+        """Encode the vectors of the clients that participate, see :meth:`Plan.encode`."""
         finite, d = True, self.d
-        for row, j in enumerate(np.flatnonzero(self._speaks).tolist()):
+        for row, j in enumerate(np.flatnonzero(self._participates).tolist()):
             part = x.part(j * d, (j + 1) * d)
             finite &= self._codec.encode(part, self._send[row], step=self.exchanges, rank=self.first + j)
         return finite
 
     def communicate(self) -> Iterator[Round]:
-        """Gather who speaks, then the messages, see :meth:`Plan.communicate`."""
+        """Gather which clients participate, then the messages, see :meth:`Plan.communicate`."""
         if self._exchange.refusal is None:  # else the header says all there is to say
-            self._word.wires[0, : self.own] = self._speaks | self._notes << 1
+            self._word.wires[0, : self.own] = self._participates | self._tags << 1
         yield Round(self._word, self._words)
         said = np.concatenate([word[:count] for word, count in zip(self._words.wires, self._counts, strict=True)])
-        speaks, self.notes = said & 1 == 1, (said >> 1).astype(np.uint8)
-        self._heard = np.flatnonzero(speaks)
+        participates, self.tags = said & 1 == 1, (said >> 1).astype(np.uint8)
+        self._participants = np.flatnonzero(participates)
         stops = np.cumsum(self._counts)
         nbytes = self._codec.nbytes * np.array(
-            [speaks[stop - m : stop].sum() for stop, m in zip(stops, self._counts, strict=True)]
+            [participates[stop - m : stop].sum() for stop, m in zip(stops, self._counts, strict=True)]
         )
         places = np.concatenate([[0], np.cumsum(nbytes)[:-1]])
         mine = self._send.reshape(-1)[: nbytes[self.rank]]
@@ -171,17 +171,17 @@ class ClientsMean(Plan):
         if overwrite:
             out.fill(0)
         if own:
-            for row, j in enumerate(np.flatnonzero(self._speaks).tolist()):
+            for row, j in enumerate(np.flatnonzero(self._participates).tolist()):
                 codec.add(self._send[row : row + 1], out[j * d : (j + 1) * d], scale)
         elif self.weights is None:
-            codec.add(self._received[: self._heard.size], out, scale / self.clients)
+            codec.add(self._received[: self._participants.size], out, scale / self.clients)
         else:
-            for row, client in enumerate(self._heard.tolist()):
+            for row, client in enumerate(self._participants.tolist()):
                 codec.add(self._received[row : row + 1], out, scale * float(self.weights[client]))
 
     def add_message(self, client: int, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale`` times the decoded message of `client`, if it spoke, to `out`, (d,). Local."""
-        for row in np.flatnonzero(self._heard == client).tolist():
+        for row in np.flatnonzero(self._participants == client).tolist():
             self._codec.add(self._received[row : row + 1], out, scale)
 
     def like(self, compressor: Compressor) -> Plan:
@@ -195,13 +195,13 @@ class ClientsMean(Plan):
 
     @property
     def all_message_nbytes(self) -> int:
-        """Bytes of all messages so far, those through siblings included."""
-        siblings = [plan for plan in self._siblings.values() if isinstance(plan, ClientsMean)]
-        return self.message_nbytes + sum(plan.message_nbytes for plan in siblings)
+        """Bytes of all messages so far, those through companions included."""
+        companions = [plan for plan in self._companions.values() if isinstance(plan, ClientsMean)]
+        return self.message_nbytes + sum(plan.message_nbytes for plan in companions)
 
     @property
     def traffic(self) -> Traffic:
-        """Bytes of an exchange in which all clients speak."""
+        """Bytes of an exchange in which all clients participate."""
         nbytes, word = self._codec.nbytes, self._word.frame_nbytes
         others = self.clients - self.own
         dense = 2 * (self.size - 1) * self.d * self.dtype.itemsize // self.size

@@ -25,7 +25,7 @@ def landed(owner: object) -> None:
 
 
 def _wait() -> None:
-    """Give requests that nobody has waited for some time; what is left must outlive Python's end, in which MPI ends."""
+    """Give requests that were not waited for some time; what is left must outlive Python's end, in which MPI ends."""
     deadline = monotonic() + _PATIENCE_SECONDS
     for owner, request in _owners.values():
         while not request.Test() and monotonic() < deadline:

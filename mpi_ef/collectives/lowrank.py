@@ -35,7 +35,7 @@ class LowRankMean(Plan, kind="low-rank"):
     messages, and for a mean that changes slowly soon its best approximation of rank r. P and Q are received, and what is
     made of them (orthonormal columns, the product) does not depend on the processor: the same bits on every rank.
 
-    Columns of P that depend on others become zero; such columns of Q are drawn anew, so that a matrix that was zero, or
+    Columns of P that depend on others become zero; such columns of Q are drawn again, so that a matrix that was zero, or
     of lower rank, is seen when it changes.
 
     Cost per exchange: ``2 (n - 1) / n`` times the factors, r (p + q) numbers a matrix, and what travels whole; independent
@@ -152,7 +152,7 @@ class LowRankMean(Plan, kind="low-rank"):
             self.lost = super()._measure_loss(source(self._missing))
 
     def _measure_loss(self, x: Source) -> float:
-        """Remember x; what is lost of it can be told when P is known."""
+        """Remember x; what is lost of it is known when P is."""
         self._missing = np.empty(self.d, self.dtype)
         self._kernels.combine(x.terms, x.factors, self._missing)
         return 1.0

@@ -1,4 +1,4 @@
-"""An exchange that is offered, for somebody else to make."""
+"""An exchange that a rule asks for, and its driver makes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,27 +12,27 @@ __all__ = ["Offer"]
 
 @dataclass(frozen=True)
 class Offer:
-    """An exchange that somebody else makes, at once or in two parts. See :meth:`Plan.exchange` for what it takes.
+    """An exchange that its driver makes, at once or in two parts. See :meth:`Plan.exchange` for what it takes.
 
     Attributes
     ----------
     plan : Plan
     x, keep
-    words : dict
-        What the plan wants to know besides, for example who speaks.
+    options : dict
+        Further arguments of the plan, for example which clients participate.
     """
 
     plan: Any
     x: Vector | Combination
     keep: Keep | None
-    words: dict[str, Any]
+    options: dict[str, Any]
 
     def exchange(self) -> Any:
         """Do it now, and return the plan. Collective."""
-        return self.plan.exchange(self.x, keep=self.keep, **self.words)
+        return self.plan.exchange(self.x, keep=self.keep, **self.options)
 
     def start(self) -> None:
         """Start it; ``plan.wait()`` finishes. Collective."""
-        if self.words:
-            raise OptionError(f"{type(self.plan).__name__}: an exchange with {', '.join(self.words)} cannot be split")
+        if self.options:
+            raise OptionError(f"{type(self.plan).__name__}: an exchange with {', '.join(self.options)} cannot be split")
         self.plan.start(self.x, keep=self.keep)

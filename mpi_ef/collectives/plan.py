@@ -105,7 +105,7 @@ class Plan(OnAllRanks, PlanState, metaclass=Telling):
         self._exchange = Exchange(comm, subject, communicating)
         self._refuses: MpiEfError | None = None  # of the next exchange
         self._every_time: int | None = None  # bytes that an exchange sends
-        self._siblings: dict[Compressor, Plan] = {}
+        self._companions: dict[Compressor, Plan] = {}
 
         def facts() -> dict[str, object]:
             if not isinstance(compressor, Compressor):
@@ -115,9 +115,9 @@ class Plan(OnAllRanks, PlanState, metaclass=Telling):
             return {"plan": subject, "compressor": compressor, "d": self.d, "dtype": self.dtype,
                     "wire version": WIRE_VERSION, **self.bind()}
 
-        told = agree(comm, subject, facts, "build the plan from the same arguments everywhere", tell=next(_numbers),
+        numbers = agree(comm, subject, facts, "build the plan from the same arguments everywhere", tell=next(_numbers),
                      call=self.built)
-        self._exchange.number = told[0]  # of rank 0, which has all plans of this communicator; in every header
+        self._exchange.number = numbers[0]  # of rank 0, which has all plans of this communicator; in every header
 
     @abstractmethod
     def bind(self) -> dict[str, object]:
@@ -186,22 +186,22 @@ class Plan(OnAllRanks, PlanState, metaclass=Telling):
             self.decode(out, scale, overwrite=True)
 
     def forget(self) -> None:
-        """Let the next ``set_mean(again=True)`` start afresh: somebody else has written to its array. Local."""
+        """Let the next ``set_mean(again=True)`` start afresh: its array has been written to. Local."""
 
     def dense(self) -> "Plan":
         """Return a new plan for the uncompressed mean of the same vectors. Collective."""
         return self.like(Identity())
 
-    def sibling(self, compressor: Compressor) -> "Plan":
+    def companion(self, compressor: Compressor) -> "Plan":
         """Return a plan for the same vectors with another compressor, kept for the next time. Collective the first time.
 
         For rules that send two messages. Its number of exchanges, the key of random compressors, is set to this plan's.
         """
-        if compressor not in self._siblings:
-            self._siblings[compressor] = self.like(compressor)
-        sibling = self._siblings[compressor]
-        sibling.exchanges = self.exchanges
-        return sibling
+        if compressor not in self._companions:
+            self._companions[compressor] = self.like(compressor)
+        companion = self._companions[compressor]
+        companion.exchanges = self.exchanges
+        return companion
 
     def like(self, compressor: Compressor) -> "Plan":
         """Return a new plan for the same vectors, through which dense steps and second messages go. Collective."""
@@ -209,8 +209,8 @@ class Plan(OnAllRanks, PlanState, metaclass=Telling):
 
     @property
     def all_sent_nbytes(self) -> int:
-        """Bytes that have left this rank through this plan and its siblings."""
-        return self.sent_nbytes + sum(sibling.sent_nbytes for sibling in self._siblings.values())
+        """Bytes that have left this rank through this plan and its companions."""
+        return self.sent_nbytes + sum(companion.sent_nbytes for companion in self._companions.values())
 
     @property
     def own_d(self) -> int:
@@ -265,9 +265,9 @@ class Plan(OnAllRanks, PlanState, metaclass=Telling):
         self._begin(x, keep, split=False)
         return self.wait()
 
-    def offer(self, x: Vector | Combination, *, keep: Keep | None = None, **words: Any) -> Offer:
-        """Return the exchange of `x` for somebody else to make. Local."""
-        return Offer(self, x, keep, words)
+    def offer(self, x: Vector | Combination, *, keep: Keep | None = None, **options: Any) -> Offer:
+        """Return the exchange of `x`, for a driver to make. Local."""
+        return Offer(self, x, keep, options)
 
     def refuse(self, error: MpiEfError) -> None:
         """Take part in the next exchange with an error in place of a message: all ranks raise there. Local."""
@@ -290,7 +290,7 @@ class Plan(OnAllRanks, PlanState, metaclass=Telling):
     def _begin(self, x: Vector | Combination, keep: Keep | None, *, split: bool) -> None:
         if self._exchange.is_open:
             raise OptionError(f"{type(self).__name__}: start was called twice; call wait between them")
-        check_not_freed(self.comm, type(self).__name__, "build the plan anew, on another one")
+        check_not_freed(self.comm, type(self).__name__, "build the plan again, on another one")
         with self._encoding:
             refusal, self._refuses = self._refuses or self._problem(x, keep), None  # all ranks raise it
             if refusal is None:

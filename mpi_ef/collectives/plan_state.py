@@ -24,7 +24,7 @@ class PlanState:
         return None
 
     def undo(self) -> None:
-        """Take back what the last exchange has changed of :meth:`state`, because nobody will use its messages. Local.
+        """Take back what the last exchange has changed of :meth:`state`, because its messages will not be used. Local.
 
         Once, and only after one that has not raised.
         """

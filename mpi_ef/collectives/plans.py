@@ -272,7 +272,7 @@ class TwoPhaseMean(Plan, kind="two-phase"):
     def leaves(self) -> dict[str, Leaf]:
         """Return the residual of this rank's chunk, (chunk,) of the plan's dtype; nothing without a residual.
 
-        The residuals of all chunks are one vector, cut anew for other ranks.
+        The residuals of all chunks are one vector, cut again for other ranks.
         """
         cut = Reshard("cut", start=self._start(self.rank), stop=self._stop(self.rank))
         return {"residual": Leaf(PER_RANK, self._residual, reshard=cut)} if self._remember else {}

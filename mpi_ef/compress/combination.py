@@ -18,7 +18,7 @@ _LINE = 64  # bytes
 
 
 class Combination:
-    """A linear combination of up to three vectors that nobody has computed yet: ``lazy(grad) - g_i``.
+    """A linear combination of up to three vectors that is not computed yet: ``lazy(grad) - g_i``.
 
     Built by :func:`lazy` and arithmetic with arrays, numbers and other combinations. The kernels form it block by block
     while they select, sign or round, in the order of its terms; a vector that comes twice keeps its first place.

@@ -66,7 +66,7 @@ class Codec(ABC):
         Returns
         -------
         bool
-            Whether x is finite. If it is not, nobody should decode the wire or use what was kept.
+            Whether x is finite. If it is not, neither the wire nor what was kept is to be used.
         """
 
     @abstractmethod

@@ -221,7 +221,7 @@ class _VoteCodec(Codec):
         self._used = -(-self.d // 8)
         self.nbytes = words(self._used)
         blocks = -(-self.d // kernels.BLOCK)
-        self._magnitudes = np.zeros(blocks, self.dtype)  # the kernel writes them, nobody reads them
+        self._magnitudes = np.zeros(blocks, self.dtype)  # the kernel writes them, they are not read
         self._nobody = np.empty((0, self._used), np.uint8), np.empty((0, blocks), self.dtype)
 
     def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:  # noqa: ARG002

@@ -89,7 +89,7 @@ class LowRank(Compressor):
         return self.rank / float(matrices.min(axis=1).max(initial=self.rank))
 
     def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
-        """Return a codec that draws anew for every message."""
+        """Return a codec that draws its columns for every message."""
         return _LowRankCodec(d, dtype, self)
 
 

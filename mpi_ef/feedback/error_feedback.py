@@ -20,7 +20,7 @@ __all__ = ["ErrorFeedback"]
 
 
 class ErrorFeedback(OnAllRanks, Stateful):
-    """A rule at work: its state on this rank, and the plan through which it speaks. Construction is collective.
+    """A rule at work: its state on this rank, and the plan through which it exchanges. Construction is collective.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
         self.state = self.rule.state.zeros(plan, **self.options)
         self._dense: Plan | None = None
         self._formed: Vector | None = None
-        self._told: dict[str, Any] = {}
+        self._inputs: dict[str, Any] = {}
         self._under_way: tuple[Steps, Plan] | None = None
         self._dense_sent_nbytes = 0
         self._dense_seconds = dict.fromkeys(plan.seconds, 0.0)
@@ -101,11 +101,11 @@ class ErrorFeedback(OnAllRanks, Stateful):
 
         Parameters and inputs of :meth:`step`, for one step. Local; alike on all ranks.
         """
-        self._told = {"whole": whole, **inputs}
+        self._inputs = {"whole": whole, **inputs}
 
     def refuse(self, error: MpiEfError) -> None:
         """Take part in the next step with an error in place of a message: all ranks raise there. Collective, as the step."""
-        self._current(bool(self._told.get("whole"))).refuse(error)
+        self._current(bool(self._inputs.get("whole"))).refuse(error)
 
     @property
     def prepared(self) -> bool:
@@ -162,20 +162,20 @@ class ErrorFeedback(OnAllRanks, Stateful):
         return self._finish(steps, plan)
 
     def _steps(self, vector: Vector | Combination, whole: bool, inputs: dict[str, Any]) -> Steps:
-        told, self._told = self._told | inputs, {}
-        plan = self._current(told.pop("whole", False) or whole)
+        inputs, self._inputs = self._inputs | inputs, {}
+        plan = self._current(inputs.pop("whole", False) or whole)
         if isinstance(vector, Combination):
             if not all(term.shape == (plan.own_d,) and term.dtype == plan.dtype for _, term in vector.terms):
                 plan.exchange(vector)  # raises, as below
             if len(vector.terms) > self.rule.most_terms:
                 vector = self._form(vector, plan)
-            return self.rule.step(self.state, plan, vector, **told)
+            return self.rule.step(self.state, plan, vector, **inputs)
         if isinstance(vector, np.ndarray) and vector.shape == (plan.own, plan.d) and vector.flags.c_contiguous:
             vector = vector.reshape(-1)
         if not (isinstance(vector, np.ndarray) and vector.shape == (plan.own_d,) and vector.dtype == plan.dtype):
             # Raises here what is wrong, and PeerError on all other ranks.
             plan.exchange(vector)
-        return self.rule.step(self.state, plan, vector, **told)
+        return self.rule.step(self.state, plan, vector, **inputs)
 
     def _form(self, vector: Combination, plan: Plan) -> Vector:
         """Return the combination as an array of its own, overwritten by the next one."""
@@ -233,7 +233,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
 
         On another number of ranks clients' arrays move with their client; of others the mean over the ranks stays what it
         was, that of the estimates equal to its aggregate, and what the plan owes of it, to the last bit; residuals of chunks
-        are cut anew.
+        are cut again.
         """
         plan, share, of_plan = self.plan, self.plan.share, self.plan.leaves()
         own = self.state.leaves()
@@ -265,7 +265,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
             setattr(self.state, name, option)
 
     def _set_sent_nbytes(self, nbytes: int) -> None:
-        self.plan.sent_nbytes += nbytes - self.plan.all_sent_nbytes  # siblings keep theirs
+        self.plan.sent_nbytes += nbytes - self.plan.all_sent_nbytes  # companions keep theirs
 
     def _set_dense_nbytes(self, nbytes: int) -> None:
         self._dense, self._dense_sent_nbytes = None, nbytes

@@ -1,4 +1,4 @@
-"""Rules that are told more than a gradient, send more than one message, or send now and then."""
+"""Rules that take more than a gradient, send more than one message, or not in every step."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from mpi_ef.errors import OptionError
 
 from .federated import _clients
 from .rules import EF21State
-from .state import State, Steps, error, estimate, kept, momentum, replicated, scratch, spare
+from .state import State, Steps, double_buffer, error, estimate, momentum, persistent, replicated, scratch
 
 __all__ = ["CLAGState", "DECSGDState", "EF21PAGEState", "MARINAState", "clag", "d_ec_sgd", "ef21_page", "marina"]
 
@@ -19,7 +19,7 @@ class EF21PAGEState(EF21State):
     """v_i: this rank's PAGE estimate of its gradient."""
 
     v_i: Vector = momentum()
-    spare: Vector = spare()
+    spare: Vector = double_buffer()
 
 
 def ef21_page(s: EF21PAGEState, plan: Plan, change: Vector, *, full: bool = False) -> Steps:
@@ -43,7 +43,7 @@ def ef21_page(s: EF21PAGEState, plan: Plan, change: Vector, *, full: bool = Fals
 class MARINAState(State):
     """g: estimate of the mean gradient."""
 
-    g: Vector = kept()
+    g: Vector = persistent()
 
 
 def marina(s: MARINAState, plan: Plan, change: Vector) -> Steps:
@@ -87,21 +87,21 @@ def clag(s: CLAGState, plan: Plan, grad: Vector) -> Steps:
     """
     plan = _clients("clag", plan)
     x, g_i, y_i = (a.reshape(plan.own, plan.d) for a in (grad, s.g_i, s.y_i))
-    worse = ~(((x - g_i) ** 2).sum(axis=1) <= s.zeta * ((x - y_i) ** 2).sum(axis=1))  # NaN is told by who speaks
-    c = yield plan.offer(lazy(grad) - s.g_i, speaks=worse | ~y_i.any(axis=1))  # who has not spoken yet does
+    worse = ~(((x - g_i) ** 2).sum(axis=1) <= s.zeta * ((x - y_i) ** 2).sum(axis=1))  # a NaN is sent, and found
+    c = yield plan.offer(lazy(grad) - s.g_i, participates=worse | ~y_i.any(axis=1))  # also the first time
     s.y_i[:] = grad
     return s.follow(c)
 
 
 @dataclass(kw_only=True)
 class DECSGDState(State):
-    """e_i: error of this rank. h_i: what it has told of its gradient. h: mean of the h_i. correction: a RandK."""
+    """e_i: error of this rank. h_i: what it has sent of its gradient. h: mean of the h_i. correction: a RandK."""
 
     e_i: Vector = error()
-    h_i: Vector = estimate(of="h", owed="")  # told by the second message, through a plan without a residual
+    h_i: Vector = estimate(of="h", owed="")  # sent by the second message, through a plan without a residual
     h: Vector = replicated()
     step: Vector = scratch()
-    spare: Vector = spare()
+    spare: Vector = double_buffer()
     correction: Compressor = field(default_factory=lambda: RandK(0.1))
 
 
@@ -120,7 +120,7 @@ def d_ec_sgd(s: DECSGDState, plan: Plan, grad: Vector) -> Steps:
     """
     p_i = lazy(s.e_i) + grad - s.h_i
     delta = yield plan.offer(p_i, keep=Keep(p_i, into=s.spare, less_message=True))
-    q = yield plan.sibling(s.correction).offer(lazy(grad) - s.h_i)
+    q = yield plan.companion(s.correction).offer(lazy(grad) - s.h_i)
     s.e_i, s.spare = s.spare, s.e_i
     s.step[:] = s.h
     delta.add_mean(s.step)

@@ -11,7 +11,7 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 
 from .rules import EF21State
-from .state import Reply, State, Steps, error, replicated, spare
+from .state import Reply, State, Steps, double_buffer, error, replicated
 
 __all__ = ["EF21BCState", "EF21PPState", "EF21PlusState", "EF21WState", "ef21_bc", "ef21_plus", "ef21_pp", "ef21_w"]
 
@@ -49,7 +49,7 @@ def ef21_pp(s: EF21PPState, plan: Plan, grad: Vector) -> Steps:
     """
     plan = _clients("ef21-pp", plan)
     chosen = participants(plan.clients, s.participation, s.seed, plan.exchanges)
-    c = yield plan.offer(lazy(grad) - s.g_i, speaks=chosen[plan.first : plan.first + plan.own])
+    c = yield plan.offer(lazy(grad) - s.g_i, participates=chosen[plan.first : plan.first + plan.own])
     return s.follow(c)
 
 
@@ -57,7 +57,7 @@ def ef21_pp(s: EF21PPState, plan: Plan, grad: Vector) -> Steps:
 class EF21WState(EF21State):
     """g_i estimates grad_i / (n w_i); g is the mean with weights w_i. participation, seed: as EF21-PP, EF21-W-PP then."""
 
-    u_i: Vector = spare()
+    u_i: Vector = double_buffer()
     participation: float = 1.0
     seed: int = 0
 
@@ -80,7 +80,7 @@ def ef21_w(s: EF21WState, plan: Plan, grad: Vector) -> Steps:
     own, chosen = plan.weights[mine], participants(plan.clients, s.participation, s.seed, plan.exchanges)[mine]
     factors = (1.0 / (plan.clients * own)).astype(plan.dtype)
     np.multiply(grad.reshape(plan.own, plan.d), factors[:, None], out=s.u_i.reshape(plan.own, plan.d))
-    c = yield plan.offer(lazy(s.u_i) - s.g_i, speaks=chosen)
+    c = yield plan.offer(lazy(s.u_i) - s.g_i, participates=chosen)
     return s.follow(c)
 
 
@@ -136,8 +136,8 @@ class EF21PlusState(State):
 
     all_i: Vector = replicated("clients_d")
     g: Vector = replicated()
-    markov: Vector = spare()
-    plain: Vector = spare()
+    markov: Vector = double_buffer()
+    plain: Vector = double_buffer()
 
 
 def ef21_plus(s: EF21PlusState, plan: Plan, grad: Vector) -> Steps:
@@ -159,10 +159,10 @@ def ef21_plus(s: EF21PlusState, plan: Plan, grad: Vector) -> Steps:
     plan.compress(grad, into=s.plain)
     markov += own
     closer = ((markov - x) ** 2).sum(axis=1) <= ((plain - x) ** 2).sum(axis=1)
-    yield plan.offer(np.where(closer[:, None], x - own, x).reshape(-1), notes=closer.astype(np.uint8))
+    yield plan.offer(np.where(closer[:, None], x - own, x).reshape(-1), tags=closer.astype(np.uint8))
     s.g.fill(0)
     for client, row in enumerate(rows):
-        if not plan.notes[client]:
+        if not plan.tags[client]:
             row.fill(0)
         plan.add_message(client, row)
         s.g += row / plan.clients

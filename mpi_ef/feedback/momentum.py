@@ -8,7 +8,7 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 
 from .rules import EF21State, ef21
-from .state import State, Steps, error, form, kept, momentum, scratch, spare
+from .state import State, Steps, double_buffer, error, form, momentum, persistent, scratch
 
 __all__ = ["EF14MomentumState", "EF21HBState", "EF21SGD2MState", "EF21SGDMState", "LionState", "ef14_momentum",
            "ef21_hb", "ef21_sgd2m", "ef21_sgdm", "lion"]
@@ -19,8 +19,8 @@ class EF14MomentumState(State):
     """e_i: what this rank has not sent yet. m: the momentum that all know. beta: its weight."""
 
     e_i: Vector = error()
-    m: Vector = kept()
-    spare: Vector = spare()
+    m: Vector = persistent()
+    spare: Vector = double_buffer()
     beta: float = 0.9
 
 
@@ -50,7 +50,7 @@ class LionState(State):
 
     m_i: Vector = momentum()
     vote: Vector = scratch()
-    spare: Vector = spare()
+    spare: Vector = double_buffer()
     beta1: float = 0.9
     beta2: float = 0.99
 
@@ -78,7 +78,7 @@ class EF21SGDMState(EF21State):
     """Adds v_i: momentum of this rank's gradients. eta: weight of the new gradient."""
 
     v_i: Vector = momentum()
-    spare: Vector = spare()
+    spare: Vector = double_buffer()
     eta: float = 0.1
 
 
@@ -104,7 +104,7 @@ class EF21SGD2MState(EF21SGDMState):
     """Adds u_i: momentum of the momentum v_i."""
 
     u_i: Vector = momentum()
-    second: Vector = spare()
+    second: Vector = double_buffer()
 
 
 def ef21_sgd2m(s: EF21SGD2MState, plan: Plan, grad: Vector) -> Steps:
@@ -130,7 +130,7 @@ def ef21_sgd2m(s: EF21SGD2MState, plan: Plan, grad: Vector) -> Steps:
 class EF21HBState(EF21State):
     """Adds v: the step. eta: heavy-ball momentum."""
 
-    v: Vector = kept()
+    v: Vector = persistent()
     eta: float = 0.5
 
 

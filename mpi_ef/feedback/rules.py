@@ -16,7 +16,7 @@ from mpi_ef.collectives import Plan
 from mpi_ef.compress import Combination, Keep, lazy
 from mpi_ef.compress.combination import Vector
 
-from .state import State, Steps, error, estimate, replicated, scratch, spare
+from .state import State, Steps, double_buffer, error, estimate, replicated, scratch
 
 __all__ = ["EControlState", "EF14State", "EF21State", "econtrol", "ef14", "ef21"]
 
@@ -27,7 +27,7 @@ class EF14State(State):
 
     e_i: Vector = error()
     mean: Vector = scratch()
-    spare: Vector = spare()
+    spare: Vector = double_buffer()
 
 
 def ef14(s: EF14State, plan: Plan, u: Vector | Combination) -> Steps:
@@ -87,7 +87,7 @@ class EControlState(State):
     e_i: Vector = error()
     h_i: Vector = estimate(of="h")
     h: Vector = replicated()
-    spare: Vector = spare()
+    spare: Vector = double_buffer()
     eta: float = 0.0
 
 

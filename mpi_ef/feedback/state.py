@@ -12,7 +12,8 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.kernels.backend import backend
 from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, Reshard
 
-__all__ = ["Reply", "State", "Steps", "error", "estimate", "form", "kept", "momentum", "replicated", "scratch", "spare"]
+__all__ = ["Reply", "State", "Steps", "double_buffer", "error", "estimate", "form", "momentum", "persistent", "replicated",
+           "scratch"]
 
 # What a rule is: it offers messages, is handed the plans that have exchanged them, and returns its result, (d,).
 Steps = Generator[Offer, Plan, Vector]
@@ -24,7 +25,7 @@ def _array(size: str, leaf: Leaf | None = None) -> Any:
 
 # Arrays of the length of this rank's vectors, different on every rank. What a run that goes on with another number of ranks
 # makes of them keeps the means over the ranks that the rules live on. Those that reset are set to zero, together, where a
-# rule begins anew.
+# rule starts again.
 
 
 def error() -> Any:
@@ -35,14 +36,14 @@ def error() -> Any:
 def estimate(of: str, owed: str = "residual") -> Any:
     """Mark what all know of a rank's vector, and of which `of` is the mean: other ranks get that mean, to the last bit.
 
-    A plan that remembers what it has not told yet, as array `owed`, has told so much less of the mean: g + residual is the
+    A plan that keeps what it has not sent yet, as array `owed`, has sent so much less of the mean: g + residual is the
     mean of the g_i then, and what other ranks get.
     """
     return _array("own_d", Leaf(PER_RANK, reshard=Reshard("copy", of=of, owed=owed), resets=True))
 
 
 def momentum() -> Any:
-    """Mark an average of a rank's own gradients: other ranks get the mean. Not forgotten: it owes nothing to anybody."""
+    """Mark an average of a rank's own gradients: other ranks get the mean. Not forgotten: nothing of it is owed."""
     return _array("own_d", Leaf(PER_RANK, reshard=Reshard("mean")))
 
 
@@ -51,18 +52,18 @@ def replicated(size: str = "d") -> Any:
     return _array(size, Leaf(REPLICATED, resets=True))
 
 
-def kept() -> Any:
+def persistent() -> Any:
     """Mark an array of length d, the same on all ranks, that is not forgotten: no estimate belongs to it."""
     return _array("d", Leaf(REPLICATED))
 
 
 def scratch() -> Any:
-    """Mark an array of length d whose content nobody needs after a step."""
+    """Mark an array of length d whose content is not needed after a step."""
     return _array("d")
 
 
-def spare() -> Any:
-    """Mark an array of the length of this rank's vectors whose content nobody needs after a step."""
+def double_buffer() -> Any:
+    """Mark an array of the length of this rank's vectors whose content is not needed after a step."""
     return _array("own_d")
 
 
@@ -91,7 +92,7 @@ class State:
 
     @classmethod
     def estimates(cls) -> bool:
-        """Tell whether the rule follows gradients by estimates, which a start anew has to begin with a whole vector."""
+        """Tell whether the rule follows gradients by estimates, which a restart has to begin with a whole vector."""
         return any(mark.kind == REPLICATED and mark.resets for mark in cls.marks().values())
 
 

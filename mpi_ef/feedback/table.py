@@ -14,7 +14,7 @@ LowRankMean's Q                      itself                           everything
 anything of ClientsMean              the vectors of its clients       results, to the last bit
 ===================================  ===============================  ================================================
 
-A start anew (:meth:`ErrorFeedback.forget`) sets errors, estimates, what is replicated and residuals to zero; not momenta,
+A restart (:meth:`ErrorFeedback.forget`) sets errors, estimates, what is replicated and residuals to zero; not momenta,
 nor what is kept: m, heavy ball's v, MARINA's g.
 """
 
@@ -46,7 +46,7 @@ from .momentum import (
     lion,
 )
 from .rules import EControlState, EF14State, EF21State, econtrol, ef14, ef21
-from .state import State, Steps, form, momentum, spare
+from .state import State, Steps, double_buffer, form, momentum
 
 __all__ = ["RULES", "Rule", "rule_of", "with_momentum"]
 
@@ -154,7 +154,7 @@ def with_momentum(rule: Rule) -> Rule:
     @dataclass(kw_only=True)
     class WithMomentum(rule.state):  # type: ignore[name-defined, misc]
         averaged_i: Vector = momentum()
-        averaged_spare: Vector = spare()
+        averaged_spare: Vector = double_buffer()
         momentum: float = 0.9
 
     def step(s: Any, plan: Plan, grad: Vector | Combination, **inputs: Any) -> Steps:

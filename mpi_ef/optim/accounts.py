@@ -46,7 +46,7 @@ class BucketReport:
 
 
 class Communicating(OnAllRanks, Optimizer, metaclass=Telling):
-    """A torch optimizer that speaks through plans and rules, and counts what it says."""
+    """A torch optimizer that exchanges through plans and rules, and counts their traffic."""
 
     built = "the building of an optimizer"
 
@@ -64,7 +64,7 @@ class Communicating(OnAllRanks, Optimizer, metaclass=Telling):
 
     @abstractmethod
     def channels(self) -> Sequence[Channel]:
-        """Return what this optimizer speaks through now. Local."""
+        """Return the rules and plans through which this optimizer exchanges now. Local."""
 
     @property
     def sent_nbytes(self) -> int:

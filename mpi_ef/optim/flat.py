@@ -89,10 +89,10 @@ class FlatOptimizer(Saved):
                     "whether a model is given": isinstance(model, nn.Module),
                     "hyper-parameters": hyper_parameters(self), **more}
 
-        told = agree(comm, type(self).__name__, all_facts, "build the same model and optimizer on every rank",
+        answers = agree(comm, type(self).__name__, all_facts, "build the same model and optimizer on every rank",
                      tell=(next(_numbers), state_of_line(comm)), call=self.built)
-        self._number: int = told[0][0]  # of rank 0, which has all optimizers of this communicator
-        line = line_for(comm, {state for _, state in told})
+        self._number: int = answers[0][0]  # of rank 0, which has all optimizers of this communicator
+        line = line_for(comm, {state for _, state in answers})
         self._handshake = Handshake(comm, type(self).__name__, self._number, line)
         finalize(self, self._handshake.leave)
         check_order(comm, type(self).__name__, self.flat.hashes(), self._name)
@@ -341,8 +341,8 @@ class FlatOptimizer(Saved):
             self._last_at_work = int(at_work[0])
             self.weight = int(self.comm.Get_size()) / at_work.size if self.weighs else 1.0
         if not self._handshake.same_groups():
-            told = self.comm.allgather(hyper_parameters(self))
-            for group, values in zip(self.param_groups, told[self._last_at_work] if self.done else (), strict=False):
+            answers = self.comm.allgather(hyper_parameters(self))
+            for group, values in zip(self.param_groups, answers[self._last_at_work] if self.done else (), strict=False):
                 group.update(values)
         return at_work.size > 0
 

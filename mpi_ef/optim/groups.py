@@ -83,7 +83,7 @@ class Listed:
         return list(dict.fromkeys(id(p) for group in optimizer.param_groups for p in group["params"]))
 
     def check(self, optimizer: Optimizer) -> None:
-        """Raise unless it is so; groups may be cut anew."""
+        """Raise unless it is so; groups may be cut again."""
         now = [[*group, *map(id, group["params"])] for group in optimizer.param_groups]
         if now == self._right:
             return
@@ -92,7 +92,7 @@ class Listed:
         if ids != self._known:
             if sorted(ids) == sorted(self._known):
                 raise OptionError(f"{type(optimizer).__name__}.step: the groups list their parameters in another order than "
-                                  "at construction; groups may be cut anew, in the same order")
+                                  "at construction; groups may be cut again, in the same order")
             raise OptionError(f"{type(optimizer).__name__}.step: the groups have other parameters than at construction, of "
                               "which this optimizer would exchange none; build it after all groups are known")
         self._right = now

@@ -53,32 +53,32 @@ class Handshake:
 
     def __init__(self, comm: Comm, name: str, number: int, line: Line) -> None:
         self._comm, self._name, self._same, self._line = comm, name, 0, line
-        self._told: dict[str, Any] = dict.fromkeys(_WORDS.names or (), 0) | {"number": number}
+        self._fields: dict[str, Any] = dict.fromkeys(_WORDS.names or (), 0) | {"number": number}
         self._mine, self._answers = np.zeros(_FORM.size, np.uint8), np.zeros(comm.Get_size(), _WORDS)
         self._table = self._answers.view(np.uint32).reshape(self._answers.size, -1)[:, :_BUT_THE_NORM]
-        self._alike = False  # all ranks have told the same, but for the norm
+        self._alike = False  # all ranks have sent the same, but for the norm
         self.steps = 0  # that were completed
 
-    def note(self, **words: float) -> None:
-        """Remember `words` for the next time. Local."""
-        self._told |= words
+    def note(self, **fields: float) -> None:
+        """Set `fields` of what is sent next. Local."""
+        self._fields |= fields
 
     def answers(self, name: str) -> Answers:
-        """Return what all ranks have told last, of one field, (n,). Local."""
-        told: Answers = self._answers[name]
-        return told
+        """Return one field of the last answers of all ranks, (n,). Local."""
+        answers: Answers = self._answers[name]
+        return answers
 
-    def ask(self, **words: float) -> Answers:
-        """Tell `words` to all ranks, and return those of all: (n,) with a field for each. Collective.
+    def ask(self, **fields: float) -> Answers:
+        """Send `fields` to all ranks, and return those of all: (n,) with a field for each. Collective.
 
         They are valid until the next time.
         """
-        self.note(**words)
-        _FORM.pack_into(self._mine.data, 0, *self._told.values())
+        self.note(**fields)
+        _FORM.pack_into(self._mine.data, 0, *self._fields.values())
         answers = self._answers.view(np.uint8)
         if not self._line.gone:
             answers.fill(0xFF)  # no valid answer
-            self._line.allgather(self._mine, answers, lambda: f"step {self._told['steps']} of {self._name}")
+            self._line.allgather(self._mine, answers, lambda: f"step {self._fields['steps']} of {self._name}")
             self._alike = self._are_alike()
             if not self._alike:
                 self._line.gone = np.flatnonzero(self._answers["status"] == LEFT).tolist()
@@ -92,30 +92,30 @@ class Handshake:
         size, few = self._answers.size, 8
         if size > few:
             return bool((self._table == self._table[0]).all())
-        told = self._answers.tobytes()  # NumPy's way of comparing takes ten times as long
+        answers = self._answers.tobytes()  # NumPy's way of comparing takes ten times as long
         row, part = _FORM.size, 4 * _BUT_THE_NORM
-        return all(told[start : start + part] == told[:part] for start in range(row, size * row, row))
+        return all(answers[start : start + part] == answers[:part] for start in range(row, size * row, row))
 
     def _when(self) -> str:
-        """Return after which of its steps a rank has left, if that was told."""
-        told = self._answers[self._line.gone[0]]
-        ours = told["status"] == LEFT and told["number"] == self._told["number"]
-        return f" after {told['steps']} steps" if ours else ""
+        """Return after which of its steps a rank has left, if it has sent that."""
+        last = self._answers[self._line.gone[0]]
+        ours = last["status"] == LEFT and last["number"] == self._fields["number"]
+        return f" after {last['steps']} steps" if ours else ""
 
     def leave(self) -> None:
         """Say that this rank takes no further steps. Local."""
         self.note(status=LEFT, steps=self.steps)
-        _FORM.pack_into(self._mine.data, 0, *self._told.values())
+        _FORM.pack_into(self._mine.data, 0, *self._fields.values())
         self._line.leave(self._mine)
 
     def agreed(self) -> bool:
         """Return whether all ranks can take the step, and mean the same one. Local."""
         if self._alike:
-            return not self._told["status"]
+            return not self._fields["status"]
         steps = self._answers[["steps", "number"]]
         weighs = self._answers["joins"] & _WEIGHS
-        words = self._answers[_SAME] if self.all_at_work else self._answers[_SAME][self.at_work]
-        alike = (steps == steps[0]).all() and (weighs == weighs[0]).all() and (words == words[:1]).all()
+        fields = self._answers[_SAME] if self.all_at_work else self._answers[_SAME][self.at_work]
+        alike = (steps == steps[0]).all() and (weighs == weighs[0]).all() and (fields == fields[:1]).all()
         return not self._answers["status"].any() and bool(alike)
 
     def compare(self) -> bool:
@@ -128,7 +128,7 @@ class Handshake:
     @property
     def all_at_work(self) -> bool:
         """Whether no rank has run out of data."""
-        return not (self._told["joins"] & _DONE if self._alike else (self._answers["joins"] & _DONE).any())
+        return not (self._fields["joins"] & _DONE if self._alike else (self._answers["joins"] & _DONE).any())
 
     @property
     def at_work(self) -> NDArray[np.intp]:

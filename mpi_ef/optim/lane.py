@@ -1,4 +1,4 @@
-"""Communicators for messages of backward passes, which nobody may ever answer: the user's own stays free of them."""
+"""Communicators for messages of backward passes, which may never be answered: the user's own stays free of them."""
 
 import gc
 from typing import Any

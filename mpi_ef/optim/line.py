@@ -31,7 +31,7 @@ class Line:
     Parameters
     ----------
     comm : MPI.Comm
-        Is duplicated; other communicators are used as they are, and nobody leaves them. Construction is collective.
+        Is duplicated; other communicators are used as they are, and no rank leaves them. Construction is collective.
 
     Attributes
     ----------
@@ -127,7 +127,7 @@ class _Lines(list[Line]):
 
 
 def _lines(comm: Comm) -> list[Line]:
-    """Return the lines made for `comm` so far; of others than MPI's, and of one that was freed, nobody knows them."""
+    """Return the lines made for `comm` so far; none of others than MPI's, nor of one that was freed."""
     return [] if mpi_of(comm) is None or not comm else kept_with(comm, _Lines)
 
 

@@ -34,7 +34,7 @@ class NoState(dict[Any, Any]):
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise OptionError(f"{self._owner}.state: nothing is there to write to: moments are vectors of all parameters; load "
-                          "a state_dict() of the start, or build the optimizer anew, to reset them")
+                          "a state_dict() of the start, or build the optimizer again, to reset them")
 
     __missing__ = __setitem__ = clear = update = setdefault = __ior__ = _refuse
 
@@ -73,7 +73,7 @@ class ReplicatedOptimizer(FlatOptimizer):
 
     @abstractmethod
     def _build(self, plan: Plan) -> None:
-        """Make the rule, which speaks through `plan`, and the arrays. Local."""
+        """Make the rule, which exchanges through `plan`, and the arrays. Local."""
 
     @property
     def state(self) -> Any:
@@ -89,7 +89,7 @@ class ReplicatedOptimizer(FlatOptimizer):
         return aligned_zeros(self.flat.d, self.flat.dtype)
 
     def channels(self) -> Sequence[Channel]:
-        """Return what this optimizer speaks through now. Local."""
+        """Return the rules and plans through which this optimizer exchanges now. Local."""
         return [*self.rules.values(), *([] if self._dense is None else [self._dense])]
 
     def state_tree(self) -> StateTree:

@@ -25,7 +25,7 @@ VOTE = Vote()
 
 
 def _voting(comm: Comm, compressor: Compressor, d: int, dtype: Any) -> Plan:
-    """Return the plan in which nobody keeps what a vote leaves out; see :func:`plan_for`. Collective."""
+    """Return the plan that keeps no residual of a vote; see :func:`plan_for`. Collective."""
     if isinstance(compressor, Vote):
         return TwoPhaseMean(comm, compressor, d, dtype, residual=False)
     return plan_for(comm, compressor, d, dtype)

@@ -41,7 +41,7 @@ class VarianceOptimizer(ReplicatedOptimizer):
       late. It has a warm-up of its own before it joins the compressed exchange: in the steps in which it has a gradient that
       travels whole, with those of others that are late, for a dense step that counts its own steps, as torch does.
     * *An entry without variance* sleeps: no rank has had a gradient of it, and it does not move. When any rank has one, all
-      learn about it before the step, and it takes part in it. A parameter whose entries all sleep begins anew then.
+      learn about it before the step, and it takes part in it. A parameter whose entries all sleep starts again then.
 
     Which these are follows from v and the counters. `arrays` has "v"; `rules` one rule, "momentum".
     """
@@ -85,7 +85,7 @@ class VarianceOptimizer(ReplicatedOptimizer):
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
-        """The group of each parameter. Groups may be cut anew, not parameters change places."""
+        """The group of each parameter. Groups may be cut again, not parameters change places."""
         groups = {id(p): group for group in reversed(self.param_groups) for p in group["params"]}
         return [groups[id(p)] for p in self.flat.parameters]
 
@@ -197,16 +197,16 @@ class VarianceOptimizer(ReplicatedOptimizer):
 
     def _go_on(self, late: list[int], means: list[Vector]) -> None:
         """Take the steps of those that are late. Local."""
-        anew, groups = [number for number in late if self.counted[number] == 0], self._groups
+        restarted, groups = [number for number in late if self.counted[number] == 0], self._groups
         for number, mean in zip(late, means, strict=True):
-            if number in anew:
+            if number in restarted:
                 self.arrays["v"][self.flat.place(number)] = 0
             self.counted[number] += 1
             self._step_late(number, groups[number], mean)
         behind = self._behind()
         if joined := [number for number in late if not behind[number]]:
             self._join(joined)
-        if anew or joined:
+        if restarted or joined:
             self._fall_asleep()
         if joined and not any(map(self.counted.__getitem__, np.flatnonzero(behind))):
             self._retire_dense()

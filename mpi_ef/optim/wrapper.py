@@ -226,7 +226,7 @@ class DistributedOptimizer(FlatOptimizer):
         return broken
 
     def _arrive(self) -> None:
-        # Buckets are under way already, and all ranks have to take part in all of them before anybody can complain.
+        # Buckets are under way already, and all ranks have to take part in all of them before any can raise.
         # Those of parameters at rest, of which no gradient was made, have not left yet.
         if self.overlaps:
             if resting := self._at_rest():

@@ -193,7 +193,7 @@ class FlatParameters:
         """
         if any(p.requires_grad for p in self.frozen):
             raise OptionError("a parameter was unfrozen after the optimizer was built; unfreeze first, then build it "
-                              "anew")
+                              "again")
         grads: list[Any] = [p.grad for p in self.parameters]
         self.lends = False
         if self._halves or [g for g in grads if g is None or g.requires_grad or g.layout is not torch.strided]:

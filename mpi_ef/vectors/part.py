@@ -21,7 +21,7 @@ class Part:
 
     What is in ``p.grad`` when a step is taken counts, as in torch: None is no gradient. It is the program's, and nothing
     here writes to it. Of a parameter in 16 bits, ``p.grad`` is in 16 bits; where several backward passes have added to it,
-    `gradient` is the sum of the same in float32, which is taken in its place as long as nobody else has changed it.
+    `gradient` is the sum of the same in float32, which is taken in its place as long as nothing else has changed it.
 
     A parameter in 16 bits, or in memory that processes share, stays *apart*: `value` is its master, of which it is a copy.
     """
@@ -185,10 +185,10 @@ def _while_there(part: Part, act: Callable[[Part, Any], None]) -> Callable[[Any]
     """Return a hook that does not keep the part, nor the vectors, when nothing else does."""
     known = ref(part)
 
-    def hook(told: Any) -> None:
+    def hook(given: Any) -> None:
         there = known()
         if there is not None:
-            act(there, told)
+            act(there, given)
 
     return hook
 
