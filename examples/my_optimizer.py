@@ -22,16 +22,16 @@ class Normalized(ReplicatedOptimizer):
     compressor: InitVar[Compressor] = TopK(0.1)
     beta: float = option(0.9, "[0, 1)", "try 0.9")  # ranks that disagree on it raise
 
-    def _build(self, plan):
+    def build(self, plan):
         self.rules["ef21"] = ErrorFeedback("ef21", plan)
-        self.arrays["m"] = self._zeros()  # the same on all ranks
+        self.arrays["m"] = self.zeros()  # the same on all ranks
 
-    def _update(self):
+    def update(self):
         """Exchange, and move the parameters; ranks know by now that all their gradients are finite."""
         g, m = self.rules["ef21"].step(self.flat.gradients), self.arrays["m"]
         m *= self.beta
         m += (1 - self.beta) * g
-        for group, part in self._slices():
+        for group, part in self.slices():
             x = self.flat.values[part]
             x *= 1 - group["lr"] * group["weight_decay"]
             x -= group["lr"] / max(float(np.linalg.norm(m[part])), 1e-12) * m[part]

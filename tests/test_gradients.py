@@ -32,8 +32,8 @@ def plain_sgd(net, comm, **options):
 
 def seen_by(optimizer):
     """Return a list that gets a copy of the gradients of every step."""
-    seen, update = [], optimizer._update
-    optimizer._update = lambda: (seen.append(optimizer.flat.gradients.copy()), update())
+    seen, update = [], optimizer.update
+    optimizer.update = lambda: (seen.append(optimizer.flat.gradients.copy()), update())
     return seen
 
 

@@ -357,10 +357,10 @@ def test_what_cannot_be_exchanged_wakes_nothing(row, first):
             raise NonFiniteError("overflow", (0,))
 
         options = {"layer": first, "words": first}
-        for where, name in ((rule, "step"), (optimizer, "_mean")):
+        for where, name in ((rule, "step"), (optimizer, "mean")):
             setattr(where, name, overflow)
             if (
-                name == "_mean"
+                name == "mean"
                 or getattr(optimizer, "local_step_interval", 1) == getattr(optimizer, "local_steps", 0) + 1
             ):
                 with pytest.raises(NonFiniteError):

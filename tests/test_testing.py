@@ -297,10 +297,10 @@ class WrongOptimizer(Normalized):
             squared_norms[self.comm.Get_rank() :][:1] if self.how == "clips by its own norm" else squared_norms
         )
 
-    def _update(self):
+    def update(self):
         self.taken += 1
         rate, before = 1 + self.taken / 10, self.flat.values.copy()
-        super()._update()
+        super().update()
         if self.how == "climbs":
             self.flat.values[:] = 2 * before - self.flat.values
         if self.how == "has a memory":

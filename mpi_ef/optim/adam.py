@@ -70,9 +70,10 @@ class OneBitAdam(VarianceOptimizer):
         """The momentum, (d,), the same on all ranks."""
         return self.rules["momentum"].state.m  # type: ignore[attr-defined, no-any-return]
 
-    def _update(self) -> None:
+    def update(self) -> None:
+        """Take the step, see :meth:`FlatOptimizer.update`. Collective."""
         if self.frozen_step is None:
-            mean = self._mean(self.flat.gradients)
+            mean = self.mean(self.flat.gradients)
             for _, part, group, count in self._stretches(self.counted):
                 self._adam(part, group, count + 1, mean[part])
         else:

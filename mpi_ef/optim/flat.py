@@ -101,7 +101,7 @@ class FlatOptimizer(Saved):
         if isinstance(model, nn.Module):
             broadcast_buffers(model, comm)
 
-    def _slices(self) -> list[tuple[dict[str, Any], slice]]:
+    def slices(self) -> list[tuple[dict[str, Any], slice]]:
         """Return the groups and their parts of the vectors."""
         slices, start = [], 0
         sizes = {id(p): p.numel() for p in self.flat.parameters}
@@ -123,7 +123,7 @@ class FlatOptimizer(Saved):
         return self.flat.values
 
     @abstractmethod
-    def _update(self) -> None:
+    def update(self) -> None:
         """Exchange what has to travel and change ``self.flat.values``; all ranks are known to be ready. Collective.
 
         Raises
@@ -188,7 +188,7 @@ class FlatOptimizer(Saved):
             return
         self._weigh()
         with self._resting():
-            self._update()
+            self.update()
         self._updated()
         self.flat.write_back()
         self._writes.settle()

@@ -66,17 +66,19 @@ class OneBitLamb(VarianceOptimizer):
     factor_min: float = option(0.5, "(0, 1]", "0.5 is usual")
     factor_threshold: float = option(0.1, "[0, 1)", "0.1 is usual")
 
-    def _build(self, plan: Plan) -> None:
-        super()._build(plan)
+    def build(self, plan: Plan) -> None:
+        """Make rules and arrays, see :meth:`ReplicatedOptimizer.build`. Local."""
+        super().build(plan)
         self._starts = np.array(self.flat.starts, np.int64)
         layers = self._starts.size - 1
         self.arrays |= {"scales": np.ones(layers), "averages": np.zeros(layers), "averaged": np.zeros(layers),
                         "factors": np.ones(layers)}
-        self._direction, self._least, self._frozen_coefficients = self._zeros(), np.zeros(layers), np.ones(layers)
+        self._direction, self._least, self._frozen_coefficients = self.zeros(), np.zeros(layers), np.ones(layers)
 
-    def _update(self) -> None:
+    def update(self) -> None:
+        """Take the step, see :meth:`FlatOptimizer.update`. Collective."""
         if self.frozen_step is None:
-            mean = self._mean(self.flat.gradients)
+            mean = self.mean(self.flat.gradients)
             for layers, part, group, count in self._runs():
                 self._lamb(layers, part, group, count + 1, mean[part])
         else:

@@ -43,7 +43,7 @@ class NoState(dict[Any, Any]):
 class ReplicatedOptimizer(FlatOptimizer):
     """What OneBitAdam and its relatives share: groups, named arrays, rules at work, saving and loading.
 
-    Fields are what the constructor takes; ranks agree on those that are kept. :meth:`_build` fills `arrays` with vectors
+    Fields are what the constructor takes; ranks agree on those that are kept. :meth:`build` fills `arrays` with vectors
     that are equal on all ranks, and `rules`. `counters` names attributes that are saved as they are, `later_counters`
     those that states of earlier versions lack, with what they are then.
     """
@@ -69,10 +69,10 @@ class ReplicatedOptimizer(FlatOptimizer):
         self._asleep = Asleep(comm)
         with telling(comm, self._kind, Plan.built):
             built = build_plan(plan, comm, compressor, self.flat.d, self.flat.dtype)
-        self._build(built)
+        self.build(built)
 
     @abstractmethod
-    def _build(self, plan: Plan) -> None:
+    def build(self, plan: Plan) -> None:
         """Make the rule, which exchanges through `plan`, and the arrays. Local."""
 
     @property
@@ -85,7 +85,8 @@ class ReplicatedOptimizer(FlatOptimizer):
         if hasattr(self, "arrays"):  # torch's own construction is over
             self.state.update(state)
 
-    def _zeros(self) -> Vector:
+    def zeros(self) -> Vector:
+        """Return a vector for `arrays`, (d,). Local."""
         return aligned_zeros(self.flat.d, self.flat.dtype)
 
     def channels(self) -> Sequence[Channel]:
@@ -127,7 +128,7 @@ class ReplicatedOptimizer(FlatOptimizer):
         """Return the arrays, (d,), that go into a message besides gradients and errors. Local."""
         return []
 
-    def _mean(self, x: Vector) -> Vector:
+    def mean(self, x: Vector) -> Vector:
         """Return the mean of `x`, of any length that is the same on all ranks, until the next one is taken. Collective."""
         if self._dense is None or self._dense.d != x.size:
             self._retire_dense()

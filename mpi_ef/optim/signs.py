@@ -63,7 +63,8 @@ class Lion(ReplicatedOptimizer):
     def __post_init__(self, *arguments: Any) -> None:
         super().__post_init__(*arguments, plan=_voting)  # type: ignore[misc]
 
-    def _build(self, plan: Plan) -> None:
+    def build(self, plan: Plan) -> None:
+        """Make rules and arrays, see :meth:`ReplicatedOptimizer.build`. Local."""
         self.rules["lion"] = ErrorFeedback("lion", plan, beta1=self.betas[0], beta2=self.betas[1])
         self._knows = False  # which entries sleep
 
@@ -112,13 +113,14 @@ class Lion(ReplicatedOptimizer):
             self._asleep.wake(self._stirring())
             self._retired_nbytes += self._asleep.sent_nbytes
 
-    def _update(self) -> None:
+    def update(self) -> None:
+        """Take the step, see :meth:`FlatOptimizer.update`. Collective."""
         self._knows = False  # until the vote has come to its end
         rule, real = self.rules["lion"], self.flat.dtype.type
         vote = rule.step(self.flat.gradients)
         self._asleep.hush(rule.state.vote)  # type: ignore[attr-defined]
         self._knows = all(self.betas)
-        for group, part in self._slices():
+        for group, part in self.slices():
             kernels.sign_step(vote[part], real(group["lr"]), real(1.0 - group["lr"] * group["weight_decay"]),
                               self.flat.values[part])
 

@@ -61,11 +61,12 @@ class VarianceOptimizer(ReplicatedOptimizer):
     bias_correction: bool = True
     variance_floor: float = option(0.1, "[0, 1]", "try 0.1")
 
-    def _build(self, plan: Plan) -> None:
+    def build(self, plan: Plan) -> None:
+        """Make rules and arrays, see :meth:`ReplicatedOptimizer.build`. Local."""
         self.rules["momentum"] = self._rule(plan)
-        self.arrays |= {name: self._zeros() for name in self.vectors}
+        self.arrays |= {name: self.zeros() for name in self.vectors}
         self.frozen_step: int | None = None
-        self._watch, self._inverse = VarianceWatch(self.betas[1]), self._zeros()
+        self._watch, self._inverse = VarianceWatch(self.betas[1]), self.zeros()
         self.counted, self._whole = [0] * len(self.flat.parameters), True
 
     def _rule(self, plan: Plan) -> ErrorFeedback:
@@ -92,7 +93,7 @@ class VarianceOptimizer(ReplicatedOptimizer):
     def _stretches(self, keys: Sequence[Key]) -> Iterator[tuple[range, slice, dict[str, Any], Key]]:
         """Yield the parameters in runs of one group and one of `keys`, as long as they can be: which, where, both."""
         starts, number, alike = self.flat.starts, 0, keys.count(keys[0]) == len(keys)
-        for group, part in self._slices():
+        for group, part in self.slices():
             first, number = number, bisect_left(starts, part.stop, number)
             if alike:
                 yield range(first, number), part, group, keys[0]
@@ -193,7 +194,7 @@ class VarianceOptimizer(ReplicatedOptimizer):
         if not late:
             return []
         parts = [self.flat.gradients[self.flat.place(number)] for number in late]
-        return np.split(self._mean(np.concatenate(parts)), np.cumsum([part.size for part in parts])[:-1])
+        return np.split(self.mean(np.concatenate(parts)), np.cumsum([part.size for part in parts])[:-1])
 
     def _go_on(self, late: list[int], means: list[Vector]) -> None:
         """Take the steps of those that are late. Local."""

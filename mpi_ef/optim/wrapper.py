@@ -266,7 +266,8 @@ class DistributedOptimizer(FlatOptimizer):
                                "sent, in the backward pass; take overlap=False to clip or clear gradients")
         return super()._collect()
 
-    def _update(self) -> None:
+    def update(self) -> None:
+        """Take the step, see :meth:`FlatOptimizer.update`. Collective."""
         if self._after is not None:
             self._exchange_updates(self._after)
         else:

@@ -107,8 +107,9 @@ class ZeroOneAdam(VarianceOptimizer):
     local_step_scaler: int = option(32678, 1, "16 is usual")
     local_step_clipper: int = option(16, 1, "16 is usual")
 
-    def _build(self, plan: Plan) -> None:
-        super()._build(plan)
+    def build(self, plan: Plan) -> None:
+        """Make rules and arrays, see :meth:`ReplicatedOptimizer.build`. Local."""
+        super().build(plan)
         self.renewed = [0] * len(self.counted)
         self.variance_updates = self.variance_step = 0
         self._start_afresh()
@@ -177,7 +178,8 @@ class ZeroOneAdam(VarianceOptimizer):
         """Whether something compressed is in the momentum after the last update of the variance, or in the next step."""
         return self.variance_updates < self.variance_step or self.variance_interval > 1
 
-    def _update(self) -> None:
+    def update(self) -> None:
+        """Take the step, see :meth:`FlatOptimizer.update`. Collective."""
         if self.frozen_step is not None:
             self._step_alone()
         elif self._whole:
@@ -192,7 +194,7 @@ class ZeroOneAdam(VarianceOptimizer):
 
     def _step_exactly(self, step: int) -> None:
         """Update both moments with the mean gradient, and step."""
-        mean, real, (beta1, beta2) = self._mean(self.flat.gradients), self.flat.dtype.type, self.betas
+        mean, real, (beta1, beta2) = self.mean(self.flat.gradients), self.flat.dtype.type, self.betas
         self.variance_updates, self.variance_step = self.variance_updates + 1, step
         moves = self.moving.tolist()
         self.renewed = [updates + now for updates, now in zip(self.renewed, moves, strict=True)]
