@@ -18,12 +18,14 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import Parameter, Signature, isabstract, isclass, signature
+from threading import Lock
 from typing import Any
 
 from mpi_ef.errors import OptionError
 
 __all__ = ["Specification", "built", "fitting", "found", "names", "options_of", "specified"]
 
+_parsing = Lock()  # threads that parse at the same time make CPython 3.11 raise SystemError
 # Where what is built in is listed, and what it is: a class of the module's __all__, or a line in the table of rules.
 _HOMES: Mapping[str, tuple[str, str]] = {
     "compressor": ("mpi_ef.compress", "Compressor"),
@@ -118,7 +120,8 @@ def specified(kind: str, text: str) -> Specification:
         )
     name, call = match.groups()
     try:
-        tree = ast.parse(f"f{call or '()'}", mode="eval").body
+        with _parsing:
+            tree = ast.parse(f"f{call or '()'}", mode="eval").body
     except SyntaxError as error:
         raise OptionError(f"{text!r} is no {kind}: {error.msg}; write for example {_example(kind)}") from None
     if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):

@@ -376,7 +376,7 @@ def test_nothing_is_kept_of_silent_clients():
         plan.exchange(x, keep=Keep(lazy(x), into=np.zeros_like(x)), participates=participates if comm.Get_rank() else None)
 
     errors = virtual.run(2, program)
-    assert all("keep= with clients that do not speak; nothing is kept for those" in str(error) for error in errors)
+    assert all("keep= with clients that do not participate; nothing is kept for those" in str(error) for error in errors)
     assert [type(error) for error in errors] == [PeerError, OptionError]
 
 

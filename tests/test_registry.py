@@ -1,11 +1,14 @@
 """Compressors, rules and optimizers by name, and texts that say which and how: nothing that they say is evaluated."""
 
+import gc
 import importlib.metadata
 import inspect
 import os
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -93,6 +96,32 @@ def test_names_are_all_there_is():
     assert registry.names("rule") == sorted(RULES)
     assert {"GatherMean", "TwoPhaseMean", "DenseMean", "LowRankMean", "ClientsMean"} == {*registry.names("plan")}
     assert {"EF21", "OneBitAdam", "Lion", "DistributedOptimizer"} <= {*registry.names("optimizer")}
+
+
+class _Yielding:
+    """Garbage in a circle; collecting it lets other threads run."""
+
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        time.sleep(0)
+
+
+def test_threads_may_read_specifications_at_the_same_time():
+    """CPython 3.11 raises SystemError where a thread begins a syntax tree while another one makes one."""
+    text, threshold = "TopK(0.01, values=Quantize('bf16'))", gc.get_threshold()
+
+    def read(_):
+        _Yielding()
+        return registry.built("compressor", text)
+
+    gc.set_threshold(10)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert set(pool.map(read, range(200))) == {TopK(0.01, values=Quantize("bf16"))}
+    finally:
+        gc.set_threshold(*threshold)
 
 
 def test_signatures_list_the_options():
