@@ -333,4 +333,4 @@ class PlanLaws:
         faults: tuple[Fault, ...] = ("raise", "corrupt")
         for fault, split in product(faults, (False, True)):
             outcome = run(max(2, *self.ranks), partial(program, fault=fault, split=split), virtual=True)[0]
-            must(isinstance(outcome, CommunicationError), repr(outcome))
+            must(isinstance(outcome, CommunicationError), str(outcome) or repr(outcome))
