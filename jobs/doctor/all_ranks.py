@@ -1,9 +1,9 @@
-"""The doctor on all ranks of a world: checks of each rank, and what ranks do together; rank 0 judges the facts."""
+"""The checks on all ranks of a world, one after the other: facts of each rank, judged on rank 0."""
 
 import platform
 from dataclasses import replace
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 
 from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.comm.protocol import MpiComm
@@ -11,14 +11,15 @@ from mpi_ef.jobs.doctor import checks, registry
 from mpi_ef.jobs.doctor.checks.allreduce import MESSAGE_SECONDS
 from mpi_ef.jobs.doctor.checks.mpi import name_of
 from mpi_ef.jobs.doctor.checks.shared import leave_tokens
-from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, error_text, placements_of
+from mpi_ef.jobs.doctor.finding import Facts, Finding, Placement, finding
 from mpi_ef.jobs.doctor.registry import Check, Context
 from mpi_ef.jobs.doctor.report import Report
-from mpi_ef.jobs.doctor.watchdog import NoAnswerError, RankPoller, Watchdog
+from mpi_ef.jobs.doctor.watchdog import NoAnswerError, RankPoller, Watchdog, error_text
 from mpi_ef.runtime import launch
 
-__all__ = ["examine"]
+__all__ = ["examine", "examine_alone"]
+
+_LEAST_SECONDS = 3.0  # for a check that comes after one that has used up the time
 
 
 def examine(context: Context, report: Report, watchdog: Watchdog) -> int:
@@ -51,6 +52,15 @@ def examine(context: Context, report: Report, watchdog: Watchdog) -> int:
     return report.status
 
 
+def examine_alone(context: Context, report: Report) -> int:
+    """Look at this process, which is no rank of a world, and return the exit status. Local."""
+    watchdog = Watchdog(report.show_hanging)
+    _Examination(context, report, watchdog).check_each_rank(2 * context.config.patience)
+    watchdog.leave()
+    report.show()
+    return report.status
+
+
 def _silent(ranks: list[int], patience: float) -> Finding:
     return finding("silent-ranks", ranks, ranks=ranks_text(ranks), longer=f"{2 * patience:.0f}")
 
@@ -60,21 +70,15 @@ class _Examination:
 
     def __init__(self, context: Context, report: Report, watchdog: Watchdog) -> None:
         self.context, self.report, self.watchdog = context, report, watchdog
-        self.poller = RankPoller(context.world)
+        self.poller = RankPoller(context.comm)
+        self.paths: dict[str, str | None] = {}  # on rank 0, the folder that a check has looked at
         self.tokens: dict[str, str] = {}  # on rank 0
 
     def run(self) -> bool:
         """Take all steps and return whether all messages have arrived. Collective."""
         self._place()
-        try:
-            tokens = self._check_each_rank()
-            seen = self._step(checks.FOLDERS, replace(self.context, tokens=tokens))
-        finally:
-            for token in self.tokens.values():
-                Path(token).unlink(missing_ok=True)
-        if self.context.config.warmup:
-            self._step(checks.WARM_UP, replace(self.context, shared_cache="kernels" in seen))
-        true_on_all = [self._step(check, self.context) for check in (checks.SUM, checks.LINKS)]
+        self.check_each_rank(self.context.config.patience)
+        true_on_all = [self._step(check) for check in (checks.SUM, checks.LINKS)]
         return all("arrived" in names for names in true_on_all)
 
     def _place(self) -> None:
@@ -85,32 +89,34 @@ class _Examination:
         self.watchdog.enter("the first messages", 4 * patience)
         placements = self.poller.exchange((platform.node(), local, leader), patience, placements_of)
         self.context = replace(self.context, placements=placements, placement=placements[self.poller.rank])
+        self.report.placements = placements
+        launcher = self.context.launcher.name if self.context.launcher else ""
+        self.report.started_by = f", {name_of(self.context.mpi)}, started by {launcher}"
 
-    def _check_each_rank(self) -> dict[str, str]:
-        """Do the checks of each rank alone, and return the tokens that rank 0 has left for other nodes."""
-        context, patience = self.context, self.context.config.patience
-        longest = registry.longest_seconds(patience, checks.CHECKS)
-        self.watchdog.enter("the checks of each rank", 4 * longest)
+    def check_each_rank(self, seconds: float) -> None:
+        """Do the checks that call no MPI, most of them within so many seconds and a few. Collective."""
+        limit = monotonic() + seconds
+        for check in checks.CHECKS:
+            self._step(check, max(_LEAST_SECONDS, limit - monotonic()))
+        if self.context.nodes > 1:
+            try:
+                tokens = self.poller.exchange(None, self.context.config.patience, self._leave_tokens)
+                self.context = replace(self.context, tokens=tokens)
+                self.context = replace(self.context, shared_cache="kernels" in self._step(checks.FOLDERS))
+            finally:
+                for token in self.tokens.values():
+                    Path(token).unlink(missing_ok=True)
+        if self.context.config.warmup:
+            self._step(checks.WARM_UP)
 
-        def judge(found: list[dict[str, Facts]]) -> dict[str, str]:
-            self.report.placements = context.placements
-            launcher = context.launcher.name if context.launcher else ""
-            self.report.started_by = f", {name_of(context.mpi)}, started by {launcher}"
-            for check in checks.CHECKS:
-                self.report.add(registry.judge(check, context.placements, [facts.get(check.name) for facts in found]))
-            if context.nodes > 1:
-                self.tokens = leave_tokens({name: found[0].get(name, {}).get("path") for name in ("folder", "kernels")})
-            return self.tokens
+    def _leave_tokens(self, _: object) -> dict[str, str]:
+        self.tokens = leave_tokens({name: self.paths[name] for name in ("folder", "kernels")})
+        return self.tokens
 
-        tokens: dict[str, str] = self.poller.exchange(
-            registry.collect(context, patience, checks.CHECKS), longest, judge
-        )
-        return tokens
-
-    def _step(self, check: Check, context: Context) -> set[str]:
-        """Do a check that involves other ranks, and return which facts are true on all of them. Collective."""
-        patience, placements = context.config.patience, context.placements
-        seconds = check.seconds or patience
+    def _step(self, check: Check, seconds: float = 0.0) -> set[str]:
+        """Do a check, and return which facts are true on all ranks that take part. Collective."""
+        patience, placements = self.context.config.patience, self.context.placements
+        seconds = seconds or check.seconds or patience
         found: list[Facts] = [{} for _ in placements]
 
         def reply(answers: list[Facts]) -> set[str]:
@@ -121,12 +127,25 @@ class _Examination:
 
         for turn in range(check.turns):
             self.watchdog.enter(f"the check '{check.name}'", 2 * seconds + patience)
-            mine = check.facts(replace(context, turn=turn), seconds)
+            mine = check.facts(replace(self.context, turn=turn), seconds)
             self.watchdog.enter(f"the check '{check.name}' on other ranks", 3 * (seconds + patience))
-            agreed: set[str] = self.poller.exchange(mine or {}, seconds + patience, reply)
+            agreed: set[str] = self.poller.exchange(mine, seconds + patience, reply)
         if self.poller.rank == 0:
+            self.paths[check.name] = found[0].get("path")
             self.report.add(registry.judge(check, placements, found))
         return agreed
+
+
+def placements_of(answers: list[tuple[str, int, int]]) -> list[Placement]:
+    """Return where the ranks are, from host, number on the node, and first rank of the node of every rank.
+
+    Nodes are what shares memory, and are named by their hosts.
+    """
+    numbers: dict[str, dict[int, int]] = {}  # of the nodes of a host, by their first ranks
+    for host, _, leader in answers:
+        numbers.setdefault(host, {}).setdefault(leader, len(numbers[host]) + 1)
+    return [Placement(rank, host if len(numbers[host]) == 1 else f"{host}#{numbers[host][leader]}", local)
+            for rank, (host, local, leader) in enumerate(answers)]
 
 
 def local_rank(comm: MpiComm) -> tuple[int, int]:

@@ -12,14 +12,12 @@ from dataclasses import replace
 from importlib.util import find_spec
 from textwrap import wrap
 
-from mpi_ef.jobs.doctor import all_ranks, checks, registry
-from mpi_ef.jobs.doctor.checks import mpi
-from mpi_ef.jobs.doctor.checks.launcher import ended_at_start, launcher_of
-from mpi_ef.jobs.doctor.finding import Finding
-from mpi_ef.jobs.doctor.ranks import error_text
+from mpi_ef.jobs.doctor import all_ranks
+from mpi_ef.jobs.doctor.checks import launcher, mpi
+from mpi_ef.jobs.doctor.finding import Finding, RankFacts, Ranks
 from mpi_ef.jobs.doctor.registry import Context, Launcher
 from mpi_ef.jobs.doctor.report import DoctorConfig, Report, columns
-from mpi_ef.jobs.doctor.watchdog import ExitMessage, Watchdog
+from mpi_ef.jobs.doctor.watchdog import ExitMessage, Watchdog, error_text
 from mpi_ef.jobs.options import parse
 
 __all__ = ["main"]
@@ -29,36 +27,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Look at everything, print it on one of the ranks, and exit with status 1 when there is an error."""
     config = parse(DoctorConfig, argv, prog="mpi-ef doctor", description=__doc__ or "")
     report = Report(config)
-    context = Context(config, os.environ, report.placements[0], report.placements, launcher=launcher_of(os.environ))
-    sys.exit(_alone(context, report) if context.launcher is None else _launched(context, context.launcher, report))
-
-
-def _alone(context: Context, report: Report) -> int:
-    """Look at one process that was started without a launcher."""
-    facts = {} if find_spec("mpi4py") is None else mpi.facts_of_process(context.config.patience)
+    context = Context(config, os.environ, report.placements[0], report.placements,
+                      launcher=launcher.launcher_of(os.environ))
+    if context.launcher:
+        sys.exit(_launched(context, context.launcher, report))
     report.started_by = ", no launcher"
-    return _look_here(replace(context, mpi=facts), report)
+    facts = {} if find_spec("mpi4py") is None else mpi.facts_of_process(config.patience)
+    sys.exit(all_ranks.examine_alone(replace(context, mpi=facts), report))
 
 
-def _look_here(context: Context, report: Report) -> int:
-    """Do the checks of one rank."""
-    patience = context.config.patience
-    found = registry.collect(context, 2 * patience, checks.CHECKS)
-    chosen = checks.CHECKS
-    if context.config.warmup:
-        chosen = [*chosen, checks.WARM_UP]
-        found["warm-up"] = checks.WARM_UP.facts(context, checks.WARM_UP.seconds)
-    for check in chosen:
-        report.add(registry.judge(check, context.placements, [found[check.name]]))
-    report.show()
-    return report.status
-
-
-def _launched(context: Context, launcher: Launcher, report: Report) -> int:
+def _launched(context: Context, launched: Launcher, report: Report) -> int:
     """Look at all ranks, of which this process is one."""
     report.launched = True
-    report.started_by = f", one of {launcher.tasks} tasks of {launcher.name}"
-    first = launcher.rank in (None, 0)  # which one prints as long as it is not known whether there is a world
+    report.started_by = f", one of {launched.tasks} tasks of {launched.name}"
+    first = launched.rank in (None, 0)  # which one prints as long as it is not known whether there is a world
     message = ExitMessage()
 
     def show_hanging(call: str) -> None:
@@ -71,19 +53,19 @@ def _launched(context: Context, launcher: Launcher, report: Report) -> int:
     try:
         context = replace(context, mpi=mpi.facts_of_library())
         if first:
-            message = ExitMessage(report.text([ended_at_start(context, launcher)]))
+            message = ExitMessage(report.text([launcher.ended_at_start(context, launched)]))
         context = replace(context, mpi={**context.mpi, **mpi.start()})
     except Exception as error:
         watchdog.leave()
         message.cancel()
         if first:
-            return _look_here(replace(context, mpi={"problem": error_text(error)}), report)
-        if launcher.first_on_node:  # the others may be fine, and wait in MPI_Init
-            task = f"task {launcher.rank} on {platform.node()}"
+            return all_ranks.examine_alone(replace(context, mpi={"problem": error_text(error)}), report)
+        if launched.first_on_node:  # the others may be fine, and wait in MPI_Init
+            task = f"task {launched.rank} on {platform.node()}"
             sys.stderr.write(f"mpi-ef doctor: {task} has no MPI: {error_text(error)}\n")
         return 0  # the status of the first is that of all; leaving early with another would get it killed
     message.cancel()
-    if context.mpi["size"] == 1 and launcher.tasks > 1:
+    if context.mpi["size"] == 1 and launched.tasks > 1:
         watchdog.leave()
         return _show_singleton_worlds(context, report) if first else 0
     from mpi4py import MPI
@@ -93,8 +75,7 @@ def _launched(context: Context, launcher: Launcher, report: Report) -> int:
 
 def _show_singleton_worlds(context: Context, report: Report) -> int:
     """Print that the ranks are no world, and nothing else: all else would hold for one of the copies."""
-    [check] = [check for check in checks.CHECKS if check.name == "launcher"]
-    report.add(registry.judge(check, context.placements, [check.module.collect(context)]))
+    report.add(launcher.judge(Ranks([RankFacts(context.placement, launcher.collect(context))])))
     if context.config.json:
         report.show()
     else:

@@ -134,7 +134,7 @@ NOT_DONE = "not looked at on rank 1 (HOST): ValueError: rank one is broken"
             "cores: not looked at on rank 1 (HOST): no end",
         ),
         ("all_ranks.local_rank = lambda comm: (time.sleep(1000), 0)", "hangs", "does not come back"),
-        ("registry.collect = lambda *_: time.sleep(1000)", "silent-ranks", "no answer from rank 1"),
+        ("registry.Check.facts = lambda *_: time.sleep(1000)", "silent-ranks", "no answer from rank 1"),
         ("os.environ['OMP_NUM_THREADS'] = '7'", "threads-differ", "OMP_NUM_THREADS differs between ranks: 1, 7"),
         ("sys.modules['mpi_ef'].__version__ = '0.0.1'", "versions-differ", "ranks have different versions of mpi_ef"),
     ],
@@ -157,7 +157,7 @@ def test_a_doctor_that_is_broken_itself_hangs_nobody(tmp_path):
 
 
 def test_a_rank_that_is_killed_ends_the_doctor(tmp_path):
-    ended = broken(tmp_path, 3, "registry.collect = lambda *_: os.kill(os.getpid(), 9)")
+    ended = broken(tmp_path, 3, "registry.Check.facts = lambda *_: os.kill(os.getpid(), 9)")
     assert ended.status != 0
     assert ended.seconds < patience.limit(60)
 

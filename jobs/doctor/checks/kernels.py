@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpi_ef.jobs.doctor.checks.files import NETWORK, file_system
-from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, Ranks
+from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, finding
 from mpi_ef.jobs.doctor.registry import Context
 
 __all__ = ["collect", "dispatchers", "judge"]
@@ -22,13 +21,8 @@ def collect(context: Context) -> Facts:
 
     finite = [bool(kernels.all_finite(x)) for x in (np.ones(9, np.float32), np.full(9, np.nan, np.float32))]
     path = str(getattr(getattr(next(dispatchers(), None), "_cache", None), "cache_path", None) or "")
-    facts = {
-        "right": finite == [True, False],
-        "path": path,
-        **_cached(),
-        "nodes": context.nodes,
-        "warm_up": context.config.warmup,
-    }
+    facts = {"right": finite == [True, False], "path": path, **_cached(), "nodes": context.nodes,
+             "warm_up": context.config.warmup}
     if path:
         folder = Path(path)
         status = folder.stat()
@@ -67,7 +61,7 @@ def _cached() -> dict[str, int]:
     return {"there": there, "total": total}
 
 
-def judge(ranks: Ranks) -> Iterator[Finding]:
+def judge(ranks: Ranks) -> Findings:
     """Yield whether kernels are right, and their machine code is in a good place."""
     if wrong := ranks.which(lambda one: not one["right"]):
         yield finding("kernels", wrong)
@@ -77,11 +71,8 @@ def judge(ranks: Ranks) -> Iterator[Finding]:
         return
     one = next((some for some in ranks if some["kind"] in NETWORK), ranks[0])
     others = " and others" if len(ranks.by_value("path")) > 1 else ""
-    key = "cache.ok"
-    if one["kind"] in NETWORK and one["nodes"] > 1:
-        key = "cache-network"
-    elif ranks.which("open"):
-        key = "cache-open"
+    disturbed = one["kind"] in NETWORK and one["nodes"] > 1
+    key = "cache-network" if disturbed else "cache-open" if ranks.which("open") else "cache.ok"
     yield finding(key, place=f"{one['path']}{others} ({one['kind']})")
     cold = ranks.which(lambda some: some["total"] and some["there"] < some["total"])
     if cold and not one["warm_up"]:

@@ -1,11 +1,11 @@
 """Whether all nodes see the folders of rank 0."""
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, Ranks, listed
+from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, finding, listed
 from mpi_ef.jobs.doctor.registry import Context
 from mpi_ef.runtime.timeouts import wait_until
 
@@ -18,13 +18,11 @@ def leave_tokens(folders: Mapping[str, str | None]) -> dict[str, str]:
     """Make an empty file with a new name in each folder, for other nodes to find; none where that fails. Local."""
     tokens = {}
     for name, folder in folders.items():
-        token = Path(folder or "/", f".mpi-ef-doctor-{uuid.uuid4().hex}")
-        try:
-            if folder:
+        if folder:
+            token = Path(folder, f".mpi-ef-doctor-{uuid.uuid4().hex}")
+            with suppress(OSError):  # the check of the folder itself shows why
                 token.touch()
                 tokens[name] = str(token)
-        except OSError:
-            continue  # the check of the folder itself says why
     return tokens
 
 
@@ -36,7 +34,7 @@ def collect(context: Context) -> Facts:
     return {name: token.exists() for name, token in tokens.items()} | paths
 
 
-def judge(ranks: Ranks) -> Iterator[Finding]:
+def judge(ranks: Ranks) -> Findings:
     """Yield whether all nodes see the folder of runs."""
     path = ranks[0]["folder_path"]
     if blind := ranks.which(lambda one: one["folder"] is False):
