@@ -36,8 +36,8 @@ from mpi_ef.jobs.doctor.checks import (
     workers,
 )
 from mpi_ef.jobs.doctor.finding import LEVELS, TOPICS, Finding, Placement
-from mpi_ef.jobs.doctor.registry import Check, Context, Launcher
-from mpi_ef.jobs.doctor.report import DoctorConfig, Report, document, page, verdict
+from mpi_ef.jobs.doctor.registry import Check, Context, DoctorConfig, Launcher
+from mpi_ef.jobs.doctor.report import Report, document, page, verdict
 from mpi_ef.jobs.link_fit import fit_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,7 +246,7 @@ def test_every_finding_of_the_table_is_raised_and_none_besides(monkeypatch):
         registry.failure("MPI", "it", reason)
     all_ranks._silent([1], 60.0)
     monkeypatch.setattr(Report, "show", lambda self: None)
-    Report(DoctorConfig()).show_hanging("MPI_Init")
+    Report(context()).show_hanging("MPI_Init")
     assert raised == set(texts)
 
 
@@ -293,7 +293,7 @@ ALONE = Finding("MPI", "no-launcher", "note", "it is")
     ([ERROR, WARNING, ERROR], "2 errors: put right first what stops a training (error)")])
 def test_verdict_and_exit_status(findings, text):
     assert verdict(findings) == text
-    report = Report(DoctorConfig())
+    report = Report(context())
     report.add(findings)
     assert report.status == (ERROR in findings)
 
@@ -645,11 +645,12 @@ def test_messages_that_do_not_arrive_are_kept(monkeypatch):
     (of(failed="OSError: full"), set(), ["check-failed", "it"])])
 def test_ranks_take_turns_and_all_get_what_holds_on_all_of_them(second, everywhere, names):
     """Rank 1 has facts of the second turn only; those of both are judged together."""
-    answers, sent, report = [(1, second), (1, {})], [], Report(DoctorConfig())
+    answers, sent = [(1, second), (1, {})], []
     message = lambda tag: SimpleNamespace(recv=answers.pop) if len(answers) + len(sent) == 2 else None  # noqa: E731
     comm = fake_comm(0, 2, improbe=message, isend=lambda value, rank, tag: sent.append(value) or NEVER)
     places = [Placement(0, "n0"), Placement(1, "n0", 1)]
-    examination = all_ranks._Examination(context(comm=comm, placements=places, placement=places[0]), report, QUIET)
+    report = Report(context(comm=comm, placements=places, placement=places[0]))
+    examination = all_ranks._Examination(report, QUIET)
     turns = []
     taking_turns = check(lambda now: turns.append(now.turn) or of(a=1, arrived=True, right=True), turns=2)
     assert examination._step(taking_turns) == sent[-1] == everywhere
@@ -681,9 +682,9 @@ def test_a_doctor_that_gets_no_answers_ends_all(monkeypatch, capsys, rank, error
     monkeypatch.setattr(all_ranks._Examination, "run", run)
     monkeypatch.setattr(all_ranks.launch, "abort", abort)
     monkeypatch.setattr(all_ranks, "sleep", slept.append)
-    report = Report(DoctorConfig(json=True))
+    report = Report(Context(DoctorConfig(json=True), {}, comm=comm))
     with pytest.raises(Ended):
-        all_ranks.examine(context(comm=comm), report, None)
+        all_ranks.examine(report, None)
     assert len(slept) == rank
     assert bool(capsys.readouterr().out) == (rank == 0)
     name, _, words = (found or "").partition("|")
@@ -697,7 +698,7 @@ def test_files_that_other_nodes_look_for_are_removed(tmp_path, monkeypatch, brok
     seen = []
     comm = fake_comm(0, 2, improbe=lambda tag: SimpleNamespace(recv=lambda: (1, {})))
     places = [Placement(0, "n0"), Placement(1, "n1")]
-    examination = all_ranks._Examination(context(comm=comm, placements=places), Report(DoctorConfig()), QUIET)
+    examination = all_ranks._Examination(Report(context(comm=comm, placements=places)), QUIET)
     found = {"folder": str(tmp_path), "kernels": str(tmp_path / "absent")}
     monkeypatch.setattr(doctor_checks, "CHECKS", [check(lambda _, path=path: {"path": path}, name)
                                                   for name, path in found.items()])
@@ -771,8 +772,7 @@ def test_the_warm_up_of_one_process(monkeypatch, capsys):
     monkeypatch.setattr(doctor_checks, "CHECKS", [])
     made = of(first=True, seconds=2.0, compiled=3, loaded=4)
     monkeypatch.setattr(warm_up, "collect", lambda now: {} if now.turn else made)
-    config = DoctorConfig(warmup=True, json=True)
-    assert all_ranks.examine_alone(Context(config, {}), Report(config)) == 0
+    assert all_ranks.examine_alone(Report(Context(DoctorConfig(warmup=True, json=True), {}))) == 0
     [found] = json.loads(capsys.readouterr().out)["findings"]
     assert (found["name"], found["level"]) == ("warm-up", "ok")
     assert "3 compiled" in found["what"]

@@ -1,7 +1,6 @@
 """The checks on all ranks of a world, one after the other: facts of each rank, judged on rank 0."""
 
 import platform
-from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -12,7 +11,7 @@ from mpi_ef.jobs.doctor.checks.allreduce import MESSAGE_SECONDS
 from mpi_ef.jobs.doctor.checks.mpi import name_of
 from mpi_ef.jobs.doctor.checks.shared import leave_tokens
 from mpi_ef.jobs.doctor.finding import Facts, Finding, Placement, finding
-from mpi_ef.jobs.doctor.registry import Check, Context
+from mpi_ef.jobs.doctor.registry import Check
 from mpi_ef.jobs.doctor.report import Report
 from mpi_ef.jobs.doctor.watchdog import NoAnswerError, RankPoller, Watchdog, error_text
 from mpi_ef.runtime import launch
@@ -22,15 +21,15 @@ __all__ = ["examine", "examine_alone"]
 _LEAST_SECONDS = 3.0  # for a check that comes after one that has used up the time
 
 
-def examine(context: Context, report: Report, watchdog: Watchdog) -> int:
+def examine(report: Report, watchdog: Watchdog) -> int:
     """Look at all ranks and return the exit status: that of the findings on rank 0, else 0. Collective.
 
     Ends the world when ranks are missing, or when messages are still under way that MPI would wait for.
     """
     from mpi4py import MPI
 
-    examination = _Examination(context, report, watchdog)
-    rank, patience = examination.poller.rank, context.config.patience
+    examination = _Examination(report, watchdog)
+    rank, patience = examination.poller.rank, report.context.config.patience
     try:
         complete = examination.run()
     except NoAnswerError as error:
@@ -45,20 +44,19 @@ def examine(context: Context, report: Report, watchdog: Watchdog) -> int:
     if not complete or not examination.poller.sent(MESSAGE_SECONDS):
         if rank:
             sleep(2 * MESSAGE_SECONDS)  # rank 0 ends all, unless it is not there
-        launch.abort(context.comm, 1)
+        launch.abort(report.context.comm, 1)
     watchdog.enter("the end of MPI (MPI_Finalize)", patience)
     MPI.Finalize()
     watchdog.leave()
     return report.status
 
 
-def examine_alone(context: Context, report: Report) -> int:
+def examine_alone(report: Report) -> int:
     """Look at this process, which is no rank of a world, and return the exit status. Local."""
     watchdog = Watchdog(report.show_hanging)
-    _Examination(context, report, watchdog).check_each_rank(2 * context.config.patience)
+    _Examination(report, watchdog).check_each_rank(2 * report.context.config.patience)
     watchdog.leave()
-    report.show()
-    return report.status
+    return report.show()
 
 
 def _silent(ranks: list[int], patience: float) -> Finding:
@@ -68,30 +66,29 @@ def _silent(ranks: list[int], patience: float) -> Finding:
 class _Examination:
     """The steps, in the order in which all ranks take them."""
 
-    def __init__(self, context: Context, report: Report, watchdog: Watchdog) -> None:
-        self.context, self.report, self.watchdog = context, report, watchdog
-        self.poller = RankPoller(context.comm)
+    def __init__(self, report: Report, watchdog: Watchdog) -> None:
+        self.report, self.watchdog = report, watchdog
+        self.context, self.patience = report.context, report.context.config.patience
+        self.poller = RankPoller(self.context.comm)
         self.paths: dict[str, str | None] = {}  # on rank 0, the folder that a check has looked at
         self.tokens: dict[str, str] = {}  # on rank 0
 
     def run(self) -> bool:
         """Take all steps and return whether all messages have arrived. Collective."""
         self._place()
-        self.check_each_rank(self.context.config.patience)
+        self.check_each_rank(self.patience)
         true_on_all = [self._step(check) for check in (checks.SUM, checks.LINKS)]
         return all("arrived" in names for names in true_on_all)
 
     def _place(self) -> None:
         """Find out where the ranks are, before anything that takes time: silent ones are named with their node."""
-        patience = self.context.config.patience
-        self.watchdog.enter("the first call of MPI (MPI_Comm_split_type)", patience)
-        local, leader = local_rank(self.context.world)
-        self.watchdog.enter("the first messages", 4 * patience)
-        placements = self.poller.exchange((platform.node(), local, leader), patience, placements_of)
-        self.context = replace(self.context, placements=placements, placement=placements[self.poller.rank])
-        self.report.placements = placements
-        launcher = self.context.launcher.name if self.context.launcher else ""
-        self.report.started_by = f", {name_of(self.context.mpi)}, started by {launcher}"
+        context = self.context
+        self.watchdog.enter("the first call of MPI (MPI_Comm_split_type)", self.patience)
+        local, leader = local_rank(context.world)
+        self.watchdog.enter("the first messages", 4 * self.patience)
+        context.placements = self.poller.exchange((platform.node(), local, leader), self.patience, placements_of)
+        context.placement = context.placements[self.poller.rank]
+        self.report.started_by = f", {name_of(context.mpi)}, started by {context.launcher.name if context.launcher else ''}"
 
     def check_each_rank(self, seconds: float) -> None:
         """Do the checks that call no MPI, most of them within so many seconds and a few. Collective."""
@@ -100,9 +97,8 @@ class _Examination:
             self._step(check, max(_LEAST_SECONDS, limit - monotonic()))
         if self.context.nodes > 1:
             try:
-                tokens = self.poller.exchange(None, self.context.config.patience, self._leave_tokens)
-                self.context = replace(self.context, tokens=tokens)
-                self.context = replace(self.context, shared_cache="kernels" in self._step(checks.FOLDERS))
+                self.context.tokens = self.poller.exchange(None, self.patience, self._leave_tokens)
+                self.context.shared_cache = "kernels" in self._step(checks.FOLDERS)
             finally:
                 for token in self.tokens.values():
                     Path(token).unlink(missing_ok=True)
@@ -115,8 +111,7 @@ class _Examination:
 
     def _step(self, check: Check, seconds: float = 0.0) -> set[str]:
         """Do a check, and return which facts are true on all ranks that take part. Collective."""
-        patience, placements = self.context.config.patience, self.context.placements
-        seconds = seconds or check.seconds or patience
+        placements, seconds = self.context.placements, seconds or check.seconds or self.patience
         found: list[Facts] = [{} for _ in placements]
 
         def reply(answers: list[Facts]) -> set[str]:
@@ -126,10 +121,11 @@ class _Examination:
             return {name for name in taking_part[0] if all(facts.get(name) is True for facts in taking_part)}
 
         for turn in range(check.turns):
-            self.watchdog.enter(f"the check '{check.name}'", 2 * seconds + patience)
-            mine = check.facts(replace(self.context, turn=turn), seconds)
-            self.watchdog.enter(f"the check '{check.name}' on other ranks", 3 * (seconds + patience))
-            agreed: set[str] = self.poller.exchange(mine, seconds + patience, reply)
+            self.context.turn = turn
+            self.watchdog.enter(f"the check '{check.name}'", 2 * seconds + self.patience)
+            mine = check.facts(self.context, seconds)
+            self.watchdog.enter(f"the check '{check.name}' on other ranks", 3 * (seconds + self.patience))
+            agreed: set[str] = self.poller.exchange(mine, seconds + self.patience, reply)
         if self.poller.rank == 0:
             self.paths[check.name] = found[0].get("path")
             self.report.add(registry.judge(check, placements, found))

@@ -8,15 +8,14 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from textwrap import wrap
 
 from mpi_ef.jobs.doctor import all_ranks
 from mpi_ef.jobs.doctor.checks import launcher, mpi
-from mpi_ef.jobs.doctor.finding import Finding, RankFacts, Ranks
-from mpi_ef.jobs.doctor.registry import Context, Launcher
-from mpi_ef.jobs.doctor.report import DoctorConfig, Report, columns
+from mpi_ef.jobs.doctor.finding import Finding, Placement, RankFacts, Ranks
+from mpi_ef.jobs.doctor.registry import Context, DoctorConfig, Launcher
+from mpi_ef.jobs.doctor.report import Report, columns
 from mpi_ef.jobs.doctor.watchdog import ExitMessage, Watchdog, error_text
 from mpi_ef.jobs.options import parse
 
@@ -26,20 +25,18 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> None:
     """Look at everything, print it on one of the ranks, and exit with status 1 when there is an error."""
     config = parse(DoctorConfig, argv, prog="mpi-ef doctor", description=__doc__ or "")
-    report = Report(config)
-    context = Context(config, os.environ, report.placements[0], report.placements,
-                      launcher=launcher.launcher_of(os.environ))
-    if context.launcher:
-        sys.exit(_launched(context, context.launcher, report))
+    here = Placement(node=platform.node())
+    report = Report(Context(config, os.environ, here, [here], launcher=launcher.launcher_of(os.environ)))
+    if report.context.launcher is not None:
+        sys.exit(_launched(report, report.context.launcher))
     report.started_by = ", no launcher"
-    facts = {} if find_spec("mpi4py") is None else mpi.facts_of_process(config.patience)
-    sys.exit(all_ranks.examine_alone(replace(context, mpi=facts), report))
+    report.context.mpi = {} if find_spec("mpi4py") is None else mpi.facts_of_process(config.patience)
+    sys.exit(all_ranks.examine_alone(report))
 
 
-def _launched(context: Context, launched: Launcher, report: Report) -> int:
+def _launched(report: Report, launched: Launcher) -> int:
     """Look at all ranks, of which this process is one."""
-    report.launched = True
-    report.started_by = f", one of {launched.tasks} tasks of {launched.name}"
+    context, report.started_by = report.context, f", one of {launched.tasks} tasks of {launched.name}"
     first = launched.rank in (None, 0)  # which one prints as long as it is not known whether there is a world
     message = ExitMessage()
 
@@ -51,15 +48,16 @@ def _launched(context: Context, launched: Launcher, report: Report) -> int:
     watchdog = Watchdog(show_hanging, 0.0 if first else 10.0)
     watchdog.enter("the start of MPI (MPI_Init)", context.config.patience)
     try:
-        context = replace(context, mpi=mpi.facts_of_library())
+        context.mpi = mpi.facts_of_library()
         if first:
             message = ExitMessage(report.text([launcher.ended_at_start(context, launched)]))
-        context = replace(context, mpi={**context.mpi, **mpi.start()})
+        context.mpi |= mpi.start()
     except Exception as error:
         watchdog.leave()
         message.cancel()
         if first:
-            return all_ranks.examine_alone(replace(context, mpi={"problem": error_text(error)}), report)
+            context.mpi = {"problem": error_text(error)}
+            return all_ranks.examine_alone(report)
         if launched.first_on_node:  # the others may be fine, and wait in MPI_Init
             task = f"task {launched.rank} on {platform.node()}"
             sys.stderr.write(f"mpi-ef doctor: {task} has no MPI: {error_text(error)}\n")
@@ -67,20 +65,21 @@ def _launched(context: Context, launched: Launcher, report: Report) -> int:
     message.cancel()
     if context.mpi["size"] == 1 and launched.tasks > 1:
         watchdog.leave()
-        return _show_singleton_worlds(context, report) if first else 0
+        return _show_singleton_worlds(report) if first else 0
     from mpi4py import MPI
 
-    return all_ranks.examine(replace(context, comm=MPI.COMM_WORLD), report, watchdog)
+    context.comm = MPI.COMM_WORLD
+    return all_ranks.examine(report, watchdog)
 
 
-def _show_singleton_worlds(context: Context, report: Report) -> int:
+def _show_singleton_worlds(report: Report) -> int:
     """Print that the ranks are no world, and nothing else: all else would hold for one of the copies."""
+    context = report.context
     report.add(launcher.judge(Ranks([RankFacts(context.placement, launcher.collect(context))])))
     if context.config.json:
-        report.show()
-    else:
-        sys.stdout.write(_banner(report.findings[0], columns()))
-        sys.stdout.flush()
+        return report.show()
+    sys.stdout.write(_banner(report.findings[0], columns()))
+    sys.stdout.flush()
     return report.status
 
 

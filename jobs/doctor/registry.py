@@ -1,4 +1,4 @@
-"""What a check is; a check on one rank, and the judgement of what it has found on all ranks."""
+"""Options, and what a check is; a check on one rank, and the judgement of what it has found on all ranks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,11 +7,26 @@ from types import ModuleType
 from typing import Any
 
 from mpi_ef.comm.protocol import MpiComm
+from mpi_ef.errors import ConfigError
 from mpi_ef.jobs.doctor.finding import FAILED, Facts, Finding, Findings, Placement, RankFacts, Ranks, finding
-from mpi_ef.jobs.doctor.report import DoctorConfig
 from mpi_ef.jobs.doctor.watchdog import error_text, run_with_timeout
+from mpi_ef.jobs.options import option
 
-__all__ = ["Check", "Context", "Launcher", "failure", "judge", "lines_of"]
+__all__ = ["Check", "Context", "DoctorConfig", "Launcher", "failure", "judge", "lines_of"]
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Options of the doctor; every field is a flag."""
+
+    out: Path = option(Path("runs"), "folder that runs write to; what checkpoints need is tried there")
+    warmup: bool = option(False, "compile the kernels: one rank of each node first, then the others load them")
+    json: bool = option(False, "print all findings as JSON")
+    patience: float = option(60.0, "seconds after which a check that does not come back counts as hanging")
+
+    def __post_init__(self) -> None:
+        if not self.patience > 0:
+            raise ConfigError(f"patience={self.patience} is not positive; take for example 60")
 
 
 @dataclass(frozen=True)
@@ -25,9 +40,9 @@ class Launcher:
     first_on_node: bool = True  # as far as the launcher shows
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
-    """What a check may look at on a rank."""
+    """What a check may look at on a rank; it grows as more is known."""
 
     config: DoctorConfig
     environment: Mapping[str, str]

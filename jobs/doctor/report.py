@@ -1,50 +1,31 @@
-"""Options of the doctor; its findings as a page for terminals and as JSON for programs."""
+"""The findings as a page for terminals and as JSON for programs."""
 
 import json
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from textwrap import wrap
 from typing import Any
 
 import mpi_ef
-from mpi_ef.errors import ConfigError
-from mpi_ef.jobs.doctor.finding import LEVELS, TOPICS, Finding, Placement, counted, finding
-from mpi_ef.jobs.options import option
+from mpi_ef.jobs.doctor.finding import LEVELS, TOPICS, Finding, counted, finding
+from mpi_ef.jobs.doctor.registry import Context
 
-__all__ = ["DoctorConfig", "Report", "columns", "document", "page", "verdict"]
+__all__ = ["Report", "columns", "document", "page", "verdict"]
 
 _LABELS = {"ok": ("ok", "32"), "note": ("note", "36"), "warning": ("WARNING", "33;1"), "error": ("ERROR", "31;1")}  # colour
 _MARGIN = 11
 
 
-@dataclass(frozen=True)
-class DoctorConfig:
-    """Options of the doctor; every field is a flag."""
-
-    out: Path = option(Path("runs"), "folder that runs write to; what checkpoints need is tried there")
-    warmup: bool = option(False, "compile the kernels: one rank of each node first, then the others load them")
-    json: bool = option(False, "print all findings as JSON")
-    patience: float = option(60.0, "seconds after which a check that does not come back counts as hanging")
-
-    def __post_init__(self) -> None:
-        if not self.patience > 0:
-            raise ConfigError(f"patience={self.patience} is not positive; take for example 60")
-
-
 class Report:
     """The findings, which are printed once."""
 
-    def __init__(self, config: DoctorConfig) -> None:
-        self._json = config.json
-        self._shown = False
-        self.placements: Sequence[Placement] = (Placement(node=platform.node()),)
+    def __init__(self, context: Context) -> None:
+        self.context, self.started_by = context, ""
         self.findings: list[Finding] = []
-        self.started_by, self.launched = "", False
+        self._shown = False
 
     def add(self, findings: Iterable[Finding]) -> None:
         """Add findings."""
@@ -57,21 +38,23 @@ class Report:
 
     def text(self, findings: Sequence[Finding]) -> str:
         """Return the page with these findings, or the document."""
-        ranks, nodes = len(self.placements), list(dict.fromkeys(placement.node for placement in self.placements))
-        if self._json:
+        places = self.context.placements
+        ranks, nodes = len(places), list(dict.fromkeys(place.node for place in places))
+        if self.context.config.json:
             return document(findings, version=mpi_ef.__version__, ranks=ranks, nodes=nodes)
         # Some launchers give every rank a terminal, whatever becomes of what it prints.
-        color = not self.launched and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        color = self.context.launcher is None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
         where = f"{counted(ranks, 'rank')} on {nodes[0] if len(nodes) == 1 else f'{len(nodes)} nodes'}"
         title = f"mpi-ef doctor {mpi_ef.__version__}: {where}{self.started_by}"
         return page(title, findings, width=columns(), color=color)
 
-    def show(self) -> None:
-        """Print everything, if that was not done yet."""
+    def show(self) -> int:
+        """Print everything, if that was not done yet, and return the exit status."""
         if not self._shown:
             self._shown = True
             sys.stdout.write(self.text(self.findings) + "\n")  # in one piece: nothing of other ranks gets in between
             sys.stdout.flush()
+        return self.status
 
     def show_hanging(self, call: str) -> None:
         """Add that a call of MPI hangs, and print everything."""

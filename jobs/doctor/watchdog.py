@@ -49,10 +49,7 @@ def run_with_timeout(action: Callable[[], Facts], seconds: float) -> Facts:
 def run_python(program: str, seconds: float, environment: Mapping[str, str]) -> tuple[int | None, str, list[str]]:
     """Run a program that may import this mpi_ef in another process. Local.
 
-    Returns
-    -------
-    tuple
-        Its exit status, None when it had no end; what it printed; and the lines of its errors, at least one.
+    Returns its exit status, None when it had no end; what it printed; and the lines of its errors, at least one.
     """
     paths = filter(None, [str(Path(mpi_ef.__file__).resolve().parents[1]), environment.get("PYTHONPATH")])
     try:
@@ -117,13 +114,11 @@ class RankPoller:
 class ExitMessage:
     """A text, if any, that another process prints when this one has ended, in whatever way, before :meth:`cancel`."""
 
-    _SHELL = 'read -r line || printf "%s\\n" "$1"'
-
     def __init__(self, text: str = "") -> None:
         self._process: subprocess.Popen[bytes] | None = None
         if text:
+            command = ["/bin/sh", "-c", 'read -r line || printf "%s\\n" "$1"', "sh", text]
             with suppress(OSError):
-                command = ["/bin/sh", "-c", self._SHELL, "sh", text]
                 self._process = subprocess.Popen(command, stdin=subprocess.PIPE)  # noqa: S603 - a shell, a text of ours
 
     def cancel(self) -> None:

@@ -70,17 +70,14 @@ def judge(ranks: Ranks) -> Findings:
     if slowest["import_seconds"] > _SLOW_IMPORT_SECONDS:
         place = f"rank {slowest.rank} ({slowest.node})"
         yield finding("slow-import", [slowest.rank], seconds=slowest["import_seconds"], place=place)
-    if ranks.which("available"):
-        yield from _judge_gpus(ranks)
-    elif not (first["built"] and first["hardware"]):
-        yield finding("gpu-torch" if first["hardware"] else "gpu.none", ranks)
-    else:
+    if not ranks.which("available"):
         hidden = [name for name in _VISIBLE if first[name] in ("", "-1", "NoDevFiles")]
-        yield finding("gpu-hidden.empty" if hidden else "gpu-hidden", ranks, variable=next(iter(hidden), ""))
-
-
-def _judge_gpus(ranks: Ranks) -> Findings:
-    first, seen = ranks[0], ranks.by_value("count")
+        key = "gpu-hidden.empty" if hidden else "gpu-hidden"
+        if not (first["built"] and first["hardware"]):
+            key = "gpu-torch" if first["hardware"] else "gpu.none"
+        yield finding(key, ranks, variable=next(iter(hidden), ""))
+        return
+    seen = ranks.by_value("count")
     if len(seen) > 1:
         yield finding("gpu-differs", counts="; ".join(f"{count}{some.where}" for count, some in seen.items()))
     here, count = max((len(some), _gpus_of(some)) for some in ranks.by(lambda one: one.node).values())
