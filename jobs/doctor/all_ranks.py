@@ -106,7 +106,7 @@ class _Examination:
             self._step(checks.WARM_UP)
 
     def _leave_tokens(self, _: object) -> dict[str, str]:
-        self.tokens = leave_tokens({name: self.paths[name] for name in ("folder", "kernels")})
+        self.tokens = leave_tokens({name: self.paths.get(name) for name in ("folder", "kernels")})
         return self.tokens
 
     def _step(self, check: Check, seconds: float = 0.0) -> set[str]:

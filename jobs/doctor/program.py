@@ -13,7 +13,7 @@ from textwrap import wrap
 
 from mpi_ef.jobs.doctor import all_ranks
 from mpi_ef.jobs.doctor.checks import launcher, mpi
-from mpi_ef.jobs.doctor.finding import Finding, Placement, RankFacts, Ranks
+from mpi_ef.jobs.doctor.finding import Placement, RankFacts, Ranks
 from mpi_ef.jobs.doctor.registry import Context, DoctorConfig, Launcher
 from mpi_ef.jobs.doctor.report import Report, columns
 from mpi_ef.jobs.doctor.watchdog import ExitMessage, Watchdog, error_text
@@ -78,17 +78,14 @@ def _show_singleton_worlds(report: Report) -> int:
     report.add(launcher.judge(Ranks([RankFacts(context.placement, launcher.collect(context))])))
     if context.config.json:
         return report.show()
-    sys.stdout.write(_banner(report.findings[0], columns()))
-    sys.stdout.flush()
-    return report.status
-
-
-def _banner(found: Finding, width: int) -> str:
+    [found], width = report.findings, columns()
     bar = "!" * width
     heading = "EVERY TASK IS RANK 0 OF ITS OWN WORLD: THE RANKS DO NOT SEE EACH OTHER"
     todo = wrap(f"What to do: {found.todo}", width, break_long_words=False, break_on_hyphens=False)
     lines = [bar, heading.center(width).rstrip(), bar, *wrap(found.what, width), "", *todo, bar]
-    return "\n".join(lines) + "\nverdict: 1 error: put this right first (lonely-ranks)\n"
+    sys.stdout.write("\n".join([*lines, "verdict: 1 error: put this right first (lonely-ranks)", ""]))
+    sys.stdout.flush()
+    return report.status
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,18 @@ __all__ = ["collect", "dispatchers", "judge"]
 
 
 def collect(context: Context) -> Facts:
-    """Run a small kernel, and return where machine code is kept. Local; imports Numba."""
+    """Run a small kernel, and return where machine code is kept, and of how many kernels. Local; imports Numba."""
     import numpy as np
 
     from mpi_ef import kernels
 
     finite = [bool(kernels.all_finite(x)) for x in (np.ones(9, np.float32), np.full(9, np.nan, np.float32))]
-    path = str(getattr(getattr(next(dispatchers(), None), "_cache", None), "cache_path", None) or "")
-    facts = {"right": finite == [True, False], "path": path, **_cached(), "nodes": context.nodes,
-             "warm_up": context.config.warmup}
+    caches = [getattr(kernel, "_cache", None) for kernel in dispatchers()]
+    loads: list[Any] = [getattr(getattr(cache, "_cache_file", None), "_load_index", None) for cache in caches]
+    path = str(getattr(next(iter(caches), None), "cache_path", None) or "")
+    facts = {"right": finite == [True, False], "path": path, "nodes": context.nodes, "warm_up": context.config.warmup}
+    if None not in loads:  # as where Numba's inside looks different
+        facts |= {"there": sum(bool(load()) for load in loads), "total": len(loads)}
     if path:
         folder = Path(path)
         status = folder.stat()
@@ -46,19 +49,6 @@ def dispatchers() -> Iterator[Any]:
         elif hasattr(kernel, "__code__"):
             called = (kernel.__globals__.get(name) for name in kernel.__code__.co_names)
             yield from (function for function in called if hasattr(function, "stats"))
-
-
-def _cached() -> dict[str, int]:
-    """Return of how many kernels there is machine code on disk; nothing where Numba's inside looks different."""
-    there = total = 0
-    for kernel in dispatchers():
-        file = getattr(getattr(kernel, "_cache", None), "_cache_file", None)
-        load: Callable[[], Mapping[Any, Any]] | None = getattr(file, "_load_index", None)
-        if load is None:
-            return {}
-        total += 1
-        there += bool(load())
-    return {"there": there, "total": total}
 
 
 def judge(ranks: Ranks) -> Findings:

@@ -93,10 +93,7 @@ print("facts", json.dumps(mpi.start()), flush=True)
 def facts_of_process(seconds: float) -> Facts:
     """Return the facts of another process: without a launcher some MPIs end the process that starts them. Local.
 
-    Returns
-    -------
-    dict
-        The facts. When MPI did not start also why, as "problem"; and "ended" when it has ended the process.
+    When MPI did not start, they include why, as "problem"; and "ended" when it has ended the process.
     """
     status, printed, errors = run_python(_CHILD, seconds, os.environ)
     parts = [json.loads(line.removeprefix("facts ")) for line in printed.splitlines() if line.startswith("facts ")]
