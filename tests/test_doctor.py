@@ -683,9 +683,9 @@ def test_a_doctor_that_gets_no_answers_ends_all(monkeypatch, capsys, rank, error
     assert words in f"{report.findings}"
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_files_that_other_nodes_look_for_are_removed(tmp_path, monkeypatch, broken):
-    """Also when looking for them breaks; none is left where there is no folder. On two nodes: tests/slurm/test_newcomer.py."""
+@pytest.mark.parametrize(("broken", "cache"), [(False, True), (False, False), (True, True)])
+def test_files_that_other_nodes_look_for_are_removed(tmp_path, monkeypatch, broken, cache):
+    """Also when looking for them breaks; there is none without a folder. On two nodes: tests/slurm/test_newcomer.py."""
     folders, seen = {"folder": tmp_path / "runs", "kernels": tmp_path / "cache"}, []
     for folder in list(folders.values())[: 1 if broken else 2]:
         folder.mkdir()
@@ -698,11 +698,11 @@ def test_files_that_other_nodes_look_for_are_removed(tmp_path, monkeypatch, brok
     looking = [check(lambda _, path=path: {"path": str(path)}, name) for name, path in folders.items()]
     monkeypatch.setattr(doctor_checks, "CHECKS", looking)
     monkeypatch.setattr(doctor_checks, "FOLDERS", check(look))
-    comm = fake_comm(0, 2, improbe=lambda tag: SimpleNamespace(recv=lambda: (1, of(folder=False, kernels=True))))
+    comm = fake_comm(0, 2, improbe=lambda tag: SimpleNamespace(recv=lambda: (1, of(folder=True, kernels=cache))))
     both = context(comm=comm, placements=[Placement(0, "n0"), Placement(1, "n1")])
     all_ranks._Examination(Report(both), QUIET).check_each_rank(5.0)
     assert seen[0].items() >= of(folder=True, folder_path=str(folders["folder"])).items()
-    assert both.shared_cache == (not broken)
+    assert both.shared_cache == (cache and not broken)
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
 
 
