@@ -1,7 +1,6 @@
 """The checks on all ranks of a world, one after the other: facts of each rank, judged on rank 0."""
 
 import platform
-from pathlib import Path
 from time import monotonic, sleep
 
 from mpi_ef.comm.consensus import ranks_text
@@ -9,7 +8,7 @@ from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.jobs.doctor import checks, registry
 from mpi_ef.jobs.doctor.checks.allreduce import MESSAGE_SECONDS
 from mpi_ef.jobs.doctor.checks.mpi import name_of
-from mpi_ef.jobs.doctor.checks.shared import leave_tokens
+from mpi_ef.jobs.doctor.checks.shared import tokens_in
 from mpi_ef.jobs.doctor.finding import Facts, Finding, Placement, finding
 from mpi_ef.jobs.doctor.registry import Check
 from mpi_ef.jobs.doctor.report import Report
@@ -70,8 +69,7 @@ class _Examination:
         self.report, self.watchdog = report, watchdog
         self.context, self.patience = report.context, report.context.config.patience
         self.poller = RankPoller(self.context.comm)
-        self.paths: dict[str, str | None] = {}  # on rank 0, the folder that a check has looked at
-        self.tokens: dict[str, str] = {}  # on rank 0
+        self.paths: dict[str, str] = {}  # on rank 0, folders that checks have looked at
 
     def run(self) -> bool:
         """Take all steps and return whether all messages have arrived. Collective."""
@@ -96,18 +94,11 @@ class _Examination:
         for check in checks.CHECKS:
             self._step(check, max(_LEAST_SECONDS, limit - monotonic()))
         if self.context.nodes > 1:
-            try:
-                self.context.tokens = self.poller.exchange(None, self.patience, self._leave_tokens)
+            with tokens_in(self.paths) as tokens:
+                self.context.tokens = self.poller.exchange(None, self.patience, lambda _: tokens)
                 self.context.shared_cache = "kernels" in self._step(checks.FOLDERS)
-            finally:
-                for token in self.tokens.values():
-                    Path(token).unlink(missing_ok=True)
         if self.context.config.warmup:
             self._step(checks.WARM_UP)
-
-    def _leave_tokens(self, _: object) -> dict[str, str]:
-        self.tokens = leave_tokens({name: self.paths.get(name) for name in ("folder", "kernels")})
-        return self.tokens
 
     def _step(self, check: Check, seconds: float = 0.0) -> set[str]:
         """Do a check, and return which facts are true on all ranks that take part. Collective."""
@@ -127,7 +118,8 @@ class _Examination:
             self.watchdog.enter(f"the check '{check.name}' on other ranks", 3 * (seconds + self.patience))
             agreed: set[str] = self.poller.exchange(mine, seconds + self.patience, reply)
         if self.poller.rank == 0:
-            self.paths[check.name] = found[0].get("path")
+            if path := found[0].get("path"):
+                self.paths[check.name] = path
             self.report.add(registry.judge(check, placements, found))
         return agreed
 

@@ -103,7 +103,8 @@ def counted(count: int, noun: str) -> str:
 def texts() -> Mapping[str, Mapping[str, str]]:
     """Return topic, level, what, todo and means of all findings by name, or name and variant ("threads.unset"). Local."""
     table = tomllib.loads(Path(__file__).with_name("findings.toml").read_text(encoding="utf-8"))
-    return {name: {"topic": topic, "level": "ok", "todo": "", "means": "", **text}
+    well = {"level": "ok", "todo": "", "means": ""}
+    return {name: {"topic": topic, **(text if isinstance(text, dict) else well | {"what": text})}
             for topic, entries in table.items() for name, text in entries.items()}
 
 
