@@ -350,7 +350,7 @@ ABORTING = "'hello\\naborting: MPI_Init failed'"
     ("import time; time.sleep(60)", 1.0, "no end after 1 s"),
     ('print(\'facts {"library": "Cray MPICH"}\', flush=True); import os; os.abort()', 30.0, "exit status -6")])
 def test_an_mpi_that_ends_its_process(monkeypatch, program, seconds, problem):
-    """As on login nodes of Cray machines: the doctor stays alive, and knows the library."""
+    """As on login nodes of Cray machines: the doctor goes on, with the name of the library."""
     monkeypatch.setattr(mpi, "_CHILD", program)
     facts = mpi.facts_of_process(seconds)
     assert facts["problem"].startswith(problem)

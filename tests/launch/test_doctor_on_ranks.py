@@ -15,7 +15,7 @@ HOST = os.uname().nodename
 
 
 def read(ended):
-    """The document among what a launcher has to say itself, and its findings by name."""
+    """The document among what a launcher prints itself, and its findings by name."""
     document = json.loads(ended.text[ended.text.index("{\n") : ended.text.rindex("\n}") + 2])
     return document, {finding["name"]: finding for finding in document["findings"]}
 

@@ -40,7 +40,7 @@ def _write_and_remove(path: Path) -> None:
 
 
 def _shm_wanted(ranks: int) -> int:
-    """Return what MPI and workers of DataLoaders are likely to want of shared memory."""
+    """Return what MPI and workers of DataLoaders are likely to need of shared memory."""
     return (64 + 16 * ranks) * MB
 
 

@@ -64,7 +64,7 @@ def _run_rules(compressor: Any, comm: Comm) -> None:
 
 
 def optimizers() -> Iterator[Callable[[Any], None]]:
-    """Yield collective programs that make steps of an optimizer each, of all that ``mpi-ef train`` knows."""
+    """Yield collective programs that make steps of an optimizer each, of all that ``mpi-ef train`` has."""
     from mpi_ef.jobs.train.choices import OPTIMIZERS
     from mpi_ef.jobs.train.config import TrainConfig
 
