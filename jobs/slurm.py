@@ -186,16 +186,15 @@ def _mpi_type(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def ask_srun() -> str:
-    """Return what srun prints of what it offers, which is nothing where there is no srun."""
+def ask_srun(seconds: float | None = None) -> str:
+    """Return what srun prints of what it offers, which is nothing where there is no srun, or it does not answer. Local."""
     program = shutil.which("srun")
     if program is None:
         return ""
     try:
         ended = subprocess.run(  # noqa: S603
-            [program, "--mpi=list"], capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
-        )
-    except subprocess.TimeoutExpired:
+            [program, "--mpi=list"], capture_output=True, text=True, check=False, timeout=seconds or PATIENCE_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
         return ""
     return ended.stdout + ended.stderr  # old versions print it as an error
 

@@ -519,9 +519,9 @@ def test_intel_mpi_wants_one_thing_more(monkeypatch, capsys):
         assert ("Intel MPI also wants I_MPI_PMI_LIBRARY, the path of Slurm's libpmi2.so" in said.err) == told
 
 
-@pytest.mark.parametrize("program", [None, "#!/bin/sh\nexec /bin/sleep 1000\n"])
+@pytest.mark.parametrize("program", [None, "#!/bin/sh\nexec /bin/sleep 1000\n", ""])
 def test_an_srun_that_says_nothing(tmp_path, monkeypatch, program):
-    """There is none, or it does not come back."""
+    """There is none, or it does not come back, or it is no program."""
     if program is not None:
         (tmp_path / "srun").write_text(program)
         (tmp_path / "srun").chmod(0o755)

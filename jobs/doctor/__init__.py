@@ -4,4 +4,4 @@ from mpi_ef.moved import earlier
 
 __all__: list[str] = []
 
-__getattr__ = earlier(__name__, main="program", DoctorConfig="report", Report="report")
+__getattr__ = earlier(__name__, main="program", DoctorConfig="registry", Report="report")

@@ -1,35 +1,34 @@
-"""The doctor on all ranks of a world: checks of each rank, and what ranks do together; rank 0 judges the facts."""
+"""The checks on all ranks of a world, one after the other: facts of each rank, judged on rank 0."""
 
 import platform
-from dataclasses import replace
-from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 
 from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.jobs.doctor import checks, registry
 from mpi_ef.jobs.doctor.checks.allreduce import MESSAGE_SECONDS
 from mpi_ef.jobs.doctor.checks.mpi import name_of
-from mpi_ef.jobs.doctor.checks.shared import leave_tokens
-from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, error_text, placements_of
-from mpi_ef.jobs.doctor.registry import Check, Context
+from mpi_ef.jobs.doctor.checks.shared import tokens_in
+from mpi_ef.jobs.doctor.finding import Facts, Finding, Placement, finding
+from mpi_ef.jobs.doctor.registry import Check
 from mpi_ef.jobs.doctor.report import Report
-from mpi_ef.jobs.doctor.watchdog import NoAnswerError, RankPoller, Watchdog
+from mpi_ef.jobs.doctor.watchdog import NoAnswerError, RankPoller, Watchdog, error_text
 from mpi_ef.runtime import launch
 
-__all__ = ["examine"]
+__all__ = ["examine", "examine_alone"]
+
+_LEAST_SECONDS = 3.0  # for a check that comes after one that has used up the time
 
 
-def examine(context: Context, report: Report, watchdog: Watchdog) -> int:
+def examine(report: Report, watchdog: Watchdog) -> int:
     """Look at all ranks and return the exit status: that of the findings on rank 0, else 0. Collective.
 
     Ends the world when ranks are missing, or when messages are still under way that MPI would wait for.
     """
     from mpi4py import MPI
 
-    examination = _Examination(context, report, watchdog)
-    rank, patience = examination.poller.rank, context.config.patience
+    examination = _Examination(report, watchdog)
+    rank, patience = examination.poller.rank, report.context.config.patience
     try:
         complete = examination.run()
     except NoAnswerError as error:
@@ -44,11 +43,19 @@ def examine(context: Context, report: Report, watchdog: Watchdog) -> int:
     if not complete or not examination.poller.sent(MESSAGE_SECONDS):
         if rank:
             sleep(2 * MESSAGE_SECONDS)  # rank 0 ends all, unless it is not there
-        launch.abort(context.comm, 1)
+        launch.abort(report.context.comm, 1)
     watchdog.enter("the end of MPI (MPI_Finalize)", patience)
     MPI.Finalize()
     watchdog.leave()
     return report.status
+
+
+def examine_alone(report: Report) -> int:
+    """Look at this process, which is no rank of a world, and return the exit status. Local."""
+    watchdog = Watchdog(report.show_hanging)
+    _Examination(report, watchdog).check_each_rank(2 * report.context.config.patience)
+    watchdog.leave()
+    return report.show()
 
 
 def _silent(ranks: list[int], patience: float) -> Finding:
@@ -58,59 +65,44 @@ def _silent(ranks: list[int], patience: float) -> Finding:
 class _Examination:
     """The steps, in the order in which all ranks take them."""
 
-    def __init__(self, context: Context, report: Report, watchdog: Watchdog) -> None:
-        self.context, self.report, self.watchdog = context, report, watchdog
-        self.poller = RankPoller(context.world)
-        self.tokens: dict[str, str] = {}  # on rank 0
+    def __init__(self, report: Report, watchdog: Watchdog) -> None:
+        self.report, self.watchdog = report, watchdog
+        self.context, self.patience = report.context, report.context.config.patience
+        self.poller = RankPoller(self.context.comm)
+        self.paths: dict[str, str] = {}  # on rank 0, folders that checks have looked at
 
     def run(self) -> bool:
         """Take all steps and return whether all messages have arrived. Collective."""
         self._place()
-        try:
-            tokens = self._check_each_rank()
-            seen = self._step(checks.FOLDERS, replace(self.context, tokens=tokens))
-        finally:
-            for token in self.tokens.values():
-                Path(token).unlink(missing_ok=True)
-        if self.context.config.warmup:
-            self._step(checks.WARM_UP, replace(self.context, shared_cache="kernels" in seen))
-        true_on_all = [self._step(check, self.context) for check in (checks.SUM, checks.LINKS)]
+        self.check_each_rank(self.patience)
+        true_on_all = [self._step(check) for check in (checks.SUM, checks.LINKS)]
         return all("arrived" in names for names in true_on_all)
 
     def _place(self) -> None:
         """Find out where the ranks are, before anything that takes time: silent ones are named with their node."""
-        patience = self.context.config.patience
-        self.watchdog.enter("the first call of MPI (MPI_Comm_split_type)", patience)
-        local, leader = local_rank(self.context.world)
-        self.watchdog.enter("the first messages", 4 * patience)
-        placements = self.poller.exchange((platform.node(), local, leader), patience, placements_of)
-        self.context = replace(self.context, placements=placements, placement=placements[self.poller.rank])
+        context = self.context
+        self.watchdog.enter("the first call of MPI (MPI_Comm_split_type)", self.patience)
+        local, leader = local_rank(context.world)
+        self.watchdog.enter("the first messages", 4 * self.patience)
+        context.placements = self.poller.exchange((platform.node(), local, leader), self.patience, placements_of)
+        context.placement = context.placements[self.poller.rank]
+        self.report.started_by = f", {name_of(context.mpi)}, started by {context.launcher.name if context.launcher else ''}"
 
-    def _check_each_rank(self) -> dict[str, str]:
-        """Do the checks of each rank alone, and return the tokens that rank 0 has left for other nodes."""
-        context, patience = self.context, self.context.config.patience
-        longest = registry.longest_seconds(patience, checks.CHECKS)
-        self.watchdog.enter("the checks of each rank", 4 * longest)
+    def check_each_rank(self, seconds: float) -> None:
+        """Do the checks that call no MPI, most of them within so many seconds and a few. Collective."""
+        limit = monotonic() + seconds
+        for check in checks.CHECKS:
+            self._step(check, max(_LEAST_SECONDS, limit - monotonic()))
+        if self.context.nodes > 1:
+            with tokens_in(self.paths) as tokens:
+                self.context.tokens = self.poller.exchange(None, self.patience, lambda _: tokens)
+                self.context.shared_cache = "kernels" in self._step(checks.FOLDERS)
+        if self.context.config.warmup:
+            self._step(checks.WARM_UP)
 
-        def judge(found: list[dict[str, Facts]]) -> dict[str, str]:
-            self.report.placements = context.placements
-            launcher = context.launcher.name if context.launcher else ""
-            self.report.started_by = f", {name_of(context.mpi)}, started by {launcher}"
-            for check in checks.CHECKS:
-                self.report.add(registry.judge(check, context.placements, [facts.get(check.name) for facts in found]))
-            if context.nodes > 1:
-                self.tokens = leave_tokens({name: found[0].get(name, {}).get("path") for name in ("folder", "kernels")})
-            return self.tokens
-
-        tokens: dict[str, str] = self.poller.exchange(
-            registry.collect(context, patience, checks.CHECKS), longest, judge
-        )
-        return tokens
-
-    def _step(self, check: Check, context: Context) -> set[str]:
-        """Do a check that involves other ranks, and return which facts are true on all of them. Collective."""
-        patience, placements = context.config.patience, context.placements
-        seconds = check.seconds or patience
+    def _step(self, check: Check, seconds: float = 0.0) -> set[str]:
+        """Do a check, and return which facts are true on all ranks that take part. Collective."""
+        placements, seconds = self.context.placements, seconds or check.seconds or self.patience
         found: list[Facts] = [{} for _ in placements]
 
         def reply(answers: list[Facts]) -> set[str]:
@@ -120,13 +112,28 @@ class _Examination:
             return {name for name in taking_part[0] if all(facts.get(name) is True for facts in taking_part)}
 
         for turn in range(check.turns):
-            self.watchdog.enter(f"the check '{check.name}'", 2 * seconds + patience)
-            mine = check.facts(replace(context, turn=turn), seconds)
-            self.watchdog.enter(f"the check '{check.name}' on other ranks", 3 * (seconds + patience))
-            agreed: set[str] = self.poller.exchange(mine or {}, seconds + patience, reply)
+            self.context.turn = turn
+            self.watchdog.enter(f"the check '{check.name}'", 2 * seconds + self.patience)
+            mine = check.facts(self.context, seconds)
+            self.watchdog.enter(f"the check '{check.name}' on other ranks", 3 * (seconds + self.patience))
+            agreed: set[str] = self.poller.exchange(mine, seconds + self.patience, reply)
         if self.poller.rank == 0:
+            if path := found[0].get("path"):
+                self.paths[check.name] = path
             self.report.add(registry.judge(check, placements, found))
         return agreed
+
+
+def placements_of(answers: list[tuple[str, int, int]]) -> list[Placement]:
+    """Return where the ranks are, from host, number on the node, and first rank of the node of every rank.
+
+    Nodes are what shares memory, and are named by their hosts.
+    """
+    numbers: dict[str, dict[int, int]] = {}  # of the nodes of a host, by their first ranks
+    for host, _, leader in answers:
+        numbers.setdefault(host, {}).setdefault(leader, len(numbers[host]) + 1)
+    return [Placement(rank, host if len(numbers[host]) == 1 else f"{host}#{numbers[host][leader]}", local)
+            for rank, (host, local, leader) in enumerate(answers)]
 
 
 def local_rank(comm: MpiComm) -> tuple[int, int]:

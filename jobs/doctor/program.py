@@ -8,18 +8,15 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from textwrap import wrap
 
-from mpi_ef.jobs.doctor import all_ranks, checks, registry
-from mpi_ef.jobs.doctor.checks import mpi
-from mpi_ef.jobs.doctor.checks.launcher import ended_at_start, launcher_of
-from mpi_ef.jobs.doctor.finding import Finding
-from mpi_ef.jobs.doctor.ranks import error_text
-from mpi_ef.jobs.doctor.registry import Context, Launcher
-from mpi_ef.jobs.doctor.report import DoctorConfig, Report, columns
-from mpi_ef.jobs.doctor.watchdog import ExitMessage, Watchdog
+from mpi_ef.jobs.doctor import all_ranks
+from mpi_ef.jobs.doctor.checks import launcher, mpi
+from mpi_ef.jobs.doctor.finding import Placement, RankFacts, Ranks
+from mpi_ef.jobs.doctor.registry import Context, DoctorConfig, Launcher
+from mpi_ef.jobs.doctor.report import Report, columns
+from mpi_ef.jobs.doctor.watchdog import ExitMessage, Watchdog, error_text
 from mpi_ef.jobs.options import parse
 
 __all__ = ["main"]
@@ -28,37 +25,19 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> None:
     """Look at everything, print it on one of the ranks, and exit with status 1 when there is an error."""
     config = parse(DoctorConfig, argv, prog="mpi-ef doctor", description=__doc__ or "")
-    report = Report(config)
-    context = Context(config, os.environ, report.placements[0], report.placements, launcher=launcher_of(os.environ))
-    sys.exit(_alone(context, report) if context.launcher is None else _launched(context, context.launcher, report))
-
-
-def _alone(context: Context, report: Report) -> int:
-    """Look at one process that was started without a launcher."""
-    facts = {} if find_spec("mpi4py") is None else mpi.facts_of_process(context.config.patience)
+    here = Placement(node=platform.node())
+    report = Report(Context(config, os.environ, here, [here], launcher=launcher.launcher_of(os.environ)))
+    if report.context.launcher is not None:
+        sys.exit(_launched(report, report.context.launcher))
     report.started_by = ", no launcher"
-    return _look_here(replace(context, mpi=facts), report)
+    report.context.mpi = {} if find_spec("mpi4py") is None else mpi.facts_of_process(config.patience)
+    sys.exit(all_ranks.examine_alone(report))
 
 
-def _look_here(context: Context, report: Report) -> int:
-    """Do the checks of one rank."""
-    patience = context.config.patience
-    found = registry.collect(context, 2 * patience, checks.CHECKS)
-    chosen = checks.CHECKS
-    if context.config.warmup:
-        chosen = [*chosen, checks.WARM_UP]
-        found["warm-up"] = checks.WARM_UP.facts(context, checks.WARM_UP.seconds)
-    for check in chosen:
-        report.add(registry.judge(check, context.placements, [found[check.name]]))
-    report.show()
-    return report.status
-
-
-def _launched(context: Context, launcher: Launcher, report: Report) -> int:
+def _launched(report: Report, launched: Launcher) -> int:
     """Look at all ranks, of which this process is one."""
-    report.launched = True
-    report.started_by = f", one of {launcher.tasks} tasks of {launcher.name}"
-    first = launcher.rank in (None, 0)  # which one prints as long as it is not known whether there is a world
+    context, report.started_by = report.context, f", one of {launched.tasks} tasks of {launched.name}"
+    first = launched.rank in (None, 0)  # which one prints as long as it is not known whether there is a world
     message = ExitMessage()
 
     def show_hanging(call: str) -> None:
@@ -69,46 +48,44 @@ def _launched(context: Context, launcher: Launcher, report: Report) -> int:
     watchdog = Watchdog(show_hanging, 0.0 if first else 10.0)
     watchdog.enter("the start of MPI (MPI_Init)", context.config.patience)
     try:
-        context = replace(context, mpi=mpi.facts_of_library())
+        context.mpi = mpi.facts_of_library()
         if first:
-            message = ExitMessage(report.text([ended_at_start(context, launcher)]))
-        context = replace(context, mpi={**context.mpi, **mpi.start()})
+            message = ExitMessage(report.text([launcher.ended_at_start(context, launched)]))
+        context.mpi |= mpi.start()
     except Exception as error:
         watchdog.leave()
         message.cancel()
         if first:
-            return _look_here(replace(context, mpi={"problem": error_text(error)}), report)
-        if launcher.first_on_node:  # the others may be fine, and wait in MPI_Init
-            task = f"task {launcher.rank} on {platform.node()}"
+            context.mpi = {"problem": error_text(error)}
+            return all_ranks.examine_alone(report)
+        if launched.first_on_node:  # the others may be fine, and wait in MPI_Init
+            task = f"task {launched.rank} on {platform.node()}"
             sys.stderr.write(f"mpi-ef doctor: {task} has no MPI: {error_text(error)}\n")
         return 0  # the status of the first is that of all; leaving early with another would get it killed
     message.cancel()
-    if context.mpi["size"] == 1 and launcher.tasks > 1:
+    if context.mpi["size"] == 1 and launched.tasks > 1:
         watchdog.leave()
-        return _show_singleton_worlds(context, report) if first else 0
+        return _show_singleton_worlds(report) if first else 0
     from mpi4py import MPI
 
-    return all_ranks.examine(replace(context, comm=MPI.COMM_WORLD), report, watchdog)
+    context.comm = MPI.COMM_WORLD
+    return all_ranks.examine(report, watchdog)
 
 
-def _show_singleton_worlds(context: Context, report: Report) -> int:
+def _show_singleton_worlds(report: Report) -> int:
     """Print that the ranks are no world, and nothing else: all else would hold for one of the copies."""
-    [check] = [check for check in checks.CHECKS if check.name == "launcher"]
-    report.add(registry.judge(check, context.placements, [check.module.collect(context)]))
+    context = report.context
+    report.add(launcher.judge(Ranks([RankFacts(context.placement, launcher.collect(context))])))
     if context.config.json:
-        report.show()
-    else:
-        sys.stdout.write(_banner(report.findings[0], columns()))
-        sys.stdout.flush()
-    return report.status
-
-
-def _banner(found: Finding, width: int) -> str:
+        return report.show()
+    [found], width = report.findings, columns()
     bar = "!" * width
     heading = "EVERY TASK IS RANK 0 OF ITS OWN WORLD: THE RANKS DO NOT SEE EACH OTHER"
     todo = wrap(f"What to do: {found.todo}", width, break_long_words=False, break_on_hyphens=False)
     lines = [bar, heading.center(width).rstrip(), bar, *wrap(found.what, width), "", *todo, bar]
-    return "\n".join(lines) + "\nverdict: 1 error: put this right first (lonely-ranks)\n"
+    sys.stdout.write("\n".join([*lines, "verdict: 1 error: put this right first (lonely-ranks)", ""]))
+    sys.stdout.flush()
+    return report.status
 
 
 if __name__ == "__main__":

@@ -1,35 +1,48 @@
-"""What a check is; doing checks on a rank, and judging what they have found on all ranks."""
+"""Options, and what a check is; a check on one rank, and the judgement of what it has found on all ranks."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from time import monotonic
-from typing import Any, Protocol
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from mpi_ef.comm.protocol import MpiComm
-from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import FAILED, Facts, Placement, RankFacts, Ranks, error_text
-from mpi_ef.jobs.doctor.report import DoctorConfig
-from mpi_ef.jobs.doctor.watchdog import run_with_timeout
+from mpi_ef.errors import ConfigError
+from mpi_ef.jobs.doctor.finding import FAILED, Facts, Finding, Findings, Placement, RankFacts, Ranks, finding
+from mpi_ef.jobs.doctor.watchdog import error_text, run_with_timeout
+from mpi_ef.jobs.options import option
 
-__all__ = ["Check", "Context", "Launcher", "collect", "failure", "judge", "longest_seconds"]
+__all__ = ["Check", "Context", "DoctorConfig", "Launcher", "failure", "judge", "lines_of"]
 
-_LEAST_SECONDS = 3.0  # for a check that comes after one that has used up the time
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Options of the doctor; every field is a flag."""
+
+    out: Path = option(Path("runs"), "folder that runs write to; what checkpoints need is tried there")
+    warmup: bool = option(False, "compile the kernels: one rank of each node first, then the others load them")
+    json: bool = option(False, "print all findings as JSON")
+    patience: float = option(60.0, "seconds after which a check that does not come back counts as hanging")
+
+    def __post_init__(self) -> None:
+        if not self.patience > 0:
+            raise ConfigError(f"patience={self.patience} is not positive; take for example 60")
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """What has started this process, as the environment tells."""
+    """What has started this process, according to the environment."""
 
     name: str
     variable: str  # with the number of tasks
     tasks: int
     rank: int | None  # number of this task
-    first_on_node: bool = True  # as far as the launcher tells
+    first_on_node: bool = True  # as far as the launcher shows
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
-    """What a check may look at on a rank."""
+    """What a check may look at on a rank; it grows as more is known."""
 
     config: DoctorConfig
     environment: Mapping[str, str]
@@ -53,27 +66,18 @@ class Context:
         """How many nodes there are."""
         return len({placement.node for placement in self.placements})
 
-    @property
-    def ranks_here(self) -> int:
-        """How many ranks are on this node."""
-        return sum(placement.node == self.placement.node for placement in self.placements)
-
-
-class _Module(Protocol):
-    def collect(self, context: Context, /) -> Facts:
-        """Return facts of this rank that JSON can hold; whatever it raises becomes a finding."""
-
-    def judge(self, ranks: Ranks, /) -> Iterable[Finding]:
-        """Yield what the facts of all ranks mean."""
-
 
 @dataclass(frozen=True)
 class Check:
-    """Something to look at: a module with ``collect`` and ``judge``."""
+    """A module with two functions.
+
+    ``collect(context)`` returns facts of this rank that JSON can hold; whatever it raises becomes a finding.
+    ``judge(ranks)`` yields the findings that follow from the facts of all ranks.
+    """
 
     name: str
     topic: str
-    module: _Module
+    module: ModuleType
     per_node: bool = False  # whether the first rank of every node is enough
     seconds: float = 0.0  # how long it may take, if not as long as the user has patience
     turns: int = 1  # how often it is called, one time after the other
@@ -83,38 +87,25 @@ class Check:
         """Return whether a rank takes part."""
         return placement.local == 0 or not self.per_node
 
-    def facts(self, context: Context, seconds: float) -> Facts | None:
-        """Return the facts of this rank, or why there are none, within so many seconds; None where it takes no part."""
+    def facts(self, context: Context, seconds: float) -> Facts:
+        """Return the facts of this rank, or why there are none, within so many seconds; none where it takes no part."""
         if not self.concerns(context.placement):
-            return None
+            return {}
         if not self.uses_mpi:
             return run_with_timeout(lambda: self.module.collect(context), seconds)
         try:
-            return self.module.collect(context)
+            return dict(self.module.collect(context))
         except Exception as error:
             return {FAILED: error_text(error)}
 
 
-def collect(context: Context, seconds: float, checks: Sequence[Check]) -> dict[str, Facts | None]:
-    """Return the facts of all checks on this rank, by name. Local; takes so many seconds and a few, whatever hangs."""
-    limit = monotonic() + seconds
-    return {check.name: check.facts(context, max(_LEAST_SECONDS, limit - monotonic())) for check in checks}
-
-
-def longest_seconds(seconds: float, checks: Sequence[Check]) -> float:
-    """Return how long `collect` takes at most that was given so many seconds, with some to spare."""
-    return seconds + (_LEAST_SECONDS + 1.0) * len(checks) + 5.0
-
-
-def judge(check: Check, placements: Iterable[Placement], facts: Iterable[Facts | None]) -> Iterator[Finding]:
+def judge(check: Check, placements: Iterable[Placement], facts: Iterable[Facts]) -> Findings:
     """Yield the findings of a check from the facts of all ranks; also that it was not done on some, or cannot be judged."""
-    pairs = [(p, some) for p, some in zip(placements, facts, strict=True) if some is not None and check.concerns(p)]
-    ranks = Ranks(RankFacts(placement.rank, placement.node, some) for placement, some in pairs)
-    for reason, failed in ranks.which(lambda one: one[FAILED] is not None).by(lambda one: str(one[FAILED])).items():
+    ranks = Ranks(RankFacts(p, some) for p, some in zip(placements, facts, strict=True) if check.concerns(p))
+    for reason, failed in ranks.which(FAILED).by(lambda one: str(one[FAILED])).items():
         yield failure(check.topic, check.name, reason, failed)
-    done = Ranks(ranks.which(lambda one: one[FAILED] is None))
     try:
-        if done:
+        if done := Ranks(one for one in ranks if not one[FAILED]):
             yield from check.module.judge(done)
     except Exception as error:
         yield failure(check.topic, check.name, error_text(error))
@@ -122,8 +113,14 @@ def judge(check: Check, placements: Iterable[Placement], facts: Iterable[Facts |
 
 def failure(topic: str, name: str, reason: str, ranks: Ranks | tuple[int, ...] = ()) -> Finding:
     """Return the finding that a check was not done, and why."""
-    if reason.startswith(("ImportError", "ModuleNotFoundError")):
-        return finding("check-import", ranks, topic=topic, check=name, reason=reason)
-    if reason.startswith("no end"):
-        return finding("check-hangs", ranks, topic=topic, check=name, reason=reason)
-    return finding("check-failed", ranks, topic=topic, check=name, reason=reason)
+    imports = reason.startswith(("ImportError", "ModuleNotFoundError"))
+    key = "check-import" if imports else "check-hangs" if reason.startswith("no end") else "check-failed"
+    return finding(key, ranks, topic=topic, check=name, reason=reason)
+
+
+def lines_of(file: str | Path) -> list[str]:
+    """Return the lines of a file of the system; none where it has no such file. Local."""
+    try:
+        return Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

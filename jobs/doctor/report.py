@@ -1,52 +1,31 @@
-"""Options of the doctor; its findings as a page for terminals and as JSON for programs."""
+"""The findings as a page for terminals and as JSON for programs."""
 
 import json
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from textwrap import wrap
 from typing import Any
 
 import mpi_ef
-from mpi_ef.errors import ConfigError
-from mpi_ef.jobs.doctor.finding import LEVELS, TOPICS, Finding, finding
-from mpi_ef.jobs.doctor.ranks import Placement, counted
-from mpi_ef.jobs.options import option
+from mpi_ef.jobs.doctor.finding import LEVELS, TOPICS, Finding, counted, finding
+from mpi_ef.jobs.doctor.registry import Context
 
-__all__ = ["DoctorConfig", "Report", "columns", "document", "page", "verdict"]
+__all__ = ["Report", "columns", "document", "page", "verdict"]
 
-_LABELS = {"ok": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}
-_COLORS = {"ok": "32", "note": "36", "warning": "33;1", "error": "31;1"}
+_LABELS = {"ok": ("ok", "32"), "note": ("note", "36"), "warning": ("WARNING", "33;1"), "error": ("ERROR", "31;1")}  # colour
 _MARGIN = 11
-
-
-@dataclass(frozen=True)
-class DoctorConfig:
-    """Options of the doctor; every field is a flag."""
-
-    out: Path = option(Path("runs"), "folder that runs write to; what checkpoints need is tried there")
-    warmup: bool = option(False, "compile the kernels: one rank of each node first, then the others load them")
-    json: bool = option(False, "print all findings as JSON")
-    patience: float = option(60.0, "seconds after which a check that does not come back counts as hanging")
-
-    def __post_init__(self) -> None:
-        if not self.patience > 0:
-            raise ConfigError(f"patience={self.patience} is not positive; take for example 60")
 
 
 class Report:
     """The findings, which are printed once."""
 
-    def __init__(self, config: DoctorConfig) -> None:
-        self._json = config.json
-        self._shown = False
-        self.placements: Sequence[Placement] = (Placement(node=platform.node()),)
+    def __init__(self, context: Context) -> None:
+        self.context, self.started_by = context, ""
         self.findings: list[Finding] = []
-        self.started_by, self.launched = "", False
+        self._shown = False
 
     def add(self, findings: Iterable[Finding]) -> None:
         """Add findings."""
@@ -59,21 +38,23 @@ class Report:
 
     def text(self, findings: Sequence[Finding]) -> str:
         """Return the page with these findings, or the document."""
-        nodes = list(dict.fromkeys(placement.node for placement in self.placements))
-        if self._json:
-            return document(findings, version=mpi_ef.__version__, ranks=len(self.placements), nodes=nodes)
+        places = self.context.placements
+        ranks, nodes = len(places), list(dict.fromkeys(place.node for place in places))
+        if self.context.config.json:
+            return document(findings, version=mpi_ef.__version__, ranks=ranks, nodes=nodes)
         # Some launchers give every rank a terminal, whatever becomes of what it prints.
-        color = not self.launched and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        where = f"{counted(len(self.placements), 'rank')} on {nodes[0] if len(nodes) == 1 else f'{len(nodes)} nodes'}"
+        color = self.context.launcher is None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        where = f"{counted(ranks, 'rank')} on {nodes[0] if len(nodes) == 1 else f'{len(nodes)} nodes'}"
         title = f"mpi-ef doctor {mpi_ef.__version__}: {where}{self.started_by}"
         return page(title, findings, width=columns(), color=color)
 
-    def show(self) -> None:
-        """Print everything, if that was not done yet."""
+    def show(self) -> int:
+        """Print everything, if that was not done yet, and return the exit status."""
         if not self._shown:
             self._shown = True
             sys.stdout.write(self.text(self.findings) + "\n")  # in one piece: nothing of other ranks gets in between
             sys.stdout.flush()
+        return self.status
 
     def show_hanging(self, call: str) -> None:
         """Add that a call of MPI hangs, and print everything."""
@@ -104,22 +85,23 @@ def page(title: str, findings: Sequence[Finding], *, width: int = 100, color: bo
     """Return the findings by topic, for a terminal of so many columns, with or without colours."""
     lines = wrap(title, width)
     for topic in TOPICS:
-        chosen = [found for found in findings if found.topic == topic]
-        lines += ["", topic] if chosen else []
-        for found in chosen:
-            lines += _lines(found, width, color)
+        shown = [line for found in findings if found.topic == topic for line in _lines(found, width - _MARGIN, color)]
+        lines += ["", topic, *shown] if shown else []
     return "\n".join([*lines, "", *wrap(f"verdict: {verdict(findings)}", width)])
 
 
 def _lines(found: Finding, width: int, color: bool) -> Iterator[str]:
-    # The name leads to the documentation, which has none of what is well.
-    name = "" if found.level == "ok" else f" [{found.name}]"
-    first, *more = wrap(found.what + name, width - _MARGIN, break_long_words=False, break_on_hyphens=False) or [""]
-    label = f"{_LABELS[found.level]:<{_MARGIN - 2}}"
-    yield "  " + (f"\x1b[{_COLORS[found.level]}m{label}\x1b[0m" if color else label) + first
-    yield from (" " * _MARGIN + line for line in more)
-    todo = wrap(found.todo, width - _MARGIN - 3, break_long_words=False, break_on_hyphens=False)
-    yield from (" " * _MARGIN + ("   " if number else "-> ") + line for number, line in enumerate(todo))
+    name = "" if found.level == "ok" else f" [{found.name}]"  # which leads to the documentation
+    label, code = _LABELS[found.level]
+    label = f"{label:<{_MARGIN - 2}}"
+    mark = "  " + (f"\x1b[{code}m{label}\x1b[0m" if color else label)
+    for line in wrap(found.what + name, width, break_long_words=False, break_on_hyphens=False) or [""]:
+        yield mark + line
+        mark = " " * _MARGIN
+    mark += "-> "
+    for line in wrap(found.todo, width - 3, break_long_words=False, break_on_hyphens=False):
+        yield mark + line
+        mark = " " * len(mark)
 
 
 def document(findings: Sequence[Finding], **facts: Any) -> str:

@@ -8,18 +8,23 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, cast
 
 import mpi_ef
 from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.comm.protocol import MpiComm
-from mpi_ef.jobs.doctor.ranks import FAILED, Facts, error_text
+from mpi_ef.jobs.doctor.finding import FAILED, Facts
 from mpi_ef.runtime.timeouts import wait_until
 
-__all__ = ["ExitMessage", "NoAnswerError", "RankPoller", "Watchdog", "run_python", "run_with_timeout"]
+__all__ = ["ExitMessage", "NoAnswerError", "RankPoller", "Watchdog", "error_text", "run_python", "run_with_timeout"]
 
 _ANSWER, _REPLY = 7101, 7102  # tags
 _REST_SECONDS = 0.002
+
+
+def error_text(error: BaseException) -> str:
+    """Return an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def run_with_timeout(action: Callable[[], Facts], seconds: float) -> Facts:
@@ -41,22 +46,20 @@ def run_with_timeout(action: Callable[[], Facts], seconds: float) -> Facts:
     return results[0] if results else {FAILED: f"no end after {seconds:.0f} s"}
 
 
-def run_python(program: str, seconds: float, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str] | None:
-    """Run a program that may import this mpi_ef in another process; return None when that has no end. Local."""
-    home = str(Path(mpi_ef.__file__).resolve().parents[1])
-    paths = os.pathsep.join(filter(None, [home, environment.get("PYTHONPATH")]))
+def run_python(program: str, seconds: float, environment: Mapping[str, str]) -> tuple[int | None, str, list[str]]:
+    """Run a program that may import this mpi_ef in another process. Local.
+
+    Returns its exit status, None when it had no end; what it printed; and the lines of its errors, at least one.
+    """
+    paths = filter(None, [str(Path(mpi_ef.__file__).resolve().parents[1]), environment.get("PYTHONPATH")])
     try:
-        return subprocess.run(  # noqa: S603 - this interpreter, and a program of ours
-            [sys.executable, "-c", program],
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-            errors="replace",
-            env={**environment, "PYTHONPATH": paths},
-        )
+        done = subprocess.run(  # noqa: S603 - this interpreter, and a program of ours
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=seconds, check=False,
+            errors="replace", env={**environment, "PYTHONPATH": os.pathsep.join(paths)})
     except subprocess.TimeoutExpired:
-        return None
+        return None, "", [f"no end after {seconds:.0f} s"]
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return done.returncode, done.stdout, lines or ["no reason given"]
 
 
 class NoAnswerError(RuntimeError):
@@ -68,10 +71,14 @@ class NoAnswerError(RuntimeError):
 
 
 class RankPoller:
-    """Messages to rank 0 and back that find the ranks that are missing, which a collective of MPI cannot."""
+    """Messages to rank 0 and back that find the ranks that are missing, which a collective of MPI cannot.
 
-    def __init__(self, comm: MpiComm) -> None:
-        self._comm, self.rank, self.size = comm, int(comm.Get_rank()), int(comm.Get_size())
+    Without a communicator this is the only rank.
+    """
+
+    def __init__(self, comm: "MpiComm | None") -> None:
+        self._comm = cast("MpiComm", comm)
+        self.rank, self.size = (comm.Get_rank(), comm.Get_size()) if comm is not None else (0, 1)
         self._sent: list[Any] = []  # requests, and with them what is under way
 
     def exchange(self, answer: Any, seconds: float, reply: Callable[[list[Any]], Any]) -> Any:
@@ -88,7 +95,7 @@ class RankPoller:
         answers = {0: answer}
 
         def complete() -> bool:
-            while (message := self._comm.improbe(tag=_ANSWER)) is not None:
+            while len(answers) < self.size and (message := self._comm.improbe(tag=_ANSWER)) is not None:
                 rank, theirs = message.recv()
                 answers[rank] = theirs
             return len(answers) == self.size
@@ -100,20 +107,18 @@ class RankPoller:
         return value
 
     def sent(self, seconds: float) -> bool:
-        """Tell whether all messages of this rank have left in time. Local."""
+        """Return whether all messages of this rank have left in time. Local."""
         return wait_until(lambda: all(request.Test() for request in self._sent), seconds, rest=_REST_SECONDS)
 
 
 class ExitMessage:
     """A text, if any, that another process prints when this one has ended, in whatever way, before :meth:`cancel`."""
 
-    _SHELL = 'read -r line || printf "%s\\n" "$1"'
-
     def __init__(self, text: str = "") -> None:
         self._process: subprocess.Popen[bytes] | None = None
         if text:
+            command = ["/bin/sh", "-c", 'read -r line || printf "%s\\n" "$1"', "sh", text]
             with suppress(OSError):
-                command = ["/bin/sh", "-c", self._SHELL, "sh", text]
                 self._process = subprocess.Popen(command, stdin=subprocess.PIPE)  # noqa: S603 - a shell, a text of ours
 
     def cancel(self) -> None:
@@ -131,7 +136,7 @@ class Watchdog:
 
     def __init__(self, on_timeout: Callable[[str], None], grace_seconds: float = 0.0) -> None:
         self._on_timeout, self._grace = on_timeout, grace_seconds
-        self._call, self._limit = "", float("inf")
+        self.leave()
         threading.Thread(target=self._run, daemon=True, name="watchdog").start()
 
     def enter(self, call: str, seconds: float) -> None:
@@ -139,8 +144,8 @@ class Watchdog:
         self._call, self._limit = call, monotonic() + seconds + self._grace
 
     def leave(self) -> None:
-        """Watch nothing any more."""
-        self._limit = float("inf")
+        """End the call."""
+        self.enter("", float("inf"))
 
     def _run(self) -> None:
         while monotonic() < self._limit:

@@ -1,22 +1,9 @@
 """The table of checks: a module each, with ``collect`` for every rank and ``judge`` for the facts of all of them."""
 
-from mpi_ef.jobs.doctor.checks import (
-    allreduce,
-    cores,
-    files,
-    kernels,
-    launcher,
-    link,
-    mpi,
-    shared,
-    space,
-    torch,
-    versions,
-    warm_up,
-    workers,
-)
-from mpi_ef.jobs.doctor.checks.allreduce import MESSAGE_SECONDS
 from mpi_ef.jobs.doctor.registry import Check
+
+from . import allreduce, cores, files, kernels, launcher, link, mpi, shared, space, torch, versions, warm_up, workers
+from .allreduce import MESSAGE_SECONDS
 
 __all__ = ["CHECKS", "FOLDERS", "LINKS", "SUM", "WARM_UP"]
 

@@ -1,10 +1,8 @@
 """Whether a sum over all ranks arrives, and is right."""
 
-from collections.abc import Iterator
 from typing import Any
 
-from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, Ranks
+from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, finding
 from mpi_ef.jobs.doctor.registry import Context
 from mpi_ef.runtime.timeouts import wait_until
 
@@ -28,7 +26,7 @@ def collect(context: Context) -> Facts:
     return {"arrived": True, "right": bool(np.array_equal(total, n * ramp + n * (n - 1) / 2))}
 
 
-def judge(ranks: Ranks) -> Iterator[Finding]:
+def judge(ranks: Ranks) -> Findings:
     """Yield whether the sum is right."""
     if late := ranks.which(lambda one: not one["arrived"]):
         yield finding("allreduce.late", late, seconds=MESSAGE_SECONDS)

@@ -4,13 +4,12 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
-from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, Ranks
-from mpi_ef.jobs.doctor.registry import Context
+from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, finding
+from mpi_ef.jobs.doctor.registry import Context, lines_of
 from mpi_ef.jobs.metrics import in_bytes
 
 __all__ = ["MB", "NETWORK", "attempt", "collect", "existing", "file_system", "judge", "space_of"]
@@ -25,15 +24,11 @@ _LEAST_OUT, _FEW_OUT = 64 * MB, 1024 * MB  # below: an error, a warning
 
 def file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
     """Return the type of the file system of `path`, which exists, in words where the system has no list. Local."""
-    try:
-        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return UNKNOWN
     best, kind, place = -1, UNKNOWN, path.resolve()
-    for line in lines:
+    for line in lines_of(mounts):
         before, _, after = line.partition(" - ")
         point = Path(before.split()[4].replace("\\040", " "))
-        if (place == point or point in place.parents) and len(str(point)) >= best:
+        if place.is_relative_to(point) and len(str(point)) >= best:
             best, kind = len(str(point)), after.split()[0]
     return kind
 
@@ -46,13 +41,9 @@ def existing(path: Path) -> Path:
 
 def space_of(path: Path) -> Facts:
     """Return how much space there is on the file system of `path`, which exists. Local."""
-    usage, status = shutil.disk_usage(path), os.statvfs(path)
-    return {
-        "path": str(path),
-        "kind": file_system(path),
-        "free": usage.free,
-        "files_left": status.f_favail if status.f_files else None,
-    }
+    status = os.statvfs(path)
+    return {"path": str(path), "kind": file_system(path), "free": shutil.disk_usage(path).free,
+            "files_left": status.f_favail if status.f_files else None}
 
 
 def attempt(action: Callable[[], object]) -> str:
@@ -77,34 +68,31 @@ def collect(context: Context) -> Facts:
         "locking": context.environment.get("HDF5_USE_FILE_LOCKING", ""),
     }
     try:
-        trial = Path(tempfile.mkdtemp(prefix=".mpi-ef-doctor-", dir=folder))
+        trial = tempfile.TemporaryDirectory(prefix=".mpi-ef-doctor-", dir=folder, ignore_cleanup_errors=True)
     except OSError as error:
         return facts | {"write": error.strerror or str(error)}
-    try:
-        file = trial / "file"
+    with trial as name:
+        file = Path(name, "file")
         facts["write"] = attempt(lambda: file.write_bytes(bytes(MB)))
         if not facts["write"]:
             began = perf_counter()
-            facts["fsync"] = attempt(lambda: _synchronize(file))
+            facts["fsync"] = attempt(lambda: _with_file(file, os.fsync))
             facts["fsync_seconds"] = perf_counter() - began
-            facts["link"] = attempt(lambda: os.link(file, trial / "link"))
-            facts["rename"] = attempt(lambda: file.rename(trial / "other"))
-            facts["lock"] = attempt(lambda: _lock(trial / "other"))
-            facts["hdf5_write"] = attempt(lambda: _write_hdf5(trial / "file.h5"))
-    finally:
-        shutil.rmtree(trial, ignore_errors=True)
+            facts["link"] = attempt(lambda: os.link(file, file.with_name("link")))
+            facts["rename"] = attempt(lambda: file.rename(file.with_name("other")))
+            facts["lock"] = attempt(lambda: _with_file(file.with_name("other"), _lock))
+            facts["hdf5_write"] = attempt(lambda: _write_hdf5(file.with_name("file.h5")))
     return facts
 
 
-def _synchronize(file: Path) -> None:
+def _with_file(file: Path, action: Callable[[int], object]) -> None:
     with file.open("rb+") as opened:
-        os.fsync(opened.fileno())
+        action(opened.fileno())
 
 
-def _lock(file: Path) -> None:
-    with file.open("rb+") as opened:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        fcntl.flock(opened, fcntl.LOCK_UN)
+def _lock(file: int) -> None:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _write_hdf5(path: Path) -> None:
@@ -117,7 +105,7 @@ def _write_hdf5(path: Path) -> None:
             raise OSError("what was written is not what is read")
 
 
-def judge(ranks: Ranks) -> Iterator[Finding]:
+def judge(ranks: Ranks) -> Findings:
     """Yield whether checkpoints can be written."""
     if closed := ranks.which("write"):
         yield finding("folder", closed)
@@ -125,7 +113,7 @@ def judge(ranks: Ranks) -> Iterator[Finding]:
     one = ranks[0]
     elsewhere = f" (for {one['asked']})" if Path(one["asked"]).absolute() != Path(one["path"]) else ""
     yield finding("folder.ok", ranks, elsewhere=elsewhere, free=in_bytes(one["free"]))
-    least = min(ranks, key=lambda some: int(some["free"]))
+    least = min(ranks, key=lambda some: some["free"])
     if least["free"] < _FEW_OUT:
         yield finding("folder-space", Ranks([least]), severe=least["free"] < _LEAST_OUT, free=in_bytes(least["free"]))
     if least["files_left"] is not None and least["files_left"] < 1000:
@@ -133,7 +121,7 @@ def judge(ranks: Ranks) -> Iterator[Finding]:
     for fact, key in (("link", "hard-links"), ("rename", "rename"), ("fsync", "fsync")):
         if unable := ranks.which(fact):
             yield finding(key, unable)
-    if float(one["fsync_seconds"] or 0) > 2:
+    if (one["fsync_seconds"] or 0) > 2:
         yield finding("slow-disk", ranks)
     if failing := ranks.which("hdf5_write"):
         locks = "lock" in failing[0]["hdf5_write"] or failing[0]["lock"]

@@ -2,33 +2,30 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mpi_ef.jobs.doctor.checks.files import NETWORK, file_system
-from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, Ranks
+from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, finding
 from mpi_ef.jobs.doctor.registry import Context
 
 __all__ = ["collect", "dispatchers", "judge"]
 
 
 def collect(context: Context) -> Facts:
-    """Run a small kernel, and return where machine code is kept. Local; imports Numba."""
+    """Run a small kernel, and return where machine code is kept, and of how many kernels. Local; imports Numba."""
     import numpy as np
 
     from mpi_ef import kernels
 
     finite = [bool(kernels.all_finite(x)) for x in (np.ones(9, np.float32), np.full(9, np.nan, np.float32))]
-    path = str(getattr(getattr(next(dispatchers(), None), "_cache", None), "cache_path", None) or "")
-    facts = {
-        "right": finite == [True, False],
-        "path": path,
-        **_cached(),
-        "nodes": context.nodes,
-        "warm_up": context.config.warmup,
-    }
+    caches = [getattr(kernel, "_cache", None) for kernel in dispatchers()]
+    loads: list[Any] = [getattr(getattr(cache, "_cache_file", None), "_load_index", None) for cache in caches]
+    path = str(getattr(next(iter(caches), None), "cache_path", None) or "")
+    facts = {"right": finite == [True, False], "path": path, "nodes": context.nodes, "warm_up": context.config.warmup}
+    if None not in loads:  # as where Numba's inside looks different
+        facts |= {"there": sum(bool(load()) for load in loads), "total": len(loads)}
     if path:
         folder = Path(path)
         status = folder.stat()
@@ -54,20 +51,7 @@ def dispatchers() -> Iterator[Any]:
             yield from (function for function in called if hasattr(function, "stats"))
 
 
-def _cached() -> dict[str, int]:
-    """Return of how many kernels there is machine code on disk; nothing where Numba's inside looks different."""
-    there = total = 0
-    for kernel in dispatchers():
-        file = getattr(getattr(kernel, "_cache", None), "_cache_file", None)
-        load: Callable[[], Mapping[Any, Any]] | None = getattr(file, "_load_index", None)
-        if load is None:
-            return {}
-        total += 1
-        there += bool(load())
-    return {"there": there, "total": total}
-
-
-def judge(ranks: Ranks) -> Iterator[Finding]:
+def judge(ranks: Ranks) -> Findings:
     """Yield whether kernels are right, and their machine code is in a good place."""
     if wrong := ranks.which(lambda one: not one["right"]):
         yield finding("kernels", wrong)
@@ -77,11 +61,8 @@ def judge(ranks: Ranks) -> Iterator[Finding]:
         return
     one = next((some for some in ranks if some["kind"] in NETWORK), ranks[0])
     others = " and others" if len(ranks.by_value("path")) > 1 else ""
-    key = "cache.ok"
-    if one["kind"] in NETWORK and one["nodes"] > 1:
-        key = "cache-network"
-    elif ranks.which("open"):
-        key = "cache-open"
+    disturbed = one["kind"] in NETWORK and one["nodes"] > 1
+    key = "cache-network" if disturbed else "cache-open" if ranks.which("open") else "cache.ok"
     yield finding(key, place=f"{one['path']}{others} ({one['kind']})")
     cold = ranks.which(lambda some: some["total"] and some["there"] < some["total"])
     if cold and not one["warm_up"]:

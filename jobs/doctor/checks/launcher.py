@@ -1,18 +1,17 @@
 """What has started this process, and whether the ranks are one world; what to do when they are not."""
 
 import shutil
-import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from mpi_ef.jobs.doctor.checks.mpi import name_of
-from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, Ranks, counted
+from mpi_ef.jobs.doctor.finding import Facts, Finding, Findings, Ranks, counted, finding
 from mpi_ef.jobs.doctor.registry import Context, Launcher
+from mpi_ef.jobs.slurm import ask_srun
 from mpi_ef.slurm.mpi_types import offered_by, wanted
 
-__all__ = ["collect", "ended_at_start", "judge", "launcher_of", "offered_by_srun"]
+__all__ = ["collect", "ended_at_start", "judge", "launcher_of"]
 
 # Name, a variable that only this one sets, those of the number of tasks and of the task. A launcher that starts its
 # helpers with srun leaves Slurm's variables in the tasks as well: so srun comes late.
@@ -28,23 +27,22 @@ _LAUNCHERS = (
 _LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 # Numbers of batch scripts and interactive shells, which are no tasks of an MPI program.
 _SPECIAL_STEPS = 2**32 - 16
+_SRUN_SECONDS = 10.0
 
 
 def launcher_of(environment: Mapping[str, str]) -> Launcher | None:
     """Return what has started this process as one of several; None for a shell or a batch script. Local."""
+
+    def number(name: str) -> int | None:
+        text = environment.get(name, "")
+        return int(text) if text.isdigit() else None
+
     for name, marker, size, rank in _LAUNCHERS:
-        if name == "srun" and _number(environment.get("SLURM_STEP_ID")) >= _SPECIAL_STEPS:
-            continue
-        tasks = _number(environment.get(size))
-        if marker in environment and tasks > 0:
-            number = _number(environment.get(rank))
+        special = name == "srun" and (number("SLURM_STEP_ID") or 0) >= _SPECIAL_STEPS
+        if marker in environment and (tasks := number(size)) and not special:
             first = all(environment.get(variable, "0") == "0" for variable in _LOCAL_RANKS)
-            return Launcher(name, size, tasks, number if number >= 0 else None, first)
+            return Launcher(name, size, tasks, number(rank), first)
     return None
-
-
-def _number(text: str | None) -> int:
-    return int(text) if text is not None and text.isdigit() else -1
 
 
 def collect(context: Context) -> Facts:
@@ -56,7 +54,7 @@ def collect(context: Context) -> Facts:
     return {**asdict(launcher), "size": size, "remedy": list(remedy(context, launcher)) if singleton else None}
 
 
-def judge(ranks: Ranks) -> Iterator[Finding]:
+def judge(ranks: Ranks) -> Findings:
     """Yield whether the ranks are one world."""
     tasks, size = ranks[0]["tasks"], ranks[0]["size"]
     if tasks is None:
@@ -76,13 +74,13 @@ def ended_at_start(context: Context, launcher: Launcher) -> Finding:
 
 def remedy(context: Context, launcher: Launcher) -> tuple[str, Facts]:
     """Return which text says how to start the ranks as one world, and its fields. Local; calls srun."""
-    library, file = context.mpi.get("library", "unknown"), context.mpi.get("file")
+    library, file, environment = context.mpi.get("library", "unknown"), context.mpi.get("file"), context.environment
     values = {"library": f"{name_of(context.mpi) or 'unknown'}, {file or 'file unknown'}"}
     if launcher.name != "srun":
         beside = Path(str(file or "/")).parent.parent / "bin" / "mpiexec"
         values["beside"] = str(beside) if beside.exists() else f"that of {library}"
         return "mpiexec", values | {"found": shutil.which("mpiexec") or "not in PATH"}
-    offered = offered_by_srun()
+    offered = offered_by(ask_srun(_SRUN_SECONDS))
     kinds = wanted(str(library), offered)[1]
     usable = [kind for kind in kinds if kind in offered]
     best = next(iter((*usable, *kinds)), "")
@@ -90,23 +88,9 @@ def remedy(context: Context, launcher: Launcher) -> tuple[str, Facts]:
     if kinds and offered and not usable:
         advice += ", which srun here does not have: start with mpiexec inside of sbatch"
     listed = f"; srun here has: {', '.join(offered)}" if offered else ""
-    return "srun", values | {"advice": advice, "asked": _asked_for(context.environment), "offered": listed}
-
-
-def _asked_for(environment: Mapping[str, str]) -> str:
+    asked = environment.get("SLURM_MPI_TYPE", "none")
     if any(name.startswith("PMIX_") for name in environment):
-        return "pmix"
-    if "PMI_FD" in environment or "PMI_RANK" in environment:
-        return "pmi2"
-    return environment.get("SLURM_MPI_TYPE", "none")
-
-
-def offered_by_srun(seconds: float = 10.0) -> tuple[str, ...]:
-    """Return what ``srun --mpi=list`` lists; nothing where there is no srun, or it does not answer. Local."""
-    if shutil.which("srun") is None:
-        return ()
-    try:
-        done = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, timeout=seconds, check=False)  # noqa: S607
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    return offered_by(done.stdout + done.stderr)
+        asked = "pmix"
+    elif "PMI_FD" in environment or "PMI_RANK" in environment:
+        asked = "pmi2"
+    return "srun", values | {"advice": advice, "asked": asked, "offered": listed}

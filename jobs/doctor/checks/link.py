@@ -1,16 +1,14 @@
 """What a message costs between two ranks of a node and between two nodes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.jobs.doctor.checks.allreduce import MESSAGE_SECONDS, PENDING
-from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, Placement, Ranks
+from mpi_ef.jobs.doctor.finding import Facts, Findings, Placement, Ranks, finding
 from mpi_ef.jobs.doctor.registry import Context
 from mpi_ef.jobs.link_fit import fit_line
 from mpi_ef.runtime.timeouts import wait_until
@@ -53,11 +51,8 @@ def collect(context: Context) -> Facts:
 
 def fast_devices(system: Path = Path("/sys/class")) -> list[str]:
     """Return network devices that are faster than Ethernet usually is. Local."""
-    found = []
-    for kind in ("infiniband", "cxi", "net"):
-        names = sorted(path.name for path in (system / kind).iterdir()) if (system / kind).is_dir() else []
-        found += [name for name in names if kind != "net" or name.startswith(_FAST_DEVICES)]
-    return found
+    found = [path for kind in ("infiniband", "cxi", "net") for path in sorted((system / kind).glob("*"))]
+    return [path.name for path in found if path.parent.name != "net" or path.name.startswith(_FAST_DEVICES)]
 
 
 def _exchange(comm: MpiComm, other: int) -> dict[str, float | int]:
@@ -78,36 +73,27 @@ def _exchange(comm: MpiComm, other: int) -> dict[str, float | int]:
     return {"latency_seconds": times[0], "bytes_per_second": fit_line(_SIZES, times)[1]}
 
 
-def judge(ranks: Ranks) -> Iterator[Finding]:
+def judge(ranks: Ranks) -> Findings:
     """Yield what messages cost, and those that did not arrive."""
     links = [link for one in ranks for link in one["links"]]
     for link in [link for link in links if "lost_nbytes" in link][:3]:
         (a, b), (node_a, node_b) = link["pair"], link["nodes"]
-        fields = {"a": a, "b": b, "node_a": node_a, "node_b": node_b, "seconds": MESSAGE_SECONDS}
-        yield finding("link-dead", (a, b), nbytes=link["lost_nbytes"], **fields)
+        yield finding("link-dead", (a, b), nbytes=link["lost_nbytes"], a=a, b=b, node_a=node_a, node_b=node_b,
+                      seconds=MESSAGE_SECONDS)
     for kind, between in (("node", "within a node"), ("network", "between nodes")):
         good = [link for link in links if link["kind"] == kind and "lost_nbytes" not in link]
-        if good:
-            yield from _judge_kind(kind, between, good, ranks[0]["devices"])
-
-
-def _judge_kind(
-    kind: str, between: str, links: Sequence[Mapping[str, Any]], devices: Sequence[str]
-) -> Iterator[Finding]:
-    latency = median(float(link["latency_seconds"]) for link in links)
-    speed = median(float(link["bytes_per_second"]) for link in links)
-    many = f", median of {len(links)} pairs" if len(links) > 1 else ""
-    key = "link-node" if kind == "node" else "link-network"
-    if kind == "network" and devices and speed < 1.5e9:
-        key = "slow-network"
-    elif kind == "node" and latency > 200e-6:
-        key = "slow-node"
-    figures = f"{between}: {1e6 * latency:.1f} us for a short message, {_speed(speed)}{many}"
-    yield finding(key, figures=figures, devices=", ".join(devices[:3]))
-    slow = [link for link in links if float(link["bytes_per_second"]) * 3 < speed]
-    if slow:
-        place, own = " and ".join(dict.fromkeys(slow[0]["nodes"])), _speed(slow[0]["bytes_per_second"])
-        yield finding("slow-link", slow[0]["pair"], place=place, speed=own, between=between, usual=_speed(speed))
+        if not good:
+            continue
+        latency, speed = (median(link[figure] for link in good) for figure in ("latency_seconds", "bytes_per_second"))
+        devices = ranks[0]["devices"]
+        slow = latency > 200e-6 if kind == "node" else devices and speed < 1.5e9
+        many = f", median of {len(good)} pairs" if len(good) > 1 else ""
+        figures = f"{between}: {1e6 * latency:.1f} us for a short message, {_speed(speed)}{many}"
+        yield finding(f"{'slow' if slow else 'link'}-{kind}", figures=figures, devices=", ".join(devices[:3]))
+        worst = next((link for link in good if link["bytes_per_second"] * 3 < speed), None)
+        if worst:
+            yield finding("slow-link", worst["pair"], place=" and ".join(dict.fromkeys(worst["nodes"])),
+                          speed=_speed(worst["bytes_per_second"]), between=between, usual=_speed(speed))
 
 
 def _speed(bytes_per_second: float) -> str:

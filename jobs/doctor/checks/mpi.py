@@ -4,14 +4,12 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, Ranks
-from mpi_ef.jobs.doctor.registry import Context
+from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, finding
+from mpi_ef.jobs.doctor.registry import Context, lines_of
 from mpi_ef.jobs.doctor.watchdog import run_python
 
 __all__ = ["collect", "facts_of_library", "facts_of_process", "judge", "name_of", "start"]
@@ -32,7 +30,7 @@ def collect(context: Context) -> Facts:
 
 
 def facts_of_library() -> Facts:
-    """Load the MPI library and return what it says without being started. Local."""
+    """Load the MPI library and return its version text, ABI and file, without a start of MPI. Local."""
     import mpi4py
 
     if "mpi4py.MPI" not in sys.modules:
@@ -43,14 +41,11 @@ def facts_of_library() -> Facts:
     known = ((name, re.search(pattern, text, re.IGNORECASE), abi) for name, pattern, abi in _LIBRARIES)
     named = ((name, match[1], abi) for name, match, abi in known if match)
     library, release, abi = next(named, (" ".join(text.split())[:60], "", "unknown"))
-    return {
-        "library": library,
-        "release": release,
-        "abi": abi,
-        "built_for": _built_for(MPI),
-        "file": _loaded_library(),
-        "standard": ".".join(map(str, MPI.Get_version())),
-    }
+    # The library's file is empty where the system has no list.
+    files = (line.split(maxsplit=5)[-1] for line in lines_of("/proc/self/maps") if "libmpi" in line)
+    file = next((file for file in files if re.search(r"/libmpi(ch)?(_\w+)?\.so[\d.]*$", file)), "")
+    return {"library": library, "release": release, "abi": abi, "built_for": _built_for(MPI), "file": file,
+            "standard": ".".join(map(str, MPI.Get_version()))}
 
 
 def start() -> Facts:
@@ -75,18 +70,8 @@ def _built_for(module: Any) -> str:
     return "openmpi" if vendor in ("Open MPI", "Spectrum MPI") else "mpich" if "MPI" in vendor.upper() else "unknown"
 
 
-def _loaded_library() -> str:
-    """Return the file of the MPI library in this process; empty where the system has no list."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    files = (line.split(maxsplit=5)[-1] for line in lines if "libmpi" in line)
-    return next((file for file in files if re.search(r"/libmpi(ch)?(_\w+)?\.so[\d.]*$", file)), "")
-
-
 def _large_counts(module: Any) -> bool:
-    """Tell whether one call takes more than 2^31 entries: so many of nothing, from this rank to itself."""
+    """Return whether one call takes more than 2^31 entries: so many of nothing, from this rank to itself."""
     try:
         nothing = module.BYTE.Create_contiguous(0).Commit()
         message, target = ([bytearray(8), (1 << 31) + 8, nothing] for _ in range(2))
@@ -108,36 +93,17 @@ print("facts", json.dumps(mpi.start()), flush=True)
 def facts_of_process(seconds: float) -> Facts:
     """Return the facts of another process: without a launcher some MPIs end the process that starts them. Local.
 
-    Returns
-    -------
-    dict
-        The facts. When MPI did not start also why, as "problem"; and "ended" when it has ended the process.
+    When MPI did not start, they include why, as "problem"; and "ended" when it has ended the process.
     """
-    done = run_python(_CHILD, seconds, os.environ)
-    if done is None:
-        return {"problem": f"no end after {seconds:.0f} s", "ended": True}
-    parts = [json.loads(line.removeprefix("facts ")) for line in done.stdout.splitlines() if line.startswith("facts ")]
-    facts = {name: value for part in parts for name, value in part.items()}
+    status, printed, errors = run_python(_CHILD, seconds, os.environ)
+    parts = [json.loads(line.removeprefix("facts ")) for line in printed.splitlines() if line.startswith("facts ")]
+    facts: Facts = {name: value for part in parts for name, value in part.items()}
     if len(parts) == 2:
         return facts
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
-    if "Traceback" in done.stderr:
-        return facts | {"problem": lines[-1][:300]}
-    first = next((line for line in lines if "MPI" in line or "PMI" in line), lines[0])
-    return facts | {"problem": f"exit status {done.returncode}: {first[:200]}", "ended": True}
-
-
-def judge(ranks: Ranks) -> Iterator[Finding]:
-    """Yield whether there is an MPI library, and whether it is one for all ranks."""
-    first = ranks[0]
-    if not first["installed"]:
-        yield finding("mpi4py-missing")
-    elif first["ended"]:
-        yield finding("mpi-singleton", ranks, name=name_of(first.facts) or "MPI")
-    elif first["problem"] is not None:
-        yield finding("mpi-missing", ranks, severe=first["launched"])
-    else:
-        yield from _judge_library(ranks)
+    if any("Traceback" in line for line in errors):
+        return facts | {"problem": errors[-1][:300]}
+    first = next((line for line in errors if "MPI" in line or "PMI" in line), errors[0])
+    return facts | {"problem": first if status is None else f"exit status {status}: {first[:200]}", "ended": True}
 
 
 def name_of(facts: Any) -> str:
@@ -145,20 +111,33 @@ def name_of(facts: Any) -> str:
     return f"{facts.get('library', '')} {facts.get('release', '')}".strip()
 
 
-def _judge_library(ranks: Ranks) -> Iterator[Finding]:
+def judge(ranks: Ranks) -> Findings:
+    """Yield whether there is an MPI library, and whether it is one for all ranks."""
+    first = ranks[0]
+    if not first["installed"]:
+        yield finding("mpi4py-missing")
+    elif first["ended"]:
+        yield finding("mpi-singleton", ranks, name=name_of(first) or "MPI")
+    elif first["problem"] is not None:
+        yield finding("mpi-missing", ranks, severe=first["launched"])
+    else:
+        yield from _judge_library(ranks)
+
+
+def _judge_library(ranks: Ranks) -> Findings:
     kinds, files = ranks.by_value("library"), ranks.by_value("file")
     if len(kinds) == 1:
         kinds = ranks.by_value("release")
     if len(kinds) > 1 or len(files) > 1:
         groups = (files if len(files) > 1 else kinds).values()
-        names = [f"{name_of(some[0].facts)} from {some[0]['file']}{some.where}" for some in groups]
+        names = [f"{name_of(some[0])} from {some[0]['file']}{some.where}" for some in groups]
         yield finding("mpi-differs", severe=len(kinds) > 1, libraries="; ".join(names))
-    yield finding("mpi", ranks, name=name_of(ranks[0].facts), file=ranks[0]["file"] or "file unknown")
+    yield finding("mpi", ranks, name=name_of(ranks[0]), file=ranks[0]["file"] or "file unknown")
     for some in files.values():
         built, abi = some[0]["built_for"], some[0]["abi"]
         if "unknown" not in (built, abi) and built not in (abi, "mpiabi"):
             yield finding("mpi-abi", Ranks(some[:1]))
-    lowest = min(int(one["threads"]) for one in ranks)
+    lowest = min(one["threads"] for one in ranks)
     level = ("single", "funneled", "serialized", "multiple")[lowest]
     low = ranks.which(lambda one: one["threads"] == lowest)
     yield finding("thread-level", low, level=level) if lowest < 2 else finding("thread-level.ok", level=level)

@@ -2,30 +2,32 @@
 
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, Ranks, listed
+from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, finding, listed
 from mpi_ef.jobs.doctor.registry import Context
 from mpi_ef.runtime.timeouts import wait_until
 
-__all__ = ["collect", "judge", "leave_tokens"]
+__all__ = ["collect", "judge", "tokens_in"]
 
 _SECONDS = 3.0  # a network's file system may take a moment to show a file on another node
 
 
-def leave_tokens(folders: Mapping[str, str | None]) -> dict[str, str]:
-    """Make an empty file with a new name in each folder, for other nodes to find; none where that fails. Local."""
-    tokens = {}
-    for name, folder in folders.items():
-        token = Path(folder or "/", f".mpi-ef-doctor-{uuid.uuid4().hex}")
-        try:
-            if folder:
+@contextmanager
+def tokens_in(folders: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Make an empty file with a new name in each folder where that is possible, for other nodes, and remove it. Local."""
+    tokens: dict[str, Path] = {}
+    try:
+        for name, folder in folders.items():
+            token = Path(folder, f".mpi-ef-doctor-{uuid.uuid4().hex}")
+            with suppress(OSError):  # the check of the folder itself shows why
                 token.touch()
-                tokens[name] = str(token)
-        except OSError:
-            continue  # the check of the folder itself says why
-    return tokens
+                tokens[name] = token
+        yield {name: str(token) for name, token in tokens.items()}
+    finally:
+        for token in tokens.values():
+            token.unlink(missing_ok=True)
 
 
 def collect(context: Context) -> Facts:
@@ -36,7 +38,7 @@ def collect(context: Context) -> Facts:
     return {name: token.exists() for name, token in tokens.items()} | paths
 
 
-def judge(ranks: Ranks) -> Iterator[Finding]:
+def judge(ranks: Ranks) -> Findings:
     """Yield whether all nodes see the folder of runs."""
     path = ranks[0]["folder_path"]
     if blind := ranks.which(lambda one: one["folder"] is False):

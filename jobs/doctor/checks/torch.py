@@ -1,12 +1,11 @@
 """GPUs as torch sees them, and whether MPI takes their memory."""
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 
-from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, Ranks, counted
+from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, counted, finding
 from mpi_ef.jobs.doctor.registry import Context
 from mpi_ef.jobs.doctor.watchdog import run_python
 
@@ -57,35 +56,28 @@ def collect(context: Context) -> Facts:
 def gpu_aware(environment: Mapping[str, str], seconds: float = 60.0) -> str:
     """Return "yes", "no" or why that is not known, tried in a process of its own: where it is "no" that one dies."""
     alone = {name: value for name, value in environment.items() if not name.startswith(_LAUNCHED)}
-    done = run_python(_MESSAGE, seconds, alone)
-    if done is None:
-        return f"no end after {seconds:.0f} s"
-    if "gpu_data" in done.stdout:
-        return "yes" if "gpu_data True" in done.stdout else "no"
-    if done.returncode in (-signal.SIGSEGV, -signal.SIGBUS, 128 + signal.SIGSEGV):
+    status, printed, errors = run_python(_MESSAGE, seconds, alone)
+    if "gpu_data" in printed:
+        return "yes" if "gpu_data True" in printed else "no"
+    if status in (-signal.SIGSEGV, -signal.SIGBUS, 128 + signal.SIGSEGV):
         return "no"
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return f"exit status {done.returncode}: {lines[-1][:200] if lines else 'no reason given'}"
+    return errors[-1] if status is None else f"exit status {status}: {errors[-1][:200]}"
 
 
-def judge(ranks: Ranks) -> Iterator[Finding]:
+def judge(ranks: Ranks) -> Findings:
     """Yield which GPUs there are, and how ranks share them."""
-    slowest = max(ranks, key=lambda one: float(one["import_seconds"]))
+    first, slowest = ranks[0], max(ranks, key=lambda one: one["import_seconds"])
     if slowest["import_seconds"] > _SLOW_IMPORT_SECONDS:
-        place, seconds = f"rank {slowest.rank} ({slowest.node})", slowest["import_seconds"]
-        yield finding("slow-import", [slowest.rank], seconds=seconds, place=place)
-    if ranks.which("available"):
-        yield from _judge_gpus(ranks)
-    else:
-        hidden = [name for name in _VISIBLE if ranks[0][name] in ("", "-1", "NoDevFiles")]
+        place = f"rank {slowest.rank} ({slowest.node})"
+        yield finding("slow-import", [slowest.rank], seconds=slowest["import_seconds"], place=place)
+    if not ranks.which("available"):
+        hidden = [name for name in _VISIBLE if first[name] in ("", "-1", "NoDevFiles")]
         key = "gpu-hidden.empty" if hidden else "gpu-hidden"
-        if not (ranks[0]["built"] and ranks[0]["hardware"]):
-            key = "gpu-torch" if ranks[0]["hardware"] else "gpu.none"
+        if not (first["built"] and first["hardware"]):
+            key = "gpu-torch" if first["hardware"] else "gpu.none"
         yield finding(key, ranks, variable=next(iter(hidden), ""))
-
-
-def _judge_gpus(ranks: Ranks) -> Iterator[Finding]:
-    first, seen = ranks[0], ranks.by_value("count")
+        return
+    seen = ranks.by_value("count")
     if len(seen) > 1:
         yield finding("gpu-differs", counts="; ".join(f"{count}{some.where}" for count, some in seen.items()))
     here, count = max((len(some), _gpus_of(some)) for some in ranks.by(lambda one: one.node).values())
@@ -93,7 +85,7 @@ def _judge_gpus(ranks: Ranks) -> Iterator[Finding]:
     yield finding("gpu", gpus=gpus, ranks=sharing, names=", ".join(first["names"]))
     if count < here:
         yield finding("gpu-shared", gpus=gpus, ranks=sharing)
-    aware = str(first["aware"])
+    aware = first["aware"]
     yield finding(f"gpu-aware.{aware}" if aware in ("yes", "no") else "gpu-aware", reason=aware)
 
 

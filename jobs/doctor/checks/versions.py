@@ -3,12 +3,11 @@
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
 
 import mpi_ef
-from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, Ranks
+from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, finding
 from mpi_ef.jobs.doctor.registry import Context
 
 __all__ = ["PACKAGES", "collect", "judge"]
@@ -19,29 +18,20 @@ _NEEDED = ("mpi_ef", "numpy", "torch", "numba", "h5py")  # mpi4py has a finding 
 
 
 def collect(_: Context) -> Facts:
-    """Return the versions that this rank has. Local; imports none of the packages."""
-    versions = {name: _version(name) for name in PACKAGES} | {"mpi_ef": mpi_ef.__version__}
-    return {"python": platform.python_version(), "program": sys.executable, "least": _least(), **versions}
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _least() -> dict[str, str]:
-    """Return the oldest versions that mpi_ef works with, as it was packaged; nothing in a plain checkout."""
-    try:
+    """Return the versions that this rank has, and the oldest that mpi_ef works with. Local; imports none of the packages."""
+    versions, required = dict.fromkeys(PACKAGES, ""), []
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    with suppress(metadata.PackageNotFoundError):  # as in a plain checkout
         required = metadata.requires("mpi_ef") or []
-    except metadata.PackageNotFoundError:
-        return {}
     found = (re.fullmatch(r"([\w-]+)\s*>=\s*([\d.]+)", text) for text in required)
-    return {match[1]: match[2] for match in found if match}
+    least = {match[1]: match[2] for match in found if match}
+    return versions | {"python": platform.python_version(), "program": sys.executable, "least": least,
+                       "mpi_ef": mpi_ef.__version__}
 
 
-def judge(ranks: Ranks) -> Iterator[Finding]:
+def judge(ranks: Ranks) -> Findings:
     """Yield the versions, and what is wrong with them."""
     one, differing = ranks[0], 0
     for name in ("python", *PACKAGES):

@@ -7,13 +7,14 @@ from typing import Any
 
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.jobs.doctor.checks.kernels import dispatchers
-from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, Ranks
+from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, finding
 from mpi_ef.jobs.doctor.registry import Context
 
 __all__ = ["collect", "judge", "optimizers", "rules"]
 
 _D = 3000  # entries of the vectors: more than one block of every kernel
+# Its ways of making a step follow each other more slowly in a training.
+_ZERO_ONE_ADAM = "ZeroOneAdam(var_freeze_step=4, var_update_scaler=1, local_step_scaler=1)"
 
 
 def collect(context: Context) -> Facts:
@@ -42,11 +43,11 @@ def _made() -> tuple[int, int]:
 
 def rules() -> Iterator[Callable[[Any], None]]:
     """Yield collective programs that make steps of the rules, with compressors that use different kernels."""
-    from mpi_ef.compress import Compressor, Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
+    from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
 
-    top, low = [TopK(0.01), TopK(0.01, values=Quantize("bf16"))], LowRank(2, shapes=((_D // 50, 50),))
-    others: list[Compressor] = [RandK(0.01), Sign(), Sign(block=1024), Vote(), Quantize("int8"), low, Identity()]
-    yield from (partial(_run_rules, compressor) for compressor in (*top, *others))
+    yield from (partial(_run_rules, compressor) for compressor in (
+        TopK(0.01), TopK(0.01, values=Quantize("bf16")), RandK(0.01), Sign(), Sign(block=1024), Vote(), Quantize("int8"),
+        LowRank(2, shapes=((_D // 50, 50),)), Identity()))
 
 
 def _run_rules(compressor: Any, comm: Comm) -> None:
@@ -55,28 +56,35 @@ def _run_rules(compressor: Any, comm: Comm) -> None:
     from mpi_ef.collectives import plan_for
     from mpi_ef.feedback import ErrorFeedback
 
-    for rule in ("ef21", "ef14", "econtrol"):
-        options: dict[str, Any] = {"eta": 0.1} if rule == "econtrol" else {}
+    rules: dict[str, dict[str, Any]] = {"ef21": {}, "ef14": {}, "econtrol": {"eta": 0.1}}
+    for rule, options in rules.items():
         feedback = ErrorFeedback(rule, plan_for(comm, compressor, _D), **options)
         for _ in range(2):
             feedback.step(np.linspace(-1, 1, _D, dtype=np.float32))
 
 
 def optimizers() -> Iterator[Callable[[Any], None]]:
-    """Yield collective programs that make steps of an optimizer each, of all that ``mpi-ef train`` knows."""
+    """Yield collective programs that make steps of an optimizer each, of all that ``mpi-ef train`` has."""
     from mpi_ef.jobs.train.choices import OPTIMIZERS
+    from mpi_ef.jobs.train.config import TrainConfig
 
-    yield from (partial(_run_optimizer, name) for name in OPTIMIZERS)
+    for name, takes in OPTIMIZERS.items():
+        options: dict[str, Any] = {"freeze": 2} if "freeze" in takes else {}
+        options |= {"ratio": 0.1} if takes["compressor"] == "topk" else {}
+        config = TrainConfig(optimizer=name, **options)
+        yield partial(_run_optimizer, TrainConfig(optimizer=_ZERO_ONE_ADAM) if name == "zero-one-adam" else config)
 
 
-def _run_optimizer(name: Any, comm: Comm) -> None:
+def _run_optimizer(config: Any, comm: Comm) -> None:
     import torch
+
+    from mpi_ef.jobs.train.optimizers import build_optimizer
 
     model = torch.nn.Linear(40, 30)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
-    optimizer = _optimizer(name, model, comm)
+    optimizer = build_optimizer(config, model, comm)
     for step in range(8):
         optimizer.zero_grad()
         model(torch.full((2, 40), 1.0 + comm.Get_rank() + step)).square().sum().backward()
@@ -84,31 +92,13 @@ def _run_optimizer(name: Any, comm: Comm) -> None:
     optimizer.synchronize()
 
 
-def _optimizer(name: Any, model: Any, comm: Comm) -> Any:
-    from mpi_ef.jobs.train.choices import OPTIMIZERS
-    from mpi_ef.jobs.train.config import TrainConfig
-    from mpi_ef.jobs.train.optimizers import build_optimizer
-    from mpi_ef.optim import ZeroOneAdam
-
-    if name == "zero-one-adam":  # its ways of making a step follow each other more slowly in a training
-        options: dict[str, Any] = {"var_freeze_step": 4, "var_update_scaler": 1, "local_step_scaler": 1}
-        return ZeroOneAdam(model.parameters(), comm, **options)
-    options = {"freeze": 2} if "freeze" in OPTIMIZERS[name] else {}
-    options |= {"ratio": 0.1} if OPTIMIZERS[name]["compressor"] == "topk" else {}
-    return build_optimizer(TrainConfig(optimizer=name, **options), model, comm)
-
-
-def judge(ranks: Ranks) -> Iterator[Finding]:
+def judge(ranks: Ranks) -> Findings:
     """Yield how long it took, and whether machine code was found by the ranks that came later."""
     first, then = ranks.which("first"), ranks.which(lambda one: one["first"] is False)
     if first:
-        compiled = max(int(one["compiled"]) for one in first)
+        compiled, seconds = (max(one[name] for one in first) for name in ("compiled", "seconds"))
         others = f"; the other ranks loaded them in {max(one['seconds'] for one in then):.1f} s" if then else ""
-        yield finding(
-            "warm-up",
-            compiled=f"{compiled} compiled" if compiled else "all loaded from disk",
-            seconds=max(float(one["seconds"]) for one in first),
-            others=others,
-        )
+        kernels = f"{compiled} compiled" if compiled else "all loaded from disk"
+        yield finding("warm-up", compiled=kernels, seconds=seconds, others=others)
         if again := then.which("compiled"):
             yield finding("warm-up-again", again)

@@ -2,12 +2,10 @@
 
 import multiprocessing
 import sys
-from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
 
-from mpi_ef.jobs.doctor.finding import Finding, finding
-from mpi_ef.jobs.doctor.ranks import Facts, Ranks
+from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, finding
 from mpi_ef.jobs.doctor.registry import Context
 
 __all__ = ["collect", "judge"]
@@ -45,7 +43,7 @@ def _mpi_is_started() -> bool:
     return bool(module is not None and module.Is_initialized())
 
 
-def judge(ranks: Ranks) -> Iterator[Finding]:
+def judge(ranks: Ranks) -> Findings:
     """Yield whether workers start."""
     if broken := ranks.which("problem"):
         yield finding("loader", broken)
@@ -54,4 +52,4 @@ def judge(ranks: Ranks) -> Iterator[Finding]:
     else:
         unfit = ranks[0]["default"] == "fork" and ranks[0]["mpi_here"]
         remark = "; the default, fork, does not go with MPI" if unfit else ""
-        yield finding("loader.ok", seconds=max(float(one["seconds"]) for one in ranks), remark=remark)
+        yield finding("loader.ok", seconds=max(one["seconds"] for one in ranks), remark=remark)
