@@ -375,12 +375,12 @@ def test_in_the_background_only_the_copy_is_waited_for(tmp_path, monkeypatch):
 
 def test_memory_for_copies_is_kept(tmp_path):
     def program(comm):
-        st, rooms = Store(tmp_path), set()
+        st, buffers = Store(tmp_path), set()
         for step in range(4):
             st.save_async(comm, step, **arrays_of(step, 0, 10_000))
-            rooms.add(st._room._memory.__array_interface__["data"][0])
+            buffers.add(st._staging._memory.__array_interface__["data"][0])
         st.finish(comm)
-        return len(rooms)
+        return len(buffers)
 
     assert results(1, program) == [1]
 
@@ -871,13 +871,13 @@ def test_a_file_system_that_cannot_reserve_room(tmp_path, monkeypatch):
     assert_holds(save(tmp_path, 1, 2), 1, 2)
 
 
-def test_hdf5_may_read_what_it_has_written_to_memory():
-    """Pages that were not written are zeros."""
-    memory = structure._Sparse()
-    with h5py.File(memory, "w") as file:
-        file["x"] = np.arange(3000)
-        file.create_dataset("zeros", 10_000, "u1", fillvalue=0)
-    assert len(memory.pages) > 1
-    with h5py.File(memory, "r") as file:
-        np.testing.assert_array_equal(file["x"][:], np.arange(3000))
-        assert not file["zeros"][:].any()
+def test_a_structure_is_made_without_its_data():
+    """Of a file of 17 GiB only what is around the data is in memory: some pages."""
+    sizes = {structure.INDEX: 5000, "float32": 2**34, "bfloat16": 6, "complex128": 2**30}
+    written, size, places = structure.make_structure(sizes, {"rank": 3, "run": "a"})
+    assert size > 17 * 2**30
+    assert sum(len(page) for _, page in written) < 2**16
+    ends = [place + nbytes for place, nbytes in sorted(places.values())]
+    assert [place for place, _ in written] == [0, *ends]
+    assert [place + len(page) for place, page in written] == [*sorted(place for place, _ in places.values()), size]
+    assert {name: nbytes for name, (_, nbytes) in places.items()} == sizes

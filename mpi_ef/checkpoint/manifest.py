@@ -18,8 +18,8 @@ from mpi_ef.errors import CheckpointError
 
 from .rankfile import DamageError, FileEntry, reading
 
-__all__ = ["BAD", "COMMIT", "LATEST", "MANIFEST", "RUNS", "VERSION", "Manifest", "committed_steps", "damaged_steps",
-           "rank_name", "read_manifest", "step_name", "sync_folder", "write_durably", "write_manifest"]
+__all__ = ["BAD", "COMMIT", "LATEST", "MANIFEST", "RUNS", "VERSION", "Manifest", "checked_json", "committed_steps",
+           "damaged_steps", "rank_name", "read_manifest", "step_name", "sync_folder", "write_durably", "write_manifest"]
 
 MANIFEST, COMMIT, BAD, LATEST, RUNS = "master.json", "COMMIT", "BAD", "LATEST", "RUNS"
 FORMAT, VERSION, MIN_READER = "mpi_ef.checkpoint", 2, 2
@@ -191,6 +191,25 @@ def _versions() -> dict[str, str]:
     except metadata.PackageNotFoundError:
         mine = "unknown"
     return {"mpi_ef": mine, "numpy": np.__version__, "h5py": h5py.__version__, "python": sys.version.split()[0]}
+
+
+def checked_json(subject: str, document: Any) -> Any:
+    """Return what reading `document` back will give; refuse what JSON would change without a word."""
+    for value in _values(document):
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            raise CheckpointError(
+                f"{subject}: a document has keys that are no text, {list(value)[:3]!r}; JSON needs text"
+            )
+        if not isinstance(value, dict | list | tuple | str | int | float | bool | type(None)):
+            raise CheckpointError(f"{subject}: a document holds {type(value).__name__}, which is not JSON; convert it")
+    return json.loads(json.dumps(document))
+
+
+def _values(document: Any) -> Any:
+    yield document
+    if isinstance(document, dict | list | tuple):
+        for value in document.values() if isinstance(document, dict) else document:
+            yield from _values(value)
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -1,6 +1,6 @@
 """The HDF5 structure of a rank's file: made in memory without the data, and checked before data are read."""
 
-import io
+import os
 from typing import Any
 
 import h5py
@@ -8,66 +8,21 @@ from h5py import h5d, h5o, h5p, h5s
 
 from .dtypes import DTYPES, hdf5_type
 
-__all__ = ["INDEX", "Extents", "check_structure", "make_structure"]
+__all__ = ["INDEX", "Places", "check_structure", "make_structure"]
 
 INDEX = "index"
 """Name of the dataset that holds the JSON index."""
 
-Extents = dict[str, tuple[int, int]]
+Places = dict[str, tuple[int, int]]
 """Of every dataset: where its bytes begin in the file, and how many they are."""
 
 _PAGE = 4096
 _LARGE = 1 << 16  # datasets from this size on begin at a page
 
 
-class _Sparse(io.RawIOBase):
-    """A file in memory that keeps only the pages that were written."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pages: dict[int, bytearray] = {}
-        self.size = 0
-        self._place = 0
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self._place = offset + (0, self._place, self.size)[whence]
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def write(self, data: Any, /) -> int:
-        view = memoryview(data).cast("B")
-        for done, page, start, count in self._spans(view.nbytes):
-            kept = self.pages.setdefault(page, bytearray(_PAGE))
-            kept[start : start + count] = view[done : done + count]
-        self._place += view.nbytes
-        self.size = max(self.size, self._place)
-        return view.nbytes
-
-    def readinto(self, data: Any, /) -> int:
-        view = memoryview(data).cast("B")
-        for done, page, start, count in self._spans(view.nbytes):
-            view[done : done + count] = self.pages.get(page, bytearray(_PAGE))[start : start + count]
-        self._place += view.nbytes
-        return view.nbytes
-
-    def truncate(self, size: int | None = None, /) -> int:
-        self.size = self._place if size is None else size
-        return self.size
-
-    def _spans(self, nbytes: int) -> Any:
-        done = 0
-        while done < nbytes:
-            page, start = divmod(self._place + done, _PAGE)
-            count = min(_PAGE - start, nbytes - done)
-            yield done, page, start, count
-            done += count
-
-
 def make_structure(
     sizes: dict[str, int], attributes: dict[str, str | int]
-) -> tuple[list[tuple[int, bytes]], int, Extents]:
+) -> tuple[list[tuple[int, bytes]], int, Places]:
     """Make an HDF5 file with contiguous datasets of given sizes, without their data.
 
     HDF5 never sees the disk: a full one leaves it with files that read as zeros, or kills the process.
@@ -85,27 +40,32 @@ def make_structure(
         What to write where.
     int
         Bytes of the whole file.
-    Extents
+    Places
         Where the data belong.
     """
-    file, extents = _Sparse(), Extents()
-    with h5py.File(file, "w", libver=("earliest", "v110"), locking=False, alignment_threshold=_LARGE,
-                   alignment_interval=_PAGE) as made:
-        made.attrs.update(attributes)
-        creation = h5p.create(h5p.DATASET_CREATE)
-        creation.set_layout(h5d.CONTIGUOUS)
-        creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
-        creation.set_fill_time(h5d.FILL_TIME_NEVER)
-        for name, nbytes in sizes.items():
-            dtype = "uint8" if name == INDEX else name
-            space = h5s.create_simple((nbytes // DTYPES[dtype].itemsize,))
-            dataset = h5d.create(made.id, name.encode(), hdf5_type(dtype), space, creation)
-            extents[name] = (dataset.get_offset(), nbytes)
-    places = (page * _PAGE for page in sorted(file.pages))
-    return [(place, bytes(file.pages[place // _PAGE][: file.size - place])) for place in places], file.size, extents
+    extents, structure, place = Places(), [], 0
+    with os.fdopen(os.memfd_create("checkpoint"), "w+b") as memory:  # which is sparse: data take none of it
+        with h5py.File(memory, "w", libver=("earliest", "v110"), locking=False, alignment_threshold=_LARGE,
+                       alignment_interval=_PAGE) as made:
+            made.attrs.update(attributes)
+            creation = h5p.create(h5p.DATASET_CREATE)
+            creation.set_layout(h5d.CONTIGUOUS)
+            creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+            creation.set_fill_time(h5d.FILL_TIME_NEVER)
+            for name, nbytes in sizes.items():
+                dtype = "uint8" if name == INDEX else name
+                space = h5s.create_simple((nbytes // DTYPES[dtype].itemsize,))
+                dataset = h5d.create(made.id, name.encode(), hdf5_type(dtype), space, creation)
+                extents[name] = (dataset.get_offset(), nbytes)
+        size = memory.seek(0, os.SEEK_END)
+        for offset, nbytes in [*sorted(extents.values()), (size, 0)]:
+            memory.seek(place)
+            structure.append((place, memory.read(offset - place)))
+            place = offset + nbytes
+    return structure, size, extents
 
 
-def check_structure(path: str, size: int) -> Extents:
+def check_structure(path: str, size: int) -> Places:
     """Return where the data of a file lie, after making sure that they lie in it and nowhere else.
 
     Only hard links to datasets of the root group pass, contiguous, one-dimensional, of the type that their name says,
@@ -116,7 +76,7 @@ def check_structure(path: str, size: int) -> Extents:
     ValueError
         What is wrong.
     """
-    extents = Extents()
+    extents = Places()
     with h5py.File(path, "r", locking=False) as file:
         group = file.id
         if len(group) > len(DTYPES) + 1:

@@ -180,9 +180,7 @@ def together(comm: Comm, subject: str, action: Callable[[], T], undo: Callable[[
     text = answers[failed[0]][1]
     where = ranks_text([rank for rank in failed if answers[rank][1] == text]) if comm.Get_size() > 1 else ""
     others = f" ({where}; {len(failed)} of {len(answers)} ranks failed)" if where else ""
-    error = CheckpointError(f"{subject}: {text}{others}")
-    error.damaged, error.everywhere = answers[failed[0]][2], True
-    raise error
+    raise CheckpointError(f"{subject}: {text}{others}", damaged=answers[failed[0]][2], everywhere=True)
 
 
 def ranks_text(ranks: Iterable[int]) -> str:
