@@ -675,7 +675,7 @@ def test_random_numbers_go_on_and_new_ranks_begin_anew():
     for _ in range(2):
         generator = torch.Generator()
         GeneratorPart("generator", generator).restore(past)
-        RandomPart(SimpleNamespace(Get_rank=lambda: 2), 3).restore(past)
+        RandomPart(SimpleNamespace(Get_rank=lambda: 2)).restore(past)
         drawn.append((torch.rand(3), np.random.rand(3), random.random(), torch.rand(3, generator=generator)))  # noqa: NPY002
     assert repr(drawn[0]) == repr(drawn[1])
     assert not torch.equal(drawn[0][0], after[0])

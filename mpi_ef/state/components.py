@@ -1,4 +1,4 @@
-"""The parts of a training, each of which knows what of it is saved and how it is put back."""
+"""The components of a training: what of each is saved, how it is put back."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -22,26 +22,31 @@ Finish = Callable[[], None]
 
 @runtime_checkable
 class Movable(Protocol):
-    """What knows itself how it goes on with another number of ranks: `FeedbackHook`, and objects of users."""
+    """An object that reshards its own state: `FeedbackHook`, and objects of users."""
 
     def state_dict_from(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> Any:
         """Return what rank `rank` of `size` loads, from what ``state_dict()`` was on all old ranks, in rank order. Local."""
 
 
-class Part(Protocol):
+class Part:
     """A part of a training. Everything is local; :meth:`restore` returns what is left to do for all ranks together."""
+
+    name = ""
 
     def identity(self) -> dict[str, str]:
         """Return what must be the same where it is put back."""
+        return {}
 
     def collect(self, into: Snapshot) -> None:
         """Add what is saved."""
+        raise NotImplementedError
 
     def check(self, past: RestoreView) -> None:
         """Raise where what was saved does not fit. Nothing is changed."""
 
     def restore(self, past: RestoreView) -> Finish | None:
         """Put back what was saved."""
+        raise NotImplementedError
 
 
 def part_of(name: str, value: Any) -> Part:
@@ -61,18 +66,16 @@ def part_of(name: str, value: Any) -> Part:
                       "both")
 
 
-class StatePart:
+class StatePart(Part):
     """An optimizer of this package, or a rule at work; not the parameters."""
 
     def __init__(self, name: str, owner: Stateful) -> None:
         self.name, self.owner = name, owner
 
     def identity(self) -> dict[str, str]:
-        """Return what must be the same: rules, plans, compressors."""
         return self.owner.identity()
 
     def collect(self, into: Snapshot) -> None:
-        """Add arrays, and values by kind."""
         self.owner.before_save()
         tree, name = self.owner.state_tree(), self.name
         for key, leaf in tree.arrays().items():
@@ -105,7 +108,7 @@ class StatePart:
         owner.loaded()
 
 
-class ModelPart:
+class ModelPart(Part):
     """Parameters and buffers of a module. Of parameters in 16 bits that an optimizer here has, the masters are saved."""
 
     def __init__(self, model: nn.Module | None, optimizers: Mapping[str, FlatOptimizer]) -> None:
@@ -115,7 +118,7 @@ class ModelPart:
         self._look()
 
     def _look(self) -> None:
-        """Find out what the model is made of now; tied parameters count once."""
+        """Collect the current parameters and buffers of the model; tied parameters count once."""
         entries = {} if self.model is None else self.model.state_dict(keep_vars=True)
         distinct = {id(entry): name for name, entry in reversed(entries.items()) if isinstance(entry, Tensor)}
         self._extra = {name: entry for name, entry in entries.items() if not isinstance(entry, Tensor)}
@@ -131,7 +134,6 @@ class ModelPart:
         self._described = {name: _described(t) for name, t in sorted((trained | self._named).items())}
 
     def identity(self) -> dict[str, str]:
-        """Return shape and dtype of every parameter and buffer."""
         return self._described
 
     def collect(self, into: Snapshot) -> None:
@@ -175,22 +177,18 @@ def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-class ObjectPart:
+class ObjectPart(Part):
     """Anything with ``state_dict()`` and ``load_state_dict()``: schedulers, samplers, scalers, hooks, torch optimizers."""
 
     def __init__(self, name: str, owner: Any) -> None:
         self.name, self.owner = name, owner
 
     def identity(self) -> dict[str, str]:
-        """Return its type."""
         return {"type": type(self.owner).__name__}
 
     def collect(self, into: Snapshot) -> None:
         """Add its state, once where it is the same on all ranks."""
         into.add(self.name, self.owner.state_dict(), EITHER)
-
-    def check(self, past: RestoreView) -> None:
-        """Nothing: what fits only the object knows."""
 
     def restore(self, past: RestoreView) -> Finish:
         """Read its state, and return the loading, which may be collective."""
@@ -204,22 +202,17 @@ class ObjectPart:
         return lambda: self.owner.load_state_dict(state)
 
 
-class GeneratorPart:
+class GeneratorPart(Part):
     """A torch generator of this rank, for example of a DataLoader."""
 
     def __init__(self, name: str, generator: torch.Generator) -> None:
         self.name, self.generator = name, generator
 
     def identity(self) -> dict[str, str]:
-        """Return where it is."""
         return {"type": f"Generator on {self.generator.device}"}
 
     def collect(self, into: Snapshot) -> None:
-        """Add its state."""
         into.add(self.name, self.generator.get_state(), PER_RANK)
-
-    def check(self, past: RestoreView) -> None:
-        """Nothing."""
 
     def restore(self, past: RestoreView) -> None:
         """Go on where it was; on ranks that are new, begin anew."""
@@ -229,24 +222,16 @@ class GeneratorPart:
             self.generator.manual_seed(rank_seed(_fresh_seed(past), past.rank, stream=1))
 
 
-class RandomPart:
+class RandomPart(Part):
     """The global generators of torch, numpy and python on this rank."""
 
     name = "random"
 
-    def __init__(self, comm: Comm, seed: int) -> None:
-        self.comm, self.seed = comm, seed
-
-    def identity(self) -> dict[str, str]:
-        """Return nothing: generators fit everywhere."""
-        return {}
+    def __init__(self, comm: Comm) -> None:
+        self.comm = comm
 
     def collect(self, into: Snapshot) -> None:
-        """Add their states."""
         into.add(self.name, random_state(), PER_RANK)
-
-    def check(self, past: RestoreView) -> None:
-        """Nothing."""
 
     def restore(self, past: RestoreView) -> None:
         """Go on where they were; on ranks that are new, begin with the seed and the step."""
@@ -257,9 +242,7 @@ class RandomPart:
         if past.size > past.found.world_size:
             first = past.found.world_size
             ranks = f"rank {first}" if past.size == first + 1 else f"ranks {first} to {past.size - 1}"
-            past.notes.append(
-                f"random numbers of {ranks} begin anew from seed {past.found.document['seed']} and the step"
-            )
+            past.notes.append(f"random numbers of {ranks} begin anew from seed {past.found.document['seed']} and the step")
 
 
 def _fresh_seed(past: RestoreView) -> int:

@@ -111,7 +111,7 @@ class Training:
         parts = {name: part_of(name, value) for name, value in sorted(self._values.items())}
         flat = {name: value for name, value in self._values.items() if isinstance(value, FlatOptimizer)}
         named: dict[str, Part] = {"model": ModelPart(self._model, flat)} | parts
-        return named | ({"random": RandomPart(comm, self.seed)} if self._random else {})
+        return named | ({"random": RandomPart(comm)} if self._random else {})
 
     def save(self, store: Storage, comm: Comm, step: int, *, document: Any = None, background: bool = False) -> None:
         """Write a checkpoint after so many steps, between two steps. Collective.
@@ -178,41 +178,42 @@ class Training:
             parts of the training are from the checkpoint and others are not: resume from another one or stop.
         """
         found = store.newest(comm)
-        if found is None:
-            _agree_on_policy(comm, policy)
-            return 0
-        past, parts = RestoreView(found, int(comm.Get_rank()), int(comm.Get_size())), {}
+        past = None if found is None else RestoreView(found, int(comm.Get_rank()), int(comm.Get_size()))
+        parts: dict[str, Part] = {}
 
         def facts() -> dict[str, object]:
+            if policy not in POLICIES:
+                raise OptionError(f"Training.resume: policy={policy!r} is unknown; take one of {', '.join(POLICIES)}")
+            if past is None:
+                return {"policy": policy}
             parts.update(self._parts(comm))
-            with _readable(found):
-                _check_policy(policy, past)
-                _check_parts(parts, past)
-            return {"policy": policy, "step": found.step}
+            with _readable(past):
+                _check(parts, past, policy)
+            return {"policy": policy, "step": past.found.step}
 
-        agree(comm, "Training.resume", facts, "resume the same training from the same directory on all ranks")
+        agree(comm, "Training.resume", facts, "resume the same training from the same directory on all ranks" if past else
+              "pass the same policy on all ranks")
+        if past is None:
+            return 0
         finishes: list[Finish] = []
 
         def put_back() -> dict[str, object]:
-            with _readable(found):
+            with _readable(past):
                 finishes.extend(finish for part in parts.values() if (finish := part.restore(past)) is not None)
                 self.document = past.value("document")
-                self.versions = dict(found.document["versions"])
+                self.versions = dict(past.found.document["versions"])
             if policy == "reset" and not past.same_world:
                 finishes.extend(_forgetting(parts, past))
             return {}
 
         agree(comm, "Training.resume", put_back, "resume from the same directory on all ranks")
-        _finish(comm, finishes)
-        self._tell(comm, past, policy)
-        return found.step
 
-    def _tell(self, comm: Comm, past: RestoreView, policy: str) -> None:
-        """Say what is not as it was."""
+        _finish(comm, finishes)
         self.notes = () if past.same_world else (_ABOUT[policy], *past.notes)
         if self.notes and comm.Get_rank() == 0:
             warnings.warn(f"step {past.found.step} of {_ranks(past.found.world_size)} goes on with {past.size}: "
-                          f"{'; '.join(self.notes)}", RuntimeWarning, stacklevel=3)
+                          f"{'; '.join(self.notes)}", RuntimeWarning, stacklevel=2)
+        return past.found.step
 
 
 _ABOUT = {
@@ -222,15 +223,15 @@ _ABOUT = {
 
 
 @contextmanager
-def _readable(found: Stored) -> Iterator[None]:
-    """Turn whatever strange content makes of the code that reads it into an error that says so."""
+def _readable(past: RestoreView) -> Iterator[None]:
+    """Raise `CheckpointError` for any error that the content of a checkpoint causes."""
     try:
         yield
     except MpiEfError:
         raise
     except Exception as error:
-        raise CheckpointError(f"resume: the checkpoint at step {found.step} cannot be put back: {type(error).__name__}: "
-                              f"{error}; resume from another one") from error
+        raise CheckpointError(f"resume: the checkpoint at step {past.found.step} cannot be put back: "
+                              f"{type(error).__name__}: {error}; resume from another one") from error
 
 
 def _ranks(count: int) -> str:
@@ -244,48 +245,31 @@ def _versions() -> dict[str, str]:
             "python": platform.python_version()}
 
 
-def _agree_on_policy(comm: Comm, policy: str) -> None:
-    def facts() -> dict[str, object]:
-        _known(policy)
-        return {"policy": policy}
-
-    agree(comm, "Training.resume", facts, "pass the same policy on all ranks")
-
-
-def _known(policy: str) -> None:
-    if policy not in POLICIES:
-        raise OptionError(f"Training.resume: policy={policy!r} is unknown; take one of {', '.join(POLICIES)}")
-
-
-def _check_policy(policy: str, past: RestoreView) -> None:
-    _known(policy)
-    document, old = past.found.document, past.found.world_size
+def _check(parts: Mapping[str, Part], past: RestoreView, policy: str) -> None:
+    """Raise unless the checkpoint is of the same parts, and of as many ranks where the policy asks for it."""
+    document, old, at = past.found.document, past.found.world_size, f"the checkpoint at step {past.found.step}"
     if document.get("format") != FORMAT:
-        raise OptionError(f"resume: the checkpoint at step {past.found.step} has format {document.get('format')}; this "
-                          f"version reads {FORMAT}; take the version that wrote it")
+        raise OptionError(f"resume: {at} has format {document.get('format')}; this version reads {FORMAT}; take the version "
+                          "that wrote it")
     if policy == "exact" and not past.same_world:
         raise OptionError(f'resume: step {past.found.step} was saved by {_ranks(old)}, here there are {past.size}; pass '
                           f'policy="redistribute" or "reset", or start {_ranks(old)}')
-
-
-def _check_parts(parts: Mapping[str, Part], past: RestoreView) -> None:
-    """Raise unless the checkpoint is of the same parts."""
-    saved, at = past.found.document["parts"], f"resume: the checkpoint at step {past.found.step}"
+    saved = document["parts"]
     for name in sorted(saved.keys() ^ parts.keys()):
         has, misses = ("has", "here there is none") if name in saved else ("has no", "here there is one")
-        raise OptionError(f"{at} {has} {name}, {misses}; {_OTHER}")
+        raise OptionError(f"resume: {at} {has} {name}, {misses}; {_OTHER}")
     for name, part in parts.items():
         theirs, mine = saved[name], part.identity()
         for fact in [*mine, *(theirs.keys() - mine.keys())]:
             if theirs.get(fact) != mine.get(fact):
                 subject = fact if name == "model" else f"{name}: {fact}"
-                raise OptionError(f"{at} has {subject} {theirs.get(fact, 'not at all')}, here it is "
+                raise OptionError(f"resume: {at} has {subject} {theirs.get(fact, 'not at all')}, here it is "
                                   f"{mine.get(fact, 'not there')}; {_OTHER}")
         part.check(past)
 
 
 def _forgetting(parts: Mapping[str, Part], past: RestoreView) -> Iterator[Finish]:
-    """Note which parts begin anew, and yield what makes them do so once everything is put back."""
+    """Note the parts that are reset, and yield the calls that do it once everything is put back."""
     for name, part in parts.items():
         owner = part.owner if isinstance(part, StatePart | ObjectPart) else None
         forget = getattr(owner, "forget", None)
@@ -295,7 +279,7 @@ def _forgetting(parts: Mapping[str, Part], past: RestoreView) -> Iterator[Finish
 
 
 def _tried(actions: Iterable[Callable[[], None]]) -> list[Exception]:
-    """Do what may be collective, and return what went wrong: every rank tries everything, so that none waits for another."""
+    """Call all actions, which may be collective, also after one has failed, and return their errors."""
     errors: list[Exception] = []
     for action in actions:
         try:
@@ -305,7 +289,7 @@ def _tried(actions: Iterable[Callable[[], None]]) -> list[Exception]:
     return errors
 
 
-def _finish(comm: Comm, finishes: list[Callable[[], None]]) -> None:
+def _finish(comm: Comm, finishes: list[Finish]) -> None:
     """Do what may be collective."""
     errors = _tried(finishes)
 
