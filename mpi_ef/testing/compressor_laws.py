@@ -57,9 +57,7 @@ class CompressorLaws:
         for x in self._cases():
             wire, _, _ = self._sent(x, x)
             known = self.compressor.wire_nbytes(x.size, x.dtype)
-            self._law(
-                wire.size == known, "a size that is known ahead", x, f"wire_nbytes says {known}, a codec {wire.size}"
-            )
+            self._law(wire.size == known, "a size that is known ahead", x, f"wire_nbytes says {known}, a codec {wire.size}")
             self._law(wire.size % 8 == 0, "whole words", x, f"{wire.size} bytes are no multiple of 8")
             again = self._sent(x, x, fill=0x5A)[0]
             self._law(again.tobytes() == wire.tobytes(), "messages that are written whole", x,
@@ -130,12 +128,10 @@ class CompressorLaws:
     def test_a_compressor_is_a_value(self) -> None:
         """It can be compared, hashed, pickled, and says which plan suits it; binding it to shapes gives another one."""
         copy, x = pickle.loads(pickle.dumps(self.compressor)), np.zeros(0)  # noqa: S301
-        self._law(
-            copy == self.compressor and hash(copy) == hash(self.compressor), "comparison", x, "a copy is not equal"
-        )
+        equal = copy == self.compressor and hash(copy) == hash(self.compressor)
+        self._law(equal, "comparison", x, "a copy is not equal")
         self._law(str(copy) == str(self.compressor), "comparison", x, "a copy prints something else")
-        self._law(
-            self.compressor.plan in Plan.kinds, "plans", x, f"plan = {self.compressor.plan!r} is no kind of a plan"
-        )
+        plan = self.compressor.plan
+        self._law(plan in Plan.kinds, "plans", x, f"plan = {plan!r} is no kind of a plan")
         bound = self.compressor.bound_to(((2, 3), (4,)))
         self._law(isinstance(bound, Compressor), "binding", x, f"bound_to returns a {type(bound).__name__}")

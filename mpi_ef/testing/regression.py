@@ -71,10 +71,7 @@ def loss_of(net: nn.Module, rank: int, step: int) -> Tensor:
 
 def parameters_of(net: nn.Module) -> list[Any]:
     """Return copies of the parameters, as arrays."""
-    return [
-        p.detach().clone().float().numpy() if p.dtype == torch.bfloat16 else p.detach().numpy().copy()
-        for p in net.parameters()
-    ]
+    return [(p.detach().float() if p.dtype == torch.bfloat16 else p.detach()).numpy().copy() for p in net.parameters()]
 
 
 def have_met(optimizer: FlatOptimizer) -> bool:
@@ -174,13 +171,9 @@ def resumes(n: int, build: Build, *, before: int, after: int = 4, dtype: torch.d
         steps = range(before, before + after)
         same = same_bits(steps_of(net, optimizer, rank, steps), steps_of(other, resumed, rank, steps))
         must(same, f"saved after {before} steps, the next ones give other parameters")
-        must(
-            same_bits(everything(net, optimizer), everything(other, resumed)),
-            f"saved after {before} steps, other state",
-        )
-        must(
-            resumed.steps == optimizer.steps == before + after, f"{resumed.steps} steps are counted of {before + after}"
-        )
+        same = same_bits(everything(net, optimizer), everything(other, resumed))
+        must(same, f"saved after {before} steps, other state")
+        must(resumed.steps == optimizer.steps == before + after, f"{resumed.steps} steps are counted of {before + after}")
 
     results(n, program)
 
@@ -221,6 +214,6 @@ def skips_broken_gradients(n: int, build: Build, *, warm: int = 3) -> None:
         warnings.simplefilter("always")
         rows = results(n, program)
     must(all(same_bits(row, rows[0]) for row in rows), "replicas differ after skipped steps")
-    told = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
+    texts = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
     wanted = [f"step {warm} skipped on all ranks: NaN or Inf in the gradient on rank {whose}" for whose, *_ in broken]
-    must(told == wanted, f"rank 0 warns of {told} and not {wanted}")
+    must(texts == wanted, f"rank 0 warns of {texts} and not {wanted}")
