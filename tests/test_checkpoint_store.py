@@ -725,7 +725,7 @@ def test_a_damaged_one_that_cannot_be_marked_is_passed_over(tmp_path, monkeypatc
 
 def test_nothing_is_published_without_the_lock(tmp_path):
     disk = folder.Folder(tmp_path, 1, 0, "", 0)
-    place = disk.make_place(1, "run")
+    place = disk.make_directory(1, "run")
     disk.release()
     with pytest.raises(CheckpointError, match="the store was closed; save again"):
         disk.publish(place, 1, "run", None, [])

@@ -23,33 +23,16 @@ _KINDS = ("replicated", "per_rank")
 
 @dataclass(frozen=True)
 class Extent:
-    """A range of bytes of one array, and where it lies in a rank's file.
-
-    Attributes
-    ----------
-    kind : "replicated" or "per_rank"
-    name : str
-    dtype : str
-        Key of `DTYPES`, and the name of the dataset that holds the bytes.
-    shape : tuple of int
-        Of the whole array.
-    begin : int
-        First byte of the array that is here.
-    offset : int
-        Of the bytes in the dataset.
-    nbytes : int
-    crc32 : int
-        Of the bytes; in files of version 1 what :func:`mpi_ef.checkpoint.checksum.checksum` makes of them.
-    """
+    """A range of bytes of one array, and where it lies in a rank's file."""
 
     kind: Kind
     name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    offset: int
+    dtype: str  # key of `DTYPES`, and the name of the dataset that holds the bytes
+    shape: tuple[int, ...]  # of the whole array
+    begin: int  # the first byte of the array that is here
+    offset: int  # of the bytes in the dataset
     nbytes: int
-    crc32: int = 0
+    crc32: int = 0  # of the bytes; in files of version 1 what :func:`mpi_ef.checkpoint.checksum.checksum` makes of them
 
     @property
     def whole_nbytes(self) -> int:

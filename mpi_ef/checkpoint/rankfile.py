@@ -24,26 +24,13 @@ __all__ = ["DamageError", "FileEntry", "RankFile", "reading", "write_rank_file"]
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What the manifest says about a rank's file.
-
-    Attributes
-    ----------
-    name : str
-    size : int
-        Bytes of the file.
-    crc32 : int
-        Of everything but the data: HDF5's structure and the index. It is compared before HDF5 sees the file.
-    data : tuple of (int, int)
-        Offset and size of every buffer, in the order of offsets. Each extent in them has a checksum in the index.
-    version : int
-        Of the format: from 2 on that checksum is the CRC-32 of the extent, in version 1 another one.
-    """
+    """What the manifest says about a rank's file."""
 
     name: str
     size: int
-    crc32: int
-    data: tuple[tuple[int, int], ...]
-    version: int = 2
+    crc32: int  # of all but the data: HDF5's structure and the index; compared before HDF5 opens the file
+    data: tuple[tuple[int, int], ...]  # offset and size of every buffer, by offset; its extents have checksums in the index
+    version: int = 2  # of the format: from 2 on these checksums are CRC-32, in version 1 others
 
 
 class DamageError(ValueError):
@@ -73,21 +60,9 @@ def write_rank_file(
 ) -> FileEntry:
     """Write one rank's file and wait until the disk has it. Makes no MPI call.
 
-    All space is reserved first: a full disk is an `OSError` before anything is written.
-
-    Parameters
-    ----------
-    path : Path
-        Must not exist.
-    packed : sequence of (Extent, memoryview)
-        In the order of :func:`mpi_ef.checkpoint.extents.layout`, with their bytes.
-    attributes : dict
-        Rank, world size, step, run; stand in the index, and in the root group for other programs.
-    document : JSON
-
-    Returns
-    -------
-    FileEntry
+    All space is reserved first: a full disk is an `OSError` before anything is written. `packed` is in the order of
+    :func:`mpi_ef.checkpoint.extents.layout`; `attributes` (rank, world size, step, run) go to the index, and to the root
+    group for other programs.
     """
 
     def index(extents: Sequence[Extent]) -> bytes:
@@ -114,15 +89,7 @@ def write_rank_file(
 
 
 class RankFile:
-    """A rank's file, opened and checked; data are read on demand.
-
-    Parameters
-    ----------
-    path : Path
-    entry : FileEntry
-    attributes : dict
-        Rank, world size, step and run, as its index must have them.
-    """
+    """A rank's file, opened and checked; data are read on demand. Its index must have the given attributes."""
 
     def __init__(self, path: Path, entry: FileEntry, attributes: dict[str, str | int]) -> None:
         self.path = path

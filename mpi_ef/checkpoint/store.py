@@ -260,7 +260,7 @@ class Store:
         except Exception as raised:
             raise CheckpointError(str(raised) or type(raised).__name__, everywhere=True) from raised
         pending.place, self.run = _on_root(
-            comm, pending.subject, lambda: (self._on_disk.make_place(pending.step, self.run), self.run))
+            comm, pending.subject, lambda: (self._on_disk.make_directory(pending.step, self.run), self.run))
         pending.attributes = {"format": FORMAT, "version": VERSION, "rank": rank, "world_size": size, "step": pending.step,
                               "run": self.run}
         self._pending = pending

@@ -23,27 +23,12 @@ _LARGE = 1 << 16  # datasets from this size on begin at a page
 def make_structure(
     sizes: dict[str, int], attributes: dict[str, str | int]
 ) -> tuple[list[tuple[int, bytes]], int, Places]:
-    """Make an HDF5 file with contiguous datasets of given sizes, without their data.
+    """Make an HDF5 file with contiguous datasets of given sizes, without their data: what to write where, its size, places.
 
-    HDF5 never sees the disk: a full one leaves it with files that read as zeros, or kills the process.
-
-    Parameters
-    ----------
-    sizes : dict of str to int
-        Bytes of `INDEX`, and of the buffer of every dtype; all above zero.
-    attributes : dict
-        Written to the root group, for people who open the file with other programs.
-
-    Returns
-    -------
-    list of (int, bytes)
-        What to write where.
-    int
-        Bytes of the whole file.
-    Places
-        Where the data belong.
+    HDF5 never sees the disk: a full one leaves it with files that read as zeros, or kills the process. `sizes` are the bytes
+    of `INDEX` and of the buffer of every dtype, all above zero; `attributes` are for people and other programs.
     """
-    extents, structure, place = Places(), [], 0
+    places, structure, place = Places(), [], 0
     with os.fdopen(os.memfd_create("checkpoint"), "w+b") as memory:  # which is sparse: data take none of it
         with h5py.File(memory, "w", libver=("earliest", "v110"), locking=False, alignment_threshold=_LARGE,
                        alignment_interval=_PAGE) as made:
@@ -56,27 +41,22 @@ def make_structure(
                 dtype = "uint8" if name == INDEX else name
                 space = h5s.create_simple((nbytes // DTYPES[dtype].itemsize,))
                 dataset = h5d.create(made.id, name.encode(), hdf5_type(dtype), space, creation)
-                extents[name] = (dataset.get_offset(), nbytes)
+                places[name] = (dataset.get_offset(), nbytes)
         size = memory.seek(0, os.SEEK_END)
-        for offset, nbytes in [*sorted(extents.values()), (size, 0)]:
+        for offset, nbytes in [*sorted(places.values()), (size, 0)]:
             memory.seek(place)
             structure.append((place, memory.read(offset - place)))
             place = offset + nbytes
-    return structure, size, extents
+    return structure, size, places
 
 
 def check_structure(path: str, size: int) -> Places:
-    """Return where the data of a file lie, after making sure that they lie in it and nowhere else.
+    """Return where the data of a file lie, after making sure that they lie in it and nowhere else; `ValueError` otherwise.
 
     Only hard links to datasets of the root group pass, contiguous, one-dimensional, of the type that their name says,
     without filters, external files and virtual sources, inside of the file and apart from each other.
-
-    Raises
-    ------
-    ValueError
-        What is wrong.
     """
-    extents = Places()
+    places = Places()
     with h5py.File(path, "r", locking=False) as file:
         group = file.id
         if len(group) > len(DTYPES) + 1:
@@ -87,15 +67,15 @@ def check_structure(path: str, size: int) -> Places:
                 raise ValueError(f"{name!r} is a link to somewhere else")
             if name != INDEX and name not in DTYPES:
                 raise ValueError(f"{name!r} is no dataset of a checkpoint")
-            extents[name] = _extent(h5o.open(group, key), name)
-    if INDEX not in extents:
+            places[name] = _extent(h5o.open(group, key), name)
+    if INDEX not in places:
         raise ValueError("it has no index")
     end = 0
-    for offset, nbytes in sorted(extents.values()):
+    for offset, nbytes in sorted(places.values()):
         if offset < end or offset + nbytes > size:
             raise ValueError("its datasets overlap or reach beyond its end")
         end = offset + nbytes
-    return extents
+    return places
 
 
 def _extent(dataset: Any, name: str) -> tuple[int, int]:

@@ -50,12 +50,7 @@ class Part:
 
 
 def part_of(name: str, value: Any) -> Part:
-    """Return the part that a value is.
-
-    Raises
-    ------
-    OptionError
-    """
+    """Return the part that a value is; `OptionError` where it has no state."""
     if isinstance(value, Stateful):
         return StatePart(name, value)
     if isinstance(value, torch.Generator):
