@@ -101,7 +101,7 @@ class StagingBuffer:
     def clear(self, nbytes: int) -> None:
         """Drop all copies; allocate where the memory is smaller than `nbytes`."""
         if self._memory.nbytes < nbytes:
-            self._memory = np.empty(0, np.uint8)  # freed before more is asked for
+            self._memory = np.empty(0, np.uint8)  # freed before the larger allocation
             self._memory = np.empty(nbytes, np.uint8)
         self._used = 0
 

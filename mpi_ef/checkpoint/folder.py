@@ -199,7 +199,7 @@ class Folder:
 
 
 def identity(path: Path) -> tuple[int, ...]:
-    """Return what tells a checkpoint from another one that gets its directory's name later."""
+    """Return what distinguishes a checkpoint from later ones in a directory of the same name."""
     try:
         status = (path / COMMIT).stat()
     except OSError:

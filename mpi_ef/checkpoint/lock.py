@@ -68,7 +68,7 @@ class Owner:
             json.dump(asdict(self), file)
 
     def gone(self, silent_seconds: float) -> bool:
-        """Tell whether the process has ended, as far as this host can know."""
+        """Tell whether the process has ended, as far as can be determined on this host."""
         if self.host != socket.gethostname():
             return silent_seconds > _SILENT_SECONDS
         return _started(self.pid) != self.started

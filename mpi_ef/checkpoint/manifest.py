@@ -28,7 +28,7 @@ _STEP = re.compile(r"step-(\d{8,18})|\.old-step-(\d{8,18})-[0-9a-f]+")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``master.json`` says: what a `Checkpoint` has, and what is known of the file of every rank."""
+    """The content of ``master.json``: that of a `Checkpoint`, and an entry for the file of every rank."""
 
     step: int
     world_size: int
@@ -171,7 +171,7 @@ def _versions() -> dict[str, str]:
 
 
 def checked_json(subject: str, document: Any) -> Any:
-    """Return what reading `document` back will give; refuse what JSON would change without a word."""
+    """Return what reading `document` back will give; refuse what JSON would change silently."""
     for value in _values(document):
         if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
             raise CheckpointError(f"{subject}: a document has keys that are no text, {list(value)[:3]!r}; JSON needs text")

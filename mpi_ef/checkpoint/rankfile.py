@@ -176,7 +176,7 @@ def _reserve(descriptor: int, size: int) -> None:
         code = error.errno or errno.EIO
         if code not in {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}:
             raise OSError(code, f"{os.strerror(code)}, for {size} bytes") from error
-        os.ftruncate(descriptor, size)  # a file system that cannot reserve: the writes below will tell
+        os.ftruncate(descriptor, size)  # a file system that cannot reserve: writes may fail
 
 
 def _write(descriptor: int, data: memoryview, place: int) -> int:

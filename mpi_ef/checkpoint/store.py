@@ -33,8 +33,8 @@ _log = logging.getLogger("mpi_ef.checkpoint")
 class Store:
     """Checkpoints of a run in a folder that all ranks see, one directory per step. Construction is local.
 
-    A checkpoint is valid from the moment on that its directory gets its name, never before; a process that is killed
-    leaves what was valid as it was. Only one job at a time writes to a folder; any number may read.
+    A checkpoint becomes valid when its directory gets its name; a process that is killed leaves valid ones unchanged. One
+    job at a time writes to a folder; any number may read.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ class Store:
         Raises
         ------
         CheckpointError
-            On all ranks together. Nothing is left of the attempt, and older checkpoints are as they were.
+            On all ranks together. The attempt is removed, and older checkpoints are unchanged.
         """
         pending = Pending(self, "Store.save", step, document, rank_document)
         self._start(comm, pending, replicated, per_rank, None)
@@ -190,7 +190,7 @@ class Store:
         """Return the newest checkpoint whose every byte is what was written, None when there is none. Collective.
 
         Rank 0 looks into the folder; the ranks share the work of reading all files. A damaged checkpoint gets a file
-        ``BAD`` that tells the reason, and is not looked at again.
+        ``BAD`` with the reason, and is skipped from then on.
 
         Raises
         ------

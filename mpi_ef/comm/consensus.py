@@ -1,4 +1,4 @@
-"""Checking on all ranks, once, that they were given the same things: all raise, none hangs."""
+"""Agreement between ranks: where arguments differ, or an action fails on one of them, all raise and none hangs."""
 
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,20 +16,20 @@ __all__ = ["OnAllRanks", "Telling", "agree", "check_not_freed", "ranks_text", "t
 
 Facts = Mapping[str, object]
 T = TypeVar("T")
-_mine = local()  # how often this rank has told something
+_mine = local()  # how often this rank has called tell_all
 
 
 class Telling(ABCMeta):
     """Metaclass of what is built on all ranks together: where that fails on one of them, the others raise `PeerError`.
 
-    What was raised before anything was communicated, such as a `TypeError` for a keyword that there is not, is told to the
-    others, who are in :func:`agree`.
+    An error before any communication, such as a `TypeError` for an unknown keyword, is sent to the others, which are in
+    :func:`agree`.
     """
 
-    built = ""  # what it is that the others build, if not just this class
+    built = ""  # what the others build, if not this class
 
     def __call__(cls, *args: Any, **keywords: Any) -> Any:
-        """Build; tell the other ranks if that fails. Collective."""
+        """Build; send the error to the other ranks if that fails. Collective."""
         comm: Any = keywords.get("comm", next((arg for arg in args if hasattr(arg, "Iallgather")), None))
         with telling(comm, cls.__name__, cls.built):
             return super().__call__(*args, **keywords)
@@ -42,13 +42,9 @@ class Telling(ABCMeta):
 
 @contextmanager
 def telling(comm: Comm, subject: str, call: str) -> Iterator[None]:
-    """Tell an error that this rank raises inside, before anything was communicated there, to the others. Collective then.
+    """Send an error that this rank raises inside, before any communication there, to the others. Collective then.
 
-    Parameters
-    ----------
-    comm : MPI communicator; or something else, which tells nobody
-    subject, call : str
-        Who raises, and the call of :func:`agree` in which the other ranks are.
+    `subject` raises, while the other ranks are in the call `call` of :func:`agree`. Local where `comm` is no communicator.
     """
     before = getattr(_mine, "calls", 0)
     try:
@@ -66,12 +62,12 @@ def telling(comm: Comm, subject: str, call: str) -> Iterator[None]:
 
 
 class OnAllRanks:
-    """What is built on all ranks together, and speaks with its like there: it is not copied or pickled."""
+    """An object that is built on all ranks together, and communicates with the others: it is not copied or pickled."""
 
     saved_by = "state_dict()"
 
     def __getstate__(self) -> NoReturn:
-        """Refuse: nothing on the other ranks would answer a copy."""
+        """Refuse: no object on the other ranks would answer a copy."""
         raise OptionError(f"{type(self).__name__}: it cannot be copied or pickled, nothing on the other ranks would answer "
                           f"the copy; save {self.saved_by} and build it anew on all ranks")
 
@@ -101,9 +97,7 @@ def tell_all(comm: Comm, subject: str, value: Any) -> list[Any]:
         callers.setdefault(answer[0] if known else "something else", []).append(rank)
     if len(callers) > 1:
         listed = "; ".join(f"{caller} on {ranks_text(ranks)}" for caller, ranks in callers.items())
-        raise DisagreementError(
-            f"{subject}: ranks are in different calls: {listed}; call them on all ranks, in one order"
-        )
+        raise DisagreementError(f"{subject}: ranks are in different calls: {listed}; call them on all ranks, in one order")
     return [value for _, value in answers]
 
 
@@ -115,22 +109,20 @@ def agree(
     Parameters
     ----------
     comm : MPI communicator
-    subject : str
-        Who asks; begins the error message.
+    subject, remedy : str
+        Begin and end of the error message.
     facts : callable
         Returns the named values that must agree. When it raises, the rank raises that error, and all others a
         `PeerError` that quotes it.
-    remedy : str
-        What to do; ends the error message.
     tell : object, optional
-        What this rank tells the others besides.
+        Is sent to the others as well.
     call : str, optional
-        What all ranks are in where subjects may differ, which `facts` tell apart then.
+        The common call of ranks whose subjects may differ; `facts` distinguish these then.
 
     Returns
     -------
     list
-        What the ranks have told, in their order.
+        `tell` of all ranks, in their order.
 
     Raises
     ------
@@ -160,13 +152,13 @@ def agree(
         if len(values) > 1:
             listed = "; ".join(f"{value} on {ranks_text(ranks)}" for value, ranks in values.items())
             raise DisagreementError(f"{subject}: ranks disagree on {name}: {listed}; {remedy}")
-    return [told for _, _, told in answers]
+    return [value for _, _, value in answers]
 
 
 def together(comm: Comm, subject: str, action: Callable[[], T], undo: Callable[[], None] = lambda: None) -> list[T]:
     """Call `action` on all ranks and return what it returned on each, or raise the same error on all. Collective.
 
-    `undo` is called everywhere before the error is raised, when no rank works on its action any more.
+    `undo` is called everywhere before the error is raised, after the action has ended on all ranks.
     """
     try:
         mine: tuple[Any, str, bool] = (action(), "", False)

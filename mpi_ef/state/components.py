@@ -198,7 +198,7 @@ class ObjectPart(Part):
 
 
 class GeneratorPart(Part):
-    """A torch generator of this rank, for example of a DataLoader."""
+    """A torch generator of this rank, for example of a DataLoader; on new ranks it is seeded from the seed and the step."""
 
     def __init__(self, name: str, generator: torch.Generator) -> None:
         self.name, self.generator = name, generator
@@ -210,7 +210,6 @@ class GeneratorPart(Part):
         into.add(self.name, self.generator.get_state(), PER_RANK)
 
     def restore(self, past: RestoreView) -> None:
-        """Go on where it was; on ranks that are new, begin anew."""
         if past.rank < past.found.world_size:
             self.generator.set_state(past.value(self.name))
         else:
@@ -218,7 +217,7 @@ class GeneratorPart(Part):
 
 
 class RandomPart(Part):
-    """The global generators of torch, numpy and python on this rank."""
+    """The global generators of torch, numpy and python on this rank; on new ranks, as `GeneratorPart`."""
 
     name = "random"
 
@@ -229,7 +228,6 @@ class RandomPart(Part):
         into.add(self.name, random_state(), PER_RANK)
 
     def restore(self, past: RestoreView) -> None:
-        """Go on where they were; on ranks that are new, begin with the seed and the step."""
         if past.rank < past.found.world_size:
             set_random_state(past.value(self.name))
         else:

@@ -30,7 +30,7 @@ _OTHER = "build the training as it was, or start from nothing in another directo
 
 
 class Storage(Protocol):
-    """Where checkpoints are: what :class:`Training` asks of :class:`mpi_ef.checkpoint.Store`."""
+    """The part of :class:`mpi_ef.checkpoint.Store` that :class:`Training` needs."""
 
     def save(self, comm: Comm, step: int, *, replicated: Mapping[str, Array], per_rank: Mapping[str, Array], document: Any,
              rank_document: Any) -> Any:
@@ -45,7 +45,7 @@ class Storage(Protocol):
 
 
 class Training:
-    """All that has to be the same again when a run goes on: say what there is once, then save and resume.
+    """The complete state of a run, named once, then saved and resumed.
 
     ::
 
@@ -81,17 +81,17 @@ class Training:
     -----
     **What is written once, what by each rank.** Optimizers and rules say which of their arrays differ between ranks. Of
     everything else that is found out when saving, by a hash: a scaler that has backed off on one rank only, or BatchNorm
-    statistics that nobody has synchronised, are saved for each rank.
+    statistics without synchronisation, are saved for each rank.
 
     **Another number of ranks.** ``policy="exact"`` refuses it. ``"redistribute"`` keeps what the rules rely on: errors,
     momenta and moments of a wrapped torch optimizer become the mean of the old ranks' on every new rank, added up in
     float64 in rank order; estimates become the aggregate, so that it is their mean to the last bit; residuals of chunks
-    are cut anew; what belongs to clients moves with them. ``"reset"`` does the same and then sets errors, residuals and
+    are re-cut; what belongs to clients moves with them. ``"reset"`` does the same and then sets errors, residuals and
     estimates to zero, as at the start. Both warn on rank 0 and leave what they have done in `notes`.
 
     An object of your own that has differed between ranks takes on rank r the state of old rank r mod their number, unless it
     has ``state_dict_from(states, rank, size)``, as `FeedbackHook` has: that returns what rank `rank` of `size` loads, given
-    what ``state_dict()`` was on all old ranks, in rank order; mappings to look at, read as far as they are looked at.
+    what ``state_dict()`` was on all old ranks, in rank order: mappings whose values are read at access.
     ``"reset"`` then calls ``forget()`` where there is one.
 
     **Precision.** Of parameters in 16 bits the float32 masters are saved.

@@ -115,7 +115,7 @@ class CompressorLaws:
                 close = np.allclose(into, (a - b) - decoded, rtol=1e-5, atol=1e-5)
                 self._law(close, "what is kept", a - b, "x - C(x) is not what was kept")
 
-    def test_what_is_not_finite_is_told(self) -> None:
+    def test_what_is_not_finite_is_reported(self) -> None:
         """A NaN or Inf anywhere makes `encode` return False, a finite vector True."""
         for dtype in self.dtypes:
             for d in (size for size in self.sizes if size):

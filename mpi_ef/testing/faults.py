@@ -67,7 +67,7 @@ class FaultyComm:
             self.calls.append(name)
             due = number == self.at or (self.fault == "die" and number > self.at)
             if due and self.fault in ("raise", "die"):
-                raise CommunicationError(f"{name}, call {number} of this rank, fails because the test wants it")
+                raise CommunicationError(f"{name}, call {number} of this rank, fails as the test has set")
             if due and self.fault == "delay":
                 sleep(self.seconds)
             self.sent_nbytes += self._leaving(_ALIKE.get(name, name), buffers, options)

@@ -17,7 +17,7 @@ from mpi_ef.errors import MpiEfError
 
 __all__ = ["Request", "VirtualComm", "results", "run"]
 
-patience_seconds = 240.0  # for a rank to come to its end
+patience_seconds = 240.0  # for a rank to finish
 world: Comm | None = None  # real ranks, on which programs for as many run; set by the plugin for pytest
 
 
