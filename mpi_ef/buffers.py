@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mpi_ef.comm.consensus import agree, tell_all
+from mpi_ef.comm.consensus import agree, gather_values
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DtypeError, OptionError
 from mpi_ef.vectors.flat import broadcast
@@ -97,7 +97,7 @@ def broadcast_buffers(model: nn.Module, comm: Comm) -> None:
     for name in _persistent(model):
         passing.pop(name, None)
     described = {(name, tuple(b.shape), str(b.dtype)) for name, b in passing.items() if b.layout is torch.strided}
-    of_ranks: list[set[tuple[str, tuple[int, ...], str]]] = tell_all(comm, "broadcast_buffers", described)
+    of_ranks: list[set[tuple[str, tuple[int, ...], str]]] = gather_values(comm, "broadcast_buffers", described)
     _take_from_root(comm, [passing[name] for name, _, _ in sorted(set.intersection(*of_ranks))])
 
 

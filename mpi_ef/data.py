@@ -225,19 +225,16 @@ class ShardedSampler(Sampler[list[int]]):
                 if name not in ("epoch", "position") and state[name] != mine:
                     raise OptionError(f"ShardedSampler: {name} is {state[name]} in the state and {mine} here; build the "
                                       f"sampler with {name}={state[name]}")
-            self._check_place(state)
+            _whole(state["epoch"], "epoch", 0)
+            if _whole(state["position"], "position", 0) >= self.size:
+                raise OptionError(f"ShardedSampler: position={state['position']} in the state is beyond {self.size} "
+                                  "samples; pass what state_dict() returned")
             return {name: int(state[name]) for name in ("epoch", "position")}
 
         agree(self.comm, "ShardedSampler", facts, "load the same checkpoint on all ranks")
         self._go_to(int(state["epoch"]), int(state["position"]))
         if self.batches_left == 0:
             self._go_to(self.epoch + 1, 0)
-
-    def _check_place(self, state: Mapping[str, Any]) -> None:
-        _whole(state["epoch"], "epoch", 0)
-        if _whole(state["position"], "position", 0) >= self.size:
-            raise OptionError(f"ShardedSampler: position={state['position']} in the state is beyond {self.size} samples; "
-                              "pass what state_dict() returned")
 
 
 def _whole(value: Any, name: str, least: int, subject: str = "ShardedSampler") -> int:

@@ -12,14 +12,15 @@ from mpi_ef.errors import CheckpointError, DisagreementError, MpiEfError, Option
 
 from .protocol import Comm
 
-__all__ = ["OnAllRanks", "Telling", "agree", "check_not_freed", "ranks_text", "tell_all", "telling", "together"]
+__all__ = ["OnAllRanks", "SharedErrors", "agree", "check_not_freed", "gather_values", "ranks_text", "shared_errors",
+           "together"]
 
 Facts = Mapping[str, object]
 T = TypeVar("T")
-_mine = local()  # how often this rank has called tell_all
+_mine = local()  # how often this rank has called gather_values
 
 
-class Telling(ABCMeta):
+class SharedErrors(ABCMeta):
     """Metaclass of what is built on all ranks together: where that fails on one of them, the others raise `PeerError`.
 
     An error before any communication, such as a `TypeError` for an unknown keyword, is sent to the others, which are in
@@ -31,7 +32,7 @@ class Telling(ABCMeta):
     def __call__(cls, *args: Any, **keywords: Any) -> Any:
         """Build; send the error to the other ranks if that fails. Collective."""
         comm: Any = keywords.get("comm", next((arg for arg in args if hasattr(arg, "Iallgather")), None))
-        with telling(comm, cls.__name__, cls.built):
+        with shared_errors(comm, cls.__name__, cls.built):
             return super().__call__(*args, **keywords)
 
     @property
@@ -41,7 +42,7 @@ class Telling(ABCMeta):
 
 
 @contextmanager
-def telling(comm: Comm, subject: str, call: str) -> Iterator[None]:
+def shared_errors(comm: Comm, subject: str, call: str) -> Iterator[None]:
     """Send an error that this rank raises inside, before any communication there, to the others. Collective then.
 
     `subject` raises, while the other ranks are in the call `call` of :func:`agree`. Local where `comm` is no communicator.
@@ -78,7 +79,7 @@ def check_not_freed(comm: Comm, subject: str, remedy: str = "pass another one") 
         raise OptionError(f"{subject}: its communicator was freed; {remedy}")
 
 
-def tell_all(comm: Comm, subject: str, value: Any) -> list[Any]:
+def gather_values(comm: Comm, subject: str, value: Any) -> list[Any]:
     """Return the values of all ranks, in rank order. Collective over `comm`.
 
     Raises
@@ -102,7 +103,7 @@ def tell_all(comm: Comm, subject: str, value: Any) -> list[Any]:
 
 
 def agree(
-    comm: Comm, subject: str, facts: Callable[[], Facts], remedy: str, tell: object = None, call: str = ""
+    comm: Comm, subject: str, facts: Callable[[], Facts], remedy: str, value: object = None, call: str = ""
 ) -> list[Any]:
     """Raise on all ranks unless `facts` returns equal values on all of them. Collective over `comm`.
 
@@ -114,7 +115,7 @@ def agree(
     facts : callable
         Returns the named values that must agree. When it raises, the rank raises that error, and all others a
         `PeerError` that quotes it.
-    tell : object, optional
+    value : object, optional
         Is sent to the others as well.
     call : str, optional
         The common call of ranks whose subjects may differ; `facts` distinguish these then.
@@ -122,7 +123,7 @@ def agree(
     Returns
     -------
     list
-        `tell` of all ranks, in their order.
+        `value` of all ranks, in their order.
 
     Raises
     ------
@@ -131,11 +132,11 @@ def agree(
     """
     error: Exception | None = None
     try:
-        mine: tuple[Facts | None, str, object] = (dict(facts()), "", tell)
+        mine: tuple[Facts | None, str, object] = (dict(facts()), "", value)
     except Exception as raised:
         error, mine = raised, (None, str(raised) or type(raised).__name__, None)
     try:
-        answers: list[tuple[Facts | None, str, Any]] = tell_all(comm, call or subject, mine)
+        answers: list[tuple[Facts | None, str, Any]] = gather_values(comm, call or subject, mine)
     except DisagreementError as different:
         raise different if error is None else error from different
     if error is not None:
@@ -164,7 +165,7 @@ def together(comm: Comm, subject: str, action: Callable[[], T], undo: Callable[[
         mine: tuple[Any, str, bool] = (action(), "", False)
     except Exception as raised:
         mine = (None, str(raised) or type(raised).__name__, getattr(raised, "damaged", False))
-    answers: list[tuple[Any, str, bool]] = tell_all(comm, subject, mine)
+    answers: list[tuple[Any, str, bool]] = gather_values(comm, subject, mine)
     failed = [rank for rank, (_, text, _) in enumerate(answers) if text]
     if not failed:
         return [value for value, _, _ in answers]

@@ -12,7 +12,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
-from mpi_ef.comm.consensus import OnAllRanks, agree, ranks_text, telling
+from mpi_ef.comm.consensus import OnAllRanks, agree, ranks_text, shared_errors
 from mpi_ef.compress import Compressor, for_parameters
 from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
@@ -167,7 +167,7 @@ class FeedbackHook(OnAllRanks):
             self._loose |= left.state()
             self._earlier_sent_nbytes += left.feedback.sent_nbytes
         compressor = for_parameters(self.compressor, [tuple(g.shape) for g in gradients])
-        with telling(self.comm, "FeedbackHook", Plan.built):
+        with shared_errors(self.comm, "FeedbackHook", Plan.built):
             dtype = buffer.detach().numpy().dtype
             plan = build_plan(self._plan, self.comm, compressor, buffer.numel(), dtype)
         feedback = ErrorFeedback(self.rule, plan, dense_steps=self.dense_steps, **self.options)

@@ -90,7 +90,7 @@ class FlatOptimizer(Saved):
                     "hyper-parameters": hyper_parameters(self), **more}
 
         told = agree(comm, type(self).__name__, all_facts, "build the same model and optimizer on every rank",
-                     tell=(next(_numbers), state_of_line(comm)), call=self.built)
+                     value=(next(_numbers), state_of_line(comm)), call=self.built)
         self._number: int = told[0][0]  # of rank 0, which has all optimizers of this communicator
         line = line_for(comm, {state for _, state in told})
         self._handshake = Handshake(comm, type(self).__name__, self._number, line)

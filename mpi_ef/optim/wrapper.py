@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from mpi_ef import kernels
 from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
-from mpi_ef.comm.consensus import telling
+from mpi_ef.comm.consensus import shared_errors
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Identity, for_parameters, lazy
 from mpi_ef.compress.combination import Vector
@@ -134,7 +134,7 @@ class DistributedOptimizer(FlatOptimizer):
             finalize(self, lane.close)
         for numbers, part in bucket_slices(self.flat, bucket_nbytes):
             shapes = tuple(tuple(self.flat.parameters[number].shape) for number in numbers)
-            with telling(of_buckets, type(self).__name__, Plan.built):
+            with shared_errors(of_buckets, type(self).__name__, Plan.built):
                 bound, d = for_parameters(compressor, shapes), part.stop - part.start
                 parted = build_plan(plan, of_buckets, bound, d, self.flat.dtype)
             buckets.append(Bucket(numbers, part, ErrorFeedback(rule, parted, dense_steps=dense_steps, **options)))

@@ -15,21 +15,21 @@ from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Stateful
 
 from .reshard import EITHER, RestoreView, Snapshot, read
 
-__all__ = ["GeneratorPart", "ModelPart", "Movable", "ObjectPart", "Part", "RandomPart", "StatePart", "part_of"]
+__all__ = ["Component", "Finish", "GeneratorComponent", "ModelComponent", "RandomComponent", "Reshardable", "component_of"]
 
 Finish = Callable[[], None]
 
 
 @runtime_checkable
-class Movable(Protocol):
+class Reshardable(Protocol):
     """An object that reshards its own state: `FeedbackHook`, and objects of users."""
 
     def state_dict_from(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> Any:
         """Return what rank `rank` of `size` loads, from what ``state_dict()`` was on all old ranks, in rank order. Local."""
 
 
-class Part:
-    """A part of a training. Everything is local; :meth:`restore` returns what is left to do for all ranks together."""
+class Component:
+    """A component of a training. Everything is local; :meth:`restore` returns what is left to do for all ranks together."""
 
     name = ""
 
@@ -48,20 +48,24 @@ class Part:
         """Put back what was saved."""
         raise NotImplementedError
 
+    def forget(self) -> Finish | None:
+        """Return the call that resets errors and estimates, where there are such."""
+        return None
 
-def part_of(name: str, value: Any) -> Part:
-    """Return the part that a value is; `OptionError` where it has no state."""
+
+def component_of(name: str, value: Any) -> Component:
+    """Return the component that a value is; `OptionError` where it has no state."""
     if isinstance(value, Stateful):
-        return StatePart(name, value)
+        return StateComponent(name, value)
     if isinstance(value, torch.Generator):
-        return GeneratorPart(name, value)
+        return GeneratorComponent(name, value)
     if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):
-        return ObjectPart(name, value)
+        return ObjectComponent(name, value)
     raise OptionError(f"Training: {name} is a {type(value).__name__} without state_dict() and load_state_dict(); give it "
                       "both")
 
 
-class StatePart(Part):
+class StateComponent(Component):
     """An optimizer of this package, or a rule at work; not the parameters."""
 
     def __init__(self, name: str, owner: Stateful) -> None:
@@ -102,8 +106,11 @@ class StatePart(Part):
             past.write(f"{name}.{key}", leaf.array, leaf.reshard)
         owner.loaded()
 
+    def forget(self) -> Finish | None:
+        return getattr(self.owner, "forget", None)
 
-class ModelPart(Part):
+
+class ModelComponent(Component):
     """Parameters and buffers of a module. Of parameters in 16 bits that an optimizer here has, the masters are saved."""
 
     def __init__(self, model: nn.Module | None, optimizers: Mapping[str, FlatOptimizer]) -> None:
@@ -172,7 +179,7 @@ def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-class ObjectPart(Part):
+class ObjectComponent(Component):
     """Anything with ``state_dict()`` and ``load_state_dict()``: schedulers, samplers, scalers, hooks, torch optimizers."""
 
     def __init__(self, name: str, owner: Any) -> None:
@@ -187,7 +194,7 @@ class ObjectPart(Part):
 
     def restore(self, past: RestoreView) -> Finish:
         """Read its state, and return the loading, which may be collective."""
-        if isinstance(self.owner, Movable) and not past.same_world:
+        if isinstance(self.owner, Reshardable) and not past.same_world:
             state = read(self.owner.state_dict_from(past.values(self.name), past.rank, past.size))
         else:
             if past.kind(self.name) == PER_RANK and not past.same_world:
@@ -196,8 +203,11 @@ class ObjectPart(Part):
             state = past.value(self.name)
         return lambda: self.owner.load_state_dict(state)
 
+    def forget(self) -> Finish | None:
+        return getattr(self.owner, "forget", None) if isinstance(self.owner, Reshardable) else None
 
-class GeneratorPart(Part):
+
+class GeneratorComponent(Component):
     """A torch generator of this rank, for example of a DataLoader; on new ranks it is seeded from the seed and the step."""
 
     def __init__(self, name: str, generator: torch.Generator) -> None:
@@ -216,8 +226,8 @@ class GeneratorPart(Part):
             self.generator.manual_seed(rank_seed(_fresh_seed(past), past.rank, stream=1))
 
 
-class RandomPart(Part):
-    """The global generators of torch, numpy and python on this rank; on new ranks, as `GeneratorPart`."""
+class RandomComponent(Component):
+    """The global generators of torch, numpy and python on this rank; on new ranks, as `GeneratorComponent`."""
 
     name = "random"
 

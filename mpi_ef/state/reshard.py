@@ -179,7 +179,7 @@ class RestoreView:
         dtype = getattr(torch, self.tree(name)["dtype"], torch.uint8)
         return self.mean(name) if dtype.is_floating_point or dtype.is_complex else self.value(name)
 
-    def moved(self, name: str, move: Reshard | None) -> Array:
+    def resharded(self, name: str, move: Reshard | None) -> Array:
         """Return this rank's array of that name; where ranks differ and their number has changed, as `move` says.
 
         `move.of` and `move.owed` are the ends of names that begin as `name` does.
@@ -191,9 +191,7 @@ class RestoreView:
             prefix = name[: name.rindex(".") + 1]
             aggregate = self.found.replicated(prefix + move.of)
             if move.owed:
-                aggregate = aggregate + np.concatenate(
-                    [self.found.per_rank(prefix + move.owed, rank) for rank in worlds]
-                )
+                aggregate = aggregate + np.concatenate([self.found.per_rank(prefix + move.owed, r) for r in worlds])
             return aggregate
         if move.how == "cut":
             return _cut((self.found.per_rank(name, rank) for rank in worlds), move.start, move.stop, name)
@@ -201,8 +199,8 @@ class RestoreView:
         return mean_over_ranks(parts, name).numpy()
 
     def write(self, name: str, out: Array, move: Reshard | None = None) -> None:
-        """Overwrite `out` with what :meth:`moved` returns; `ShapeError` where that has another shape or dtype."""
-        array = self.moved(name, move)
+        """Overwrite `out` with what :meth:`resharded` returns; `ShapeError` where that has another shape or dtype."""
+        array = self.resharded(name, move)
         if array.shape != out.shape or array.dtype != out.dtype:
             raise ShapeError(f"resume: {name} was read as {array.shape} {array.dtype}, here it is {out.shape} {out.dtype}; "
                              "the checkpoint is damaged, resume from another one")
@@ -221,9 +219,8 @@ class RestoreView:
                 raise ShapeError(f"resume: {name} has {whole} entries on all ranks together in the checkpoint and "
                                  f"{move.stop} here; build the model as it was")
         elif shape != array.shape:
-            raise ShapeError(
-                f"resume: {name} is {shape} in the checkpoint and {array.shape} here; build the model as it was"
-            )
+            raise ShapeError(f"resume: {name} is {shape} in the checkpoint and {array.shape} here; build the model as it "
+                             "was")
 
 
 def _cut(parts: Iterable[Array], start: int, stop: int, name: str) -> Array:

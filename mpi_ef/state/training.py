@@ -16,9 +16,9 @@ from mpi_ef.comm.consensus import agree
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import CheckpointError, MpiEfError, OptionError
 from mpi_ef.optim.flat import FlatOptimizer
-from mpi_ef.statetree import PER_RANK, REPLICATED, Stateful
+from mpi_ef.statetree import PER_RANK, REPLICATED
 
-from .components import Finish, ModelPart, Movable, ObjectPart, Part, RandomPart, StatePart, part_of
+from .components import Component, Finish, ModelComponent, RandomComponent, component_of
 from .reshard import EITHER, RestoreView, Snapshot, Stored
 from .tree import Array
 
@@ -104,14 +104,14 @@ class Training:
         self.notes: tuple[str, ...] = ()
         self.versions: dict[str, str] = {}
 
-    def _parts(self, comm: Comm) -> dict[str, Part]:
+    def _parts(self, comm: Comm) -> dict[str, Component]:
         """Return the parts by name, the model first: what optimizers derive from parameters comes after them."""
         if "document" in self._values:
             raise OptionError("Training: document is no name for a part; pass it to save(), or take another name")
-        parts = {name: part_of(name, value) for name, value in sorted(self._values.items())}
+        parts = {name: component_of(name, value) for name, value in sorted(self._values.items())}
         flat = {name: value for name, value in self._values.items() if isinstance(value, FlatOptimizer)}
-        named: dict[str, Part] = {"model": ModelPart(self._model, flat)} | parts
-        return named | ({"random": RandomPart(comm)} if self._random else {})
+        named: dict[str, Component] = {"model": ModelComponent(self._model, flat)} | parts
+        return named | ({"random": RandomComponent(comm)} if self._random else {})
 
     def save(self, store: Storage, comm: Comm, step: int, *, document: Any = None, background: bool = False) -> None:
         """Write a checkpoint after so many steps, between two steps. Collective.
@@ -179,7 +179,7 @@ class Training:
         """
         found = store.newest(comm)
         past = None if found is None else RestoreView(found, int(comm.Get_rank()), int(comm.Get_size()))
-        parts: dict[str, Part] = {}
+        parts: dict[str, Component] = {}
 
         def facts() -> dict[str, object]:
             if policy not in POLICIES:
@@ -245,7 +245,7 @@ def _versions() -> dict[str, str]:
             "python": platform.python_version()}
 
 
-def _check(parts: Mapping[str, Part], past: RestoreView, policy: str) -> None:
+def _check(parts: Mapping[str, Component], past: RestoreView, policy: str) -> None:
     """Raise unless the checkpoint is of the same parts, and of as many ranks where the policy asks for it."""
     document, old, at = past.found.document, past.found.world_size, f"the checkpoint at step {past.found.step}"
     if document.get("format") != FORMAT:
@@ -268,12 +268,10 @@ def _check(parts: Mapping[str, Part], past: RestoreView, policy: str) -> None:
         part.check(past)
 
 
-def _forgetting(parts: Mapping[str, Part], past: RestoreView) -> Iterator[Finish]:
+def _forgetting(parts: Mapping[str, Component], past: RestoreView) -> Iterator[Finish]:
     """Note the parts that are reset, and yield the calls that do it once everything is put back."""
     for name, part in parts.items():
-        owner = part.owner if isinstance(part, StatePart | ObjectPart) else None
-        forget = getattr(owner, "forget", None)
-        if isinstance(owner, Stateful | Movable) and forget is not None:
+        if (forget := part.forget()) is not None:
             past.notes.append(f"{name} starts without errors and estimates")
             yield forget
 

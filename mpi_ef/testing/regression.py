@@ -93,13 +93,20 @@ def everything(net: nn.Module, optimizer: FlatOptimizer, *but: str) -> tuple[Any
     return parameters_of(net), named, arrays(optimizer.state_dict())
 
 
+def step_of(net: nn.Module, optimizer: FlatOptimizer, rank: int, step: int) -> float:
+    """Take a step, and return the loss before it. Collective."""
+    optimizer.zero_grad()
+    loss = loss_of(net, rank, step)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.item()
+
+
 def steps_of(net: nn.Module, optimizer: FlatOptimizer, rank: int, steps: Iterable[int]) -> list[list[Any]]:
     """Take steps, and return the parameters after each. Collective."""
     path = []
     for step in steps:
-        optimizer.zero_grad()
-        loss_of(net, rank, step).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        step_of(net, optimizer, rank, step)
         path.append(parameters_of(net))
     return path
 
@@ -138,11 +145,7 @@ def trained(
         for step in range(steps):
             if each is not None:
                 each(run.optimizer, step)
-            run.optimizer.zero_grad()
-            loss = loss_of(net, rank, step)
-            loss.backward()  # type: ignore[no-untyped-call]
-            run.optimizer.step()
-            run.losses.append(loss.item())
+            run.losses.append(step_of(net, run.optimizer, rank, step))
             run.path.append(parameters_of(net))
             run.met.append(have_met(run.optimizer))
             run.shared.append(copy.deepcopy(run.optimizer.replicated()))

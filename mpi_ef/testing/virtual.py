@@ -94,6 +94,9 @@ class VirtualComm(DerivedCalls):
 
         return Request(finish)
 
+    def Allgather(self, send: np.ndarray, receive: np.ndarray) -> None:
+        self._post("Allgather", send, receive, lambda value: value).Wait()
+
     def Alltoallv(self, send: Any, receive: Any) -> None:
         """Take buffers [array, (counts, displacements)], counted in entries; parts of `receive` may be part of `send`."""
         (x, (counts, places)), (y, (room, targets)) = send, receive
