@@ -71,8 +71,8 @@ def write_rank_file(
     extents = [extent for extent, _ in packed]
     sizes = {extent.dtype: extent.offset + extent.nbytes for extent in extents if extent.nbytes}
     structure, size, places = make_structure({INDEX: len(index(extents))} | sizes, attributes)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
+    with path.open("x+b", buffering=0) as file:
+        descriptor = file.fileno()
         _reserve(descriptor, size)
         for place, page in structure:
             _write(descriptor, memoryview(page), place)
@@ -83,8 +83,6 @@ def write_rank_file(
         data_places = tuple(sorted(place for name, place in places.items() if name != INDEX))
         entry = FileEntry(path.name, size, _structure_crc32(descriptor, size, data_places), data_places)
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
     return entry
 
 
@@ -95,17 +93,13 @@ class RankFile:
         self.path = path
         self._checksum = checksum if entry.version == 1 else zlib.crc32
         self._verified: tuple[int, ...] | None = None
-        with reading(path):
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                _check_outside(descriptor, entry)
-                self._places = check_structure(str(path), entry.size)
-                offset, nbytes = self._places[INDEX]
-                if sorted(place for name, place in self._places.items() if name != INDEX) != list(entry.data):
-                    raise ValueError("its buffers are not where master.json says")
-                index = json.loads(_read(descriptor, offset, np.empty(nbytes, np.uint8)).tobytes())
-            finally:
-                os.close(descriptor)
+        with reading(path), path.open("rb", buffering=0) as file:
+            _check_outside(file.fileno(), entry)
+            self._places = check_structure(str(path), entry.size)
+            offset, nbytes = self._places[INDEX]
+            if sorted(place for name, place in self._places.items() if name != INDEX) != list(entry.data):
+                raise ValueError("its buffers are not where master.json says")
+            index = json.loads(_read(file.fileno(), offset, np.empty(nbytes, np.uint8)).tobytes())
             if {name: index.get(name) for name in attributes} != attributes:
                 raise ValueError("it belongs to another checkpoint")
             self.document: Any = index["document"]

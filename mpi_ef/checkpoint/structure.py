@@ -1,6 +1,6 @@
 """The HDF5 structure of a rank's file: made in memory without the data, and checked before data are read."""
 
-import os
+import io
 from typing import Any
 
 import h5py
@@ -20,6 +20,40 @@ _PAGE = 4096
 _LARGE = 1 << 16  # datasets from this size on begin at a page
 
 
+class _Writes(io.RawIOBase):
+    """A file in memory that keeps what was written, and where: other bytes, of which there may be many, are zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[tuple[int, bytes]] = []
+        self.size = self._place = 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._place = offset + (0, self._place, self.size)[whence]
+        return self._place
+
+    def write(self, data: Any, /) -> int:
+        self.written.append((self._place, bytes(data)))
+        count = len(self.written[-1][1])
+        self._place += count
+        self.size = max(self.size, self._place)
+        return count
+
+    def readinto(self, data: Any, /) -> int:
+        view = memoryview(data).cast("B")
+        view[:] = bytes(view.nbytes)
+        for place, written in self.written:
+            start, stop = max(place, self._place), min(place + len(written), self._place + view.nbytes)
+            if start < stop:
+                view[start - self._place : stop - self._place] = written[start - place : stop - place]
+        self._place += view.nbytes
+        return view.nbytes
+
+    def truncate(self, size: int | None = None, /) -> int:
+        self.size = self._place if size is None else size
+        return self.size
+
+
 def make_structure(
     sizes: dict[str, int], attributes: dict[str, str | int]
 ) -> tuple[list[tuple[int, bytes]], int, Places]:
@@ -28,26 +62,20 @@ def make_structure(
     HDF5 never sees the disk: a full one leaves it with files that read as zeros, or kills the process. `sizes` are the bytes
     of `INDEX` and of the buffer of every dtype, all above zero; `attributes` are for people and other programs.
     """
-    places, structure, place = Places(), [], 0
-    with os.fdopen(os.memfd_create("checkpoint"), "w+b") as memory:  # which is sparse: data take none of it
-        with h5py.File(memory, "w", libver=("earliest", "v110"), locking=False, alignment_threshold=_LARGE,
-                       alignment_interval=_PAGE) as made:
-            made.attrs.update(attributes)
-            creation = h5p.create(h5p.DATASET_CREATE)
-            creation.set_layout(h5d.CONTIGUOUS)
-            creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
-            creation.set_fill_time(h5d.FILL_TIME_NEVER)
-            for name, nbytes in sizes.items():
-                dtype = "uint8" if name == INDEX else name
-                space = h5s.create_simple((nbytes // DTYPES[dtype].itemsize,))
-                dataset = h5d.create(made.id, name.encode(), hdf5_type(dtype), space, creation)
-                places[name] = (dataset.get_offset(), nbytes)
-        size = memory.seek(0, os.SEEK_END)
-        for offset, nbytes in [*sorted(places.values()), (size, 0)]:
-            memory.seek(place)
-            structure.append((place, memory.read(offset - place)))
-            place = offset + nbytes
-    return structure, size, places
+    file, places = _Writes(), Places()
+    with h5py.File(file, "w", libver=("earliest", "v110"), locking=False, alignment_threshold=_LARGE,
+                   alignment_interval=_PAGE) as made:
+        made.attrs.update(attributes)
+        creation = h5p.create(h5p.DATASET_CREATE)
+        creation.set_layout(h5d.CONTIGUOUS)
+        creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+        creation.set_fill_time(h5d.FILL_TIME_NEVER)
+        for name, nbytes in sizes.items():
+            dtype = "uint8" if name == INDEX else name
+            space = h5s.create_simple((nbytes // DTYPES[dtype].itemsize,))
+            dataset = h5d.create(made.id, name.encode(), hdf5_type(dtype), space, creation)
+            places[name] = (dataset.get_offset(), nbytes)
+    return [(place, written[: file.size - place]) for place, written in file.written], file.size, places
 
 
 def check_structure(path: str, size: int) -> Places:
