@@ -255,7 +255,7 @@ def _words(count: int, seed: int, *key: int) -> NDArray[np.uint32]:
 def rank_seed(seed: int, rank: int, *, stream: int = 0) -> int:
     """Return a seed of 64 bits that differs between ranks, and between streams. Local.
 
-    Torch's generator on the CPU looks at the lower 32 bits alone, where random seeds of a few thousand ranks would
+    Torch's generator on the CPU uses the lower 32 bits alone, where random seeds of a few thousand ranks would
     collide now and then: here those bits differ between any two ranks of a stream.
 
     Parameters

@@ -11,7 +11,7 @@ class MpiEfError(Exception):
     ----------
     everywhere : bool
         True when all ranks of the communicator are known to raise this error together, with the same text, so that one
-        of them may speak for all.
+        of them may print it.
     """
 
     everywhere: bool = False

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -55,11 +56,8 @@ def attribute(
     owner: object, name: str, kind: Kind = REPLICATED, *, resets: bool = False, default: Any = _REQUIRED
 ) -> Leaf:
     """Return the leaf of an attribute that holds a plain value."""
-
-    def write(value: Any) -> None:
-        setattr(owner, name, deepcopy(value))
-
-    return Leaf(kind, read=lambda: deepcopy(getattr(owner, name)), write=write, resets=resets, default=default)
+    read, write = partial(getattr, owner, name), partial(setattr, owner, name)
+    return Leaf(kind, read=read, write=write, resets=resets, default=default)
 
 
 @dataclass(frozen=True)

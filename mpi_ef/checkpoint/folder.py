@@ -99,7 +99,7 @@ class Folder:
             _log.warning("%s: saved, but older ones could not be tidied up: %s", final, error)
 
     def opens(self, path: Path) -> bool:
-        """Tell whether manifest, sizes, step and run are right; mark a damaged checkpoint."""
+        """Return whether manifest, sizes, step and run are right; mark a damaged checkpoint."""
         seen = identity(path)
         try:
             run, known = read_manifest(path).run, self._runs()

@@ -39,7 +39,7 @@ class Owner:
     job: str  # identity of the batch job that stays when it is requeued; may be empty
     restart: int  # how often that job was started again
     run: str  # identity of the run
-    since: str  # local time, for people
+    since: str  # local time, for messages
     token: str  # different for every lock
 
     @classmethod
@@ -58,7 +58,7 @@ class Owner:
             return None
 
     def holds(self, path: Path) -> bool:
-        """Tell whether a file is of this owner."""
+        """Return whether a file is of this owner."""
         holder = Owner.read(path)
         return holder is not None and holder.token == self.token
 
@@ -68,18 +68,15 @@ class Owner:
             json.dump(asdict(self), file)
 
     def gone(self, silent_seconds: float) -> bool:
-        """Tell whether the process has ended, as far as can be determined on this host."""
+        """Return whether the process has ended, as far as can be determined on this host."""
         if self.host != socket.gethostname():
             return silent_seconds > _SILENT_SECONDS
         return _started(self.pid) != self.started
 
-    def started_again(self, other: "Owner") -> bool:
-        """Tell whether `other` is a later start of the same batch job, which had to end before."""
-        return bool(self.job) and self.job == other.job and self.restart < other.restart
-
-    def same_process(self, other: "Owner") -> bool:
-        """Tell whether both are one process."""
-        return (self.host, self.pid, self.started) == (other.host, other.pid, other.started)
+    def replaces(self, other: "Owner") -> bool:
+        """Return whether this is the process of the other, or a later start of its batch job, which had to end before."""
+        same = (self.host, self.pid, self.started) == (other.host, other.pid, other.started)
+        return same or (self.job == other.job != "" and self.restart > other.restart)
 
 
 class FolderLock:
@@ -90,7 +87,7 @@ class FolderLock:
     Ages are differences of times of the folder's file system, so clocks need not agree.
 
     With `wait`, a lock of another host is watched until it was touched, and is refused, or was silent for two minutes; else
-    it is refused at once: `CheckpointError`. `writes` is what the owner writes there, for people.
+    it is refused at once: `CheckpointError`. `writes` is what the owner writes there, for messages.
     """
 
     def __init__(self, folder: Path, owner: Owner, *, wait: bool = False, writes: str = "checkpoints") -> None:
@@ -137,10 +134,7 @@ class FolderLock:
         if holder is None and silent_seconds < _SILENT_SECONDS and self._path.exists():
             raise CheckpointError(f"{self._path}: it cannot be read; remove it when no job writes there")
         if holder is not None and not (
-            holder.gone(silent_seconds)
-            or holder.same_process(self._owner)
-            or holder.started_again(self._owner)
-            or (self._wait and self._falls_silent(holder))
+            holder.gone(silent_seconds) or self._owner.replaces(holder) or (self._wait and self._falls_silent(holder))
         ):
             raise CheckpointError(f"{self._path.parent}: {_described(holder)} writes {self._writes} there; give this job "
                                   f"another folder, or remove {LOCK} if that one has ended")

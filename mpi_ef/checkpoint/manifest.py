@@ -19,7 +19,8 @@ from mpi_ef.errors import CheckpointError
 from .rankfile import DamageError, FileEntry, reading
 
 __all__ = ["BAD", "COMMIT", "LATEST", "MANIFEST", "RUNS", "VERSION", "Manifest", "checked_json", "committed_steps",
-           "damaged_steps", "rank_name", "read_manifest", "step_name", "sync_folder", "write_durably", "write_manifest"]
+           "damaged_steps", "rank_name", "read_manifest", "step_name", "sync_folder", "versions", "write_durably",
+           "write_manifest"]
 
 MANIFEST, COMMIT, BAD, LATEST, RUNS = "master.json", "COMMIT", "BAD", "LATEST", "RUNS"
 FORMAT, VERSION, MIN_READER = "mpi_ef.checkpoint", 2, 2
@@ -91,7 +92,7 @@ def write_manifest(folder: Path, step: int, run: str, document: Any, files: list
     """Write the manifest, then the marker: the checkpoint is valid from then on, wherever it lies."""
     text = json.dumps({
         "format": FORMAT, "version": VERSION, "min_reader": MIN_READER, "step": step, "world_size": len(files), "run": run,
-        "written_at": datetime.now(UTC).isoformat(timespec="seconds"), "written_by": _versions(),
+        "written_at": datetime.now(UTC).isoformat(timespec="seconds"), "written_by": versions(),
         "files": [{"name": entry.name, "size": entry.size, "crc32": f"{entry.crc32:08x}", "data": entry.data}
                   for entry in files],
         "document": document,
@@ -162,7 +163,8 @@ def _parse_file(rank: int, row: dict[str, Any], version: int) -> FileEntry:
     return FileEntry(row["name"], row["size"], int(row["crc32"], 16), data, version)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of this package, of what it writes files with, and of Python."""
     try:
         mine = metadata.version("mpi_ef")
     except metadata.PackageNotFoundError:

@@ -155,7 +155,7 @@ class RankFile:
 
 
 def _check_outside(descriptor: int, entry: FileEntry) -> None:
-    """Compare what can be compared before HDF5 looks at a file."""
+    """Compare what can be compared before HDF5 opens a file."""
     size = os.fstat(descriptor).st_size
     if size != entry.size:
         raise DamageError(f"it has {size} bytes where {entry.size} were written")

@@ -189,7 +189,7 @@ class Store:
     def newest(self, comm: Comm) -> Checkpoint | None:
         """Return the newest checkpoint whose every byte is what was written, None when there is none. Collective.
 
-        Rank 0 looks into the folder; the ranks share the work of reading all files. A damaged checkpoint gets a file
+        Rank 0 lists the folder; the ranks share the work of reading all files. A damaged checkpoint gets a file
         ``BAD`` with the reason, and is skipped from then on.
 
         Raises

@@ -60,7 +60,7 @@ def make_structure(
     """Make an HDF5 file with contiguous datasets of given sizes, without their data: what to write where, its size, places.
 
     HDF5 never sees the disk: a full one leaves it with files that read as zeros, or kills the process. `sizes` are the bytes
-    of `INDEX` and of the buffer of every dtype, all above zero; `attributes` are for people and other programs.
+    of `INDEX` and of the buffer of every dtype, all above zero; `attributes` are for other programs.
     """
     file, places = _Writes(), Places()
     with h5py.File(file, "w", libver=("earliest", "v110"), locking=False, alignment_threshold=_LARGE,

@@ -234,7 +234,7 @@ class FeedbackHook(OnAllRanks):
         """Return what rank `rank` of `size` loads to go on where another number of ranks has been. Local.
 
         Errors and momenta are the mean of the old ranks' then, estimates the aggregate and what plans owe of it, residuals
-        are cut anew: what the rules rely on stays what it was. `sent_nbytes` begins at 0. `Training` calls this.
+        are re-cut: what the rules rely on stays what it was. `sent_nbytes` begins at 0. `Training` calls this.
 
         Parameters
         ----------

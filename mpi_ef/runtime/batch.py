@@ -67,7 +67,7 @@ class BatchJob:
         """Prepare for a restart, in the folder of the run."""
 
     def finished(self, run: Path) -> bool:
-        """Tell whether an earlier job has finished what this one is for."""
+        """Return whether an earlier job has finished what this one is for."""
         return False
 
     def deadline(self) -> int | None:
@@ -79,7 +79,7 @@ class BatchJob:
         raise NotImplementedError
 
     def preempted(self) -> bool:
-        """Tell whether the batch system takes the nodes away and has signalled the ranks, not this process."""
+        """Return whether the batch system takes the nodes away and has signalled the ranks, not this process."""
         return False
 
     def ending(self) -> str:
@@ -87,7 +87,7 @@ class BatchJob:
         return ""
 
     def restart(self, run: Path) -> bool:
-        """Start the job again, later; tell whether that is accepted."""
+        """Start the job again, later; return whether that is accepted."""
         raise NotImplementedError
 
     def ended(self, run: Path, status: int) -> str:
@@ -99,12 +99,12 @@ class BatchJob:
         return text
 
     def tidy(self, scratch: Path) -> bool:
-        """Remove that folder; tell whether it is gone."""
+        """Remove that folder; return whether it is gone."""
         shutil.rmtree(scratch, ignore_errors=True)
         return True
 
     def _done(self, *words: str) -> bool:
-        """Run a command and show its output in the log; tell whether it worked."""
+        """Run a command and show its output in the log; return whether it worked."""
         status, output = self.command(words)
         write(1, output)
         return status == 0

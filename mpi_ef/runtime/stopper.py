@@ -92,7 +92,7 @@ class Stopper:
         self._asked = int(number)
 
     def should_stop(self) -> bool:
-        """Tell whether to stop now; the same answer on all ranks. Collective: all call it equally often.
+        """Return whether to stop now; the same answer on all ranks. Collective: all call it equally often.
 
         Cost: one allgather of a byte. Once the answer is yes, it stays yes and costs nothing.
         """
@@ -114,13 +114,13 @@ class Stopper:
         return self.reason is not None
 
     def mark_requeue(self, path: Path, reason: str | None = None) -> None:
-        """Let rank 0 write why it stops to `path`, by which a batch script knows that there is more to do. Local.
+        """Write the reason to `path` on rank 0: the mark of a run that is to be continued, for a batch script. Local.
 
         Parameters
         ----------
         path : Path
         reason : str, optional
-            Where the program stops for one of its own.
+            Of the program itself.
 
         Raises
         ------

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -107,7 +108,7 @@ class Supervisor:
 
     def __init__(self, child: Child, job: BatchJob, run: Path, scratch: Path, *, max_restarts: int = 20) -> None:
         self.child, self.job, self.run, self.scratch = child, job, run, scratch
-        self.max_restarts = max_restarts
+        self.max_restarts, self.report = max_restarts, partial(report, job.job)
 
     def supervise(self, command: Sequence[str], *, proof: str = "", deadline: float | None = None) -> int:
         """Run the program once; return the exit status of the job, 0 where it is started again.
@@ -168,10 +169,6 @@ class Supervisor:
         """Remove the folder on the disks of the nodes."""
         if not self.job.tidy(self.scratch):
             self.report(f"{self.scratch} is still there on some nodes")
-
-    def report(self, text: str) -> None:
-        """Write a line to the log."""
-        report(self.job.job, text)
 
     def _restart(self) -> int:
         self.tidy()

@@ -104,7 +104,7 @@ def all_are_here(comm: MpiComm) -> None:
 
 
 def _some_are_dead(comm: MpiComm) -> bool:
-    """Tell whether MPI or another rank has detected a dead one, after waiting a little for it. Local."""
+    """Return whether MPI or another rank has detected a dead one, after waiting a little for it. Local."""
     from mpi4py import MPI
 
     def known() -> bool:

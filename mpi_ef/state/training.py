@@ -1,6 +1,5 @@
 """What is saved of a training, and how it is put back, on as many ranks or on others."""
 
-import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,10 +7,10 @@ from functools import partial
 from hashlib import sha256
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import nn
 
+from mpi_ef.checkpoint.manifest import versions
 from mpi_ef.comm.consensus import agree
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import CheckpointError, MpiEfError, OptionError
@@ -239,10 +238,8 @@ def _ranks(count: int) -> str:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"mpi_ef": version("mpi_ef"), "torch": torch.__version__, "numpy": np.__version__,
-            "python": platform.python_version()}
+    known = versions() | {"torch": torch.__version__}
+    return {name: known[name] for name in ("mpi_ef", "torch", "numpy", "python")}
 
 
 def _check(parts: Mapping[str, Component], past: RestoreView, policy: str) -> None:

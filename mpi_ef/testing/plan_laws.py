@@ -255,7 +255,7 @@ class PlanLaws(Laws):
 
     @law("accounts")
     def test_exchanges_are_counted(self) -> None:
-        """`exchanges`, `sent_nbytes`, `seconds` and `traffic` tell what has happened, in every form of an exchange."""
+        """`exchanges`, `sent_nbytes`, `seconds` and `traffic` are right, in every form of an exchange."""
 
         def program(comm: VirtualComm, compressor: Compressor) -> None:
             counting = FaultyComm(comm)

@@ -1,4 +1,4 @@
-"""A small training on virtual ranks: what the laws of optimizers look at."""
+"""A small training on virtual ranks, for the laws of optimizers."""
 
 import copy
 import io
@@ -75,7 +75,7 @@ def parameters_of(net: nn.Module) -> list[Any]:
 
 
 def have_met(optimizer: FlatOptimizer) -> bool:
-    """Tell whether replicas are to be the same now: `synchronized`, of optimizers that let them differ for a while."""
+    """Return whether replicas are to be the same now: `synchronized`, of optimizers that let them differ for a while."""
     return bool(getattr(optimizer, "synchronized", True))
 
 
