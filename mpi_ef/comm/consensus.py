@@ -92,12 +92,8 @@ def gather_values(comm: Comm, subject: str, value: Any) -> list[Any]:
     check_not_freed(comm, subject)
     _mine.calls = getattr(_mine, "calls", 0) + 1
     answers: list[tuple[str, Any]] = comm.allgather((subject, value))
-    callers: dict[str, list[int]] = {}
-    for rank, answer in enumerate(answers):
-        known = isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], str)
-        callers.setdefault(answer[0] if known else "something else", []).append(rank)
-    if len(callers) > 1:
-        listed = "; ".join(f"{caller} on {ranks_text(ranks)}" for caller, ranks in callers.items())
+    if listed := _differing(answer[0] if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], str) else
+                            "something else" for answer in answers):
         raise DisagreementError(f"{subject}: ranks are in different calls: {listed}; call them on all ranks, in one order")
     return [value for _, value in answers]
 
@@ -147,11 +143,7 @@ def agree(
         if text:
             raise PeerError(f"{subject}: rank {rank} raised: {text}")
     for name in mine[0] or ():
-        values: dict[str, list[int]] = {}
-        for rank, (theirs, _, _) in enumerate(answers):
-            values.setdefault(str((theirs or {}).get(name)), []).append(rank)
-        if len(values) > 1:
-            listed = "; ".join(f"{value} on {ranks_text(ranks)}" for value, ranks in values.items())
+        if listed := _differing(str((theirs or {}).get(name)) for theirs, _, _ in answers):
             raise DisagreementError(f"{subject}: ranks disagree on {name}: {listed}; {remedy}")
     return [value for _, _, value in answers]
 
@@ -174,6 +166,14 @@ def together(comm: Comm, subject: str, action: Callable[[], T], undo: Callable[[
     where = ranks_text([rank for rank in failed if answers[rank][1] == text]) if comm.Get_size() > 1 else ""
     others = f" ({where}; {len(failed)} of {len(answers)} ranks failed)" if where else ""
     raise CheckpointError(f"{subject}: {text}{others}", damaged=answers[failed[0]][2], everywhere=True)
+
+
+def _differing(texts: Iterable[str]) -> str:
+    """Return the texts of the ranks, each with its ranks; "" where all are the same."""
+    ranks: dict[str, list[int]] = {}
+    for rank, text in enumerate(texts):
+        ranks.setdefault(text, []).append(rank)
+    return "; ".join(f"{text} on {ranks_text(of_text)}" for text, of_text in ranks.items()) if len(ranks) > 1 else ""
 
 
 def ranks_text(ranks: Iterable[int]) -> str:
