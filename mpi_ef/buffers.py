@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mpi_ef.comm.consensus import agree, tell_all
+from mpi_ef.comm.consensus import agree, gather_values
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DtypeError, OptionError
+from mpi_ef.vectors.flat import broadcast
 
 __all__ = ["broadcast_buffers", "synchronize_buffers"]
 
-_BROADCAST_NBYTES = 2**30  # per message, below the largest count of MPI
 _GATHERED = 2**24  # entries that all ranks together send at a time: 128 MiB
 
 Numbers = NDArray[np.float64]
@@ -37,7 +37,7 @@ def synchronize_buffers(model: nn.Module, comm: Comm, *, policy: str = "mean") -
     where ranks have seen equally many samples. (Torch's running variances divide by the number of samples less one; the
     correction for all samples together, a factor close to 1, is left out.) The means need time to move apart again:
     leave some ``3 / momentum`` batches between two calls, 30 by default. With a call after every batch only `momentum`
-    times the spread of the means would be counted; who needs that takes SyncBatchNorm. In other layers (InstanceNorm,
+    times the spread of the means would be counted; SyncBatchNorm is right there. In other layers (InstanceNorm,
     your own) variances are averaged like everything else. All other buffers are taken from rank 0: the mean of whole numbers
     (``num_batches_tracked``), of random features or of a table of positions means nothing.
 
@@ -97,8 +97,8 @@ def broadcast_buffers(model: nn.Module, comm: Comm) -> None:
     for name in _persistent(model):
         passing.pop(name, None)
     described = {(name, tuple(b.shape), str(b.dtype)) for name, b in passing.items() if b.layout is torch.strided}
-    told: list[set[tuple[str, tuple[int, ...], str]]] = tell_all(comm, "broadcast_buffers", described)
-    _take_from_root(comm, [passing[name] for name, _, _ in sorted(set.intersection(*told))])
+    of_ranks: list[set[tuple[str, tuple[int, ...], str]]] = gather_values(comm, "broadcast_buffers", described)
+    _take_from_root(comm, [passing[name] for name, _, _ in sorted(set.intersection(*of_ranks))])
 
 
 def _is_statistic(name: str, buffer: Tensor) -> bool:
@@ -134,8 +134,7 @@ def _take_from_root(comm: Comm, buffers: list[Tensor]) -> None:
     if not buffers:
         return
     packed = torch.cat([_bytes(b) for b in buffers])
-    for start in range(0, packed.numel(), _BROADCAST_NBYTES):
-        comm.Bcast(packed[start : start + _BROADCAST_NBYTES].numpy(), root=0)
+    broadcast(comm, packed.numpy())
     for b, part in zip(buffers, torch.split(packed, [b.numel() * b.element_size() for b in buffers]), strict=True):
         _write(b, part.clone().view(b.dtype))  # a clone begins where any dtype may begin
 
@@ -181,7 +180,7 @@ def _mean_over_ranks(comm: Comm, x: Numbers) -> Numbers:
             total = rows[0].copy()
             for row in rows[1:]:
                 total += row
-        total[np.isnan(total)] = np.nan  # one NaN of the many
+        total[np.isnan(total)] = np.nan  # the same bits for every NaN
         mean[start : start + length] = np.where((rows == rows[0]).all(axis=0), rows[0], total / ranks)
     return mean
 

@@ -12,12 +12,12 @@ A training script with all of it, which an interrupted run continues with ``samp
         for x, y in loader:
             ...  # forward, backward, optimizer.step()
             sampler.advance()
-            # here sampler.state_dict() tells exactly which samples have been used
+            # here sampler.state_dict() has exactly the samples that were used
 """
 
 import multiprocessing
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
@@ -54,12 +54,12 @@ class ShardedSampler(Sampler[list[int]]):
     * ``drop_last=True``: every batch is full, no sample is used twice. Up to batch * n - 1 samples at the end of the
       order are left out, other ones in each epoch when shuffled.
 
-    **Where a run is.** A DataLoader with workers draws batches ahead, so what was drawn says nothing about what was
-    used. Only the loop knows: it calls :meth:`advance` after each batch that it has used. An iteration (``for ... in
+    **Where a run is.** A DataLoader with workers draws batches ahead, so batches that were drawn need not have been used.
+    Therefore the loop calls :meth:`advance` after each batch. An iteration (``for ... in
     loader``) begins where :meth:`advance`, :meth:`set_epoch` or :meth:`load_state_dict` have led to; after the last
     batch that is the next epoch. A loop that calls none of them need not: when one iteration has run to its end and
-    nothing was told since it began, the next one takes the next epoch. All this is right for DataLoaders that keep the
-    order of the batches, as they do by default (not with ``in_order=False``).
+    none of them was called since it began, the next one takes the next epoch. All this is right for DataLoaders that keep
+    the order of the batches, as they do by default (not with ``in_order=False``).
 
     **Another number of ranks.** The place in the state counts samples of all ranks together. A run that goes on with
     other ranks, batch or drop_last uses every sample of the epoch that was not used yet, in the same order.
@@ -107,8 +107,8 @@ class ShardedSampler(Sampler[list[int]]):
         self.comm, self.ranks, self.rank = comm, int(comm.Get_size()), int(comm.Get_rank())
         self.shuffle, self.drop_last = bool(shuffle), bool(drop_last)
         self.epoch = self.position = 0
-        self._told = 0  # how often somebody has said where the run is
-        self._drawn_out: int | None = None  # _told at the start of the last iteration that ran to its end
+        self._moves = 0  # how often the place was set
+        self._drawn_out: int | None = None  # _moves at the start of the last iteration that ran to its end
 
         def facts() -> dict[str, object]:
             self.size, self.batch = _whole(size, "size", 0), _whole(batch, "batch", 1)
@@ -140,14 +140,14 @@ class ShardedSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Return the batches of this rank from where the run is to the end of the epoch."""
-        if self._drawn_out == self._told:
+        if self._drawn_out == self._moves:
             self._go_to(self.epoch + 1, 0)
-        return self._draw(self._part(), self._told)
+        return self._draw(self._part(), self._moves)
 
-    def _draw(self, part: Indices, told: int) -> Iterator[list[int]]:
+    def _draw(self, part: Indices, moves: int) -> Iterator[list[int]]:
         for start in range(0, part.size, self.batch):
             yield part[start : start + self.batch].tolist()
-        self._drawn_out = told
+        self._drawn_out = moves
 
     def _part(self) -> Indices:
         """Return what is left of the epoch for this rank."""
@@ -158,7 +158,7 @@ class ShardedSampler(Sampler[list[int]]):
         return _order(self.size, self.seed, self.epoch)[places] if self.shuffle else places
 
     def advance(self, batches: int = 1) -> None:
-        """Say that the loop has used this many more batches. Local; equally often on all ranks.
+        """Count this many more batches as used. Local; equally often on all ranks.
 
         After the last batch of an epoch the run is at the start of the next one. More batches than that go on through
         the next epochs: where only the number of steps was saved, ``advance(steps)`` on a new sampler of the same
@@ -193,7 +193,7 @@ class ShardedSampler(Sampler[list[int]]):
 
     def _go_to(self, epoch: int, position: int) -> None:
         self.epoch, self.position = epoch, position
-        self._told += 1
+        self._moves += 1
 
     def state_dict(self) -> dict[str, int | bool]:
         """Return where the run is, and of which data: the same on all ranks. Local."""
@@ -225,19 +225,16 @@ class ShardedSampler(Sampler[list[int]]):
                 if name not in ("epoch", "position") and state[name] != mine:
                     raise OptionError(f"ShardedSampler: {name} is {state[name]} in the state and {mine} here; build the "
                                       f"sampler with {name}={state[name]}")
-            self._check_place(state)
+            _whole(state["epoch"], "epoch", 0)
+            if _whole(state["position"], "position", 0) >= self.size:
+                raise OptionError(f"ShardedSampler: position={state['position']} in the state is beyond {self.size} "
+                                  "samples; pass what state_dict() returned")
             return {name: int(state[name]) for name in ("epoch", "position")}
 
         agree(self.comm, "ShardedSampler", facts, "load the same checkpoint on all ranks")
         self._go_to(int(state["epoch"]), int(state["position"]))
         if self.batches_left == 0:
             self._go_to(self.epoch + 1, 0)
-
-    def _check_place(self, state: Mapping[str, Any]) -> None:
-        _whole(state["epoch"], "epoch", 0)
-        if _whole(state["position"], "position", 0) >= self.size:
-            raise OptionError(f"ShardedSampler: position={state['position']} in the state is beyond {self.size} samples; "
-                              "pass what state_dict() returned")
 
 
 def _whole(value: Any, name: str, least: int, subject: str = "ShardedSampler") -> int:
@@ -258,7 +255,7 @@ def _words(count: int, seed: int, *key: int) -> NDArray[np.uint32]:
 def rank_seed(seed: int, rank: int, *, stream: int = 0) -> int:
     """Return a seed of 64 bits that differs between ranks, and between streams. Local.
 
-    Torch's generator on the CPU looks at the lower 32 bits alone, where random seeds of a few thousand ranks would
+    Torch's generator on the CPU uses the lower 32 bits alone, where random seeds of a few thousand ranks would
     collide now and then: here those bits differ between any two ranks of a stream.
 
     Parameters
@@ -323,7 +320,9 @@ def random_state() -> dict[str, Any]:
     version, words, spare = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "numpy": _with_tensors(np.random.get_state(legacy=False)),  # noqa: NPY002
+        # As signed numbers with the same bits, which every torch can store.
+        "numpy": _mapped(np.random.get_state(legacy=False), np.ndarray,  # noqa: NPY002
+                         lambda words: torch.from_numpy(words.view(f"i{words.itemsize}").copy())),
         "python": {"version": version, "words": torch.tensor(words), "spare": spare},
     }
 
@@ -346,28 +345,23 @@ def set_random_state(state: Mapping[str, Any]) -> None:
             raise OptionError(f"set_random_state: the state has no part {name}; pass what random_state() returned")
     python = state["python"]
     torch.set_rng_state(state["torch"].cpu())
-    np.random.set_state(_with_arrays(state["numpy"]))  # noqa: NPY002
+    np.random.set_state(_mapped(state["numpy"], torch.Tensor,  # noqa: NPY002
+                                lambda words: words.cpu().numpy().view(f"u{words.itemsize}")))
     random.setstate((python["version"], tuple(python["words"].tolist()), python["spare"]))
 
 
-def _with_tensors(value: Any) -> Any:
-    """Replace unsigned arrays by tensors of signed numbers with the same bits, which every torch can store."""
+def _mapped(value: Any, kind: type, of: Callable[[Any], Any]) -> Any:
+    """Return a nested dict with ``of(part)`` in the place of every part of a kind."""
     if isinstance(value, dict):
-        return {name: _with_tensors(part) for name, part in value.items()}
-    return torch.from_numpy(value.view(f"i{value.itemsize}").copy()) if isinstance(value, np.ndarray) else value
-
-
-def _with_arrays(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _with_arrays(part) for name, part in value.items()}
-    return value.cpu().numpy().view(f"u{value.itemsize}") if isinstance(value, torch.Tensor) else value
+        return {name: _mapped(part, kind, of) for name, part in value.items()}
+    return of(value) if isinstance(value, kind) else value
 
 
 def loader_context() -> ForkServerContext:
     """Return the ``multiprocessing_context`` for a DataLoader with workers in an MPI program. Local.
 
     A process that has started MPI should not fork: some networks' registered memory and MPI's own threads do not
-    survive it. Workers from a fork server have never seen MPI, and here they do not start it either. What that asks for:
+    survive it. Workers from a fork server have no MPI, and do not start it here. It requires:
 
     * The script runs its program under ``if __name__ == "__main__":``, because workers import it. An import of
       ``mpi4py.MPI`` outside is fine, a call of MPI is not.
@@ -375,7 +369,7 @@ def loader_context() -> ForkServerContext:
     * Call this before anything else in the process starts a fork server: there is only one, and what it imports first
       is decided when it starts.
 
-    Pass ``persistent_workers=True`` as well: workers import torch anew when they start. For random numbers in workers
+    Pass ``persistent_workers=True`` as well: workers import torch when they start. For random numbers in workers
     see :func:`generator_for`. A run that goes on in the middle of an epoch sees the right samples there; what workers
     draw at random for them is not the same as it would have been.
     """

@@ -11,7 +11,7 @@ class MpiEfError(Exception):
     ----------
     everywhere : bool
         True when all ranks of the communicator are known to raise this error together, with the same text, so that one
-        of them may speak for all.
+        of them may print it.
     """
 
     everywhere: bool = False
@@ -76,4 +76,6 @@ class CheckpointError(MpiEfError, OSError):
         True when the files are there and readable, but what they hold is not what was written.
     """
 
-    damaged: bool = False
+    def __init__(self, message: str, *, damaged: bool = False, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.damaged, self.everywhere = damaged, everywhere

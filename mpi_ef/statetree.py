@@ -1,4 +1,4 @@
-"""State, described once: a tree of named leaves from which it is saved, checked, loaded, moved to other ranks and reset."""
+"""State as a tree of named leaves, from which it is saved, checked, loaded, resharded and reset."""
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
@@ -22,22 +22,14 @@ _REQUIRED: Any = object()
 class Reshard:
     """What becomes of an array that differs between ranks when a run goes on with another number of ranks.
 
-    Attributes
-    ----------
-    how : str
-        "mean": every new rank gets the mean of the old ranks' arrays, so that their mean is what it was.
-        "copy": every new rank gets the replicated array `of`, of which the arrays are to be the mean, and what is `owed`.
-        "cut": the old ranks' arrays, one after the other, are one vector, of which this rank gets ``start ... stop - 1``.
-    of : str
-    owed : str
-        The array of which the old ranks' pieces, one after the other, are what `of` lacks of the mean; "" where it lacks
-        nothing.
-    start, stop : int
+    "mean": every new rank gets the mean of the old ranks' arrays, so that their mean is what it was.
+    "copy": every new rank gets the replicated array `of`, of which the arrays are to be the mean, and what is `owed`.
+    "cut": the old ranks' arrays, one after the other, are one vector, of which this rank gets ``start ... stop - 1``.
     """
 
     how: Literal["mean", "copy", "cut"]
     of: str = ""
-    owed: str = ""
+    owed: str = ""  # the array whose parts on the old ranks, concatenated, are what `of` lacks of the mean; "" for nothing
     start: int = 0
     stop: int = 0
 
@@ -46,61 +38,35 @@ class Reshard:
 class Leaf:
     """One thing that is saved: an array, which is written in place, or a value of plain containers and tensors.
 
-    Attributes
-    ----------
-    kind : str
-        "replicated": the same on all ranks. "per rank": of this rank; another number of ranks gets arrays as `reshard` says,
-        and of values the mean of every tensor. "local": what a rank counts for itself, which starts at zero elsewhere.
-    array : array, optional
-    read, write : callable, optional
-        Of a value.
-    reshard : Reshard, optional
-    resets : bool
-        A restart sets it to zero.
-    default : object
-        What a state of an earlier version means that lacks it. Without one, the state is refused.
+    "replicated": the same on all ranks. "per rank": of this rank; another number of ranks gets arrays as `reshard` says, and
+    of values the mean of every tensor. "local": what a rank counts for itself, which starts from its default elsewhere.
     """
 
     kind: Kind
     array: Any = None
-    read: Callable[[], Any] | None = None
+    read: Callable[[], Any] | None = None  # of a value
     write: Callable[[Any], None] | None = None
     reshard: Reshard | None = None
-    resets: bool = False
-    default: Any = _REQUIRED
+    resets: bool = False  # whether a reset sets it to zero
+    default: Any = _REQUIRED  # where the state of an earlier version lacks it; without one, that state is refused
 
 
 def attribute(owner: object, name: str, kind: Kind = REPLICATED, *, resets: bool = False,
               default: Any = _REQUIRED) -> Leaf:
     """Return the leaf of an attribute that holds a plain value."""
-
-    def write(value: Any) -> None:
-        setattr(owner, name, deepcopy(value))
-
-    return Leaf(kind, read=lambda: deepcopy(getattr(owner, name)), write=write, resets=resets, default=default)
+    return Leaf(kind, read=lambda: deepcopy(getattr(owner, name)), resets=resets, default=default,
+                write=lambda value: setattr(owner, name, deepcopy(value)))
 
 
 @dataclass(frozen=True)
 class StateTree:
-    """The state of an object: leaves by name, and the trees of its parts.
-
-    Attributes
-    ----------
-    leaves : dict of str to Leaf
-    parts : dict of str to StateTree, or to a list of them
-    identity : dict of str to str
-        What must be the same where it is loaded, on any number of ranks.
-    place : dict of str to int
-        What must be the same where :meth:`load_state_dict` loads it: rank and size.
-    prefix : str
-        Of the names of its arrays and of its identity within the whole.
-    """
+    """The state of an object: leaves by name, and the trees of its parts."""
 
     leaves: dict[str, Leaf] = field(default_factory=dict)
     parts: "dict[str, StateTree | list[StateTree]]" = field(default_factory=dict)
-    identity: dict[str, str] = field(default_factory=dict)
-    place: dict[str, int] = field(default_factory=dict)
-    prefix: str = ""
+    identity: dict[str, str] = field(default_factory=dict)  # must be the same where it is loaded, on any number of ranks
+    place: dict[str, int] = field(default_factory=dict)  # rank and size, which load_state_dict compares besides
+    prefix: str = ""  # of the names of its arrays and of its identity within the whole
 
     def trees(self) -> "Iterator[tuple[str, StateTree]]":
         """Yield all trees of this one, each with what its names begin with."""
@@ -143,7 +109,7 @@ class StateTree:
             tree.write(of_part, *kinds)
 
     def reset(self) -> None:
-        """Set everything to zero that a restart forgets."""
+        """Set to zero every leaf that :attr:`Leaf.resets` marks."""
         for _, tree in self.trees():
             for leaf in tree.leaves.values():
                 if leaf.resets and leaf.array is not None:

@@ -253,7 +253,7 @@ def test_long_buffers_go_in_pieces(monkeypatch):
 
     expected = bits(synchronized(3, build)[0])
     monkeypatch.setattr(mpi_ef.buffers, "_GATHERED", 100)
-    monkeypatch.setattr(mpi_ef.buffers, "_BROADCAST_NBYTES", 99)
+    monkeypatch.setattr(mpi_ef.vectors.flat, "_BROADCAST_NBYTES", 99)
     assert bits(synchronized(3, build)[0]) == expected
 
 

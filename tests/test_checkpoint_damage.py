@@ -471,7 +471,7 @@ def test_anybody_can_verify_a_file(copied):
     """What the index says of an array is the CRC-32 of its bytes."""
     found = open_checkpoint(copied)
     file = found._file(1)
-    seen = {(piece.kind, piece.name): piece.crc32 for piece in file.pieces if piece.kind == "per_rank"}
+    seen = {(extent.kind, extent.name): extent.crc32 for extent in file.extents if extent.kind == "per_rank"}
     assert len(seen) > 2
     for (_, name), crc32 in seen.items():
         assert zlib.crc32(np.ascontiguousarray(found.per_rank(name, 1)).tobytes()) == crc32, name

@@ -42,7 +42,7 @@ from mpi_ef.optim import (
     PowerSGD,
     ZeroOneAdam,
 )
-from mpi_ef.state.components import GeneratorPart, RandomPart
+from mpi_ef.state.components import GeneratorComponent, RandomComponent
 from mpi_ef.state.reshard import RestoreView, mean_over_ranks
 from mpi_ef.state.training import Training
 from mpi_ef.state.tree import decoded, encoded, tensor_of
@@ -674,8 +674,8 @@ def test_random_numbers_go_on_and_new_ranks_begin_anew():
     past, drawn = RestoreView(store.last, 2, 3), []
     for _ in range(2):
         generator = torch.Generator()
-        GeneratorPart("generator", generator).restore(past)
-        RandomPart(SimpleNamespace(Get_rank=lambda: 2), 3).restore(past)
+        GeneratorComponent("generator", generator).restore(past)
+        RandomComponent(SimpleNamespace(Get_rank=lambda: 2)).restore(past)
         drawn.append((torch.rand(3), np.random.rand(3), random.random(), torch.rand(3, generator=generator)))  # noqa: NPY002
     assert repr(drawn[0]) == repr(drawn[1])
     assert not torch.equal(drawn[0][0], after[0])

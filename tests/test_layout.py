@@ -30,7 +30,7 @@ ROOMS = {
     "feedback": ("errors ranges kernels comm compress collectives registry statetree", "numpy"),
     "vectors": ("errors comm compress", "numpy torch"),
     "reference": ("", "numpy torch"),
-    "buffers": ("errors comm", "numpy torch"),
+    "buffers": ("errors comm vectors", "numpy torch"),
     "data": ("errors ranges comm", "numpy torch"),
     "optim": ("errors ranges statetree kernels comm compress collectives feedback vectors buffers", "numpy torch"),
     "ddp": ("errors statetree comm compress collectives feedback vectors", "numpy torch"),

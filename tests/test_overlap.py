@@ -211,7 +211,7 @@ def test_nothing_is_sent_for_an_optimizer_that_is_gone():
         gc.collect()
         for step in range(2):
             loss_of(net, comm.Get_rank(), step).backward()
-        buckets.arrive(np.zeros(sum(p.numel() for p in net.parameters()), np.float32))
+        buckets.wait(np.zeros(sum(p.numel() for p in net.parameters()), np.float32))
         return buckets.early
 
     assert virtual.results(2, program) == [0, 0]

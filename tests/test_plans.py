@@ -380,11 +380,12 @@ def test_one_call_forms(n):
 
 def test_one_call_forms_keep_a_bounded_number_of_plans():
     from mpi_ef.collectives import onecall
+    from mpi_ef.comm.attributes import kept_with
 
     def program(comm):
         for d in range(1, 40):
             allreduce(comm, np.ones(d, np.float32), Identity())
-        return len(comm.Get_attr(0))
+        return len(kept_with(comm, onecall._Plans))
 
     assert virtual.results(2, program) == [onecall.KEPT_PLANS] * 2
 
@@ -455,6 +456,18 @@ def test_plans_are_kept_by_every_kind_of_communicator_under_its_own_key():
         x = gaussian(0, 40)
         np.testing.assert_array_equal(allreduce(comm, x, Identity()), x)
         kept[kind] = comm
+
+
+def test_two_things_are_kept_by_a_communicator_under_keys_of_their_own():
+    """Virtual ranks had one key for all."""
+    from mpi_ef.comm.attributes import kept_with
+
+    def lists():
+        return ["another"]
+
+    comm = virtual.VirtualComm(virtual._World(1), 0)
+    assert kept_with(comm, list) is kept_with(comm, list) == []
+    assert kept_with(comm, lists) == ["another"]
 
 
 def test_a_dense_sum_that_overflows_names_nobody():

@@ -140,7 +140,7 @@ class _WrongCodec(PlainCodec):
     ("size", "test_size_is_known_ahead", "breaks the law of a size that is known ahead"),
     ("no words", "test_size_is_known_ahead", "breaks the law of whole words"),
     ("leaves bytes", "test_size_is_known_ahead", "breaks the law of messages that are written whole"),
-    ("tells nobody", "test_what_is_not_finite_is_told", "breaks the law of vectors that are not finite"),
+    ("tells nobody", "test_what_is_not_finite_is_reported", "breaks the law of vectors that are not finite"),
     ("keeps the old", "test_messages_are_added_in_order", "breaks the law of overwriting"),
 ])
 def test_what_is_wrong_with_a_compressor_is_told(how, law, words):

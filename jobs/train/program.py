@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, before MPI is started, then train on COMM_WORLD."""
     config = parse(TrainConfig, argv, prog="mpi-ef train", description=__doc__ or "")
     if config.checkpoint_every:
-        early_signals.note()
+        early_signals.record()
 
     def program(comm: MpiComm) -> None:
         if config.on_failure == "shrink":

@@ -60,7 +60,7 @@ class Interruptible:
             # Python lets only the main thread have signals, which is where programs run.
             signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
             self._stopper = Stopper(comm, signals=signals, deadline=float(end) if end.isdigit() else None)
-            if number := early_signals.noted() or attempts.asked:
+            if number := early_signals.pending() or attempts.asked:
                 self._stopper.request(number)
         self._training = Training(model=trainer.model, optimizer=trainer.optimizer, seed=config.seed,
                                   changes=trainer.changes)

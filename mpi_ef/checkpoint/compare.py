@@ -19,28 +19,14 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not the same in checkpoints a and b.
+    """One thing that is not the same in checkpoints a and b."""
 
-    Attributes
-    ----------
-    where : str
-        "checkpoint", "replicated", or "rank 3".
-    name : str
-        Of the array, or the path in the document.
-    text : str
-        What differs.
-    entries : int
-        How many entries of the array have different bits; 0 where it is not about entries.
-    largest, relative : float or None
-        Largest absolute difference, and norm of the difference over the norm in a. None where it is not about numbers.
-    """
-
-    where: str
-    name: str
-    text: str
-    entries: int = 0
-    largest: float | None = None
-    relative: float | None = None
+    where: str  # "checkpoint", "replicated", or "rank 3"
+    name: str  # of the array, or the path in the document
+    text: str  # what differs
+    entries: int = 0  # how many entries of the array have different bits; 0 where it is not about entries
+    largest: float | None = None  # absolute difference; None where it is not about numbers
+    relative: float | None = None  # norm of the difference over the norm in a; None as before
 
 
 def compare(a: Checkpoint, b: Checkpoint) -> Iterator[Difference | None]:
@@ -62,13 +48,8 @@ def compare(a: Checkpoint, b: Checkpoint) -> Iterator[Difference | None]:
     for rank in range(a.world_size) if a.world_size == b.world_size else ():
         where = f"rank {rank}"
         yield from _documents(where, a.rank_document(rank), b.rank_document(rank))
-        yield from _arrays(
-            where, a.per_rank_names(rank), b.per_rank_names(rank), partial(_own, a, rank), partial(_own, b, rank)
-        )
-
-
-def _own(checkpoint: Checkpoint, rank: int, name: str) -> NDArray[Any]:
-    return checkpoint.per_rank(name, rank)
+        yield from _arrays(where, a.per_rank_names(rank), b.per_rank_names(rank), partial(a.per_rank, rank=rank),
+                           partial(b.per_rank, rank=rank))
 
 
 def _documents(where: str, a: Any, b: Any, path: str = "document") -> Iterator[Difference]:

@@ -1,4 +1,4 @@
-"""What only rank 0 does in a folder of checkpoints: making room, publishing, marking, deleting."""
+"""What only rank 0 does in a folder of checkpoints: preparing, publishing, marking, deleting."""
 
 import logging
 import shutil
@@ -32,13 +32,7 @@ _log = logging.getLogger("mpi_ef.checkpoint")
 
 
 class Folder:
-    """A folder of checkpoints, as rank 0 sees it. All calls are local.
-
-    Parameters
-    ----------
-    path : Path
-    keep_last, keep_every, job, restart : see `Store`
-    """
+    """A folder of checkpoints, as rank 0 sees it, with the options of `Store`. All calls are local."""
 
     def __init__(self, path: Path, keep_last: int, keep_every: int, job: str, restart: int) -> None:
         self._path, self._keep_last, self._keep_every = path, keep_last, keep_every
@@ -58,7 +52,7 @@ class Folder:
             self._lock = FolderLock(self._path, Owner.this_process(self._job, run, self._restart), wait=wait)
         self._lock.check()
 
-    def make_place(self, step: int, run: str) -> str:
+    def make_directory(self, step: int, run: str) -> str:
         """Take the lock, remove what dead jobs have left, and make a directory to write to; return its name."""
         self.claim(run, wait=False)
         owner = Owner.this_process(self._job, run, self._restart)
@@ -105,7 +99,7 @@ class Folder:
             _log.warning("%s: saved, but older ones could not be tidied up: %s", final, error)
 
     def opens(self, path: Path) -> bool:
-        """Tell whether manifest, sizes, step and run are right; mark a damaged checkpoint."""
+        """Return whether manifest, sizes, step and run are right; mark a damaged checkpoint."""
         seen = identity(path)
         try:
             run, known = read_manifest(path).run, self._runs()
@@ -131,7 +125,7 @@ class Folder:
         write_durably(self._path / RUNS, lines.encode())
 
     def _runs(self) -> list[str]:
-        """Return the runs that have written here; nothing where that is not known."""
+        """Return the runs that have written here, where that is known."""
         try:
             return (self._path / RUNS).read_text(encoding="utf-8", errors="replace").split()
         except (FileNotFoundError, NotADirectoryError):
@@ -205,7 +199,7 @@ class Folder:
 
 
 def identity(path: Path) -> tuple[int, ...]:
-    """Return what tells a checkpoint from another one that gets its directory's name later."""
+    """Return what distinguishes a checkpoint from later ones in a directory of the same name."""
     try:
         status = (path / COMMIT).stat()
     except OSError:

@@ -1,7 +1,7 @@
-"""One job writes to a folder of checkpoints, or of a run: a lock file that tells who, and outlives nobody for long.
+"""One job writes to a folder of checkpoints, or of a run: a lock file that names its process, and expires soon after it.
 
 No lock of the kernel (flock): file systems of clusters have none, or one that holds on a node only, and it is inherited by
-workers that outlive a killed rank. Whether the process of this host is there still is asked of the kernel, by when it began.
+workers that outlive a killed rank. A process of this host is identified by its number and start time.
 """
 
 import errno
@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 import weakref
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,39 +26,21 @@ _log = logging.getLogger("mpi_ef.checkpoint")
 _BEAT_SECONDS = 15.0
 _WATCH_SECONDS = 1.0
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # of file systems without hard links
-_SILENT_SECONDS = 120.0  # a lock on another host that nobody has touched for so long has no owner
+_SILENT_SECONDS = 120.0  # a lock of another host that was not touched for so long has no owner
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that writes checkpoints.
-
-    Attributes
-    ----------
-    host : str
-    pid : int
-    started : str
-        When the process began, as the kernel counts: process numbers are used again.
-    job : str
-        Identity of the batch job that stays when it is requeued; may be empty.
-    restart : int
-        How often that job was started again.
-    run : str
-        Identity of the run.
-    since : str
-        Local time, for people.
-    token : str
-        Different for every lock taken.
-    """
+    """A process that writes checkpoints."""
 
     host: str
     pid: int
-    started: str
-    job: str
-    restart: int
-    run: str
-    since: str
-    token: str
+    started: str  # when the process began, as the kernel counts: process numbers are used again
+    job: str  # identity of the batch job that stays when it is requeued; may be empty
+    restart: int  # how often that job was started again
+    run: str  # identity of the run
+    since: str  # local time, for messages
+    token: str  # different for every lock
 
     @classmethod
     def this_process(cls, job: str, run: str, restart: int = 0) -> "Owner":
@@ -67,12 +50,17 @@ class Owner:
 
     @classmethod
     def read(cls, path: Path) -> "Owner | None":
-        """Return the owner that a file tells; None when it is gone or tells none."""
+        """Return the owner in a file; None when there is no file or no owner in it."""
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**told) if all(type(told[name]) is kind for name, kind in cls.__annotations__.items()) else None
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**found) if all(type(found[name]) is kind for name, kind in cls.__annotations__.items()) else None
         except (OSError, ValueError, TypeError, KeyError):
             return None
+
+    def holds(self, path: Path) -> bool:
+        """Return whether a file is of this owner."""
+        holder = Owner.read(path)
+        return holder is not None and holder.token == self.token
 
     def write(self, path: Path) -> None:
         """Write the owner to a new file."""
@@ -80,18 +68,15 @@ class Owner:
             json.dump(asdict(self), file)
 
     def gone(self, silent_seconds: float) -> bool:
-        """Tell whether the process has ended, as far as this host can know."""
+        """Return whether the process has ended, as far as can be determined on this host."""
         if self.host != socket.gethostname():
             return silent_seconds > _SILENT_SECONDS
         return _started(self.pid) != self.started
 
-    def started_again(self, other: "Owner") -> bool:
-        """Tell whether `other` is a later start of the same batch job, which had to end before."""
-        return bool(self.job) and self.job == other.job and self.restart < other.restart
-
-    def same_process(self, other: "Owner") -> bool:
-        """Tell whether both are one process."""
-        return (self.host, self.pid, self.started) == (other.host, other.pid, other.started)
+    def replaces(self, other: "Owner") -> bool:
+        """Return whether this is the process of the other, or a later start of its batch job, which had to end before."""
+        same = (self.host, self.pid, self.started) == (other.host, other.pid, other.started)
+        return same or (self.job == other.job != "" and self.restart > other.restart)
 
 
 class FolderLock:
@@ -101,20 +86,8 @@ class FolderLock:
     job, or when its host has not touched it for two minutes: a thread touches it four times a minute.
     Ages are differences of times of the folder's file system, so clocks need not agree.
 
-    Parameters
-    ----------
-    folder : Path
-    owner : Owner
-    wait : bool
-        Watch a lock of another host until it was touched, and is refused, or was silent for two minutes. Else it is
-        refused at once.
-    writes : str
-        What the owner writes there, for people.
-
-    Raises
-    ------
-    CheckpointError
-        Another job writes there.
+    With `wait`, a lock of another host is watched until it was touched, and is refused, or was silent for two minutes; else
+    it is refused at once: `CheckpointError`. `writes` is what the owner writes there, for messages.
     """
 
     def __init__(self, folder: Path, owner: Owner, *, wait: bool = False, writes: str = "checkpoints") -> None:
@@ -139,12 +112,9 @@ class FolderLock:
 
     def check(self) -> None:
         """Raise unless the lock is still this one's: a process that slept for minutes may have lost it."""
-        holder = Owner.read(self._path)
-        if holder is None or holder.token != self._owner.token:
-            raise CheckpointError(
-                f"{self._path}: the lock was taken over by {_who(holder)}; let one job write there, or give this one "
-                f"another folder"
-            )
+        if not self._owner.holds(self._path):
+            raise CheckpointError(f"{self._path}: the lock was taken over by {_described(Owner.read(self._path))}; let one "
+                                  "job write there, or give this one another folder")
 
     def release(self) -> None:
         """Let others write."""
@@ -157,38 +127,33 @@ class FolderLock:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            self._owner.write(self._path)  # of those that try to make it, one does
+            self._owner.write(self._path)  # of several processes that try, one makes it
 
     def _remove_stale(self) -> None:
         holder, silent_seconds = Owner.read(self._path), age_seconds(self._path)
         if holder is None and silent_seconds < _SILENT_SECONDS and self._path.exists():
             raise CheckpointError(f"{self._path}: it cannot be read; remove it when no job writes there")
         if holder is not None and not (
-            holder.gone(silent_seconds)
-            or holder.same_process(self._owner)
-            or holder.started_again(self._owner)
-            or (self._wait and self._falls_silent(holder))
+            holder.gone(silent_seconds) or self._owner.replaces(holder) or (self._wait and self._falls_silent(holder))
         ):
-            raise CheckpointError(
-                f"{self._path.parent}: {_who(holder)} writes {self._writes} there; give this job another folder, or "
-                f"remove {LOCK} if that one has ended"
-            )
+            raise CheckpointError(f"{self._path.parent}: {_described(holder)} writes {self._writes} there; give this job "
+                                  f"another folder, or remove {LOCK} if that one has ended")
         aside = self._path.with_name(f".{LOCK}-stale-{self._owner.token}")
         try:
-            self._path.rename(aside)  # of several that find it stale, one gets it
+            self._path.rename(aside)  # of several processes that find it stale, one gets it
         except FileNotFoundError:
             return
-        if Owner.read(aside) != holder:  # somebody else was faster, and this is the new lock: put it back
+        if Owner.read(aside) != holder:  # another process was faster, and this is the new lock: put it back
             aside.rename(self._path)
             return
         aside.unlink()
 
     def _falls_silent(self, holder: Owner) -> bool:
-        """Watch a lock of another host: its owner touches it, or nobody does for two minutes."""
+        """Watch a lock of another host until its owner touches it, or two minutes have passed without."""
         if holder.host == self._owner.host:
             return False
         touched = _changed(self._path)
-        _log.warning("%s: %s has it; waiting for a sign of life", self._path, _who(holder))
+        _log.warning("%s: %s has it; waiting for a sign of life", self._path, _described(holder))
         while _changed(self._path) == touched and Owner.read(self._path) == holder:
             if age_seconds(self._path) > _SILENT_SECONDS:
                 return True
@@ -203,7 +168,7 @@ def _changed(path: Path) -> int:
         return 0
 
 
-def _who(holder: Owner | None) -> str:
+def _described(holder: Owner | None) -> str:
     if holder is None:
         return "nobody that can be named"
     job = f" of job {holder.job}" if holder.job else ""
@@ -212,18 +177,14 @@ def _who(holder: Owner | None) -> str:
 
 def _beat(path: Path, owner: Owner, ended: threading.Event) -> None:
     while not ended.wait(_BEAT_SECONDS):
-        holder = Owner.read(path)
-        if holder is not None and holder.token == owner.token:
-            try:
+        if owner.holds(path):
+            with suppress(OSError):
                 os.utime(path)
-            except OSError:
-                continue
 
 
 def _release(path: Path, owner: Owner, ended: threading.Event) -> None:
     ended.set()
-    holder = Owner.read(path)
-    if holder is not None and holder.token == owner.token and holder.pid == os.getpid():
+    if owner.pid == os.getpid() and owner.holds(path):
         path.unlink(missing_ok=True)
 
 

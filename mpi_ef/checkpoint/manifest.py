@@ -18,8 +18,9 @@ from mpi_ef.errors import CheckpointError
 
 from .rankfile import DamageError, FileEntry, reading
 
-__all__ = ["BAD", "COMMIT", "LATEST", "MANIFEST", "RUNS", "VERSION", "Manifest", "committed_steps", "damaged_steps",
-           "rank_name", "read_manifest", "step_name", "sync_folder", "write_durably", "write_manifest"]
+__all__ = ["BAD", "COMMIT", "LATEST", "MANIFEST", "RUNS", "VERSION", "Manifest", "checked_json", "committed_steps",
+           "damaged_steps", "rank_name", "read_manifest", "step_name", "sync_folder", "versions", "write_durably",
+           "write_manifest"]
 
 MANIFEST, COMMIT, BAD, LATEST, RUNS = "master.json", "COMMIT", "BAD", "LATEST", "RUNS"
 FORMAT, VERSION, MIN_READER = "mpi_ef.checkpoint", 2, 2
@@ -28,21 +29,7 @@ _STEP = re.compile(r"step-(\d{8,18})|\.old-step-(\d{8,18})-[0-9a-f]+")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``master.json`` says.
-
-    Attributes
-    ----------
-    step, world_size : int
-    run : str
-        Identity of the run, kept when it is continued.
-    document : JSON
-    files : tuple of FileEntry
-        One per rank, in the order of ranks.
-    written_by : dict of str to str
-        Versions of mpi_ef, NumPy, h5py and Python.
-    written_at : str
-        Time, ISO 8601, UTC.
-    """
+    """The content of ``master.json``: that of a `Checkpoint`, and an entry for the file of every rank."""
 
     step: int
     world_size: int
@@ -66,8 +53,7 @@ def rank_name(rank: int) -> str:
 def committed_steps(folder: Path) -> list[tuple[int, Path]]:
     """Return steps and directories of the checkpoints that were finished and are not marked, oldest first.
 
-    A checkpoint that was being replaced when its job was killed lies under another name; it counts where its step has
-    no other.
+    A checkpoint whose replacement was interrupted lies under another name; it counts where its step has no other.
     """
     found: dict[int, Path] = {}
     for path in _directories(folder):
@@ -106,7 +92,7 @@ def write_manifest(folder: Path, step: int, run: str, document: Any, files: list
     """Write the manifest, then the marker: the checkpoint is valid from then on, wherever it lies."""
     text = json.dumps({
         "format": FORMAT, "version": VERSION, "min_reader": MIN_READER, "step": step, "world_size": len(files), "run": run,
-        "written_at": datetime.now(UTC).isoformat(timespec="seconds"), "written_by": _versions(),
+        "written_at": datetime.now(UTC).isoformat(timespec="seconds"), "written_by": versions(),
         "files": [{"name": entry.name, "size": entry.size, "crc32": f"{entry.crc32:08x}", "data": entry.data}
                   for entry in files],
         "document": document,
@@ -131,11 +117,7 @@ def read_manifest(folder: Path) -> Manifest:
         text, mark = (folder / MANIFEST).read_bytes(), (folder / COMMIT).read_bytes()
         if mark != f"{hashlib.sha256(text).hexdigest()}\n".encode():
             raise DamageError("master.json is not what COMMIT says")
-        told = json.loads(text)
-        if not isinstance(told, dict) or told.get("format") != FORMAT:
-            raise ValueError("master.json is of another format")
-        _check_reader(folder, told)
-        manifest = _parse(told)
+        manifest = _parse(folder, json.loads(text))
         named = _STEP.fullmatch(folder.name)
         if named and int(named[1] or named[2]) != manifest.step:
             raise DamageError(f"it is the checkpoint of step {manifest.step} under the name of another step")
@@ -148,26 +130,22 @@ def read_manifest(folder: Path) -> Manifest:
         return manifest
 
 
-def _check_reader(folder: Path, told: dict[str, Any]) -> None:
-    needed = told.get("min_reader")
+def _parse(folder: Path, found: Any) -> Manifest:
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError("master.json is of another format")
+    needed = found.get("min_reader")
     if type(needed) is not int or needed < 1:
         raise ValueError("master.json has no version")
     if needed > VERSION:
-        raise CheckpointError(
-            f"{folder}: it needs a reader of version {needed}, and this one is version {VERSION}; "
-            f"read it with the mpi_ef that wrote it, or a newer one"
-        )
-
-
-def _parse(told: dict[str, Any]) -> Manifest:
-    files = tuple(_parse_file(rank, row, told["min_reader"]) for rank, row in enumerate(told["files"]))
-    counts_fit = type(told["step"]) is int and told["step"] >= 0 and told["world_size"] == len(files) > 0
-    texts = [told["run"], told["written_at"], *told["written_by"].values()]
+        raise CheckpointError(f"{folder}: it needs a reader of version {needed}, and this one is version {VERSION}; "
+                              f"read it with the mpi_ef that wrote it, or a newer one")
+    files = tuple(_parse_file(rank, row, needed) for rank, row in enumerate(found["files"]))
+    counts_fit = type(found["step"]) is int and found["step"] >= 0 and found["world_size"] == len(files) > 0
+    texts = [found["run"], found["written_at"], *found["written_by"].values()]
     if not counts_fit or not all(isinstance(text, str) for text in texts):
         raise ValueError("master.json has fields of wrong types")
-    return Manifest(
-        told["step"], len(files), told["run"], told["document"], files, told["written_by"], told["written_at"]
-    )
+    return Manifest(found["step"], len(files), found["run"], found["document"], files, found["written_by"],
+                    found["written_at"])
 
 
 def _parse_file(rank: int, row: dict[str, Any], version: int) -> FileEntry:
@@ -185,12 +163,30 @@ def _parse_file(rank: int, row: dict[str, Any], version: int) -> FileEntry:
     return FileEntry(row["name"], row["size"], int(row["crc32"], 16), data, version)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of this package, of what it writes files with, and of Python."""
     try:
         mine = metadata.version("mpi_ef")
     except metadata.PackageNotFoundError:
         mine = "unknown"
     return {"mpi_ef": mine, "numpy": np.__version__, "h5py": h5py.__version__, "python": sys.version.split()[0]}
+
+
+def checked_json(subject: str, document: Any) -> Any:
+    """Return what reading `document` back will give; refuse what JSON would change silently."""
+    for value in _values(document):
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            raise CheckpointError(f"{subject}: a document has keys that are no text, {list(value)[:3]!r}; JSON needs text")
+        if not isinstance(value, dict | list | tuple | str | int | float | bool | type(None)):
+            raise CheckpointError(f"{subject}: a document holds {type(value).__name__}, which is not JSON; convert it")
+    return json.loads(json.dumps(document))
+
+
+def _values(document: Any) -> Any:
+    yield document
+    if isinstance(document, dict | list | tuple):
+        for value in document.values() if isinstance(document, dict) else document:
+            yield from _values(value)
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -1,6 +1,6 @@
 """Reading a checkpoint: local, without MPI, from any process that sees its directory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,21 @@ from numpy.typing import NDArray
 from mpi_ef.errors import CheckpointError
 
 from .dtypes import DTYPES
+from .extents import Extent, Kind, check_tiles
 from .manifest import Manifest, read_manifest
-from .pieces import Piece, check_tiles
 from .rankfile import RankFile, reading
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 Names = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
+Parts = dict[str, list[tuple[RankFile, Extent]]]
 
 
 def open_checkpoint(path: str | Path) -> "Checkpoint":
     """Open the checkpoint in the directory `path`. Local: works without MPI, on a login node too.
 
-    Only the manifest is read, and the sizes of the others are compared; each rank's file is checked when something
-    of it is asked for, and every array when it is read.
+    Only the manifest is read, and the sizes of the others are compared; a rank's file is checked at the first access to
+    something in it, every array when it is read.
 
     Raises
     ------
@@ -58,7 +59,7 @@ class Checkpoint:
         self.path = path
         self._manifest: Manifest = read_manifest(path)
         self._files: dict[int, RankFile] = {}
-        self._shared: dict[str, list[tuple[RankFile, Piece]]] | None = None
+        self._shared: Parts | None = None
         self.step = self._manifest.step
         self.world_size = self._manifest.world_size
         self.run = self._manifest.run
@@ -76,31 +77,23 @@ class Checkpoint:
 
     def replicated_names(self) -> Names:
         """Return name, shape and dtype of every array that all ranks share."""
-        return {name: (parts[0][1].shape, DTYPES[parts[0][1].dtype]) for name, parts in self._replicated().items()}
+        return _names(self._replicated())
 
     def per_rank_names(self, rank: int) -> Names:
         """Return name, shape and dtype of every array of `rank`."""
-        return {
-            piece.name: (piece.shape, DTYPES[piece.dtype])
-            for piece in self._file(rank).pieces
-            if piece.kind == "per_rank"
-        }
+        return _names(self._parts("per_rank", [rank]))
 
     def replicated(self, name: str) -> NDArray[Any]:
         """Return an array that all ranks share, put together from the stripes of all files."""
-        parts = self._replicated().get(name)
-        if parts is None:
+        if name not in self._replicated():
             raise CheckpointError(f"{self.path}: it has no replicated array {name!r}; see replicated_names()")
-        return self._read(parts)
+        return self._read(self._replicated()[name])
 
     def per_rank(self, name: str, rank: int) -> NDArray[Any]:
         """Return an array of `rank`."""
-        file = self._file(rank)
-        for piece in file.pieces:
-            if (piece.kind, piece.name) == ("per_rank", name):
-                check_tiles(self.path, [piece])
-                return self._read([(file, piece)])
-        raise CheckpointError(f"{self.path}: rank {rank} has no array {name!r}; see per_rank_names({rank})")
+        if (parts := self._parts("per_rank", [rank]).get(name)) is None:
+            raise CheckpointError(f"{self.path}: rank {rank} has no array {name!r}; see per_rank_names({rank})")
+        return self._read(parts)
 
     def verify(self) -> list[str]:
         """Read all files and return what is wrong, one line each; an empty list when nothing is."""
@@ -126,36 +119,39 @@ class Checkpoint:
         if not 0 <= rank < self.world_size:
             raise CheckpointError(f"{self.path}: it has no rank {rank}; ask for ranks 0 to {self.world_size - 1}")
         if rank not in self._files:
-            told: dict[str, str | int] = {
-                "rank": rank,
-                "world_size": self.world_size,
-                "step": self.step,
-                "run": self.run,
-            }
             entry = self._manifest.files[rank]
-            self._files[rank] = RankFile(self.path / entry.name, entry, told)
+            self._files[rank] = RankFile(self.path / entry.name, entry, {
+                "rank": rank, "world_size": self.world_size, "step": self.step, "run": self.run})
         return self._files[rank]
 
-    def _replicated(self) -> dict[str, list[tuple[RankFile, Piece]]]:
-        """Return the parts of every replicated array, in order and complete."""
-        if self._shared is not None:
-            return self._shared
-        found: dict[str, list[tuple[RankFile, Piece]]] = {}
-        for rank in range(self.world_size):
-            file = self._file(rank)
-            for piece in file.pieces:
-                if piece.kind == "replicated":
-                    found.setdefault(piece.name, []).append((file, piece))
-        for parts in found.values():
-            check_tiles(self.path, [piece for _, piece in parts])
-        self._shared = found
+    def _replicated(self) -> Parts:
+        """Return the extents of every replicated array, in order and complete."""
+        if self._shared is None:
+            shared = self._parts("replicated", range(self.world_size))
+            for parts in shared.values():
+                check_tiles(self.path, [extent for _, extent in parts])
+            self._shared = shared
+        return self._shared
+
+    def _parts(self, kind: Kind, ranks: Iterable[int]) -> Parts:
+        """Return the extents of all arrays of a kind in the files of some ranks, with their files, by name."""
+        found: Parts = {}
+        for file in map(self._file, ranks):
+            for extent in file.extents:
+                if extent.kind == kind:
+                    found.setdefault(extent.name, []).append((file, extent))
         return found
 
-    def _read(self, parts: list[tuple[RankFile, Piece]]) -> NDArray[Any]:
+    def _read(self, parts: list[tuple[RankFile, Extent]]) -> NDArray[Any]:
+        check_tiles(self.path, [extent for _, extent in parts])
         first = parts[0][1]
         with reading(self.path):
             array = np.empty(first.whole_nbytes, np.uint8)
-            for file, piece in parts:
-                file.read(piece, array[piece.begin : piece.begin + piece.nbytes])
+            for file, extent in parts:
+                file.read(extent, array[extent.begin : extent.begin + extent.nbytes])
             values: NDArray[Any] = array.view(DTYPES[first.dtype]).reshape(first.shape)
         return values
+
+
+def _names(parts: Parts) -> Names:
+    return {name: (extents[0][1].shape, DTYPES[extents[0][1].dtype]) for name, extents in parts.items()}

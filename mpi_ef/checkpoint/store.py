@@ -3,11 +3,10 @@
 import logging
 import threading
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,25 +16,25 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import CheckpointError, OptionError
 
 from .checksum import whole_checksum
-from .documents import checked_json
 from .dtypes import dtype_name, raw_bytes
+from .extents import Extent, StagingBuffer, layout
 from .folder import Folder, identity
-from .manifest import FORMAT, VERSION, committed_steps, damaged_steps, rank_name
-from .pieces import Piece, Room, cut_pieces, pack
+from .manifest import FORMAT, VERSION, checked_json, committed_steps, damaged_steps, rank_name
 from .rankfile import FileEntry, write_rank_file
 from .reader import Checkpoint
 
 __all__ = ["Pending", "Store"]
 
 Arrays = Mapping[str, NDArray[Any]]
+T = TypeVar("T")
 _log = logging.getLogger("mpi_ef.checkpoint")
 
 
 class Store:
     """Checkpoints of a run in a folder that all ranks see, one directory per step. Construction is local.
 
-    A checkpoint is valid from the moment on that its directory gets its name, never before; a process that is killed
-    leaves what was valid as it was. Only one job at a time writes to a folder; any number may read.
+    A checkpoint becomes valid when its directory gets its name; a process that is killed leaves valid ones unchanged. One
+    job at a time writes to a folder; any number may read.
 
     Parameters
     ----------
@@ -66,7 +65,7 @@ class Store:
         self.folder = Path(folder)
         self.run = uuid.uuid4().hex
         self._on_disk = Folder(self.folder, keep_last, keep_every, job, restart)
-        self._room = Room()
+        self._staging = StagingBuffer()
         self._pending: Pending | None = None
 
     def claim(self, comm: Comm, *, new: bool = False) -> None:
@@ -88,13 +87,12 @@ class Store:
         """
 
         def take() -> None:
-            if comm.Get_rank() == 0:
-                self._on_disk.claim(self.run, wait=True)
-                if new and (steps := self.steps()):
-                    raise CheckpointError(f"{self.folder} has checkpoints of another run, up to step {steps[-1]}; resume "
-                                          "from them, or take another folder")
+            self._on_disk.claim(self.run, wait=True)
+            if new and (steps := self.steps()):
+                raise CheckpointError(f"{self.folder} has checkpoints of another run, up to step {steps[-1]}; resume "
+                                      "from them, or take another folder")
 
-        together(comm, "Store.claim", take)
+        _on_root(comm, "Store.claim", take)
 
     def save(
         self, comm: Comm, step: int, *, replicated: Arrays, per_rank: Arrays, document: Any, rank_document: Any
@@ -125,9 +123,10 @@ class Store:
         Raises
         ------
         CheckpointError
-            On all ranks together. Nothing is left of the attempt, and older checkpoints are as they were.
+            On all ranks together. The attempt is removed, and older checkpoints are unchanged.
         """
-        pending = self._start(comm, _Save("Store.save", step, replicated, per_rank, document, rank_document), None)
+        pending = Pending(self, "Store.save", step, document, rank_document)
+        self._start(comm, pending, replicated, per_rank, None)
         pending.write()
         return pending.finish(comm)
 
@@ -143,8 +142,8 @@ class Store:
         Parameters and errors are those of `save`; what fails in the background is raised by `finish`, or by the next save
         instead of saving, on all ranks.
         """
-        save = _Save("Store.save_async", step, replicated, per_rank, document, rank_document)
-        pending = self._start(comm, save, self._room)
+        pending = Pending(self, "Store.save_async", step, document, rank_document)
+        self._start(comm, pending, replicated, per_rank, self._staging)
         pending.write_in_background()
         return pending
 
@@ -164,17 +163,14 @@ class Store:
         pending, self._pending = self._pending, None
         if pending is None:
             return None
-        subject, disk, root = f"{pending.subject}, step {pending.step}", self._on_disk, comm.Get_rank() == 0
+        subject, disk = f"{pending.subject}, step {pending.step}", self._on_disk
 
         def undo() -> None:
-            if root:
+            if comm.Get_rank() == 0:
                 disk.abandon(pending.place)
 
         entries = together(comm, subject, pending.result, undo)
-        together(
-            comm, subject, lambda: disk.publish(pending.place, pending.step, self.run, pending.document, entries)
-            if root else None, undo,
-        )
+        _on_root(comm, subject, lambda: disk.publish(pending.place, pending.step, self.run, pending.document, entries), undo)
         pending.path = disk.path_of(pending.step)
         return pending.path
 
@@ -193,8 +189,8 @@ class Store:
     def newest(self, comm: Comm) -> Checkpoint | None:
         """Return the newest checkpoint whose every byte is what was written, None when there is none. Collective.
 
-        Rank 0 looks into the folder; the ranks share the work of reading all files. A damaged checkpoint gets a file
-        ``BAD`` that tells the reason, and is not looked at again.
+        Rank 0 lists the folder; the ranks share the work of reading all files. A damaged checkpoint gets a file
+        ``BAD`` with the reason, and is skipped from then on.
 
         Raises
         ------
@@ -205,8 +201,6 @@ class Store:
         rejected: set[str] = set()
 
         def candidate() -> str | None:
-            if comm.Get_rank():
-                return None
             for _, path in reversed(committed_steps(self.folder)):
                 if path.name not in rejected and self._on_disk.opens(path):
                     return path.name
@@ -216,7 +210,7 @@ class Store:
             return None
 
         while True:
-            name = together(comm, "Store.newest", candidate)[0]
+            name = _on_root(comm, "Store.newest", candidate)
             if name is None:
                 return None
             checkpoint, problems = self._verified(comm, "Store.newest", name)
@@ -233,12 +227,11 @@ class Store:
             On all ranks: there is none, or it is damaged.
         """
         subject = f"Store.at, step {step}"
-        found = together(comm, subject, lambda: None if comm.Get_rank() else self._on_disk.name_at(step))[0]
-        checkpoint, problems = self._verified(comm, subject, str(found))
+        found = _on_root(comm, subject, lambda: self._on_disk.name_at(step))
+        checkpoint, problems = self._verified(comm, subject, found)
         if problems:
-            error = CheckpointError(f"{subject}: {checkpoint.path} is damaged: {problems[0]}; use another checkpoint")
-            error.damaged = error.everywhere = True
-            raise error
+            raise CheckpointError(f"{subject}: {checkpoint.path} is damaged: {problems[0]}; use another checkpoint",
+                                  damaged=True, everywhere=True)
         return checkpoint
 
     def steps(self) -> list[int]:
@@ -250,93 +243,50 @@ class Store:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.wait()
-            if pending.entry_rank == 0:
+            if pending.attributes["rank"] == 0:
                 _log.warning("%s: the save of step %d was not finished, and is dropped", self.folder, pending.step)
                 self._on_disk.abandon(pending.place)
         self._on_disk.release()
 
-    def _start(self, comm: Comm, save: "_Save", room: Room | None) -> "Pending":
+    def _start(
+        self, comm: Comm, pending: "Pending", replicated: Arrays, per_rank: Arrays, staging: StagingBuffer | None
+    ) -> None:
         """Finish what is in flight, agree on what comes, make its directory."""
         self.finish(comm)
         rank, size = comm.Get_rank(), comm.Get_size()
         try:
-            agree(
-                comm, save.subject, lambda: save.prepare(rank, size, room), "save the same replicated arrays everywhere"
-            )
+            agree(comm, pending.subject, lambda: pending.prepare(replicated, per_rank, rank, size, staging),
+                  "save the same replicated arrays everywhere")
         except Exception as raised:
-            error = CheckpointError(str(raised) or type(raised).__name__)
-            error.everywhere = True
-            raise error from raised
-        place, self.run = together(
-            comm, save.subject, lambda: ("", "") if rank else (self._on_disk.make_place(save.step, self.run), self.run)
-        )[0]
-        told: dict[str, str | int] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "rank": rank,
-            "world_size": size,
-            "step": save.step,
-            "run": self.run,
-        }
-        self._pending = Pending(self, save, place, told)
-        return self._pending
+            raise CheckpointError(str(raised) or type(raised).__name__, everywhere=True) from raised
+        pending.place, self.run = _on_root(
+            comm, pending.subject, lambda: (self._on_disk.make_directory(pending.step, self.run), self.run))
+        pending.attributes = {"format": FORMAT, "version": VERSION, "rank": rank, "world_size": size, "step": pending.step,
+                              "run": self.run}
+        self._pending = pending
 
     def _verified(self, comm: Comm, subject: str, name: str) -> tuple[Checkpoint, list[str]]:
         """Open a checkpoint on all ranks, and verify it together: each rank every n-th file."""
-        rank, size = comm.Get_rank(), comm.Get_size()
+        rank, path, opened = comm.Get_rank(), self.folder / name, list[Checkpoint]()
+        seen = identity(path)
 
-        seen = identity(self.folder / name)
+        def share() -> list[str]:
+            opened.append(checkpoint := Checkpoint(path))
+            return list(checkpoint.verify_files(range(rank, checkpoint.world_size, comm.Get_size())))
 
-        def share() -> tuple[Checkpoint, list[str]]:
-            checkpoint = Checkpoint(self.folder / name)
-            return checkpoint, list(checkpoint.verify_files(range(rank, checkpoint.world_size, size)))
-
-        opened: list[Checkpoint] = []
-
-        def problems_here() -> list[str]:
-            checkpoint, problems = share()
-            opened.append(checkpoint)
-            return problems
-
-        problems = [problem for theirs in together(comm, subject, problems_here) for problem in theirs]
+        problems = [problem for theirs in together(comm, subject, share) for problem in theirs]
         if not problems:
             self.run = opened[0].run
         elif rank == 0:
-            self._on_disk.mark(self.folder / name, problems, seen)
+            self._on_disk.mark(path, problems, seen)
         return opened[0], problems
 
 
-@dataclass
-class _Save:
-    """What one rank was asked to save, then what it has to write."""
-
-    subject: str
-    step: int
-    replicated: Arrays
-    per_rank: Arrays
-    document: Any
-    rank_document: Any
-    packed: list[tuple[Piece, memoryview]] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)
-
-    def prepare(self, rank: int, size: int, room: Room | None) -> dict[str, object]:
-        """Check and pack everything; return what must be equal on all ranks."""
-        if type(self.step) is not int or not 0 <= self.step < 10**18:
-            raise OptionError(f"{self.subject}: step={self.step!r} is no number of a step; count from 0")
-        layout = [(name, dtype_name(array.dtype), array.shape) for name, array in sorted(self.replicated.items())]
-        values = {f"the values of {name}": f"hash {whole_checksum(raw_bytes(array)):08x}"
-                  for name, array in sorted(self.replicated.items())}
-        self.document = checked_json(self.subject, self.document) if rank == 0 else None
-        self.rank_document = checked_json(self.subject, self.rank_document)
-        cut = list(cut_pieces(self.replicated, self.per_rank, rank, size))
-        if room is not None:
-            room.clear(sum(piece.nbytes for piece, _ in cut))
-        self.packed, self.sizes = pack(cut, room)
-        nbytes = sum(array.nbytes for array in self.replicated.values())
-        self.replicated = self.per_rank = {}  # what is needed of them is packed
-        digest = sha256(repr(layout).encode("utf-8", "backslashreplace")).hexdigest()
-        return {"step": self.step,
-                "replicated arrays": f"{len(layout)} arrays of {nbytes} bytes (layout {digest[:8]})", **values}
+def _on_root(comm: Comm, subject: str, action: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
+    """Call `action` on rank 0 and return its result on all ranks, or raise its error on all. Collective."""
+    results: list[Any] = together(comm, subject, lambda: None if comm.Get_rank() else action(), undo)
+    result: T = results[0]
+    return result
 
 
 class Pending:
@@ -349,11 +299,13 @@ class Pending:
         The directory of the checkpoint, when it has become valid.
     """
 
-    def __init__(self, store: Store, save: _Save, place: str, told: dict[str, str | int]) -> None:
-        self.subject, self.step, self.place, self.document = save.subject, save.step, place, save.document
-        self.entry_rank = int(told["rank"])
+    def __init__(self, store: Store, subject: str, step: int, document: Any, rank_document: Any) -> None:
+        self.subject, self.step, self.document = subject, step, document
         self.path: Path | None = None
-        self._store, self._save, self._told = store, save, told
+        self.place = ""
+        self.attributes: dict[str, str | int] = {}
+        self._store, self._rank_document = store, rank_document
+        self._packed: list[tuple[Extent, memoryview]] = []
         self._entry: FileEntry | None = None
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -371,13 +323,33 @@ class Pending:
             raise CheckpointError(f"{self.subject}, step {self.step}: it was dropped or has failed; save again")
         return self.path
 
+    def prepare(
+        self, replicated: Arrays, per_rank: Arrays, rank: int, size: int, staging: StagingBuffer | None
+    ) -> dict[str, object]:
+        """Check and pack everything, in `staging` or in place; return what must be equal on all ranks. Local."""
+        if type(self.step) is not int or not 0 <= self.step < 10**18:
+            raise OptionError(f"{self.subject}: step={self.step!r} is no number of a step; count from 0")
+        shapes = [(name, dtype_name(array.dtype), array.shape) for name, array in sorted(replicated.items())]
+        values = {f"the values of {name}": f"hash {whole_checksum(raw_bytes(array)):08x}"
+                  for name, array in sorted(replicated.items())}
+        self.document = checked_json(self.subject, self.document) if rank == 0 else None
+        self._rank_document = checked_json(self.subject, self._rank_document)
+        extents = list(layout(replicated, per_rank, rank, size))
+        if staging is not None:
+            staging.clear(sum(extent.nbytes for extent, _ in extents))
+        for extent, array in extents:
+            data = raw_bytes(array)[extent.begin : extent.begin + extent.nbytes]
+            self._packed.append((extent, data if staging is None else staging.copy(data)))
+        nbytes = sum(array.nbytes for array in replicated.values())
+        digest = sha256(repr(shapes).encode("utf-8", "backslashreplace")).hexdigest()
+        return {"step": self.step,
+                "replicated arrays": f"{len(shapes)} arrays of {nbytes} bytes (layout {digest[:8]})", **values}
+
     def write(self) -> None:
-        """Write this rank's file; what goes wrong is kept for `result`. Makes no MPI call."""
-        path = self._store.folder / self.place / rank_name(self.entry_rank)
+        """Write this rank's file; an error is kept for `result`. Makes no MPI call."""
+        path = self._store.folder / self.place / rank_name(int(self.attributes["rank"]))
         try:
-            self._entry = write_rank_file(
-                path, self._save.packed, self._save.sizes, self._told, self._save.rank_document
-            )
+            self._entry = write_rank_file(path, self._packed, self.attributes, self._rank_document)
         except Exception as error:
             self._error = error
 
@@ -398,7 +370,7 @@ class Pending:
     def result(self) -> FileEntry:
         """Return what was written, or raise what went wrong. Local; waits for the thread."""
         self.wait()
-        self._save.packed.clear()
+        self._packed.clear()
         if self._entry is None:
             raise self._error or CheckpointError("nothing was written")
         return self._entry

@@ -8,47 +8,44 @@ from h5py import h5d, h5o, h5p, h5s
 
 from .dtypes import DTYPES, hdf5_type
 
-__all__ = ["INDEX", "Extents", "check_structure", "make_structure"]
+__all__ = ["INDEX", "Places", "check_structure", "make_structure"]
 
 INDEX = "index"
 """Name of the dataset that holds the JSON index."""
 
-Extents = dict[str, tuple[int, int]]
+Places = dict[str, tuple[int, int]]
 """Of every dataset: where its bytes begin in the file, and how many they are."""
 
 _PAGE = 4096
 _LARGE = 1 << 16  # datasets from this size on begin at a page
 
 
-class _Sparse(io.RawIOBase):
-    """A file in memory that keeps only the pages that were written."""
+class _Writes(io.RawIOBase):
+    """A file in memory that keeps what was written, and where: other bytes, of which there may be many, are zeros."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.pages: dict[int, bytearray] = {}
-        self.size = 0
-        self._place = 0
+        self.written: list[tuple[int, bytes]] = []
+        self.size = self._place = 0
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         self._place = offset + (0, self._place, self.size)[whence]
         return self._place
 
-    def tell(self) -> int:
-        return self._place
-
     def write(self, data: Any, /) -> int:
-        view = memoryview(data).cast("B")
-        for done, page, start, count in self._spans(view.nbytes):
-            kept = self.pages.setdefault(page, bytearray(_PAGE))
-            kept[start : start + count] = view[done : done + count]
-        self._place += view.nbytes
+        self.written.append((self._place, bytes(data)))
+        count = len(self.written[-1][1])
+        self._place += count
         self.size = max(self.size, self._place)
-        return view.nbytes
+        return count
 
     def readinto(self, data: Any, /) -> int:
         view = memoryview(data).cast("B")
-        for done, page, start, count in self._spans(view.nbytes):
-            view[done : done + count] = self.pages.get(page, bytearray(_PAGE))[start : start + count]
+        view[:] = bytes(view.nbytes)
+        for place, written in self.written:
+            start, stop = max(place, self._place), min(place + len(written), self._place + view.nbytes)
+            if start < stop:
+                view[start - self._place : stop - self._place] = written[start - place : stop - place]
         self._place += view.nbytes
         return view.nbytes
 
@@ -56,39 +53,16 @@ class _Sparse(io.RawIOBase):
         self.size = self._place if size is None else size
         return self.size
 
-    def _spans(self, nbytes: int) -> Any:
-        done = 0
-        while done < nbytes:
-            page, start = divmod(self._place + done, _PAGE)
-            count = min(_PAGE - start, nbytes - done)
-            yield done, page, start, count
-            done += count
-
 
 def make_structure(
     sizes: dict[str, int], attributes: dict[str, str | int]
-) -> tuple[list[tuple[int, bytes]], int, Extents]:
-    """Make an HDF5 file with contiguous datasets of given sizes, without their data.
+) -> tuple[list[tuple[int, bytes]], int, Places]:
+    """Make an HDF5 file with contiguous datasets of given sizes, without their data: what to write where, its size, places.
 
-    HDF5 never sees the disk: a full one leaves it with files that read as zeros, or kills the process.
-
-    Parameters
-    ----------
-    sizes : dict of str to int
-        Bytes of `INDEX`, and of the buffer of every dtype; all above zero.
-    attributes : dict
-        Written to the root group, for people who open the file with other programs.
-
-    Returns
-    -------
-    list of (int, bytes)
-        What to write where.
-    int
-        Bytes of the whole file.
-    Extents
-        Where the data belong.
+    HDF5 never sees the disk: a full one leaves it with files that read as zeros, or kills the process. `sizes` are the bytes
+    of `INDEX` and of the buffer of every dtype, all above zero; `attributes` are for other programs.
     """
-    file, extents = _Sparse(), Extents()
+    file, places = _Writes(), Places()
     with h5py.File(file, "w", libver=("earliest", "v110"), locking=False, alignment_threshold=_LARGE,
                    alignment_interval=_PAGE) as made:
         made.attrs.update(attributes)
@@ -100,23 +74,17 @@ def make_structure(
             dtype = "uint8" if name == INDEX else name
             space = h5s.create_simple((nbytes // DTYPES[dtype].itemsize,))
             dataset = h5d.create(made.id, name.encode(), hdf5_type(dtype), space, creation)
-            extents[name] = (dataset.get_offset(), nbytes)
-    places = (page * _PAGE for page in sorted(file.pages))
-    return [(place, bytes(file.pages[place // _PAGE][: file.size - place])) for place in places], file.size, extents
+            places[name] = (dataset.get_offset(), nbytes)
+    return [(place, written[: file.size - place]) for place, written in file.written], file.size, places
 
 
-def check_structure(path: str, size: int) -> Extents:
-    """Return where the data of a file lie, after making sure that they lie in it and nowhere else.
+def check_structure(path: str, size: int) -> Places:
+    """Return where the data of a file lie, after making sure that they lie in it and nowhere else; `ValueError` otherwise.
 
     Only hard links to datasets of the root group pass, contiguous, one-dimensional, of the type that their name says,
     without filters, external files and virtual sources, inside of the file and apart from each other.
-
-    Raises
-    ------
-    ValueError
-        What is wrong.
     """
-    extents = Extents()
+    places = Places()
     with h5py.File(path, "r", locking=False) as file:
         group = file.id
         if len(group) > len(DTYPES) + 1:
@@ -127,15 +95,15 @@ def check_structure(path: str, size: int) -> Extents:
                 raise ValueError(f"{name!r} is a link to somewhere else")
             if name != INDEX and name not in DTYPES:
                 raise ValueError(f"{name!r} is no dataset of a checkpoint")
-            extents[name] = _extent(h5o.open(group, key), name)
-    if INDEX not in extents:
+            places[name] = _extent(h5o.open(group, key), name)
+    if INDEX not in places:
         raise ValueError("it has no index")
     end = 0
-    for offset, nbytes in sorted(extents.values()):
+    for offset, nbytes in sorted(places.values()):
         if offset < end or offset + nbytes > size:
             raise ValueError("its datasets overlap or reach beyond its end")
         end = offset + nbytes
-    return extents
+    return places
 
 
 def _extent(dataset: Any, name: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self, cast
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpi_ef.comm.consensus import OnAllRanks, Telling, agree, check_not_freed
+from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Identity, Keep, Source, source
 from mpi_ef.compress.combination import Vector
@@ -29,7 +29,7 @@ __all__ = ["Offer", "Plan", "Traffic", "plan_for"]
 _numbers = count(1)
 
 
-class Plan(OnAllRanks, PlanState, metaclass=Telling):
+class Plan(OnAllRanks, PlanState, metaclass=SharedErrors):
     """A compressed mean over the ranks of a communicator, built once, executed many times.
 
     After ``plan.exchange(x)`` the plan holds the messages of this exchange, until the next one starts:
@@ -115,7 +115,7 @@ class Plan(OnAllRanks, PlanState, metaclass=Telling):
             return {"plan": subject, "compressor": compressor, "d": self.d, "dtype": self.dtype,
                     "wire version": WIRE_VERSION, **self.bind()}
 
-        numbers = agree(comm, subject, facts, "build the plan from the same arguments everywhere", tell=next(_numbers),
+        numbers = agree(comm, subject, facts, "build the plan from the same arguments everywhere", value=next(_numbers),
                      call=self.built)
         self._exchange.number = numbers[0]  # of rank 0, which has all plans of this communicator; in every header
 

@@ -1,1 +1,1 @@
-"""What is asked of a communicator, and ranks that agree."""
+"""The interface of communicators, and agreement between ranks."""

@@ -1,16 +1,17 @@
-"""What is kept with a communicator, and goes when it is freed."""
+"""What is kept with a communicator, and goes when it is freed; calls that follow from others."""
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any, TypeVar
 
-__all__ = ["kept_with"]
+__all__ = ["DerivedCalls", "kept_with"]
 
 Kept = TypeVar("Kept")
 _keyvals: dict[tuple[type, object], int] = {}  # by kind of communicator, and what is kept with it
 
 
 def kept_with(comm: Any, new: Callable[[], Kept]) -> Kept:
-    """Return what ``new()`` has made when it was first asked for with `comm`, one that keeps attributes. Local."""
+    """Return what ``new()`` has made at the first call with `comm`, a communicator that keeps attributes. Local."""
     kind = type(comm)
     if (kind, new) not in _keyvals:
         _keyvals[kind, new] = kind.Create_keyval()
@@ -18,3 +19,28 @@ def kept_with(comm: Any, new: Callable[[], Kept]) -> Kept:
     if there is None:
         comm.Set_attr(_keyvals[kind, new], there := new())
     return there
+
+
+class DerivedCalls:
+    """Calls of a communicator that is not MPI's, with the names and meanings of mpi4py: they need its others alone."""
+
+    _new_keyvals = count()
+
+    @classmethod
+    def Create_keyval(cls) -> int:
+        return next(cls._new_keyvals)
+
+    def Get_attr(self, keyval: int) -> Any:
+        return vars(self).get(f"attribute {keyval}")
+
+    def Set_attr(self, keyval: int, value: Any) -> None:
+        vars(self)[f"attribute {keyval}"] = value
+
+    def Is_inter(self) -> bool:
+        return False
+
+    def Allgather(self, send: Any, receive: Any) -> None:
+        self.Iallgather(send, receive).Wait()  # type: ignore[attr-defined]
+
+    def Alltoall(self, send: Any, receive: Any) -> None:
+        self.Ialltoall(send, receive).Wait()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Checking on all ranks, once, that they were given the same things: all raise, none hangs."""
+"""Agreement between ranks: where arguments differ, or an action fails on one of them, all raise and none hangs."""
 
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,26 +12,27 @@ from mpi_ef.errors import CheckpointError, DisagreementError, MpiEfError, Option
 
 from .protocol import Comm
 
-__all__ = ["OnAllRanks", "Telling", "agree", "check_not_freed", "ranks_text", "tell_all", "telling", "together"]
+__all__ = ["OnAllRanks", "SharedErrors", "agree", "check_not_freed", "gather_values", "ranks_text", "shared_errors",
+           "together"]
 
 Facts = Mapping[str, object]
 T = TypeVar("T")
-_mine = local()  # how often this rank has told something
+_mine = local()  # how often this rank has called gather_values
 
 
-class Telling(ABCMeta):
+class SharedErrors(ABCMeta):
     """Metaclass of what is built on all ranks together: where that fails on one of them, the others raise `PeerError`.
 
-    What was raised before anything was communicated, such as a `TypeError` for a keyword that there is not, is told to the
-    others, who are in :func:`agree`.
+    An error before any communication, such as a `TypeError` for an unknown keyword, is sent to the others, which are in
+    :func:`agree`.
     """
 
-    built = ""  # what it is that the others build, if not just this class
+    built = ""  # what the others build, if not this class
 
     def __call__(cls, *args: Any, **keywords: Any) -> Any:
-        """Build; tell the other ranks if that fails. Collective."""
+        """Build; send the error to the other ranks if that fails. Collective."""
         comm: Any = keywords.get("comm", next((arg for arg in args if hasattr(arg, "Iallgather")), None))
-        with telling(comm, cls.__name__, cls.built):
+        with shared_errors(comm, cls.__name__, cls.built):
             return super().__call__(*args, **keywords)
 
     @property
@@ -41,14 +42,10 @@ class Telling(ABCMeta):
 
 
 @contextmanager
-def telling(comm: Comm, subject: str, call: str) -> Iterator[None]:
-    """Tell an error that this rank raises inside, before anything was communicated there, to the others. Collective then.
+def shared_errors(comm: Comm, subject: str, call: str) -> Iterator[None]:
+    """Send an error that this rank raises inside, before any communication there, to the others. Collective then.
 
-    Parameters
-    ----------
-    comm : MPI communicator; or something else, which tells nobody
-    subject, call : str
-        Who raises, and the call of :func:`agree` in which the other ranks are.
+    `subject` raises, while the other ranks are in the call `call` of :func:`agree`. Local where `comm` is no communicator.
     """
     before = getattr(_mine, "calls", 0)
     try:
@@ -66,12 +63,12 @@ def telling(comm: Comm, subject: str, call: str) -> Iterator[None]:
 
 
 class OnAllRanks:
-    """What is built on all ranks together, and speaks with its like there: it is not copied or pickled."""
+    """An object that is built on all ranks together, and communicates with the others: it is not copied or pickled."""
 
     saved_by = "state_dict()"
 
     def __getstate__(self) -> NoReturn:
-        """Refuse: nothing on the other ranks would answer a copy."""
+        """Refuse: no object on the other ranks would answer a copy."""
         raise OptionError(f"{type(self).__name__}: it cannot be copied or pickled, nothing on the other ranks would answer "
                           f"the copy; save {self.saved_by} and build it anew on all ranks")
 
@@ -82,7 +79,7 @@ def check_not_freed(comm: Comm, subject: str, remedy: str = "pass another one") 
         raise OptionError(f"{subject}: its communicator was freed; {remedy}")
 
 
-def tell_all(comm: Comm, subject: str, value: Any) -> list[Any]:
+def gather_values(comm: Comm, subject: str, value: Any) -> list[Any]:
     """Return the values of all ranks, in rank order. Collective over `comm`.
 
     Raises
@@ -95,42 +92,34 @@ def tell_all(comm: Comm, subject: str, value: Any) -> list[Any]:
     check_not_freed(comm, subject)
     _mine.calls = getattr(_mine, "calls", 0) + 1
     answers: list[tuple[str, Any]] = comm.allgather((subject, value))
-    callers: dict[str, list[int]] = {}
-    for rank, answer in enumerate(answers):
-        known = isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], str)
-        callers.setdefault(answer[0] if known else "something else", []).append(rank)
-    if len(callers) > 1:
-        listed = "; ".join(f"{caller} on {ranks_text(ranks)}" for caller, ranks in callers.items())
-        raise DisagreementError(
-            f"{subject}: ranks are in different calls: {listed}; call them on all ranks, in one order"
-        )
+    if listed := _differing(answer[0] if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], str) else
+                            "something else" for answer in answers):
+        raise DisagreementError(f"{subject}: ranks are in different calls: {listed}; call them on all ranks, in one order")
     return [value for _, value in answers]
 
 
 def agree(
-    comm: Comm, subject: str, facts: Callable[[], Facts], remedy: str, tell: object = None, call: str = ""
+    comm: Comm, subject: str, facts: Callable[[], Facts], remedy: str, value: object = None, call: str = ""
 ) -> list[Any]:
     """Raise on all ranks unless `facts` returns equal values on all of them. Collective over `comm`.
 
     Parameters
     ----------
     comm : MPI communicator
-    subject : str
-        Who asks; begins the error message.
+    subject, remedy : str
+        Begin and end of the error message.
     facts : callable
         Returns the named values that must agree. When it raises, the rank raises that error, and all others a
         `PeerError` that quotes it.
-    remedy : str
-        What to do; ends the error message.
-    tell : object, optional
-        What this rank tells the others besides.
+    value : object, optional
+        Is sent to the others as well.
     call : str, optional
-        What all ranks are in where subjects may differ, which `facts` tell apart then.
+        The common call of ranks whose subjects may differ; `facts` distinguish these then.
 
     Returns
     -------
     list
-        What the ranks have told, in their order.
+        `value` of all ranks, in their order.
 
     Raises
     ------
@@ -139,11 +128,11 @@ def agree(
     """
     error: Exception | None = None
     try:
-        mine: tuple[Facts | None, str, object] = (dict(facts()), "", tell)
+        mine: tuple[Facts | None, str, object] = (dict(facts()), "", value)
     except Exception as raised:
         error, mine = raised, (None, str(raised) or type(raised).__name__, None)
     try:
-        answers: list[tuple[Facts | None, str, Any]] = tell_all(comm, call or subject, mine)
+        answers: list[tuple[Facts | None, str, Any]] = gather_values(comm, call or subject, mine)
     except DisagreementError as different:
         raise different if error is None else error from different
     if error is not None:
@@ -154,25 +143,21 @@ def agree(
         if text:
             raise PeerError(f"{subject}: rank {rank} raised: {text}")
     for name in mine[0] or ():
-        values: dict[str, list[int]] = {}
-        for rank, (theirs, _, _) in enumerate(answers):
-            values.setdefault(str((theirs or {}).get(name)), []).append(rank)
-        if len(values) > 1:
-            listed = "; ".join(f"{value} on {ranks_text(ranks)}" for value, ranks in values.items())
+        if listed := _differing(str((theirs or {}).get(name)) for theirs, _, _ in answers):
             raise DisagreementError(f"{subject}: ranks disagree on {name}: {listed}; {remedy}")
-    return [told for _, _, told in answers]
+    return [value for _, _, value in answers]
 
 
 def together(comm: Comm, subject: str, action: Callable[[], T], undo: Callable[[], None] = lambda: None) -> list[T]:
     """Call `action` on all ranks and return what it returned on each, or raise the same error on all. Collective.
 
-    `undo` is called everywhere before the error is raised, when no rank works on its action any more.
+    `undo` is called everywhere before the error is raised, after the action has ended on all ranks.
     """
     try:
         mine: tuple[Any, str, bool] = (action(), "", False)
     except Exception as raised:
         mine = (None, str(raised) or type(raised).__name__, getattr(raised, "damaged", False))
-    answers: list[tuple[Any, str, bool]] = tell_all(comm, subject, mine)
+    answers: list[tuple[Any, str, bool]] = gather_values(comm, subject, mine)
     failed = [rank for rank, (_, text, _) in enumerate(answers) if text]
     if not failed:
         return [value for value, _, _ in answers]
@@ -180,9 +165,15 @@ def together(comm: Comm, subject: str, action: Callable[[], T], undo: Callable[[
     text = answers[failed[0]][1]
     where = ranks_text([rank for rank in failed if answers[rank][1] == text]) if comm.Get_size() > 1 else ""
     others = f" ({where}; {len(failed)} of {len(answers)} ranks failed)" if where else ""
-    error = CheckpointError(f"{subject}: {text}{others}")
-    error.damaged, error.everywhere = answers[failed[0]][2], True
-    raise error
+    raise CheckpointError(f"{subject}: {text}{others}", damaged=answers[failed[0]][2], everywhere=True)
+
+
+def _differing(texts: Iterable[str]) -> str:
+    """Return the texts of the ranks, each with its ranks; "" where all are the same."""
+    ranks: dict[str, list[int]] = {}
+    for rank, text in enumerate(texts):
+        ranks.setdefault(text, []).append(rank)
+    return "; ".join(f"{text} on {ranks_text(of_text)}" for text, of_text in ranks.items()) if len(ranks) > 1 else ""
 
 
 def ranks_text(ranks: Iterable[int]) -> str:

@@ -1,4 +1,4 @@
-"""What plans, optimizers, samplers and saves ask of a communicator."""
+"""The calls of a communicator that plans, optimizers, samplers and saves make."""
 
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
@@ -11,13 +11,13 @@ MpiComm: TypeAlias = "Intracomm"  # of programs that need more than a plan does:
 
 
 class Request(Protocol):
-    """A communication that has been started. Its buffers are MPI's until it is done."""
+    """A communication that has been started. Its buffers belong to it until it is done."""
 
-    def Wait(self) -> Any:  # noqa: N802
+    def Wait(self) -> Any:
         """Return when it is done."""
 
-    def Test(self) -> bool:  # noqa: N802
-        """Let it make progress, and return whether it is done."""
+    def Test(self) -> bool:
+        """Return whether it is done, after some progress."""
 
 
 @runtime_checkable
@@ -28,40 +28,40 @@ class Communicator(Protocol):
     stands for what it takes as a buffer. A communicator that has been freed is false.
     """
 
-    def Get_size(self) -> int:  # noqa: N802
+    def Get_size(self) -> int:
         """Return the number of ranks."""
 
-    def Get_rank(self) -> int:  # noqa: N802
+    def Get_rank(self) -> int:
         """Return the number of this rank."""
 
-    def Is_inter(self) -> bool:  # noqa: N802
+    def Is_inter(self) -> bool:
         """Return False."""
 
-    def Barrier(self) -> None:  # noqa: N802
-        """Return when all ranks have come here. Collective, as all that follow."""
+    def Barrier(self) -> None:
+        """Return when all ranks have called it. Collective, as all that follow."""
 
     def allgather(self, sendobj: Any, /) -> list[Any]:
         """Return the objects of all ranks, in their order."""
 
-    def Bcast(self, buf: Any, /, root: int = 0) -> None:  # noqa: N802
+    def Bcast(self, buf: Any, /, root: int = 0) -> None:
         """Overwrite `buf` on all ranks with that of one."""
 
-    def Allgather(self, sendbuf: Any, recvbuf: Any, /) -> None:  # noqa: N802
-        """Send a row to all ranks, receive a row of every one."""
+    def Allgather(self, sendbuf: Any, recvbuf: Any, /) -> None:
+        """Send a row to all ranks, receive a row of each."""
 
-    def Allgatherv(self, sendbuf: Any, recvbuf: Any, /) -> None:  # noqa: N802
+    def Allgatherv(self, sendbuf: Any, recvbuf: Any, /) -> None:
         """Do the same with rows of different sizes: ``recvbuf = [array, (counts, displacements)]``."""
 
-    def Alltoall(self, sendbuf: Any, recvbuf: Any, /) -> None:  # noqa: N802
+    def Alltoall(self, sendbuf: Any, recvbuf: Any, /) -> None:
         """Send row r to rank r, receive a row of every rank."""
 
-    def Alltoallv(self, sendbuf: Any, recvbuf: Any, /) -> None:  # noqa: N802
+    def Alltoallv(self, sendbuf: Any, recvbuf: Any, /) -> None:
         """Do the same with rows of different sizes: both are ``[array, (counts, displacements)]``."""
 
-    def Iallgather(self, sendbuf: Any, recvbuf: Any, /) -> Request:  # noqa: N802
+    def Iallgather(self, sendbuf: Any, recvbuf: Any, /) -> Request:
         """Start what :meth:`Allgather` does."""
 
-    def Ialltoall(self, sendbuf: Any, recvbuf: Any, /) -> Request:  # noqa: N802
+    def Ialltoall(self, sendbuf: Any, recvbuf: Any, /) -> Request:
         """Start what :meth:`Alltoall` does."""
 
 

@@ -1,4 +1,4 @@
-"""Error feedback for those who stay with torch.distributed: a communication hook for DistributedDataParallel.
+"""Error feedback over torch.distributed: a communication hook for DistributedDataParallel.
 
 The plans and rules are those that run over MPI; a process group takes the place of the communicator.
 """

@@ -1,4 +1,4 @@
-"""A rule at work on one bucket of gradients, whose state can leave and enter by parameter."""
+"""A rule at work on one bucket of gradients, whose state is read and written by parameter."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.table import Rule, rule_of
 from mpi_ef.vectors import mean_over_ranks
 
-__all__ = ["FeedbackBucket", "Place", "Saved", "anew", "moved"]
+__all__ = ["FeedbackBucket", "Place", "Saved", "reset", "resharded"]
 
 Saved = dict[str, Any]  # of one parameter: arrays of its shape by name, and counters
 
@@ -46,8 +46,8 @@ class Place:
 class FeedbackBucket:
     """The rule at work on the vector of one bucket, and which entries of it belong to which parameter.
 
-    State leaves and enters by parameter. The residual of `TwoPhaseMean` is shared among the ranks, a chunk for each: what
-    leaves a rank is its chunk with zeros around it, and the sum over the ranks enters. What other plans keep from one
+    State is read and written by parameter. The residual of `TwoPhaseMean` is divided into chunks, one for each rank: a rank
+    returns its chunk with zeros around it, and :meth:`fill` adds up those of all ranks. What other plans keep from one
     exchange to the next belongs to the bucket as a whole.
     """
 
@@ -65,14 +65,6 @@ class FeedbackBucket:
         """Return the arrays with an entry for every one of the gradient, or of this rank's chunk of it. Not copies."""
         arrays = {name: leaf.array for name, leaf in self.feedback.state.leaves().items() if leaf.array.size}
         return arrays | ({_RESIDUAL: self.feedback.plan.state()["residual"]} if self._bounds.size else {})
-
-    def arrive(self) -> None:
-        """Wait for the messages. Collective."""
-        self.feedback.arrive()
-
-    def drop(self) -> None:
-        """Forget the step under way after :meth:`arrive`. Local."""
-        self.feedback.drop()
 
     def state(self) -> dict[str, Saved]:
         """Return a copy of the state on this rank by parameter. Local."""
@@ -125,30 +117,29 @@ class FeedbackBucket:
         np.sum(arrived, axis=0, out=chunk)
 
 
-def moved(of_ranks: Sequence[Mapping[str, Tensor]], rule: str | Rule, rank: int) -> dict[str, Tensor]:
+def resharded(of_ranks: Sequence[Mapping[str, Tensor]], rule: str | Rule, rank: int) -> dict[str, Tensor]:
     """Return the arrays of a parameter on rank `rank` of another number of ranks, from those of all old ranks. Local.
 
-    As other optimizers' arrays move, see :mod:`mpi_ef.feedback.table`; but nobody knows the new chunks yet, so rank 0 brings
-    all that is left of the old ones.
+    By the rule's marks, see :mod:`mpi_ef.feedback.table`; but the new chunks are unknown yet, so rank 0 gets the residual.
     """
     first, marks = of_ranks[0], rule_of(rule)[0].state.marks()
 
-    def residuals() -> Tensor:
+    def residual() -> Tensor:
         return reduce(torch.add, (arrays[_RESIDUAL] for arrays in of_ranks))  # exact: each entry has been on one rank
 
     def array(name: str) -> Tensor:
         if name == _RESIDUAL:
-            return residuals() if rank == 0 else torch.zeros_like(first[name])
+            return residual() if rank == 0 else torch.zeros_like(first[name])
         if name not in marks or (move := marks[name].reshard) is None:
             return first[name]
         if move.how == "copy":
-            return first[move.of] + residuals() if f"plan.{move.owed}" in first else first[move.of]
+            return first[move.of] + residual() if f"plan.{move.owed}" in first else first[move.of]
         return mean_over_ranks((arrays[name] for arrays in of_ranks), name)
 
     return {name: array(name) for name in first}
 
 
-def anew(saved: Saved, rule: str | Rule) -> Saved:
+def reset(saved: Saved, rule: str | Rule) -> Saved:
     """Return the state of a parameter with errors, residuals and estimates as at the start, see `ErrorFeedback.forget`."""
     state = rule_of(rule)[0].state
     zero = {name for name, mark in state.marks().items() if mark.resets}

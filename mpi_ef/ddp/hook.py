@@ -12,14 +12,14 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
-from mpi_ef.comm.consensus import OnAllRanks, agree, ranks_text, telling
+from mpi_ef.comm.consensus import OnAllRanks, agree, ranks_text, shared_errors
 from mpi_ef.compress import Compressor, for_parameters
 from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.table import Rule, rule_of
 from mpi_ef.statetree import LOCAL, Leaf, StateTree, attribute
 
-from .bucket import FeedbackBucket, Place, Saved, anew, moved
+from .bucket import FeedbackBucket, Place, Saved, reset, resharded
 from .process_group import ProcessGroupComm
 
 __all__ = ["FeedbackHook"]
@@ -73,7 +73,7 @@ class FeedbackHook(OnAllRanks):
     When any rank's gradient has a NaN or Inf in any bucket, all gradients become NaN on all ranks, no state changes, and
     rank 0 warns: a ``GradScaler`` or a check of your own then skips the optimizer's step everywhere.
 
-    State belongs to parameters: when DDP cuts its buckets anew, as it does after the first backward, it is re-cut. It is in
+    State belongs to parameters: when DDP rebuilds its buckets, as it does after the first backward, it is re-cut. It is in
     units of the gradient: keep the scale constant where the loss is scaled. ``clip_grad_norm_`` after backward clips the
     rule's estimate, which EF21 and EControl stand, while EF14 loses what is cut off. A parameter that no rank has used
     keeps the gradient it had, while the rule counts a zero for it.
@@ -104,10 +104,10 @@ class FeedbackHook(OnAllRanks):
         self._plan = plan
         self._parameters = {name: p for name, p in model.module.named_parameters()
                             if p.requires_grad and name not in model.parameters_to_ignore}
-        self._names: dict[Tensor, str] = {p: name for name, p in self._parameters.items()}
+        self._names = {p: name for name, p in self._parameters.items()}
         self._buckets: dict[tuple[str, ...], FeedbackBucket] = {}
-        self._loose: dict[str, Saved] = {}  # state of parameters that are in no bucket yet
-        self._loose_plans: dict[tuple[str, ...], dict[str, Tensor]] = {}  # loaded, of buckets that have not come yet
+        self._loose: dict[str, Saved] = {}  # state of parameters without a bucket
+        self._loose_plans: dict[tuple[str, ...], dict[str, Tensor]] = {}  # loaded, of later buckets
         self._under_way: list[tuple[FeedbackBucket, Tensor, Future[Tensor]]] = []
         self._loads = self._earlier_sent_nbytes = 0
         agree(self.comm, "FeedbackHook", lambda: self._facts(model), "build the same model and hook on every rank")
@@ -116,9 +116,7 @@ class FeedbackHook(OnAllRanks):
     def _facts(self, model: DistributedDataParallel) -> dict[str, object]:
         rule = rule_of(self.rule)[0].name
         if not isinstance(self.compressor, Compressor):
-            raise OptionError(
-                f"FeedbackHook: compressor={self.compressor!r} is no compressor; pass for example TopK(0.01)"
-            )
+            raise OptionError(f"FeedbackHook: compressor={self.compressor!r} is no compressor; pass for example TopK(0.01)")
         if self.comm.ranks != (theirs := dist.get_process_group_ranks(model.process_group)):
             raise OptionError(f"FeedbackHook: process_group has the ranks {self.comm.ranks}, the model's {theirs}; pass one "
                               "of the same ranks")
@@ -151,7 +149,7 @@ class FeedbackHook(OnAllRanks):
         known.feedback.start(buffer.detach().numpy())
         self._under_way.append((known, buffer, future))
         if bucket.is_last():
-            self._finish()
+            self._commit()
         return future
 
     def _begin(self) -> None:
@@ -169,7 +167,7 @@ class FeedbackHook(OnAllRanks):
             self._loose |= left.state()
             self._earlier_sent_nbytes += left.feedback.sent_nbytes
         compressor = for_parameters(self.compressor, [tuple(g.shape) for g in gradients])
-        with telling(self.comm, "FeedbackHook", Plan.built):
+        with shared_errors(self.comm, "FeedbackHook", Plan.built):
             dtype = buffer.detach().numpy().dtype
             plan = build_plan(self._plan, self.comm, compressor, buffer.numel(), dtype)
         feedback = ErrorFeedback(self.rule, plan, dense_steps=self.dense_steps, **self.options)
@@ -182,20 +180,20 @@ class FeedbackHook(OnAllRanks):
                 del self._loose[name]
         self._buckets[names] = fresh
 
-    def _finish(self) -> None:
+    def _commit(self) -> None:
         """Wait for the messages of all buckets, then update all states or none, and hand the gradients on. Collective."""
         under_way, self._under_way = self._under_way, []
         broken: set[int] | None = None
         for bucket, _, _ in under_way:
             try:
-                bucket.arrive()
+                bucket.feedback.wait()
             except NonFiniteError as error:
                 broken = (broken or set()) | set(error.ranks)
         for bucket, buffer, _ in under_way:
             if broken is None:
-                np.copyto(buffer.detach().numpy(), bucket.feedback.finish())
+                np.copyto(buffer.detach().numpy(), bucket.feedback.commit())
             else:
-                bucket.drop()
+                bucket.feedback.rollback()
                 buffer.detach().fill_(torch.nan)
         self.steps, self.skipped_steps = self.steps + (broken is None), self.skipped_steps + (broken is not None)
         for _, buffer, future in under_way:
@@ -236,13 +234,13 @@ class FeedbackHook(OnAllRanks):
         """Return what rank `rank` of `size` loads to go on where another number of ranks has been. Local.
 
         Errors and momenta are the mean of the old ranks' then, estimates the aggregate and what plans owe of it, residuals
-        are cut anew: what the rules rely on stays what it was. `sent_nbytes` begins at 0. `Training` calls this.
+        are re-cut: what the rules rely on stays what it was. `sent_nbytes` begins at 0. `Training` calls this.
 
         Parameters
         ----------
         states : sequence of mapping
-            What :meth:`state_dict` returned on all old ranks, in rank order. Looked at one array after the other: mappings
-            that read what they are asked for will do.
+            What :meth:`state_dict` returned on all old ranks, in rank order. Read one array after the other: mappings that
+            load at access will do.
         rank, size : int
             Of the group that goes on.
 
@@ -253,10 +251,9 @@ class FeedbackHook(OnAllRanks):
             with `states`.
         """
         first = states[0]
-        parameters = {
-            name: {**saved, "arrays": moved([s["parameters"][name]["arrays"] for s in states], first["rule"], rank)}
-            for name, saved in first["parameters"].items()
-        }
+        parameters = {name: {**saved, "arrays": resharded([s["parameters"][name]["arrays"] for s in states], first["rule"],
+                                                          rank)}
+                      for name, saved in first["parameters"].items()}
         return {**first, "rank": rank, "size": size, "sent_nbytes": 0, "parameters": parameters}
 
     def forget(self) -> None:
@@ -265,7 +262,7 @@ class FeedbackHook(OnAllRanks):
         Between two steps. A rule with estimates does its dense steps again.
         """
         saved = self.state_dict()
-        parameters = {name: anew(of_parameter, self.rule) for name, of_parameter in saved["parameters"].items()}
+        parameters = {name: reset(of_parameter, self.rule) for name, of_parameter in saved["parameters"].items()}
         self.load_state_dict(saved | {"parameters": parameters})
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -284,9 +281,8 @@ class FeedbackHook(OnAllRanks):
         if state and state.keys() != self._parameters.keys():
             name = min(state.keys() ^ self._parameters.keys())
             where = "saved state" if name in state else "model"
-            raise OptionError(
-                f"load_state_dict: parameter {name} is in the {where} only; load into the model it was saved from"
-            )
+            raise OptionError(f"load_state_dict: parameter {name} is in the {where} only; load into the model it was saved "
+                              "from")
         for name, of_parameter in state.items():
             p = self._parameters[name]
             for array, tensor in of_parameter["arrays"].items():

@@ -1,10 +1,8 @@
 """A process group of torch.distributed in the place of an MPI communicator."""
-# ruff: noqa: N802 - the names are mpi4py's
 
 import atexit
 from collections import deque
 from collections.abc import Callable
-from itertools import count
 from time import monotonic, sleep
 from typing import Any
 from weakref import ref
@@ -14,18 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mpi_ef.comm.attributes import DerivedCalls
 from mpi_ef.errors import OptionError, ShapeError
 
 __all__ = ["ProcessGroupComm"]
 
 _LETTING_GO_SECONDS = 2.0
-_lent: deque[ref[Any]] = deque(maxlen=256)  # memory that torch was given last
-
+_lent: deque[ref[Any]] = deque(maxlen=256)  # memory that was passed to torch last
 _TAG = 0x4546  # of messages between two ranks, so that they do not meet those of other users of the group
 
 
 class _Request:
-    """What is under way, as mpi4py would say it. gloo has threads of its own and needs no help to move on."""
+    """Started communication, with the interface of mpi4py. The threads of gloo make progress by themselves."""
 
     def __init__(self, *works: Any) -> None:
         self._works = works
@@ -39,7 +37,7 @@ class _Request:
         return all(work.is_completed() for work in self._works)
 
 
-class ProcessGroupComm:
+class ProcessGroupComm(DerivedCalls):
     """A torch.distributed process group that can be used like an mpi4py communicator: those calls that plans make.
 
     Plans, rules, :func:`mpi_ef.allreduce` and the optimizers run on it unchanged, and give the bits they give over MPI.
@@ -61,8 +59,6 @@ class ProcessGroupComm:
         When torch.distributed is not initialised, this process is not in the group, or the group moves no CPU memory.
     """
 
-    _keyvals = count()
-
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise OptionError("ProcessGroupComm: torch.distributed is not initialised; call "
@@ -77,75 +73,38 @@ class ProcessGroupComm:
             raise OptionError(f"ProcessGroupComm: the group's backend is {backends}, which moves no CPU memory; pass "
                               "torch.distributed.new_group(backend='gloo')")
         self._group, self.ranks = group, dist.get_process_group_ranks(group)
-        self._attributes: dict[int, Any] = {}
 
     def Get_size(self) -> int:
-        """Return the number of ranks in the group."""
         return len(self.ranks)
 
     def Get_rank(self) -> int:
-        """Return this process's rank in the group."""
         return self._rank
 
-    def Is_inter(self) -> bool:
-        """Return False: a group has one side."""
-        return False
-
-    @classmethod
-    def Create_keyval(cls) -> int:
-        """Return a new key for attributes."""
-        return next(cls._keyvals)
-
-    def Get_attr(self, keyval: int) -> Any:
-        """Return what :meth:`Set_attr` has left here under that key, or None."""
-        return self._attributes.get(keyval)
-
-    def Set_attr(self, keyval: int, value: Any) -> None:
-        """Keep `value` with this object."""
-        self._attributes[keyval] = value
-
     def Barrier(self) -> None:
-        """Wait for all ranks. Collective."""
         dist.barrier(self._group)
 
     def allgather(self, value: Any) -> list[Any]:
-        """Return the objects of all ranks, in rank order. Collective."""
         values: list[Any] = [None] * self.Get_size()
         dist.all_gather_object(values, value, self._group)
         return values
 
     def Bcast(self, array: Any, root: int = 0) -> None:
-        """Overwrite `array` with that of rank `root`. Collective."""
         dist.broadcast(_bytes("Bcast", array), self.ranks[root], self._group)
 
-    def Allgather(self, send: Any, receive: Any) -> None:
-        """Fill row r of `receive` with what rank r sends. Collective."""
-        self.Iallgather(send, receive).Wait()
-
     def Iallgather(self, send: Any, receive: Any) -> _Request:
-        """Start what :meth:`Allgather` does. Collective."""
         x = _read_only_bytes("Iallgather", send)
         rows = _bytes("Iallgather", receive).view(self.Get_size(), x.numel()).unbind()
         return _Request(dist.all_gather(list(rows), x, self._group, async_op=True))
 
-    def Alltoall(self, send: Any, receive: Any) -> None:
-        """Fill row r of `receive` with the row that rank r sends to this one. Collective."""
-        self.Ialltoall(send, receive).Wait()
-
     def Ialltoall(self, send: Any, receive: Any) -> _Request:
-        """Start what :meth:`Alltoall` does. Collective."""
         x, y = _read_only_bytes("Ialltoall", send), _bytes("Ialltoall", receive)
         return _Request(dist.all_to_all_single(y, x, group=self._group, async_op=True))
 
     def Allgatherv(self, send: Any, receive: Any) -> None:
-        """Fill parts of ``[array, (counts, places)]``, counted in entries, with what the ranks send. Collective."""
         self._exchange([_read_only_bytes("Allgatherv", send)] * self.Get_size(), _parts("Allgatherv", receive, _bytes))
 
     def Alltoallv(self, send: Any, receive: Any) -> None:
-        """Send parts of ``[array, (counts, places)]`` to all ranks and receive into parts of another one. Collective.
-
-        What is received may lie in the array that is sent from, beside the parts that are sent.
-        """
+        """Do what the protocol says; what is received may lie in the array that is sent from, beside what is sent."""
         self._exchange(_parts("Alltoallv", send, _read_only_bytes), _parts("Alltoallv", receive, _bytes))
 
     def _exchange(self, outward: list[Tensor], inward: list[Tensor]) -> None:

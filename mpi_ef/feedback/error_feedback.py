@@ -94,7 +94,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
             On a rank whose vector does not fit; all other ranks raise `PeerError`.
         """
         steps = self._steps(vector, whole, inputs)
-        return self._finish(steps, next(steps).exchange())
+        return self._commit(steps, next(steps).exchange())
 
     def tell(self, *, whole: bool = False, **inputs: Any) -> None:
         """Say what the next step is to know besides the vector, where something else makes it, an optimizer for example.
@@ -113,7 +113,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
         return self._dense is not None or self.steps >= self.dense_steps
 
     def start(self, vector: Vector | Combination) -> None:
-        """Begin a step: the vector may be changed as soon as this returns. :meth:`arrive` and :meth:`finish` follow.
+        """Begin a step: the vector may be changed as soon as this returns. :meth:`wait` and :meth:`commit` follow.
 
         Collective; all ranks split a step, or none does. See :meth:`Plan.start`.
         """
@@ -127,10 +127,10 @@ class ErrorFeedback(OnAllRanks, Stateful):
         if self._under_way is not None:
             self._under_way[1].progress()
 
-    def arrive(self) -> None:
+    def wait(self) -> None:
         """Wait for the messages of the step under way. Collective.
 
-        No state changes: when this raises, here or in another one of several buckets, :meth:`drop` leaves everything as it
+        No state changes: when this raises, here or in another one of several buckets, :meth:`rollback` leaves everything as it
         was.
 
         Raises
@@ -145,21 +145,21 @@ class ErrorFeedback(OnAllRanks, Stateful):
             self._under_way = None
             raise
 
-    def drop(self) -> None:
+    def rollback(self) -> None:
         """Forget the step under way, whose messages have arrived, if there is one: all state is as before. Local."""
         if self._under_way is not None:
             self._under_way[1].undo()
             self._under_way = None
 
-    def finish(self) -> Vector:
+    def commit(self) -> Vector:
         """Update the state with the messages that have arrived and return what :meth:`step` returns. Local.
 
         Collective with rules that send a second message.
         """
         if self._under_way is None:
-            raise OptionError("ErrorFeedback: no step is under way; call start(vector) and arrive() first")
+            raise OptionError("ErrorFeedback: no step is under way; call start(vector) and wait() first")
         (steps, plan), self._under_way = self._under_way, None
-        return self._finish(steps, plan)
+        return self._commit(steps, plan)
 
     def _steps(self, vector: Vector | Combination, whole: bool, inputs: dict[str, Any]) -> Steps:
         inputs, self._inputs = self._inputs | inputs, {}
@@ -184,7 +184,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
         form(vector, into=self._formed)
         return self._formed
 
-    def _finish(self, steps: Steps, plan: Plan) -> Vector:
+    def _commit(self, steps: Steps, plan: Plan) -> Vector:
         try:
             while True:
                 plan = steps.send(plan).exchange()

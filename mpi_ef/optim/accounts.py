@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mpi_ef.collectives import Plan
-from mpi_ef.comm.consensus import OnAllRanks, Telling
+from mpi_ef.comm.consensus import OnAllRanks, SharedErrors
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.vectors import FlatParameters
@@ -45,7 +45,7 @@ class BucketReport:
     seconds: dict[str, float]
 
 
-class Communicating(OnAllRanks, Optimizer, metaclass=Telling):
+class Communicating(OnAllRanks, Optimizer, metaclass=SharedErrors):
     """A torch optimizer that exchanges through plans and rules, and counts their traffic."""
 
     built = "the building of an optimizer"

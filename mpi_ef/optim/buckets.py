@@ -125,13 +125,13 @@ class Buckets:
         if len(self._buckets) == 1:
             take(self._buckets[0].part, self._buckets[0].feedback.step(vector))
             return
-        if broken := self.arrive(vector):
-            self.drop()
+        if broken := self.wait(vector):
+            self.rollback()
             raise NonFiniteError(f"DistributedOptimizer: NaN or Inf on {ranks_text(broken)}; nothing was changed",
                                  broken)
-        self.finish(take)
+        self.commit(take)
 
-    def arrive(self, vector: Vector | Combination) -> tuple[int, ...]:
+    def wait(self, vector: Vector | Combination) -> tuple[int, ...]:
         """Start what has not started, wait for everything, and return the ranks with a NaN or Inf. Collective."""
         self.early = self._started
         while self._started < len(self._buckets):
@@ -140,7 +140,7 @@ class Buckets:
         others: list[MpiEfError] = []
         for bucket in self._buckets:
             try:
-                bucket.feedback.arrive()
+                bucket.feedback.wait()
             except NonFiniteError as error:
                 broken |= set(error.ranks)
             except MpiEfError as error:  # of all ranks; the messages of the other buckets are on their way
@@ -148,18 +148,18 @@ class Buckets:
         self._started, self.problem = 0, None
         self._missing = [set(bucket.numbers) for bucket in self._buckets]
         if others:
-            self.drop()
+            self.rollback()
             raise others[0]
         return tuple(sorted(broken))
 
-    def drop(self) -> None:
+    def rollback(self) -> None:
         """Forget what has arrived; all state is as it was. Local."""
         for bucket in self._buckets:
-            bucket.feedback.drop()
+            bucket.feedback.rollback()
 
-    def finish(self, take: Take) -> None:
+    def commit(self, take: Take) -> None:
         """Update all states, and give the results of the rules to `take`. Local."""
-        results = [bucket.feedback.finish() for bucket in self._buckets]  # all, before anything is taken
+        results = [bucket.feedback.commit() for bucket in self._buckets]  # all, before anything is taken
         for bucket, result in zip(self._buckets, results, strict=True):
             take(bucket.part, result)
 

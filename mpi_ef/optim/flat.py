@@ -90,7 +90,7 @@ class FlatOptimizer(Saved):
                     "hyper-parameters": hyper_parameters(self), **more}
 
         answers = agree(comm, type(self).__name__, all_facts, "build the same model and optimizer on every rank",
-                     tell=(next(_numbers), state_of_line(comm)), call=self.built)
+                     value=(next(_numbers), state_of_line(comm)), call=self.built)
         self._number: int = answers[0][0]  # of rank 0, which has all optimizers of this communicator
         line = line_for(comm, {state for _, state in answers})
         self._handshake = Handshake(comm, type(self).__name__, self._number, line)
@@ -216,7 +216,7 @@ class FlatOptimizer(Saved):
         with silent([slice(0, self.flat.d)], lambda: momenta(self._rules())):
             broken = self._ready(self._collect())
             if self._handshake.at_work.size == 0:
-                self._drop()
+                self._rollback()
                 return False
             self._step(broken)
         return True
@@ -313,7 +313,7 @@ class FlatOptimizer(Saved):
         answers = self._handshake.ask(status=status, steps=self.steps, **words)
         agreed = self._handshake.agreed()
         self.moving: Mask = self._handshake.anywhere(self.flat.present) if agreed else np.ones_like(self.flat.present)
-        self._arrive()
+        self._wait()
         if not agreed:
             broken = tuple(np.flatnonzero(answers["status"]).tolist())
             self._complain(problem)
@@ -328,10 +328,10 @@ class FlatOptimizer(Saved):
             self._clip(answers["squared_norm"])
         return ()
 
-    def _arrive(self) -> None:
+    def _wait(self) -> None:
         """Finish, on all ranks that are still there, what is under way since the backward pass. Collective."""
 
-    def _drop(self) -> None:
+    def _rollback(self) -> None:
         """Forget what has arrived: all is as it was before the step. Local."""
 
     def _keep_up(self) -> bool:

@@ -4,7 +4,7 @@ import gc
 from typing import Any
 
 from mpi_ef.comm.attributes import kept_with
-from mpi_ef.comm.consensus import tell_all
+from mpi_ef.comm.consensus import gather_values
 from mpi_ef.comm.protocol import Comm
 
 from .line import mpi_of
@@ -48,7 +48,7 @@ class Lane:
         lanes = kept_with(comm, _Lanes)
         if not lanes.closed and lanes.comms:
             gc.collect()  # optimizers that schedulers refer to, for example
-        first, *others = tell_all(comm, "the lanes of an optimizer", list(lanes.closed.items()))
+        first, *others = gather_values(comm, "the lanes of an optimizer", list(lanes.closed.items()))
         alike = set(first).intersection(*others)
         if not alike:
             mpi_comm: Any = comm

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch.optim import Optimizer
 
 from mpi_ef.collectives import DenseMean, Plan, PlanBuilder, build_plan, plan_for
-from mpi_ef.comm.consensus import telling
+from mpi_ef.comm.consensus import shared_errors
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, aligned_zeros
 from mpi_ef.compress.combination import Vector
@@ -67,7 +67,7 @@ class ReplicatedOptimizer(FlatOptimizer):
         self._kind = type(self).__name__
         self._lay_out(comm, lambda: checked(self), params)
         self._asleep = Asleep(comm)
-        with telling(comm, self._kind, Plan.built):
+        with shared_errors(comm, self._kind, Plan.built):
             built = build_plan(plan, comm, compressor, self.flat.d, self.flat.dtype)
         self.build(built)
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from mpi_ef import kernels
 from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
-from mpi_ef.comm.consensus import telling
+from mpi_ef.comm.consensus import shared_errors
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Identity, for_parameters, lazy
 from mpi_ef.compress.combination import Vector
@@ -122,7 +122,7 @@ class DistributedOptimizer(FlatOptimizer):
             finalize(self, lane.close)
         for numbers, part in bucket_slices(self.flat, bucket_nbytes):
             shapes = tuple(tuple(self.flat.parameters[number].shape) for number in numbers)
-            with telling(of_buckets, type(self).__name__, Plan.built):
+            with shared_errors(of_buckets, type(self).__name__, Plan.built):
                 bound, d = for_parameters(compressor, shapes), part.stop - part.start
                 parted = build_plan(plan, of_buckets, bound, d, self.flat.dtype)
             buckets.append(Bucket(numbers, part, ErrorFeedback(rule, parted, dense_steps=dense_steps, **options)))
@@ -219,23 +219,23 @@ class DistributedOptimizer(FlatOptimizer):
         try:
             broken = tuple(sorted({*super()._ready(problem), *(self._broken or ())}))
         except BaseException:
-            self._drop()
+            self._rollback()
             raise
         if broken:
-            self._drop()
+            self._rollback()
         return broken
 
-    def _arrive(self) -> None:
+    def _wait(self) -> None:
         # Buckets are under way already, and all ranks have to take part in all of them before any can raise.
         # Those of parameters at rest, of which no gradient was made, have not left yet.
         if self.overlaps:
             if resting := self._at_rest():
                 self._quiet.enter_context(self._silent(resting, *self._sent()))
-            self._broken = self.buckets.arrive(self.flat.gradients)
+            self._broken = self.buckets.wait(self.flat.gradients)
 
-    def _drop(self) -> None:
+    def _rollback(self) -> None:
         if self._broken is not None:
-            self.buckets.drop()
+            self.buckets.rollback()
         self._quiet.close()
 
     @contextmanager
@@ -272,7 +272,7 @@ class DistributedOptimizer(FlatOptimizer):
             self._exchange_updates(self._after)
         else:
             if self.overlaps:
-                self.buckets.finish(self._take_mean)
+                self.buckets.commit(self._take_mean)
             else:
                 self.buckets.step(self.flat.gradients, self._take_mean)
             self._step_inside()

@@ -1,4 +1,4 @@
-"""A job of a batch system, as a supervisor needs it: Slurm, a chain of Slurm jobs, PBS, LSF."""
+"""Jobs of batch systems, as a supervisor needs them: Slurm, a chain of Slurm jobs, PBS, LSF."""
 
 import os
 import shutil
@@ -21,9 +21,7 @@ _PREPARE = """umask 077 && mkdir -p "$1" && [[ -O $1 ]] && if [[ -n $2 ]]; then
 def run_command(words: Sequence[str], timeout: float | None = None, given: str = "") -> tuple[int, str]:
     """Return exit status and output of a command that reads `given`; 127 where there is none, 124 after `timeout`. Local."""
     try:
-        ended = subprocess.run(  # noqa: S603
-            words, input=given, stdout=subprocess.PIPE, text=True, check=False, timeout=timeout
-        )
+        ended = subprocess.run(words, input=given, stdout=subprocess.PIPE, text=True, check=False, timeout=timeout)  # noqa: S603
     except subprocess.TimeoutExpired:
         return 124, ""
     except OSError:
@@ -45,50 +43,31 @@ class BatchJob:
     environ : mapping of str to str
         Variables of the job; what a job that goes on has to know is added.
     command : callable
-        Runs the commands of the batch system: takes words and a timeout in seconds, returns exit status and output.
-
-    Attributes
-    ----------
-    job : str
-        What the commands of the batch system call it.
-    id : str
-        What no other job, nor task of an array, has.
-    number, name : str
-        What is common to the tasks of an array; the name that the user has given.
-    folder : str
-        Where it was submitted; empty where it has started there.
-    disk : str
-        A folder on the disk of each node.
-    threads : str
-        Threads of a rank.
-    restarts : int
-        How often it has been started again; of LSF known after :meth:`begin`.
-    arguments : list of str
-        What is added to those of the program.
-    forward : str
-        The signal, without SIG, that launchers hand on to all ranks.
-    restarted, refused : str
-        What is reported of a restart, and of one that is refused (``{run}`` is the folder of the run).
+        Runs a command of the batch system, in words, with a timeout in seconds; returns exit status and output.
     """
 
     variables: tuple[str, str] = "", ""  # of the number and of the name
-    forward = "USR2"
-    restarted = "requeued"
+    forward = "USR2"  # the signal, without SIG, that launchers forward to all ranks
+    restarted = "requeued"  # the reports of a restart, and of one that is refused ({run} is the folder of the run)
     refused = "cannot be requeued; submit it again with RUN_DIR={run}"
 
     def __init__(self, environ: MutableMapping[str, str], command: Command = run_command) -> None:
         self.environ, self.command = environ, command
         number, name = self.variables
-        self.id = self.job = self.number = environ[number].partition(".")[0]
-        self.name = environ.get(name, "mpi-ef")
-        self.folder, self.disk, self.threads, self.restarts = "", "/tmp", "1", 0  # noqa: S108
-        self.arguments: list[str] = environ.get("ARGS", "").split()
+        self.id = environ[number].partition(".")[0]  # of no other job, nor task of an array
+        self.job = self.number = self.id  # for commands of the batch system; common to the tasks of an array
+        self.name = environ.get(name, "mpi-ef")  # as the user has given it
+        self.folder = ""  # where it was submitted; empty where it has started there
+        self.disk = "/tmp"  # noqa: S108  # a folder on the disk of each node
+        self.threads = "1"  # of a rank
+        self.restarts = 0  # how often it was started again; of LSF known after begin()
+        self.arguments: list[str] = environ.get("ARGS", "").split()  # are added to those of the program
 
     def begin(self, run: Path) -> None:
         """Prepare for a restart, in the folder of the run."""
 
-    def finished(self, _run: Path) -> bool:
-        """Tell whether an earlier job has finished what this one is for."""
+    def finished(self, run: Path) -> bool:
+        """Return whether an earlier job has finished what this one is for."""
         return False
 
     def deadline(self) -> int | None:
@@ -100,7 +79,7 @@ class BatchJob:
         raise NotImplementedError
 
     def preempted(self) -> bool:
-        """Tell whether the batch system takes the nodes away and has signalled the ranks, not this process."""
+        """Return whether the batch system takes the nodes away and has signalled the ranks, not this process."""
         return False
 
     def ending(self) -> str:
@@ -108,26 +87,24 @@ class BatchJob:
         return ""
 
     def restart(self, run: Path) -> bool:
-        """Start the job again, later; tell whether that is accepted."""
+        """Start the job again, later; return whether that is accepted."""
         raise NotImplementedError
 
     def ended(self, run: Path, status: int) -> str:
         """Note that there will be no restart; return what went wrong with that."""
-        del run, status
         return ""
 
     def prepare(self, scratch: Path, text: str) -> str | None:
         """Make a folder on the disks of all nodes, with a copy of `text`; return its path, None where that fails."""
-        del scratch
         return text
 
     def tidy(self, scratch: Path) -> bool:
-        """Remove that folder; tell whether it is gone."""
+        """Remove that folder; return whether it is gone."""
         shutil.rmtree(scratch, ignore_errors=True)
         return True
 
     def _done(self, *words: str) -> bool:
-        """Run a command and show its output in the log; tell whether it worked."""
+        """Run a command and show its output in the log; return whether it worked."""
         status, output = self.command(words)
         write(1, output)
         return status == 0
@@ -173,7 +150,6 @@ class Slurm(BatchJob):
         return "" if goes_on else state
 
     def restart(self, run: Path) -> bool:
-        del run
         return self._done("scontrol", "requeue", self.job)
 
     def prepare(self, scratch: Path, text: str) -> str | None:
@@ -204,14 +180,12 @@ class Chain(Slurm):
     refused = "the array ends here, the training does not: submit it again with RUN_DIR={run}"
 
     def begin(self, run: Path) -> None:
-        del run
         self.restarts = -1  # the length of the array is the limit
 
     def finished(self, run: Path) -> bool:
         return (run / f"done-{self.number}").exists()
 
     def restart(self, run: Path) -> bool:
-        del run
         return (self.task or "1") != self.environ.get("SLURM_ARRAY_TASK_MAX", "1")
 
     def ended(self, run: Path, status: int) -> str:
@@ -223,23 +197,17 @@ class Chain(Slurm):
 
 
 class Pbs(BatchJob):
-    """A job of PBS Pro or OpenPBS, which submits another one to go on; see `BatchJob`.
-
-    Attributes
-    ----------
-    script : Path
-        The script of the job. It is copied, as PBS removes its own.
-    """
+    """A job of PBS Pro or OpenPBS, which submits another one to go on; see `BatchJob`."""
 
     variables = "PBS_JOBID", "PBS_JOBNAME"
-    forward = "USR1"  # mpiexec of MPICH dies of USR2
+    forward = "USR1"  # USR2 ends mpiexec of MPICH
     restarted = "submitted again"
     refused = "cannot be submitted again from here; do it by hand, with -v RUN_DIR={run}"
     passed = ("ARGS", "TEXT", "MPI_EF", "LAUNCH", "CHECKPOINT_EVERY", "MAX_RESTARTS", "NODE_DIR", "FORWARD")
 
     def __init__(self, environ: MutableMapping[str, str], command: Command = run_command) -> None:
         super().__init__(environ, command)
-        self.script = Path()
+        self.script = Path()  # of the job; it is copied, as PBS removes its own
         self.folder = environ["PBS_O_WORKDIR"]
         self.restarts = int(environ.get("RESTARTS") or 0)
         self.threads = environ.get("OMP_NUM_THREADS") or "1"  # PBS sets it to ompthreads
@@ -293,7 +261,6 @@ class Lsf(BatchJob):
         return self._done("brequeue", "-r", self.job)
 
     def ended(self, run: Path, status: int) -> str:
-        del status
         self._count(run).unlink(missing_ok=True)
         return ""
 
@@ -301,18 +268,10 @@ class Lsf(BatchJob):
         return run / f"restarts-{self.job}"
 
 
-def find_job(
-    environ: MutableMapping[str, str], command: Command = run_command, *, chain: bool = False
-) -> BatchJob | None:
+def find_job(environ: MutableMapping[str, str], command: Command = run_command, *, chain: bool = False) -> BatchJob | None:
     """Return the job whose variables these are; None outside of a job. Local.
 
-    Parameters
-    ----------
-    environ : mapping of str to str
-    command : callable
-        See `BatchJob`.
-    chain : bool
-        A task of an array of Slurm goes on where the one before has stopped.
+    With `chain`, a task of an array of Slurm continues where the one before has stopped.
     """
     for system in (Chain if chain else Slurm, Pbs, Lsf):
         if environ.get(system.variables[0]):

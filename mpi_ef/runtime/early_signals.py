@@ -1,29 +1,29 @@
-"""Signals that ask a run to stop when it cannot yet save, or has nothing left to save: they must not kill it."""
+"""Requests to stop before a run can save, or after its last save: these signals must not kill it."""
 
 import signal
 from types import FrameType
 
-__all__ = ["ignore", "note", "noted"]
+__all__ = ["ignore", "pending", "record"]
 
-# What batch systems are asked to send before the end; TERM is left alone: launchers end ranks with it.
+# What batch systems send before the end by option; not TERM, with which launchers end ranks.
 _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
-_noted: list[int] = []
+_pending: list[int] = []
 
 
-def note() -> None:
-    """Keep them in mind from now on. Local; in the main thread."""
+def record() -> None:
+    """Record them from now on. Local; in the main thread."""
     for number in _SIGNALS:
-        signal.signal(number, _note)
+        signal.signal(number, _record)
 
 
-def _note(number: int, _frame: FrameType | None) -> None:
-    _noted.append(number)
+def _record(number: int, _frame: FrameType | None) -> None:
+    _pending.append(number)
 
 
-def noted() -> int | None:
-    """Return one that has come since :func:`note`, and forget all of them. Local."""
-    number = _noted[0] if _noted else None
-    _noted.clear()
+def pending() -> int | None:
+    """Return one that has arrived since :func:`record`, and forget all of them. Local."""
+    number = _pending[0] if _pending else None
+    _pending.clear()
     return number
 
 

@@ -19,8 +19,8 @@ CATCHES = "MPI_EF_ABORT"  # 0 leaves uncaught exceptions to Python: the rank end
 def end_together(comm: Any) -> None:
     """Make an uncaught exception end all ranks, from the first plan on several of them on. Local.
 
-    Does nothing in an interactive session, for other communicators than MPI's, with ``MPI_EF_ABORT=0``, and where somebody
-    has replaced ``sys.excepthook`` under ``python -m mpi4py``, which ends all ranks afterwards itself.
+    Does nothing in an interactive session, for other communicators than MPI's, with ``MPI_EF_ABORT=0``, and where
+    ``sys.excepthook`` was replaced under ``python -m mpi4py``, which ends all ranks afterwards itself.
     """
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None or not isinstance(comm, mpi.Comm) or comm.Get_size() == 1 or isinstance(sys.excepthook, _Hook):
@@ -34,8 +34,8 @@ def end_together(comm: Any) -> None:
 def abort_on_exception(comm: Any) -> None:
     """Make any uncaught exception of this process end all ranks of `comm`, after its traceback is printed. Local.
 
-    For your own scripts; ``python -m mpi4py script.py`` does the same from outside. Where ``sys.excepthook`` is somebody
-    else's, that one is called first, to print or send what it wants.
+    For your own scripts; ``python -m mpi4py script.py`` does the same from outside. An earlier
+    ``sys.excepthook`` is called first, for its own output.
     """
     sys.excepthook = _Hook(comm, sys.excepthook.earlier if isinstance(sys.excepthook, _Hook) else sys.excepthook)
 
@@ -57,16 +57,12 @@ class _Hook:
             die(self._comm, f"{failed} {first}", 1)
 
 
-def abort(comm: Any, status: int) -> NoReturn:
-    """End all ranks of `comm`, and never come back. Local; what this rank has printed comes through.
+def abort(comm: Any, status: int, *, seconds: float = FORWARDING_SECONDS) -> NoReturn:
+    """End all ranks of `comm`, `seconds` later, and never return. Local; what this rank has printed comes through.
 
-    A launcher that is told to abort may end before it has passed on what was printed. And MPICH's ``MPI_Abort`` may return
-    while the launcher's signal is still on its way: the program would go on.
+    A launcher may end before it has forwarded what was printed. And MPICH's ``MPI_Abort`` may return before the launcher's
+    signal arrives: the program would go on.
     """
-    _abort(comm, status, FORWARDING_SECONDS)
-
-
-def _abort(comm: Any, status: int, seconds: float) -> NoReturn:
     sys.stdout.flush()
     keep_status(status)
     sleep(seconds)
@@ -76,9 +72,9 @@ def _abort(comm: Any, status: int, seconds: float) -> NoReturn:
 
 
 def keep_status(status: int) -> None:
-    """Leave with this status also when told to: srun ends the tasks that are left once one has failed.
+    """Exit with this status on SIGTERM too, with which srun ends the other tasks once one has failed.
 
-    A step whose tasks all say what was wrong would end with the status of a signal otherwise.
+    A step whose tasks all report an error would end with the status of a signal otherwise.
     """
     if current_thread() is main_thread():
         signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
@@ -88,4 +84,4 @@ def die(comm: Any, text: str, status: int, *, seconds: float = FORWARDING_SECOND
     """Print `text` and end all ranks of `comm`. Local."""
     sys.stderr.write(text + "\n")  # in one piece: under PYTHONUNBUFFERED print() writes the end apart, and lines mix
     sys.stderr.flush()
-    _abort(comm, status, seconds)
+    abort(comm, status, seconds=seconds)

@@ -1,4 +1,4 @@
-"""Starting and ending MPI programs: one world or a clear word, and no rank that waits for a dead one."""
+"""Starting and ending MPI programs: in one world or with an error, and without ranks that wait for a dead one."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ def run(program: Callable[[Any], None]) -> None:
     try:
         check_world(comm.Get_size())
     except LaunchError as error:
-        # The tasks beside this one shall come so far, and say so as well, before the first one leaves.
+        # All tasks can report it before the first one ends.
         die(comm, f"mpi-ef: {error}", 2, seconds=PATIENCE_SECONDS)
     try:
         program(comm)
@@ -41,7 +41,7 @@ def run(program: Callable[[Any], None]) -> None:
             sys.stderr.flush()
         # A launcher may kill rank 0 before it has printed, once another rank has left with status 2: leave together.
         if not wait_until(leaving.Ibarrier().Test, PATIENCE_SECONDS, rest=0.01):
-            die(comm, f"mpi-ef: rank {comm.Get_rank()}: {error}", 2)  # not everybody is here after all
+            die(comm, f"mpi-ef: rank {comm.Get_rank()}: {error}", 2)  # some rank has not arrived
         keep_status(2)
         sys.exit(2)
     except Exception:

@@ -1,10 +1,10 @@
-"""Stopping well: a signal to any rank, or a nearing deadline, and all ranks leave the loop after the same step."""
+"""Stopping on a signal to any rank, or near a deadline: all ranks leave the loop after the same step."""
 
 import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 import numpy as np
@@ -22,7 +22,7 @@ _DEADLINE = 255  # stands for the deadline where a signal's number would
 
 
 class Stopper:
-    """Tells a training loop when to stop, on all ranks after the same step. Construction is collective.
+    """Stops a training loop, on all ranks after the same step. Construction is collective.
 
     ::
 
@@ -34,8 +34,8 @@ class Stopper:
                 stopper.mark_requeue(folder / "requeue")
                 break
 
-    Handlers only set a flag; what a handler did before is done by nobody until :meth:`close`. Construct it in the main
-    thread, after mpi4py has been imported.
+    Handlers only set a flag; they replace earlier ones until :meth:`close`. Construct it in the main thread, after mpi4py
+    has been imported.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ class Stopper:
         self._asked = int(number)
 
     def should_stop(self) -> bool:
-        """Tell whether to stop now; the same answer on all ranks. Collective: all call it equally often.
+        """Return whether to stop now; the same answer on all ranks. Collective: all call it equally often.
 
         Cost: one allgather of a byte. Once the answer is yes, it stays yes and costs nothing.
         """
@@ -114,13 +114,13 @@ class Stopper:
         return self.reason is not None
 
     def mark_requeue(self, path: Path, reason: str | None = None) -> None:
-        """Let rank 0 write why it stops to `path`, by which a batch script knows that there is more to do. Local.
+        """Write the reason to `path` on rank 0: the mark of a run that is to be continued, for a batch script. Local.
 
         Parameters
         ----------
         path : Path
         reason : str, optional
-            Where the program stops for one of its own.
+            Of the program itself.
 
         Raises
         ------
@@ -143,14 +143,9 @@ class Stopper:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def _name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+    return next((known.name for known in signal.Signals if known == number), f"signal {number}")

@@ -1,4 +1,4 @@
-"""A program in a batch job, until it has finished: signals are handed on, after interruptions and crashes it starts again.
+"""A program in a batch job, until it has finished: signals are forwarded, after interruptions and crashes it starts again.
 
 The program saves in ``RUN/checkpoints`` (`mpi_ef.Store`), and writes ``RUN/requeue`` when it has stopped before its end
 (`mpi_ef.Stopper.mark_requeue`); that, and its exit status, is all that is known of it.
@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -30,27 +31,18 @@ def report(job: str, text: str) -> None:
 class Child:
     """A program that gets the signals of this process. Local; in the main thread.
 
-    Parameters
-    ----------
-    forward : str
-        The signal, without SIG, that it gets whichever has come; "none" where it would die of it.
-
-    Attributes
-    ----------
-    asked : bool
-        Whether a signal has come that asks for a stop.
-    interrupted : bool
-        Whether SIGINT or SIGHUP has come: the terminal, or the batch system, ends all processes.
+    Whichever arrives, it gets `forward`, a name without SIG; no signal for "none", where it would end it.
     """
 
     def __init__(self, forward: str = "USR2") -> None:
         self.forward = forward
-        self.asked = self.interrupted = False
+        self.asked = False  # whether a signal has arrived that requests a stop
+        self.interrupted = False  # SIGINT or SIGHUP has arrived: the terminal, or the batch system, ends all processes
         self._pid: int | None = None
         self._pending = False
 
     def listen(self) -> None:
-        """Take signals from now on; those that were blocked, and have come before, count."""
+        """Handle signals from now on, also those that were blocked and have arrived before."""
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGALRM, self._on_deadline)
@@ -68,7 +60,7 @@ class Child:
             return 127 if isinstance(error, FileNotFoundError) else 126
         self._pid = process.pid
         if self._pending:
-            self._hand_on()
+            self._deliver()
         if deadline is not None and (seconds := deadline - LEAD_SECONDS - time.time()) > 0:
             signal.setitimer(signal.ITIMER_REAL, seconds)
         # The process stays a zombie until _pid is forgotten: no signal goes to another one with its number.
@@ -84,16 +76,16 @@ class Child:
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True
-        self._hand_on()
+        self._deliver()
 
     def _on_deadline(self, _number: int, _frame: FrameType | None) -> None:
         if not self.asked:  # it may be saving, and take no more signals
-            self._hand_on()
+            self._deliver()
 
     def _on_interrupt(self, _number: int, _frame: FrameType | None) -> None:
         self.interrupted = True
 
-    def _hand_on(self) -> None:
+    def _deliver(self) -> None:
         self._pending = self._pid is None
         if self._pid is not None and self.forward != "none":
             with suppress(ProcessLookupError):
@@ -110,21 +102,13 @@ def newest_step(run: Path) -> int:
 class Supervisor:
     """Decides what follows the end of a program. All calls are local.
 
-    Parameters
-    ----------
-    child : Child
-        Has been listening: a signal that has come before the program is started counts, and it is not started then.
-    job : BatchJob
-    run : Path
-        Folder of the run.
-    scratch : Path
-        Folder on the disks of the nodes, which is removed at the end.
-    max_restarts : int
+    `child` listens already: after a signal the program is not started. `run` is the folder of the run, `scratch` one on the
+    disks of the nodes, which is removed at the end.
     """
 
     def __init__(self, child: Child, job: BatchJob, run: Path, scratch: Path, *, max_restarts: int = 20) -> None:
         self.child, self.job, self.run, self.scratch = child, job, run, scratch
-        self.max_restarts = max_restarts
+        self.max_restarts, self.report = max_restarts, partial(report, job.job)
 
     def supervise(self, command: Sequence[str], *, proof: str = "", deadline: float | None = None) -> int:
         """Run the program once; return the exit status of the job, 0 where it is started again.
@@ -165,7 +149,7 @@ class Supervisor:
             self.report(f"no progress since step {before} ({why}): not started again")
         else:
             if after == before:
-                chance.touch()  # it had to stop before its first save: bad luck, the first time
+                chance.touch()  # stopped before its first save: accepted once
             else:
                 chance.unlink(missing_ok=True)
             self.report(f"stopped at step {after}: {why}")
@@ -185,10 +169,6 @@ class Supervisor:
         """Remove the folder on the disks of the nodes."""
         if not self.job.tidy(self.scratch):
             self.report(f"{self.scratch} is still there on some nodes")
-
-    def report(self, text: str) -> None:
-        """Write a line to the log."""
-        report(self.job.job, text)
 
     def _restart(self) -> int:
         self.tidy()

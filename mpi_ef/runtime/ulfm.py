@@ -1,15 +1,16 @@
-"""Going on with the ranks that are left when one has died, without a new start. Open MPI alone can do it (ULFM)."""
+"""Going on with the surviving ranks when one has died, without a new start: user-level failure mitigation of Open MPI."""
 
 import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from time import monotonic, sleep
 from typing import Any, NoReturn
 from uuid import uuid4
 
 from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.errors import LaunchError, MpiEfError
+
+from .timeouts import wait_until
 
 __all__ = ["OPTIONS", "Attempts", "all_are_here", "check", "outlive"]
 
@@ -21,24 +22,12 @@ _DETECTION_SECONDS = 2.0  # in which MPI learns of a death that has already spoi
 
 @dataclass
 class Attempts:
-    """What one attempt of a launch leaves to the next, after ranks have died.
+    """What one attempt of a launch leaves to the next, after ranks have died."""
 
-    Attributes
-    ----------
-    failures : int
-        How often ranks have died.
-    launch : str
-        Identity of this launch, the same on all ranks.
-    last : int or None
-        The step after which this launch is to end; None as long as it has not taken the folder and resumed.
-    asked : int
-        The signal that has asked to stop; 0 for none.
-    """
-
-    failures: int = 0
-    launch: str = ""
-    last: int | None = None
-    asked: int = 0
+    failures: int = 0  # how often ranks have died
+    launch: str = ""  # identity of this launch, the same on all ranks
+    last: int | None = None  # the step after which this launch ends; None until it has taken the folder and resumed
+    asked: int = 0  # the signal that has asked to stop; 0 for none
 
     def begin(self, comm: MpiComm, failures: int) -> None:
         """Agree on all of it: ranks may have come to different places. Collective."""
@@ -67,8 +56,8 @@ def check(environment: Mapping[str, str] = os.environ) -> None:
 def outlive(comm: MpiComm, program: Callable[[Any, int], object]) -> NoReturn:
     """Call ``program(comm, 0)``; when ranks die, again on the others, with the number of failures. Collective.
 
-    The program has to bring everything back by itself, from a checkpoint: whatever it had of the old communicator may be in
-    the middle of a step. That is kept until the end, for MPI may still write to it.
+    The program has to restore everything by itself, from a checkpoint: objects of the old communicator may be in the middle
+    of a step. They are kept until the end, for MPI may still write to their memory.
 
     The process ends here, with status 0, or 2 for an error that all ranks have together: MPI's own end may wait for the
     dead. An error that one rank has is raised, to end all.
@@ -97,7 +86,7 @@ def outlive(comm: MpiComm, program: Callable[[Any, int], object]) -> NoReturn:
                 failures.append(error)
                 left = _without_the_dead(comm, everyone)
                 if left.Get_size() == comm.Get_size():
-                    raise  # nobody died: it would happen again
+                    raise  # no rank has died: it would happen again
                 comm = left
                 continue
             if isinstance(error, MpiEfError) and error.everywhere:
@@ -109,25 +98,25 @@ def outlive(comm: MpiComm, program: Callable[[Any, int], object]) -> NoReturn:
 def all_are_here(comm: MpiComm) -> None:
     """Raise ``MPI.Exception`` on all ranks unless every one has come here alive. Collective.
 
-    What they have received up to here was then sent by the living, and is right.
+    All messages received up to here were then sent by living ranks, and are right.
     """
     comm.Agree(1)
 
 
 def _some_are_dead(comm: MpiComm) -> bool:
-    """Tell whether MPI knows of a dead rank, or another rank has told of one. Waits for that news a little. Local."""
+    """Return whether MPI or another rank has detected a dead one, after waiting a little for it. Local."""
     from mpi4py import MPI
 
-    until = monotonic() + _DETECTION_SECONDS
-    while not (comm.Is_revoked() or comm.Get_failed().Get_size()):
-        if monotonic() > until:
-            return False
+    def known() -> bool:
+        if comm.Is_revoked() or comm.Get_failed().Get_size():
+            return True
         try:
-            comm.Iprobe()  # lets MPI look
+            comm.Iprobe()  # lets MPI make progress
         except MPI.Exception:
             return True
-        sleep(0.01)
-    return True
+        return False
+
+    return wait_until(known, _DETECTION_SECONDS, rest=0.01)
 
 
 def _without_the_dead(comm: MpiComm, everyone: Any) -> Any:
@@ -143,19 +132,19 @@ def _without_the_dead(comm: MpiComm, everyone: Any) -> Any:
     gone = MPI.Group.Difference(comm.Get_group(), left.Get_group())
     if left.Get_rank() == 0 and gone.Get_size():
         dead = sorted(MPI.Group.Translate_ranks(gone, list(range(gone.Get_size())), everyone))
-        told = f"{ranks_text(dead)} died; {left.Get_size()} of {everyone.Get_size()} go on from the newest checkpoint"
-        sys.stdout.write(told + "\n")
+        sys.stdout.write(f"{ranks_text(dead)} died; {left.Get_size()} of {everyone.Get_size()} go on from the newest "
+                         "checkpoint\n")
         sys.stdout.flush()
     return left
 
 
 def _end(comm: MpiComm, text: str, status: int) -> NoReturn:
-    """End this process once all survivors are here, but without MPI_Finalize; rank 0 says what there is to say."""
+    """End this process once all survivors are here, but without MPI_Finalize; rank 0 writes the text."""
     if text and comm.Get_rank() == 0:
         sys.stderr.write(text + "\n")
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        comm.Barrier()  # who leaves before the others are here counts as dead
+        comm.Barrier()  # a rank that ends before the others are here counts as dead
     finally:
         os._exit(status)

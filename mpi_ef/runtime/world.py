@@ -1,4 +1,4 @@
-"""One world, or a clear word: a launcher that started several tasks of which MPI sees one each."""
+"""The check for a launcher that started several tasks which MPI sees as worlds of one rank."""
 
 import os
 import sys
@@ -11,8 +11,8 @@ __all__ = ["ALONE", "check_alone", "check_world"]
 
 ALONE = "MPI_EF_ALONE"  # 1, or anything but 0, where several tasks are meant to have nothing to do with each other
 
-# What launchers tell each task about the number of tasks. srun sets the first for every step, and under --mpi=pmi2 also
-# PMI_SIZE: then Slurm is the one to talk about.
+# Variables with the number of tasks. srun sets the first for every step, and under --mpi=pmi2 also PMI_SIZE: the message is
+# about Slurm then.
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE")
 _REMEDIES = {
     "SLURM_STEP_NUM_TASKS": "try srun --mpi=pmix, --mpi=pmi2 or --mpi=cray_shasta (srun --mpi=list shows what there is)",

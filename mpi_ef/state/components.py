@@ -1,4 +1,4 @@
-"""The parts of a training, each of which knows what of it is saved and how it is put back."""
+"""The components of a training: what of each is saved, how it is put back."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -15,64 +15,66 @@ from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Stateful
 
 from .reshard import EITHER, RestoreView, Snapshot, read
 
-__all__ = ["GeneratorPart", "ModelPart", "Movable", "ObjectPart", "Part", "RandomPart", "StatePart", "part_of"]
+__all__ = ["Component", "Finish", "GeneratorComponent", "ModelComponent", "RandomComponent", "Reshardable", "component_of"]
 
 Finish = Callable[[], None]
 
 
 @runtime_checkable
-class Movable(Protocol):
-    """What knows itself how it goes on with another number of ranks: `FeedbackHook`, and objects of users."""
+class Reshardable(Protocol):
+    """An object that reshards its own state: `FeedbackHook`, and objects of users."""
 
     def state_dict_from(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> Any:
         """Return what rank `rank` of `size` loads, from what ``state_dict()`` was on all old ranks, in rank order. Local."""
 
 
-class Part(Protocol):
-    """A part of a training. Everything is local; :meth:`restore` returns what is left to do for all ranks together."""
+class Component:
+    """A component of a training. Everything is local; :meth:`restore` returns what is left to do for all ranks together."""
+
+    name = ""
 
     def identity(self) -> dict[str, str]:
         """Return what must be the same where it is put back."""
+        return {}
 
     def collect(self, into: Snapshot) -> None:
         """Add what is saved."""
+        raise NotImplementedError
 
     def check(self, past: RestoreView) -> None:
         """Raise where what was saved does not fit. Nothing is changed."""
 
     def restore(self, past: RestoreView) -> Finish | None:
         """Put back what was saved."""
+        raise NotImplementedError
+
+    def forget(self) -> Finish | None:
+        """Return the call that resets errors and estimates, where there are such."""
+        return None
 
 
-def part_of(name: str, value: Any) -> Part:
-    """Return the part that a value is.
-
-    Raises
-    ------
-    OptionError
-    """
+def component_of(name: str, value: Any) -> Component:
+    """Return the component that a value is; `OptionError` where it has no state."""
     if isinstance(value, Stateful):
-        return StatePart(name, value)
+        return StateComponent(name, value)
     if isinstance(value, torch.Generator):
-        return GeneratorPart(name, value)
+        return GeneratorComponent(name, value)
     if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):
-        return ObjectPart(name, value)
+        return ObjectComponent(name, value)
     raise OptionError(f"Training: {name} is a {type(value).__name__} without state_dict() and load_state_dict(); give it "
                       "both")
 
 
-class StatePart:
+class StateComponent(Component):
     """An optimizer of this package, or a rule at work; not the parameters."""
 
     def __init__(self, name: str, owner: Stateful) -> None:
         self.name, self.owner = name, owner
 
     def identity(self) -> dict[str, str]:
-        """Return what must be the same: rules, plans, compressors."""
         return self.owner.identity()
 
     def collect(self, into: Snapshot) -> None:
-        """Add arrays, and values by kind."""
         self.owner.before_save()
         tree, name = self.owner.state_tree(), self.name
         for key, leaf in tree.arrays().items():
@@ -104,8 +106,11 @@ class StatePart:
             past.write(f"{name}.{key}", leaf.array, leaf.reshard)
         owner.loaded()
 
+    def forget(self) -> Finish | None:
+        return getattr(self.owner, "forget", None)
 
-class ModelPart:
+
+class ModelComponent(Component):
     """Parameters and buffers of a module. Of parameters in 16 bits that an optimizer here has, the masters are saved."""
 
     def __init__(self, model: nn.Module | None, optimizers: Mapping[str, FlatOptimizer]) -> None:
@@ -115,7 +120,7 @@ class ModelPart:
         self._look()
 
     def _look(self) -> None:
-        """Find out what the model is made of now; tied parameters count once."""
+        """Collect the current parameters and buffers of the model; tied parameters count once."""
         entries = {} if self.model is None else self.model.state_dict(keep_vars=True)
         distinct = {id(entry): name for name, entry in reversed(entries.items()) if isinstance(entry, Tensor)}
         self._extra = {name: entry for name, entry in entries.items() if not isinstance(entry, Tensor)}
@@ -131,7 +136,6 @@ class ModelPart:
         self._described = {name: _described(t) for name, t in sorted((trained | self._named).items())}
 
     def identity(self) -> dict[str, str]:
-        """Return shape and dtype of every parameter and buffer."""
         return self._described
 
     def collect(self, into: Snapshot) -> None:
@@ -175,26 +179,22 @@ def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-class ObjectPart:
+class ObjectComponent(Component):
     """Anything with ``state_dict()`` and ``load_state_dict()``: schedulers, samplers, scalers, hooks, torch optimizers."""
 
     def __init__(self, name: str, owner: Any) -> None:
         self.name, self.owner = name, owner
 
     def identity(self) -> dict[str, str]:
-        """Return its type."""
         return {"type": type(self.owner).__name__}
 
     def collect(self, into: Snapshot) -> None:
         """Add its state, once where it is the same on all ranks."""
         into.add(self.name, self.owner.state_dict(), EITHER)
 
-    def check(self, past: RestoreView) -> None:
-        """Nothing: what fits only the object knows."""
-
     def restore(self, past: RestoreView) -> Finish:
         """Read its state, and return the loading, which may be collective."""
-        if isinstance(self.owner, Movable) and not past.same_world:
+        if isinstance(self.owner, Reshardable) and not past.same_world:
             state = read(self.owner.state_dict_from(past.values(self.name), past.rank, past.size))
         else:
             if past.kind(self.name) == PER_RANK and not past.same_world:
@@ -203,53 +203,41 @@ class ObjectPart:
             state = past.value(self.name)
         return lambda: self.owner.load_state_dict(state)
 
+    def forget(self) -> Finish | None:
+        return getattr(self.owner, "forget", None) if isinstance(self.owner, Reshardable) else None
 
-class GeneratorPart:
-    """A torch generator of this rank, for example of a DataLoader."""
+
+class GeneratorComponent(Component):
+    """A torch generator of this rank, for example of a DataLoader; on new ranks it is seeded from the seed and the step."""
 
     def __init__(self, name: str, generator: torch.Generator) -> None:
         self.name, self.generator = name, generator
 
     def identity(self) -> dict[str, str]:
-        """Return where it is."""
         return {"type": f"Generator on {self.generator.device}"}
 
     def collect(self, into: Snapshot) -> None:
-        """Add its state."""
         into.add(self.name, self.generator.get_state(), PER_RANK)
 
-    def check(self, past: RestoreView) -> None:
-        """Nothing."""
-
     def restore(self, past: RestoreView) -> None:
-        """Go on where it was; on ranks that are new, begin anew."""
         if past.rank < past.found.world_size:
             self.generator.set_state(past.value(self.name))
         else:
             self.generator.manual_seed(rank_seed(_fresh_seed(past), past.rank, stream=1))
 
 
-class RandomPart:
-    """The global generators of torch, numpy and python on this rank."""
+class RandomComponent(Component):
+    """The global generators of torch, numpy and python on this rank; on new ranks, as `GeneratorComponent`."""
 
     name = "random"
 
-    def __init__(self, comm: Comm, seed: int) -> None:
-        self.comm, self.seed = comm, seed
-
-    def identity(self) -> dict[str, str]:
-        """Return nothing: generators fit everywhere."""
-        return {}
+    def __init__(self, comm: Comm) -> None:
+        self.comm = comm
 
     def collect(self, into: Snapshot) -> None:
-        """Add their states."""
         into.add(self.name, random_state(), PER_RANK)
 
-    def check(self, past: RestoreView) -> None:
-        """Nothing."""
-
     def restore(self, past: RestoreView) -> None:
-        """Go on where they were; on ranks that are new, begin with the seed and the step."""
         if past.rank < past.found.world_size:
             set_random_state(past.value(self.name))
         else:
@@ -257,9 +245,7 @@ class RandomPart:
         if past.size > past.found.world_size:
             first = past.found.world_size
             ranks = f"rank {first}" if past.size == first + 1 else f"ranks {first} to {past.size - 1}"
-            past.notes.append(
-                f"random numbers of {ranks} begin anew from seed {past.found.document['seed']} and the step"
-            )
+            past.notes.append(f"random numbers of {ranks} begin anew from seed {past.found.document['seed']} and the step")
 
 
 def _fresh_seed(past: RestoreView) -> int:

@@ -11,17 +11,16 @@ from typing import Any
 
 import h5py
 import numpy as np
-import torch
 from torch import Tensor
 
 from mpi_ef.checkpoint.compare import brain_floats
-from mpi_ef.checkpoint.dtypes import BFLOAT16
+from mpi_ef.checkpoint.dtypes import BFLOAT16, dtype_name
 from mpi_ef.checkpoint.manifest import sync_folder
 from mpi_ef.checkpoint.reader import Checkpoint
 from mpi_ef.errors import CheckpointError, MpiEfError, OptionError
 
 from .reshard import RestoreView
-from .tree import Array
+from .tree import Array, tensor_of
 
 __all__ = ["export", "model_state"]
 
@@ -92,9 +91,7 @@ def model_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
             raise CheckpointError(f"export: {checkpoint.path} has a document that Training did not write "
                                   f"({type(error).__name__}: {error}); export everything instead") from error
     if not state:
-        raise OptionError(
-            f"export: {checkpoint.path} has no model that mpi_ef.Training saved; export everything instead"
-        )
+        raise OptionError(f"export: {checkpoint.path} has no model that mpi_ef.Training saved; export everything instead")
     return state
 
 
@@ -163,17 +160,13 @@ def _to_safetensors(checkpoint: Checkpoint, path: Path, arrays: dict[str, Tensor
     except ImportError:
         raise OptionError("export: .safetensors needs a package; pip install safetensors, or export to .h5") from None
     tensors = {name: _tensor(value).contiguous() for name, value in arrays.items()}
-    told = {"format": "pt", "step": str(checkpoint.step), "run": checkpoint.run, "written_at": checkpoint.written_at}
+    metadata = {"format": "pt", "step": str(checkpoint.step), "run": checkpoint.run, "written_at": checkpoint.written_at}
     try:
-        save_file(tensors, str(path), metadata=told)
+        save_file(tensors, str(path), metadata=metadata)
     except Exception as error:  # an error type of its own, also for a full disk
         raise CheckpointError(f"export: {path.parent} does not take it: {error}; take another place or .h5") from error
     return len(tensors)
 
 
 def _tensor(value: Tensor | Array) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    bits = value.dtype == BFLOAT16
-    tensor = torch.from_numpy(np.array(value.view(np.uint16) if bits else value))
-    return tensor.view(torch.bfloat16) if bits else tensor
+    return value if isinstance(value, Tensor) else tensor_of(value, dtype_name(value.dtype), [*value.shape])

@@ -23,19 +23,11 @@ TensorLeaf = Mapping[str, Any]
 
 
 class Stored(Protocol):
-    """A checkpoint that can be read: what :class:`RestoreView` asks of the storage."""
+    """A checkpoint that can be read: what :class:`RestoreView` needs of the storage."""
 
-    @property
-    def step(self) -> int:
-        """Completed steps when it was written."""
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks that wrote it."""
-
-    @property
-    def document(self) -> Any:
-        """JSON that is the same for all ranks."""
+    step: int  # completed steps when it was written
+    world_size: int  # number of ranks that wrote it
+    document: Any  # JSON that is the same for all ranks
 
     def rank_document(self, rank: int) -> Any:
         """Return the JSON of a rank."""
@@ -49,13 +41,7 @@ class Stored(Protocol):
 
 @dataclass
 class Snapshot:
-    """What one rank gives to a checkpoint: values by name, as JSON and arrays.
-
-    Attributes
-    ----------
-    trees, arrays : dict of str to dict
-        By "replicated", "per rank" and, until :meth:`decide`, "either"; by name.
-    """
+    """What one rank gives to a checkpoint, by kind (until :meth:`decide` also "either") and name, as JSON and arrays."""
 
     trees: dict[str, dict[str, Any]] = field(default_factory=lambda: {REPLICATED: {}, PER_RANK: {}, EITHER: {}})
     arrays: dict[str, dict[str, Array]] = field(default_factory=lambda: {REPLICATED: {}, PER_RANK: {}})
@@ -87,7 +73,7 @@ def _hash(tree: Any, arrays: Mapping[str, Array]) -> bytes:
 
 
 class LazyDict(Mapping[str, Any]):
-    """A dict in a checkpoint, of which only what is asked for is read: all ranks' states at once may be too much."""
+    """A dict in a checkpoint whose values are read at access: all ranks' states at once may not fit into memory."""
 
     def __init__(self, tree: Mapping[str, Any], decode: Callable[[Any], Any]) -> None:
         self._tree, self._decode = tree, decode
@@ -115,21 +101,12 @@ def read(value: Any) -> Any:
 
 @dataclass
 class RestoreView:
-    """A checkpoint, seen from rank `rank` of `size`.
-
-    Attributes
-    ----------
-    found : Stored
-    rank, size : int
-        Of the world that reads.
-    notes : list of str
-        What was not put back as it was.
-    """
+    """A checkpoint, seen from rank `rank` of `size`."""
 
     found: Stored
     rank: int
     size: int
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was not put back as it was
     _read: dict[int, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -139,7 +116,7 @@ class RestoreView:
 
     @property
     def old_rank(self) -> int:
-        """The old rank whose place this rank takes where something of one of them is as good as of another."""
+        """The old rank whose place this rank takes where any of them will do."""
         return self.rank % self.found.world_size
 
     def _trees(self, rank: int) -> Mapping[str, Any]:
@@ -182,13 +159,7 @@ class RestoreView:
         return decoded(tree, tensor, lambda leaf: self._array(leaf, kind, rank))
 
     def mean(self, name: str) -> Any:
-        """Return a value of which every tensor is the mean over the old ranks, and everything else was the same on all.
-
-        Raises
-        ------
-        OptionError
-            It was not.
-        """
+        """Return a value with the mean over the old ranks of every tensor; `OptionError` where anything else differed."""
         if self.same_world or self.kind(name) == REPLICATED:
             return self.value(name)
         old = range(self.found.world_size)
@@ -208,7 +179,7 @@ class RestoreView:
         dtype = getattr(torch, self.tree(name)["dtype"], torch.uint8)
         return self.mean(name) if dtype.is_floating_point or dtype.is_complex else self.value(name)
 
-    def moved(self, name: str, move: Reshard | None) -> Array:
+    def resharded(self, name: str, move: Reshard | None) -> Array:
         """Return this rank's array of that name; where ranks differ and their number has changed, as `move` says.
 
         `move.of` and `move.owed` are the ends of names that begin as `name` does.
@@ -220,9 +191,7 @@ class RestoreView:
             prefix = name[: name.rindex(".") + 1]
             aggregate = self.found.replicated(prefix + move.of)
             if move.owed:
-                aggregate = aggregate + np.concatenate(
-                    [self.found.per_rank(prefix + move.owed, rank) for rank in worlds]
-                )
+                aggregate = aggregate + np.concatenate([self.found.per_rank(prefix + move.owed, r) for r in worlds])
             return aggregate
         if move.how == "cut":
             return _cut((self.found.per_rank(name, rank) for rank in worlds), move.start, move.stop, name)
@@ -230,26 +199,15 @@ class RestoreView:
         return mean_over_ranks(parts, name).numpy()
 
     def write(self, name: str, out: Array, move: Reshard | None = None) -> None:
-        """Overwrite `out` with what :meth:`moved` returns.
-
-        Raises
-        ------
-        ShapeError
-            It is not of that shape and dtype.
-        """
-        array = self.moved(name, move)
+        """Overwrite `out` with what :meth:`resharded` returns; `ShapeError` where that has another shape or dtype."""
+        array = self.resharded(name, move)
         if array.shape != out.shape or array.dtype != out.dtype:
             raise ShapeError(f"resume: {name} was read as {array.shape} {array.dtype}, here it is {out.shape} {out.dtype}; "
                              "the checkpoint is damaged, resume from another one")
         np.copyto(out, array)
 
     def check_array(self, name: str, array: Array, move: Reshard | None) -> None:
-        """Raise unless the array of that name has the shape and dtype of `array`, as far as they stay. Local; reads no data.
-
-        Raises
-        ------
-        ShapeError, DtypeError
-        """
+        """Raise unless the array of that name has dtype and shape of `array`, as far as they stay. Reads no data."""
         leaf = self.tree(name)
         if leaf["dtype"] != array.dtype.name:
             raise DtypeError(f"resume: {name} is {leaf['dtype']} in the checkpoint and {array.dtype} here; build the model "
@@ -261,17 +219,16 @@ class RestoreView:
                 raise ShapeError(f"resume: {name} has {whole} entries on all ranks together in the checkpoint and "
                                  f"{move.stop} here; build the model as it was")
         elif shape != array.shape:
-            raise ShapeError(
-                f"resume: {name} is {shape} in the checkpoint and {array.shape} here; build the model as it was"
-            )
+            raise ShapeError(f"resume: {name} is {shape} in the checkpoint and {array.shape} here; build the model as it "
+                             "was")
 
 
 def _cut(parts: Iterable[Array], start: int, stop: int, name: str) -> Array:
     """Return the entries ``start ... stop - 1`` of the parts one after the other."""
-    pieces, place = [], 0
+    cut, place = [], 0
     for part in parts:
-        pieces.append(part[max(0, start - place) : max(0, stop - place)])
+        cut.append(part[max(0, start - place) : max(0, stop - place)])
         place += part.size
     if place < stop:
         raise ShapeError(f"resume: {name} has {place} entries on all ranks together; {stop} are needed")
-    return np.concatenate(pieces)
+    return np.concatenate(cut)

@@ -1,6 +1,5 @@
 """What is saved of a training, and how it is put back, on as many ranks or on others."""
 
-import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,17 +7,17 @@ from functools import partial
 from hashlib import sha256
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import nn
 
+from mpi_ef.checkpoint.manifest import versions
 from mpi_ef.comm.consensus import agree
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import CheckpointError, MpiEfError, OptionError
 from mpi_ef.optim.flat import FlatOptimizer
-from mpi_ef.statetree import PER_RANK, REPLICATED, Stateful
+from mpi_ef.statetree import PER_RANK, REPLICATED
 
-from .components import Finish, ModelPart, Movable, ObjectPart, Part, RandomPart, StatePart, part_of
+from .components import Component, Finish, ModelComponent, RandomComponent, component_of
 from .reshard import EITHER, RestoreView, Snapshot, Stored
 from .tree import Array
 
@@ -30,7 +29,7 @@ _OTHER = "build the training as it was, or start from nothing in another directo
 
 
 class Storage(Protocol):
-    """Where checkpoints are: what :class:`Training` asks of :class:`mpi_ef.checkpoint.Store`."""
+    """The part of :class:`mpi_ef.checkpoint.Store` that :class:`Training` needs."""
 
     def save(self, comm: Comm, step: int, *, replicated: Mapping[str, Array], per_rank: Mapping[str, Array], document: Any,
              rank_document: Any) -> Any:
@@ -45,7 +44,7 @@ class Storage(Protocol):
 
 
 class Training:
-    """All that has to be the same again when a run goes on: say what there is once, then save and resume.
+    """The complete state of a run, named once, then saved and resumed.
 
     ::
 
@@ -81,17 +80,17 @@ class Training:
     -----
     **What is written once, what by each rank.** Optimizers and rules say which of their arrays differ between ranks. Of
     everything else that is found out when saving, by a hash: a scaler that has backed off on one rank only, or BatchNorm
-    statistics that nobody has synchronised, are saved for each rank.
+    statistics without synchronisation, are saved for each rank.
 
     **Another number of ranks.** ``policy="exact"`` refuses it. ``"redistribute"`` keeps what the rules rely on: errors,
     momenta and moments of a wrapped torch optimizer become the mean of the old ranks' on every new rank, added up in
     float64 in rank order; estimates become the aggregate, so that it is their mean to the last bit; residuals of chunks
-    are cut anew; what belongs to clients moves with them. ``"reset"`` does the same and then sets errors, residuals and
+    are re-cut; what belongs to clients moves with them. ``"reset"`` does the same and then sets errors, residuals and
     estimates to zero, as at the start. Both warn on rank 0 and leave what they have done in `notes`.
 
     An object of your own that has differed between ranks takes on rank r the state of old rank r mod their number, unless it
     has ``state_dict_from(states, rank, size)``, as `FeedbackHook` has: that returns what rank `rank` of `size` loads, given
-    what ``state_dict()`` was on all old ranks, in rank order; mappings to look at, read as far as they are looked at.
+    what ``state_dict()`` was on all old ranks, in rank order: mappings whose values are read at access.
     ``"reset"`` then calls ``forget()`` where there is one.
 
     **Precision.** Of parameters in 16 bits the float32 masters are saved.
@@ -104,14 +103,14 @@ class Training:
         self.notes: tuple[str, ...] = ()
         self.versions: dict[str, str] = {}
 
-    def _parts(self, comm: Comm) -> dict[str, Part]:
+    def _parts(self, comm: Comm) -> dict[str, Component]:
         """Return the parts by name, the model first: what optimizers derive from parameters comes after them."""
         if "document" in self._values:
             raise OptionError("Training: document is no name for a part; pass it to save(), or take another name")
-        parts = {name: part_of(name, value) for name, value in sorted(self._values.items())}
+        parts = {name: component_of(name, value) for name, value in sorted(self._values.items())}
         flat = {name: value for name, value in self._values.items() if isinstance(value, FlatOptimizer)}
-        named: dict[str, Part] = {"model": ModelPart(self._model, flat)} | parts
-        return named | ({"random": RandomPart(comm, self.seed)} if self._random else {})
+        named: dict[str, Component] = {"model": ModelComponent(self._model, flat)} | parts
+        return named | ({"random": RandomComponent(comm)} if self._random else {})
 
     def save(self, store: Storage, comm: Comm, step: int, *, document: Any = None, background: bool = False) -> None:
         """Write a checkpoint after so many steps, between two steps. Collective.
@@ -178,41 +177,42 @@ class Training:
             parts of the training are from the checkpoint and others are not: resume from another one or stop.
         """
         found = store.newest(comm)
-        if found is None:
-            _agree_on_policy(comm, policy)
-            return 0
-        past, parts = RestoreView(found, int(comm.Get_rank()), int(comm.Get_size())), {}
+        past = None if found is None else RestoreView(found, int(comm.Get_rank()), int(comm.Get_size()))
+        parts: dict[str, Component] = {}
 
         def facts() -> dict[str, object]:
+            if policy not in POLICIES:
+                raise OptionError(f"Training.resume: policy={policy!r} is unknown; take one of {', '.join(POLICIES)}")
+            if past is None:
+                return {"policy": policy}
             parts.update(self._parts(comm))
-            with _readable(found):
-                _check_policy(policy, past)
-                _check_parts(parts, past)
-            return {"policy": policy, "step": found.step}
+            with _readable(past):
+                _check(parts, past, policy)
+            return {"policy": policy, "step": past.found.step}
 
-        agree(comm, "Training.resume", facts, "resume the same training from the same directory on all ranks")
+        agree(comm, "Training.resume", facts, "resume the same training from the same directory on all ranks" if past else
+              "pass the same policy on all ranks")
+        if past is None:
+            return 0
         finishes: list[Finish] = []
 
         def put_back() -> dict[str, object]:
-            with _readable(found):
+            with _readable(past):
                 finishes.extend(finish for part in parts.values() if (finish := part.restore(past)) is not None)
                 self.document = past.value("document")
-                self.versions = dict(found.document["versions"])
+                self.versions = dict(past.found.document["versions"])
             if policy == "reset" and not past.same_world:
                 finishes.extend(_forgetting(parts, past))
             return {}
 
         agree(comm, "Training.resume", put_back, "resume from the same directory on all ranks")
-        _finish(comm, finishes)
-        self._tell(comm, past, policy)
-        return found.step
 
-    def _tell(self, comm: Comm, past: RestoreView, policy: str) -> None:
-        """Say what is not as it was."""
+        _finish(comm, finishes)
         self.notes = () if past.same_world else (_ABOUT[policy], *past.notes)
         if self.notes and comm.Get_rank() == 0:
             warnings.warn(f"step {past.found.step} of {_ranks(past.found.world_size)} goes on with {past.size}: "
-                          f"{'; '.join(self.notes)}", RuntimeWarning, stacklevel=3)
+                          f"{'; '.join(self.notes)}", RuntimeWarning, stacklevel=2)
+        return past.found.step
 
 
 _ABOUT = {
@@ -222,15 +222,15 @@ _ABOUT = {
 
 
 @contextmanager
-def _readable(found: Stored) -> Iterator[None]:
-    """Turn whatever strange content makes of the code that reads it into an error that says so."""
+def _readable(past: RestoreView) -> Iterator[None]:
+    """Raise `CheckpointError` for any error that the content of a checkpoint causes."""
     try:
         yield
     except MpiEfError:
         raise
     except Exception as error:
-        raise CheckpointError(f"resume: the checkpoint at step {found.step} cannot be put back: {type(error).__name__}: "
-                              f"{error}; resume from another one") from error
+        raise CheckpointError(f"resume: the checkpoint at step {past.found.step} cannot be put back: "
+                              f"{type(error).__name__}: {error}; resume from another one") from error
 
 
 def _ranks(count: int) -> str:
@@ -238,64 +238,43 @@ def _ranks(count: int) -> str:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"mpi_ef": version("mpi_ef"), "torch": torch.__version__, "numpy": np.__version__,
-            "python": platform.python_version()}
+    known = versions() | {"torch": torch.__version__}
+    return {name: known[name] for name in ("mpi_ef", "torch", "numpy", "python")}
 
 
-def _agree_on_policy(comm: Comm, policy: str) -> None:
-    def facts() -> dict[str, object]:
-        _known(policy)
-        return {"policy": policy}
-
-    agree(comm, "Training.resume", facts, "pass the same policy on all ranks")
-
-
-def _known(policy: str) -> None:
-    if policy not in POLICIES:
-        raise OptionError(f"Training.resume: policy={policy!r} is unknown; take one of {', '.join(POLICIES)}")
-
-
-def _check_policy(policy: str, past: RestoreView) -> None:
-    _known(policy)
-    document, old = past.found.document, past.found.world_size
+def _check(parts: Mapping[str, Component], past: RestoreView, policy: str) -> None:
+    """Raise unless the checkpoint is of the same parts, and of as many ranks where the policy asks for it."""
+    document, old, at = past.found.document, past.found.world_size, f"the checkpoint at step {past.found.step}"
     if document.get("format") != FORMAT:
-        raise OptionError(f"resume: the checkpoint at step {past.found.step} has format {document.get('format')}; this "
-                          f"version reads {FORMAT}; take the version that wrote it")
+        raise OptionError(f"resume: {at} has format {document.get('format')}; this version reads {FORMAT}; take the version "
+                          "that wrote it")
     if policy == "exact" and not past.same_world:
         raise OptionError(f'resume: step {past.found.step} was saved by {_ranks(old)}, here there are {past.size}; pass '
                           f'policy="redistribute" or "reset", or start {_ranks(old)}')
-
-
-def _check_parts(parts: Mapping[str, Part], past: RestoreView) -> None:
-    """Raise unless the checkpoint is of the same parts."""
-    saved, at = past.found.document["parts"], f"resume: the checkpoint at step {past.found.step}"
+    saved = document["parts"]
     for name in sorted(saved.keys() ^ parts.keys()):
         has, misses = ("has", "here there is none") if name in saved else ("has no", "here there is one")
-        raise OptionError(f"{at} {has} {name}, {misses}; {_OTHER}")
+        raise OptionError(f"resume: {at} {has} {name}, {misses}; {_OTHER}")
     for name, part in parts.items():
         theirs, mine = saved[name], part.identity()
         for fact in [*mine, *(theirs.keys() - mine.keys())]:
             if theirs.get(fact) != mine.get(fact):
                 subject = fact if name == "model" else f"{name}: {fact}"
-                raise OptionError(f"{at} has {subject} {theirs.get(fact, 'not at all')}, here it is "
+                raise OptionError(f"resume: {at} has {subject} {theirs.get(fact, 'not at all')}, here it is "
                                   f"{mine.get(fact, 'not there')}; {_OTHER}")
         part.check(past)
 
 
-def _forgetting(parts: Mapping[str, Part], past: RestoreView) -> Iterator[Finish]:
-    """Note which parts begin anew, and yield what makes them do so once everything is put back."""
+def _forgetting(parts: Mapping[str, Component], past: RestoreView) -> Iterator[Finish]:
+    """Note the parts that are reset, and yield the calls that do it once everything is put back."""
     for name, part in parts.items():
-        owner = part.owner if isinstance(part, StatePart | ObjectPart) else None
-        forget = getattr(owner, "forget", None)
-        if isinstance(owner, Stateful | Movable) and forget is not None:
+        if (forget := part.forget()) is not None:
             past.notes.append(f"{name} starts without errors and estimates")
             yield forget
 
 
 def _tried(actions: Iterable[Callable[[], None]]) -> list[Exception]:
-    """Do what may be collective, and return what went wrong: every rank tries everything, so that none waits for another."""
+    """Call all actions, which may be collective, also after one has failed, and return their errors."""
     errors: list[Exception] = []
     for action in actions:
         try:
@@ -305,7 +284,7 @@ def _tried(actions: Iterable[Callable[[], None]]) -> list[Exception]:
     return errors
 
 
-def _finish(comm: Comm, finishes: list[Callable[[], None]]) -> None:
+def _finish(comm: Comm, finishes: list[Finish]) -> None:
     """Do what may be collective."""
     errors = _tried(finishes)
 

@@ -21,7 +21,7 @@ Leaf = Mapping[str, Any]
 
 
 class Found(NamedTuple):
-    """What is in a value: its arrays by name, and what was made of its tensors, by their id: one tensor has one array."""
+    """The arrays in a value by name, and the JSON of its tensors by their id: one tensor has one array."""
 
     arrays: Arrays
     leaves: dict[int, Any]
@@ -37,20 +37,10 @@ _FLOATS = (torch.float16, torch.float32, torch.float64)
 def encoded(value: Any, name: str, arrays: Arrays) -> Any:
     """Return `value` as JSON, and add its tensors and arrays to `arrays`.
 
-    Parameters
-    ----------
-    value : None, bool, int, float, complex, str, bytes, tensor, numpy array or number, or tuple, list, dict, OrderedDict,
-        Counter of such; not a subclass of these
-    name : str
-        Of the value; names of arrays begin with it.
-    arrays : dict of str to array
-        Added to: views of the tensors' memory where possible. A tensor that is there several times, such as a learning rate
-        of several groups, has one, and is one again in :func:`decoded`, as with torch.save.
-
-    Raises
-    ------
-    OptionError, DtypeError
-        Something of another type; a tensor that is sparse or quantised.
+    `value` is None, a bool, int, float, complex, str, bytes, tensor, NumPy array or number, or a tuple, list, dict,
+    OrderedDict or Counter of such, and not of a subclass: `OptionError`; nor is a tensor sparse or quantised: `DtypeError`.
+    Names of arrays, which are views of the tensors' memory where possible, begin with `name`. A tensor that is there several
+    times, such as a learning rate of several groups, has one array, and is one again in :func:`decoded`, as with torch.save.
     """
     return _encoded(value, name, Found(arrays, {}))
 
@@ -59,26 +49,22 @@ def _encoded(value: Any, name: str, found: Found) -> Any:
     kind = type(value)
     if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
         return value
+    if kind in _TEXTS:
+        return {_MARK: kind.__name__, "value": _TEXTS[kind](value)}
     if isinstance(value, Tensor):
-        kind = Tensor
-    elif isinstance(value, np.ndarray | np.generic):
-        kind = np.ndarray
-    if kind not in _ENCODERS:
+        return _tensor(value, name, found)
+    if isinstance(value, np.ndarray | np.generic):
+        return _array(value, name, found)
+    if kind not in _CONTAINERS:
         raise OptionError(f"checkpoint: {name} is of {kind.__name__}, which is not stored; give it as numbers, strings, "
                           "tensors, lists, tuples and dicts")
-    return _ENCODERS[kind](value, name, found)
+    return _CONTAINERS[kind](value, name, found)
 
 
-def _float(value: float, _name: str, _found: Found) -> Any:
-    return {_MARK: "float", "value": repr(value)}
-
-
-def _complex(value: complex, name: str, found: Found) -> Any:
-    return {_MARK: "complex", "value": [_encoded(part, name, found) for part in (value.real, value.imag)]}
-
-
-def _bytes(value: bytes, _name: str, _found: Found) -> Any:
-    return {_MARK: "bytes", "value": value.hex()}
+_TEXTS: dict[type, Callable[[Any], Any]] = {
+    float: repr, bytes: bytes.hex,
+    complex: lambda value: [_encoded(part, "", Found({}, {})) for part in (value.real, value.imag)],
+}
 
 
 def _tensor(value: Tensor, name: str, found: Found) -> Any:
@@ -100,7 +86,7 @@ def _array(value: Any, name: str, found: Found) -> Any:
 
 
 def _free(name: str, found: Found) -> str:
-    """Return a name that no array has yet: those below the keys 1 and "1" read alike."""
+    """Return a name that no array has yet: those below the keys 1 and "1" are equal."""
     while name in found.arrays:
         name += "'"
     return name
@@ -120,19 +106,13 @@ def _dict(value: Any, name: str, found: Found) -> Any:
     return {_MARK: type(value).__name__, "value": pairs}
 
 
-_ENCODERS: dict[type, Callable[[Any, str, Found], Any]] = {
-    float: _float, complex: _complex, bytes: _bytes, Tensor: _tensor, np.ndarray: _array, list: _sequence, tuple: _sequence,
-    dict: _dict, OrderedDict: _dict, Counter: _dict,
+_CONTAINERS: dict[type, Callable[[Any, str, Found], Any]] = {
+    list: _sequence, tuple: _sequence, dict: _dict, OrderedDict: _dict, Counter: _dict,
 }
 
 
 def plain_array(tensor: Tensor, name: str) -> tuple[Array, str]:
-    """Return a dense tensor's numbers as an array that files can hold, and the name of its own dtype.
-
-    Raises
-    ------
-    DtypeError
-    """
+    """Return a dense tensor's numbers as an array that files can hold, and the name of its dtype; else `DtypeError`."""
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         raise DtypeError(f"checkpoint: {name} is a tensor of layout {tensor.layout} on {tensor.device}, which is not "
                          "stored; make it dense")
@@ -145,66 +125,40 @@ def plain_array(tensor: Tensor, name: str) -> tuple[Array, str]:
 
 
 def tensor_of(array: Array, dtype: str, shape: list[int]) -> Tensor:
-    """Return a new tensor from what :func:`plain_array` returned.
-
-    Raises
-    ------
-    DtypeError
-    """
+    """Return a new tensor from what :func:`plain_array` returned; `DtypeError` for a dtype that torch does not have."""
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise DtypeError(
-            f"checkpoint: a tensor of {dtype}, which this torch does not have; take the version that wrote it"
-        )
+        raise DtypeError(f"checkpoint: a tensor of {dtype}, which this torch does not have; take the version that wrote it")
     plain = array.view(np.uint16) if array.dtype == BFLOAT16 else array
     tensor, wanted = torch.from_numpy(np.array(plain, order="C")), getattr(torch, dtype)
     return (tensor if tensor.dtype is wanted else tensor.view(wanted)).reshape(shape)
 
 
 def decoded(tree: Any, tensor: Callable[[Leaf], Tensor], array: Callable[[str], Array]) -> Any:
-    """Return what :func:`encoded` was given.
+    """Return what :func:`encoded` was given; `OptionError` for a tree of a later version.
 
-    Parameters
-    ----------
-    tree : JSON
-    tensor : callable
-        Returns the tensor of a leaf: an object with "name", "dtype" and "shape".
-    array : callable
-        Returns the array of a name.
-
-    Raises
-    ------
-    OptionError
-        `tree` was not made by :func:`encoded`.
+    ``tensor(leaf)`` returns the tensor of a leaf, an object with "name", "dtype" and "shape"; ``array(name)`` an array.
     """
     known: dict[str, Tensor] = {}
 
-    def once(leaf: Leaf) -> Tensor:
-        if leaf["name"] not in known:
-            known[leaf["name"]] = tensor(leaf)
-        return known[leaf["name"]]
-
-    return _decoded(tree, once, array)
-
-
-def _decoded(tree: Any, tensor: Callable[[Leaf], Tensor], array: Callable[[str], Array]) -> Any:
     def inside(part: Any) -> Any:
-        return _decoded(part, tensor, array)
+        if isinstance(part, list):
+            return [inside(item) for item in part]
+        if not isinstance(part, dict):
+            return part
+        if (kind := part.get(_MARK)) is None:
+            return {key: inside(item) for key, item in part.items()}
+        if kind == "tensor":
+            if part["name"] not in known:
+                known[part["name"]] = tensor(part)
+            return known[part["name"]]
+        if kind in ("array", "number"):
+            numbers = np.array(array(part["name"])).reshape(part["shape"])
+            return numbers if kind == "array" else numbers[()]
+        if kind not in _DECODERS:
+            raise OptionError(f"checkpoint: a value of kind {kind!r} is unknown; it was written by a newer version")
+        return _DECODERS[kind](inside(part["value"]))
 
-    if isinstance(tree, list):
-        return [inside(item) for item in tree]
-    if not isinstance(tree, dict):
-        return tree
-    kind = tree.get(_MARK)
-    if kind is None:
-        return {key: inside(item) for key, item in tree.items()}
-    if kind == "tensor":
-        return tensor(tree)
-    if kind in ("array", "number"):
-        numbers = np.array(array(tree["name"])).reshape(tree["shape"])
-        return numbers if kind == "array" else numbers[()]
-    if kind not in _DECODERS:
-        raise OptionError(f"checkpoint: a value of kind {kind!r} is unknown; it was written by a newer version")
-    return _DECODERS[kind](inside(tree["value"]))
+    return inside(tree)
 
 
 _DECODERS: dict[str, Callable[[Any], Any]] = {

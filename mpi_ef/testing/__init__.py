@@ -1,4 +1,4 @@
-"""For tests of one's own compressors, rules, plans and optimizers: ranks without MPI, faults, the laws of those built in.
+"""For tests of your own compressors, rules, plans and optimizers: ranks without MPI, faults, the laws of those built in.
 
 ::
 
@@ -21,20 +21,18 @@ if TYPE_CHECKING:
 
 __all__ = ["CompressorLaws", "FaultyComm", "OptimizerLaws", "PlanLaws", "RuleLaws", "VirtualComm", "results", "run"]
 
-_HOME = {
-    "CompressorLaws": "compressor_laws",
-    "FaultyComm": "faults",
-    "OptimizerLaws": "optimizer_laws",
-    "PlanLaws": "plan_laws",
-    "RuleLaws": "rule_laws",
-    "VirtualComm": "virtual",
-    "results": "virtual",
-    "run": "virtual",
-}
+_HOME = {name: module for module, names in {
+    "compressor_laws": "CompressorLaws",
+    "faults": "FaultyComm",
+    "optimizer_laws": "OptimizerLaws",
+    "plan_laws": "PlanLaws",
+    "rule_laws": "RuleLaws",
+    "virtual": "VirtualComm results run",
+}.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    """Load what is wanted: the plugin for pytest, which every run of it loads, wants nothing."""
+    """Load a name at its first use: the plugin, which every run of pytest loads, needs none."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

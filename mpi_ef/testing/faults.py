@@ -1,4 +1,4 @@
-"""A communicator that counts what is asked of it, and fails where a test wants it to."""
+"""A communicator that counts its calls, and fails at the one that a test selects."""
 
 from collections.abc import Callable, Sequence
 from time import sleep
@@ -8,25 +8,17 @@ import numpy as np
 
 from mpi_ef.comm.protocol import Comm
 
+from .virtual import Request
+
 __all__ = ["CommunicationError", "Fault", "FaultyComm"]
 
 Fault = Literal["", "raise", "die", "delay", "corrupt"]
 _ALIKE = {"Iallgather": "Allgather", "Ialltoall": "Alltoall"}
-_COUNTED = (
-    "Allgather",
-    "Allgatherv",
-    "Alltoall",
-    "Alltoallv",
-    "Bcast",
-    "Iallgather",
-    "Ialltoall",
-    "allgather",
-    "Barrier",
-)
+_COUNTED = ["Allgather", "Allgatherv", "Alltoall", "Alltoallv", "Bcast", "Iallgather", "Ialltoall", "allgather", "Barrier"]
 
 
 class CommunicationError(RuntimeError):
-    """What stands for an error of MPI's."""
+    """A simulated error of MPI."""
 
 
 class FaultyComm:
@@ -75,17 +67,22 @@ class FaultyComm:
             self.calls.append(name)
             due = number == self.at or (self.fault == "die" and number > self.at)
             if due and self.fault in ("raise", "die"):
-                raise CommunicationError(f"{name}, call {number} of this rank, fails because the test wants it")
+                raise CommunicationError(f"{name}, call {number} of this rank, fails as the test has set")
             if due and self.fault == "delay":
                 sleep(self.seconds)
             self.sent_nbytes += self._leaving(_ALIKE.get(name, name), buffers, options)
             request = call(*buffers, **options)
             if not (due and self.fault == "corrupt" and len(buffers) > 1):
                 return request
-            if request is None:
+
+            def arrive() -> None:
+                if request is not None:
+                    request.Wait()
                 self._corrupt(buffers[1])
-                return None
-            return _Corrupting(request, lambda: self._corrupt(buffers[1]))
+
+            if request is None:
+                return arrive()
+            return Request(arrive)
 
         return counted
 
@@ -103,18 +100,6 @@ class FaultyComm:
         rows = _array(buffer).reshape(-1).view(np.uint8).reshape(self.comm.Get_size(), -1)
         if rows.size:
             rows[:, 0] ^= 0xFF
-
-
-class _Corrupting:
-    def __init__(self, request: Any, corrupt: Callable[[], None]) -> None:
-        self._request, self._corrupt = request, corrupt
-
-    def Wait(self) -> None:
-        self._request.Wait()
-        self._corrupt()
-
-    def Test(self) -> bool:
-        return False
 
 
 def _array(buffer: Any) -> "np.ndarray[Any, Any]":

@@ -1,12 +1,37 @@
-"""How a law of plans and optimizers says its name when it is broken."""
+"""What the suites of laws share."""
 
 from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any
+from functools import partial, wraps
+from itertools import product
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-__all__ = ["law", "must", "same_bits"]
+from mpi_ef.compress import Compressor
+
+from .virtual import results
+
+__all__ = ["Laws", "law", "must", "same_bits"]
+
+T = TypeVar("T")
+
+
+class Laws:
+    """Laws of what an attribute of a subclass, `tested`, has or builds, on `ranks`, with `compressors`."""
+
+    tested: ClassVar[str]
+    ranks: ClassVar[tuple[int, ...]]
+    compressors: ClassVar[tuple[Compressor, ...]]
+
+    def subject(self) -> str:
+        """Return what is tested, for messages."""
+        how: Any = getattr(type(self), self.tested)
+        return how if isinstance(how, str) else getattr(how, "__name__", str(how))
+
+    def _run(self, program: Callable[..., T], *ranks: int) -> list[tuple[int, Compressor, list[T]]]:
+        """Return what ``program(comm, compressor)`` returns on every rank, for all compressors and numbers of ranks."""
+        return [(size, compressor, results(size, partial(program, compressor=compressor)))
+                for size, compressor in product(ranks or self.ranks, self.compressors)]
 
 
 def law(name: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:

@@ -1,6 +1,7 @@
 """What every optimizer keeps to, one law a test, on virtual ranks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,11 +11,11 @@ from torch import nn
 
 from mpi_ef import registry
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import DisagreementError, OptionError
+from mpi_ef.errors import DisagreementError, MpiEfError, OptionError
 from mpi_ef.optim.flat import FlatOptimizer
 
 from .faults import CommunicationError, FaultyComm
-from .law import law, must, same_bits
+from .law import Laws, law, must, same_bits
 from .regression import (
     Run,
     everything,
@@ -32,7 +33,18 @@ from .virtual import VirtualComm, results, run
 __all__ = ["OptimizerLaws"]
 
 
-class OptimizerLaws:
+@contextmanager
+def _raises(kind: type[MpiEfError], otherwise: str, *words: str) -> Iterator[None]:
+    """Raise `AssertionError` unless an error of a kind, with some words, is raised inside."""
+    try:
+        yield
+    except kind as error:
+        must(all(word in str(error) for word in words), f"the message is {error}")
+    else:
+        raise AssertionError(otherwise)
+
+
+class OptimizerLaws(Laws):
     """Tests for an optimizer: a subclass, named ``Test...`` for pytest, says which.
 
     Attributes
@@ -57,6 +69,7 @@ class OptimizerLaws:
         An option, and values of it on which ranks disagree.
     """
 
+    tested = "optimizer"
     optimizer: ClassVar[str | Callable[..., FlatOptimizer]]
     options: ClassVar[dict[str, Any]] = {}
     ranks: ClassVar[tuple[int, ...]] = (1, 2)
@@ -66,11 +79,6 @@ class OptimizerLaws:
     clips: ClassVar[bool] = True
     bad: ClassVar[tuple[tuple[dict[str, Any], str], ...]] = ()
     differing: ClassVar[tuple[str, Any, Any] | None] = None
-
-    def subject(self) -> str:
-        """Return what is tested, for messages."""
-        how: Any = type(self).optimizer
-        return how if isinstance(how, str) else getattr(how, "__name__", str(how))
 
     def finished(self, optimizer: FlatOptimizer) -> None:
         """Check what else holds after training; nothing here."""
@@ -92,9 +100,7 @@ class OptimizerLaws:
     def test_replicas_are_equal(self) -> None:
         """Parameters and what is marked replicated are the same bits everywhere after every step that is to end so."""
         for n in self.ranks:
-            runs = trained(
-                n, self.learns[0], lambda net, comm: self._built(net, comm, **self.learning), compare_every=0
-            )
+            runs = trained(n, self.learns[0], lambda net, comm: self._built(net, comm, **self.learning), compare_every=0)
             for seen in runs:
                 must(seen.met == runs[0].met, "ranks synchronise in different steps")
                 must(same_bits(seen.shared, runs[0].shared), f"what is marked replicated differs between {n} ranks")
@@ -175,9 +181,7 @@ class OptimizerLaws:
             must(factor < 0.1, "the gradients of this law are too small")
             for rank, (whole, clipped) in enumerate(of_ranks):
                 close = np.allclose(clipped, whole * factor, rtol=1e-5, atol=0)
-                must(
-                    close, f"in step {step + 1} rank {rank} has not scaled its gradient by {factor:.4g}, as all are to"
-                )
+                must(close, f"in step {step + 1} rank {rank} has not scaled its gradient by {factor:.4g}, as all are to")
 
     @law("options out of range")
     def test_bad_options(self) -> None:
@@ -193,8 +197,8 @@ class OptimizerLaws:
 
         def disagree(build: Callable[[VirtualComm], object], words: str) -> None:
             for outcome in run(2, build):
-                told = isinstance(outcome, DisagreementError) and words in str(outcome)
-                must(told, f"ranks that disagree on {words.partition(':')[0]} give {outcome!r}")
+                raised = isinstance(outcome, DisagreementError) and words in str(outcome)
+                must(raised, f"ranks that disagree on {words.partition(':')[0]} give {outcome!r}")
 
         if self.differing is not None:
             name, *values = self.differing
@@ -212,13 +216,9 @@ class OptimizerLaws:
             optimizer = self._built([{"params": net.parameters(), "lr": 0.1}], comm)
             optimizer.param_groups[0]["lr"] /= 1 + comm.Get_rank()
             before = everything(net, optimizer)
-            try:
+            words = f"{type(optimizer).__name__}.step: ranks disagree on hyper-parameters", "0.05"
+            with _raises(DisagreementError, "a step with different learning rates raises nothing", *words):
                 steps_of(net, optimizer, comm.Get_rank(), range(1))
-            except DisagreementError as error:
-                words = f"{type(optimizer).__name__}.step: ranks disagree on hyper-parameters"
-                must(words in str(error) and "0.05" in str(error), f"the message is {error}")
-            else:
-                raise AssertionError("a step with different learning rates raises nothing")
             must(same_bits(everything(net, optimizer), before), "something has changed")
 
         results(2, program)
@@ -234,13 +234,9 @@ class OptimizerLaws:
             steps_of(net, optimizer, rank, range(3))
             if rank == 0:
                 optimizer.load_state_dict(saved)
-            try:
+            with _raises(DisagreementError, "a step after loading on rank 0 alone raises nothing",
+                         "disagree on completed steps: 0 on rank 0; 3 on rank 1"):
                 optimizer.step()
-            except DisagreementError as error:
-                words = "disagree on completed steps: 0 on rank 0; 3 on rank 1"
-                must(words in str(error), f"the message is {error}")
-            else:
-                raise AssertionError("a step after loading on rank 0 alone raises nothing")
 
         results(2, program)
 
@@ -283,11 +279,7 @@ class OptimizerLaws:
 
         def program(comm: VirtualComm) -> None:
             optimizer = self._built(net_of(), comm)
-            try:
+            with _raises(OptionError, "a group was added", "a group cannot be added later"):
                 optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-            except OptionError as error:
-                must("a group cannot be added later" in str(error), f"the message is {error}")
-            else:
-                raise AssertionError("a group was added")
 
         results(1, program)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,17 +15,16 @@ from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteEr
 from mpi_ef.feedback import ErrorFeedback
 
 from .faults import CommunicationError, Fault, FaultyComm
-from .law import law, must, same_bits
+from .law import Laws, law, must, same_bits
 from .vectors import gaussian
-from .virtual import VirtualComm, results, run
+from .virtual import VirtualComm, run
 
 __all__ = ["PlanLaws"]
 
 D = 101
-T = TypeVar("T")
 
 
-class PlanLaws:
+class PlanLaws(Laws):
     """Tests for a plan: a subclass, named ``Test...`` for pytest, says which.
 
     Attributes
@@ -44,30 +43,22 @@ class PlanLaws:
         those of the messages; "" where they lack nothing.
     """
 
+    tested = "plan"
     plan: ClassVar[PlanBuilder]
-    compressors: ClassVar[tuple[Compressor, ...]] = (
-        TopK(0.1, values=Quantize("bf16")),
-        Sign(block=16),
-        RandK(0.3, seed=3),
-    )
+    compressors: ClassVar[tuple[Compressor, ...]] = (TopK(0.1, values=Quantize("bf16")), Sign(block=16), RandK(0.3, seed=3))
     ranks: ClassVar[tuple[int, ...]] = (1, 2, 3)
     sizes: ClassVar[tuple[int, ...]] = (0, 1, 3, 8, 65, 1001)
     dtypes: ClassVar[tuple[Any, ...]] = (np.float32, np.float64)
     mean: ClassVar[bool] = True
     owed: ClassVar[str] = ""
 
-    def subject(self) -> str:
-        """Return what is tested, for messages."""
-        how: Any = type(self).plan
-        return how if isinstance(how, str) else getattr(how, "__name__", str(how))
-
     def _built(self, comm: Comm, compressor: Compressor, d: int = D, dtype: Any = np.float32) -> Plan:
         return build_plan(type(self).plan, comm, compressor, d, dtype)
 
     @staticmethod
-    def _mean_of(plan: Plan, *, own: bool = False) -> Vector:
-        out = np.zeros(plan.own_d if own else plan.d, plan.dtype)
-        (plan.add_own if own else plan.add_mean)(out)
+    def _mean_of(plan: Plan) -> Vector:
+        out = np.zeros(plan.d, plan.dtype)
+        plan.add_mean(out)
         return out
 
     @staticmethod
@@ -92,13 +83,6 @@ class PlanLaws:
             return np.zeros(0, plan.dtype)
         owed: Vector = ErrorFeedback("ef14", plan).per_rank()[f"plan.{self.owed}"].copy()
         return owed
-
-    def _run(self, program: Callable[..., T]) -> list[tuple[int, Compressor, list[T]]]:
-        """Return what ``program(comm, compressor)`` returns on every rank, for all numbers of ranks and compressors."""
-        return [
-            (size, compressor, results(size, partial(program, compressor=compressor)))
-            for size, compressor in product(self.ranks, self.compressors)
-        ]
 
     @law("equal means")
     def test_means_are_the_same_on_all_ranks(self) -> None:
@@ -157,10 +141,7 @@ class PlanLaws:
                     plan.forget()
                 target = other if step == 5 else out
                 plan.set_mean(target, again=True)
-                must(
-                    same_bits(target, self._mean_of(plan)),
-                    f"again=True, after {step + 1} exchanges through {compressor}",
-                )
+                must(same_bits(target, self._mean_of(plan)), f"again=True, after {step + 1} exchanges through {compressor}")
                 other.fill(np.nan)
                 plan.set_mean(other, 0.5)
                 half = np.zeros_like(other)
@@ -182,9 +163,7 @@ class PlanLaws:
                 eagerly.exchange(half * a + b - c).add_own(x, -1.0)
                 same = np.array_equal(self._mean_of(lazily), self._mean_of(eagerly))
                 must(same, f"the mean is another one through {compressor}")
-                must(
-                    np.array_equal(into, x), f"a + b - c - C(0.5 a + b - c) is not what was kept, through {compressor}"
-                )
+                must(np.array_equal(into, x), f"a + b - c - C(0.5 a + b - c) is not what was kept, through {compressor}")
                 lazily.exchange(lazy(a) + b, keep=Keep(lazy(a) - b, into=into))
                 eagerly.exchange(a + b)
                 must(np.array_equal(into, a - b), f"a - b is not what was kept, through {compressor}")
@@ -210,18 +189,14 @@ class PlanLaws:
                 for split in (False, True):
                     x = of(mine) if plan.rank == last else mine
                     error = self._raised(plan, x, split=split)
-                    kind = (
-                        NonFiniteError if not finite else (ShapeError, DtypeError) if plan.rank == last else PeerError
-                    )
+                    kind = NonFiniteError if not finite else (ShapeError, DtypeError) if plan.rank == last else PeerError
                     must(isinstance(error, kind), f"{name} on rank {last} gives {error!r} on rank {plan.rank}")
-                    told = getattr(error, "ranks", None)
-                    must(finite or told == (last,), f"{name} on rank {last} is told of ranks {told}")
+                    named = getattr(error, "ranks", None)
+                    must(finite or named == (last,), f"{name} on rank {last}: the error names ranks {named}")
                     twin.exchanges = plan.exchanges  # the key of random compressors
                     x = self._mine(plan, step)
                     means = [self._mean_of(p.exchange(x)) for p in (plan, twin)]
-                    must(
-                        same_bits(*means), f"after {name} on a rank the next mean is another one, through {compressor}"
-                    )
+                    must(same_bits(*means), f"after {name} on a rank the next mean is another one, through {compressor}")
 
         self._run(program)
 
@@ -239,9 +214,7 @@ class PlanLaws:
                     plan.progress()
                 x.fill(7)
                 for plan in (split, twin):
-                    must(
-                        same_bits(self._mean_of(plan.wait()), wanted), f"other bits than at once, through {compressor}"
-                    )
+                    must(same_bits(self._mean_of(plan.wait()), wanted), f"other bits than at once, through {compressor}")
 
         self._run(program)
 
@@ -258,8 +231,8 @@ class PlanLaws:
                 x = self._mine(first.plan, step)
                 if step == 4:
                     first.start(x)
-                    first.arrive()
-                    first.drop()
+                    first.wait()
+                    first.rollback()
                     first.plan.exchanges = second.plan.exchanges
                 must(same_bits(first.step(x), second.step(x)), f"other bits in step {step} through {compressor}")
 
@@ -282,7 +255,7 @@ class PlanLaws:
 
     @law("accounts")
     def test_exchanges_are_counted(self) -> None:
-        """`exchanges`, `sent_nbytes`, `seconds` and `traffic` tell what has happened, in every form of an exchange."""
+        """`exchanges`, `sent_nbytes`, `seconds` and `traffic` are right, in every form of an exchange."""
 
         def program(comm: VirtualComm, compressor: Compressor) -> None:
             counting = FaultyComm(comm)
@@ -317,7 +290,7 @@ class PlanLaws:
 
     @law("communication that fails")
     def test_errors_of_communication_are_passed_on(self) -> None:
-        """A call that raises, and frames whose headers are not what was sent, raise there: nothing is hidden."""
+        """A call that raises, and frames with other headers than were sent, raise there: no error is hidden."""
 
         def program(comm: VirtualComm, fault: Fault, split: bool) -> None:
             faulty = FaultyComm(comm)
@@ -326,7 +299,7 @@ class PlanLaws:
             if plan.rank == 0:
                 faulty.arm(fault)
             error = self._raised(plan, self._mine(plan, 1), split=split)
-            if plan.rank == 0:  # ends the others, who may be in a further call
+            if plan.rank == 0:  # ends the others, which may be in a further call
                 must(error is not None, f"a call that is to {fault} raises nothing on that rank")
                 raise CommunicationError(fault) from error
 

@@ -1,4 +1,4 @@
-"""A small training on virtual ranks: what the laws of optimizers look at."""
+"""A small training on virtual ranks, for the laws of optimizers."""
 
 import copy
 import io
@@ -71,14 +71,11 @@ def loss_of(net: nn.Module, rank: int, step: int) -> Tensor:
 
 def parameters_of(net: nn.Module) -> list[Any]:
     """Return copies of the parameters, as arrays."""
-    return [
-        p.detach().clone().float().numpy() if p.dtype == torch.bfloat16 else p.detach().numpy().copy()
-        for p in net.parameters()
-    ]
+    return [(p.detach().float() if p.dtype == torch.bfloat16 else p.detach()).numpy().copy() for p in net.parameters()]
 
 
 def have_met(optimizer: FlatOptimizer) -> bool:
-    """Tell whether replicas are to be the same now: `synchronized`, of optimizers that let them differ for a while."""
+    """Return whether replicas are to be the same now: `synchronized`, of optimizers that let them differ for a while."""
     return bool(getattr(optimizer, "synchronized", True))
 
 
@@ -96,13 +93,20 @@ def everything(net: nn.Module, optimizer: FlatOptimizer, *but: str) -> tuple[Any
     return parameters_of(net), named, arrays(optimizer.state_dict())
 
 
+def step_of(net: nn.Module, optimizer: FlatOptimizer, rank: int, step: int) -> float:
+    """Take a step, and return the loss before it. Collective."""
+    optimizer.zero_grad()
+    loss = loss_of(net, rank, step)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.item()
+
+
 def steps_of(net: nn.Module, optimizer: FlatOptimizer, rank: int, steps: Iterable[int]) -> list[list[Any]]:
     """Take steps, and return the parameters after each. Collective."""
     path = []
     for step in steps:
-        optimizer.zero_grad()
-        loss_of(net, rank, step).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        step_of(net, optimizer, rank, step)
         path.append(parameters_of(net))
     return path
 
@@ -141,11 +145,7 @@ def trained(
         for step in range(steps):
             if each is not None:
                 each(run.optimizer, step)
-            run.optimizer.zero_grad()
-            loss = loss_of(net, rank, step)
-            loss.backward()  # type: ignore[no-untyped-call]
-            run.optimizer.step()
-            run.losses.append(loss.item())
+            run.losses.append(step_of(net, run.optimizer, rank, step))
             run.path.append(parameters_of(net))
             run.met.append(have_met(run.optimizer))
             run.shared.append(copy.deepcopy(run.optimizer.replicated()))
@@ -174,13 +174,9 @@ def resumes(n: int, build: Build, *, before: int, after: int = 4, dtype: torch.d
         steps = range(before, before + after)
         same = same_bits(steps_of(net, optimizer, rank, steps), steps_of(other, resumed, rank, steps))
         must(same, f"saved after {before} steps, the next ones give other parameters")
-        must(
-            same_bits(everything(net, optimizer), everything(other, resumed)),
-            f"saved after {before} steps, other state",
-        )
-        must(
-            resumed.steps == optimizer.steps == before + after, f"{resumed.steps} steps are counted of {before + after}"
-        )
+        same = same_bits(everything(net, optimizer), everything(other, resumed))
+        must(same, f"saved after {before} steps, other state")
+        must(resumed.steps == optimizer.steps == before + after, f"{resumed.steps} steps are counted of {before + after}")
 
     results(n, program)
 
@@ -221,6 +217,6 @@ def skips_broken_gradients(n: int, build: Build, *, warm: int = 3) -> None:
         warnings.simplefilter("always")
         rows = results(n, program)
     must(all(same_bits(row, rows[0]) for row in rows), "replicas differ after skipped steps")
-    told = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
+    texts = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
     wanted = [f"step {warm} skipped on all ranks: NaN or Inf in the gradient on rank {whose}" for whose, *_ in broken]
-    must(told == wanted, f"rank 0 warns of {told} and not {wanted}")
+    must(texts == wanted, f"rank 0 warns of {texts} and not {wanted}")

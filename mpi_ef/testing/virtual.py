@@ -1,7 +1,7 @@
-"""Virtual ranks: threads in one process that talk through a stand-in for an MPI communicator.
+"""Virtual ranks: threads in one process that communicate through a stand-in for an MPI communicator.
 
 A program written for ``MPI.Comm`` runs on any number of them, without MPI and without processes, and gives the bits
-that real ranks give. Only the calls that mpi_ef makes are there.
+that real ranks give. Only the calls that mpi_ef makes exist.
 """
 
 import copy
@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from mpi_ef.comm.attributes import DerivedCalls
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import MpiEfError
 
-__all__ = ["VirtualComm", "results", "run"]
+__all__ = ["Request", "VirtualComm", "results", "run"]
 
-patience_seconds = 240.0  # for a rank to come to its end
+patience_seconds = 240.0  # for a rank to finish
 world: Comm | None = None  # real ranks, on which programs for as many run; set by the plugin for pytest
 
 
@@ -27,7 +28,9 @@ class _World:
         self.slots: list[Any] = [None] * size
 
 
-class _Request:
+class Request:
+    """A communication whose messages arrive in :meth:`Wait`."""
+
     def __init__(self, finish: Callable[[], None]) -> None:
         self._finish = finish
 
@@ -35,35 +38,20 @@ class _Request:
         self._finish()
 
     def Test(self) -> bool:
-        """Return False: a virtual message arrives when somebody waits for it."""
         return False
 
 
-class VirtualComm:
+class VirtualComm(DerivedCalls):
     """One rank's end of a virtual world."""
 
     def __init__(self, world: _World, rank: int) -> None:
         self._world, self._rank = world, rank
-        self._attributes: dict[int, Any] = {}
 
     def Get_size(self) -> int:
         return self._world.size
 
     def Get_rank(self) -> int:
         return self._rank
-
-    def Is_inter(self) -> bool:
-        return False
-
-    @classmethod
-    def Create_keyval(cls) -> int:
-        return 0
-
-    def Get_attr(self, keyval: int) -> Any:
-        return self._attributes.get(keyval)
-
-    def Set_attr(self, keyval: int, value: Any) -> None:
-        self._attributes[keyval] = value
 
     def Split(self, color: int) -> "VirtualComm":
         """Return a communicator of this rank alone; only where every rank is alone afterwards."""
@@ -93,8 +81,8 @@ class VirtualComm:
     def allgather(self, value: Any) -> list[Any]:
         return self._share("allgather", value)
 
-    def _post(self, call: str, send: np.ndarray, receive: np.ndarray, part: Callable[[np.ndarray], Any]) -> _Request:
-        """Take what is sent at the start; until the end, what is received is garbage."""
+    def _post(self, call: str, send: np.ndarray, receive: np.ndarray, part: Callable[[np.ndarray], Any]) -> Request:
+        """Copy what is sent at the start; until the end, what is received is garbage."""
         assert send.flags.c_contiguous
         assert receive.flags.c_contiguous
         sent = send.copy()
@@ -104,13 +92,10 @@ class VirtualComm:
             for row, value in zip(receive.reshape(self._world.size, -1), self._share(call, sent), strict=True):
                 row[:] = part(value).reshape(-1)
 
-        return _Request(finish)
+        return Request(finish)
 
     def Allgather(self, send: np.ndarray, receive: np.ndarray) -> None:
         self._post("Allgather", send, receive, lambda value: value).Wait()
-
-    def Alltoall(self, send: np.ndarray, receive: np.ndarray) -> None:
-        self.Ialltoall(send, receive).Wait()
 
     def Alltoallv(self, send: Any, receive: Any) -> None:
         """Take buffers [array, (counts, displacements)], counted in entries; parts of `receive` may be part of `send`."""
@@ -129,10 +114,10 @@ class VirtualComm:
             assert part[0].size == count
             array[place : place + count] = part[0]
 
-    def Iallgather(self, send: np.ndarray, receive: np.ndarray) -> _Request:
+    def Iallgather(self, send: np.ndarray, receive: np.ndarray) -> Request:
         return self._post("Iallgather", send, receive, lambda value: value)
 
-    def Ialltoall(self, send: np.ndarray, receive: np.ndarray) -> _Request:
+    def Ialltoall(self, send: np.ndarray, receive: np.ndarray) -> Request:
         return self._post("Ialltoall", send, receive, lambda value: value[self._rank])
 
     def Bcast(self, array: np.ndarray, root: int = 0) -> None:
@@ -143,11 +128,10 @@ class VirtualComm:
 def run(size: int, program: Callable[[Any], Any], *, virtual: bool = False) -> list[Any]:
     """Call ``program(comm)`` on `size` virtual ranks and return what each of them returned or raised.
 
-    A rank that raises breaks the barrier, so that no other rank waits for it for ever. An `Exception` is returned in
-    the place of the result: tests say themselves which ranks may fail.
+    A rank that raises breaks the barrier, so that no other rank waits for it for ever; its result is the exception.
 
-    Where there are real ranks of that number, see :mod:`mpi_ef.testing.plugin`, it runs on these, unless they are to be
-    `virtual`, and all return what came of all.
+    With as many real ranks, see :mod:`mpi_ef.testing.plugin`, and without `virtual`, it runs on these, and all return the
+    results of all.
     """
     if world is not None and size == world.Get_size() and not virtual:
         return _run_for_real(world, program)

@@ -18,7 +18,7 @@ from mpi_ef.errors import DtypeError, OptionError
 
 from .part import HALVES, Part
 
-__all__ = ["FlatParameters", "Mask"]
+__all__ = ["FlatParameters", "Mask", "broadcast"]
 
 _LONG = 2**14  # entries of a parameter on average from which on looking at gradients one by one costs less than a copy
 _BROADCAST_NBYTES = 2**30  # per message, below the largest count of MPI
@@ -271,11 +271,11 @@ class FlatParameters:
 
     def broadcast(self, comm: Comm, root: int = 0) -> None:
         """Overwrite the parameters, frozen ones too, on all ranks with those of rank `root`. Collective."""
-        _broadcast(comm, self.values.view(np.uint8), root)
+        broadcast(comm, self.values.view(np.uint8), root)
         self.write_back()
         for p in self.frozen:  # of any dtype and layout
             copied = _bytes(p)
-            _broadcast(comm, copied.numpy(), root)
+            broadcast(comm, copied.numpy(), root)
             with torch.no_grad():
                 p.copy_(copied.view(p.dtype).view(p.shape))
 
@@ -290,7 +290,8 @@ def _view(flat: Vector, place: slice, like: Tensor) -> Tensor:
     return torch.from_numpy(flat[place]).view(like.shape)
 
 
-def _broadcast(comm: Comm, array: Bytes, root: int) -> None:
+def broadcast(comm: Comm, array: Bytes, root: int = 0) -> None:
+    """Overwrite `array` on all ranks with that of `root`, in messages that MPI can count. Collective."""
     for start in range(0, array.size, _BROADCAST_NBYTES):
         comm.Bcast(array[start : start + _BROADCAST_NBYTES], root=root)
 

@@ -64,7 +64,7 @@ def build(rank):
 def test_buffers_get_the_bits_of_virtual_ranks(comm, policy, in_pieces, monkeypatch):
     if in_pieces:
         monkeypatch.setattr(mpi_ef.buffers, "_GATHERED", 100)
-        monkeypatch.setattr(mpi_ef.buffers, "_BROADCAST_NBYTES", 99)
+        monkeypatch.setattr(mpi_ef.vectors.flat, "_BROADCAST_NBYTES", 99)
 
     def program(comm):
         model = build(comm.Get_rank())
