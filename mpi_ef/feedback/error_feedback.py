@@ -130,8 +130,8 @@ class ErrorFeedback(OnAllRanks, Stateful):
     def wait(self) -> None:
         """Wait for the messages of the step under way. Collective.
 
-        No state changes: when this raises, here or in another one of several buckets, :meth:`rollback` leaves everything as it
-        was.
+        No state changes: when this raises, here or in another one of several buckets, :meth:`rollback` leaves everything as
+        it was.
 
         Raises
         ------
