@@ -1,17 +1,17 @@
 """Command lines and TOML files made from a frozen dataclass: one description, no unknown key ignored."""
 
 import argparse
+import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from mpi_ef.errors import ConfigError
+from mpi_ef.errors import ConfigError, nearest
 
-__all__ = ["divided", "option", "parse", "to_toml"]
+__all__ = ["divided", "option", "parse", "refuse", "to_toml"]
 
 T = TypeVar("T")
 
@@ -70,6 +70,12 @@ def parse(config: type[T], argv: Sequence[str] | None, *, prog: str, description
         parser.error(str(error))
 
 
+def refuse(text: object, prog: str = "mpi-ef") -> NoReturn:
+    """End the program with status 2 and one line on stderr."""
+    print(f"{prog}: {text}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return what stands before the first ``--`` and is for this program, and what stands after it."""
     place = words.index("--") if "--" in words else len(words)
@@ -106,13 +112,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if "unrecognized arguments: " in message:
             flag = message.split("unrecognized arguments: ", 1)[1].split(maxsplit=1)[0].split("=", maxsplit=1)[0]
-            message += _hint(flag, [s for a in self._actions for s in a.option_strings])
+            if hint := nearest(flag, [s for a in self._actions for s in a.option_strings]):
+                message += f"; {hint}"
         self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _hint(word: str, known: Sequence[str]) -> str:
-    close = get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _plain(kind: Any) -> Any:
@@ -155,7 +157,7 @@ def _read(path: Path, known: dict[str, Field[Any]], types: dict[str, Any]) -> di
     for key, value in document.items():
         name = key.replace("-", "_")
         if name not in known:
-            raise ConfigError(f"{path}: {key} is no option{_hint(name, list(known)) or '; see --help'}")
+            raise ConfigError(f"{path}: {key} is no option; {nearest(name, known, 'see --help')}")
         kind = _plain(types[name])
         if choices := _choices(known[name], kind):
             if value not in choices:

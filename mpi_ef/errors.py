@@ -1,7 +1,10 @@
 """Errors of mpi_ef: one line each, *subject: what is wrong, with the values; what to do*."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 __all__ = ["CheckpointError", "ConfigError", "DataError", "DisagreementError", "DtypeError", "LaunchError",
-           "MpiEfError", "NonFiniteError", "OptionError", "PeerError", "ShapeError"]
+           "MpiEfError", "NonFiniteError", "OptionError", "PeerError", "ShapeError", "nearest"]
 
 
 class MpiEfError(Exception):
@@ -77,3 +80,9 @@ class CheckpointError(MpiEfError, OSError):
     """
 
     damaged: bool = False
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return ``"did you mean X?"`` for the known word that is most like another one; `otherwise` where none is. Local."""
+    close = get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]}?" if close else otherwise

@@ -2,12 +2,11 @@
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib import resources
 
-from mpi_ef.errors import ConfigError, OptionError
+from mpi_ef.errors import ConfigError, OptionError, nearest
 
 __all__ = ["PROFILES", "TEMPLATES", "Profile", "full_name", "parse_profile", "profile_text", "read_profile", "read_template",
            "render"]
@@ -27,6 +26,7 @@ TEMPLATES = {
 }
 PROFILES = ("generic", "lumi-c", "lumi-g", "frontier", "perlmutter", "juwels", "tacc")
 
+_ALL = "mpi-ef slurm list shows all"
 _SITE = re.compile(r"^# ==== your site:.*\n", flags=re.MULTILINE)  # lines of a profile go below
 _OPTION = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
@@ -73,7 +73,7 @@ def full_name(name: str) -> str:
     for known in (name, f"{name}.sbatch"):
         if known in TEMPLATES:
             return known
-    raise OptionError(f"slurm: there is no template {name!r}; {_nearest(name, _short_names(), 'mpi-ef slurm list')}")
+    raise OptionError(f"slurm: there is no template {name!r}; {nearest(name, _short_names(), _ALL)}")
 
 
 def read_template(name: str) -> str:
@@ -96,7 +96,7 @@ def profile_text(name: str) -> str:
         There is no such profile; the text names the nearest one.
     """
     if name not in PROFILES:
-        raise OptionError(f"slurm: there is no profile {name!r}; {_nearest(name, PROFILES, 'mpi-ef slurm list')}")
+        raise OptionError(f"slurm: there is no profile {name!r}; {nearest(name, PROFILES, _ALL)}")
     return (resources.files(__name__) / "profiles" / f"{name}.toml").read_text(encoding="utf-8")
 
 
@@ -200,8 +200,3 @@ def _quoted(value: str) -> str:
 
 def _short_names() -> list[str]:
     return [name.removesuffix(".sbatch") for name in TEMPLATES]
-
-
-def _nearest(word: str, known: Sequence[str], where: str) -> str:
-    close = get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"{where} shows all"

@@ -39,7 +39,7 @@ class Method:
     plan: Any = None
 
 
-def methods(comm: MpiComm, d: int, ratio: float, specified: Sequence[tuple[str, ...]] = ()) -> Iterator[Method]:
+def methods(comm: MpiComm, d: int, ratio: float, specified: Sequence[Sequence[str]] = ()) -> Iterator[Method]:
     """Yield what there is to measure, with buffers for vectors of `d` float32. Collective.
 
     Besides dense ones, everything, or what is `specified`: rules, compressors and maybe plans, see :mod:`mpi_ef.registry`.

@@ -14,10 +14,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from mpi_ef.comm.protocol import MpiComm
-from mpi_ef.errors import ConfigError, DataError, MpiEfError, OptionError
+from mpi_ef.errors import ConfigError, DataError, MpiEfError
 from mpi_ef.jobs.bench.table import Link, Row, combine, plot, table
 from mpi_ef.jobs.folder import replacing
 from mpi_ef.jobs.link_fit import fit_line
+from mpi_ef.jobs.methods import methods_in
 from mpi_ef.jobs.metrics import announcing
 from mpi_ef.jobs.options import option, parse
 from mpi_ef.runtime import launch
@@ -59,7 +60,7 @@ class BenchConfig:
         for name in ("ratio", "only"):
             if self.methods is not None and measuring[name] is not None:
                 raise ConfigError(f"{name}={measuring[name]} has no effect with methods, which says what is measured")
-        specified(self.methods)
+        methods_in(self.methods)
         if self.d is not None and self.d < 100:
             raise ConfigError(f"d={self.d} is too short to say anything; take at least 100")
         if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
@@ -68,48 +69,6 @@ class BenchConfig:
             raise ConfigError(f"plot={self.plot} is no name of a picture; take one that ends in {', '.join(PICTURES)}")
         if self.repeats is not None and self.repeats < 1:
             raise ConfigError(f"repeats={self.repeats} is not positive; take for example 9")
-
-
-def specified(text: str | None) -> list[tuple[str, ...]]:
-    """Return the rules, compressors and plans that `methods` names.
-
-    Raises
-    ------
-    ConfigError
-        There is none of that name, or an option does not fit.
-    """
-    if text is None:
-        return []
-    from mpi_ef import registry
-    from mpi_ef.collectives.chosen import plan_named
-
-    found = []
-    for method in text.split(";"):
-        words = _words(method)
-        if len(words) not in (2, 3):
-            raise ConfigError(f"methods: {method.strip()!r} is not RULE COMPRESSOR or RULE COMPRESSOR PLAN, such as "
-                              "'econtrol(eta=0.1) TopK(0.05)'")
-        try:
-            registry.specified("rule", words[0])
-            registry.built("compressor", words[1])
-            for plan in words[2:]:
-                plan_named(plan)
-        except OptionError as error:
-            raise ConfigError(f"methods: {error}") from None
-        found.append(words)
-    return found
-
-
-def _words(text: str) -> tuple[str, ...]:
-    """Cut a text at spaces that are in no parentheses."""
-    words, depth = [""], 0
-    for character in text:
-        depth += (character == "(") - (character == ")")
-        if character.isspace() and depth == 0:
-            words.append("")
-        else:
-            words[-1] += character
-    return tuple(filter(None, words))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -174,7 +133,7 @@ def measure(comm: MpiComm, config: BenchConfig) -> dict[str, Any]:
     rng = np.random.default_rng(comm.Get_rank())
     vectors = [rng.standard_normal(d, dtype=np.float32) for _ in range(VECTORS)]
     wanted = [word.strip() for word in (config.only or "").split(",") if word.strip()]
-    every = list(methods(comm, d, ratio, specified(config.methods)))
+    every = list(methods(comm, d, ratio, methods_in(config.methods)))
     _check_words(wanted, [m.name for m in every])
     chosen = [m for m in every if not wanted or m.kind == "dense" or any(word in m.name for word in wanted)]
     seconds = np.zeros((len(chosen), repeats + 2))

@@ -142,7 +142,7 @@ def _reproduced(path: Path) -> Section:
     def draw(target: Path) -> None:
         from mpi_ef.jobs.reproduce import figures
 
-        figures.against_bits_and_steps(panels, target)
+        figures.against("sent_bits", "steps")(panels, target)
 
     return Section(path.name, f"Reproduced: {path.name}", text, draw)
 

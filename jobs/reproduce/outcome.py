@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mpi_ef.errors import ConfigError
+from mpi_ef.jobs.methods import methods_in
 from mpi_ef.jobs.options import option
 
 __all__ = ["Outcome", "ReproduceConfig"]
@@ -26,11 +27,16 @@ class ReproduceConfig:
         Path("runs/reproduce"), "folder for what is written; the experiment gets a folder of its own in it"
     )
     steps: int = option(0, "other than as many steps as the experiment wants")
+    methods: str | None = option(
+        None, "compare these methods: RULE COMPRESSOR, separated by semicolons, such as 'econtrol(eta=0.1) TopK(0.05); "
+        "my_module:RULE my_module:Mine(3)'", shown="those of the experiment"
+    )
     overwrite: bool = option(False, "replace what the experiment has left in --out before")
 
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ConfigError(f"reproduce: steps={self.steps} is negative; 0 takes what the experiment wants")
+        methods_in(self.methods, plans=False)
 
     @property
     def folder(self) -> Path:

@@ -17,8 +17,8 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Identity
 from mpi_ef.feedback.theory import Smoothness
 
-__all__ = ["LeastSquares", "LogisticRegression", "Problem", "Quadratics", "Tridiagonal", "Vector", "rare_features",
-           "smoothness", "soft_threshold", "tridiagonal", "zeta_quadratics"]
+__all__ = ["LeastSquares", "LogisticRegression", "Problem", "Quadratics", "Vector", "rare_features", "smoothness",
+           "zeta_quadratics"]
 
 Vector = NDArray[np.float64]
 
@@ -32,9 +32,6 @@ class Problem(Protocol):
 
     def gradients(self, x: Vector) -> Vector:
         """Return the gradients of these clients at `x`, (m, d)."""
-
-    def values(self, x: Vector) -> Vector:
-        """Return f_i(x) of these clients, (m,)."""
 
     def curvature(self, direction: Vector) -> Vector:
         """Return the bounds H_i on the Hessians of these clients times `direction`, (m, d)."""
@@ -65,13 +62,8 @@ class _Regression(ABC):
 
     @staticmethod
     @abstractmethod
-    def loss(product: Vector, b: Vector) -> Vector:
-        """Return the losses of rows whose products with x are given."""
-
-    @staticmethod
-    @abstractmethod
     def slope(product: Vector, b: Vector) -> Vector:
-        """Return the derivatives of :meth:`loss` by the products."""
+        """Return the derivatives of the losses of rows by their products with x."""
 
     @property
     def d(self) -> int:
@@ -82,11 +74,6 @@ class _Regression(ABC):
         """Return the gradients of these clients at `x`, (m, d)."""
         regular = self.weight * 2.0 * x / (1.0 + x * x) ** 2
         return np.array([a.T @ self.slope(a @ x, b) / b.size + regular for a, b in self.parts])
-
-    def values(self, x: Vector) -> Vector:
-        """Return f_i(x) of these clients, (m,)."""
-        regular = self.weight * float((x * x / (1.0 + x * x)).sum())
-        return np.array([self.loss(a @ x, b).mean() + regular for a, b in self.parts])
 
     def curvature(self, direction: Vector) -> Vector:
         """Return ``(bend A_i^T A_i / m_i + 2 weight) direction`` of these clients, (m, d)."""
@@ -107,12 +94,6 @@ class LogisticRegression(_Regression):
     bend = 0.25
 
     @staticmethod
-    def loss(product: Vector, b: Vector) -> Vector:
-        """Return ``log(1 + exp(-b product))``."""
-        losses: Vector = np.logaddexp(0.0, -b * product)
-        return losses
-
-    @staticmethod
     def slope(product: Vector, b: Vector) -> Vector:
         """Return ``-b / (1 + exp(b product))``."""
         slopes: Vector = -b / (1.0 + np.exp(b * product))
@@ -124,12 +105,6 @@ class LeastSquares(_Regression):
     """The loss is ``(a_j x - b_j)^2``. See :class:`_Regression`."""
 
     bend = 2.0
-
-    @staticmethod
-    def loss(product: Vector, b: Vector) -> Vector:
-        """Return ``(product - b)^2``."""
-        losses: Vector = (product - b) ** 2
-        return losses
 
     @staticmethod
     def slope(product: Vector, b: Vector) -> Vector:
@@ -194,10 +169,6 @@ class Quadratics:
         """Return the gradients of these clients at `x`, (m, d)."""
         return self.scales[:, None] * x - self.shifts
 
-    def values(self, x: Vector) -> Vector:
-        """Return f_i(x) of these clients, (m,)."""
-        return 0.5 * self.scales * float(x @ x) - self.shifts @ x
-
     def curvature(self, direction: Vector) -> Vector:
         """Return ``scale_i * direction`` of these clients, (m, d)."""
         return self.scales[:, None] * direction
@@ -221,71 +192,6 @@ def zeta_quadratics(clients: range, n: int, d: int, zeta: float, seed: int, *, e
         scales[row] = a * a
         shifts[row] = a * normal * (zeta if equal else zeta / i)
     return Quadratics(scales, shifts)
-
-
-@dataclass(frozen=True)
-class Tridiagonal:
-    """``f_i(x) = x^T A_i x / 2 - b_i^T x`` with ``A_i = scale_i tridiag(-1, 2, -1) + shift I`` (3PC, arXiv 2202.00998).
-
-    Parameters
-    ----------
-    scales : (m,)
-    firsts : (m,)
-        First entry of b_i; the others are 0.
-    shift : float
-    d : int
-    """
-
-    scales: Vector
-    firsts: Vector
-    shift: float
-    d: int
-
-    def curvature(self, direction: Vector) -> Vector:
-        """Return ``A_i direction`` of these clients, (m, d)."""
-        product = 2.0 * direction
-        product[:-1] -= direction[1:]
-        product[1:] -= direction[:-1]
-        rows: Vector = self.scales[:, None] * product + self.shift * direction
-        return rows
-
-    def gradients(self, x: Vector) -> Vector:
-        """Return the gradients of these clients at `x`, (m, d)."""
-        rows = self.curvature(x)
-        rows[:, 0] -= self.firsts
-        return rows
-
-    def values(self, x: Vector) -> Vector:
-        """Return f_i(x) of these clients, (m,)."""
-        values: Vector = 0.5 * (self.curvature(x) @ x) - self.firsts * x[0]
-        return values
-
-    def client_smoothness(self) -> Vector:
-        """Return the largest eigenvalues of the A_i in magnitude, (m,)."""
-        ends = 2.0 - 2.0 * np.cos(np.pi * np.array([1, self.d]) / (self.d + 1))
-        largest: Vector = np.abs(self.scales[:, None] * ends + self.shift).max(axis=1)
-        return largest
-
-
-def tridiagonal(
-    clients: range, n: int, d: int, spread: float, *, seed: int = 12345, least: float = 1e-6
-) -> Tridiagonal:
-    """Return the synthetic quadratics of 3PC: ``nu_i / 4 tridiag(-1, 2, -1)``, shifted so that f has curvature `least`.
-
-    ``nu_i = 1 + spread * N(0, 1)``, ``b_i = nu_i / 4 (-1 + spread * N(0, 1)) e_1``; drawn for all n clients from `seed`.
-    """
-    rng = np.random.default_rng(seed)
-    nu = 1.0 + spread * rng.normal(size=n)
-    firsts = nu / 4 * (-1.0 + spread * rng.normal(size=n))
-    smallest = nu.mean() / 4 * (2.0 - 2.0 * np.cos(np.pi / (d + 1)))
-    own = slice(clients.start, clients.stop)
-    return Tridiagonal(nu[own] / 4, firsts[own], least - smallest, d)
-
-
-def soft_threshold(x: Vector, threshold: float) -> Vector:
-    """Return the proximal point of ``threshold * ||x||_1``."""
-    shrunk: Vector = np.sign(x) * np.maximum(np.abs(x) - threshold, 0.0)
-    return shrunk
 
 
 def smoothness(comm: Comm, problem: Problem, clients: int) -> Smoothness:
