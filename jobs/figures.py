@@ -1,4 +1,4 @@
-"""Pictures: the only place that asks for matplotlib."""
+"""Pictures: the only module that imports matplotlib."""
 
 from pathlib import Path
 from typing import Any

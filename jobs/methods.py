@@ -2,7 +2,20 @@
 
 from mpi_ef.errors import ConfigError, OptionError
 
-__all__ = ["methods_in"]
+__all__ = ["check_part", "methods_in"]
+
+
+def check_part(kind: str, text: str) -> None:
+    """Raise `OptionError` unless a text specifies a rule, a compressor or a plan, with options that it has. Local."""
+    from mpi_ef import registry
+    from mpi_ef.collectives.chosen import plan_named
+
+    if kind == "compressor":
+        registry.built(kind, text)
+    elif kind == "plan":
+        plan_named(text)
+    else:
+        registry.specified(kind, text)
 
 
 def methods_in(text: str | None, *, plans: bool = True) -> list[list[str]]:
@@ -15,9 +28,6 @@ def methods_in(text: str | None, *, plans: bool = True) -> list[list[str]]:
     """
     if text is None:
         return []
-    from mpi_ef import registry
-    from mpi_ef.collectives.chosen import plan_named
-
     found = []
     for method in text.split(";"):
         words = _words(method)
@@ -25,10 +35,8 @@ def methods_in(text: str | None, *, plans: bool = True) -> list[list[str]]:
             forms = "RULE COMPRESSOR or RULE COMPRESSOR PLAN" if plans else "RULE COMPRESSOR"
             raise ConfigError(f"methods: {method.strip()!r} is not {forms}, such as 'econtrol(eta=0.1) TopK(0.05)'")
         try:
-            registry.specified("rule", words[0])
-            registry.built("compressor", words[1])
-            for plan in words[2:]:
-                plan_named(plan)
+            for kind, word in zip(("rule", "compressor", "plan"), words, strict=False):
+                check_part(kind, word)
         except OptionError as error:
             raise ConfigError(f"methods: {error}") from None
         found.append(words)

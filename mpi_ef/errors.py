@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TypeVar
 
 __all__ = ["CheckpointError", "ConfigError", "DataError", "DisagreementError", "DtypeError", "LaunchError",
-           "MpiEfError", "NonFiniteError", "OptionError", "PeerError", "ShapeError", "nearest"]
+           "MpiEfError", "NonFiniteError", "OptionError", "PeerError", "ShapeError", "everywhere", "nearest"]
 
 
 class MpiEfError(Exception):
@@ -80,6 +81,15 @@ class CheckpointError(MpiEfError, OSError):
     """
 
     damaged: bool = False
+
+
+Error = TypeVar("Error", bound=MpiEfError)
+
+
+def everywhere(error: Error) -> Error:
+    """Return an error that all ranks raise together, with the same text. Local."""
+    error.everywhere = True
+    return error
 
 
 def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:

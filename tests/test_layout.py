@@ -38,7 +38,7 @@ ROOMS = {
     "state": ("errors comm statetree vectors data optim checkpoint", "numpy torch h5py"),
     "testing": ("errors comm compress collectives registry feedback optim", "numpy torch mpi4py pytest"),
     "__init__": ("errors moved runtime compress collectives feedback buffers data optim ddp checkpoint state", ""),
-    "jobs": ("__init__ errors registry kernels comm runtime slurm compress collectives feedback checkpoint state",
+    "jobs": ("__init__ errors ranges registry kernels comm runtime slurm compress collectives feedback checkpoint state",
              "numpy matplotlib mpi4py"),
     "jobs.train": ("__init__ errors moved registry kernels comm runtime compress collectives feedback optim checkpoint "
                    "state jobs", "numpy torch sklearn"),

@@ -42,7 +42,7 @@ class Panels:
         self.config, self.curves = config, dict[str, dict[str, Curve]]()
 
     def descend(self, panel: str, name: str, *problem: Any, steps: int, **settings: Any) -> Curve:
-        """Do one run, see :func:`descend`; of `steps` steps, where no other number is asked for."""
+        """Do one run, see :func:`descend`; of `steps` steps, or as many as ``--steps`` says."""
         _, curve = descend(*problem, steps=self.config.steps or steps, **settings)
         self.curves.setdefault(panel, {})[name] = curve
         return curve
@@ -284,7 +284,7 @@ def weights(comm: MpiComm, config: ReproduceConfig) -> Outcome:
 
 
 def rare(comm: MpiComm, config: ReproduceConfig) -> Outcome:
-    """Run EF21 on least squares whose features few clients know, with the step sizes of three analyses. Collective."""
+    """Run EF21 on least squares whose features few clients have, with the step sizes of three analyses. Collective."""
     n, d, panels = 100, 500, Panels(config)
     lines = ["               step size, EF21 = 1     ||grad f||^2 at the end",
              "c / n     c    r  support  rare features      EF21   support      rare        GD"]

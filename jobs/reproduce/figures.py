@@ -14,7 +14,7 @@ __all__ = ["Curves", "against", "floors", "stability"]
 Curves = Mapping[str, Curve]
 
 LEAST = 1e-33  # what is drawn of ||grad f||^2; below it is rounding
-_MOST = 1e3  # and above so many times its first value nobody wants to know
+_MOST = 1e3  # and so many times its first value is at the top
 _COLUMNS = 4
 
 

@@ -42,21 +42,11 @@ class Problem(Protocol):
 
 @dataclass(frozen=True)
 class _Regression(ABC):
-    """``f_i(x) = mean_j loss(a_j x, b_j) + weight * sum_l x_l^2 / (1 + x_l^2)``.
+    """``f_i(x) = mean_j loss(a_j x, b_j) + weight * sum_l x_l^2 / (1 + x_l^2)``."""
 
-    Parameters
-    ----------
-    parts : sequence of (A_i, b_i)
-        (m_i, d) and (m_i,) float64: the rows of these clients.
-    weight : float
-        Of the nonconvex regulariser, whose second derivative is at most 2.
-    content : str
-        What the rows of all clients are, where they were read from a file.
-    """
-
-    parts: Sequence[tuple[Vector, Vector]]
-    weight: float = 0.0
-    content: str = ""
+    parts: Sequence[tuple[Vector, Vector]]  # (A_i, b_i), (m_i, d) and (m_i,), of these clients
+    weight: float = 0.0  # of the nonconvex regulariser, whose second derivative is at most 2
+    content: str = ""  # of the file from which the rows of all clients were read
 
     bend: ClassVar[float]  # the largest second derivative of the loss
 
@@ -114,15 +104,7 @@ class LeastSquares(_Regression):
 
 
 def rare_features(
-    clients: range,
-    n: int,
-    d: int,
-    owners: int,
-    *,
-    samples: int = 12,
-    mu: float = 1.0,
-    largest: float = 20.0,
-    seed: int = 0,
+    clients: range, n: int, d: int, owners: int, *, samples: int = 12, mu: float = 1.0, largest: float = 20.0, seed: int = 0
 ) -> LeastSquares:
     """Return least squares in which every feature is known to `owners` of the n clients only (arXiv 2305.15264).
 
@@ -149,16 +131,10 @@ def rare_features(
 
 @dataclass(frozen=True)
 class Quadratics:
-    """``f_i(x) = scale_i / 2 ||x||^2 - <shift_i, x>``, with gradients that differ at the optimum.
+    """``f_i(x) = scale_i / 2 ||x||^2 - <shift_i, x>``, with gradients that differ at the optimum."""
 
-    Parameters
-    ----------
-    scales : (m,)
-    shifts : (m, d)
-    """
-
-    scales: Vector
-    shifts: Vector
+    scales: Vector  # (m,)
+    shifts: Vector  # (m, d)
 
     @property
     def d(self) -> int:
@@ -195,15 +171,9 @@ def zeta_quadratics(clients: range, n: int, d: int, zeta: float, seed: int, *, e
 
 
 def smoothness(comm: Comm, problem: Problem, clients: int) -> Smoothness:
-    """Return L and the L_i without gathering data: d products with a vector travel, and n numbers. Collective.
+    """Return L and the n L_i without gathering data: d products with a vector travel, and n numbers. Collective.
 
-    Parameters
-    ----------
-    comm : MPI.Comm
-    problem : Problem
-        This rank's part, as :class:`ClientsMean` deals clients out.
-    clients : int
-        n.
+    `problem` is this rank's part, as :class:`ClientsMean` deals clients out.
     """
     d = problem.d
     plan = ClientsMean(comm, Identity(), d, np.float64, clients=clients)
@@ -211,5 +181,5 @@ def smoothness(comm: Comm, problem: Problem, clients: int) -> Smoothness:
     for row, direction in zip(mean, unit, strict=True):
         plan.exchange(problem.curvature(direction).reshape(-1)).set_mean(row)
     own = [float(value) for value in problem.client_smoothness()]
-    everybody = [value for values in comm.allgather(own) for value in values]
-    return Smoothness(float(np.abs(np.linalg.eigvalsh((mean + mean.T) / 2)).max()), tuple(everybody))
+    every = tuple(value for values in comm.allgather(own) for value in values)
+    return Smoothness(float(np.abs(np.linalg.eigvalsh((mean + mean.T) / 2)).max()), every)

@@ -12,7 +12,7 @@ from typing import Any
 
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DataError, nearest
-from mpi_ef.jobs.folder import RunFolder, replacing
+from mpi_ef.jobs.folder import RunFolder, write_whole
 from mpi_ef.jobs.metrics import announcing
 from mpi_ef.jobs.options import parse, refuse
 from mpi_ef.jobs.reproduce.outcome import Outcome, ReproduceConfig
@@ -93,8 +93,7 @@ def _write(outcome: Outcome, folder: Path, facts: dict[str, Any]) -> None:
     lines = [json.dumps(row) + "\n" for row in outcome.rows]
     summary = json.dumps(facts | {"data": outcome.data}, indent=2) + "\n"
     for name, text in (("metrics.jsonl", "".join(lines)), ("summary.json", summary), (PROOF, outcome.table + "\n")):
-        with replacing(folder / name) as draft:
-            draft.write_text(text, encoding="utf-8")
+        write_whole(folder / name, text)
     print(outcome.table)
     try:
         outcome.draw(folder / f"{facts['experiment']}.png")

@@ -22,19 +22,12 @@ _COLUMNS = ("step", "squared_norm", "sent_bits", "paper_bits")  # of a metrics f
 class Curve:
     """Measurements of a run every so many steps: lists of equal length.
 
-    Attributes
-    ----------
-    steps : list of int
-    squared_norms : list of float
-        ||grad f(x)||^2.
-    sent_bits : list of float
-        What a client has sent so far, per client: values in 64 bits, coded indices, padding; dense first steps included.
-    paper_bits : list of float
-        As the papers count: 32 bits for every kept entry, nothing for its index.
+    Bits are those that were sent so far, per client, with coded indices, padding and dense first steps, values in 64 bits;
+    papers count 32 bits for every kept entry, and nothing for its index.
     """
 
     steps: list[int] = field(default_factory=list)
-    squared_norms: list[float] = field(default_factory=list)
+    squared_norms: list[float] = field(default_factory=list)  # ||grad f(x)||^2
     sent_bits: list[float] = field(default_factory=list)
     paper_bits: list[float] = field(default_factory=list)
 
