@@ -68,7 +68,7 @@ def solve(comm: Comm, a: np.ndarray, b: np.ndarray, *, ratio: float, steps: int)
     a : (m, d) float64, this rank's rows
     b : (m,) float64
     ratio : float
-        Share of the gradient that travels in each step.
+        Share of the gradient's entries that is sent in each step.
     steps : int
     """
     from mpi_ef.collectives import GatherMean

@@ -9,6 +9,7 @@ def check_part(kind: str, text: str) -> None:
     """Raise `OptionError` unless a text specifies a rule, a compressor or a plan, with options that it has. Local."""
     from mpi_ef import registry
     from mpi_ef.collectives.chosen import plan_named
+    from mpi_ef.feedback.table import rule_of, with_momentum
 
     if kind == "compressor":
         registry.built(kind, text)
@@ -16,6 +17,8 @@ def check_part(kind: str, text: str) -> None:
         plan_named(text)
     else:
         registry.specified(kind, text)
+        rule, options = rule_of(text)
+        (with_momentum(rule) if "momentum" in options else rule).options_for(1.0, options)
 
 
 def methods_in(text: str | None, *, plans: bool = True) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows while it lasts: JSONL, CSV, a bar on a terminal, lines in a log."""
+"""Output of a run: metrics as JSONL and CSV, a progress bar on a terminal, lines in a log."""
 
 import csv
 import json
@@ -105,7 +105,7 @@ def _on_terminal() -> bool:
     """Return whether stdout is a terminal: the launcher's, because launchers put pipes or terminals of their own between.
 
     Open MPI gives every rank a pseudo-terminal even when its own output goes to a file, Hydra a pipe even when it goes
-    to a terminal. False where /proc says nothing.
+    to a terminal. False without /proc.
     """
     outermost, process = 0, os.getppid()
     try:

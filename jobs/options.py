@@ -48,9 +48,9 @@ def option(
     choices : sequence of str
         What it may be; anything of its type when empty.
     others : str
-        What it may be besides `choices`, as the help text has it; `config` looks at that itself.
+        For the help text: what it may be besides `choices`; `config` checks that itself.
     shown : str
-        What the help text says of the default; it itself when empty.
+        The default in the help text; the value itself when empty.
     recorded : bool
         Whether :func:`to_toml` writes it.
     """

@@ -183,7 +183,7 @@ def ask_srun() -> str:
 
 
 def _library() -> str:
-    """Return what the MPI library says of itself, without starting it. mpi4py must not be imported before."""
+    """Return the version string of the MPI library, without starting it. mpi4py must not be imported before."""
     try:
         import mpi4py
 

@@ -62,7 +62,7 @@ class SuperviseConfig:
             raise ConfigError(f"ranks={self.ranks} are no numbers; take for example '1 2 4'")
 
 
-# What says which kind of a job it is stands in its script; variables say the rest, and this one also when it is empty.
+# The kind of a job is set in its script alone; the rest may be variables, of which this one counts also when it is empty.
 _NO_VARIABLES = {"chain", "sweep", "image", "each", "ranks", "script", "proof"}
 _MAY_BE_EMPTY = {"mpi_type"}
 
@@ -165,7 +165,7 @@ class _Job:
         self.run_dir /= task
 
     def _set_environment(self) -> int | None:
-        """Set what the ranks need to know, and return when the job has to end."""
+        """Set the environment of the ranks, and return the deadline of the job."""
         deadline = self.job.deadline()
         self.environ.update({"RUN_DIR": str(self.run_dir), "OMP_NUM_THREADS": self.job.threads,
                          "NUMBA_NUM_THREADS": self.job.threads, "PYTHONUNBUFFERED": "1",

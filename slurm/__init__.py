@@ -1,4 +1,4 @@
-"""Batch templates and what is known of some sites, as package data; what srun and MPI libraries say to each other."""
+"""Batch templates and what is known of some sites, as package data; process managers of srun and of MPI libraries."""
 
 import re
 import tomllib

@@ -54,6 +54,7 @@ def test_a_reader_that_has_seen_enough(tmp_path, words, unbuffered):
     (BenchConfig, {"methods": "ef21"}, "methods: 'ef21' is not RULE COMPRESSOR or RULE COMPRESSOR PLAN"),
     (BenchConfig, {"methods": "ef22 TopK(0.1)"}, "methods: there is no rule 'ef22'; did you mean ef2"),
     (BenchConfig, {"methods": "ef21 TopK(0.1); ef21 TopK(ration=1)"}, "TopK has no option ration; did you mean ratio?"),
+    (BenchConfig, {"methods": "econtrol(etta=0.1) TopK(0.1)"}, "ErrorFeedback: econtrol has no option etta; it has: eta"),
     (BenchConfig, {"methods": "ef21 TopK(0.1) Gather"}, "there is no plan 'Gather'; did you mean GatherMean?"),
     (BenchConfig, {"methods": "ef21 TopK(0.1)", "only": "ef"}, "only=ef has no effect with methods"),
     (BenchConfig, {"repeats": 0}, "repeats=0 is not a positive integer; the default is 9"),
@@ -64,6 +65,8 @@ def test_a_reader_that_has_seen_enough(tmp_path, words, unbuffered):
     (LeastSquaresConfig, {"ratio": 2.0}, "ratio=2.0 is not in (0, 1]; the default is 0.02"),
     (CheckpointBenchConfig, {"folder": Path(__file__).parent}, "exists, and would be deleted; name one that does not"),
     (TrainConfig, {"on_failure": "shrink", "checkpoint_every": 0}, "checkpoint_every"),
+    (TrainConfig, {"rule": "econtrol(eta=2.0)"}, "rule=econtrol(eta=2.0): ErrorFeedback: eta=2.0 is not in [0, 1]"),
+    (TrainConfig, {"rule": "ef14(momentum=1.0)"}, "momentum=1.0 is not in [0, 1)"),
     (TrainConfig, {"placement": "gradient", "overlap": True, "clip": 1.0}, "pass clip=0 with it"),
 ])
 def test_programs_that_would_be_of_no_use_are_refused(config, options, words):

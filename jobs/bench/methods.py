@@ -24,7 +24,7 @@ class Method:
     call: Callable[[np.ndarray], Any]
     sent_nbytes: int = 0
     entry_bits: float | None = None  # of a kept entry on the wire
-    index_bits: float | None = None  # those of them that say which entry it is
+    index_bits: float | None = None  # those of them for the index
     plan: Plan | None = None
 
 

@@ -24,7 +24,7 @@ nav a { margin-right: 1.2em }
 
 @dataclass(frozen=True)
 class Section:
-    """What a report says of runs of one kind."""
+    """A part of a report: runs of one kind."""
 
     kind: str  # of the program that wrote the runs; names the pictures where there are several
     title: str

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_sections(paths: Sequence[Path], *, best: bool = False) -> list[Section]:
-    """Return what there is to say of the runs, by the programs that wrote them; trained ones together, dense first.
+    """Return a section for each run; for trained ones a common one, dense runs first.
 
     With `best`, of trained runs that differ in the learning rate (and in folders) only, the one that ended best.
 

@@ -42,7 +42,7 @@ class Panels:
         self.config, self.curves = config, dict[str, dict[str, Curve]]()
 
     def descend(self, panel: str, name: str, *problem: Any, steps: int, **settings: Any) -> Curve:
-        """Do one run, see :func:`descend`; of `steps` steps, or as many as ``--steps`` says."""
+        """Do one run, see :func:`descend`; of `steps` steps, unless there is ``--steps``."""
         _, curve = descend(*problem, steps=self.config.steps or steps, **settings)
         self.curves.setdefault(panel, {})[name] = curve
         return curve
@@ -98,7 +98,7 @@ def data_file(folder: Path, name: str) -> Path:
 
 
 def logistic_regression(comm: MpiComm, folder: Path, name: str) -> tuple[LogisticRegression, Smoothness, Vector]:
-    """Return this rank's part of the regression on a LIBSVM file, dealt out in order, its constants, x0. Collective."""
+    """Return this rank's part of the regression on a LIBSVM file, rows in order, its constants, x0. Collective."""
     found = []
 
     def facts() -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""LIBSVM files, and how their rows are dealt out to clients."""
+"""LIBSVM files, and the distribution of their rows over clients."""
 
 import lzma
 from hashlib import sha256

@@ -1,4 +1,4 @@
-"""Optimization problems of the papers, dealt out to clients: what each client computes, and the constants of the theory.
+"""Optimization problems of the papers, distributed over clients: gradients, and the constants of the theory.
 
 A problem holds the parts of some consecutive clients, those of one rank; what a client computes is a function of its part
 alone. ``f`` is the mean of all clients' ``f_i``.
@@ -171,7 +171,7 @@ def zeta_quadratics(clients: range, n: int, d: int, zeta: float, seed: int, *, e
 
 
 def smoothness(comm: Comm, problem: Problem, clients: int) -> Smoothness:
-    """Return L and the n L_i without gathering data: d products with a vector travel, and n numbers. Collective.
+    """Return L and the n L_i without gathering data: d products with a vector are exchanged, and n numbers. Collective.
 
     `problem` is this rank's part, as :class:`ClientsMean` deals clients out.
     """

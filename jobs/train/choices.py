@@ -12,7 +12,7 @@ __all__ = ["CHOOSERS", "COMPRESSORS", "MODELS", "OPTIMIZERS", "PLACEMENTS", "RUL
 
 @dataclass(frozen=True)
 class Depends:
-    """A default that depends on what else is chosen; `text` says how. None where it follows from what is built."""
+    """A default that depends on what else is chosen; `text` describes it. None where it follows from what is built."""
 
     text: str
     value: Callable[[Mapping[str, Any]], Any] = lambda _: None
@@ -37,7 +37,7 @@ _ANY_RULE: Takes = {"placement": "update", "rule": "ef14", "compressor": "topk",
                     "dense_steps": 0}
 _GRADIENT: Takes = {"placement": Only("gradient"), "dense_steps": 0}
 _ONE_BIT: Takes = {"beta1": 0.9, "beta2": 0.99, "compressor": "sign", "freeze": 0}
-# Sparse feedback delays updates, and delay acts like momentum; dense updates want the usual one.
+# Sparse feedback delays updates, and delay acts like momentum; dense updates need the usual one.
 _DELAYED = Depends(
     "0.5, or 0.9 with compressor=identity", lambda chosen: 0.9 if chosen["compressor"] == "identity" else 0.5
 )

@@ -35,7 +35,7 @@ _UNSETTLED = 1000  # steps after which the ranks compare their latest ones witho
 
 
 class Trainer:
-    """One rank's part of a training run. Every method is collective unless it says otherwise.
+    """One rank's part of a training run. Every method is collective unless marked otherwise.
 
     Times are those of steps in which no rank's kernels were compiled or loaded: the others wait for it, in "communicate".
 
@@ -93,7 +93,7 @@ class Trainer:
         self._began = perf_counter()
 
     def headline(self) -> str:
-        """Return a line that says what is trained and what travels. Local."""
+        """Return a line about the model, its data and the bytes of a step. Local."""
         plans, dense = self.optimizer.plans(), in_bytes(self.optimizer.dense_nbytes)
         sent = in_bytes(sum(plan.traffic.sent_nbytes for plan in plans))
         return (f"{self.config.model}: {self.optimizer.flat.d:,} parameters on {self.comm.Get_size()} ranks, "
@@ -113,7 +113,7 @@ class Trainer:
     def step(self, *, watched: bool = False) -> None:
         """Take one optimizer step on the next batch of this rank; a watched one measures what compression loses.
 
-        The last one ends with the same parameters on all ranks, also where these follow ways of their own meanwhile.
+        The last one ends with the same parameters on all ranks, also where replicas differ meanwhile.
         """
         made, spent = machine_code.made, self._measured()
         self._step(watched=watched)

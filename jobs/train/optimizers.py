@@ -62,7 +62,7 @@ _REPLICATED: Mapping[str, tuple[Callable[..., FlatOptimizer], Mapping[str, str]]
 
 
 def _specified(chosen: Chosen, groups: Groups, shapes: tuple[tuple[int, ...], ...], comm: Comm) -> FlatOptimizer:
-    """Return what a specification says, with the learning rate, the decay and the clipping of the run. Collective."""
+    """Return the optimizer of a specification, with the learning rate, the decay and the clipping of the run. Collective."""
     what, of_run = optimizer_in(chosen.optimizer)
     options = what.options
     if not (isclass(what.thing) and issubclass(what.thing, optim.DistributedOptimizer)):
@@ -82,7 +82,7 @@ def build_compressor(config: TrainConfig) -> Compressor:
 
 def _chosen(config: TrainConfig) -> Chosen:
     every = vars(config.resolved())
-    # None is no choice, but for what only the objects know that are built.
+    # None: the option does not apply, or follows from what is built.
     return SimpleNamespace(**{name: value for name, value in every.items() if value is not None})
 
 

@@ -98,7 +98,7 @@ def _check_combinations(chosen: Mapping[str, Any]) -> None:
 
 
 def _check_compressor(chosen: Mapping[str, Any]) -> None:
-    """Refuse compressors that say too little for what is done with their messages: training would diverge."""
+    """Refuse compressors whose messages hold too little for the rule: training would diverge."""
     optimizer, rule, placement = (chosen.get(name) for name in ("optimizer", "rule", "placement"))
     if chosen.get("compressor") == "vote" and optimizer not in _VOTERS and (rule, placement) != ("lion", "gradient"):
         with_them = ", ".join(f"{name}={chosen[name]}" for name in ("optimizer", "rule", "placement") if name in chosen)
