@@ -1,1 +1,1 @@
-"""Programs on top of mpi_ef: the only room that looks at argv, the environment and COMM_WORLD."""
+"""Programs on top of mpi_ef: the only package that reads argv, the environment and COMM_WORLD."""

@@ -11,11 +11,16 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpi_ef.errors import CheckpointError, MpiEfError
 from mpi_ef.jobs.metrics import in_bytes
+from mpi_ef.jobs.options import refuse
+
+if TYPE_CHECKING:
+    from mpi_ef.checkpoint import Checkpoint
 
 __all__ = ["Found", "found_in", "main"]
 
@@ -25,25 +30,12 @@ _NAME = re.compile(r"step-(\d+)|\.(tmp|old)-step-(\d+)-.*")
 
 @dataclass(frozen=True)
 class Found:
-    """A directory in a folder of checkpoints.
-
-    Attributes
-    ----------
-    path : str
-    step : int
-    state : str
-        "whole" (all files have their sizes), "damaged", "unreadable", "unfinished", or "replaced" (was being replaced by
-        another checkpoint of the same step).
-    reason : str
-        What is wrong.
-    world_size, nbytes : int or None
-    written_at : str or None
-    """
+    """A directory in a folder of checkpoints."""
 
     path: str
     step: int
-    state: str
-    reason: str = ""
+    state: str  # whole: all files have their sizes; damaged, unreadable, unfinished; replaced: by another of the same step
+    reason: str = ""  # what is wrong
     world_size: int | None = None
     nbytes: int | None = None
     written_at: str | None = None
@@ -57,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # of `| head`; see mpi_ef.jobs.cli
         raise
     except (MpiEfError, OSError) as error:
-        print(f"mpi-ef: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,10 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     listing = tool(_ls, "ls", "list what is in a folder of checkpoints", RUN={})
-    verify = tool(
-        _verify, "verify", "read every byte and compare checksums; status 1 if any is damaged",
-        PATH={"nargs": "+", "help": "a checkpoint, or a run: all of its checkpoints"},
-    )
+    verify = tool(_verify, "verify", "read every byte and compare checksums; status 1 if any is damaged",
+                  PATH={"nargs": "+", "help": "a checkpoint, or a run: all of its checkpoints"})
     inspect = tool(_inspect, "inspect", "tell what a checkpoint holds", CHECKPOINT={})
     inspect.add_argument("--rank", type=int, default=0, help="whose own arrays to show (default: 0)")
     inspect.add_argument("--values", action="store_true", help="read all arrays: norms, extremes, NaN and Inf")
@@ -96,19 +85,11 @@ def _folder(path: Path) -> Path:
 
 
 def found_in(folder: Path) -> list[Found]:
-    """Return what is in a folder of checkpoints, by step. Local; reads the manifests, no arrays.
-
-    Raises
-    ------
-    CheckpointError
-        There is no such folder, or it cannot be read.
-    """
+    """Return what is in a folder of checkpoints, by step; raise `CheckpointError` if it cannot be read. Local."""
     try:
         paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
     except OSError as error:
-        raise CheckpointError(
-            f"{folder}: {error.strerror}; give a folder of checkpoints or the --out of a run"
-        ) from None
+        raise CheckpointError(f"{folder}: {error.strerror}; give a folder of checkpoints or the --out of a run") from None
     return sorted((_found(path) for path in paths), key=lambda found: (found.step, found.path))
 
 
@@ -132,18 +113,24 @@ def _found(path: Path) -> Found:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Tell whether this is one, or was to be one, and not a folder of them; it may have been moved and have another name."""
+    """Return whether this is one, or was to be one, and not a folder of them; its name may be another one."""
     return (path / "master.json").exists() or _NAME.fullmatch(path.name) is not None
 
 
-def _newest(path: Path) -> Path:
-    """Return the directory of a checkpoint: this one, or the newest of a run."""
+def _checkpoints(path: Path, *states: str) -> list[Path]:
+    """Return this checkpoint, or those of a run that are in one of these states."""
     if _is_checkpoint(path):
-        return path
-    whole = [found for found in found_in(_folder(path)) if found.state in ("whole", "replaced")]
-    if not whole:
-        raise CheckpointError(f"{path}: has no checkpoint; mpi-ef checkpoint ls tells what is there")
-    return Path(whole[-1].path)
+        return [path]
+    if paths := [Path(found.path) for found in found_in(_folder(path)) if found.state in states]:
+        return paths
+    raise CheckpointError(f"{path}: has no checkpoint; mpi-ef checkpoint ls tells what is there")
+
+
+def _opened(path: Path) -> "Checkpoint":
+    """Return this checkpoint, or the newest of a run."""
+    from mpi_ef.checkpoint import open_checkpoint
+
+    return open_checkpoint(_checkpoints(path, "whole", "replaced")[-1])
 
 
 def _ls(arguments: argparse.Namespace) -> int:
@@ -172,22 +159,19 @@ def _aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    told: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for path in arguments.path:
-        if _is_checkpoint(path):
-            paths = [path]
-        else:
-            paths = [Path(found.path) for found in found_in(_folder(path)) if found.state != "unfinished"]
-        if not paths:
-            raise CheckpointError(f"{path}: has no checkpoint; mpi-ef checkpoint ls tells what is there")
-        for each in paths:
-            row = _verified(each)
-            told.append(row)
-            if not arguments.json:
-                print(_verdict(row), flush=True)
+        for each in _checkpoints(path, "whole", "replaced", "damaged", "unreadable"):
+            rows.append(row := _verified(each))
+            if arguments.json:
+                continue
+            if not row["problems"]:
+                print(f"{each}: good, {in_bytes(row['nbytes'])} read in {row['seconds']:.1f} s", flush=True)
+            for problem in row["problems"]:
+                print(f"{each}: BAD: {problem}", flush=True)
     if arguments.json:
-        print(json.dumps(told, indent=1))
-    return int(any(row["problems"] for row in told))
+        print(json.dumps(rows, indent=1))
+    return int(any(row["problems"] for row in rows))
 
 
 def _verified(path: Path) -> dict[str, Any]:
@@ -200,25 +184,15 @@ def _verified(path: Path) -> dict[str, Any]:
     except CheckpointError as error:
         problems = [str(error)]
     if (path / BAD).exists() and not problems:
-        problems = [
-            f"every byte is what was written, but it is marked; nothing resumes from it before {BAD} is removed"
-        ]
+        problems = [f"every byte is what was written, but it is marked; nothing resumes from it before {BAD} is removed"]
     return {"path": str(path), "nbytes": nbytes, "seconds": time.perf_counter() - began, "problems": problems}
 
 
-def _verdict(row: Mapping[str, Any]) -> str:
-    if row["problems"]:
-        return "\n".join(f"{row['path']}: BAD: {problem}" for problem in row["problems"])
-    return f"{row['path']}: good, {in_bytes(row['nbytes'])} read in {row['seconds']:.1f} s"
-
-
 def _inspect(arguments: argparse.Namespace) -> int:
-    from mpi_ef.checkpoint import open_checkpoint
-
-    opened, rank = open_checkpoint(_newest(arguments.checkpoint)), arguments.rank
+    opened, rank = _opened(arguments.checkpoint), arguments.rank
     versions, parts = (_mapping(opened.document, name) for name in ("versions", "parts"))
-    parts = {name: facts for name, facts in parts.items() if isinstance(facts, dict)}
-    told = {
+    parts = {name: part for name, part in parts.items() if isinstance(part, dict)}
+    facts = {
         "path": str(opened.path), "step": opened.step, "world_size": opened.world_size, "run": opened.run,
         "written_at": opened.written_at, "written_by": opened.written_by | versions,
         "nbytes": opened.nbytes, "rank": rank, "parts": parts,
@@ -227,21 +201,21 @@ def _inspect(arguments: argparse.Namespace) -> int:
                                     values=arguments.values)),
     }
     if arguments.json:
-        told |= {"document": opened.document, "rank_document": opened.rank_document(rank)}
-        print(json.dumps(told, indent=1))
+        facts |= {"document": opened.document, "rank_document": opened.rank_document(rank)}
+        print(json.dumps(facts, indent=1))
         return 0
-    by = ", ".join(f"{name} {version}" for name, version in sorted(told["written_by"].items()))
-    print(told["path"])
+    by = ", ".join(f"{name} {version}" for name, version in sorted(facts["written_by"].items()))
+    print(facts["path"])
     for name, text in (
         ("step", opened.step), ("ranks", opened.world_size), ("size", in_bytes(opened.nbytes)), ("run", opened.run),
         ("written", opened.written_at), ("by", by),
     ):
         print(f"  {name:<9}{text}")
-    for name, facts in told["parts"].items():
-        if name != "model" and facts:  # of the model these are shapes, which come below
+    for name, part in parts.items():
+        if name != "model" and part:  # of the model these are shapes, which come below
             print(f"  {name}")
-            print(_aligned([("   ", fact, str(value)) for fact, value in facts.items()], left=2))
-    for title, rows in (("the same on all ranks", told["replicated"]), (f"of rank {rank} alone", told["per_rank"])):
+            print(_aligned([("   ", fact, str(value)) for fact, value in part.items()], left=2))
+    for title, rows in (("the same on all ranks", facts["replicated"]), (f"of rank {rank} alone", facts["per_rank"])):
         print(f"\n{len(rows)} arrays {title}, {in_bytes(sum(row['nbytes'] for row in rows))}")
         if rows:
             print(_aligned([_cells(row) for row in rows], left=0 if arguments.values else 1))
@@ -256,11 +230,8 @@ def _mapping(document: Any, name: str) -> dict[str, Any]:
 
 def _described(names: Mapping[str, Any], read: Any, *, values: bool) -> Iterator[dict[str, Any]]:
     for name, (shape, dtype) in sorted(names.items()):
-        of = dtype.names[0] if dtype.names else dtype.name
-        row: dict[str, Any] = {"name": name, "dtype": of, "shape": list(shape)}
-        row["nbytes"] = dtype.itemsize
-        for length in shape:
-            row["nbytes"] *= length
+        row = {"name": name, "dtype": dtype.names[0] if dtype.names else dtype.name, "shape": list(shape),
+               "nbytes": dtype.itemsize * prod(shape)}
         yield row | (_numbers(read(name)) if values else {})
 
 
@@ -285,21 +256,17 @@ def _number(value: Any) -> float | None:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     shape = " x ".join(map(str, row["shape"])) or "scalar"
     cells = [row["dtype"], shape, in_bytes(row["nbytes"])]
-    if "norm" in row:
-        extremes = "-" if None in (row["min"], row["max"]) else f"{row['min']:.3g} ... {row['max']:.3g}"
-        cells += [
-            "-" if row["norm"] is None else f"norm {row['norm']:.4g}",
-            extremes,
-            f"{row['non_finite']} NaN or Inf" if row["non_finite"] else "",
-        ]
-    return [*cells, row["name"]] if "norm" not in row else [row["name"], *cells]
+    if "norm" not in row:
+        return [*cells, row["name"]]
+    norm = "-" if row["norm"] is None else f"norm {row['norm']:.4g}"
+    extremes = "-" if None in (row["min"], row["max"]) else f"{row['min']:.3g} ... {row['max']:.3g}"
+    return [row["name"], *cells, norm, extremes, f"{row['non_finite']} NaN or Inf" if row["non_finite"] else ""]
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from mpi_ef.checkpoint import open_checkpoint
     from mpi_ef.checkpoint.compare import compare
 
-    a, b = (open_checkpoint(_newest(path)) for path in (arguments.a, arguments.b))
+    a, b = _opened(arguments.a), _opened(arguments.b)
     differences, same = [], 0
     for difference in compare(a, b):
         if difference is None:
@@ -319,13 +286,11 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from mpi_ef.checkpoint import open_checkpoint
     from mpi_ef.state.export import export
 
-    opened = open_checkpoint(_newest(arguments.checkpoint))
+    opened = _opened(arguments.checkpoint)
     count = export(opened, arguments.file, everything=arguments.all)
-    size = arguments.file.stat().st_size
-    print(f"{count} arrays of step {opened.step} written to {arguments.file}, {in_bytes(size)}")
+    print(f"{count} arrays of step {opened.step} written to {arguments.file}, {in_bytes(arguments.file.stat().st_size)}")
     return 0
 
 

@@ -3,8 +3,9 @@
 import os
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
+
+from mpi_ef.errors import nearest
 
 __all__ = ["main"]
 
@@ -45,9 +46,7 @@ def _run(arguments: list[str]) -> None:
         return
     name = arguments[0]
     if name not in PROGRAMS:
-        close = get_close_matches(name, PROGRAMS, n=1)
-        hint = f"did you mean {close[0]}?" if close else "see mpi-ef --help"
-        sys.exit(f"mpi-ef: there is no program {name!r}; {hint}")
+        sys.exit(f"mpi-ef: there is no program {name!r}; {nearest(name, PROGRAMS, 'see mpi-ef --help')}")
     import_module(f"mpi_ef.jobs.{PROGRAMS[name][0]}").main(arguments[1:])
 
 

@@ -1,4 +1,4 @@
-"""Pictures: the only place that asks for matplotlib."""
+"""Pictures: the only module that imports matplotlib."""
 
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the figure, in the format that the name says, and let go of it."""
+    """Write the figure, in the format of the file's ending, and close it."""
     try:
         with replacing(path) as draft:
             figure.savefig(draft, dpi=120)
-    except (DataError, ValueError) as error:  # ValueError: a format that matplotlib does not know
+    except (DataError, ValueError) as error:  # ValueError: an unknown format
         raise DataError(f"{path}: the picture cannot be written ({error}); name a .png or .svg file") from None
     finally:
         pyplot().close(figure)

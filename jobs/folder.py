@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import DataError, MpiEfError
+from mpi_ef.errors import DataError, MpiEfError, everywhere
 
 if TYPE_CHECKING:
     from mpi_ef.checkpoint.lock import FolderLock
 
-__all__ = ["RunFolder", "by_first", "replacing"]
+__all__ = ["RunFolder", "by_first", "replacing", "write_whole"]
 
+T = TypeVar("T")
 
-_TOLD = 1 << 20  # characters of a file by which it is told what it is
+_HEAD = 1 << 20  # characters of a file that tell what it is
 # Names in a folder of checkpoints that are those of checkpoints, finished or not; and what is in one, also in a damaged one.
 _CHECKPOINTS = ("step-*", ".tmp-*", ".old-step-*")
 _PARTS = ("COMMIT", "BAD", "OWNER", "master.json", "rank-*.h5", ".nfs*")
@@ -26,20 +27,11 @@ _PARTS = ("COMMIT", "BAD", "OWNER", "master.json", "rank-*.h5", ".nfs*")
 class RunFolder:
     """The folder of a run, made where it is missing. Construction is collective.
 
-    Rank 0 has its lock, as that of a folder of checkpoints (:class:`mpi_ef.checkpoint.lock.FolderLock`): it tells who
-    writes, and is taken over when that process has ended, also by a signal that nobody can handle.
+    Rank 0 has its lock, as that of a folder of checkpoints (:class:`mpi_ef.checkpoint.lock.FolderLock`): it names the
+    process that writes, and is taken over when that has ended, also by SIGKILL.
 
-    Parameters
-    ----------
-    comm : MPI communicator
-    path : Path
-    job, restart : str, int
-        Identity of a batch job that may be started again, and how often it was: see :class:`Store`.
-
-    Raises
-    ------
-    DataError
-        On all ranks: another run writes there, or the folder cannot be made.
+    `job` and `restart` identify a batch job that may be started again, and how often it was: see :class:`Store`. Raises
+    `DataError` on all ranks where another run writes there, or the folder cannot be made.
     """
 
     def __init__(self, comm: Comm, path: Path, *, job: str = "", restart: int = 0) -> None:
@@ -55,18 +47,12 @@ class RunFolder:
         self._lock = FolderLock(self.path, owner, wait=True, writes="a run")
 
     def refuse_others(self, files: Mapping[str, Callable[[str], bool]]) -> None:
-        """Refuse a folder in which a run would overwrite or remove what no run has written. Collective.
+        """Raise `DataError` on all ranks where a run would overwrite or remove what no run has written. Collective.
 
         Parameters
         ----------
         files : mapping of str to callable
-            Names of the files that a run writes; what tells by the text of one, its first megabyte, whether a run has
-            written it. An empty one is nobody's.
-
-        Raises
-        ------
-        DataError
-            On all ranks: there is such a file, or one among the checkpoints, or a folder that never was a checkpoint.
+            Names of the files that a run writes, and whether the first megabyte of one, unless it is empty, is from a run.
         """
         by_first(self._comm, self.path, lambda: self._refuse_others(files))
 
@@ -75,36 +61,25 @@ class RunFolder:
             path = self.path / name
             if not path.exists():
                 continue
-            text = ""
             if path.is_file():
                 with path.open(encoding="utf-8", errors="replace") as file:
-                    text = file.read(_TOLD)
-            if not path.is_file() or (text.strip() and not is_of_a_run(text)):
-                raise DataError(f"{path}: no run has written it, and this one would overwrite it; move it, or give another "
-                                "--out")
+                    text = file.read(_HEAD)
+                if not text.strip() or is_of_a_run(text):
+                    continue
+            raise DataError(f"{path}: no run has written it, and this one would overwrite it; move it, or give another "
+                            "--out")
         for pattern in _CHECKPOINTS:
             for path in (self.path / "checkpoints").glob(pattern):
                 inside = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
                 if inside and not any(fnmatch(name, part) for name in inside for part in _PARTS):
-                    raise DataError(
-                        f"{path}: is no checkpoint, and this run would remove it; move it, or give another --out"
-                    )
+                    raise DataError(f"{path}: is no checkpoint, and this run would remove it; move it, or give another "
+                                    "--out")
 
     def begin(self, proof: str, *, others: Sequence[str] = (), overwrite: bool = False) -> None:
-        """Make room for a run that begins anew. Collective.
+        """Prepare the folder for a new run. Collective.
 
-        Parameters
-        ----------
-        proof : str
-            The file that only a finished run has.
-        others : sequence of str
-            What else a run may have left: removed with `overwrite`, as are checkpoints.
-        overwrite : bool
-
-        Raises
-        ------
-        DataError
-            On all ranks, without `overwrite`: there is a finished run, or there are checkpoints.
+        Where there is the file `proof`, which only a finished run has, or a checkpoint, `DataError` is raised on all ranks;
+        with `overwrite` these are removed, and the files `others`.
         """
         by_first(self._comm, self.path, lambda: self._clear([proof, *others]) if overwrite else self._refuse(proof))
 
@@ -131,25 +106,17 @@ class RunFolder:
         self._remove(names)
 
     def finished(self, proof: str) -> dict[str, Any] | None:
-        """Return what is in the JSON file that only a finished run has; None without it. Collective.
+        """Return what is in the JSON file that only a finished run has; None without it. Collective."""
+        return by_first(self._comm, self.path, lambda: self._read(self.path / proof))
 
-        Raises
-        ------
-        DataError
-            On all ranks: it cannot be read.
-        """
-        found: list[dict[str, Any]] = []
-        by_first(self._comm, self.path, lambda: found.extend(self._read(proof)))
-        told: list[dict[str, Any]] = self._comm.allgather(found)[0]
-        return told[0] if told else None
-
-    def _read(self, proof: str) -> Iterator[dict[str, Any]]:
-        path = self.path / proof
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        summary: dict[str, Any] | None = None
         try:
             if path.exists():
-                yield json.loads(path.read_text(encoding="utf-8"))
+                summary = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise DataError(f"{path}: cannot be read as JSON ({error}); remove it, and it is written anew") from None
+        return summary
 
     def remove(self, *names: str) -> None:
         """Remove files that are there. Collective."""
@@ -168,25 +135,26 @@ class RunFolder:
             yield
 
     def close(self) -> None:
-        """Let others write there. Local; also happens when the process ends."""
+        """Release the lock. Local; also happens when the process ends."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
 
-def by_first(comm: Comm, path: Path, action: Callable[[], object]) -> None:
-    """Let rank 0 do something in a folder; raise on all ranks what it raises. Collective."""
-    text = ""
+def by_first(comm: Comm, path: Path, action: Callable[[], T]) -> T:
+    """Call `action`, of a folder, on rank 0, and return its result or raise its error on all ranks. Collective."""
+    mine: tuple[str, Any] = "", None
     if comm.Get_rank() == 0:
         try:
             with one_line(path):
-                action()
+                mine = "", action()
         except Exception as error:  # the others wait
-            text = str(error) if isinstance(error, MpiEfError) else f"{type(error).__name__}: {error}"
-    if told := comm.allgather(text)[0]:
-        refusal = DataError(told)
-        refusal.everywhere = True
-        raise refusal
+            mine = str(error) if isinstance(error, MpiEfError) else f"{type(error).__name__}: {error}", None
+    text, result = comm.allgather(mine)[0]
+    if text:
+        raise everywhere(DataError(text))
+    first: T = result
+    return first
 
 
 @contextmanager
@@ -200,16 +168,17 @@ def one_line(folder: Path) -> Iterator[None]:
         raise DataError(f"{folder}: {error.strerror or error}; make room there, or give another --out") from error
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, see :func:`replacing`. Local."""
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a name to write to; afterwards the file has its own, whole, or there is what was there before. Local.
 
-    Of several programs that write one file the last has written it, never several of them.
-
-    Raises
-    ------
-    DataError
-        The file cannot be written.
+    Of several programs that write one file the last has written it, never several of them. Raises `DataError`.
     """
     draft = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
     try:
@@ -217,9 +186,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield draft
         draft.replace(path)
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written ({error.strerror or error}); make room there, or name another file"
-        ) from error
+        text = f"{path}: cannot be written ({error.strerror or error}); make room there, or name another file"
+        raise DataError(text) from error
     finally:
         with suppress(OSError):  # there is no such folder
             draft.unlink()

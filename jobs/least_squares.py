@@ -12,21 +12,21 @@ import numpy as np
 
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.jobs.metrics import announcing
-from mpi_ef.jobs.options import option, parse
+from mpi_ef.jobs.options import Checked, option, parse
 from mpi_ef.runtime import launch
 
 __all__ = ["LeastSquaresConfig", "main", "problem", "solve"]
 
 
 @dataclass(frozen=True)
-class LeastSquaresConfig:
+class LeastSquaresConfig(Checked):
     """Options of the solver; every field is a flag."""
 
-    rows: int = option(2000, "rows of A on each rank")
-    columns: int = option(500, "columns of A: unknowns")
-    steps: int = option(3000, "gradient steps")
-    ratio: float = option(0.02, "share of the gradient's entries that is sent")
-    seed: int = option(0, "of the random problem")
+    rows: int = option(2000, "rows of A on each rank", 1)
+    columns: int = option(500, "columns of A: unknowns", 1)
+    steps: int = option(3000, "gradient steps", 0)
+    ratio: float = option(0.02, "share of the gradient's entries that is sent", "(0, 1]")
+    seed: int = option(0, "of the random problem", 0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,7 +68,7 @@ def solve(comm: Comm, a: np.ndarray, b: np.ndarray, *, ratio: float, steps: int)
     a : (m, d) float64, this rank's rows
     b : (m,) float64
     ratio : float
-        Share of the gradient that travels in each step.
+        Share of the gradient's entries that is sent in each step.
     steps : int
     """
     from mpi_ef.collectives import GatherMean

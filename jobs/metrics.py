@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows while it lasts: JSONL, CSV, a bar on a terminal, lines in a log."""
+"""Output of a run: metrics as JSONL and CSV, a progress bar on a terminal, lines in a log."""
 
 import csv
 import json
@@ -17,16 +17,10 @@ __all__ = ["Metrics", "Progress", "announcing", "in_bytes"]
 
 
 class Metrics:
-    """Append rows with fixed columns to ``metrics.jsonl`` and ``metrics.csv`` in `folder`.
+    """Append rows with fixed columns to ``metrics.jsonl`` and ``metrics.csv`` in `folder`, which is made if it is missing.
 
-    Parameters
-    ----------
-    folder : Path
-        Created when missing; files of an earlier run in it are replaced.
-    columns : list of str
-        A row may leave some out: null in JSON, empty in CSV.
-    after : int
-        Go on after this step of an earlier run in the folder: its rows up to there stay.
+    Rows of an earlier run in the folder stay up to the step `after`. A column that a row leaves out is null in JSON, empty
+    in CSV.
     """
 
     def __init__(self, folder: Path, columns: list[str], *, after: int = 0) -> None:
@@ -41,7 +35,7 @@ class Metrics:
         for row in earlier:
             self.write({name: row.get(name) for name in columns})
         for draft, path in zip(drafts, finals, strict=True):
-            draft.replace(path)  # whoever is killed before has the earlier rows still
+            draft.replace(path)  # the earlier rows outlive a death before this
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row and flush, so that a killed run keeps it."""
@@ -70,15 +64,7 @@ def _rows_up_to(step: int, path: Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """Show where a run is: one live line on a terminal, else a line every few seconds.
-
-    Parameters
-    ----------
-    steps : int
-        Number of steps of the run.
-    every_seconds : float
-        Least time between two lines in a log.
-    """
+    """Show the position of a run of `steps` steps: one live line on a terminal, else a line every few seconds in a log."""
 
     def __init__(self, steps: int, *, every_seconds: float = 5.0, stream: IO[str] | None = None) -> None:
         self._stream = sys.stdout if stream is None else stream
@@ -88,7 +74,7 @@ class Progress:
         self._next = self._began
 
     def due(self) -> bool:
-        """Tell whether it is time to show something."""
+        """Return whether it is time to show something."""
         return perf_counter() >= self._next
 
     def show(self, step: int, text: str, *, step_seconds: float | None = None) -> None:
@@ -116,10 +102,10 @@ _LAUNCHERS = ("mpiexec", "mpirun", "prterun", "prted", "orterun", "orted", "hydr
 
 
 def _on_terminal() -> bool:
-    """Tell whether a person watches stdout: the launcher's, because launchers put pipes or terminals of their own between.
+    """Return whether stdout is a terminal: the launcher's, because launchers put pipes or terminals of their own between.
 
     Open MPI gives every rank a pseudo-terminal even when its own output goes to a file, Hydra a pipe even when it goes
-    to a terminal. Where /proc does not tell, no.
+    to a terminal. False without /proc.
     """
     outermost, process = 0, os.getppid()
     try:
@@ -140,20 +126,21 @@ def announcing(comm: Comm) -> Iterator[None]:
     """Let rank 0 print a line before the first kernel that it compiles inside of the block; none for loaded ones. Local."""
     from mpi_ef.kernels import machine_code
 
-    if comm.Get_rank() == 0:
-        machine_code.announce = _say_compiling
+    if comm.Get_rank():
+        yield
+        return
+    machine_code.announce = _say_compiling
     try:
         yield
     finally:
-        if comm.Get_rank() == 0:
-            machine_code.announce = None
+        machine_code.announce = None
 
 
 def _say_compiling(folder: str) -> None:
-    kept = f"once per machine; they are kept in {folder}"
-    none = "in every process; for once per machine name a folder that can be written: NUMBA_CACHE_DIR"
+    where = f"once per machine; they are kept in {folder}" if folder else \
+        "in every process; for once per machine name a folder that can be written: NUMBA_CACHE_DIR"
     clear = "\r\x1b[K" if _on_terminal() else ""  # a live line may stand there
-    print(f"{clear}compiling kernels, {kept if folder else none}", flush=True)
+    print(f"{clear}compiling kernels, {where}", flush=True)
 
 
 def _clock(seconds: float) -> str:
@@ -161,7 +148,7 @@ def _clock(seconds: float) -> str:
 
 
 def in_bytes(nbytes: float) -> str:
-    """Return a number of bytes as a person reads it, in powers of 1000."""
+    """Return a number of bytes as text, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000.0:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"

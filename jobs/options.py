@@ -1,23 +1,41 @@
 """Command lines and TOML files made from a frozen dataclass: one description, no unknown key ignored."""
 
 import argparse
+import json
+import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, asdict, field, fields
-from difflib import get_close_matches
+from dataclasses import Field, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from mpi_ef.errors import ConfigError
+from mpi_ef.errors import ConfigError, OptionError, nearest
+from mpi_ef.ranges import checked
 
-__all__ = ["divided", "option", "parse", "to_toml"]
+__all__ = ["Checked", "divided", "option", "parse", "refuse", "to_toml"]
 
 T = TypeVar("T")
 
 
+class Checked:
+    """Base of a dataclass of options: values are in the ranges that its fields name, and of their choices."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for the first option that has another value."""
+        for f in fields(self):  # type: ignore[arg-type]
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and not f.metadata["others"] and value is not None and value not in choices:
+                raise ConfigError(f"{f.name}={value!r} is unknown; take one of {', '.join(choices)}")
+        try:
+            checked(self, subject="")
+        except OptionError as error:
+            raise ConfigError(str(error)) from None
+
+
 def option(
-    default: Any, help: str, *, choices: Sequence[str] = (), others: str = "", shown: str = "", recorded: bool = True
+    default: Any, help: str, allowed: str | int | None = None, *, choices: Sequence[str] = (), others: str = "",
+    shown: str = "", recorded: bool = True,
 ) -> Any:
     """Return a dataclass field with a help text.
 
@@ -25,17 +43,22 @@ def option(
     ----------
     default : object
     help : str
+    allowed : str or int, optional
+        An interval, as of :func:`mpi_ef.ranges.within`, or the least whole number.
     choices : sequence of str
         What it may be; anything of its type when empty.
     others : str
-        What it may be besides `choices`, as the help text has it; `config` looks at that itself.
+        For the help text: what it may be besides `choices`; `config` checks that itself.
     shown : str
-        What the help text says of the default; it itself when empty.
+        The default in the help text; the value itself when empty.
     recorded : bool
         Whether :func:`to_toml` writes it.
     """
-    metadata = {"help": help, "choices": choices, "others": others, "shown": shown, "recorded": recorded}
-    return field(default=default, metadata=metadata)
+    shown = shown or f"{default}"
+    return field(default=default, metadata={
+        "help": help, "choices": choices, "others": others, "shown": shown, "recorded": recorded, "allowed": allowed,
+        "hint": f"the default is {shown}",
+    })
 
 
 def parse(config: type[T], argv: Sequence[str] | None, *, prog: str, description: str) -> T:
@@ -49,25 +72,25 @@ def parse(config: type[T], argv: Sequence[str] | None, *, prog: str, description
         With status 2 and one line on stderr for an unknown flag or key (with the nearest known name) or a wrong value;
         with status 0 after ``--help``.
     """
-    types = get_type_hints(config)
+    types = {name: _plain(kind) for name, kind in get_type_hints(config).items()}
     known = {f.name: f for f in fields(config)}  # type: ignore[arg-type]
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with any of the options below")
     for name, f in known.items():
         _add_flag(parser, name, f, types[name])
-    given = vars(parser.parse_args(argv))
-    path: Path | None = given.pop("config", None)
+    flags = vars(parser.parse_args(argv))
+    path: Path | None = flags.pop("config")
+    of_file = getattr(config, "of_file", lambda values, _: values)
     try:
-        values = _read(path, known, types) if path else {}
+        return config(**of_file(_read(path, known, types) if path else {}, flags) | flags)
     except ConfigError as error:
         parser.error(str(error))
-    flags = {name: value for name, value in given.items() if value is not _UNSET}
-    of_file = getattr(config, "of_file", lambda values, _: values)
-    values = of_file(values, flags) | flags
-    try:
-        return config(**values)
-    except ConfigError as error:  # from __post_init__
-        parser.error(str(error))
+
+
+def refuse(text: object, prog: str = "mpi-ef") -> NoReturn:
+    """End the program with status 2 and one line on stderr."""
+    print(f"{prog}: {text}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -78,26 +101,9 @@ def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def to_toml(config: Any) -> str:
     """Return `config` as a TOML document that :func:`parse` reads back."""
-    lines = []
-    unrecorded = {f.name for f in fields(config) if not f.metadata["recorded"]}
-    for name, value in asdict(config).items():
-        if value is None or name in unrecorded:
-            continue
-        if isinstance(value, bool):
-            text = str(value).lower()
-        elif isinstance(value, int | float):
-            text = repr(value)
-        else:
-            text = '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
-        lines.append(f"{name} = {text}\n")
-    return "".join(lines)
-
-
-class _Unset:
-    """Stands for a flag that was not given, so that it does not override the file."""
-
-
-_UNSET = _Unset()
+    recorded = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata["recorded"]}
+    return "".join(f"{name} = {json.dumps(value, default=str, ensure_ascii=False)}\n"
+                   for name, value in recorded.items() if value is not None)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -106,13 +112,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if "unrecognized arguments: " in message:
             flag = message.split("unrecognized arguments: ", 1)[1].split(maxsplit=1)[0].split("=", maxsplit=1)[0]
-            message += _hint(flag, [s for a in self._actions for s in a.option_strings])
+            if hint := nearest(flag, [s for a in self._actions for s in a.option_strings]):
+                message += f"; {hint}"
         self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _hint(word: str, known: Sequence[str]) -> str:
-    close = get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _plain(kind: Any) -> Any:
@@ -122,25 +124,16 @@ def _plain(kind: Any) -> Any:
     return kind
 
 
-def _choices(f: Field[Any], kind: Any) -> tuple[str, ...]:
-    if get_origin(kind) is Literal:
-        return get_args(kind)
-    return () if f.metadata["others"] else tuple(f.metadata["choices"])
-
-
 def _add_flag(parser: argparse.ArgumentParser, name: str, f: Field[Any], kind: Any) -> None:
-    kind = _plain(kind)
-    shown = f.metadata["shown"] or f"{f.default}"
-    text = f"{f.metadata['help']} (default: {shown})".replace("%", "%%")
-    settings: dict[str, Any] = {"default": _UNSET, "help": text}
-    assert f.default is not MISSING  # noqa: S101
+    choices, others = f.metadata["choices"], f.metadata["others"]
+    text = f"{f.metadata['help']} (default: {f.metadata['shown']})".replace("%", "%%")
+    settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}  # so that only what is given overrides a file
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
-    elif choices := _choices(f, kind):
+    elif others:
+        settings["metavar"] = f"{{{','.join(choices)}}} | {others}" if choices else others
+    elif choices:
         settings["choices"] = choices
-    elif f.metadata["others"]:
-        known = f"{{{','.join(f.metadata['choices'])}}}"
-        settings["metavar"] = " | ".join([known] * bool(f.metadata["choices"]) + [f.metadata["others"]])
     else:
         settings |= {"type": kind, "metavar": kind.__name__.upper()}
     parser.add_argument("--" + name.replace("_", "-"), **settings)
@@ -155,18 +148,11 @@ def _read(path: Path, known: dict[str, Field[Any]], types: dict[str, Any]) -> di
     for key, value in document.items():
         name = key.replace("-", "_")
         if name not in known:
-            raise ConfigError(f"{path}: {key} is no option{_hint(name, list(known)) or '; see --help'}")
-        kind = _plain(types[name])
-        if choices := _choices(known[name], kind):
-            if value not in choices:
-                raise ConfigError(f"{path}: {key} = {value!r} is not known; take one of {', '.join(choices)}")
-            values[name] = value
-        elif kind is Path and isinstance(value, str):
-            values[name] = Path(value)
-        elif kind is float and type(value) is int:
-            values[name] = float(value)
-        elif type(value) is kind:
-            values[name] = value
-        else:
+            raise ConfigError(f"{path}: {key} is no option; {nearest(name, known, 'see --help')}")
+        kind, choices = types[name], known[name].metadata["choices"]
+        if choices and not known[name].metadata["others"] and value not in choices:
+            raise ConfigError(f"{path}: {key} = {value!r} is not known; take one of {', '.join(choices)}")
+        if type(value) is not {Path: str}.get(kind, kind) and not (kind is float and type(value) is int):
             raise ConfigError(f"{path}: {key} = {value!r} is {type(value).__name__}; it takes {kind.__name__}")
+        values[name] = kind(value)
     return values

@@ -17,7 +17,7 @@ from typing import Any
 
 from mpi_ef import slurm
 from mpi_ef.errors import ConfigError, LaunchError, MpiEfError, OptionError
-from mpi_ef.jobs.options import divided
+from mpi_ef.jobs.options import divided, refuse
 from mpi_ef.slurm.mpi_types import choose, offered_by
 
 __all__ = ["ask_srun", "main"]
@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.job_arguments = after
         sys.exit(arguments.tool(arguments))
     except MpiEfError as error:
-        print(f"mpi-ef: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,23 +47,18 @@ def _parser() -> argparse.ArgumentParser:
     changes.add_argument("--set", dest="options", action="append", default=[], metavar="KEY=VALUE",
                          help="an option of sbatch, such as nodes=4, time=02:00:00, account=project")
 
+    changes.add_argument("name", metavar="NAME")
+
     def tool(function: Any, name: str, text: str, *parents: Any, usage: str | None = None) -> argparse.ArgumentParser:
         added = tools.add_parser(name, help=text, description=text, parents=parents, usage=usage)
         added.set_defaults(tool=function)
         return added
 
     tool(_list, "list", "list templates and sites")
-    show = tool(_show, "show", "print a template, or what is known of a site", changes)
+    tool(_show, "show", "print a template, or what is known of a site", changes)
     copy = tool(_copy, "copy", "write a template into a folder, to be edited and submitted", changes)
-    submit = tool(
-        _submit,
-        "submit",
-        "submit a template to Slurm",
-        changes,
-        usage="mpi-ef slurm submit NAME [--profile SITE] [--set KEY=VALUE ...] [--dry-run] [-- ARGUMENT ...]",
-    )
-    for each in (show, copy, submit):
-        each.add_argument("name", metavar="NAME")
+    submit = tool(_submit, "submit", "submit a template to Slurm", changes,
+                  usage="mpi-ef slurm submit NAME [--profile SITE] [--set KEY=VALUE ...] [--dry-run] [-- ARGUMENT ...]")
     copy.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=Path())
     submit.add_argument("--dry-run", action="store_true", help="print the script that would be submitted")
     kind = tool(_mpi_type, "mpi-type", "print the --mpi of srun that fits the MPI library of mpi4py, or nothing")
@@ -84,14 +78,10 @@ def _list(_: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    if arguments.name in slurm.PROFILES:
-        if arguments.profile or arguments.options:
-            raise OptionError(
-                f"slurm: --profile and --set are about templates, and {arguments.name} is a site; leave them out"
-            )
-        print(slurm.profile_text(arguments.name), end="")
-    else:
-        print(_script(arguments), end="")
+    name, is_site = arguments.name, arguments.name in slurm.PROFILES
+    if is_site and (arguments.profile or arguments.options):
+        raise OptionError(f"slurm: --profile and --set are about templates, and {name} is a site; leave them out")
+    print(slurm.profile_text(name) if is_site else _script(arguments), end="")
     return 0
 
 
@@ -132,7 +122,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _script(arguments: argparse.Namespace) -> str:
-    """Return the template with the changes that are asked for."""
+    """Return the template with the changes of ``--profile`` and ``--set``."""
     name = slurm.full_name(arguments.name)
     profile = _profile(arguments.profile) if arguments.profile else None
     options: dict[str, str | None] = {}
@@ -159,7 +149,7 @@ def _profile(name: str) -> slurm.Profile:
 
 
 def _complain_about_missing(profile: slurm.Profile, options: dict[str, str | None], *, strict: bool) -> None:
-    """Raise, or say on stderr, that the site wants options that are not set."""
+    """Raise, or print on stderr, which options that the site requires are not set."""
     missing = [key for key in profile.required if key not in options and f"SBATCH_{key.upper()}" not in os.environ]
     if not missing:
         return
@@ -171,14 +161,10 @@ def _complain_about_missing(profile: slurm.Profile, options: dict[str, str | Non
 
 def _mpi_type(arguments: argparse.Namespace) -> int:
     offered = sys.stdin.read() if arguments.offered == "-" else arguments.offered
-    if offered is None:
-        offered = ask_srun()
     library = _library()
-    kind, hint = choose(library, offered_by(offered))
+    kind, hint = choose(library, offered_by(ask_srun() if offered is None else offered))
     if kind and "Intel" in library and "I_MPI_PMI_LIBRARY" not in os.environ:
-        hint = (
-            "mpi-type: Intel MPI also wants I_MPI_PMI_LIBRARY, the path of Slurm's libpmi2.so; ask the site where it is"
-        )
+        hint = "mpi-type: Intel MPI also wants I_MPI_PMI_LIBRARY, the path of Slurm's libpmi2.so; ask the site where it is"
     if kind:
         print(kind)
     if hint:
@@ -188,19 +174,16 @@ def _mpi_type(arguments: argparse.Namespace) -> int:
 
 def ask_srun(seconds: float | None = None) -> str:
     """Return what srun prints of what it offers, which is nothing where there is no srun, or it does not answer. Local."""
-    program = shutil.which("srun")
-    if program is None:
-        return ""
     try:
-        ended = subprocess.run(  # noqa: S603
-            [program, "--mpi=list"], capture_output=True, text=True, check=False, timeout=seconds or PATIENCE_SECONDS)
+        ended = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, check=False,  # noqa: S607
+                               timeout=seconds or PATIENCE_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return ended.stdout + ended.stderr  # old versions print it as an error
 
 
 def _library() -> str:
-    """Return what the MPI library says of itself, without starting it. mpi4py must not be imported before."""
+    """Return the version string of the MPI library, without starting it. mpi4py must not be imported before."""
     try:
         import mpi4py
 

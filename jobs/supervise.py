@@ -11,7 +11,6 @@ import sys
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 from mpi_ef.errors import ConfigError, DataError, LaunchError, MpiEfError
 from mpi_ef.jobs.options import divided, option, parse
@@ -48,9 +47,8 @@ class SuperviseConfig:
     image: str | None = option(None, "an image of apptainer in which the program runs", shown="none")
     apptainer: str = option("apptainer", "the program apptainer, or singularity")
     bind: str = option("", "more folders that the image shall see, separated by commas", shown="none")
-    each: Literal["once", "nodes", "ranks"] = option(
-        "once", "run on 1, 2, 4, ... nodes, or on 1, 2, 3, ... ranks; without restarts"
-    )
+    each: str = option("once", "run on 1, 2, 4, ... nodes, or on 1, 2, 3, ... ranks; without restarts",
+                       choices=("once", "nodes", "ranks"))
     ranks: str = option("", "numbers of ranks for each=ranks", shown="all")
     script: Path | None = option(None, "PBS: the script of the job, to submit it again", shown="none")
 
@@ -64,7 +62,7 @@ class SuperviseConfig:
             raise ConfigError(f"ranks={self.ranks} are no numbers; take for example '1 2 4'")
 
 
-# What says which kind of a job it is stands in its script; variables say the rest, and this one also when it is empty.
+# The kind of a job is set in its script alone; the rest may be variables, of which this one counts also when it is empty.
 _NO_VARIABLES = {"chain", "sweep", "image", "each", "ranks", "script", "proof"}
 _MAY_BE_EMPTY = {"mpi_type"}
 
@@ -80,9 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str], environ: MutableMapping[str, str], child: Child) -> int:
     """Supervise a program in the job whose variables are `environ`, and return the exit status of the job. Local."""
     before, words = divided(argv)
-    config = parse(
-        SuperviseConfig, [*_of_environment(environ), *before], prog="mpi-ef supervise", description=__doc__ or ""
-    )
+    given = [*_of_environment(environ), *before]
+    config = parse(SuperviseConfig, given, prog="mpi-ef supervise", description=__doc__ or "")
     try:
         if not words:
             raise ConfigError("supervise: there is no program; mpi-ef supervise -- PROGRAM ARGUMENT ...")
@@ -103,14 +100,10 @@ def _of_environment(environ: MutableMapping[str, str]) -> list[str]:
 class _Job:
     """What is started in a job, and with which environment."""
 
-    def __init__(
-        self, config: SuperviseConfig, child: Child, environ: MutableMapping[str, str], words: list[str]
-    ) -> None:
+    def __init__(self, config: SuperviseConfig, child: Child, environ: MutableMapping[str, str], words: list[str]) -> None:
         job = find_job(environ, run_command, chain=config.chain)
         if job is None:
-            raise LaunchError(
-                "supervise: this is no job of Slurm, PBS or LSF; submit a script that calls it: mpi-ef slurm"
-            )
+            raise LaunchError("supervise: this is no job of Slurm, PBS or LSF; submit a script that calls it: mpi-ef slurm")
         if not isinstance(job, Slurm) and (config.chain or config.sweep is not None or config.each != "once"):
             raise LaunchError("supervise: chain, sweep and each are for Slurm; leave them out")
         self.config, self.child, self.environ, self.job = config, child, environ, job
@@ -172,13 +165,13 @@ class _Job:
         self.run_dir /= task
 
     def _set_environment(self) -> int | None:
-        """Set what the ranks need to know, and return when the job has to end."""
+        """Set the environment of the ranks, and return the deadline of the job."""
         deadline = self.job.deadline()
         self.environ.update({"RUN_DIR": str(self.run_dir), "OMP_NUM_THREADS": self.job.threads,
                          "NUMBA_NUM_THREADS": self.job.threads, "PYTHONUNBUFFERED": "1",
                          "NUMBA_CACHE_DIR": str(self.scratch / "numba")})
         if deadline is not None:
-            self.environ["SLURM_JOB_END_TIME"] = str(deadline)  # mpi-ef knows this variable, from Slurm
+            self.environ["SLURM_JOB_END_TIME"] = str(deadline)  # Slurm's variable, which mpi-ef reads everywhere
         return deadline
 
     def _launcher(self) -> list[str]:

@@ -1,7 +1,11 @@
 """Errors of mpi_ef: one line each, *subject: what is wrong, with the values; what to do*."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import TypeVar
+
 __all__ = ["CheckpointError", "ConfigError", "DataError", "DisagreementError", "DtypeError", "LaunchError",
-           "MpiEfError", "NonFiniteError", "OptionError", "PeerError", "ShapeError"]
+           "MpiEfError", "NonFiniteError", "OptionError", "PeerError", "ShapeError", "everywhere", "nearest"]
 
 
 class MpiEfError(Exception):
@@ -76,6 +80,21 @@ class CheckpointError(MpiEfError, OSError):
         True when the files are there and readable, but what they hold is not what was written.
     """
 
-    def __init__(self, message: str, *, damaged: bool = False, everywhere: bool = False) -> None:
+    def __init__(self, message: str, *, damaged: bool = False) -> None:
         super().__init__(message)
-        self.damaged, self.everywhere = damaged, everywhere
+        self.damaged = damaged
+
+
+Error = TypeVar("Error", bound=MpiEfError)
+
+
+def everywhere(error: Error) -> Error:
+    """Return an error that all ranks raise together, with the same text. Local."""
+    error.everywhere = True
+    return error
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return ``"did you mean X?"`` for the known word that is most like another one; `otherwise` where none is. Local."""
+    close = get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]}?" if close else otherwise

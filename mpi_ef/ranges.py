@@ -35,7 +35,7 @@ def within(subject: str, interval: str, hint: str, **values: Any) -> None:
         if not all(is_within(entry, interval) for entry in (value if several else (value,))):
             negative = interval == "[0, inf)" and is_within(value, "(-inf, 0)")
             text = "is negative" if negative else f"{'are' if several else 'is'} not in {interval}"
-            raise OptionError(f"{subject}: {name}={value!r} {text}; {hint}")
+            raise OptionError(f"{subject}{': ' * bool(subject)}{name}={value!r} {text}; {hint}")
 
 
 def whole(subject: str, least: int, hint: str, *, most: float = inf, **values: Any) -> int:
@@ -55,9 +55,8 @@ def whole(subject: str, least: int, hint: str, *, most: float = inf, **values: A
         if not least <= number <= most:
             kind = {0: "non-negative", 1: "positive"}[least]
             text = "is negative" if is_within(value, "(-inf, 0)") and not least else f"is not a {kind} integer"
-            raise OptionError(
-                f"{subject}: {name}={value!r} {text}{'' if most == inf else f' up to {most:.0f}'}; {hint}"
-            )
+            limit = "" if most == inf else f" up to {most:.0f}"
+            raise OptionError(f"{subject}{': ' * bool(subject)}{name}={value!r} {text}{limit}; {hint}")
     return number
 
 
@@ -87,9 +86,13 @@ def with_options(kind: Class) -> Class:
     return kind
 
 
-def checked(owner: Any) -> dict[str, object]:
-    """Return the options that `owner` keeps, by name; raise `OptionError` unless all are allowed. Local."""
-    subject, values = type(owner).__name__, {f.name: getattr(owner, f.name) for f in fields(owner)}
+def checked(owner: Any, subject: str | None = None) -> dict[str, object]:
+    """Return the options that `owner` keeps, by name; raise `OptionError` unless all are allowed. Local.
+
+    The message begins with `subject`, by default the name of the class.
+    """
+    subject = type(owner).__name__ if subject is None else subject
+    values = {f.name: getattr(owner, f.name) for f in fields(owner)}
     for f in fields(owner):
         value, allowed = {f.name: values[f.name]}, f.metadata.get("allowed")
         if allowed is None or values[f.name] is f.default is None:

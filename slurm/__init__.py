@@ -1,13 +1,12 @@
-"""Batch templates and what is known of some sites, as package data; what srun and MPI libraries say to each other."""
+"""Batch templates and what is known of some sites, as package data; process managers of srun and of MPI libraries."""
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib import resources
 
-from mpi_ef.errors import ConfigError, OptionError
+from mpi_ef.errors import ConfigError, OptionError, nearest
 
 __all__ = ["PROFILES", "TEMPLATES", "Profile", "full_name", "parse_profile", "profile_text", "read_profile", "read_template",
            "render"]
@@ -27,6 +26,7 @@ TEMPLATES = {
 }
 PROFILES = ("generic", "lumi-c", "lumi-g", "frontier", "perlmutter", "juwels", "tacc")
 
+_ALL = "mpi-ef slurm list shows all"
 _SITE = re.compile(r"^# ==== your site:.*\n", flags=re.MULTILINE)  # lines of a profile go below
 _OPTION = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
@@ -39,11 +39,11 @@ class Profile:
     ----------
     name, description : str
     tested : bool
-        False where everything is from public documentation and nobody has tried it there.
+        False where everything is from public documentation, and untried there.
     sources : tuple of str
         Where it is from.
     required : tuple of str
-        Options of sbatch that the site wants and only the user knows.
+        Options of sbatch that the site requires and that have no default.
     sbatch : mapping of str to str or None
         Options of sbatch; None for one without value.
     environment : mapping of str to str
@@ -63,51 +63,28 @@ class Profile:
 
 
 def full_name(name: str) -> str:
-    """Return the file name of a template; "train" stands for "train.sbatch". Local.
-
-    Raises
-    ------
-    OptionError
-        There is no such template; the text names the nearest one.
-    """
+    """Return the file name of a template; "train" stands for "train.sbatch". Raises `OptionError` where there is none."""
     for known in (name, f"{name}.sbatch"):
         if known in TEMPLATES:
             return known
-    raise OptionError(f"slurm: there is no template {name!r}; {_nearest(name, _short_names(), 'mpi-ef slurm list')}")
+    short = [known.removesuffix(".sbatch") for known in TEMPLATES]
+    raise OptionError(f"slurm: there is no template {name!r}; {nearest(name, short, _ALL)}")
 
 
 def read_template(name: str) -> str:
-    """Return the text of a template. Local.
-
-    Raises
-    ------
-    OptionError
-        There is no such template.
-    """
+    """Return the text of a template, as :func:`full_name` finds it."""
     return (resources.files(__name__) / full_name(name)).read_text(encoding="utf-8")
 
 
 def profile_text(name: str) -> str:
-    """Return the TOML document that tells what is known of a site. Local.
-
-    Raises
-    ------
-    OptionError
-        There is no such profile; the text names the nearest one.
-    """
+    """Return the TOML document of a site. Raises `OptionError` where there is none."""
     if name not in PROFILES:
-        raise OptionError(f"slurm: there is no profile {name!r}; {_nearest(name, PROFILES, 'mpi-ef slurm list')}")
+        raise OptionError(f"slurm: there is no profile {name!r}; {nearest(name, PROFILES, _ALL)}")
     return (resources.files(__name__) / "profiles" / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def read_profile(name: str) -> Profile:
-    """Return what is known of a site. Local.
-
-    Raises
-    ------
-    OptionError
-        There is no such profile; the text names the nearest one.
-    """
+    """Return what is known of a site, from :func:`profile_text`."""
     return parse_profile(name, profile_text(name))
 
 
@@ -122,9 +99,7 @@ def parse_profile(name: str, text: str) -> Profile:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(
-            f'slurm: profile {name} is no TOML ({error}); write lines like partition = "standard"'
-        ) from None
+        raise ConfigError(f'slurm: profile {name} is no TOML ({error}); write lines like partition = "standard"') from None
     kinds = {"description": str, "tested": bool, "sources": list, "required": list, "sbatch": dict,
              "environment": dict, "lines": list}
     for key, value in document.items():
@@ -133,14 +108,8 @@ def parse_profile(name: str, text: str) -> Profile:
     texts = {key: tuple(map(str, document.get(key, ()))) for key in ("sources", "required", "lines")}
     sbatch = {option: None if value is True else str(value) for option, value in document.get("sbatch", {}).items()}
     environment = {variable: str(value) for variable, value in document.get("environment", {}).items()}
-    return Profile(
-        name,
-        document.get("description", name),
-        document.get("tested", True),
-        sbatch=sbatch,
-        environment=environment,
-        **texts,
-    )
+    return Profile(name, document.get("description", name), document.get("tested", True), sbatch=sbatch,
+                   environment=environment, **texts)
 
 
 def render(text: str, profile: Profile | None = None, options: Mapping[str, str | None] | None = None) -> str:
@@ -182,9 +151,7 @@ def _with_option(text: str, option: str, value: str | None) -> str:
     if not _OPTION.fullmatch(option) or len(option) < 2:
         raise OptionError(f"slurm: {option!r} is no long option of sbatch; set for example nodes=4 or account=project")
     if value is not None and not re.fullmatch(r"[^\n\r\"\\]+", value):
-        raise OptionError(
-            f"slurm: {option}={value!r} fits on no #SBATCH line; leave out quotes, backslashes, line ends"
-        )
+        raise OptionError(f"slurm: {option}={value!r} fits on no #SBATCH line; leave out quotes, backslashes, line ends")
     line = f"#SBATCH --{option}" if value is None else f"#SBATCH --{option}={_quoted(value)}"
     for comment in ("", "#"):
         present = re.compile(rf"^{comment}#SBATCH --{option}(=.*)?$", flags=re.MULTILINE)
@@ -196,12 +163,3 @@ def _with_option(text: str, option: str, value: str | None) -> str:
 
 def _quoted(value: str) -> str:
     return f'"{value}"' if re.search(r"[\s#]", value) else value
-
-
-def _short_names() -> list[str]:
-    return [name.removesuffix(".sbatch") for name in TEMPLATES]
-
-
-def _nearest(word: str, known: Sequence[str], where: str) -> str:
-    close = get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"{where} shows all"

@@ -23,7 +23,7 @@ def offered_by(text: str) -> tuple[str, ...]:
 
 
 def choose(library: str, offered: Sequence[str]) -> tuple[str, str]:
-    """Return the --mpi of srun for an MPI library, empty where none fits; and a hint for people, or nothing. Local.
+    """Return the --mpi of srun for an MPI library, empty where none fits; and a hint, or nothing. Local.
 
     Parameters
     ----------
@@ -38,14 +38,11 @@ def choose(library: str, offered: Sequence[str]) -> tuple[str, str]:
             return kind, ""
     listed = ", ".join(offered) if offered else "nothing"
     needs = f"{name} wants --mpi={' or '.join(kinds)}" if kinds else f"there is {name}"
-    return (
-        "",
-        f"mpi-type: {needs}, srun --mpi=list has {listed}; set MPI_TYPE, load another MPI, or start with its mpiexec",
-    )
+    return "", f"mpi-type: {needs}, srun --mpi=list has {listed}; set MPI_TYPE, load another MPI, or start with its mpiexec"
 
 
 def wanted(library: str, offered: Sequence[str] = ()) -> tuple[str, tuple[str, ...]]:
-    """Return a name of a library for people, and the types that it understands, the best first; none if unknown. Local.
+    """Return a readable name of a library, and the types that it understands, the best first; none if unknown. Local.
 
     Parameters
     ----------

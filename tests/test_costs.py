@@ -53,23 +53,23 @@ def test_memory_touched_by_a_step(rule, plan, compressor, limit):
     print(
         rule,
         compressor,
-        round(touched.nbytes / 2 / d, 2),
-        {k: round(v / 2 / d, 2) for k, v in touched.by_kernel.items()},
+        round(touched.total() / 2 / d, 2),
+        {k: round(v / 2 / d, 2) for k, v in touched.items()},
     )
-    assert touched.nbytes / 2 / d <= limit  # of both ranks, which share this process
+    assert touched.total() / 2 / d <= limit  # of both ranks, which share this process
 
 
 def test_counting_sees_passes():
     x, out = np.ones(1000, np.float32), np.ones(1000, np.float32)
     with counted() as touched:
         kernels.add_dense(x, np.float32(1), out)
-    assert touched.nbytes == 12 * 1000
+    assert touched.total() == 12 * 1000
     with counted() as touched:
         kernels.add_sparse(np.arange(10), x[:10], np.float32(1), out)
-    assert touched.nbytes == 10 * (8 + 4 + 2 * 4)
+    assert touched.total() == 10 * (8 + 4 + 2 * 4)
     with counted() as touched:
         kernels.mean_rows(np.ones((3, 1000), np.float32), x, 1, np.float32(1 / 3), out)
-    assert touched.nbytes == (2 + 1 + 1) * 4 * 1000  # of the rows one is not read, but `own` in its place
+    assert touched.total() == (2 + 1 + 1) * 4 * 1000  # of the rows one is not read, but `own` in its place
 
 
 EXCHANGES = {

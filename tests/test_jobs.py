@@ -7,7 +7,6 @@ import sys
 import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -37,7 +36,7 @@ from mpi_ef.runtime.launch import check_world
 class Options:
     steps: int = option(10, "steps")
     lr: float = option(0.1, "rate")
-    kind: Literal["a", "b"] = option("a", "kind")
+    kind: str = option("a", "kind", choices=("a", "b"))
     text: Path | None = option(None, "file")
     weight_decay: float | None = option(None, "decay")
     fast: bool = option(False, "speed")
@@ -444,17 +443,17 @@ except SystemExit as end:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"batch": -1}, "batch=-1 is too small; the least is 1"),
-        ({"steps": 0}, "steps=0"),
+        ({"batch": -1}, "batch=-1 is not a positive integer; the default is 16"),
+        ({"steps": 0}, "steps=0 is not a positive integer; the default is 800"),
         ({"eval_every": 0}, "eval_every=0"),
         ({"context": 0}, "context=0"),
-        ({"seed": -1}, "seed=-1"),
-        ({"lr": -1.0}, "lr=-1.0"),
-        ({"lr": float("nan")}, "lr=nan is not finite; the least is 0"),
-        ({"lr": float("inf")}, "lr=inf is not finite; the least is 0"),
+        ({"seed": -1}, "seed=-1 is negative; the default is 0"),
+        ({"lr": -1.0}, "lr=-1.0 is negative; the default is 0.006"),
+        ({"lr": float("nan")}, "lr=nan is not in [0, inf); the default is 0.006"),
+        ({"lr": float("inf")}, "lr=inf is not in [0, inf); the default is 0.006"),
         ({"beta1": 1.5}, "beta1=1.5 is not in [0, 1)"),
         ({"heads": 3}, "width=128 is not divisible by heads=3"),
-        ({"ratio": 1.5}, "ratio=1.5 is not in (0, 1]"),
+        ({"ratio": 1.5}, "ratio=1.5 is not in (0, 1]; the default is 0.01 with compressor=topk, randk"),
         ({"compressor": "quantize", "values": "full"}, "quantizes nothing; take compressor=identity"),
         ({"placement": "gradient", "overlap": True}, "pass clip=0 with it"),
         ({"rule": "ef21-pp", "placement": "gradient", "overlap": True, "clip": 0.0}, "which rule=ef21-pp cannot"),

@@ -38,13 +38,13 @@ ROOMS = {
     "state": ("errors comm statetree vectors data optim checkpoint", "numpy torch h5py"),
     "testing": ("errors comm compress collectives registry feedback optim", "numpy torch mpi4py pytest"),
     "__init__": ("errors moved runtime compress collectives feedback buffers data optim ddp checkpoint state", ""),
-    "jobs": ("__init__ errors kernels comm runtime slurm compress collectives feedback checkpoint state",
+    "jobs": ("__init__ errors ranges registry kernels comm runtime slurm compress collectives feedback checkpoint state",
              "numpy matplotlib mpi4py"),
     "jobs.train": ("__init__ errors moved registry kernels comm runtime compress collectives feedback optim checkpoint "
                    "state jobs", "numpy torch sklearn"),
     "jobs.bench": ("__init__ errors moved registry kernels comm runtime compress collectives feedback checkpoint jobs",
                    "numpy torch mpi4py"),
-    "jobs.reproduce": ("errors moved comm runtime compress collectives feedback jobs", "numpy sklearn"),
+    "jobs.reproduce": ("errors moved registry comm runtime compress collectives feedback jobs", "numpy sklearn"),
     "jobs.report": ("errors moved jobs jobs.train jobs.bench jobs.reproduce", "numpy"),
     "jobs.doctor": ("__init__ errors moved kernels comm runtime slurm compress collectives feedback data optim testing jobs "
                     "jobs.train", "numpy torch mpi4py h5py"),

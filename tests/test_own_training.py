@@ -20,8 +20,8 @@ from mpi_ef.collectives import GatherMean
 from mpi_ef.compress import Quantize, TopK
 from mpi_ef.errors import DataError, MpiEfError
 from mpi_ef.feedback import ErrorFeedback
-from mpi_ef.jobs.bench import program as bench
 from mpi_ef.jobs.bench.methods import methods
+from mpi_ef.jobs.methods import methods_in
 from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.datasets import Tensors
@@ -163,7 +163,7 @@ def test_bench_measures_what_is_specified():
 
     def program(comm):
         x = gaussian(comm.Get_rank(), 1000)
-        found = [m for m in methods(comm, 1000, 0.01, bench.specified(text)) if m.kind != "dense"]
+        found = [m for m in methods(comm, 1000, 0.01, methods_in(text)) if m.kind != "dense"]
         expected = [ErrorFeedback("ef21", GatherMean(comm, TopK(0.1, values=Quantize("bf16")), 1000)),
                     ErrorFeedback(FADING, TrimmedMean(comm, BlockMax(8), 1000, trim=0), fade=0.5)]
         for method, feedback in zip(found, expected, strict=True):

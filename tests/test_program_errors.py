@@ -24,6 +24,7 @@ from mpi_ef.jobs.bench import program as bench
 from mpi_ef.jobs.bench.checkpoint import CheckpointBenchConfig
 from mpi_ef.jobs.bench.program import BenchConfig
 from mpi_ef.jobs.bench.table import Link, break_even, combine, table
+from mpi_ef.jobs.least_squares import LeastSquaresConfig
 from mpi_ef.jobs.metrics import Metrics
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.datasets import Digits
@@ -48,19 +49,24 @@ def test_a_reader_that_has_seen_enough(tmp_path, words, unbuffered):
 
 
 @pytest.mark.parametrize(("config", "options", "words"), [
-    (BenchConfig, {"d": 99}, "d=99 is too short to say anything; take at least 100"),
-    (BenchConfig, {"ratio": 0.0}, "ratio=0.0 is not in (0, 1]; 0.01 keeps one entry in a hundred"),
+    (BenchConfig, {"d": 99}, "d=99 is not in [100, inf); the default is 25000000"),
+    (BenchConfig, {"ratio": 0.0}, "ratio=0.0 is not in (0, 1]; the default is 0.01"),
     (BenchConfig, {"methods": "ef21"}, "methods: 'ef21' is not RULE COMPRESSOR or RULE COMPRESSOR PLAN"),
     (BenchConfig, {"methods": "ef22 TopK(0.1)"}, "methods: there is no rule 'ef22'; did you mean ef2"),
     (BenchConfig, {"methods": "ef21 TopK(0.1); ef21 TopK(ration=1)"}, "TopK has no option ration; did you mean ratio?"),
+    (BenchConfig, {"methods": "econtrol(etta=0.1) TopK(0.1)"}, "ErrorFeedback: econtrol has no option etta; it has: eta"),
     (BenchConfig, {"methods": "ef21 TopK(0.1) Gather"}, "there is no plan 'Gather'; did you mean GatherMean?"),
     (BenchConfig, {"methods": "ef21 TopK(0.1)", "only": "ef"}, "only=ef has no effect with methods"),
-    (BenchConfig, {"repeats": 0}, "repeats=0 is not positive; take for example 9"),
+    (BenchConfig, {"repeats": 0}, "repeats=0 is not a positive integer; the default is 9"),
     (BenchConfig, {"plot": Path("p.xyz")}, "plot=p.xyz is no name of a picture; take one that ends in .png, .svg"),
-    (CheckpointBenchConfig, {"d": 0}, "d=0 is not positive; leave it out for a default"),
-    (CheckpointBenchConfig, {"repeats": -1}, "repeats=-1 is not positive"),
+    (CheckpointBenchConfig, {"d": 0}, "d=0 is not a positive integer; the default is 25000000"),
+    (CheckpointBenchConfig, {"repeats": -1}, "repeats=-1 is not a positive integer; the default is 5"),
+    (LeastSquaresConfig, {"rows": 0}, "rows=0 is not a positive integer; the default is 2000"),
+    (LeastSquaresConfig, {"ratio": 2.0}, "ratio=2.0 is not in (0, 1]; the default is 0.02"),
     (CheckpointBenchConfig, {"folder": Path(__file__).parent}, "exists, and would be deleted; name one that does not"),
     (TrainConfig, {"on_failure": "shrink", "checkpoint_every": 0}, "checkpoint_every"),
+    (TrainConfig, {"rule": "econtrol(eta=2.0)"}, "rule=econtrol(eta=2.0): ErrorFeedback: eta=2.0 is not in [0, 1]"),
+    (TrainConfig, {"rule": "ef14(momentum=1.0)"}, "momentum=1.0 is not in [0, 1)"),
     (TrainConfig, {"placement": "gradient", "overlap": True, "clip": 1.0}, "pass clip=0 with it"),
 ])
 def test_programs_that_would_be_of_no_use_are_refused(config, options, words):

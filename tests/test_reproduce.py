@@ -23,7 +23,7 @@ from mpi_ef.jobs.reproduce.simulate import descend
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name == "ef21-rare"))
-                                  for name, experiment in EXPERIMENTS.items() if not experiment.wants_data])
+                                  for name, experiment in EXPERIMENTS.items() if "data" not in experiment.takes])
 def test_experiments_do_not_depend_on_the_number_of_ranks(name, tmp_path):
     seen = []
     for n in (1, 3):
@@ -73,6 +73,29 @@ def test_experiments_on_small_data(small_data, name, words, rows, monkeypatch):
     assert seen[0] == seen[1]
     assert all(word in seen[0][1] for word in words)
     assert len(seen[0][1].splitlines()) == 1 + rows
+
+
+OWN = "econtrol(eta=0.03) TopK(0.1); my_rule:FADING(fade=0.5) my_compressor:BlockMax(4)"
+
+
+@pytest.mark.parametrize("name", ["econtrol", "counterexample", "ef21", "speedup"])
+def test_methods_are_others_where_an_experiment_compares_methods(name, small_data, monkeypatch):
+    """A method of the experiment gives the same curve as when it is asked for; one from outside takes part."""
+    monkeypatch.setattr(figures, "save", lambda figure, path: path.write_text("drawn"))
+    seen = []
+    for methods in (None, OWN):
+        config = ReproduceConfig(data=small_data if name == "ef21" else None, out=small_data / str(methods is None), steps=5,
+                                 methods=methods)
+        virtual.results(2, lambda comm, config=config: reproduce.run(comm, name, config))
+        folder = small_data / str(methods is None) / name
+        seen.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+        assert json.loads((folder / "summary.json").read_text()).get("methods") == methods
+    assert {row["run"] for row in seen[1]} == {text.strip() for text in OWN.split(";")}
+    assert all(text.strip() in (folder / "table.txt").read_text() for text in OWN.split(";"))
+    if name == "econtrol":  # of the others TopK or the strength are others
+        first, second = ([row for row in rows if row.pop("run") == run]
+                         for rows, run in zip(seen, ("EControl", "econtrol(eta=0.03) TopK(0.1)"), strict=True))
+        assert first == second
 
 
 @pytest.fixture
@@ -161,19 +184,21 @@ def test_a_finished_experiment_stays_unless_it_may_be_overwritten(tmp_path):
     assert (tmp_path / "counterexample" / "metrics.jsonl").read_bytes() != before["metrics.jsonl"]
 
 
-def test_naive_compression_has_no_options_and_no_dense_steps():
+def test_naive_compression_has_no_dense_steps():
     def program(comm, **more):
         problem = zeta_quadratics(range(2), 2, 8, 1.0, seed=1)
         return descend(comm, problem, 2, "naive", TopK(k=1), gamma=0.1, steps=3, x0=np.ones(8), **more)[1]
 
     one, other = (virtual.results(1, lambda comm, n=n: program(comm, dense_steps=n))[0] for n in (0, 2))
     assert one == other
-    (error,) = virtual.run(1, lambda comm: program(comm, options={"eta": 0.1}))
-    assert "eta has no effect with rule='naive'" in str(error)
 
 
 @pytest.mark.parametrize(("argv", "text"), [
     (["speedup", "--data", "x"], "data=x has no effect with speedup; it goes with ef21, ef21-pp, ef21-bc"),
+    (["ef21-pp", "--methods", "ef21 Sign"], "methods=ef21 Sign has no effect with ef21-pp; it goes with ef21, econtrol, "),
+    (["econtrol", "--methods", "econtrl TopK(0.1)"], "methods: there is no rule 'econtrl'; did you mean econtrol?"),
+    (["econtrol", "--methods", "ef21 TopK(ration=0.1)"], "TopK has no option ration; did you mean ratio?"),
+    (["econtrol", "--methods", "ef21 TopK(0.1) GatherMean"], "'ef21 TopK(0.1) GatherMean' is not RULE COMPRESSOR, such as"),
     (["--list", "--steps", "3"], "--list"),
     (["ef12"], "there is no experiment 'ef12'; did you mean ef21?"),
     ([], "there is no experiment None; take one of ef21"),

@@ -18,9 +18,9 @@ import numpy as np
 
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import CheckpointError, ConfigError
-from mpi_ef.jobs.folder import by_first, replacing
+from mpi_ef.jobs.folder import by_first, write_whole
 from mpi_ef.jobs.metrics import in_bytes
-from mpi_ef.jobs.options import option, parse
+from mpi_ef.jobs.options import Checked, option, parse
 from mpi_ef.runtime import launch
 
 __all__ = ["CheckpointBenchConfig", "main", "measure"]
@@ -38,20 +38,17 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class CheckpointBenchConfig:
+class CheckpointBenchConfig(Checked):
     """Options of the benchmark; every field is a flag."""
 
-    d: int = option(
-        25_000_000, "parameters of the model, float32; three arrays of them are saved once, one by every rank"
-    )
-    repeats: int = option(5, "times each is measured, after one that does not count")
+    d: int = option(25_000_000, "parameters of the model, float32; three arrays of them are saved once, one by every rank",
+                    1)
+    repeats: int = option(5, "times each is measured, after one that does not count", 1)
     folder: Path = option(Path("runs/bench-checkpoint"), "where to write; is deleted afterwards, and must not exist")
     json: Path | None = option(None, "write all figures to this file")
 
     def __post_init__(self) -> None:
-        for name in ("d", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is not positive; leave it out for a default")
+        super().__post_init__()
         if self.folder.exists():
             raise ConfigError(f"folder={self.folder} exists, and would be deleted; name one that does not")
 
@@ -67,11 +64,9 @@ def run(comm: Comm, config: CheckpointBenchConfig) -> None:
     result = measure(comm, config)
     if comm.Get_rank() == 0:
         shutil.rmtree(config.folder, ignore_errors=True)
-    if comm.Get_rank() == 0:
         print(table(result))
         if config.json:
-            with replacing(config.json) as draft:
-                draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_whole(config.json, json.dumps(result, indent=1) + "\n")
 
 
 def measure(comm: Comm, config: CheckpointBenchConfig) -> dict[str, Any]:
@@ -122,14 +117,11 @@ class _Turns:
             os.fsync(file.fileno())
 
     def save(self, turn: int) -> None:
-        self.store.save(
-            self.comm, 2 * turn, replicated=self.shared, per_rank=self.own, document=None, rank_document=None
-        )
+        self.store.save(self.comm, 2 * turn, replicated=self.shared, per_rank=self.own, document=None, rank_document=None)
 
     def copy(self, turn: int) -> None:
-        self.store.save_async(
-            self.comm, 2 * turn + 1, replicated=self.shared, per_rank=self.own, document=None, rank_document=None
-        )
+        self.store.save_async(self.comm, 2 * turn + 1, replicated=self.shared, per_rank=self.own, document=None,
+                              rank_document=None)
 
     def read(self, _turn: int) -> list[bytes]:
         """As many bytes as loading brings: all that is shared, from the files of all ranks, and this rank's own."""
@@ -173,9 +165,7 @@ class _Turns:
 def table(result: dict[str, Any]) -> str:
     """Return the figures as text."""
     writes, reads = in_bytes(result["written_nbytes"]), in_bytes(result["read_nbytes"])
-    title = (
-        f"{result['ranks']} ranks, each writes {writes} and reads {reads}; medians of {result['repeats']}, slowest rank"
-    )
+    title = f"{result['ranks']} ranks, each writes {writes} and reads {reads}; medians of {result['repeats']}, slowest rank"
     lines = [title, "", f"{'':<44}{'ms':>8}{'min':>8}{'max':>8}{'ratio':>8}"]
     for name, text in NAMES.items():
         times, ratio = result["seconds"][name], result["ratios"].get(name, 1.0)

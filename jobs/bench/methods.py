@@ -17,29 +17,18 @@ __all__ = ["Method", "methods"]
 
 @dataclass
 class Method:
-    """Something to measure: what to call with a vector, and what is known about it beforehand.
-
-    Attributes
-    ----------
-    name, kind : str
-        The kind is "dense", "compressed", "alternative" or "local" (no communication).
-    call : callable
-    sent_nbytes : int
-    entry_bits, index_bits : float or None
-        Bits per kept entry on the wire, and those of them that say which entry it is.
-    plan : Plan or None
-    """
+    """Something to measure: what to call with a vector, and what is known about it beforehand."""
 
     name: str
-    kind: str
+    kind: str  # dense, compressed, alternative, or local: without communication
     call: Callable[[np.ndarray], Any]
     sent_nbytes: int = 0
-    entry_bits: float | None = None
-    index_bits: float | None = None
-    plan: Any = None
+    entry_bits: float | None = None  # of a kept entry on the wire
+    index_bits: float | None = None  # those of them for the index
+    plan: Plan | None = None
 
 
-def methods(comm: MpiComm, d: int, ratio: float, specified: Sequence[tuple[str, ...]] = ()) -> Iterator[Method]:
+def methods(comm: MpiComm, d: int, ratio: float, specified: Sequence[Sequence[str]] = ()) -> Iterator[Method]:
     """Yield what there is to measure, with buffers for vectors of `d` float32. Collective.
 
     Besides dense ones, everything, or what is `specified`: rules, compressors and maybe plans, see :mod:`mpi_ef.registry`.
@@ -72,14 +61,11 @@ def _dense(comm: MpiComm, d: int) -> Iterator[Method]:
 
 def _step(rule: str, plan: Plan) -> Method:
     feedback = ErrorFeedback(rule, plan, eta=0.1) if rule == "econtrol" else ErrorFeedback(rule, plan)
-    compressor = plan.compressor
-    entry_bits = index_bits = None
+    compressor, index_bits = plan.compressor, None
+    k = compressor.count(plan.d) if isinstance(compressor, TopK | RandK) else plan.d
+    entry_bits = 8 * compressor.wire_nbytes(plan.d) / k
     if isinstance(compressor, TopK | RandK):
-        k = compressor.count(plan.d)
-        entry_bits = 8 * compressor.wire_nbytes(plan.d) / k
         index_bits = entry_bits - 8 * compressor.values.wire_nbytes(k) / k
-    else:
-        entry_bits = 8 * compressor.wire_nbytes(plan.d) / plan.d
     name = f"{rule} {compressor}".replace("values=Quantize(format='bf16', block=256)", "bf16").replace("ratio=", "")
     for default in (", values=Identity()", ", seed=0", ", block=256", "format="):
         name = name.replace(default, "")
@@ -87,16 +73,13 @@ def _step(rule: str, plan: Plan) -> Method:
 
 
 def _alternatives(comm: MpiComm, d: int, ratio: float) -> Iterator[Method]:
-    k = TopK(ratio).count(d)
-    others = comm.Get_size() - 1
+    k, others = TopK(ratio).count(d), comm.Get_size() - 1
     yield Method("ef21 by torch.topk + Allgather", "alternative", _torch_topk_step(comm, d, k), others * 8 * k, 64, 32)
-    yield Method(
-        "signs by np.packbits + Allgather", "alternative", _packbits_step(comm, d), others * (-(-d // 8) + 4), 1
-    )
+    yield Method("signs by np.packbits + Allgather", "alternative", _packbits_step(comm, d), others * (-(-d // 8) + 4), 1)
 
 
 def _torch_topk_step(comm: MpiComm, d: int, k: int) -> Callable[[np.ndarray], Any]:
-    """Return EF21 as one would write it with torch: int32 indices, float32 values, two allgathers."""
+    """Return EF21 by torch alone: int32 indices, float32 values, two allgathers."""
     import torch
 
     size = comm.Get_size()
@@ -118,7 +101,7 @@ def _torch_topk_step(comm: MpiComm, d: int, k: int) -> Callable[[np.ndarray], An
 
 
 def _packbits_step(comm: MpiComm, d: int) -> Callable[[np.ndarray], Any]:
-    """Return a step with packed signs and error feedback as one would write it with NumPy: one allgather."""
+    """Return a step with packed signs and error feedback by NumPy alone: one allgather."""
     size = comm.Get_size()
     error, mean = np.zeros(d, np.float32), np.zeros(d, np.float32)
     bits, scales = np.empty((size, -(-d // 8)), np.uint8), np.empty(size, np.float32)
@@ -140,9 +123,8 @@ def _packbits_step(comm: MpiComm, d: int) -> Callable[[np.ndarray], Any]:
 def _local(d: int, ratio: float) -> Iterator[Method]:
     import torch
 
-    codec = TopK(ratio).codec(d)
+    codec, k = TopK(ratio).codec(d), TopK(ratio).count(d)
     wire = np.zeros(codec.nbytes, np.uint8)
-    k = TopK(ratio).count(d)
     bounds, counts = np.array([0, d]), np.array([k])
     room = kernels.select_candidates(bounds, counts)
     places = np.zeros(room, np.int64), np.zeros(room, np.float32)

@@ -11,21 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpi_ef.comm.protocol import MpiComm
-from mpi_ef.errors import ConfigError, DataError, MpiEfError, OptionError
+from mpi_ef.errors import ConfigError, DataError, MpiEfError, everywhere
 from mpi_ef.jobs.bench.table import Link, Row, combine, plot, table
-from mpi_ef.jobs.folder import replacing
+from mpi_ef.jobs.folder import write_whole
 from mpi_ef.jobs.link_fit import fit_line
+from mpi_ef.jobs.methods import methods_in
 from mpi_ef.jobs.metrics import announcing
-from mpi_ef.jobs.options import option, parse
+from mpi_ef.jobs.options import Checked, option, parse
 from mpi_ef.runtime import launch
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from mpi_ef.jobs.bench.methods import Method
 
 __all__ = ["BenchConfig", "main", "measure"]
 
@@ -34,12 +30,12 @@ VECTORS = 3  # that take turns, so that the same entries are not selected again 
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Checked):
     """Options of the benchmark; every field is a flag."""
 
-    d: int | None = option(None, "entries of the vector, float32", shown="25000000")
-    ratio: float | None = option(None, "share of entries that topk keeps", shown="0.01")
-    repeats: int | None = option(None, "times each method is measured", shown="9")
+    d: int | None = option(None, "entries of the vector, float32", "[100, inf)", shown="25000000")
+    ratio: float | None = option(None, "share of entries that topk keeps", "(0, 1]", shown="0.01")
+    repeats: int | None = option(None, "times each method is measured", 1, shown="9")
     only: str | None = option(
         None, "measure only methods whose names contain one of these words, separated by commas", shown="all"
     )
@@ -52,6 +48,7 @@ class BenchConfig:
     combine: str = option("", "no measurement: medians over the launches in these JSON files, separated by commas")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         measuring = {name: getattr(self, name) for name in ("d", "ratio", "repeats", "only", "methods")}
         for name, value in measuring.items():
             if self.combine and value is not None:
@@ -59,57 +56,9 @@ class BenchConfig:
         for name in ("ratio", "only"):
             if self.methods is not None and measuring[name] is not None:
                 raise ConfigError(f"{name}={measuring[name]} has no effect with methods, which says what is measured")
-        specified(self.methods)
-        if self.d is not None and self.d < 100:
-            raise ConfigError(f"d={self.d} is too short to say anything; take at least 100")
-        if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
-            raise ConfigError(f"ratio={self.ratio} is not in (0, 1]; 0.01 keeps one entry in a hundred")
+        methods_in(self.methods)
         if self.plot is not None and self.plot.suffix.lower() not in PICTURES:
             raise ConfigError(f"plot={self.plot} is no name of a picture; take one that ends in {', '.join(PICTURES)}")
-        if self.repeats is not None and self.repeats < 1:
-            raise ConfigError(f"repeats={self.repeats} is not positive; take for example 9")
-
-
-def specified(text: str | None) -> list[tuple[str, ...]]:
-    """Return the rules, compressors and plans that `methods` names.
-
-    Raises
-    ------
-    ConfigError
-        There is none of that name, or an option does not fit.
-    """
-    if text is None:
-        return []
-    from mpi_ef import registry
-    from mpi_ef.collectives.chosen import plan_named
-
-    found = []
-    for method in text.split(";"):
-        words = _words(method)
-        if len(words) not in (2, 3):
-            raise ConfigError(f"methods: {method.strip()!r} is not RULE COMPRESSOR or RULE COMPRESSOR PLAN, such as "
-                              "'econtrol(eta=0.1) TopK(0.05)'")
-        try:
-            registry.specified("rule", words[0])
-            registry.built("compressor", words[1])
-            for plan in words[2:]:
-                plan_named(plan)
-        except OptionError as error:
-            raise ConfigError(f"methods: {error}") from None
-        found.append(words)
-    return found
-
-
-def _words(text: str) -> tuple[str, ...]:
-    """Cut a text at spaces that are in no parentheses."""
-    words, depth = [""], 0
-    for character in text:
-        depth += (character == "(") - (character == ")")
-        if character.isspace() and depth == 0:
-            words.append("")
-        else:
-            words[-1] += character
-    return tuple(filter(None, words))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -139,11 +88,10 @@ def run(comm: MpiComm, config: BenchConfig) -> None:
 
 
 def show(config: BenchConfig, result: dict[str, Any]) -> None:
-    """Print the table, and write what was asked for."""
+    """Print the table, and write the files of ``--json`` and ``--plot``."""
     print(table(result))
     if config.json:
-        with replacing(config.json) as draft:
-            draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_whole(config.json, json.dumps(result, indent=1) + "\n")
     if config.plot:
         plot(result, config.plot)
 
@@ -169,12 +117,13 @@ def measure(comm: MpiComm, config: BenchConfig) -> dict[str, Any]:
     from mpi4py import MPI
 
     from mpi_ef.jobs.bench.methods import methods
+    from mpi_ef.jobs.bench.traffic import counted
 
     d, ratio, repeats = config.d or 25_000_000, config.ratio or 0.01, config.repeats or 9
     rng = np.random.default_rng(comm.Get_rank())
     vectors = [rng.standard_normal(d, dtype=np.float32) for _ in range(VECTORS)]
     wanted = [word.strip() for word in (config.only or "").split(",") if word.strip()]
-    every = list(methods(comm, d, ratio, specified(config.methods)))
+    every = list(methods(comm, d, ratio, methods_in(config.methods)))
     _check_words(wanted, [m.name for m in every])
     chosen = [m for m in every if not wanted or m.kind == "dense" or any(word in m.name for word in wanted)]
     seconds = np.zeros((len(chosen), repeats + 2))
@@ -195,7 +144,9 @@ def measure(comm: MpiComm, config: BenchConfig) -> dict[str, Any]:
         if method.plan is not None:
             spent = method.plan.seconds["encode"] + method.plan.seconds["decode"]
             local = comm.allreduce(spent / repeats, MPI.MAX)
-            touched = touched_bytes(method, vectors[0])
+            with counted() as traffic:
+                method.call(vectors[0])
+            touched = traffic.total() / d
         rows.append(Row(method.name, method.kind, median(times), min(times), max(times), method.sent_nbytes,
                         method.entry_bits, method.index_bits, local, touched))
     return {
@@ -209,18 +160,7 @@ def _check_words(wanted: Sequence[str], names: Sequence[str]) -> None:
     """Raise on all ranks when a word of --only is in no name."""
     for word in wanted:
         if not any(word in name for name in names):
-            error = ConfigError(f"only={word}: no method has that in its name; take of {', '.join(names)}")
-            error.everywhere = True
-            raise error
-
-
-def touched_bytes(method: "Method", x: "np.ndarray") -> float:
-    """Return the bytes per entry of x that the kernels of one more step touch. Collective."""
-    from mpi_ef.jobs.bench.traffic import counted
-
-    with counted() as touched:
-        method.call(x)
-    return touched.nbytes / x.size
+            raise everywhere(ConfigError(f"only={word}: no method has that in its name; take of {', '.join(names)}"))
 
 
 def fit_link(comm: MpiComm) -> Link:

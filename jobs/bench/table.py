@@ -21,15 +21,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one method; seconds of the slowest rank.
-
-    Attributes
-    ----------
-    local_seconds : float or None
-        Time without communication.
-    touched_bytes : float or None
-        Bytes of memory that the kernels of one step stream through, per entry of the vector, by :mod:`.traffic`.
-    """
+    """Figures of one method; seconds of the slowest rank."""
 
     name: str
     kind: str
@@ -39,8 +31,8 @@ class Row:
     sent_nbytes: int
     entry_bits: float | None
     index_bits: float | None
-    local_seconds: float | None
-    touched_bytes: float | None
+    local_seconds: float | None  # without communication
+    touched_bytes: float | None  # memory that the kernels of a step stream through, per entry, by :mod:`.traffic`
 
 
 def break_even(row: Row, dense: Row, link: Link) -> float | None:

@@ -4,6 +4,7 @@ Counted are the passes that a kernel's docstring promises; what an MPI library c
 and there (sparse messages) count by their own size, although a whole cache line moves.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -11,23 +12,15 @@ from typing import Any
 
 from mpi_ef import kernels
 
-__all__ = ["Touched", "counted"]
+__all__ = ["counted"]
 
 _CACHED = {"scratch", "histogram", "bitmap"}  # small enough to stay in a cache
 
 
-class Touched:
-    """Bytes touched, in all and by kernel."""
-
-    def __init__(self) -> None:
-        self.nbytes = 0
-        self.by_kernel: dict[str, int] = {}
-
-
 @contextmanager
-def counted() -> Iterator[Touched]:
-    """Count what kernels called inside of the block, by anybody in this process, touch."""
-    touched = Touched()
+def counted() -> Iterator[Counter[str]]:
+    """Count the bytes that kernels called in this process inside of the block touch, by kernel."""
+    touched = Counter[str]()
     originals = {name: getattr(kernels, name) for name in kernels.__all__ if callable(getattr(kernels, name))}
     for name, kernel in originals.items():
         setattr(kernels, name, _counting(name, kernel, touched))
@@ -38,13 +31,11 @@ def counted() -> Iterator[Touched]:
             setattr(kernels, name, kernel)
 
 
-def _counting(name: str, kernel: Callable[..., Any], touched: Touched) -> Callable[..., Any]:
+def _counting(name: str, kernel: Callable[..., Any], touched: Counter[str]) -> Callable[..., Any]:
     names = list(signature(getattr(kernel, "py_func", kernel)).parameters)
 
     def call(*arguments: Any) -> Any:
-        nbytes = _nbytes(name, dict(zip(names, arguments, strict=True)))
-        touched.nbytes += nbytes
-        touched.by_kernel[name] = touched.by_kernel.get(name, 0) + nbytes
+        touched[name] += _nbytes(name, dict(zip(names, arguments, strict=True)))
         return kernel(*arguments)
 
     return call

@@ -4,4 +4,4 @@ from mpi_ef.moved import earlier
 
 __all__: list[str] = []
 
-__getattr__ = earlier(__name__, main="program", read_sections="program", Section="section")
+__getattr__ = earlier(__name__, main="program", read_sections="program", Section="html")

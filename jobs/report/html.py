@@ -1,16 +1,16 @@
 """One HTML page with tables and pictures inside: it can be mailed, and opened without a network."""
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mpi_ef.errors import DataError
-from mpi_ef.jobs.folder import replacing
-from mpi_ef.jobs.report.section import Section
+from mpi_ef.jobs.folder import write_whole
 
-__all__ = ["write"]
+__all__ = ["Section", "write"]
 
 _STYLE = """
 body { font-family: system-ui, sans-serif; color: #222; background: #fff }
@@ -22,14 +22,18 @@ nav a { margin-right: 1.2em }
 """
 
 
-def write(sections: Sequence[Section], path: Path) -> None:
-    """Write all sections into one file.
+@dataclass(frozen=True)
+class Section:
+    """A part of a report: runs of one kind."""
 
-    Raises
-    ------
-    DataError
-        When matplotlib is not installed, or the file cannot be written.
-    """
+    kind: str  # of the program that wrote the runs; names the pictures where there are several
+    title: str
+    text: str
+    draw: Callable[[Path], None]  # into a file
+
+
+def write(sections: Sequence[Section], path: Path) -> None:
+    """Write all sections into one file. Raises `DataError` without matplotlib, or where the file cannot be written."""
     links = "".join(f'<a href="#{n}">{escape(section.title)}</a>' for n, section in enumerate(sections))
     body = "\n".join(_section(n, section) for n, section in enumerate(sections))
     page = (
@@ -38,8 +42,7 @@ def write(sections: Sequence[Section], path: Path) -> None:
         f"<h1>mpi-ef report</h1>\n<nav>{links}</nav>\n{body}\n</body>\n</html>\n"
     )
     try:
-        with replacing(path) as draft:
-            draft.write_text(page, encoding="utf-8")
+        write_whole(path, page)
     except DataError as error:
         raise DataError(f"{path}: the page cannot be written ({error}); name another file") from None
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mpi_ef.errors import DataError, MpiEfError
 from mpi_ef.jobs.metrics import in_bytes
-from mpi_ef.jobs.report.section import Section
+from mpi_ef.jobs.report.html import Section, write
 
 __all__ = ["main", "read_sections"]
 
@@ -26,7 +26,7 @@ class _Run:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print tables of the runs, and draw them when asked to."""
+    """Print tables of the runs, and draw them with ``--plot`` and ``--html``."""
     parser = argparse.ArgumentParser(prog="mpi-ef report", description=(__doc__ or "").partition("\n")[2])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder or file of a finished run")
     parser.add_argument("--plot", type=Path, metavar="PNG",
@@ -40,21 +40,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n\n".join(section.text for section in sections))
         if arguments.plot:
             for section in sections:
-                section.draw(_path_for(section, arguments.plot, alone=len(sections) == 1))
+                path = arguments.plot
+                section.draw(path if len(sections) == 1 else path.with_stem(f"{path.stem}-{section.kind}"))
         if arguments.html:
-            from mpi_ef.jobs.report.html import write
-
             write(sections, arguments.html)
     except MpiEfError as error:
         raise SystemExit(f"mpi-ef: {error}") from None
 
 
-def _path_for(section: Section, path: Path, *, alone: bool) -> Path:
-    return path if alone else path.with_name(f"{path.stem}-{section.kind}{path.suffix}")
-
-
 def read_sections(paths: Sequence[Path], *, best: bool = False) -> list[Section]:
-    """Return what there is to say of the runs, by the programs that wrote them; trained ones together, dense first.
+    """Return a section for each run; for trained ones a common one, dense runs first.
 
     With `best`, of trained runs that differ in the learning rate (and in folders) only, the one that ended best.
 
@@ -107,7 +102,7 @@ def _end(run: _Run) -> float:
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """Return the last parts of paths where they tell them apart, else the paths."""
+    """Return the last parts of paths where they differ, else the paths."""
     short = [Path(name).name for name in names]
     return short if len(set(short)) == len(short) else list(names)
 
@@ -142,7 +137,7 @@ def _reproduced(path: Path) -> Section:
     def draw(target: Path) -> None:
         from mpi_ef.jobs.reproduce import figures
 
-        figures.against_bits_and_steps(panels, target)
+        figures.against("sent_bits", "steps")(panels, target)
 
     return Section(path.name, f"Reproduced: {path.name}", text, draw)
 

@@ -1,6 +1,6 @@
 """Pictures of experiments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +9,25 @@ import numpy as np
 from mpi_ef.jobs import figures
 from mpi_ef.jobs.reproduce.simulate import Curve
 
-__all__ = ["Curves", "against_bits", "against_bits_and_steps", "against_steps", "floors", "stability"]
+__all__ = ["Curves", "against", "floors", "stability"]
 
 Curves = Mapping[str, Curve]
 
 LEAST = 1e-33  # what is drawn of ||grad f||^2; below it is rounding
-_MOST = 1e3  # and above so many times its first value nobody wants to know
+_MOST = 1e3  # and so many times its first value is at the top
 _COLUMNS = 4
 
 
-def against_bits(panels: Mapping[str, Curves], path: Path) -> None:
-    """Draw ||grad f||^2, a panel for each problem: above against bits really sent, below against bits as papers count."""
-    abscissas = {"sent_bits": "bits sent per client, indices included", "paper_bits": "bits per client as papers count"}
-    _squared_norms(panels, path, abscissas)
+_LABELS = {"sent_bits": "bits sent per client, indices included", "paper_bits": "bits per client as papers count",
+           "steps": "steps"}
 
 
-def against_steps(panels: Mapping[str, Curves], path: Path) -> None:
-    """Draw ||grad f||^2 against steps, a panel for each problem."""
-    _squared_norms(panels, path, {"steps": "steps"})
-
-
-def against_bits_and_steps(panels: Mapping[str, Curves], path: Path) -> None:
-    """Draw ||grad f||^2, a panel for each problem: above against bits really sent, below against steps."""
-    _squared_norms(panels, path, {"sent_bits": "bits sent per client, indices included", "steps": "steps"})
+def against(*abscissas: str) -> Callable[[Mapping[str, Curves], Path], None]:
+    """Return what draws ||grad f||^2, up to four panels in a row, and under each one for each further abscissa."""
+    return lambda panels, path: _squared_norms(panels, path, {abscissa: _LABELS[abscissa] for abscissa in abscissas})
 
 
 def _squared_norms(panels: Mapping[str, Curves], path: Path, abscissas: Mapping[str, str]) -> None:
-    """Draw a panel for each problem, up to four in a row, and under it one for each further abscissa."""
     columns = min(len(panels), _COLUMNS)
     rows = -(-len(panels) // columns) * len(abscissas)
     size = (3.6 * columns, 3.2 * rows)

@@ -1,12 +1,12 @@
-"""What an experiment is asked, and what it has to show."""
+"""Options and results of an experiment."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpi_ef.errors import ConfigError
-from mpi_ef.jobs.options import option
+from mpi_ef.jobs.methods import methods_in
+from mpi_ef.jobs.options import Checked, option
 
 __all__ = ["Outcome", "ReproduceConfig"]
 
@@ -14,23 +14,22 @@ DATA = Path("../shared/data")
 
 
 @dataclass(frozen=True)
-class ReproduceConfig:
+class ReproduceConfig(Checked):
     """Options of all experiments; every field is a flag."""
 
     data: Path | None = option(
-        None,
-        "folder with phishing, mushrooms, a9a, w8a as LIBSVM files, plain or .xz, for the experiments on these",
-        shown=str(DATA),
-    )
-    out: Path = option(
-        Path("runs/reproduce"), "folder for what is written; the experiment gets a folder of its own in it"
-    )
-    steps: int = option(0, "other than as many steps as the experiment wants")
+        None, "folder with phishing, mushrooms, a9a, w8a as LIBSVM files, plain or .xz, for the experiments on these",
+        shown=str(DATA))
+    out: Path = option(Path("runs/reproduce"), "folder for what is written; the experiment gets a folder of its own in it")
+    steps: int = option(0, "other than as many steps as the experiment wants", 0)
+    methods: str | None = option(
+        None, "compare these methods: RULE COMPRESSOR, separated by semicolons, such as 'econtrol(eta=0.1) TopK(0.05); "
+        "my_module:RULE my_module:Mine(3)'", shown="those of the experiment")
     overwrite: bool = option(False, "replace what the experiment has left in --out before")
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ConfigError(f"reproduce: steps={self.steps} is negative; 0 takes what the experiment wants")
+        super().__post_init__()
+        methods_in(self.methods, plans=False)
 
     @property
     def folder(self) -> Path:
@@ -40,20 +39,9 @@ class ReproduceConfig:
 
 @dataclass
 class Outcome:
-    """What an experiment has to show.
+    """The results of an experiment."""
 
-    Attributes
-    ----------
-    rows : list of dict
-        Metrics, one for each look at a run.
-    table : str
-    draw : callable
-        Draws into a file.
-    data : dict of str to str
-        What was in the files, by their names.
-    """
-
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]]  # of its metrics
     table: str
-    draw: Callable[[Path], None]
-    data: dict[str, str] = field(default_factory=dict)
+    draw: Callable[[Path], None]  # into a file
+    data: dict[str, str] = field(default_factory=dict)  # by their names, the content of the files that were read

@@ -1,4 +1,4 @@
-"""Optimization problems of the papers, dealt out to clients: what each client computes, and the constants of the theory.
+"""Optimization problems of the papers, distributed over clients: gradients, and the constants of the theory.
 
 A problem holds the parts of some consecutive clients, those of one rank; what a client computes is a function of its part
 alone. ``f`` is the mean of all clients' ``f_i``.
@@ -17,8 +17,8 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Identity
 from mpi_ef.feedback.theory import Smoothness
 
-__all__ = ["LeastSquares", "LogisticRegression", "Problem", "Quadratics", "Tridiagonal", "Vector", "rare_features",
-           "smoothness", "soft_threshold", "tridiagonal", "zeta_quadratics"]
+__all__ = ["LeastSquares", "LogisticRegression", "Problem", "Quadratics", "Vector", "rare_features", "smoothness",
+           "zeta_quadratics"]
 
 Vector = NDArray[np.float64]
 
@@ -33,9 +33,6 @@ class Problem(Protocol):
     def gradients(self, x: Vector) -> Vector:
         """Return the gradients of these clients at `x`, (m, d)."""
 
-    def values(self, x: Vector) -> Vector:
-        """Return f_i(x) of these clients, (m,)."""
-
     def curvature(self, direction: Vector) -> Vector:
         """Return the bounds H_i on the Hessians of these clients times `direction`, (m, d)."""
 
@@ -45,33 +42,18 @@ class Problem(Protocol):
 
 @dataclass(frozen=True)
 class _Regression(ABC):
-    """``f_i(x) = mean_j loss(a_j x, b_j) + weight * sum_l x_l^2 / (1 + x_l^2)``.
+    """``f_i(x) = mean_j loss(a_j x, b_j) + weight * sum_l x_l^2 / (1 + x_l^2)``."""
 
-    Parameters
-    ----------
-    parts : sequence of (A_i, b_i)
-        (m_i, d) and (m_i,) float64: the rows of these clients.
-    weight : float
-        Of the nonconvex regulariser, whose second derivative is at most 2.
-    content : str
-        What the rows of all clients are, where they were read from a file.
-    """
-
-    parts: Sequence[tuple[Vector, Vector]]
-    weight: float = 0.0
-    content: str = ""
+    parts: Sequence[tuple[Vector, Vector]]  # (A_i, b_i), (m_i, d) and (m_i,), of these clients
+    weight: float = 0.0  # of the nonconvex regulariser, whose second derivative is at most 2
+    content: str = ""  # of the file from which the rows of all clients were read
 
     bend: ClassVar[float]  # the largest second derivative of the loss
 
     @staticmethod
     @abstractmethod
-    def loss(product: Vector, b: Vector) -> Vector:
-        """Return the losses of rows whose products with x are given."""
-
-    @staticmethod
-    @abstractmethod
     def slope(product: Vector, b: Vector) -> Vector:
-        """Return the derivatives of :meth:`loss` by the products."""
+        """Return the derivatives of the losses of rows by their products with x."""
 
     @property
     def d(self) -> int:
@@ -82,11 +64,6 @@ class _Regression(ABC):
         """Return the gradients of these clients at `x`, (m, d)."""
         regular = self.weight * 2.0 * x / (1.0 + x * x) ** 2
         return np.array([a.T @ self.slope(a @ x, b) / b.size + regular for a, b in self.parts])
-
-    def values(self, x: Vector) -> Vector:
-        """Return f_i(x) of these clients, (m,)."""
-        regular = self.weight * float((x * x / (1.0 + x * x)).sum())
-        return np.array([self.loss(a @ x, b).mean() + regular for a, b in self.parts])
 
     def curvature(self, direction: Vector) -> Vector:
         """Return ``(bend A_i^T A_i / m_i + 2 weight) direction`` of these clients, (m, d)."""
@@ -107,12 +84,6 @@ class LogisticRegression(_Regression):
     bend = 0.25
 
     @staticmethod
-    def loss(product: Vector, b: Vector) -> Vector:
-        """Return ``log(1 + exp(-b product))``."""
-        losses: Vector = np.logaddexp(0.0, -b * product)
-        return losses
-
-    @staticmethod
     def slope(product: Vector, b: Vector) -> Vector:
         """Return ``-b / (1 + exp(b product))``."""
         slopes: Vector = -b / (1.0 + np.exp(b * product))
@@ -126,12 +97,6 @@ class LeastSquares(_Regression):
     bend = 2.0
 
     @staticmethod
-    def loss(product: Vector, b: Vector) -> Vector:
-        """Return ``(product - b)^2``."""
-        losses: Vector = (product - b) ** 2
-        return losses
-
-    @staticmethod
     def slope(product: Vector, b: Vector) -> Vector:
         """Return ``2 (product - b)``."""
         slopes: Vector = 2.0 * (product - b)
@@ -139,15 +104,7 @@ class LeastSquares(_Regression):
 
 
 def rare_features(
-    clients: range,
-    n: int,
-    d: int,
-    owners: int,
-    *,
-    samples: int = 12,
-    mu: float = 1.0,
-    largest: float = 20.0,
-    seed: int = 0,
+    clients: range, n: int, d: int, owners: int, *, samples: int = 12, mu: float = 1.0, largest: float = 20.0, seed: int = 0
 ) -> LeastSquares:
     """Return least squares in which every feature is known to `owners` of the n clients only (arXiv 2305.15264).
 
@@ -174,16 +131,10 @@ def rare_features(
 
 @dataclass(frozen=True)
 class Quadratics:
-    """``f_i(x) = scale_i / 2 ||x||^2 - <shift_i, x>``, with gradients that differ at the optimum.
+    """``f_i(x) = scale_i / 2 ||x||^2 - <shift_i, x>``, with gradients that differ at the optimum."""
 
-    Parameters
-    ----------
-    scales : (m,)
-    shifts : (m, d)
-    """
-
-    scales: Vector
-    shifts: Vector
+    scales: Vector  # (m,)
+    shifts: Vector  # (m, d)
 
     @property
     def d(self) -> int:
@@ -193,10 +144,6 @@ class Quadratics:
     def gradients(self, x: Vector) -> Vector:
         """Return the gradients of these clients at `x`, (m, d)."""
         return self.scales[:, None] * x - self.shifts
-
-    def values(self, x: Vector) -> Vector:
-        """Return f_i(x) of these clients, (m,)."""
-        return 0.5 * self.scales * float(x @ x) - self.shifts @ x
 
     def curvature(self, direction: Vector) -> Vector:
         """Return ``scale_i * direction`` of these clients, (m, d)."""
@@ -223,81 +170,10 @@ def zeta_quadratics(clients: range, n: int, d: int, zeta: float, seed: int, *, e
     return Quadratics(scales, shifts)
 
 
-@dataclass(frozen=True)
-class Tridiagonal:
-    """``f_i(x) = x^T A_i x / 2 - b_i^T x`` with ``A_i = scale_i tridiag(-1, 2, -1) + shift I`` (3PC, arXiv 2202.00998).
-
-    Parameters
-    ----------
-    scales : (m,)
-    firsts : (m,)
-        First entry of b_i; the others are 0.
-    shift : float
-    d : int
-    """
-
-    scales: Vector
-    firsts: Vector
-    shift: float
-    d: int
-
-    def curvature(self, direction: Vector) -> Vector:
-        """Return ``A_i direction`` of these clients, (m, d)."""
-        product = 2.0 * direction
-        product[:-1] -= direction[1:]
-        product[1:] -= direction[:-1]
-        rows: Vector = self.scales[:, None] * product + self.shift * direction
-        return rows
-
-    def gradients(self, x: Vector) -> Vector:
-        """Return the gradients of these clients at `x`, (m, d)."""
-        rows = self.curvature(x)
-        rows[:, 0] -= self.firsts
-        return rows
-
-    def values(self, x: Vector) -> Vector:
-        """Return f_i(x) of these clients, (m,)."""
-        values: Vector = 0.5 * (self.curvature(x) @ x) - self.firsts * x[0]
-        return values
-
-    def client_smoothness(self) -> Vector:
-        """Return the largest eigenvalues of the A_i in magnitude, (m,)."""
-        ends = 2.0 - 2.0 * np.cos(np.pi * np.array([1, self.d]) / (self.d + 1))
-        largest: Vector = np.abs(self.scales[:, None] * ends + self.shift).max(axis=1)
-        return largest
-
-
-def tridiagonal(
-    clients: range, n: int, d: int, spread: float, *, seed: int = 12345, least: float = 1e-6
-) -> Tridiagonal:
-    """Return the synthetic quadratics of 3PC: ``nu_i / 4 tridiag(-1, 2, -1)``, shifted so that f has curvature `least`.
-
-    ``nu_i = 1 + spread * N(0, 1)``, ``b_i = nu_i / 4 (-1 + spread * N(0, 1)) e_1``; drawn for all n clients from `seed`.
-    """
-    rng = np.random.default_rng(seed)
-    nu = 1.0 + spread * rng.normal(size=n)
-    firsts = nu / 4 * (-1.0 + spread * rng.normal(size=n))
-    smallest = nu.mean() / 4 * (2.0 - 2.0 * np.cos(np.pi / (d + 1)))
-    own = slice(clients.start, clients.stop)
-    return Tridiagonal(nu[own] / 4, firsts[own], least - smallest, d)
-
-
-def soft_threshold(x: Vector, threshold: float) -> Vector:
-    """Return the proximal point of ``threshold * ||x||_1``."""
-    shrunk: Vector = np.sign(x) * np.maximum(np.abs(x) - threshold, 0.0)
-    return shrunk
-
-
 def smoothness(comm: Comm, problem: Problem, clients: int) -> Smoothness:
-    """Return L and the L_i without gathering data: d products with a vector travel, and n numbers. Collective.
+    """Return L and the n L_i without gathering data: d products with a vector are exchanged, and n numbers. Collective.
 
-    Parameters
-    ----------
-    comm : MPI.Comm
-    problem : Problem
-        This rank's part, as :class:`ClientsMean` deals clients out.
-    clients : int
-        n.
+    `problem` is this rank's part, as :class:`ClientsMean` deals clients out.
     """
     d = problem.d
     plan = ClientsMean(comm, Identity(), d, np.float64, clients=clients)
@@ -305,5 +181,5 @@ def smoothness(comm: Comm, problem: Problem, clients: int) -> Smoothness:
     for row, direction in zip(mean, unit, strict=True):
         plan.exchange(problem.curvature(direction).reshape(-1)).set_mean(row)
     own = [float(value) for value in problem.client_smoothness()]
-    everybody = [value for values in comm.allgather(own) for value in values]
-    return Smoothness(float(np.abs(np.linalg.eigvalsh((mean + mean.T) / 2)).max()), tuple(everybody))
+    every = tuple(value for values in comm.allgather(own) for value in values)
+    return Smoothness(float(np.abs(np.linalg.eigvalsh((mean + mean.T) / 2)).max()), every)

@@ -7,15 +7,14 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import DataError
-from mpi_ef.jobs.folder import RunFolder, replacing
+from mpi_ef.errors import DataError, nearest
+from mpi_ef.jobs.folder import RunFolder, write_whole
 from mpi_ef.jobs.metrics import announcing
-from mpi_ef.jobs.options import parse
+from mpi_ef.jobs.options import parse, refuse
 from mpi_ef.jobs.reproduce.outcome import Outcome, ReproduceConfig
 from mpi_ef.runtime import launch
 
@@ -26,11 +25,11 @@ PROOF = "table.txt"  # what only a finished experiment has
 
 @dataclass(frozen=True)
 class Experiment:
-    """A line in the list of experiments: the module function that runs it, loaded when it is wanted, and what it shows."""
+    """What an experiment shows, the function of :mod:`.experiments` that runs it, and options that not all of them take."""
 
     text: str
     function: str
-    wants_data: bool = False
+    takes: tuple[str, ...] = ()
 
     def run(self, comm: Comm, config: ReproduceConfig) -> Outcome:
         """Run it. Collective."""
@@ -41,17 +40,18 @@ class Experiment:
 
 
 EXPERIMENTS: Mapping[str, Experiment] = {
-    "ef21": Experiment("EF21, EF14, EF21+ and gradient descent on four LIBSVM sets (arXiv 2106.05203)", "ef21", True),
-    "econtrol": Experiment("EControl and others on least squares over zeta (arXiv 2311.05645)", "econtrol"),
-    "speedup": Experiment("stochastic methods over the number of clients: EControl's linear speed-up", "speedup"),
+    "ef21": Experiment("EF21, EF14, EF21+ and gradient descent on four LIBSVM sets (arXiv 2106.05203)", "ef21",
+                       ("data", "methods")),
+    "econtrol": Experiment("EControl and others on least squares over zeta (arXiv 2311.05645)", "econtrol", ("methods",)),
+    "speedup": Experiment("stochastic methods over the number of clients: EControl's linear speed-up", "speedup",
+                          ("methods",)),
     "stability": Experiment("EControl over eta and the step size", "stability"),
-    "counterexample": Experiment(
-        "EF21-SGD does not converge in two dimensions, SGDM and EControl do (arXiv 2305.15155)", "counterexample"
-    ),
+    "counterexample": Experiment("EF21-SGD does not converge in two dimensions, SGDM and EControl do (arXiv 2305.15155)",
+                                 "counterexample", ("methods",)),
     "ef21-w": Experiment("EF21-W against EF21, 1000 clients of different smoothness (arXiv 2402.10774)", "weights"),
     "ef21-rare": Experiment("EF21 where features are rare, with larger step sizes (arXiv 2305.15264)", "rare"),
-    "ef21-pp": Experiment("EF21-PP with 100 to 12.5 % of 20 clients (arXiv 2110.03294)", "participation", True),
-    "ef21-bc": Experiment("EF21-BC: Top-2 up, Top-2 to everything down (arXiv 2110.03294)", "bidirectional", True),
+    "ef21-pp": Experiment("EF21-PP with 100 to 12.5 % of 20 clients (arXiv 2110.03294)", "participation", ("data",)),
+    "ef21-bc": Experiment("EF21-BC: Top-2 up, Top-2 to everything down (arXiv 2110.03294)", "bidirectional", ("data",)),
 }
 
 
@@ -64,14 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     config = parse(ReproduceConfig, arguments, prog="mpi-ef reproduce NAME", description=__doc__ or "")
     if name is None or name not in EXPERIMENTS:
-        close = get_close_matches(str(name), EXPERIMENTS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"take one of {', '.join(EXPERIMENTS)}"
-        print(f"mpi-ef reproduce: there is no experiment {name!r}; {hint}", file=sys.stderr)
-        raise SystemExit(2)
-    if config.data is not None and not EXPERIMENTS[name].wants_data:
-        takers = ", ".join(other for other, experiment in EXPERIMENTS.items() if experiment.wants_data)
-        print(f"mpi-ef reproduce: data={config.data} has no effect with {name}; it goes with {takers}", file=sys.stderr)
-        raise SystemExit(2)
+        hint = nearest(str(name), EXPERIMENTS, f"take one of {', '.join(EXPERIMENTS)}")
+        refuse(f"there is no experiment {name!r}; {hint}", "mpi-ef reproduce")
+    for option in ("data", "methods"):
+        if (value := getattr(config, option)) is not None and option not in EXPERIMENTS[name].takes:
+            takers = ", ".join(other for other, experiment in EXPERIMENTS.items() if option in experiment.takes)
+            refuse(f"{option}={value} has no effect with {name}; it goes with {takers}", "mpi-ef reproduce")
     launch.run(lambda comm: run(comm, name, config))
 
 
@@ -84,21 +82,21 @@ def run(comm: Comm, name: str, config: ReproduceConfig) -> None:
             outcome = EXPERIMENTS[name].run(comm, config)
         if comm.Get_rank() == 0:
             with folder.writing():
-                _write(outcome, folder.path, {"experiment": name, "ranks": comm.Get_size(), "steps": config.steps})
+                facts = {"experiment": name, "ranks": comm.Get_size(), "steps": config.steps}
+                _write(outcome, folder.path, facts | ({"methods": config.methods} if config.methods else {}))
     finally:
         folder.close()
 
 
-def _write(outcome: Outcome, folder: Path, told: dict[str, Any]) -> None:
+def _write(outcome: Outcome, folder: Path, facts: dict[str, Any]) -> None:
     """Write everything, the table last: with it the experiment counts as finished."""
     lines = [json.dumps(row) + "\n" for row in outcome.rows]
-    summary = json.dumps(told | {"data": outcome.data}, indent=2) + "\n"
+    summary = json.dumps(facts | {"data": outcome.data}, indent=2) + "\n"
     for name, text in (("metrics.jsonl", "".join(lines)), ("summary.json", summary), (PROOF, outcome.table + "\n")):
-        with replacing(folder / name) as draft:
-            draft.write_text(text, encoding="utf-8")
+        write_whole(folder / name, text)
     print(outcome.table)
     try:
-        outcome.draw(folder / f"{told['experiment']}.png")
+        outcome.draw(folder / f"{facts['experiment']}.png")
     except DataError as error:  # without matplotlib the numbers are still there
         print(f"\nno picture: {error}")
     print(f"\nwritten to {folder}")

@@ -15,18 +15,10 @@ _COIN = 0xC01  # of the random numbers that decide which steps are whole
 
 
 class Changes:
-    """Gradients of one rank for a rule that is told changes: ``grad_i(x) - grad_i(x_before)`` over one batch.
+    """Gradients of one rank for the rules ef21-page and marina: ``grad_i(x) - grad_i(x_before)`` over one batch.
 
     The first step, the one after a step that was skipped, and others with probability `whole` take the gradient over all
-    samples of the rank instead: all ranks draw them together.
-
-    Parameters
-    ----------
-    optimizer : FlatOptimizer
-        Placement "gradient", without overlap.
-    rule : {"ef21-page", "marina"}
-    whole : float
-    seed : int
+    samples of the rank instead, the same steps on all ranks. The optimizer has the placement "gradient", without overlap.
     """
 
     def __init__(self, optimizer: FlatOptimizer, rule: str, *, whole: float, seed: int) -> None:
@@ -35,13 +27,10 @@ class Changes:
         self._skipped = -1  # how many steps had been skipped at the last one: the first is whole
 
     def gradient(self, step: int, batch: Callable[[], float], everything: Callable[[], float]) -> float:
-        """Leave in ``p.grad`` what the rule is to be given in step 1, 2, ..., tell it so, and return the loss. Local.
+        """Leave in ``p.grad`` the input of the rule in step 1, 2, ..., and return the loss. Local.
 
-        Parameters
-        ----------
-        step : int
-        batch, everything : callable
-            Add the gradient of the mean loss over a batch, over all samples of this rank, to ``p.grad``; return that loss.
+        `batch` and `everything` add the gradient of the mean loss over a batch, over all samples of this rank, to
+        ``p.grad``, and return that loss.
         """
         optimizer, values = self._optimizer, self._optimizer.flat.values
         channels = [channel for channel in optimizer.channels() if isinstance(channel, ErrorFeedback)]
@@ -61,10 +50,8 @@ class Changes:
 
     def _subtract_before(self, batch: Callable[[], float], values: np.ndarray) -> None:
         """Take off ``p.grad`` what it is over the same batch at the parameters before the last step."""
-        now, gradients = (
-            values.copy(),
-            [(p, p.grad.clone()) for p in self._optimizer.flat.parameters if p.grad is not None],
-        )
+        now = values.copy()
+        gradients = [(p, p.grad.clone()) for p in self._optimizer.flat.parameters if p.grad is not None]
         self._optimizer.zero_grad()
         np.copyto(values, self._before)  # parameters are views of it
         try:

@@ -12,7 +12,7 @@ __all__ = ["CHOOSERS", "COMPRESSORS", "MODELS", "OPTIMIZERS", "PLACEMENTS", "RUL
 
 @dataclass(frozen=True)
 class Depends:
-    """A default that depends on what else is chosen; `text` says how. None where only what is built tells."""
+    """A default that depends on what else is chosen; `text` describes it. None where it follows from what is built."""
 
     text: str
     value: Callable[[Mapping[str, Any]], Any] = lambda _: None
@@ -20,7 +20,7 @@ class Depends:
 
 @dataclass(frozen=True)
 class Only:
-    """What an option is there, whoever asks for what."""
+    """The only value that an option may have there."""
 
     value: Any
 
@@ -29,13 +29,7 @@ Takes = Mapping[str, Any]  # options that something takes, with their defaults
 
 _FULL = Depends("batch / (batch + samples of a rank)")
 MODELS: Mapping[str, Takes] = {
-    "gpt": {
-        "text": Depends("the help texts of Python"),
-        "context": 64,
-        "layers": 4,
-        "heads": 4,
-        "width": 128,
-    },
+    "gpt": {"text": Depends("the help texts of Python"), "context": 64, "layers": 4, "heads": 4, "width": 128},
     "mlp": {"split": "shuffled"},
     "cnn": {"split": "shuffled"},
 }
@@ -43,7 +37,7 @@ _ANY_RULE: Takes = {"placement": "update", "rule": "ef14", "compressor": "topk",
                     "dense_steps": 0}
 _GRADIENT: Takes = {"placement": Only("gradient"), "dense_steps": 0}
 _ONE_BIT: Takes = {"beta1": 0.9, "beta2": 0.99, "compressor": "sign", "freeze": 0}
-# Sparse feedback delays updates, and delay acts like momentum; dense updates want the usual one.
+# Sparse feedback delays updates, and delay acts like momentum; dense updates need the usual one.
 _DELAYED = Depends(
     "0.5, or 0.9 with compressor=identity", lambda chosen: 0.9 if chosen["compressor"] == "identity" else 0.5
 )
@@ -144,7 +138,7 @@ def earlier(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def full_record(names: Iterable[str]) -> bool:
-    """Tell whether these are the options of a record of that kind, which nobody writes by hand."""
+    """Return whether these are the options of a record of that kind; files written by hand have fewer."""
     return set(names) >= _ONCE_RECORDED
 
 
@@ -160,14 +154,12 @@ def kept() -> set[str]:
 
 def owners(name: str) -> dict[str, list[Any]]:
     """Return by chooser the choices that take an option; nothing for one that always applies."""
-    found = {
-        chooser: [choice for choice, takes in table.items() if name in takes] for chooser, table in CHOOSERS.items()
-    }
-    return {chooser: choices for chooser, choices in found.items() if choices}
+    found = ((chooser, [choice for choice, takes in table.items() if name in takes]) for chooser, table in CHOOSERS.items())
+    return {chooser: choices for chooser, choices in found if choices}
 
 
 def described(name: str) -> str:
-    """Return the defaults of an option and with what it goes, for people."""
+    """Return the defaults of an option and with what it goes, as text."""
     texts = []
     for chooser, choices in owners(name).items():
         defaults: dict[str, list[Any]] = {}
@@ -181,11 +173,15 @@ def _taken(chooser: str, table: Mapping[Any, Takes], chosen: Mapping[str, Any]) 
     """Return what the choice that was made takes; nothing where there is none to make."""
     if chooser not in chosen or _belongs(chooser, chosen["optimizer"]):
         return {}
-    return table.get(bool(chosen[chooser]) if chooser == "checkpoint_every" else chosen[chooser], {})
+    return table.get(_choice(chooser, chosen), {})
+
+
+def _choice(chooser: str, chosen: Mapping[str, Any]) -> Any:
+    return bool(chosen[chooser]) if chooser == "checkpoint_every" else chosen[chooser]
 
 
 def _belongs(chooser: str, optimizer: str) -> bool:
-    """Tell whether the rule is the optimizer's: its options follow from those of the optimizer then."""
+    """Return whether the rule is the optimizer's: its options follow from those of the optimizer then."""
     return chooser == "rule" and isinstance(OPTIMIZERS.get(optimizer, {}).get("rule"), Only)
 
 
@@ -194,7 +190,7 @@ def _no_effect(name: str, value: Any, chosen: Mapping[str, Any]) -> str:
     ((chooser, choices),) = owners(name).items()
     goes = _named(chooser, [c for c in choices if not isinstance(CHOOSERS[chooser][c][name], Only)])
     if chooser in chosen and not _belongs(chooser, chosen["optimizer"]):
-        now = _named(chooser, [bool(chosen[chooser]) if chooser == "checkpoint_every" else chosen[chooser]])
+        now = _named(chooser, [_choice(chooser, chosen)])
     else:  # there is no such choice with this optimizer
         now = _named("optimizer", [chosen["optimizer"]])
         goes += f" of {_named('optimizer', [o for o in owners(chooser)['optimizer'] if not _belongs(chooser, o)])}"

@@ -5,10 +5,9 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mpi_ef.errors import ConfigError
-from mpi_ef.jobs.options import option
+from mpi_ef.jobs.options import Checked, option
 from mpi_ef.jobs.train import choices as choices_of
 from mpi_ef.jobs.train import settings
 
@@ -22,13 +21,13 @@ PROOF = "summary.json"  # what only a finished run has; all files are in FILES
 PHASES = ("data", "compute", "encode", "communicate", "decode", "update")
 
 
-def _for(name: str, help: str, choices: Sequence[str] = (), others: str = "") -> Any:
+def _for(name: str, help: str, allowed: str | int | None = None, *, choices: Sequence[str] = (), others: str = "") -> Any:
     """Return an option that goes with some choices only, as the table in choices.py says."""
-    return option(None, help, choices=choices, others=others, shown=choices_of.described(name))
+    return option(None, help, allowed, choices=choices, others=others, shown=choices_of.described(name))
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """Options of a training run; every field is a flag and a key of the TOML file.
 
     What goes with some choices only is None until it is given, or :meth:`resolved`.
@@ -39,84 +38,80 @@ class TrainConfig:
     text: Path | None = _for("text", "UTF-8 text")
     data: str | None = option(None, "what text or digits have to be, by their content, as config.toml says",
                               shown="not compared")
-    split: str | None = _for("split", "how the digits are dealt to the ranks", ("shuffled", "by-label"))
-    steps: int = option(800, "optimizer steps")
-    batch: int = option(16, "samples per rank and step")
-    context: int | None = _for("context", "characters per sample")
-    layers: int | None = _for("layers", "blocks")
-    heads: int | None = _for("heads", "attention heads")
-    width: int | None = _for("width", "width")
+    split: str | None = _for("split", "how the digits are dealt to the ranks", choices=("shuffled", "by-label"))
+    steps: int = option(800, "optimizer steps", 1)
+    batch: int = option(16, "samples per rank and step", 1)
+    context: int | None = _for("context", "characters per sample", 1)
+    layers: int | None = _for("layers", "blocks", 1)
+    heads: int | None = _for("heads", "attention heads", 1)
+    width: int | None = _for("width", "width", 1)
     optimizer: str = option("adamw", "adamw, sgd: torch's on every rank, with a rule under it",
                             choices=tuple(choices_of.OPTIMIZERS), others="NAME(OPTION=...)")
-    lr: float = option(0.006, "peak learning rate; linear warm-up, then cosine to a tenth of it")
-    warmup: int = option(40, "steps of linear warm-up")
-    momentum: float | None = _for("momentum", "momentum")
-    beta1: float | None = _for("beta1", "weight of the past in the momentum, of Adam's kind")
-    beta2: float | None = _for("beta2", "weight of the past in the variance, of Adam's kind; in the momentum of lion")
-    weight_decay: float = option(0.1, "of the optimizer")
+    lr: float = option(0.006, "peak learning rate; linear warm-up, then cosine to a tenth of it", "[0, inf)")
+    warmup: int = option(40, "steps of linear warm-up", 0)
+    momentum: float | None = _for("momentum", "momentum", "[0, 1)")
+    beta1: float | None = _for("beta1", "weight of the past in the momentum, of Adam's kind", "[0, 1)")
+    beta2: float | None = _for("beta2", "weight of the past in the variance, of Adam's kind; in the momentum of lion",
+                               "[0, 1)")
+    weight_decay: float = option(0.1, "of the optimizer", "[0, inf)")
     placement: str | None = _for("placement", "what is exchanged: the optimizer's update, or the gradient",
-                                 tuple(choices_of.PLACEMENTS))
-    rule: str | None = _for("rule", "error-feedback rule, see docs/algorithms.md", tuple(choices_of.RULES),
-                            "NAME(OPTION=...)")
+                                 choices=tuple(choices_of.PLACEMENTS))
+    rule: str | None = _for("rule", "error-feedback rule, see docs/algorithms.md", choices=tuple(choices_of.RULES),
+                            others="NAME(OPTION=...)")
     eta: float | None = _for(
-        "eta", "strength of the feedback of econtrol, weight of the new gradient or momentum of ef21-*"
+        "eta", "strength of the feedback of econtrol, weight of the new gradient or momentum of ef21-*", "[0, 1]"
     )
-    beta: float | None = _for("beta", "weight of the past in the rule's momentum")
-    vote_beta1: float | None = _for("vote_beta1", "weight of the rule's momentum in the vote")
-    vote_beta2: float | None = _for("vote_beta2", "weight of the past in the rule's momentum")
-    participation: float | None = _for("participation", "share of the ranks that send in a step")
+    beta: float | None = _for("beta", "weight of the past in the rule's momentum", "[0, 1)")
+    vote_beta1: float | None = _for("vote_beta1", "weight of the rule's momentum in the vote", "[0, 1)")
+    vote_beta2: float | None = _for("vote_beta2", "weight of the past in the rule's momentum", "[0, 1)")
+    participation: float | None = _for("participation", "share of the ranks that send in a step", "(0, 1]")
     smoothness: str | None = _for(
         "smoothness", "smoothness L_i of the loss on each rank, such as 1,2.5,1,4: its weight"
     )
-    reply: float | None = _for("reply", "share of the entries of what comes back to the ranks; 1 for all")
-    whole: float | None = _for("whole", "probability of a step with the gradient of all samples of each rank")
-    zeta: float | None = _for("zeta", "a rank is silent while its estimate is so much worse than the gradient before")
-    correction: float | None = _for("correction", "share of the entries, drawn at random, of the second message")
-    compressor: str | None = _for("compressor", "identity exchanges everything", tuple(choices_of.COMPRESSORS),
-                                  "NAME(OPTION=...)")
+    reply: float | None = _for("reply", "share of the entries of what comes back to the ranks; 1 for all", "(0, 1]")
+    whole: float | None = _for("whole", "probability of a step with the gradient of all samples of each rank", "(0, 1]")
+    zeta: float | None = _for("zeta", "a rank is silent while its estimate is so much worse than the gradient before",
+                              "[0, inf)")
+    correction: float | None = _for("correction", "share of the entries, drawn at random, of the second message", "(0, 1]")
+    compressor: str | None = _for("compressor", "identity exchanges everything", choices=tuple(choices_of.COMPRESSORS),
+                                  others="NAME(OPTION=...)")
     plan: str | None = _for("plan", "how the ranks' messages are exchanged and combined", others="NAME(OPTION=...)")
-    ratio: float | None = _for("ratio", "share of entries that are kept")
-    block: int | None = _for("block", "entries that share a scale")
-    rank: int | None = _for("rank", "columns of a factor")
-    freeze: int | None = _for("freeze", "steps of dense warm-up; 0 waits until the variance has settled")
-    local_steps: int | None = _for("local_steps", "steps after which the time between two exchanges doubles")
+    ratio: float | None = _for("ratio", "share of entries that are kept", "(0, 1]")
+    block: int | None = _for("block", "entries that share a scale", 1)
+    rank: int | None = _for("rank", "columns of a factor", 1)
+    freeze: int | None = _for("freeze", "steps of dense warm-up; 0 waits until the variance has settled", 0)
+    local_steps: int | None = _for("local_steps", "steps after which the time between two exchanges doubles", 1)
     overlap: bool | None = _for("overlap", "let buckets travel during the backward pass; no clipping")
     per_parameter: bool | None = _for("per_parameter", "keep the share of every parameter, not of the whole model")
-    values: str | None = _for(
-        "values", "how kept or quantized values travel; full with topk and randk", choices_of.VALUES
-    )
-    dense_steps: int | None = _for("dense_steps", "first steps that exchange everything")
-    clip: float = option(1.0, "largest norm of a rank's own gradient, before compression; 0 for no limit")
-    seed: int = option(0, "of model, shards, order and random compressors")
-    log_every: int = option(10, "steps between rows of metrics")
-    eval_every: int = option(100, "steps between validations")
-    checkpoint_every: int = option(0, "steps between two checkpoints in the folder checkpoints of --out; 0 writes none")
+    values: str | None = _for("values", "how kept or quantized values travel; full with topk and randk",
+                              choices=choices_of.VALUES)
+    dense_steps: int | None = _for("dense_steps", "first steps that exchange everything", 0)
+    clip: float = option(1.0, "largest norm of a rank's own gradient, before compression; 0 for no limit", "[0, inf)")
+    seed: int = option(0, "of model, shards, order and random compressors", 0)
+    log_every: int = option(10, "steps between rows of metrics", 1)
+    eval_every: int = option(100, "steps between validations", 1)
+    checkpoint_every: int = option(0, "steps between two checkpoints in the folder checkpoints of --out; 0 writes none", 0)
     save_in_background: bool | None = _for("save_in_background", "copy what is saved, and write it meanwhile")
     stop_after: int | None = _for(
-        "stop_after", "save and stop after so many steps of this launch, as a signal would; 0 goes on to the end"
+        "stop_after", "save and stop after so many steps of this launch, as a signal would; 0 goes on to the end", 0
     )
-    keep: int | None = _for("keep", "how many of the last checkpoints stay")
-    resume: Literal["no", "exact", "redistribute", "reset"] = option(
-        "no",
-        "go on from the newest checkpoint in --out, if there is one; the last two also with another number of ranks",
-        recorded=False,
-    )
+    keep: int | None = _for("keep", "how many of the last checkpoints stay", 1)
+    resume: str = option(
+        "no", "go on from the newest checkpoint in --out, if there is one; the last two also with another number of ranks",
+        choices=("no", "exact", "redistribute", "reset"), recorded=False)
     on_failure: str | None = _for(
-        "on_failure",
-        "shrink goes on from the newest checkpoint with the ranks that are left when one dies; Open MPI with ULFM",
-        ("stop", "shrink"),
-    )
+        "on_failure", "shrink goes on from the newest checkpoint with the ranks that are left when one dies; Open MPI with "
+        "ULFM", choices=("stop", "shrink"))
     out: Path = option(Path("runs/train"), "folder for metrics.jsonl, metrics.csv, summary.json and config.toml")
     overwrite: bool = option(False, "remove what an earlier run has left in --out, its checkpoints too", recorded=False)
 
     def __post_init__(self) -> None:
         """Refuse what has no effect, and what would fail later, before MPI is started."""
-        for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            if f.name in settings.SPECIFIED and value not in choices and value is not None:
-                settings.check_specified(f.name, value, choices)
-            elif choices and value is not None and value not in choices:
-                raise ConfigError(f"{f.name}={value!r} is unknown; take one of {', '.join(choices)}")
+        for name in settings.SPECIFIED:
+            known = self.__dataclass_fields__[name].metadata["choices"]
+            if (value := getattr(self, name)) is not None and value not in known:
+                settings.check_specified(name, value, known)
+        super().__post_init__()
         settings.check(self.chosen())
 
     @classmethod
@@ -128,12 +123,9 @@ class TrainConfig:
         used = choices_of.earlier(every | values | flags)
         return {name: used[name] for name in values if name in used}
 
-    def _given(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
     def chosen(self) -> dict[str, Any]:
-        """Return all options that apply, None being what only that tells which is built."""
-        return choices_of.resolve(self._given())
+        """Return all options that apply; None where the default follows from what is built."""
+        return choices_of.resolve({name: value for name, value in asdict(self).items() if value is not None})
 
     def resolved(self) -> "TrainConfig":
         """Return the same with every option that applies, and None for all others."""
@@ -141,7 +133,7 @@ class TrainConfig:
 
 
 def _is_record(text: str) -> bool:
-    """Tell whether this can be a config.toml of a run: it has all that always applies, and nothing for people alone."""
+    """Return whether this can be a config.toml of a run: it has all options that always apply, and no comments."""
     try:
         names = tomllib.loads(text).keys()
     except tomllib.TOMLDecodeError:
@@ -150,7 +142,7 @@ def _is_record(text: str) -> bool:
     return always <= names and not any(line.startswith("#") for line in text.splitlines())
 
 
-# What a run writes besides checkpoints, and how that is told from files of the same names by somebody else.
+# What a run writes besides checkpoints, and what tells it from other files of the same names.
 FILES: Mapping[str, Callable[[str], bool]] = {
     PROOF: lambda text: text.startswith("{"),
     "metrics.jsonl": lambda text: text.startswith('{"step": '),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -46,20 +47,10 @@ class Dataset(Protocol):
 
 
 def shard(size: int, ranks: int, rank: int, *, order: Indices | None = None) -> Indices:
-    """Return the samples of one rank: every sample on exactly one rank, numbers equal up to one.
+    """Return the samples of one rank: every one of `size` samples on exactly one rank, numbers equal up to one.
 
-    Parameters
-    ----------
-    size : int
-        Number of samples.
-    ranks, rank : int
-    order : (size,) int64, optional
-        The samples in the order in which they are dealt out, contiguously; 0 ... size-1 by default.
-
-    Raises
-    ------
-    DataError
-        When there are fewer samples than ranks.
+    They are dealt out contiguously, in `order`, (size,) int64, if that is given. Raises `DataError` for fewer samples than
+    ranks.
     """
     if size < ranks:
         raise DataError(f"data: {size} samples for {ranks} ranks; use more data or fewer ranks")
@@ -68,33 +59,19 @@ def shard(size: int, ranks: int, rank: int, *, order: Indices | None = None) -> 
 
 
 def batches(samples: Indices, size: int, *, seed: int, rank: int) -> Iterator[tuple[int, Indices]]:
-    """Yield (epoch, samples of a batch) without end; each epoch shuffles anew and takes every sample once."""
-    epoch = 0
-    while True:
+    """Yield (epoch, samples of a batch) without end; each epoch has another order and takes every sample once."""
+    for epoch in count():
         order = np.random.default_rng((seed, epoch, rank)).permutation(samples)
         for start in range(0, order.size, size):
             yield epoch, order[start : start + size]
-        epoch += 1
 
 
 class Text:
     """Characters of a text, cut into blocks of `context` characters; the targets are the next characters.
 
-    Blocks do not overlap; each epoch shifts all of them by another offset. The last tenth of the text is held out.
-
-    Parameters
-    ----------
-    path : Path or None
-        A UTF-8 file; None takes ``pydoc_data.topics``, the help texts that come with Python.
-    context : int
-        Characters per block.
-    seed : int
-        Of the offsets.
-
-    Raises
-    ------
-    DataError
-        The file cannot be read, is empty or too short.
+    Blocks do not overlap; each epoch shifts all of them by another offset, drawn from `seed`. The last tenth of the text is
+    held out. `path` is a UTF-8 file; None takes ``pydoc_data.topics``, the help texts that come with Python. Raises
+    `DataError` where it cannot be read, is empty or too short.
     """
 
     labels = None

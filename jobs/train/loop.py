@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from mpi_ef.collectives import chunk_bounds
 from mpi_ef.comm.consensus import agree
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import ConfigError, DataError, MpiEfError
+from mpi_ef.errors import ConfigError, DataError, everywhere
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.jobs.metrics import in_bytes
 from mpi_ef.jobs.train import choices, models
@@ -35,7 +35,7 @@ _UNSETTLED = 1000  # steps after which the ranks compare their latest ones witho
 
 
 class Trainer:
-    """One rank's part of a training run. Every method is collective unless it says otherwise.
+    """One rank's part of a training run. Every method is collective unless marked otherwise.
 
     Times are those of steps in which no rank's kernels were compiled or loaded: the others wait for it, in "communicate".
 
@@ -49,7 +49,7 @@ class Trainer:
     config : TrainConfig
         All options that apply.
     changes : Changes or None
-        What makes the gradients of rules that are told changes.
+        What makes the gradients of rules whose inputs are changes.
     untimed_steps, untimed_seconds : int, float
         Those of the other steps, on this rank; up to the last row.
     """
@@ -93,7 +93,7 @@ class Trainer:
         self._began = perf_counter()
 
     def headline(self) -> str:
-        """Return a line that says what is trained and what travels. Local."""
+        """Return a line about the model, its data and the bytes of a step. Local."""
         plans, dense = self.optimizer.plans(), in_bytes(self.optimizer.dense_nbytes)
         sent = in_bytes(sum(plan.traffic.sent_nbytes for plan in plans))
         return (f"{self.config.model}: {self.optimizer.flat.d:,} parameters on {self.comm.Get_size()} ranks, "
@@ -113,7 +113,7 @@ class Trainer:
     def step(self, *, watched: bool = False) -> None:
         """Take one optimizer step on the next batch of this rank; a watched one measures what compression loses.
 
-        The last one ends with the same parameters on all ranks, also where these follow ways of their own meanwhile.
+        The last one ends with the same parameters on all ranks, also where replicas differ meanwhile.
         """
         made, spent = machine_code.made, self._measured()
         self._step(watched=watched)
@@ -230,7 +230,7 @@ class Trainer:
         return {channel.options["eta"] for channel in self.optimizer.channels() if isinstance(channel, ErrorFeedback)}
 
     def position(self) -> dict[str, Any]:
-        """Return what :meth:`go_on` wants to know besides what a checkpoint has."""
+        """Return what :meth:`go_on` needs besides the state in a checkpoint."""
         self._settle()
         return {"seconds": self._spent(), "untimed": [self.untimed_steps, self.untimed_seconds],
                 "loss": [self._loss_sum, self._loss_count, self._loss], "samples": self._samples,
@@ -238,7 +238,7 @@ class Trainer:
                 "options": _shaping(self.record())}
 
     def go_on(self, steps: int, position: dict[str, Any]) -> list[str]:
-        """Be where a run was after so many steps: this rank's batches, times, losses since the last row. Local.
+        """Restore the position after so many steps: this rank's batches, times, losses since the last row. Local.
 
         With another number of ranks: where this rank has seen its part of as many samples as all have seen then.
 
@@ -254,19 +254,17 @@ class Trainer:
             and that was another one, or has done more steps than this one is to do.
         """
         if steps > self.config.steps:
-            raise _everywhere(ConfigError(f"resume: {steps} steps are done, and steps={self.config.steps} are fewer; "
+            raise everywhere(ConfigError(f"resume: {steps} steps are done, and steps={self.config.steps} are fewer; "
                                           "give it as many or more, or another --out"))
         if position.get("data", self.data.content) != self.data.content:
-            raise _everywhere(DataError(f"resume: the run that saved had other data ({position['data']}; here "
+            raise everywhere(DataError(f"resume: the run that saved had other data ({position['data']}; here "
                                         f"{self.data.content}); give it the same, or another --out"))
         changed = self._changed(position["options"])
         self.steps, self._earlier = steps, position["seconds"]
         self.untimed_steps, self.untimed_seconds = position.get("untimed", (0, 0.0))
         self._loss_sum, self._loss_count, *last = position["loss"]
         self._loss = last[0] if last else 0.0  # older checkpoints have none
-        self._earlier_sent = (
-            position["sent_nbytes"] - self.optimizer.sent_nbytes
-        )  # which is 0 after another number of ranks
+        self._earlier_sent = position["sent_nbytes"] - self.optimizer.sent_nbytes  # 0 after another number of ranks
         size, samples = self.comm.Get_size(), position["samples"] * position["ranks"]
         while self._samples * size < samples:
             self._next()
@@ -287,7 +285,7 @@ class Trainer:
             then["whole"] = now.get("whole")
         lost = _differences(then, {name: now.get(name) for name in sorted(choices.kept())})
         if lost:
-            raise _everywhere(ConfigError(f"resume: {lost[0]}; a run goes on with the model, data and optimizer that "
+            raise everywhere(ConfigError(f"resume: {lost[0]}; a run goes on with the model, data and optimizer that "
                                           "it has: give it the same options, or another --out"))
         return _differences(then, {name: value for name, value in now.items() if name not in choices.kept()})
 
@@ -340,11 +338,6 @@ def _shaping(config: TrainConfig) -> dict[str, Any]:
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]
-
-
-def _everywhere(error: MpiEfError) -> MpiEfError:
-    error.everywhere = True
-    return error
 
 
 def _cross_entropy(logits: "Tensor", targets: "Tensor") -> "Tensor":

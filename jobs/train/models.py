@@ -8,14 +8,7 @@ __all__ = ["GPT", "cnn", "mlp"]
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer: pre-norm blocks, learned positions, output weights tied to the embedding.
-
-    Parameters
-    ----------
-    vocabulary : int
-        Number of tokens.
-    context, layers, heads, width : int
-    """
+    """A decoder-only transformer: pre-norm blocks, learned positions, output weights tied to the embedding."""
 
     def __init__(self, vocabulary: int, *, context: int, layers: int, heads: int, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The optimizers that ``mpi-ef train`` knows, built from its options; what they take is in choices.py."""
+"""The optimizers of ``mpi-ef train``, built from its options; what they take is in choices.py."""
 
 from collections.abc import Callable, Mapping
 from inspect import isclass
@@ -12,7 +12,8 @@ from mpi_ef import optim, registry
 from mpi_ef.collectives import ClientsMean, Plan, TwoPhaseMean, build_plan, plan_for
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity, LowRank, Quantize, RandK, Sign, TopK, Vote, for_parameters
-from mpi_ef.errors import ConfigError
+from mpi_ef.errors import ConfigError, everywhere
+from mpi_ef.feedback import RULES
 from mpi_ef.jobs.train.choices import OPTIMIZERS
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.settings import CLIENTS, optimizer_in, rule_in, smoothness_of
@@ -36,24 +37,36 @@ def build_optimizer(config: TrainConfig, model: "nn.Module", comm: Comm) -> Flat
         On all ranks: `smoothness` is not of so many ranks.
     """
     chosen = _chosen(config)
-    if chosen.optimizer not in OPTIMIZERS:
-        return _specified(chosen, model, comm)
     if hasattr(chosen, "placement"):
         return _wrapped(chosen, model, comm)
     groups = _decayed(chosen, model)
     shapes = tuple(tuple(p.shape) for group in groups for p in group["params"])
+    if chosen.optimizer not in OPTIMIZERS:
+        return _specified(chosen, groups, shapes, comm)
+    kind, names = _REPLICATED[chosen.optimizer]
+    options = {theirs: getattr(chosen, mine) for mine, theirs in names.items() if mine != "freeze" or chosen.freeze}
+    if hasattr(chosen, "beta1"):
+        options["betas"] = (chosen.beta1, chosen.beta2)
     compressor = for_parameters(_compressor(chosen), shapes)
-    options: dict[str, Any] = {"lr": chosen.lr, "compressor": compressor, "clip": chosen.clip}
-    return _REPLICATED[chosen.optimizer](chosen, groups, comm, options)
+    return kind(groups, comm, lr=chosen.lr, compressor=compressor, clip=chosen.clip, **options)
 
 
-def _specified(chosen: Chosen, model: "nn.Module", comm: Comm) -> FlatOptimizer:
-    """Return what a specification says, with the learning rate, the decay and the clipping of the run. Collective."""
+# Classes, and by the names of our options those of theirs; besides lr, compressor, clip and betas.
+_REPLICATED: Mapping[str, tuple[Callable[..., FlatOptimizer], Mapping[str, str]]] = {
+    "onebit-adam": (optim.OneBitAdam, {"freeze": "freeze_step"}),
+    "zero-one-adam": (optim.ZeroOneAdam, {"freeze": "var_freeze_step", "local_steps": "local_step_scaler"}),
+    "onebit-lamb": (optim.OneBitLamb, {"freeze": "freeze_step"}),
+    "lion": (optim.Lion, {}),
+    "signum": (optim.Signum, {"momentum": "momentum"}),
+}
+
+
+def _specified(chosen: Chosen, groups: Groups, shapes: tuple[tuple[int, ...], ...], comm: Comm) -> FlatOptimizer:
+    """Return the optimizer of a specification, with the learning rate, the decay and the clipping of the run. Collective."""
     what, of_run = optimizer_in(chosen.optimizer)
-    groups, options = _decayed(chosen, model), what.options
+    options = what.options
     if not (isclass(what.thing) and issubclass(what.thing, optim.DistributedOptimizer)):
         # The others bind their compressors to parameters themselves.
-        shapes = tuple(tuple(p.shape) for group in groups for p in group["params"])
         options = {name: for_parameters(value, shapes) if isinstance(value, Compressor) else value
                    for name, value in options.items()}
     built = what.thing(groups, comm, *what.arguments, **options, **{name: getattr(chosen, name) for name in of_run})
@@ -69,7 +82,7 @@ def build_compressor(config: TrainConfig) -> Compressor:
 
 def _chosen(config: TrainConfig) -> Chosen:
     every = vars(config.resolved())
-    # None is no choice, but for what only the objects know that are built.
+    # None: the option does not apply, or follows from what is built.
     return SimpleNamespace(**{name: value for name, value in every.items() if value is not None})
 
 
@@ -99,20 +112,16 @@ def _reply(chosen: Chosen) -> Compressor:
     return Identity() if chosen.reply == 1.0 else TopK(chosen.reply)
 
 
-# What rules of the table take, from the options.
-_RULE_OPTIONS: Mapping[str, Callable[[Chosen], dict[str, Any]]] = {
-    "econtrol": lambda o: {"eta": o.eta} if hasattr(o, "eta") else {},
-    "ef14-momentum": lambda o: {"beta": o.beta},
-    "lion": lambda o: {"beta1": o.vote_beta1, "beta2": o.vote_beta2},
-    "ef21-sgdm": lambda o: {"eta": o.eta},
-    "ef21-sgd2m": lambda o: {"eta": o.eta},
-    "ef21-hb": lambda o: {"eta": o.eta},
-    "ef21-pp": lambda o: {"participation": o.participation, "seed": o.seed},
-    "ef21-w": lambda o: {"participation": o.participation, "seed": o.seed},
-    "ef21-bc": lambda o: {"reply": _reply(o)},
-    "clag": lambda o: {"zeta": o.zeta},
-    "d-ec-sgd": lambda o: {"correction": RandK(o.correction, seed=o.seed)},
-}
+def _rule_options(chosen: Chosen) -> dict[str, Any]:
+    """Return the options of a rule of the table."""
+    made: dict[str, Callable[[], Compressor]] = {"reply": lambda: _reply(chosen),
+                                                 "correction": lambda: RandK(chosen.correction, seed=chosen.seed)}
+    found = {}
+    for name in RULES[chosen.rule].options(1.0) if chosen.rule in RULES else ():
+        mine = f"vote_{name}" if chosen.rule == "lion" else name
+        if hasattr(chosen, mine):  # the strength of econtrol may follow from the compressor
+            found[name] = made[name]() if name in made else getattr(chosen, mine)
+    return found
 
 
 def _plan(chosen: Chosen) -> Callable[[Comm, Compressor, int, Any], Plan]:
@@ -132,58 +141,33 @@ def _plan(chosen: Chosen) -> Callable[[Comm, Compressor, int, Any], Plan]:
 
 
 def _weights(chosen: Chosen, comm: Comm) -> Any:
-    """Return the weights of the ranks; None where the rule wants none."""
+    """Return the weights of the ranks; None where the rule has none."""
     if rule_in(chosen.rule) != "ef21-w":
         return None
     size = comm.Get_size()
     smoothness = np.array(smoothness_of(chosen.smoothness) if hasattr(chosen, "smoothness") else [1.0] * size)
     if smoothness.size != size:
-        error = ConfigError(f"smoothness={chosen.smoothness} is of {smoothness.size} ranks, here there are {size}")
-        error.everywhere = True
-        raise error
+        text = f"smoothness={chosen.smoothness} is of {smoothness.size} ranks, here there are {size}"
+        raise everywhere(ConfigError(text))
     return smoothness / smoothness.sum()
 
 
 def _decayed(chosen: Chosen, model: "nn.Module") -> Groups:
     """Return two groups: matrices, and vectors, which do not decay."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    return [{"params": matrices, "weight_decay": chosen.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrices],
+             "weight_decay": chosen.weight_decay if matrices else 0.0} for matrices in (True, False)]
 
 
 def _wrapped(chosen: Chosen, model: "nn.Module", comm: Comm) -> FlatOptimizer:
-    overlap = hasattr(chosen, "overlap") and chosen.overlap
+    shared: dict[str, Any] = {"dense_steps": chosen.dense_steps, "overlap": getattr(chosen, "overlap", False)}
     if chosen.optimizer == "ef21-muon":
         return optim.EF21Muon(_decayed(chosen, model), comm, _compressor(chosen), lr=chosen.lr, beta=1.0 - chosen.momentum,
-                              dense_steps=chosen.dense_steps, overlap=overlap)
+                              **shared)
+    inner: torch.optim.Optimizer
     if chosen.optimizer == "adamw":
-        inner: torch.optim.Optimizer = torch.optim.AdamW(_decayed(chosen, model), lr=chosen.lr,
-                                                         betas=(chosen.beta1, chosen.beta2))
+        inner = torch.optim.AdamW(_decayed(chosen, model), lr=chosen.lr, betas=(chosen.beta1, chosen.beta2))
     else:
         inner = torch.optim.SGD(model.parameters(), lr=chosen.lr, momentum=chosen.momentum,
                                 weight_decay=chosen.weight_decay)
-    options = _RULE_OPTIONS.get(chosen.rule, lambda _: {})(chosen)
     return optim.DistributedOptimizer(inner, comm, _compressor(chosen), placement=chosen.placement, rule=chosen.rule,
-                                      plan=_plan(chosen), dense_steps=chosen.dense_steps, overlap=overlap,
-                                      **options)
-
-
-Replicated = Callable[[Chosen, Groups, Comm, dict[str, Any]], FlatOptimizer]
-_REPLICATED: Mapping[str, Replicated] = {
-    "onebit-adam": lambda o, groups, comm, options: optim.OneBitAdam(
-        groups, comm, betas=(o.beta1, o.beta2), freeze_step=o.freeze or None, **options
-    ),
-    "zero-one-adam": lambda o, groups, comm, options: optim.ZeroOneAdam(
-        groups,
-        comm,
-        betas=(o.beta1, o.beta2),
-        var_freeze_step=o.freeze or None,
-        local_step_scaler=o.local_steps,
-        **options,
-    ),
-    "onebit-lamb": lambda o, groups, comm, options: optim.OneBitLamb(
-        groups, comm, betas=(o.beta1, o.beta2), freeze_step=o.freeze or None, **options
-    ),
-    "lion": lambda o, groups, comm, options: optim.Lion(groups, comm, betas=(o.beta1, o.beta2), **options),
-    "signum": lambda o, groups, comm, options: optim.Signum(groups, comm, momentum=o.momentum, **options),
-}
+                                      plan=_plan(chosen), **shared, **_rule_options(chosen))

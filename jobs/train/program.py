@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpi_ef.comm.protocol import MpiComm
-from mpi_ef.jobs.folder import replacing
+from mpi_ef.jobs.folder import write_whole
+from mpi_ef.jobs.metrics import Metrics, Progress, announcing, in_bytes
 from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train.config import PHASES, PROOF, TrainConfig
 from mpi_ef.runtime import early_signals, launch, ulfm
 
 if TYPE_CHECKING:
-    from mpi_ef.jobs.metrics import Metrics, Progress
     from mpi_ef.jobs.train.loop import Trainer
     from mpi_ef.jobs.train.recovery import Interruptible
 
@@ -55,16 +55,14 @@ def train(comm: MpiComm, config: TrainConfig, attempts: ulfm.Attempts | None = N
     """Run one training and return its summary, the same on all ranks but for times. Collective.
 
     Rank 0 prints progress and writes ``metrics.jsonl``, ``metrics.csv``, ``config.toml`` and ``summary.json`` into
-    ``config.out``, which no other run may have meanwhile. What a finished run has written stays when it is to go on and
-    nothing is left to do; its summary is returned.
+    ``config.out``. When a finished run is to go on and nothing is left to do, its files stay and its summary is returned.
 
     Raises
     ------
     DataError, OptionError, DisagreementError
-        For unusable data or options, on all ranks; for a folder that another run has, or a finished one; for fewer steps
-        than the run that is to go on has done.
+        On all ranks, for unusable data or options; for a folder with another run, active or finished; for fewer steps than
+        the run that is to go on has done.
     """
-    from mpi_ef.jobs.metrics import announcing
     from mpi_ef.jobs.train.loop import Trainer
     from mpi_ef.jobs.train.recovery import Interruptible
 
@@ -78,9 +76,7 @@ def train(comm: MpiComm, config: TrainConfig, attempts: ulfm.Attempts | None = N
 
 
 def _train(trainer: "Trainer", run: "Interruptible") -> dict[str, Any]:
-    from mpi_ef.jobs.metrics import Metrics, Progress
-
-    config = trainer.config  # what was given has no defaults of what goes with some choices only
+    config = trainer.config  # all options that apply
     root, start = trainer.comm.Get_rank() == 0, run.resume()
     if run.finished is not None:
         return run.finished
@@ -88,8 +84,7 @@ def _train(trainer: "Trainer", run: "Interruptible") -> dict[str, Any]:
     if root:
         with run.folder.writing():
             metrics = Metrics(config.out, trainer.columns, after=start)
-            with replacing(config.out / "config.toml") as draft:
-                draft.write_text(to_toml(trainer.record()), encoding="utf-8")
+            write_whole(config.out / "config.toml", to_toml(trainer.record()))
         print(trainer.headline(), flush=True)
     progress = Progress(config.steps)
     row: dict[str, Any] = {}
@@ -111,16 +106,14 @@ def _train(trainer: "Trainer", run: "Interruptible") -> dict[str, Any]:
         return {"steps": trainer.steps, "stopped": run.stopped}
     summary = _summary(trainer, row or trainer.row(evaluate=True))  # no row: there was nothing left to do
     if root:
-        with run.folder.writing(), replacing(config.out / PROOF) as draft:
-            draft.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        with run.folder.writing():
+            write_whole(config.out / PROOF, json.dumps(summary, indent=2) + "\n")
         print(_table(summary), flush=True)
     return summary
 
 
-def _record(
-    row: dict[str, Any], metrics: "Metrics | None", progress: "Progress", *, step_seconds: float | None
-) -> None:
-    """Let rank 0 write a row, and show it when it was evaluated or there was nothing to see for a while."""
+def _record(row: dict[str, Any], metrics: Metrics | None, progress: Progress, *, step_seconds: float | None) -> None:
+    """Let rank 0 write a row, and show it after a validation, or when the last one is a while ago."""
     if metrics is not None:
         metrics.write(row)
         if row["val_loss"] is not None or progress.due():
@@ -128,8 +121,6 @@ def _record(
 
 
 def _line(row: dict[str, Any]) -> str:
-    from mpi_ef.jobs.metrics import in_bytes
-
     held_out = "" if row["val_loss"] is None else f"  val {row['val_loss']:.3f}"
     if row["val_accuracy"] is not None:
         held_out += f" ({100 * row['val_accuracy']:.1f} %)"
@@ -157,32 +148,23 @@ def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(summary: dict[str, Any]) -> str:
-    from mpi_ef.jobs.metrics import in_bytes
-
     sent, dense = summary["sent_nbytes"], summary["dense_nbytes"]
     share = f"{dense / sent:.0f}x less, {100 * sent / dense:.2f} %" if sent and dense else "one rank sends nothing"
+    steps, seconds = summary["untimed_steps"], summary["untimed_seconds"]
+    untimed = f"{seconds:.1f} s, {steps} step{'s' if steps > 1 else ''} in which kernels were compiled or loaded"
     rows = [("validation loss", f"{summary['val_loss']:.4f}"), ("training loss", f"{summary['loss']:.4f}")]
     if summary["val_accuracy"] is not None:
         rows.append(("validation accuracy", f"{100 * summary['val_accuracy']:.2f} %"))
     rows += [
         ("bytes sent per rank", f"{in_bytes(sent)} (dense: {in_bytes(dense)}; {share})"),
         ("time", f"{summary['seconds']:.1f} s, {1e3 * summary['seconds_per_step']:.1f} ms per step"),
-        *(
-            (f"  {name}", f"{1e3 * value:.2f} ms per step")
-            for name, value in summary["phases_seconds_per_step"].items()
-        ),
-        *_untimed(summary),
+        *((f"  {name}", f"{1e3 * value:.2f} ms per step") for name, value in summary["phases_seconds_per_step"].items()),
+        *[("  not counted", untimed)] * bool(steps),
         ("steps skipped", str(summary["skipped_steps"])),
         ("replicas", "equal bit for bit" if summary["replicas_equal"] else "DIFFERENT"),
         ("written to", summary["config"]["out"]),
     ]
     return "\n".join(["", *(f"{name:<22}{value}" for name, value in rows)])
-
-
-def _untimed(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    steps, seconds = summary["untimed_steps"], summary["untimed_seconds"]
-    text = f"{seconds:.1f} s, {steps} step{'s' if steps > 1 else ''} in which kernels were compiled or loaded"
-    return [("  not counted", text)] if steps else []
 
 
 if __name__ == "__main__":

@@ -25,19 +25,10 @@ class Interruptible:
     Without ``checkpoint_every`` and ``resume`` there are no checkpoints, and signals do what they always do. Construction
     takes the folder, see :class:`RunFolder`.
 
-    Parameters
-    ----------
-    comm : MPI.Comm
-    trainer : Trainer
-        Whose options count: all that apply, with their defaults.
-    attempts : Attempts
-        What earlier attempts of this launch have left, before ranks died.
-
     Attributes
     ----------
     stopped : str or None
         Why the run has stopped before its end.
-    folder : RunFolder
     finished : dict or None
         The summary of a run that was finished when this one was to go on with it: there is nothing to do, nor to write.
     """
@@ -92,7 +83,7 @@ class Interruptible:
             return start
         if self._policy != "no" and not start:
             folder.begin(PROOF)  # there may be a finished run without checkpoints
-        folder.remove("requeue", PROOF)  # they tell how a run has ended
+        folder.remove("requeue", PROOF)  # files of the end of a run
         if self._store is not None and self.attempts.last is None:
             stop = start + self.config.stop_after if self.config.stop_after else self.config.steps
             self.attempts.last = min(self.config.steps, stop)
@@ -108,18 +99,14 @@ class Interruptible:
         if self.finished is not None:
             changed = []  # nothing is done with it
         if self.comm.Get_rank() == 0:
-            left = (
-                f"; {self.config.steps - start} steps left" if start < self.config.steps else "; nothing is left to do"
-            )
-            print(
-                f"resumed after step {start}{left}" if start else "no checkpoint yet: starting from nothing", flush=True
-            )
+            left = f"{self.config.steps - start} steps left" if start < self.config.steps else "nothing is left to do"
+            print(f"resumed after step {start}; {left}" if start else "no checkpoint yet: starting from nothing", flush=True)
             for text in changed:
                 print(f"not as in the run that saved: {text}", flush=True)
         return start
 
     def ends_after(self, step: int) -> bool:
-        """Save after this step if it is time; tell whether the run is to end here."""
+        """Save after this step if it is time; return whether the run is to end here."""
         config = self.config
         if self._store is None or self._stopper is None:
             return False

@@ -1,41 +1,19 @@
 """What the options of ``mpi-ef train`` may be, alone and together; before MPI is started."""
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from mpi_ef.errors import ConfigError, OptionError
+from mpi_ef.errors import ConfigError, OptionError, nearest
+from mpi_ef.jobs.methods import check_part
 
 if TYPE_CHECKING:
     from mpi_ef.registry import Specification
 
 __all__ = ["SPECIFIED", "check", "check_specified", "optimizer_in", "rule_in", "smoothness_of"]
 
-_ONES = ("keep", "steps", "batch", "context", "layers", "heads", "width", "block", "rank", "local_steps", "log_every",
-         "eval_every")
-_ZEROS = (
-    "checkpoint_every",
-    "stop_after",
-    "freeze",
-    "warmup",
-    "dense_steps",
-    "seed",
-    "lr",
-    "weight_decay",
-    "clip",
-    "zeta",
-)
-_WEIGHTS = ("momentum", "beta1", "beta2", "beta", "vote_beta1", "vote_beta2")
-_SHARES = ("ratio", "participation", "reply", "correction", "whole")
 _VOTERS = ("lion", "signum")  # optimizers that step by the signs of a majority, without error feedback
-CHANGES = ("ef21-page", "marina")  # rules that are told what has changed, see changes.py
-CLIENTS = (
-    "ef21-pp",
-    "ef21-w",
-    "ef21-plus",
-    "clag",
-)  # rules in which a rank may be silent, or say which of two it sends
+CHANGES = ("ef21-page", "marina")  # rules whose inputs are changes of gradients, see changes.py
+CLIENTS = ("ef21-pp", "ef21-w", "ef21-plus", "clag")  # rules in which a rank may be silent, or choose between two messages
 
 
 # What may also be written as in Python, with its options, see :mod:`mpi_ef.registry`.
@@ -48,33 +26,20 @@ def check_specified(kind: str, text: str, choices: Sequence[str] = ()) -> None:
     from mpi_ef import registry
 
     try:
-        if kind == "compressor":
-            registry.built(kind, text)
-        elif kind == "plan":
-            from mpi_ef.collectives.chosen import plan_named
-
-            plan_named(text)
-        elif kind == "optimizer":
+        if kind == "optimizer":
             optimizer_in(text)
+        elif kind == "model":
+            registry.fitting(registry.specified(kind, text), text, None)
         else:
-            what = registry.specified(kind, text)
-            if kind == "model":
-                registry.fitting(what, text, None)
+            check_part(kind, text)
     except OptionError as error:
         short = kind in ("optimizer", "model") and text.islower() and "(" not in text
-        close = get_close_matches(text, choices, n=1) if short else []
-        hint = f"{text!r} is unknown; did you mean {close[0]}?" if close else str(error)
-        raise ConfigError(f"{kind}={text}: {hint}") from None
+        close = nearest(text, choices) if short else ""
+        raise ConfigError(f"{kind}={text}: {f'{text!r} is unknown; {close}' if close else error}") from None
 
 
 def optimizer_in(text: str) -> "tuple[Specification, tuple[str, ...]]":
-    """Return what specifies an optimizer, and which options of the run it takes.
-
-    Raises
-    ------
-    OptionError
-        There is no such optimizer, an option does not fit, or is one of the run; or it is not built on parameters.
-    """
+    """Return what specifies an optimizer, and which options of the run it takes. Raises `OptionError`."""
     from mpi_ef import registry
 
     what = registry.specified("optimizer", text)
@@ -94,19 +59,6 @@ def rule_in(text: str | None) -> str | None:
 
 def check(chosen: Mapping[str, Any]) -> None:
     """Raise `ConfigError` unless all options, as :func:`choices.resolve` returns them, can work."""
-    for names, least in ((_ONES, 1.0), (_ZEROS, 0.0)):
-        for name in names:
-            if name in chosen and not (chosen[name] >= least and isfinite(chosen[name])):  # also refuses NaN
-                problem = "too small" if isfinite(chosen[name]) else "not finite"
-                raise ConfigError(f"{name}={chosen[name]} is {problem}; the least is {least:g}")
-    for name in _WEIGHTS:
-        if not 0.0 <= chosen.get(name, 0.0) < 1.0:
-            raise ConfigError(f"{name}={chosen[name]} is not in [0, 1)")
-    for name in _SHARES:
-        if (value := chosen.get(name)) is not None and not 0.0 < value <= 1.0:
-            raise ConfigError(f"{name}={value} is not in (0, 1]; 0.01 is one in a hundred")
-    if (eta := chosen.get("eta")) is not None and not 0.0 <= eta <= 1.0:
-        raise ConfigError(f"eta={eta} is not in [0, 1]; 0.1 is usual")
     if chosen.get("smoothness") is not None:
         smoothness_of(chosen["smoothness"])
     _check_combinations(chosen)
@@ -139,16 +91,14 @@ def _check_combinations(chosen: Mapping[str, Any]) -> None:
         raise ConfigError(f"rule={rule} sends changes of gradients over a batch; pass placement=gradient and clip=0 with "
                           "it, and no overlap")
     if rule == "marina" and chosen["compressor"] != "randk":
-        raise ConfigError(
-            f"rule=marina wants an unbiased compressor; pass compressor=randk, not {chosen['compressor']}"
-        )
+        raise ConfigError(f"rule=marina wants an unbiased compressor; pass compressor=randk, not {chosen['compressor']}")
     _check_compressor(chosen)
     if chosen["overwrite"] and chosen["resume"] != "no":
         raise ConfigError(f"overwrite begins anew, resume={chosen['resume']} goes on; pass one of them")
 
 
 def _check_compressor(chosen: Mapping[str, Any]) -> None:
-    """Refuse compressors that say too little for what is done with their messages: training would diverge."""
+    """Refuse compressors whose messages hold too little for the rule: training would diverge."""
     optimizer, rule, placement = (chosen.get(name) for name in ("optimizer", "rule", "placement"))
     if chosen.get("compressor") == "vote" and optimizer not in _VOTERS and (rule, placement) != ("lion", "gradient"):
         with_them = ", ".join(f"{name}={chosen[name]}" for name in ("optimizer", "rule", "placement") if name in chosen)
@@ -156,6 +106,4 @@ def _check_compressor(chosen: Mapping[str, Any]) -> None:
                           f"{' or '.join(_VOTERS)}, or rule=lion and placement=gradient; with {with_them} take "
                           "compressor=sign")
     if rule == "econtrol" and chosen["compressor"] == "low-rank" and chosen.get("eta") is None:
-        raise ConfigError(
-            "rule=econtrol has no default for eta with compressor=low-rank; pass one, for example eta=0.1"
-        )
+        raise ConfigError("rule=econtrol has no default for eta with compressor=low-rank; pass one, for example eta=0.1")

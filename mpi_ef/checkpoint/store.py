@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mpi_ef.comm.consensus import agree, together
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import CheckpointError, OptionError
+from mpi_ef.errors import CheckpointError, OptionError, everywhere
 
 from .checksum import whole_checksum
 from .dtypes import dtype_name, raw_bytes
@@ -230,8 +230,8 @@ class Store:
         found = _on_root(comm, subject, lambda: self._on_disk.name_at(step))
         checkpoint, problems = self._verified(comm, subject, found)
         if problems:
-            raise CheckpointError(f"{subject}: {checkpoint.path} is damaged: {problems[0]}; use another checkpoint",
-                                  damaged=True, everywhere=True)
+            text = f"{subject}: {checkpoint.path} is damaged: {problems[0]}; use another checkpoint"
+            raise everywhere(CheckpointError(text, damaged=True))
         return checkpoint
 
     def steps(self) -> list[int]:
@@ -258,7 +258,7 @@ class Store:
             agree(comm, pending.subject, lambda: pending.prepare(replicated, per_rank, rank, size, staging),
                   "save the same replicated arrays everywhere")
         except Exception as raised:
-            raise CheckpointError(str(raised) or type(raised).__name__, everywhere=True) from raised
+            raise everywhere(CheckpointError(str(raised) or type(raised).__name__)) from raised
         pending.place, self.run = _on_root(
             comm, pending.subject, lambda: (self._on_disk.make_directory(pending.step, self.run), self.run))
         pending.attributes = {"format": FORMAT, "version": VERSION, "rank": rank, "world_size": size, "step": pending.step,

@@ -8,7 +8,7 @@ from threading import local
 from types import MethodType
 from typing import Any, NoReturn, TypeVar
 
-from mpi_ef.errors import CheckpointError, DisagreementError, MpiEfError, OptionError, PeerError
+from mpi_ef.errors import CheckpointError, DisagreementError, MpiEfError, OptionError, PeerError, everywhere
 
 from .protocol import Comm
 
@@ -165,7 +165,7 @@ def together(comm: Comm, subject: str, action: Callable[[], T], undo: Callable[[
     text = answers[failed[0]][1]
     where = ranks_text([rank for rank in failed if answers[rank][1] == text]) if comm.Get_size() > 1 else ""
     others = f" ({where}; {len(failed)} of {len(answers)} ranks failed)" if where else ""
-    raise CheckpointError(f"{subject}: {text}{others}", damaged=answers[failed[0]][2], everywhere=True)
+    raise everywhere(CheckpointError(f"{subject}: {text}{others}", damaged=answers[failed[0]][2]))
 
 
 def _differing(texts: Iterable[str]) -> str:
