@@ -33,10 +33,8 @@ class Checked:
             raise ConfigError(str(error)) from None
 
 
-def option(
-    default: Any, help: str, allowed: str | int | None = None, *, choices: Sequence[str] = (), others: str = "",
-    shown: str = "", recorded: bool = True,
-) -> Any:
+def option(default: Any, help: str, allowed: str | int | None = None, *, choices: Sequence[str] = (), others: str = "",
+           shown: str = "", recorded: bool = True) -> Any:
     """Return a dataclass field with a help text.
 
     Parameters

@@ -37,9 +37,8 @@ class SuperviseConfig:
     launch: str = option("", "how MPI programs are started", shown="srun; under PBS and LSF mpiexec -n RANKS")
     mpi_type: str | None = option(None, "--mpi of srun; '' leaves it to Slurm", shown="what the MPI library speaks")
     forward: str = option("", "the signal that the launcher gets, or none", shown="USR2; under PBS and LSF USR1")
-    proof: str = option(
-        "", "a file in the folder of the run without which it has not finished", shown="summary.json of train"
-    )
+    proof: str = option("", "a file in the folder of the run without which it has not finished",
+                        shown="summary.json of train")
     chain: bool = option(False, "do not requeue: the next task of the array goes on")
     sweep: str | None = option(
         None, "task N of the array adds the options in line N of this file, - for standard input", shown="none"

@@ -99,9 +99,8 @@ class ShardedSampler(Sampler[list[int]]):
     same.
     """
 
-    def __init__(
-        self, size: int, comm: Comm, *, batch: int, shuffle: bool = True, seed: int = 0, drop_last: bool = False
-    ) -> None:
+    def __init__(self, size: int, comm: Comm, *, batch: int, shuffle: bool = True, seed: int = 0,
+                 drop_last: bool = False) -> None:
         super().__init__()
         check_not_freed(comm, "ShardedSampler")
         self.comm, self.ranks, self.rank = comm, int(comm.Get_size()), int(comm.Get_rank())

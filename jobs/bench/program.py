@@ -36,9 +36,8 @@ class BenchConfig(Checked):
     d: int | None = option(None, "entries of the vector, float32", "[100, inf)", shown="25000000")
     ratio: float | None = option(None, "share of entries that topk keeps", "(0, 1]", shown="0.01")
     repeats: int | None = option(None, "times each method is measured", 1, shown="9")
-    only: str | None = option(
-        None, "measure only methods whose names contain one of these words, separated by commas", shown="all"
-    )
+    only: str | None = option(None, "measure only methods whose names contain one of these words, separated by commas",
+                              shown="all")
     methods: str | None = option(
         None, "measure these beside dense ones: RULE COMPRESSOR, or RULE COMPRESSOR PLAN, separated by semicolons, such as "
         "'econtrol(eta=0.1) TopK(0.05); ef14 my_module:Mine(3) TwoPhaseMean'", shown="the list that --only is about"

@@ -47,9 +47,8 @@ class Panels:
         self.curves.setdefault(panel, {})[name] = curve
         return curve
 
-    def compare(
-        self, panel: str, comm: MpiComm, problem: Quadratics, n: int, methods: Methods, **settings: Any
-    ) -> dict[str, Curve]:
+    def compare(self, panel: str, comm: MpiComm, problem: Quadratics, n: int, methods: Methods,
+                **settings: Any) -> dict[str, Curve]:
         """Do a run for each method; EC-Ideal has the problem without differences at the optimum."""
         for name, method in methods.items():
             seen = ideal(comm, problem) if name == "EC-Ideal" else problem
@@ -182,9 +181,8 @@ def speedup(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     d, alpha, sizes, panels = 100, 0.1, (1, 4, 16, 64), Panels(config)
     own = {"EC-Ideal": "ef14", "EC": "ef14", "EF21-SGD": "ef21", "EF21-SGDM": "ef21-sgdm(eta=0.1)",
            "EControl": f"econtrol(eta={alpha})"}
-    methods = methods_of(
-        config, {"SGD": "ef21 Identity"} | {name: f"{rule} TopK({alpha})" for name, rule in own.items()}
-    )
+    methods = methods_of(config,
+                         {"SGD": "ef21 Identity"} | {name: f"{rule} TopK({alpha})" for name, rule in own.items()})
     for n in sizes:
         world = carriers(comm, n)
         problem = zeta_quadratics(own_clients(world, n), n, d, 10.0, seed=1, equal=True)

@@ -78,13 +78,11 @@ def floors(levels: Mapping[str, Sequence[float]], sizes: Sequence[int], path: Pa
 def stability(last: Any, etas: Sequence[float], factors: Sequence[float], path: Path) -> None:
     """Draw log10 of ||grad f||^2 at the end, (etas, factors), for every eta and step size."""
     figure, axes = figures.pyplot().subplots(figsize=(5.6, 4.4), layout="constrained")
-    image = axes.imshow(
-        np.log10(np.maximum(last, LEAST)), cmap="viridis_r", vmin=-30, vmax=5, aspect="auto", origin="lower"
-    )
+    image = axes.imshow(np.log10(np.maximum(last, LEAST)), cmap="viridis_r", vmin=-30, vmax=5, aspect="auto",
+                        origin="lower")
     axes.set_xticks(range(len(factors)), [f"{factor:g}" for factor in factors])
     axes.set_yticks(range(len(etas)), [f"{eta:g}" for eta in etas])
-    axes.set(
-        xlabel="step size, multiple of EF21's", ylabel="eta / delta", title="EControl: log10 ||grad f||^2 at the end"
-    )
+    axes.set(xlabel="step size, multiple of EF21's", ylabel="eta / delta",
+             title="EControl: log10 ||grad f||^2 at the end")
     figure.colorbar(image, ax=axes)
     figures.save(figure, path)

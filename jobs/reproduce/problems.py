@@ -103,9 +103,8 @@ class LeastSquares(_Regression):
         return slopes
 
 
-def rare_features(
-    clients: range, n: int, d: int, owners: int, *, samples: int = 12, mu: float = 1.0, largest: float = 20.0, seed: int = 0
-) -> LeastSquares:
+def rare_features(clients: range, n: int, d: int, owners: int, *, samples: int = 12, mu: float = 1.0,
+                  largest: float = 20.0, seed: int = 0) -> LeastSquares:
     """Return least squares in which every feature is known to `owners` of the n clients only (arXiv 2305.15264).
 
     A client's rows are zero outside of its features; the eigenvalues of its Hessian lie evenly between `mu` and `largest`,

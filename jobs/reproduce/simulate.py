@@ -53,11 +53,9 @@ def kept(compressor: Compressor, d: int) -> int:
     return compressor.count(d) if isinstance(compressor, TopK | RandK) else d
 
 
-def descend(
-    comm: Comm, problem: Problem, clients: int, rule: str, compressor: Compressor, *, gamma: float, steps: int, x0: Vector,
-    dense_steps: int | None = None, every: int = 1, tolerance: float = 0.0,
-    noise: Callable[[int, int], Vector] | None = None, weights: Vector | None = None,
-) -> tuple[Vector, Curve]:
+def descend(comm: Comm, problem: Problem, clients: int, rule: str, compressor: Compressor, *, gamma: float, steps: int,
+            x0: Vector, dense_steps: int | None = None, every: int = 1, tolerance: float = 0.0,
+            noise: Callable[[int, int], Vector] | None = None, weights: Vector | None = None) -> tuple[Vector, Curve]:
     """Run ``x -= gamma * rule(gradients at x)`` from `x0` and return x; measure the gradient of f meanwhile. Collective.
 
     Parameters

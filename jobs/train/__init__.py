@@ -4,7 +4,5 @@ from mpi_ef.moved import earlier
 
 __all__: list[str] = []
 
-__getattr__ = earlier(
-    __name__, main="program", train="program", TrainConfig="config", PHASES="config", PROOF="config", FILES="config",
-    learning_rate="config",
-)
+__getattr__ = earlier(__name__, main="program", train="program", TrainConfig="config", PHASES="config", PROOF="config",
+                      FILES="config", learning_rate="config")

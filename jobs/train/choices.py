@@ -38,9 +38,8 @@ _ANY_RULE: Takes = {"placement": "update", "rule": "ef14", "compressor": "topk",
 _GRADIENT: Takes = {"placement": Only("gradient"), "dense_steps": 0}
 _ONE_BIT: Takes = {"beta1": 0.9, "beta2": 0.99, "compressor": "sign", "freeze": 0}
 # Sparse feedback delays updates, and delay acts like momentum; dense updates need the usual one.
-_DELAYED = Depends(
-    "0.5, or 0.9 with compressor=identity", lambda chosen: 0.9 if chosen["compressor"] == "identity" else 0.5
-)
+_DELAYED = Depends("0.5, or 0.9 with compressor=identity",
+                   lambda chosen: 0.9 if chosen["compressor"] == "identity" else 0.5)
 OPTIMIZERS: Mapping[str, Takes] = {
     "adamw": {"beta1": _DELAYED, "beta2": 0.99, **_ANY_RULE},
     "sgd": {"momentum": 0.9, **_ANY_RULE},

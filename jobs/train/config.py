@@ -65,9 +65,8 @@ class TrainConfig(Checked):
     vote_beta1: float | None = _for("vote_beta1", "weight of the rule's momentum in the vote", "[0, 1)")
     vote_beta2: float | None = _for("vote_beta2", "weight of the past in the rule's momentum", "[0, 1)")
     participation: float | None = _for("participation", "share of the ranks that send in a step", "(0, 1]")
-    smoothness: str | None = _for(
-        "smoothness", "smoothness L_i of the loss on each rank, such as 1,2.5,1,4: its weight"
-    )
+    smoothness: str | None = _for("smoothness",
+                                  "smoothness L_i of the loss on each rank, such as 1,2.5,1,4: its weight")
     reply: float | None = _for("reply", "share of the entries of what comes back to the ranks; 1 for all", "(0, 1]")
     whole: float | None = _for("whole", "probability of a step with the gradient of all samples of each rank", "(0, 1]")
     zeta: float | None = _for("zeta", "a rank is silent while its estimate is so much worse than the gradient before",

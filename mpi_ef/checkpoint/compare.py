@@ -71,9 +71,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _arrays(
-    where: str, a: Names, b: Names, read_a: Callable[[str], NDArray[Any]], read_b: Callable[[str], NDArray[Any]]
-) -> Iterator[Difference | None]:
+def _arrays(where: str, a: Names, b: Names, read_a: Callable[[str], NDArray[Any]],
+            read_b: Callable[[str], NDArray[Any]]) -> Iterator[Difference | None]:
     for name in sorted(a.keys() | b.keys()):
         if name not in a or name not in b:
             yield Difference(where, name, f"only in the {'first' if name in a else 'second'}")

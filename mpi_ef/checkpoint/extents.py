@@ -64,9 +64,8 @@ def parse_extent(row: Any) -> Extent:
     return extent
 
 
-def layout(
-    replicated: Mapping[str, NDArray[Any]], per_rank: Mapping[str, NDArray[Any]], rank: int, size: int
-) -> Iterator[tuple[Extent, NDArray[Any]]]:
+def layout(replicated: Mapping[str, NDArray[Any]], per_rank: Mapping[str, NDArray[Any]], rank: int,
+           size: int) -> Iterator[tuple[Extent, NDArray[Any]]]:
     """Yield what `rank` of `size` writes: its stripe of the replicated arrays, and all of its own arrays.
 
     The replicated arrays lie one after the other in one space of bytes, ordered by name, which is cut into `size`

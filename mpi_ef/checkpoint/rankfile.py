@@ -55,9 +55,8 @@ def reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {what}: {_one_line(raised)}; use another checkpoint", damaged=damaged) from raised
 
 
-def write_rank_file(
-    path: Path, packed: Sequence[tuple[Extent, memoryview]], attributes: dict[str, str | int], document: Any
-) -> FileEntry:
+def write_rank_file(path: Path, packed: Sequence[tuple[Extent, memoryview]], attributes: dict[str, str | int],
+                    document: Any) -> FileEntry:
     """Write one rank's file and wait until the disk has it. Makes no MPI call.
 
     All space is reserved first: a full disk is an `OSError` before anything is written. `packed` is in the order of

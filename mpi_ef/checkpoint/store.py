@@ -55,9 +55,8 @@ class Store:
         Identity of the run; that of the checkpoint that `newest` or `at` returned last.
     """
 
-    def __init__(
-        self, folder: str | Path, *, keep_last: int = 3, keep_every: int = 0, job: str = "", restart: int = 0
-    ) -> None:
+    def __init__(self, folder: str | Path, *, keep_last: int = 3, keep_every: int = 0, job: str = "",
+                 restart: int = 0) -> None:
         if keep_last < 1 or keep_every < 0:
             raise OptionError(
                 f"Store: keep_last={keep_last}, keep_every={keep_every}; keep at least the last one, and every N-th or 0"
@@ -94,9 +93,8 @@ class Store:
 
         _on_root(comm, "Store.claim", take)
 
-    def save(
-        self, comm: Comm, step: int, *, replicated: Arrays, per_rank: Arrays, document: Any, rank_document: Any
-    ) -> Path:
+    def save(self, comm: Comm, step: int, *, replicated: Arrays, per_rank: Arrays, document: Any,
+             rank_document: Any) -> Path:
         """Save the state of a step. Collective over `comm`.
 
         Sends a few hundred bytes per rank; writes 1/n of the replicated bytes and all of its own on every rank.
@@ -130,9 +128,8 @@ class Store:
         pending.write()
         return pending.finish(comm)
 
-    def save_async(
-        self, comm: Comm, step: int, *, replicated: Arrays, per_rank: Arrays, document: Any, rank_document: Any
-    ) -> "Pending":
+    def save_async(self, comm: Comm, step: int, *, replicated: Arrays, per_rank: Arrays, document: Any,
+                   rank_document: Any) -> "Pending":
         """Copy the state of a step, and write it in the background. Collective over `comm`.
 
         Arrays may change as soon as this returns. A thread writes and makes no MPI call; the checkpoint becomes valid
@@ -248,9 +245,8 @@ class Store:
                 self._on_disk.abandon(pending.place)
         self._on_disk.release()
 
-    def _start(
-        self, comm: Comm, pending: "Pending", replicated: Arrays, per_rank: Arrays, staging: StagingBuffer | None
-    ) -> None:
+    def _start(self, comm: Comm, pending: "Pending", replicated: Arrays, per_rank: Arrays,
+               staging: StagingBuffer | None) -> None:
         """Finish what is in flight, agree on what comes, make its directory."""
         self.finish(comm)
         rank, size = comm.Get_rank(), comm.Get_size()
@@ -323,9 +319,8 @@ class Pending:
             raise CheckpointError(f"{self.subject}, step {self.step}: it was dropped or has failed; save again")
         return self.path
 
-    def prepare(
-        self, replicated: Arrays, per_rank: Arrays, rank: int, size: int, staging: StagingBuffer | None
-    ) -> dict[str, object]:
+    def prepare(self, replicated: Arrays, per_rank: Arrays, rank: int, size: int,
+                staging: StagingBuffer | None) -> dict[str, object]:
         """Check and pack everything, in `staging` or in place; return what must be equal on all ranks. Local."""
         if type(self.step) is not int or not 0 <= self.step < 10**18:
             raise OptionError(f"{self.subject}: step={self.step!r} is no number of a step; count from 0")

@@ -54,9 +54,8 @@ class _Writes(io.RawIOBase):
         return self.size
 
 
-def make_structure(
-    sizes: dict[str, int], attributes: dict[str, str | int]
-) -> tuple[list[tuple[int, bytes]], int, Places]:
+def make_structure(sizes: dict[str, int],
+                   attributes: dict[str, str | int]) -> tuple[list[tuple[int, bytes]], int, Places]:
     """Make an HDF5 file with contiguous datasets of given sizes, without their data: what to write where, its size, places.
 
     HDF5 never sees the disk: a full one leaves it with files that read as zeros, or kills the process. `sizes` are the bytes

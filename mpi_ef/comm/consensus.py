@@ -98,9 +98,8 @@ def gather_values(comm: Comm, subject: str, value: Any) -> list[Any]:
     return [value for _, value in answers]
 
 
-def agree(
-    comm: Comm, subject: str, facts: Callable[[], Facts], remedy: str, value: object = None, call: str = ""
-) -> list[Any]:
+def agree(comm: Comm, subject: str, facts: Callable[[], Facts], remedy: str, value: object = None,
+          call: str = "") -> list[Any]:
     """Raise on all ranks unless `facts` returns equal values on all of them. Collective over `comm`.
 
     Parameters

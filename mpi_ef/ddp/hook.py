@@ -85,17 +85,9 @@ class FeedbackHook(OnAllRanks):
     the rule, and the buffers of one plan for every bucket.
     """
 
-    def __init__(
-        self,
-        model: DistributedDataParallel,
-        compressor: Compressor,
-        *,
-        rule: str | Rule = "ef21",
-        process_group: dist.ProcessGroup | None = None,
-        plan: PlanBuilder = plan_for,
-        dense_steps: int = 0,
-        **options: Any,
-    ) -> None:
+    def __init__(self, model: DistributedDataParallel, compressor: Compressor, *, rule: str | Rule = "ef21",
+                 process_group: dist.ProcessGroup | None = None, plan: PlanBuilder = plan_for, dense_steps: int = 0,
+                 **options: Any) -> None:
         if not isinstance(model, DistributedDataParallel):
             raise OptionError(f"FeedbackHook: model is a {type(model).__name__}; pass DistributedDataParallel(model)")
         self.comm = ProcessGroupComm(model.process_group if process_group is None else process_group)

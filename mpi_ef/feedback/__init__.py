@@ -8,18 +8,5 @@ from .error_feedback import ErrorFeedback
 from .state import State, Steps, double_buffer, error, estimate, momentum, persistent, replicated, scratch
 from .table import RULES, Rule, with_momentum
 
-__all__ = [
-           "RULES",
-           "ErrorFeedback",
-           "Rule",
-           "State",
-           "Steps",
-           "double_buffer",
-           "error",
-           "estimate",
-           "momentum",
-           "persistent",
-           "replicated",
-           "scratch",
-           "with_momentum",
-]
+__all__ = ["RULES", "ErrorFeedback", "Rule", "State", "Steps", "double_buffer", "error", "estimate", "momentum",
+           "persistent", "replicated", "scratch", "with_momentum"]

@@ -55,15 +55,8 @@ class Stopper:
         Why all stop, the same on all ranks; None before.
     """
 
-    def __init__(
-        self,
-        comm: Comm,
-        *,
-        signals: Sequence[int] = SIGNALS,
-        deadline: float | None = None,
-        margin_seconds: float = 60.0,
-        every: int = 1,
-    ) -> None:
+    def __init__(self, comm: Comm, *, signals: Sequence[int] = SIGNALS, deadline: float | None = None,
+                 margin_seconds: float = 60.0, every: int = 1) -> None:
         self.comm = comm
         self.reason: str | None = None
         self._every, self._calls, self._asked = every, 0, 0

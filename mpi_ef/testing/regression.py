@@ -125,10 +125,8 @@ class Run:
         return vars(self) | {"optimizer": None}  # which stays where it is
 
 
-def trained(
-    n: int, steps: int, build: Build, *, dtype: torch.dtype = torch.float32, each: Any = None, sees: Any = None,
-    compare_every: int = 5,
-) -> list[Run]:
+def trained(n: int, steps: int, build: Build, *, dtype: torch.dtype = torch.float32, each: Any = None, sees: Any = None,
+            compare_every: int = 5) -> list[Run]:
     """Train on n ranks, which start with other parameters: those of rank 0 must win. Return a run for every rank.
 
     ``each(optimizer, step)`` is called before a step, ``sees(optimizer, step)`` after it.
