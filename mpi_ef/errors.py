@@ -96,5 +96,6 @@ def everywhere(error: Error) -> Error:
 
 def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
     """Return ``"did you mean X?"`` for the known word that is most like another one; `otherwise` where none is. Local."""
-    close = get_close_matches(word, list(known), n=1)
-    return f"did you mean {close[0]}?" if close else otherwise
+    lower = {name.lower(): name for name in known}
+    close = get_close_matches(word.lower(), lower, n=1)
+    return f"did you mean {lower[close[0]]}?" if close else otherwise

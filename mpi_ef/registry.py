@@ -14,14 +14,13 @@ import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import Parameter, Signature, isabstract, isclass, signature
 from threading import Lock
 from typing import Any
 
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, nearest
 
 __all__ = ["Specification", "built", "fitting", "found", "names", "options_of", "specified"]
 
@@ -97,11 +96,8 @@ def found(kind: str, name: str) -> Any:
             return point.load()
     except (ImportError, AttributeError) as error:
         raise OptionError(f"{kind} {name!r} cannot be loaded: {error}") from error
-    lower = {known.lower(): known for known in names(kind)}
-    close = get_close_matches(name.lower(), lower, n=1)
     listed = ", ".join(names(kind))
-    hint = f"did you mean {lower[close[0]]}?" if close else f"take one of {listed}, or module:name" if listed else \
-        "write module:name"
+    hint = nearest(name, names(kind), f"take one of {listed}, or module:name" if listed else "write module:name")
     raise OptionError(f"there is no {kind} {name!r}; {hint}")
 
 
@@ -160,8 +156,7 @@ def fitting(what: Specification, text: str, *given: Any, **settings: Any) -> Spe
     free = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in taken.values())
     for option in what.options:
         if option not in theirs and not (free and option not in taken):
-            close = get_close_matches(option, theirs, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(theirs) or 'none'}"
+            hint = nearest(option, theirs, f"it has: {', '.join(theirs) or 'none'}")
             raise OptionError(f"{text!r}: {what.name} has no option {option}; {hint}")
     try:
         form.bind(*given, *what.arguments, **what.options, **settings)
