@@ -42,10 +42,10 @@ class LowRankMean(Plan, kind="low-rank"):
     of n. Memory: two left factors and four right ones, and the vector where it is neither plain nor what `keep` leaves
     behind anyway.
 
+    Other parameters, attributes and errors: see :class:`Plan`.
+
     Parameters
     ----------
-    comm, d, dtype
-        See :class:`Plan`.
     compressor : LowRank
     warm_start : bool
         False begins every exchange with new random numbers: the plan is then without state from one to the next.

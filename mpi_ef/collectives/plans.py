@@ -40,12 +40,10 @@ class GatherMean(Plan, kind="gather"):
     3. :meth:`add_mean` adds ``scale / n * C(x_r)`` for r = 0 ... n-1: the mean of exactly what was sent.
 
     Cost per exchange: ``(n - 1) * frame`` bytes sent and as many received; memory ``(n + 1) * frame``.
-    Attributes and errors: see :class:`Plan`.
+    Other parameters, attributes and errors: see :class:`Plan`.
 
     Parameters
     ----------
-    comm, compressor, d, dtype
-        See :class:`Plan`.
     combine : Combine, optional
         What to take in place of the mean; n vectors of memory then.
     """
@@ -141,11 +139,10 @@ class TwoPhaseMean(Plan, kind="two-phase"):
 
     This is `compressed_allreduce` of 1-bit Adam (Tang et al. 2021, arXiv 2102.02888) for any compressor.
     Cost per exchange: ``2 (n - 1)`` frames of a chunk sent and as many received.
+    Other parameters, attributes and errors: see :class:`Plan`.
 
     Parameters
     ----------
-    comm, compressor, d, dtype
-        See :class:`Plan`.
     reply : Compressor, optional
         C', the compressor of the second phase; the same as the first by default.
     residual : bool
@@ -184,9 +181,8 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         self._arrived_wires = self._arrived.wires[:, : self._outward[self.rank].nbytes]
         self._answer_wire = self._answer.wire(0, self._back[self.rank])
         chunk = self._stop(self.rank) - self._start(self.rank)
-        self._fused = (
-            self._remember and combine is None and self._back[self.rank].can_encode_sum(self._outward[self.rank])
-        )
+        fits = self._back[self.rank].can_encode_sum(self._outward[self.rank])
+        self._fused = self._remember and combine is None and fits
         self._average = aligned_zeros(0 if self._fused else chunk, self.dtype)
         self._residual, self._next = (aligned_zeros(chunk if self._remember else 0, self.dtype) for _ in range(2))
         self._owed, self._owed_next = (
@@ -244,11 +240,6 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         codecs, wires = (self._outward, self._send_parts) if own else (self._back, self._result_parts)
         for j, codec in enumerate(codecs):
             codec.add(wires[j], out[self._start(j) : self._stop(j)], scale, overwrite=overwrite)
-
-    @property
-    def server_d(self) -> int:
-        """0: a rank is the server of its chunk, see :meth:`state`."""
-        return 0
 
     @property
     def alpha(self) -> float:
