@@ -151,18 +151,15 @@ class DenseMean(Plan, kind="dense"):
         if plain and not split:
             self._x = x.terms[0]
         else:
-            self._copy(x)
+            if self._own is None:
+                self._own = aligned_zeros(self.d, self.dtype)
+            self._kernels.combine(x.terms, x.factors, self._own)
+            self._x = self._own
         if x.keep.size:
             self._kernels.combine(x.terms, x.keep_factors, x.keep)
             if x.less_message:
                 self._kernels.add_dense(self._x, -1.0, x.keep)
         return True  # the sum tells
-
-    def _copy(self, x: Source) -> None:
-        if self._own is None:
-            self._own = aligned_zeros(self.d, self.dtype)
-        self._kernels.combine(x.terms, x.factors, self._own)
-        self._x = self._own
 
     def communicate(self) -> Iterator[Round]:
         """Sum in rank order, between two rounds of words, see :meth:`Plan.communicate`."""
@@ -189,8 +186,8 @@ class DenseMean(Plan, kind="dense"):
     def allreduce(self, x: Vector, out: Vector, scale: float = 1.0) -> None:
         """Write ``scale`` times the mean of `x` over the ranks to `out`, without a copy in between. Collective.
 
-        Both are (d,), of the plan's dtype, contiguous. `out` is overwritten, also when this raises what :meth:`exchange`
-        does, on all ranks; it may be `x`, which then is not. The result is there only: :attr:`mean`, :meth:`add_mean` and
+        Both are (d,), of the plan's dtype, contiguous. Raises what :meth:`exchange` does, on all ranks; `out` is
+        overwritten then as well, but for an `out` that is `x`. The result is there only: :attr:`mean`, :meth:`add_mean` and
         :meth:`set_mean` mean nothing until the next :meth:`exchange`.
         """
         own, factor = self._result, self._factor

@@ -170,15 +170,11 @@ def _plan(call: str, comm: Comm, compressor: Compressor, check: Callable[[], tup
     assert key is not None  # noqa: S101
     cache = kept_with(comm, _Plans)
     if key not in cache:
-        cache[key] = _build(comm, key)
+        if call == "allgather":
+            cache[key] = GatherMean(comm, *key[1:])
+        else:
+            cache[key] = plan_for(comm, *key[1:], residual=False)
         if len(cache) > KEPT_PLANS:  # the same one on all ranks: all have made the same calls in the same order
             cache.popitem(last=False)
     cache.move_to_end(key)
     return cache[key], arrays
-
-
-def _build(comm: Comm, key: _Key) -> Plan:
-    call, compressor, d, dtype = key
-    if call == "allgather":
-        return GatherMean(comm, compressor, d, dtype)
-    return plan_for(comm, compressor, d, dtype, residual=False)

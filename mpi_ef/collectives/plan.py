@@ -77,6 +77,7 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
     own = 1
     saved_by = "state()"
     built = "the building of a plan"
+    keeps: ClassVar[str] = ""  # the option that says whether anything is kept from one exchange to the next
     kinds: ClassVar[dict[str, type[Self]]] = {}  # those of which compressors say by name that they suit them
 
     def __init_subclass__(cls, *, kind: str = "", **options: Any) -> None:
@@ -85,9 +86,9 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
             Plan.kinds[kind] = cls
 
     @classmethod
-    def suited(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, *, residual: bool) -> "Plan":  # noqa: ARG003
+    def suited(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, *, residual: bool) -> "Plan":
         """Return a plan of this kind for :func:`plan_for`. Collective."""
-        return cls(comm, compressor, d, dtype)
+        return cls(comm, compressor, d, dtype, **({cls.keeps: residual} if cls.keeps else {}))
 
     def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32) -> None:
         subject = type(self).__name__
