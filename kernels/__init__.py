@@ -2,7 +2,24 @@
 
 Every kernel is a Numba function over contiguous vectors (and rows of messages), does not look at strides, and has a twin
 of the same name and signature in :mod:`mpi_ef.kernels.reference`, written in plain NumPy. The twin is the specification:
-results agree bit for bit. Vectors are float32 or float64; indices are int64 in ascending order; bytes are uint8.
+results agree bit for bit.
+
+Arguments, where a kernel does not say otherwise: vectors are (d,), contiguous, all of one dtype, float32 or float64;
+numbers (`factor`, `beta`, `step`, ...) are scalars of that dtype, indices int64, bytes uint8; `out` is updated.
+
+terms, factors : three vectors, and (3,) of their dtype
+    ``x = sum_t factors[t] * terms[t]``; the last term, or the last two, may be empty and then count as absent.
+keep, keep_factors : a vector, or an empty one where nothing is kept, and (3,)
+    `keep` is overwritten with ``sum_t keep_factors[t] * terms[t]`` in the same pass.
+less_decoded : bool
+    What is decoded of the message for x is taken off `keep`.
+indices, values : (k,) int64, ascending, all different, each in [0, d); and (k,) of the dtype of the vectors
+block : int
+    Entries that share a scale or an exponent; the last block may be shorter.
+overwrite : bool
+    The sum starts from zero and not from what is in `out`, which is then not read.
+scratch : memory of the dtype of the vectors
+    As long as the constant of the same module says, for example `SELECT_SCRATCH`.
 """
 
 from ._jit import machine_code as machine_code  # no kernel, so not in __all__

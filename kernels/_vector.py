@@ -36,6 +36,12 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, start: Any
     return builder.bitcast(builder.gep(data, [start]), element.as_pointer())
 
 
+def _word_pointer(context: Any, builder: Any, array_type: Any, array: Any, byte: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    first = builder.bitcast(data, ir.IntType(8).as_pointer())
+    return builder.bitcast(builder.gep(first, [byte]), _I64.as_pointer())
+
+
 def _store(builder: Any, value: Any, target: Any, align: int, past_caches: bool) -> None:
     store = builder.store(value, target, align=_LINE if past_caches else align)
     if past_caches:
@@ -202,10 +208,7 @@ def load_word(_context: Any, array: Any, byte: Any) -> Any:
     """Return the 64 bits from byte number `byte` of an array of uint8 or uint64, little-endian, aligned or not."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        first = builder.bitcast(data, ir.IntType(8).as_pointer())
-        pointer = builder.bitcast(builder.gep(first, [arguments[1]]), _I64.as_pointer())
-        return builder.load(pointer, align=1)
+        return builder.load(_word_pointer(context, builder, signature.args[0], *arguments), align=1)
 
     return types.uint64(array, types.int64), generate
 
@@ -256,10 +259,8 @@ def store_word(_context: Any, word: Any, array: Any, byte: Any) -> Any:
     """Write 64 bits to byte number `byte` of an array of uint8 or uint64, little-endian, aligned or not."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(signature.args[1])(context, builder, arguments[1]).data
-        first = builder.bitcast(data, ir.IntType(8).as_pointer())
-        pointer = builder.bitcast(builder.gep(first, [arguments[2]]), _I64.as_pointer())
-        builder.store(arguments[0], pointer, align=1)
+        word, *place = arguments
+        builder.store(word, _word_pointer(context, builder, signature.args[1], *place), align=1)
         return context.get_dummy_value()
 
     return types.void(types.uint64, array, types.int64), generate
@@ -289,31 +290,18 @@ fetch: Any = _on_places(lambda array: GROUP * array.dtype.bitwidth // 8)
 fetch_entry: Any = _on_places(lambda _array: 1)
 
 
-def _add_term(builder: Any, term: Any, _scaled: Any, n: int, value: Any) -> Any:
-    return builder.fadd(value, term(n))
-
-
-def _subtract_term(builder: Any, term: Any, _scaled: Any, n: int, value: Any) -> Any:
-    return builder.fsub(value, term(n))
-
-
-def _add_scaled_term(builder: Any, term: Any, scaled: Any, n: int, value: Any) -> Any:
-    return builder.fadd(value, scaled(n, term(n)))
-
-
 def _forming(past_caches: bool) -> Any:
     def typing(_: Any, a: Any, b: Any, c: Any, f: Any, g: Any, h: Any, kind: Any, start: Any, out: Any, at: Any) -> Any:
-        return _form(past_caches, a, b, c, out)
+        number = a.dtype
+        return types.void(a, b, c, number, number, number, types.int64, types.int64, out, types.int64), _form(a, past_caches)
 
     return intrinsic(typing)
 
 
-def _form(past_caches: bool, a: Any, b: Any, c: Any, out: Any) -> Any:
-    size = GROUP
-
+def _form(a: Any, past_caches: bool) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         align = a.dtype.bitwidth // 8
-        vector = ir.VectorType(_float_type(a), size)
+        vector = ir.VectorType(_float_type(a), GROUP)
 
         def pointer(n: int, start: Any) -> Any:
             return _pointer(context, builder, signature.args[n], arguments[n], start, vector)
@@ -338,15 +326,16 @@ def _form(past_caches: bool, a: Any, b: Any, c: Any, out: Any) -> Any:
             return builder.fmul(_splat(builder, arguments[3 + n]), value)
 
         value = either(is_kind(0, 3), term(0), partial(scaled, 0))
+        changes: list[Callable[[int, Any], Any]] = [
+            lambda n, value: builder.fadd(value, term(n)), lambda n, value: builder.fsub(value, term(n)),
+            lambda n, value: builder.fadd(value, scaled(n, term(n)))]
         for n in (1, 2):
-            changes = (_add_term, _subtract_term, _add_scaled_term)
             for code, change in enumerate(changes, 1):
-                value = either(is_kind(n, code), value, partial(change, builder, term, scaled, n))
+                value = either(is_kind(n, code), value, partial(change, n))
         _store(builder, value, pointer(8, arguments[9]), align, past_caches)
         return context.get_dummy_value()
 
-    number = a.dtype
-    return (types.void(a, b, c, number, number, number, types.int64, types.int64, out, types.int64), generate)
+    return generate
 
 
 # Write 64 entries from `start` on of ``f * a + g * b + h * c`` to ``out[at:]``. `kind` says how: its lowest two bits for a,

@@ -1,4 +1,4 @@
-"""Adam-like updates of a whole vector in one pass."""
+"""Adam-like updates of a whole vector in one pass: of `m`, `v` and `x` in place."""
 
 import numpy as np
 
@@ -10,14 +10,7 @@ __all__ = ["adam", "adam_step", "l1_norm", "preconditioned_step", "sign_step", "
 
 @jit
 def update_moments(grad: Vector, beta1: np.floating, beta2: np.floating, m: Vector, v: Vector) -> None:
-    """Take the mean and the mean square of gradients along: ``m = beta1 m + (1 - beta1) grad``, v with ``grad^2``.
-
-    Parameters
-    ----------
-    grad : (d,) float32 or float64
-    beta1, beta2 : scalars of the dtype of `grad`
-    m, v : (d,) of that dtype, updated
-    """
+    """Take the mean and the mean square of gradients along: ``m = beta1 m + (1 - beta1) grad``, v with ``grad^2``."""
     one = m.dtype.type(1)
     for i in range(m.size):
         m[i] = beta1 * m[i] + (one - beta1) * grad[i]
@@ -27,14 +20,7 @@ def update_moments(grad: Vector, beta1: np.floating, beta2: np.floating, m: Vect
 @jit
 def adam_step(m: Vector, v: Vector, step: np.floating, root_factor: np.floating, eps: np.floating, decay: np.floating,
               x: Vector) -> None:
-    """Take a step of Adam: ``x = decay x - step m / (root_factor sqrt(v) + eps)``.
-
-    Parameters
-    ----------
-    m, v : (d,) float32 or float64
-    step, root_factor, eps, decay : scalars of that dtype
-    x : (d,) of that dtype, updated
-    """
+    """Take a step of Adam: ``x = decay x - step m / (root_factor sqrt(v) + eps)``."""
     for i in range(x.size):
         x[i] = decay * x[i] - step * (m[i] / (root_factor * np.sqrt(v[i]) + eps))
 
@@ -42,14 +28,7 @@ def adam_step(m: Vector, v: Vector, step: np.floating, root_factor: np.floating,
 @jit
 def adam(grad: Vector, beta1: np.floating, beta2: np.floating, step: np.floating, root_factor: np.floating,
          eps: np.floating, decay: np.floating, m: Vector, v: Vector, x: Vector) -> None:
-    """Do what :func:`update_moments` and then :func:`adam_step` do, in one pass.
-
-    Parameters
-    ----------
-    grad : (d,) float32 or float64
-    beta1, beta2, step, root_factor, eps, decay : scalars of that dtype
-    m, v, x : (d,) of that dtype, updated
-    """
+    """Do what :func:`update_moments` and then :func:`adam_step` do, in one pass."""
     one = m.dtype.type(1)
     for i in range(x.size):
         m_i = beta1 * m[i] + (one - beta1) * grad[i]
@@ -61,14 +40,7 @@ def adam(grad: Vector, beta1: np.floating, beta2: np.floating, step: np.floating
 
 @jit
 def preconditioned_step(m: Vector, inverse: Vector, step: np.floating, decay: np.floating, x: Vector) -> None:
-    """Take a step along a preconditioned direction: ``x = decay x - step (m inverse)``.
-
-    Parameters
-    ----------
-    m, inverse : (d,) float32 or float64
-    step, decay : scalars of that dtype
-    x : (d,) of that dtype, updated
-    """
+    """Take a step along a preconditioned direction: ``x = decay x - step (m inverse)``."""
     for i in range(x.size):
         x[i] = decay * x[i] - step * (m[i] * inverse[i])
 
@@ -89,13 +61,6 @@ def l1_norm(x: Vector) -> float:
 
 @jit
 def sign_step(direction: Vector, step: np.floating, decay: np.floating, x: Vector) -> None:
-    """Take a step of equal length in every entry: ``x = decay x - step sign(direction)``, where sign(0) = 0.
-
-    Parameters
-    ----------
-    direction : (d,) float32 or float64
-    step, decay : scalars of that dtype
-    x : (d,) of that dtype, updated
-    """
+    """Take a step of equal length in every entry: ``x = decay x - step sign(direction)``, where sign(0) = 0."""
     for i in range(x.size):
         x[i] = decay * x[i] - step * np.sign(direction[i])

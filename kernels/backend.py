@@ -3,6 +3,8 @@
 Codecs, plans and rules ask for one, ``backend(dtype)``, and pass no scratch; a device has a class with the same methods.
 """
 
+# ruff: noqa: D102 (the methods of Backend are described by the functions of the same names)
+
 import threading
 from functools import cache
 from typing import Any
@@ -47,48 +49,35 @@ class Backend:
         return getattr(kernels, name)
 
     def combine(self, terms: Any, factors: Vector, out: Vector) -> bool:
-        """See :func:`mpi_ef.kernels.combine`."""
-        finite: bool = kernels.combine(terms, factors, out, self._memory.scratch)
-        return finite
+        return bool(kernels.combine(terms, factors, out, self._memory.scratch))
 
     def select_largest(self, *arguments: Any) -> bool:
-        """See :func:`mpi_ef.kernels.select_largest`."""
-        finite: bool = kernels.select_largest(*arguments, self._memory.scratch, self._memory.histogram)
-        return finite
+        return bool(kernels.select_largest(*arguments, self._memory.scratch, self._memory.histogram))
 
     def quantize(self, *arguments: Any) -> bool:
-        """See :func:`mpi_ef.kernels.quantize`."""
         kernel: Any = kernels.quantize
-        finite: bool = kernel(*arguments, self._memory.scratch)
-        return finite
+        return bool(kernel(*arguments, self._memory.scratch))
 
     def encode_signs(self, *arguments: Any) -> bool:
-        """See :func:`mpi_ef.kernels.encode_signs`."""
-        finite: bool = kernels.encode_signs(*arguments, self._memory.scratch)
-        return finite
+        return bool(kernels.encode_signs(*arguments, self._memory.scratch))
 
     def add_quantized(self, exponents: Vector, codes: Vector, form: str, block: int, factor: float, overwrite: bool,
                       out: Vector) -> None:
-        """See :func:`mpi_ef.kernels.add_quantized`."""
         real = self.dtype.type(factor)
         kernels.add_quantized(exponents, codes, form, block, real, overwrite, out, self._memory.scratch)
 
     def add_signs(self, bits: Vector, scales: Vector, block: int, factor: float, overwrite: bool, out: Vector) -> None:
-        """See :func:`mpi_ef.kernels.add_signs`."""
         kernels.add_signs(bits, scales, block, self.dtype.type(factor), overwrite, out, self._memory.scratch)
 
     def add_low_rank(self, left: Vector, right: Vector, parts: Vector, rank: int, factor: float, overwrite: bool,
                      out: Vector) -> None:
-        """See :func:`mpi_ef.kernels.add_low_rank`."""
         real = self.dtype.type(factor)
         kernels.add_low_rank(left, right, parts, rank, real, overwrite, out, self._memory.scratch)
 
     def add_dense(self, values: Vector, factor: float, out: Vector) -> None:
-        """See :func:`mpi_ef.kernels.add_dense`."""
         kernels.add_dense(values, self.dtype.type(factor), out)
 
     def add_sparse(self, indices: Vector, values: Vector, factor: float, out: Vector) -> None:
-        """See :func:`mpi_ef.kernels.add_sparse`."""
         kernels.add_sparse(indices, values, self.dtype.type(factor), out)
 
 

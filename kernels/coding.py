@@ -36,15 +36,7 @@ def low_bits(d: int, k: int) -> int:
 
 @jit
 def encode_indices(indices: NDArray[np.int64], low: int, lower: NDArray[np.uint64], upper: NDArray[np.uint64]) -> None:
-    """Write the Elias-Fano code of `indices` into `lower` and `upper`.
-
-    Parameters
-    ----------
-    indices : (k,) int64, ascending, all different
-    low : int, number of low bits l
-    lower : (lower_nbytes(k, l) / 8,) uint64, overwritten
-    upper : (upper_nbytes(d, k, l) / 8,) uint64, overwritten
-    """
+    """Write the code of `indices`, with l = `low`, into `lower` and `upper`, words of uint64 that are overwritten."""
     upper[:] = np.uint64(0)
     one = np.uint64(1)
     mask = (one << np.uint64(low)) - one
@@ -74,14 +66,7 @@ def encode_indices(indices: NDArray[np.int64], low: int, lower: NDArray[np.uint6
 
 @jit
 def decode_indices(lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: int, indices: NDArray[np.int64]) -> None:
-    """Write the indices coded in `lower` and `upper` into `indices`, the inverse of :func:`encode_indices`.
-
-    Parameters
-    ----------
-    lower, upper : uint64 words of the code
-    low : int, number of low bits l
-    indices : (k,) int64, overwritten
-    """
+    """Write the indices coded in `lower` and `upper` into `indices`, the inverse of :func:`encode_indices`."""
     one = np.uint64(1)
     mask = (one << np.uint64(low)) - one
     last_byte = 8 * (lower.size - 1)

@@ -11,12 +11,6 @@ __all__ = ["all_finite"]
 def all_finite(x: Vector) -> bool:
     """Tell whether no entry of `x` is NaN or Inf.
 
-    Parameters
-    ----------
-    x : (d,) float32 or float64, contiguous
-
-    Notes
-    -----
     One pass over `x`: an exponent of all ones marks NaN and Inf, so the test is integer arithmetic and vectorises.
     """
     if x.dtype == np.float32:

@@ -1,6 +1,7 @@
 """What LAMB does layer by layer, all layers in one pass over the vector: the same bits on every processor.
 
-A layer is the part of a vector from ``starts[p]`` to ``starts[p + 1]``.
+A layer is the part of a vector from ``starts[p]`` to ``starts[p + 1]``: `starts` is (layers + 1,) int64; what each layer
+has one of, `factors`, `scales`, `least`, `ratios`, is (layers,) of the dtype of the vectors.
 """
 
 from math import sqrt
@@ -19,16 +20,8 @@ _LANES = 64
 
 @jit
 def layer_norms(x: Vector, starts: NDArray[np.int64], norms: NDArray[np.float64]) -> None:
-    """Write the norms of the layers of `x` to `norms`.
+    """Write the norms of the layers of `x` to `norms`, (layers,) float64.
 
-    Parameters
-    ----------
-    x : (d,) float32 or float64
-    starts : (layers + 1,) int64
-    norms : (layers,) float64, overwritten
-
-    Notes
-    -----
     Squares are added in float64: entry i of a layer in sum ``i % 64``, these 64 in order, then what follows the last 64.
     """
     sums = np.empty(_LANES)
@@ -54,15 +47,7 @@ def _sum_of_squares(x, sums):
 
 @jit
 def add_layers(values: Vector, factors: Vector, starts: NDArray[np.int64], out: Vector) -> None:
-    """Add every layer of `values`, times a factor of its own, to `out`.
-
-    Parameters
-    ----------
-    values : (d,) float32 or float64
-    factors : (layers,) of that dtype
-    starts : (layers + 1,) int64
-    out : (d,) of that dtype, updated
-    """
+    """Add every layer of `values`, times a factor of its own, to `out`."""
     for p in range(factors.size):
         low, high = starts[p], starts[p + 1]
         _add(values[low:high], factors[p], out[low:high])
@@ -77,16 +62,7 @@ def _add(values, factor, out):
 @jit
 def scaled_momentum(grad: Vector, m: Vector, beta: np.floating, scales: Vector, starts: NDArray[np.int64],
                     out: Vector) -> None:
-    """Write every layer of ``beta m + (1 - beta) grad``, times a scale of its own, to `out`.
-
-    Parameters
-    ----------
-    grad, m : (d,) float32 or float64
-    beta : scalar of that dtype
-    scales : (layers,) of that dtype
-    starts : (layers + 1,) int64
-    out : (d,) of that dtype, overwritten
-    """
+    """Write every layer of ``beta m + (1 - beta) grad``, times a scale of its own, to `out`, which is overwritten."""
     for p in range(scales.size):
         low, high = starts[p], starts[p + 1]
         _form(grad[low:high], m[low:high], beta, scales[p], out[low:high])
@@ -107,18 +83,7 @@ def follow_momentum(sent: Vector, inverse: Vector, betas: Vector, root_factor: n
 
     With ``m' = sent / scale`` and ``grad = (m' - beta1 m) / (1 - beta1)``: ``fresh = beta2 fresh + (1 - beta2) grad^2``,
     ``m = m'``, and the ratio of a layer is the largest quotient of ``1 / inverse`` and ``max(root_factor sqrt(fresh), least)
-    + eps``.
-
-    Parameters
-    ----------
-    sent : (d,) float32 or float64
-    inverse : (d,) of that dtype; entries with a zero have no part in a ratio
-    betas : (2,) of that dtype
-    root_factor, eps : scalars of that dtype
-    scales, least : (layers,) of that dtype
-    starts : (layers + 1,) int64
-    m, fresh : (d,) of that dtype, updated
-    ratios : (layers,) of that dtype, overwritten; zero where all of a layer's `inverse` is
+    + eps``. Entries whose `inverse` is zero have no part in it: a layer without others has the ratio zero. `betas`: (2,).
     """
     seen = np.empty(_LANES, m.dtype)
     for p in range(scales.size):

@@ -25,10 +25,8 @@ def orthonormalise(rows: Vector, spans: NDArray[np.int64], rank: int, spare: Vec
 
     Parameters
     ----------
-    rows : (m,) float32 or float64, finite, the factors of all matrices, overwritten
+    rows : (m,) finite, the factors of all matrices, `rank` rows each, overwritten
     spans : (matrices, 2) int64, where a factor begins in `rows` and how long its rows are, at least 1
-    rank : int
-        Rows of a factor.
     spare : (m,) finite, or empty
         A row that would become zero is replaced by the row of `spare` in its place, if that one is independent.
 
@@ -97,15 +95,10 @@ def add_low_rank(left: Vector, right: Vector, parts: NDArray[np.int64], rank: in
 
     Parameters
     ----------
-    left : (m,) float32 or float64, for every part in turn: the left factor of a matrix, or the entries of a whole part
+    left : (m,), for every part in turn: the left factor of a matrix, or the entries of a whole part
     right : (m',) for every matrix in turn: its right factor
     parts : (j, 2) int64, rows and columns of the parts of `out`; a part without columns is whole and has so many entries
-    rank : int
-    factor : scalar of the dtype of `out`
-    overwrite : bool
-        The sum starts from zero and not from what is in `out`.
-    out : (d,) updated, or overwritten
-    scratch : at least (BLOCK,) of the dtype of `out`
+    scratch : at least (BLOCK,)
 
     Notes
     -----

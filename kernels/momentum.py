@@ -1,4 +1,4 @@
-"""Steps along a momentum over a variance that does not change."""
+"""Steps along a momentum over a variance that does not change: of `m`, `u` and `x` in place."""
 
 import numpy as np
 
@@ -12,14 +12,7 @@ __all__ = ["local_step", "momentum_step"]
 @jit
 def momentum_step(grad: Vector, inverse: Vector, beta: np.floating, step: np.floating, decay: np.floating, m: Vector,
                   x: Vector) -> None:
-    """Take a gradient into the momentum, then a step: ``m = beta m + (1 - beta) grad``, ``x = decay x - step (m inverse)``.
-
-    Parameters
-    ----------
-    grad, inverse : (d,) float32 or float64
-    beta, step, decay : scalars of that dtype
-    m, x : (d,) of that dtype, updated
-    """
+    """Update the momentum, ``m = beta m + (1 - beta) grad``, then take a step, ``x = decay x - step (m inverse)``."""
     one = m.dtype.type(1)
     for i in range(x.size):
         m[i] = beta * m[i] + (one - beta) * grad[i]
@@ -32,13 +25,6 @@ def local_step(grad: Vector, inverse: Vector, start: Vector, beta: np.floating, 
     """Take a gradient into the momentum, that into a mean of momenta, and place x where this mean leads from `start`.
 
     ``m = beta m + (1 - beta) grad``, ``u = (1 - weight) u + weight m``, ``x = decay start - step (u inverse)``.
-
-    Parameters
-    ----------
-    grad, inverse, start : (d,) float32 or float64
-    beta, weight, step, decay : scalars of that dtype
-    m, u : (d,) of that dtype, updated
-    x : (d,) of that dtype, overwritten
     """
     for low in range(0, x.size, BLOCK):
         part = slice(low, min(low + BLOCK, x.size))

@@ -26,14 +26,10 @@ def quantize(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vector, 
 
     Parameters
     ----------
-    terms, factors, keep, keep_factors : as in :func:`select_largest`
-    less_decoded : bool, whether `keep` is overwritten with ``sum_t keep_factors[t] * terms[t] - decoded``
     format : {"bf16", "fp16", "int8"}
-    block : int, entries that share an exponent; the last block may be shorter
     exponents : (ceil(d / block),) int16, overwritten: the power of two that brings the block's largest magnitude into
         [0.5, 1) for bf16, [2**14, 2**15) for fp16 and (63.5, 127] for int8; 0 for a block of zeros
     codes : (d,) overwritten; the bit patterns of bf16 or fp16 numbers in int16, or int8 integers
-    scratch : (QUANTIZE_SCRATCH,) of the dtype of x
 
     Returns
     -------
@@ -53,17 +49,7 @@ def quantize(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vector, 
 
 def add_quantized(exponents: NDArray[np.int16], codes: NDArray[np.int16 | np.int8], format: str, block: int,
                   factor: np.floating, overwrite: bool, out: Vector, scratch: Vector) -> None:
-    """Add ``factor * decoded`` to `out`, the inverse of :func:`quantize`.
-
-    Parameters
-    ----------
-    exponents, codes : as :func:`quantize` wrote them
-    format, block : the same as there
-    factor : scalar of the dtype of `out`
-    overwrite : bool, whether the sum starts from zero and not from what is in `out`, which is then not read
-    out : (d,) float32 or float64, updated
-    scratch : (QUANTIZE_SCRATCH,) of the dtype of `out`
-    """
+    """Add ``factor * decoded`` to `out`, the inverse of :func:`quantize`."""
     _add_quantized(exponents, codes, FORMATS[format], block, factor, overwrite, out, scratch)
 
 
@@ -89,8 +75,7 @@ def _from_half(code):
 
 
 @jit
-def _quantize(terms, factors, keep, keep_factors, less_decoded, headroom, block,
-              exponents, codes, scratch):
+def _quantize(terms, factors, keep, keep_factors, less_decoded, headroom, block, exponents, codes, scratch):
     d, finite = terms[0].size, True
     x, other = scratch[:BLOCK], scratch[BLOCK:]
     tile = BLOCK // block * block if block <= BLOCK else BLOCK

@@ -1,17 +1,14 @@
-"""The kernels in plain NumPy: same names, same signatures, same bits. This file is the specification."""
+"""The kernels in plain NumPy: same names, same signatures, same bits. This file is the specification.
+
+What functions do, and with which arguments, is documented at the kernels of the same names.
+"""
+
+# ruff: noqa: D103, ARG001
+
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-
-from .reference_steps import (
-    Vector,
-    add_layers,
-    follow_momentum,
-    layer_norms,
-    local_step,
-    momentum_step,
-    scaled_momentum,
-)
 
 __all__ = ["adam", "adam_step", "add_dense", "add_layers", "add_low_rank", "add_quantized", "add_signs", "add_sparse",
            "all_finite", "clear_sparse", "combine", "decode_indices", "encode_indices", "encode_signs",
@@ -19,7 +16,9 @@ __all__ = ["adam", "adam_step", "add_dense", "add_layers", "add_low_rank", "add_
            "orthonormalise", "preconditioned_step", "quantize", "sample_indices", "scaled_momentum", "select_largest",
            "sign_step", "subtract", "update_moments"]
 
+Vector = NDArray[np.floating]
 Terms = tuple[Vector, Vector, Vector]
+Places = NDArray[np.int64]
 
 
 def _sum(terms: Terms, factors: Vector) -> Vector:
@@ -31,8 +30,7 @@ def _sum(terms: Terms, factors: Vector) -> Vector:
     return x
 
 
-def combine(terms: Terms, factors: Vector, out: Vector, scratch: Vector) -> bool:  # noqa: ARG001
-    """Write the linear combination to `out`, unless that is empty, and tell whether it is finite."""
+def combine(terms: Terms, factors: Vector, out: Vector, scratch: Vector) -> bool:
     x = _sum(terms, factors)
     if out.size:
         out[:] = x
@@ -40,28 +38,16 @@ def combine(terms: Terms, factors: Vector, out: Vector, scratch: Vector) -> bool
 
 
 def subtract(values: Vector, out: Vector) -> None:
-    """Subtract `values` from `out` where they are not zero."""
     np.subtract(out, values, out=out, where=values != 0)
 
 
 def all_finite(x: Vector) -> bool:
-    """Tell whether no entry of `x` is NaN or Inf."""
     return bool(np.isfinite(x).all())
 
 
-def select_largest(
-    terms: Terms,
-    factors: Vector,
-    keep: Vector,
-    keep_factors: Vector,
-    bounds: NDArray[np.int64],
-    counts: NDArray[np.int64],
-    indices: NDArray[np.int64],
-    values: Vector,
-    scratch: Vector,  # noqa: ARG001
-    histogram: NDArray[np.int64],  # noqa: ARG001
-) -> bool:
-    """Select the entries of largest magnitude of each segment; ties: lowest index first; NaN above Inf."""
+def select_largest(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vector, bounds: NDArray[np.int64],
+                   counts: NDArray[np.int64], indices: NDArray[np.int64], values: Vector, scratch: Vector,
+                   histogram: NDArray[np.int64]) -> bool:
     x = _sum(terms, factors)
     if keep.size:
         keep[:] = _sum(terms, keep_factors)
@@ -76,34 +62,28 @@ def select_largest(
 
 
 def mean_rows(rows: Vector, own: Vector, rank: int, factor: np.floating, out: Vector) -> bool:
-    """Write ``factor * rows[0] + factor * rows[1] + ...`` to `out`, `own` in place of a row; tell whether it is finite."""
     parts = [factor * (own if r == rank else row) for r, row in enumerate(rows)]
     out[:] = sum(parts[1:], start=parts[0])
     return all_finite(out)
 
 
 def gather(terms: Terms, factors: Vector, indices: NDArray[np.int64], values: Vector) -> None:
-    """Write the entries of the linear combination at `indices` into `values`."""
     values[:] = _sum(terms, factors)[indices]
 
 
 def add_sparse(indices: NDArray[np.int64], values: Vector, factor: np.floating, out: Vector) -> None:
-    """Add ``factor * values`` to `out` at `indices`."""
     out[indices] += factor * values
 
 
 def clear_sparse(indices: NDArray[np.int64], out: Vector) -> None:
-    """Set `out` to zero at `indices`."""
     out[indices] = 0
 
 
 def add_dense(values: Vector, factor: np.floating, out: Vector) -> None:
-    """Add ``factor * values`` to `out`."""
     out += factor * values
 
 
 def encode_indices(indices: NDArray[np.int64], low: int, lower: NDArray[np.uint64], upper: NDArray[np.uint64]) -> None:
-    """Write the Elias-Fano code of ascending `indices`."""
     unary = np.zeros(64 * upper.size, np.uint8)
     unary[np.arange(indices.size) + (indices >> low)] = 1
     upper[:] = np.packbits(unary, bitorder="little").view(np.uint64)
@@ -113,7 +93,6 @@ def encode_indices(indices: NDArray[np.int64], low: int, lower: NDArray[np.uint6
 
 
 def decode_indices(lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: int, indices: NDArray[np.int64]) -> None:
-    """Write the indices coded in `lower` and `upper`."""
     k = indices.size
     high = np.flatnonzero(np.unpackbits(upper.view(np.uint8), bitorder="little"))[:k] - np.arange(k)
     parts = np.unpackbits(lower.view(np.uint8), bitorder="little")[: k * low].reshape(k, low).astype(np.int64)
@@ -123,7 +102,6 @@ def decode_indices(lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: in
 def encode_signs(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vector, less_decoded: bool,
                  row_bits: NDArray[np.uint8], row_scales: Vector, row_block: int, row_factor: np.floating, block: int,
                  bits: NDArray[np.uint8], scales: Vector, scratch: Vector) -> bool:
-    """Write the signs as bits, most significant first, and the mean magnitude of each block."""
     x = _sum(terms, factors)
     add_signs(row_bits, row_scales, row_block, row_factor, False, x, scratch)
     bits[:] = np.packbits(x >= 0)
@@ -166,16 +144,8 @@ def _mean_of_large_numbers(x: NDArray[np.float64]) -> float:
     return float(min(np.cumsum(x / largest / x.size)[-1], 1.0) * largest)
 
 
-def add_signs(
-    bits: NDArray[np.uint8],
-    scales: Vector,
-    block: int,
-    factor: np.floating,
-    overwrite: bool,
-    out: Vector,
-    scratch: Vector,  # noqa: ARG001
-) -> None:
-    """Add ``factor * scale * sign`` of every row to `out`, in row order."""
+def add_signs(bits: NDArray[np.uint8], scales: Vector, block: int, factor: np.floating, overwrite: bool, out: Vector,
+              scratch: Vector) -> None:
     if overwrite:
         out[:] = 0
     for row, scale in zip(bits, scales, strict=True):
@@ -185,7 +155,6 @@ def add_signs(
 
 def quantize(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vector, less_decoded: bool, format: str,
              block: int, exponents: NDArray[np.int16], codes: NDArray[np.int16 | np.int8], scratch: Vector) -> bool:
-    """Write the linear combination as ``codes * 2**exponents``, a power of two per block."""
     x = _sum(terms, factors)
     for j in range(exponents.size):
         part = x[j * block : (j + 1) * block].astype(np.float64)
@@ -214,17 +183,8 @@ def quantize(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vector, 
     return all_finite(x)
 
 
-def add_quantized(
-    exponents: NDArray[np.int16],
-    codes: NDArray[np.int16 | np.int8],
-    format: str,
-    block: int,
-    factor: np.floating,
-    overwrite: bool,
-    out: Vector,
-    scratch: Vector,  # noqa: ARG001
-) -> None:
-    """Add ``factor * decoded`` to `out`."""
+def add_quantized(exponents: NDArray[np.int16], codes: NDArray[np.int16 | np.int8], format: str, block: int,
+                  factor: np.floating, overwrite: bool, out: Vector, scratch: Vector) -> None:
     if overwrite:
         out[:] = 0
     if format == "int8":
@@ -253,15 +213,8 @@ def _mix(word: int) -> int:
     return word ^ (word >> 31)
 
 
-def sample_indices(
-    seed: int,
-    step: int,
-    rank: int,
-    d: int,
-    indices: NDArray[np.int64],
-    bitmap: NDArray[np.uint64],  # noqa: ARG001
-) -> None:
-    """Write different indices below `d`, ascending, drawn with Floyd's algorithm from SplitMix64."""
+def sample_indices(seed: int, step: int, rank: int, d: int, indices: NDArray[np.int64],
+                   bitmap: NDArray[np.uint64]) -> None:
     state = 0
     for part in (seed, step, rank):
         state = _mix(state + part + _GOLDEN & _WORD)
@@ -274,7 +227,6 @@ def sample_indices(
 
 
 def orthonormalise(rows: Vector, spans: NDArray[np.int64], rank: int, spare: Vector) -> None:
-    """Make the rows of every factor orthonormal; rows that depend on those before become zero, or a spare row."""
     for start, size in spans:
         span = slice(start, start + rank * size)
         factor, others = rows[span].reshape(rank, size), spare[span].reshape(-1, size)
@@ -312,17 +264,8 @@ def _dot(x: Vector, y: Vector) -> np.float64:
     return total
 
 
-def add_low_rank(
-    left: Vector,
-    right: Vector,
-    parts: NDArray[np.int64],
-    rank: int,
-    factor: np.floating,
-    overwrite: bool,
-    out: Vector,
-    scratch: Vector,  # noqa: ARG001
-) -> None:
-    """Add ``factor`` times the products of factors, and times what travels whole, to `out`."""
+def add_low_rank(left: Vector, right: Vector, parts: NDArray[np.int64], rank: int, factor: np.floating, overwrite: bool,
+                 out: Vector, scratch: Vector) -> None:
     if overwrite:
         out[:] = 0
     for rows, columns in parts:
@@ -339,7 +282,6 @@ def add_low_rank(
 
 
 def update_moments(grad: Vector, beta1: np.floating, beta2: np.floating, m: Vector, v: Vector) -> None:
-    """Take the mean and the mean square of gradients along."""
     one = m.dtype.type(1)
     m[:] = beta1 * m + (one - beta1) * grad
     v[:] = beta2 * v + (one - beta2) * (grad * grad)
@@ -347,26 +289,62 @@ def update_moments(grad: Vector, beta1: np.floating, beta2: np.floating, m: Vect
 
 def adam_step(m: Vector, v: Vector, step: np.floating, root_factor: np.floating, eps: np.floating, decay: np.floating,
               x: Vector) -> None:
-    """Take a step of Adam."""
     x[:] = decay * x - step * (m / (root_factor * np.sqrt(v) + eps))
 
 
 def adam(grad: Vector, beta1, beta2, step, root_factor, eps, decay, m: Vector, v: Vector, x: Vector) -> None:
-    """Do what `update_moments` and `adam_step` do."""
     update_moments(grad, beta1, beta2, m, v)
     adam_step(m, v, step, root_factor, eps, decay, x)
 
 
 def preconditioned_step(m: Vector, inverse: Vector, step: np.floating, decay: np.floating, x: Vector) -> None:
-    """Take a step along a preconditioned direction."""
     x[:] = decay * x - step * (m * inverse)
 
 
 def l1_norm(x: Vector) -> float:
-    """Return the sum of magnitudes."""
     return _sum_magnitudes(np.abs(x))
 
 
 def sign_step(direction: Vector, step: np.floating, decay: np.floating, x: Vector) -> None:
-    """Take a step of equal length in every entry."""
     x[:] = decay * x - step * np.sign(direction)
+
+
+def momentum_step(grad: Vector, inverse: Vector, beta: np.floating, step: np.floating, decay: np.floating, m: Vector,
+                  x: Vector) -> None:
+    m[:] = beta * m + (m.dtype.type(1) - beta) * grad
+    x[:] = decay * x - step * (m * inverse)
+
+
+def local_step(grad: Vector, inverse: Vector, start: Vector, beta: np.floating, weight: np.floating, step: np.floating,
+               decay: np.floating, m: Vector, u: Vector, x: Vector) -> None:
+    one = m.dtype.type(1)
+    m[:] = beta * m + (one - beta) * grad
+    u[:] = (one - weight) * u + weight * m
+    x[:] = decay * start - step * (u * inverse)
+
+
+def layer_norms(x: Vector, starts: Places, norms: NDArray[np.float64]) -> None:
+    for p, (start, stop) in enumerate(pairwise(starts)):
+        squares = x[start:stop].astype(np.float64) ** 2
+        whole = squares.size // 64 * 64
+        sums = np.cumsum(np.vstack([np.zeros(64), squares[:whole].reshape(-1, 64)]), axis=0)[-1]
+        norms[p] = np.sqrt(np.cumsum(np.concatenate([[0.0], sums, squares[whole:]]))[-1])
+
+
+def add_layers(values: Vector, factors: Vector, starts: Places, out: Vector) -> None:
+    out += np.repeat(factors, np.diff(starts)) * values
+
+
+def scaled_momentum(grad: Vector, m: Vector, beta: np.floating, scales: Vector, starts: Places, out: Vector) -> None:
+    out[:] = np.repeat(scales, np.diff(starts)) * (beta * m + (out.dtype.type(1) - beta) * grad)
+
+
+def follow_momentum(sent: Vector, inverse: Vector, betas: Vector, root_factor: np.floating, eps: np.floating,
+                    scales: Vector, least: Vector, starts: Places, m: Vector, fresh: Vector, ratios: Vector) -> None:
+    (beta1, beta2), one, sizes = betas, m.dtype.type(1), np.diff(starts)
+    new = np.repeat(one / scales, sizes) * sent
+    grad = (new - beta1 * m) / (one - beta1)
+    m[:], fresh[:] = new, beta2 * fresh + (one - beta2) * (grad * grad)
+    roots = np.maximum(root_factor * np.sqrt(fresh), np.repeat(least, sizes)) + eps
+    quotients = np.divide(one, roots * inverse, out=np.zeros_like(m), where=inverse > 0)
+    ratios[:] = [quotients[start:stop].max(initial=0) for start, stop in pairwise(starts)]

@@ -16,7 +16,6 @@ def sample_indices(seed: int, step: int, rank: int, d: int, indices: NDArray[np.
     Parameters
     ----------
     seed, step, rank : int, non-negative; together they fix the subset on every machine and version
-    d : int
     indices : (k,) int64, overwritten, ascending; k <= d
     bitmap : (ceil(d / 64),) uint64 scratch
 

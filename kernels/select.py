@@ -39,15 +39,10 @@ def select_largest(terms: Terms, factors: Vector, keep: Vector, keep_factors: Ve
 
     Parameters
     ----------
-    terms : three (d,) float32 or float64 arrays; the last one, or the last two, may be empty and then count as absent
-    factors : (3,)
-    keep : (d,) overwritten with ``sum_t keep_factors[t] * terms[t]`` in the same pass, or empty: nothing is kept
-    keep_factors : (3,)
     bounds : (s + 1,) int64, ascending from 0 to d: the segments
     counts : (s,) int64, how many entries of each segment are selected, at least one unless it is empty; together k
     indices : (:func:`select_candidates`,) int64; the first k are overwritten with the selected indices, ascending
     values : likewise, with the selected entries of x
-    scratch : (SELECT_SCRATCH,) of the dtype of the terms
     histogram : (2048,) int64 scratch
 
     Returns

@@ -36,15 +36,11 @@ def encode_signs(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vect
 
     Parameters
     ----------
-    terms, factors, keep, keep_factors : as in :func:`select_largest`
     row_bits, row_scales, row_block, row_factor : messages of `m` ranks, as :func:`add_signs` takes them, which are decoded
         and added to x, and to what is kept; m may be 0
-    less_decoded : bool, whether `keep` is overwritten with ``sum_t keep_factors[t] * terms[t] - decoded``
-    block : int, entries that share a scale; the last block may be shorter
     bits : (ceil(d / 8),) uint8, overwritten; entry i is bit ``7 - i % 8`` of byte ``i // 8`` (the order of np.packbits),
         set when ``x[i] >= 0``, so that 0.0, -0.0 count as positive and NaN as negative; bits beyond d are 0
     scales : (ceil(d / block),) of the dtype of x, overwritten
-    scratch : (SIGNS_SCRATCH,) of the dtype of x
 
     Returns
     -------
@@ -192,11 +188,7 @@ def add_signs(bits: NDArray[np.uint8], scales: Vector, block: int, factor: np.fl
     ----------
     bits : (m, ceil(d / 8)) uint8, as :func:`encode_signs` wrote them
     scales : (m, ceil(d / block)) of the dtype of `out`
-    block : int, entries that share a scale
-    factor : scalar of the dtype of `out`
-    overwrite : bool, whether the sum starts from zero and not from what is in `out`, which is then not read
-    out : (d,) float32 or float64; ``out[i] += +-(factor * scales[r, i // block])`` for r = 0, 1, ..., updated
-    scratch : (SIGNS_SCRATCH,) of the dtype of `out`
+    out : (d,), ``out[i] += +-(factor * scales[r, i // block])`` for r = 0, 1, ...
     """
     past = overwrite and goes_past_caches(out) and bits.shape[0] > 0
     for low in range(0, out.size, BLOCK):

@@ -19,11 +19,7 @@ _FAR = 512  # entries ahead to ask for: far, because every one lies in another c
 def combine(terms: Terms, factors: Vector, out: Vector, scratch: Vector) -> bool:
     """Write ``x = sum_t factors[t] * terms[t]`` to `out` and tell whether it is finite.
 
-    Parameters
-    ----------
-    terms, factors : as in :func:`select_largest`
-    out : (d,) of the dtype of the terms, overwritten; may be empty: then x is only looked at. May be one of the terms.
-    scratch : (COMBINE_SCRATCH,) of the dtype of the terms
+    `out` is overwritten; may be empty: then x is only looked at. May be one of the terms.
     """
     broken, infinity = np.uint64(0), magnitude(scratch.dtype.type(np.inf))
     for low in range(0, terms[0].size, BLOCK):
@@ -40,13 +36,7 @@ def combine(terms: Terms, factors: Vector, out: Vector, scratch: Vector) -> bool
 
 @jit
 def subtract(values: Vector, out: Vector) -> None:
-    """Subtract `values` from `out`, of which only what is near entries that are not zero is touched.
-
-    Parameters
-    ----------
-    values : (d,), for the most part zero
-    out : (d,) of the dtype of the values, updated
-    """
+    """Subtract `values` from `out`, of which only what is near entries that are not zero is touched."""
     whole = out.size // GROUP * GROUP
     for g in range(0, whole, GROUP):
         word = at_least(values, g, np.uint64(1))
@@ -69,13 +59,7 @@ def subtract(values: Vector, out: Vector) -> None:
 def mean_rows(rows: Vector, own: Vector, rank: int, factor: np.floating, out: Vector) -> bool:
     """Write ``factor * rows[0] + factor * rows[1] + ...``, added in this order, to `out`; tell whether it is finite.
 
-    Parameters
-    ----------
-    rows : (n, d) float32 or float64, contiguous
-    own : (d,) stands for row number `rank`, which is not read
-    rank : int
-    factor : scalar of the dtype of the rows
-    out : (d,) overwritten
+    `own` stands for row number `rank` of `rows`, (n, d), which is not read. `out` is overwritten.
     """
     broken, infinity = np.uint64(0), magnitude(out.dtype.type(np.inf))
     for low in range(0, out.size, BLOCK):
@@ -98,14 +82,7 @@ def mean_rows(rows: Vector, own: Vector, rank: int, factor: np.floating, out: Ve
 
 @jit
 def gather(terms: Terms, factors: Vector, indices: NDArray[np.int64], values: Vector) -> None:
-    """Write the entries of ``sum_t factors[t] * terms[t]`` at `indices` into `values`.
-
-    Parameters
-    ----------
-    terms, factors : as in :func:`select_largest`
-    indices : (k,) int64, each in [0, d)
-    values : (k,) of the dtype of the terms, overwritten
-    """
+    """Write the entries of ``sum_t factors[t] * terms[t]`` at `indices` into `values`."""
     a, b, c = terms
     for j in range(indices.size):
         i = indices[j]
@@ -119,15 +96,7 @@ def gather(terms: Terms, factors: Vector, indices: NDArray[np.int64], values: Ve
 
 @jit
 def add_sparse(indices: NDArray[np.int64], values: Vector, factor: np.floating, out: Vector) -> None:
-    """Add ``factor * values`` to `out` at `indices`.
-
-    Parameters
-    ----------
-    indices : (k,) int64, all different, each in [0, d)
-    values : (k,) of the dtype of `out`
-    factor : scalar of the dtype of `out`
-    out : (d,) float32 or float64, updated in k places
-    """
+    """Add ``factor * values`` to `out` at `indices`."""
     last = indices.size - 1
     for j in range(indices.size):
         fetch_entry(out, indices[min(j + _FAR, last)])
@@ -136,13 +105,7 @@ def add_sparse(indices: NDArray[np.int64], values: Vector, factor: np.floating, 
 
 @jit
 def clear_sparse(indices: NDArray[np.int64], out: Vector) -> None:
-    """Set `out` to zero at `indices`.
-
-    Parameters
-    ----------
-    indices : (k,) int64, each in [0, d)
-    out : (d,) float32 or float64, overwritten in k places
-    """
+    """Set `out` to zero at `indices`."""
     last = indices.size - 1
     for j in range(indices.size):
         fetch_entry(out, indices[min(j + _FAR, last)])
@@ -151,13 +114,6 @@ def clear_sparse(indices: NDArray[np.int64], out: Vector) -> None:
 
 @jit
 def add_dense(values: Vector, factor: np.floating, out: Vector) -> None:
-    """Add ``factor * values`` to `out`, the product rounded before the sum.
-
-    Parameters
-    ----------
-    values : (d,) of the dtype of `out`
-    factor : scalar of the dtype of `out`
-    out : (d,) float32 or float64, updated
-    """
+    """Add ``factor * values`` to `out`, the product rounded before the sum."""
     for i in range(out.size):
         out[i] += factor * values[i]

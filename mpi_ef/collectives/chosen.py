@@ -42,9 +42,7 @@ def build_plan(plan: PlanBuilder, comm: Comm, compressor: Compressor, d: int, dt
     ----------
     plan : callable or str
         ``plan(comm, compressor, d, dtype)`` builds it, for example a class; or a specification, ``"TwoPhaseMean"``,
-        ``"my_plan:TrimmedMean(trim=1)"``, see :mod:`mpi_ef.registry`.
-    comm, compressor, d, dtype
-        See :class:`Plan`.
+        ``"my_plan:TrimmedMean(trim=1)"``, see :mod:`mpi_ef.registry`. The other arguments are those of :class:`Plan`.
 
     Raises
     ------

@@ -33,11 +33,10 @@ class ClientsMean(Plan):
     3. Allgather the messages; those of one rank travel together.
 
     Cost per exchange: two collectives; every rank receives all messages; memory for all of them.
+    Other parameters, attributes and errors: see :class:`Plan`.
 
     Parameters
     ----------
-    comm, compressor, d, dtype
-        See :class:`Plan`.
     clients : int
         n, at least one per rank.
     weights : (n,) float, optional
@@ -45,7 +44,6 @@ class ClientsMean(Plan):
 
     Attributes
     ----------
-    clients : int
     first, own : int
         This rank carries the clients ``first ... first + own - 1``.
     tags : (n,) uint8
@@ -63,15 +61,11 @@ class ClientsMean(Plan):
         """Build codecs and buffers, see :meth:`Plan.bind`."""
         n = self._wanted
         if not isinstance(n, int | np.integer) or n < self.size:
-            raise OptionError(
-                f"ClientsMean: clients={n!r} on {self.size} ranks; every rank carries at least one client"
-            )
+            raise OptionError(f"ClientsMean: clients={n!r} on {self.size} ranks; every rank carries at least one client")
         if self.weights is not None:
             self.weights = np.asarray(self.weights, np.float64)
             if self.weights.shape != (n,) or not np.isfinite(self.weights).all():
-                raise OptionError(
-                    f"ClientsMean: weights of shape {self.weights.shape}; pass one finite number a client"
-                )
+                raise OptionError(f"ClientsMean: weights of shape {self.weights.shape}; pass one finite number a client")
         self.clients, bounds = int(n), chunk_bounds(n, self.size)
         self._counts = np.diff(bounds)
         self.first, self.own = bounds[self.rank], int(self._counts[self.rank])
@@ -152,9 +146,8 @@ class ClientsMean(Plan):
         participates, self.tags = said & 1 == 1, (said >> 1).astype(np.uint8)
         self._participants = np.flatnonzero(participates)
         stops = np.cumsum(self._counts)
-        nbytes = self._codec.nbytes * np.array(
-            [participates[stop - m : stop].sum() for stop, m in zip(stops, self._counts, strict=True)]
-        )
+        sums = [participates[stop - m : stop].sum() for stop, m in zip(stops, self._counts, strict=True)]
+        nbytes = self._codec.nbytes * np.array(sums)
         places = np.concatenate([[0], np.cumsum(nbytes)[:-1]])
         mine = self._send.reshape(-1)[: nbytes[self.rank]]
         with Timer(self.seconds, "communicate"):

@@ -37,7 +37,6 @@ class Combine(ABC):
             codec.add(wire[None], row)
         vector = np.ascontiguousarray(self(rows), dtype)
         if vector.shape != (codec.d,):
-            raise OptionError(
-                f"{self!r} returned {vector.shape} for vectors of length {codec.d}; return one number an entry"
-            )
+            raise OptionError(f"{self!r} returned {vector.shape} for vectors of length {codec.d}; return one number an "
+                              "entry")
         return vector

@@ -51,19 +51,7 @@ class RankOrderMean:
 
     What :class:`DenseMean` and other plans have in common: steps 1 to 4 of the former.
 
-    Parameters
-    ----------
-    comm : MPI.Comm
-    d : int
-    dtype : numpy dtype
-        float32 or float64.
-    seconds : dict of str to float
-        Where the time spent in "communicate" and "decode" is added.
-
-    Attributes
-    ----------
-    nbytes : int
-        What one mean moves out of a rank, and as much into it.
+    The time spent in "communicate" and "decode" is added to `seconds`.
     """
 
     def __init__(self, comm: Comm, d: int, dtype: DTypeLike, seconds: dict[str, float]) -> None:
@@ -75,16 +63,13 @@ class RankOrderMean:
         self._arrived = np.zeros(n * longest, self._dtype)
         self._blocks = [_Block.of(low, min(low + n * longest, d), n, rank) for low in range(0, d, n * longest)]
         self._padded = np.zeros((2, n * self._blocks[-1].size if self._blocks else 0), self._dtype)
-        self.nbytes = 2 * (n - 1) * itemsize * sum(block.size for block in self._blocks)
+        self.nbytes = 2 * (n - 1) * itemsize * sum(block.size for block in self._blocks)  # out of a rank, and into it
 
     def form(self, x: Vector, factor: float, out: Vector) -> bool:
         """Write ``factor`` times the sum over the ranks of `x` to `out`; tell if this rank's share is finite. Collective.
 
-        Parameters
-        ----------
-        x : (d,) of the dtype, contiguous, read only
-        factor : float, rounded to the dtype; multiplies every vector before it is added
-        out : (d,) of the dtype, contiguous, not `x`, overwritten, with the same bits on all ranks
+        Both are (d,) of the dtype, contiguous; `out` is another array, with the same bits on all ranks. The factor is
+        rounded to the dtype and multiplies every vector before it is added.
         """
         began, decoding, weight, finite = perf_counter(), self._seconds["decode"], self._dtype.type(factor), True
         for block in self._blocks:
@@ -125,15 +110,7 @@ class DenseMean(Plan, kind="dense"):
     allreduce of the whole vector inside one machine. Cost per exchange: ``2 (n - 1) / n`` times the vector sent and as
     many bytes received. Memory: the result, up to three blocks, and for combinations and :meth:`start` one more vector.
 
-    Parameters
-    ----------
-    comm, d, dtype
-        See :class:`Plan`.
-
-    Attributes
-    ----------
-    mean : (d,) array
-        The mean of the last exchange, owned by the plan, valid until the next one; read only.
+    Parameters, attributes and errors: see :class:`Plan`.
     """
 
     def __init__(self, comm: Comm, d: int, dtype: DTypeLike = np.float32) -> None:
@@ -163,7 +140,7 @@ class DenseMean(Plan, kind="dense"):
 
     @property
     def mean(self) -> Vector:
-        """The mean of the last exchange."""
+        """The mean of the last exchange, (d,), owned by the plan, valid until the next one; read only."""
         view = self._result.view()
         view.flags.writeable = False
         return view
@@ -174,18 +151,15 @@ class DenseMean(Plan, kind="dense"):
         if plain and not split:
             self._x = x.terms[0]
         else:
-            self._copy(x)
+            if self._own is None:
+                self._own = aligned_zeros(self.d, self.dtype)
+            self._kernels.combine(x.terms, x.factors, self._own)
+            self._x = self._own
         if x.keep.size:
             self._kernels.combine(x.terms, x.keep_factors, x.keep)
             if x.less_message:
                 self._kernels.add_dense(self._x, -1.0, x.keep)
         return True  # the sum tells
-
-    def _copy(self, x: Source) -> None:
-        if self._own is None:
-            self._own = aligned_zeros(self.d, self.dtype)
-        self._kernels.combine(x.terms, x.factors, self._own)
-        self._x = self._own
 
     def communicate(self) -> Iterator[Round]:
         """Sum in rank order, between two rounds of words, see :meth:`Plan.communicate`."""
@@ -212,21 +186,9 @@ class DenseMean(Plan, kind="dense"):
     def allreduce(self, x: Vector, out: Vector, scale: float = 1.0) -> None:
         """Write ``scale`` times the mean of `x` over the ranks to `out`, without a copy in between. Collective.
 
-        Parameters
-        ----------
-        x : (d,) of the plan's dtype, contiguous, read only
-        out : (d,) of the plan's dtype, contiguous, overwritten, also when this raises; may be `x`, which then is not
-        scale : float
-
-        Raises
-        ------
-        NonFiniteError, ShapeError, DtypeError
-            As :meth:`exchange`, on all ranks.
-
-        Notes
-        -----
-        The result is in `out` only: :attr:`mean`, :meth:`add_mean` and :meth:`set_mean` mean nothing until the next
-        :meth:`exchange`.
+        Both are (d,), of the plan's dtype, contiguous. Raises what :meth:`exchange` does, on all ranks; `out` is
+        overwritten then as well, but for an `out` that is `x`. The result is there only: :attr:`mean`, :meth:`add_mean` and
+        :meth:`set_mean` mean nothing until the next :meth:`exchange`.
         """
         own, factor = self._result, self._factor
         in_place = np.may_share_memory(x, out)

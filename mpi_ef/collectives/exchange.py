@@ -15,25 +15,13 @@ __all__ = ["Exchange", "Round", "Timer"]
 
 
 class Round(NamedTuple):
-    """A collective in which every rank gives the same number of frames.
+    """A collective in which every rank gives the same number of frames."""
 
-    Attributes
-    ----------
-    send, receive : Frames
-        One frame for all ranks, or with `scatter` one for each; of every rank one.
-    scatter : bool
-        Alltoall in place of Allgather.
-    finite : bool
-        Whether what this rank sends is so; its header tells the others.
-    inspect : bool
-        Whether all ranks raise where a header says that a rank cannot go on. Else the plan looks at them.
-    """
-
-    send: Frames
-    receive: Frames
-    scatter: bool = False
-    finite: bool = True
-    inspect: bool = True
+    send: Frames  # one for all ranks, or with `scatter` one for each
+    receive: Frames  # one of every rank
+    scatter: bool = False  # Alltoall in place of Allgather
+    finite: bool = True  # whether what this rank sends is so; its header tells the others
+    inspect: bool = True  # whether all ranks raise where a header says that a rank cannot go on; else the plan looks at them
 
 
 class Timer:
@@ -50,27 +38,12 @@ class Timer:
 
 
 class Exchange:
-    """The rounds of one exchange after the other.
-
-    Parameters
-    ----------
-    comm : MPI.Comm
-    name : str
-        Of the plan, for errors.
-    timer : Timer
-        For what MPI takes.
-
-    Attributes
-    ----------
-    number : int
-        Of the plan, in every header.
-    refusal : MpiEfError or None
-        Why this rank cannot take part; all ranks raise it, or what follows from it, in the first round.
-    """
+    """The rounds of one exchange after the other, of a plan with that name; `timer` sees what MPI takes."""
 
     def __init__(self, comm: Comm, name: str, timer: Timer) -> None:
         self._comm, self._rank, self._subject, self._timer = comm, int(comm.Get_rank()), f"{name}.exchange", timer
-        self.number, self.refusal = 0, None  # type: int, MpiEfError | None
+        self.number = 0  # of the plan, in every header
+        self.refusal: MpiEfError | None = None  # why this rank cannot take part; all raise it, or what follows, in round 1
         self._rounds: Iterator[Round] | None = None
         self._first: Round | None = None
         self._request: Any = None

@@ -52,7 +52,12 @@ class Frames:
         self.header = self.bytes[:, :start].view(_HEADER)[:, 0]
         self.headers = self.bytes[:, :start].view("<u8")[:, 0]
         self.wires = self.bytes[:, start : start + wire_nbytes]
-        self.message = self._message()
+        self.message: Any = self.bytes
+        if nbytes > LARGEST_COUNT:
+            from mpi4py import MPI
+
+            unit = MPI.BYTE.Create_contiguous(UNIT_NBYTES).Commit()
+            self.message = [self.bytes, nbytes // UNIT_NBYTES, unit]
 
     @property
     def frame_nbytes(self) -> int:
@@ -66,14 +71,6 @@ class Frames:
     def wire(self, row: int, codec: Codec) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the wire in `row` for `codec`, whose messages may be shorter than the row."""
         return self.wires[row, : codec.nbytes]
-
-    def _message(self) -> Any:
-        if self.frame_nbytes <= LARGEST_COUNT:
-            return self.bytes
-        from mpi4py import MPI
-
-        unit = MPI.BYTE.Create_contiguous(UNIT_NBYTES).Commit()
-        return [self.bytes, self.frame_nbytes // UNIT_NBYTES, unit]
 
 
 def header_of(step: int, status: int, plan: int) -> int:
@@ -89,10 +86,8 @@ def status_of(frames: Frames, status: int) -> tuple[int, ...]:
 def what_is_wrong(frames: Frames, subject: str) -> MpiEfError:
     """Return the error where `frames`, of all ranks, are of one plan, not all are messages, and no rank has refused."""
     if broken := status_of(frames, NON_FINITE):
-        text = (
-            f"{subject}: NaN or Inf on {ranks_text(broken)}; nothing was changed anywhere, so this step can be skipped"
-        )
-        return NonFiniteError(text, broken)
+        return NonFiniteError(f"{subject}: NaN or Inf on {ranks_text(broken)}; nothing was changed anywhere, so this step "
+                              "can be skipped", broken)
     steps = frames.header["step"].tolist()
     return DisagreementError(f"{subject}: ranks are out of step: exchange number {steps} by rank; call the plan equally "
                              "often on all ranks")
@@ -108,7 +103,5 @@ def misunderstanding(frames: Frames, subject: str) -> MpiEfError | None:
     ):
         values = frames.header[field].tolist()
         if len(set(values)) > 1:
-            return DisagreementError(
-                f"{subject}: ranks are not in the same exchange: {what} {values} by rank; {remedy}"
-            )
+            return DisagreementError(f"{subject}: ranks are not in the same exchange: {what} {values} by rank; {remedy}")
     return None

@@ -42,10 +42,10 @@ class LowRankMean(Plan, kind="low-rank"):
     of n. Memory: two left factors and four right ones, and the vector where it is neither plain nor what `keep` leaves
     behind anyway.
 
+    Other parameters, attributes and errors: see :class:`Plan`.
+
     Parameters
     ----------
-    comm, d, dtype
-        See :class:`Plan`.
     compressor : LowRank
     warm_start : bool
         False begins every exchange with new random numbers: the plan is then without state from one to the next.
@@ -57,15 +57,12 @@ class LowRankMean(Plan, kind="low-rank"):
     `x` does, and leaves Q as it was.
     """
 
+    keeps = "warm_start"
+
     def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *,
                  warm_start: bool = True) -> None:
         self._warm_start = warm_start
         super().__init__(comm, compressor, d, dtype)
-
-    @classmethod
-    def suited(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, *, residual: bool) -> "LowRankMean":
-        """Return a plan of this kind for :func:`plan_for`. Collective."""
-        return cls(comm, compressor, d, dtype, warm_start=residual)
 
     def bind(self) -> dict[str, object]:
         """Build codecs and buffers, see :meth:`Plan.bind`."""

@@ -12,20 +12,12 @@ __all__ = ["Offer"]
 
 @dataclass(frozen=True)
 class Offer:
-    """An exchange that its driver makes, at once or in two parts. See :meth:`Plan.exchange` for what it takes.
-
-    Attributes
-    ----------
-    plan : Plan
-    x, keep
-    options : dict
-        Further arguments of the plan, for example which clients participate.
-    """
+    """An exchange that its driver makes, at once or in two parts. See :meth:`Plan.exchange` for what it takes."""
 
     plan: Any
     x: Vector | Combination
     keep: Keep | None
-    options: dict[str, Any]
+    options: dict[str, Any]  # further arguments of the plan, for example which clients participate
 
     def exchange(self) -> Any:
         """Do it now, and return the plan. Collective."""

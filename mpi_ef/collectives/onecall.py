@@ -65,11 +65,7 @@ def allreduce(comm: Comm, x: Any, compressor: Compressor, *, op: Literal["mean",
     def check() -> tuple[Any, np.ndarray, np.ndarray]:
         if op not in ("mean", "sum"):
             raise OptionError(f"allreduce: op={op!r} is unknown; take 'mean' or 'sum'")
-        vector = _flat("allreduce", "x", x)
-        result = _like(x, ()) if out is None else out
-        target = _flat("allreduce", "out", result)
-        _check_out("allreduce", result, target, tuple(x.shape), vector.dtype)
-        return result, vector, target
+        return _arrays("allreduce", x, out, ())
 
     plan, (result, vector, target) = _plan("allreduce", comm, compressor, check, op)
     scale = 1.0 if op == "mean" else float(plan.size)
@@ -86,10 +82,8 @@ def allgather(comm: Comm, x: Any, compressor: Compressor, *, out: Any = None) ->
 
     Parameters
     ----------
-    comm : MPI.Comm
-        Any intracommunicator. The plan, with its buffers, stays cached with it until it is freed.
-    x : (d1, d2, ...) float32 or float64, numpy array or CPU tensor, contiguous, this rank's vector, read only
-    compressor : Compressor
+    comm, x, compressor
+        As for :func:`allreduce`.
     out : (n, d1, d2, ...) of the dtype of x, optional, contiguous, overwritten
 
     Returns
@@ -105,14 +99,8 @@ def allgather(comm: Comm, x: Any, compressor: Compressor, *, out: Any = None) ->
     check_not_freed(comm, "allgather")
     size = int(comm.Get_size())
 
-    def check() -> tuple[Any, np.ndarray, np.ndarray]:
-        vector = _flat("allgather", "x", x)
-        result = _like(x, (size,)) if out is None else out
-        target = _flat("allgather", "out", result)
-        _check_out("allgather", result, target, (size, *x.shape), vector.dtype)
-        return result, vector, target
-
-    plan, (result, vector, target) = _plan("allgather", comm, compressor, check, "")
+    plan, (result, vector, target) = _plan("allgather", comm, compressor,
+                                           lambda: _arrays("allgather", x, out, (size,)), "")
     assert isinstance(plan, GatherMean)  # noqa: S101
     plan.exchange(vector)
     target.fill(0)
@@ -138,16 +126,18 @@ def _flat(call: str, name: str, array: Any) -> np.ndarray:
     return flat
 
 
-def _check_out(call: str, out: Any, target: np.ndarray, shape: tuple[int, ...], dtype: Any) -> None:
-    if tuple(out.shape) != shape or target.dtype != dtype:
-        raise ShapeError(f"{call}: out has shape {tuple(out.shape)} {target.dtype}; it must be {shape} {dtype}")
+def _arrays(call: str, x: Any, out: Any, rows: tuple[int, ...]) -> tuple[Any, np.ndarray, np.ndarray]:
+    """Return `out`, or a new array for `rows` in front of the shape of `x`; `x` and that as one-dimensional views."""
+    vector, shape = _flat(call, "x", x), rows + tuple(x.shape)
+    result = out
+    if result is None:
+        result = np.empty(shape, x.dtype) if isinstance(x, np.ndarray) else x.new_empty(shape)
+    target = _flat(call, "out", result)
+    if tuple(result.shape) != shape or target.dtype != vector.dtype:
+        raise ShapeError(f"{call}: out has shape {tuple(result.shape)} {target.dtype}; it must be {shape} {vector.dtype}")
     if not target.flags.writeable:
         raise ShapeError(f"{call}: out is read-only; pass an array that can be written")
-
-
-def _like(x: Any, rows: tuple[int, ...]) -> Any:
-    shape = rows + tuple(x.shape)
-    return np.empty(shape, x.dtype) if isinstance(x, np.ndarray) else x.new_empty(shape)
+    return result, vector, target
 
 
 def _plan(call: str, comm: Comm, compressor: Compressor, check: Callable[[], tuple[Any, np.ndarray, np.ndarray]],
@@ -159,9 +149,8 @@ def _plan(call: str, comm: Comm, compressor: Compressor, check: Callable[[], tup
     try:
         arrays = check()
         if not isinstance(compressor, Compressor):
-            raise OptionError(  # noqa: TRY301
-                f"{call}: compressor={compressor!r} is no compressor; pass for example TopK(0.01)"
-            )
+            text = f"{call}: compressor={compressor!r} is no compressor; pass for example TopK(0.01)"
+            raise OptionError(text)  # noqa: TRY301
         key = (call, compressor, arrays[1].size, str(arrays[1].dtype))
     except Exception as raised:
         error = raised
@@ -181,15 +170,11 @@ def _plan(call: str, comm: Comm, compressor: Compressor, check: Callable[[], tup
     assert key is not None  # noqa: S101
     cache = kept_with(comm, _Plans)
     if key not in cache:
-        cache[key] = _build(comm, key)
+        if call == "allgather":
+            cache[key] = GatherMean(comm, *key[1:])
+        else:
+            cache[key] = plan_for(comm, *key[1:], residual=False)
         if len(cache) > KEPT_PLANS:  # the same one on all ranks: all have made the same calls in the same order
             cache.popitem(last=False)
     cache.move_to_end(key)
     return cache[key], arrays
-
-
-def _build(comm: Comm, key: _Key) -> Plan:
-    call, compressor, d, dtype = key
-    if call == "allgather":
-        return GatherMean(comm, compressor, d, dtype)
-    return plan_for(comm, compressor, d, dtype, residual=False)

@@ -16,12 +16,12 @@ from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError
 from mpi_ef.kernels.backend import backend
 from mpi_ef.runtime.ending import end_together
 from mpi_ef.runtime.world import check_alone
+from mpi_ef.statetree import Leaf, Reshard
 
 from .exchange import Exchange, Round, Timer
 from .frames import WIRE_VERSION
 from .misfit import misfit, unwritable
 from .offer import Offer
-from .plan_state import PlanState
 from .traffic import Traffic
 
 __all__ = ["Offer", "Plan", "Traffic", "plan_for"]
@@ -29,7 +29,7 @@ __all__ = ["Offer", "Plan", "Traffic", "plan_for"]
 _numbers = count(1)
 
 
-class Plan(OnAllRanks, PlanState, metaclass=SharedErrors):
+class Plan(OnAllRanks, metaclass=SharedErrors):
     """A compressed mean over the ranks of a communicator, built once, executed many times.
 
     After ``plan.exchange(x)`` the plan holds the messages of this exchange, until the next one starts:
@@ -51,8 +51,8 @@ class Plan(OnAllRanks, PlanState, metaclass=SharedErrors):
 
     Attributes
     ----------
-    own : int
-        How many vectors this rank gives to a mean; 1 except for :class:`ClientsMean`.
+    own, own_d : int
+        How many vectors this rank gives to a mean, 1 except for :class:`ClientsMean`; their length one after the other.
     clients : int
         Of how many vectors it is the mean.
     exchanges : int
@@ -77,6 +77,7 @@ class Plan(OnAllRanks, PlanState, metaclass=SharedErrors):
     own = 1
     saved_by = "state()"
     built = "the building of a plan"
+    keeps: ClassVar[str] = ""  # the option that says whether anything is kept from one exchange to the next
     kinds: ClassVar[dict[str, type[Self]]] = {}  # those of which compressors say by name that they suit them
 
     def __init_subclass__(cls, *, kind: str = "", **options: Any) -> None:
@@ -85,9 +86,9 @@ class Plan(OnAllRanks, PlanState, metaclass=SharedErrors):
             Plan.kinds[kind] = cls
 
     @classmethod
-    def suited(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, *, residual: bool) -> "Plan":  # noqa: ARG003
+    def suited(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, *, residual: bool) -> "Plan":
         """Return a plan of this kind for :func:`plan_for`. Collective."""
-        return cls(comm, compressor, d, dtype)
+        return cls(comm, compressor, d, dtype, **({cls.keeps: residual} if cls.keeps else {}))
 
     def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32) -> None:
         subject = type(self).__name__
@@ -117,6 +118,7 @@ class Plan(OnAllRanks, PlanState, metaclass=SharedErrors):
 
         numbers = agree(comm, subject, facts, "build the plan from the same arguments everywhere", value=next(_numbers),
                      call=self.built)
+        self.own_d = self.own * self.d
         self._exchange.number = numbers[0]  # of rank 0, which has all plans of this communicator; in every header
 
     @abstractmethod
@@ -127,12 +129,8 @@ class Plan(OnAllRanks, PlanState, metaclass=SharedErrors):
     def encode(self, x: Source, *, split: bool) -> bool:
         """Encode `x` into the frames that leave this rank; tell whether it is finite. Local.
 
-        Parameters
-        ----------
-        x : Source
-            What is sent, as terms and factors; and what to keep.
-        split : bool
-            The caller may change what `x` is made of before :meth:`communicate` goes on.
+        `x` is what is sent, as terms and factors, and what to keep. With `split` the caller may change what `x` is made of
+        before :meth:`communicate` goes on.
         """
 
     @abstractmethod
@@ -152,10 +150,7 @@ class Plan(OnAllRanks, PlanState, metaclass=SharedErrors):
     def add_own(self, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale`` times this rank's decoded message to `out`. Local.
 
-        Parameters
-        ----------
-        out : (own_d,) of the plan's dtype, contiguous, updated
-        scale : float
+        `out` is (own_d,), of the plan's dtype, contiguous.
         """
         with self._decoding:
             self.decode(out, scale, own=True)
@@ -163,10 +158,7 @@ class Plan(OnAllRanks, PlanState, metaclass=SharedErrors):
     def add_mean(self, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale`` times the mean of the messages to `out`, in rank order: the same bits on every rank. Local.
 
-        Parameters
-        ----------
-        out : (d,) of the plan's dtype, contiguous, updated
-        scale : float
+        `out` is (d,), of the plan's dtype, contiguous.
         """
         with self._decoding:
             self.decode(out, scale)
@@ -174,13 +166,8 @@ class Plan(OnAllRanks, PlanState, metaclass=SharedErrors):
     def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:  # noqa: ARG002
         """Overwrite `out` with ``scale`` times the mean of the messages, the same bits on every rank. Local.
 
-        Parameters
-        ----------
-        out : (d,) of the plan's dtype, contiguous, overwritten
-        scale : float
-        again : bool
-            Promises that `out` has not changed since this method, with this option, last wrote to it: a sparse mean
-            then replaces the previous one entry by entry.
+        `out` is (d,), of the plan's dtype, contiguous. `again` promises that it has not changed since this method, with this
+        option, last wrote to it: a sparse mean then replaces the previous one entry by entry.
         """
         with self._decoding:
             self.decode(out, scale, overwrite=True)
@@ -213,21 +200,6 @@ class Plan(OnAllRanks, PlanState, metaclass=SharedErrors):
         return self.sent_nbytes + sum(companion.sent_nbytes for companion in self._companions.values())
 
     @property
-    def own_d(self) -> int:
-        """Length of what this rank exchanges: its vectors one after the other."""
-        return self.own * self.d
-
-    @property
-    def clients_d(self) -> int:
-        """Length of the vectors of all clients one after the other."""
-        return self.clients * self.d
-
-    @property
-    def server_d(self) -> int:
-        """Length of what every rank keeps where it plays the server; 0 where the ranks share that."""
-        return self.d
-
-    @property
     @abstractmethod
     def traffic(self) -> Traffic:
         """Bytes of one exchange."""
@@ -253,7 +225,7 @@ class Plan(OnAllRanks, PlanState, metaclass=SharedErrors):
         Returns
         -------
         Plan
-            The plan itself, now holding the messages.
+            Itself, now holding the messages.
 
         Raises
         ------
@@ -341,6 +313,25 @@ class Plan(OnAllRanks, PlanState, metaclass=SharedErrors):
             return OptionError(f"{subject}: keep.into is one of the vectors that are sent; pass another array")
         return unwritable(keep.into, self.own_d, self.dtype, subject, "keep.into")
 
+    def leaves(self) -> dict[str, Leaf]:
+        """Return this rank's named arrays that the next exchanges depend on, and what they are; they are saved. Local."""
+        return {}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the arrays of :meth:`leaves`. Not copies. Local."""
+        return {name: leaf.array for name, leaf in self.leaves().items()}
+
+    @property
+    def share(self) -> Reshard | None:
+        """How vectors get to other ranks that belong to clients, not to ranks; None where they belong to ranks."""
+        return None
+
+    def undo(self) -> None:
+        """Take back what the last exchange has changed of :meth:`state`, because its messages will not be used. Local.
+
+        Once, and only after one that has not raised.
+        """
+
 
 def plan_for(comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *,
              residual: bool = True) -> Plan:
@@ -348,13 +339,8 @@ def plan_for(comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.f
 
     Gathered for sparse ones, dense for Identity, :class:`LowRankMean` for LowRank, else two-phase.
 
-    Parameters
-    ----------
-    comm, compressor, d, dtype
-        See :class:`Plan`.
-    residual : bool
-        Whether the plan keeps something from one exchange to the next: a two-phase plan the error of its second phase, a
-        low-rank one the factor it begins with.
+    `residual`: whether the plan keeps something from one exchange to the next, a two-phase plan the error of its second
+    phase, a low-rank one the factor it begins with. For the rest see :class:`Plan`.
     """
     kind = getattr(compressor, "plan", "gather")  # what is no compressor is refused there, on all ranks
     return Plan.kinds[kind].suited(comm, compressor, d, dtype, residual=residual)

@@ -1,6 +1,7 @@
 """The compressed plans: gathered mean and two-phase mean."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -40,12 +41,10 @@ class GatherMean(Plan, kind="gather"):
     3. :meth:`add_mean` adds ``scale / n * C(x_r)`` for r = 0 ... n-1: the mean of exactly what was sent.
 
     Cost per exchange: ``(n - 1) * frame`` bytes sent and as many received; memory ``(n + 1) * frame``.
-    Attributes and errors: see :class:`Plan`.
+    Other parameters, attributes and errors: see :class:`Plan`.
 
     Parameters
     ----------
-    comm, compressor, d, dtype
-        See :class:`Plan`.
     combine : Combine, optional
         What to take in place of the mean; n vectors of memory then.
     """
@@ -141,11 +140,10 @@ class TwoPhaseMean(Plan, kind="two-phase"):
 
     This is `compressed_allreduce` of 1-bit Adam (Tang et al. 2021, arXiv 2102.02888) for any compressor.
     Cost per exchange: ``2 (n - 1)`` frames of a chunk sent and as many received.
+    Other parameters, attributes and errors: see :class:`Plan`.
 
     Parameters
     ----------
-    comm, compressor, d, dtype
-        See :class:`Plan`.
     reply : Compressor, optional
         C', the compressor of the second phase; the same as the first by default.
     residual : bool
@@ -154,26 +152,23 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         What to take in place of the mean, entry by entry; n vectors of the length of a chunk then.
     """
 
+    keeps = "residual"
+
     def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *,
                  reply: Compressor | None = None, residual: bool = True, combine: Combine | None = None) -> None:
         self.reply = compressor if reply is None else reply
         self._remember, self.combine = residual, combine
         super().__init__(comm, compressor, d, dtype)
 
-    @classmethod
-    def suited(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, *, residual: bool) -> "TwoPhaseMean":
-        """Return a plan of this kind for :func:`plan_for`. Collective."""
-        return cls(comm, compressor, d, dtype, residual=residual)
-
     def bind(self) -> dict[str, object]:
         """Build codecs and buffers, see :meth:`Plan.bind`."""
         combine = self.combine
         self.bounds = _aligned_chunk_bounds(self.d, self.size)
-        sizes = {stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False)}
-        outward = {size: self.compressor.codec(size, self.dtype) for size in sizes}
-        back = {size: self.reply.codec(size, self.dtype) for size in sizes}
-        self._outward = [outward[self._stop(j) - self._start(j)] for j in range(self.size)]
-        self._back = [back[self._stop(j) - self._start(j)] for j in range(self.size)]
+        self._chunks = list(pairwise(self.bounds))
+        sizes = [stop - start for start, stop in self._chunks]
+        outward = {size: self.compressor.codec(size, self.dtype) for size in set(sizes)}
+        back = {size: self.reply.codec(size, self.dtype) for size in set(sizes)}
+        self._outward, self._back = [outward[size] for size in sizes], [back[size] for size in sizes]
         outward_nbytes = max(codec.nbytes for codec in self._outward)
         back_nbytes = max(codec.nbytes for codec in self._back)
         self._send, self._arrived = Frames(self.size, outward_nbytes), Frames(self.size, outward_nbytes)
@@ -183,10 +178,9 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         self._result_parts = [self._result.wire(j, codec)[None] for j, codec in enumerate(self._back)]
         self._arrived_wires = self._arrived.wires[:, : self._outward[self.rank].nbytes]
         self._answer_wire = self._answer.wire(0, self._back[self.rank])
-        chunk = self._stop(self.rank) - self._start(self.rank)
-        self._fused = (
-            self._remember and combine is None and self._back[self.rank].can_encode_sum(self._outward[self.rank])
-        )
+        chunk = sizes[self.rank]
+        fits = self._back[self.rank].can_encode_sum(self._outward[self.rank])
+        self._fused = self._remember and combine is None and fits
         self._average = aligned_zeros(0 if self._fused else chunk, self.dtype)
         self._residual, self._next = (aligned_zeros(chunk if self._remember else 0, self.dtype) for _ in range(2))
         self._owed, self._owed_next = (
@@ -201,18 +195,11 @@ class TwoPhaseMean(Plan, kind="two-phase"):
             return super().like(compressor)
         return TwoPhaseMean(self.comm, compressor, self.d, self.dtype, combine=self.combine)
 
-    def _start(self, chunk: int) -> int:
-        return self.bounds[chunk]
-
-    def _stop(self, chunk: int) -> int:
-        return self.bounds[chunk + 1]
-
     def encode(self, x: Source, *, split: bool) -> bool:  # noqa: ARG002
         """Encode every chunk of `x`, see :meth:`Plan.encode`."""
         finite = True
-        for j, codec in enumerate(self._outward):
-            part = x.part(self._start(j), self._stop(j))
-            finite &= codec.encode(part, self._send_wires[j], step=2 * self.exchanges, rank=self.rank)
+        for codec, (start, stop), wire in zip(self._outward, self._chunks, self._send_wires, strict=True):
+            finite &= codec.encode(x.part(start, stop), wire, step=2 * self.exchanges, rank=self.rank)
         return finite
 
     def communicate(self) -> Iterator[Round]:
@@ -242,13 +229,8 @@ class TwoPhaseMean(Plan, kind="two-phase"):
     def decode(self, out: Vector, scale: float, *, own: bool = False, overwrite: bool = False) -> None:
         """Add or write ``scale`` times the second-phase result, or ``scale * C(x_r)``, see :meth:`Plan.decode`."""
         codecs, wires = (self._outward, self._send_parts) if own else (self._back, self._result_parts)
-        for j, codec in enumerate(codecs):
-            codec.add(wires[j], out[self._start(j) : self._stop(j)], scale, overwrite=overwrite)
-
-    @property
-    def server_d(self) -> int:
-        """0: a rank is the server of its chunk, see :meth:`state`."""
-        return 0
+        for codec, (start, stop), wire in zip(codecs, self._chunks, wires, strict=True):
+            codec.add(wire, out[start:stop], scale, overwrite=overwrite)
 
     @property
     def alpha(self) -> float:
@@ -274,5 +256,6 @@ class TwoPhaseMean(Plan, kind="two-phase"):
 
         The residuals of all chunks are one vector, cut again for other ranks.
         """
-        cut = Reshard("cut", start=self._start(self.rank), stop=self._stop(self.rank))
+        start, stop = self._chunks[self.rank]
+        cut = Reshard("cut", start=start, stop=stop)
         return {"residual": Leaf(PER_RANK, self._residual, reshard=cut)} if self._remember else {}

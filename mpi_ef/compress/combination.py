@@ -22,10 +22,6 @@ class Combination:
 
     Built by :func:`lazy` and arithmetic with arrays, numbers and other combinations. The kernels form it block by block
     while they select, sign or round, in the order of its terms; a vector that comes twice keeps its first place.
-
-    Attributes
-    ----------
-    terms : tuple of (float, (d,) array)
     """
 
     __slots__ = ("terms",)
@@ -73,13 +69,8 @@ def lazy(vector: Vector | Combination) -> Combination:
 class Keep:
     """What an encoder leaves behind in the same pass: ``into = of``, or with ``less_message`` ``into = of - C(x)``.
 
-    Parameters
-    ----------
-    of : Combination
-        Of the vectors that the encoded one combines, or of some of them.
-    into : (d,) array, overwritten; none of those vectors
-        Long arrays that are aligned to 64 bytes are written past the caches.
-    less_message : bool
+    `of` combines the vectors of the encoded one, or some of them; `into`, (d,), is none of those and is overwritten, past
+    the caches where it is long and aligned to 64 bytes.
     """
 
     of: Combination
@@ -116,12 +107,7 @@ _ABSENT = {dtype: _read_only(array) for dtype, array in _NOTHING.items()}
 def source(x: Vector | Combination, keep: Keep | None = None) -> Source:
     """Return `x` and `keep` as the kernels take them. Terms become read-only views: one machine code for all.
 
-    Raises
-    ------
-    OptionError
-        When `keep` wants a vector that is not in `x`.
-    ShapeError
-        When a vector is not contiguous.
+    Raises `OptionError` when `keep` wants a vector that is not in `x`, `ShapeError` when a vector is not contiguous.
     """
     terms = x.terms if isinstance(x, Combination) else ((1.0, x),)
     vectors = [vector for _, vector in terms]
@@ -153,13 +139,7 @@ def _factors(dtype: "np.dtype[Any]", *factors: float) -> Vector:
 
 
 def writable(out: Vector) -> Vector:
-    """Return `out`, which kernels are about to write to without a look at strides.
-
-    Raises
-    ------
-    ShapeError
-        When it is not contiguous.
-    """
+    """Return `out`, which kernels are about to write to without a look at strides. `ShapeError` if it is not contiguous."""
     if not out.flags.c_contiguous:
         raise ShapeError("out is not contiguous; pass an array that is, and copy it to where it belongs")
     return out

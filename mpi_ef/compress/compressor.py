@@ -28,17 +28,10 @@ def words(nbytes: int) -> int:
 class Codec(ABC):
     """A compressor bound to vectors of length `d` and one dtype. Local: no communication. One thread at a time.
 
-    Attributes
-    ----------
-    d : int
-        Length of the vectors.
-    dtype : numpy.dtype
-        float32 or float64.
-    nbytes : int
-        Size of every wire in bytes, a multiple of 8, known before data flow.
+    Attributes: the length `d`, the `dtype`, float32 or float64, and the size of wires, `nbytes`.
     """
 
-    nbytes: int
+    nbytes: int  # of every wire, a multiple of 8, known before data flow
 
     def __init__(self, d: int, dtype: DTypeLike) -> None:
         if not isinstance(d, int | np.integer) or d < 0:
@@ -120,15 +113,9 @@ class Codec(ABC):
 
 
 class Compressor(ABC):
-    """What is kept of a vector. A frozen dataclass: comparable, hashable, printable.
+    """What is kept of a vector. A frozen dataclass: comparable, hashable, printable."""
 
-    Attributes
-    ----------
-    sparse : bool
-        True when a message names few coordinates, so that gathering the messages of all ranks is cheap.
-    """
-
-    sparse: bool = False
+    sparse: bool = False  # whether a message names few coordinates, so that gathering the messages of all ranks is cheap
 
     @property
     def plan(self) -> str:

@@ -40,8 +40,7 @@ class _IdentityCodec(Codec):
     def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:  # noqa: ARG002
         x = x if isinstance(x, Source) else source(x)
         wire[self._used :] = 0
-        values = wire[: self._used].view(self.dtype)
-        finite: bool = self._kernels.combine(x.terms, x.factors, values)
+        finite = self._kernels.combine(x.terms, x.factors, wire[: self._used].view(self.dtype))
         self._keep(x, wire)
         return finite
 
@@ -187,12 +186,10 @@ class _SignCodec(Codec):
         for gap in self._padding:
             wire[gap] = 0
         bits, scales = wire[self._start : self._stop], wire[: self._scales_nbytes].view(self.dtype)
-        finite: bool = self._kernels.encode_signs(*x, *rows, self._block, bits, scales)
-        return finite
+        return self._kernels.encode_signs(*x, *rows, self._block, bits, scales)
 
     def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
-        rows = self.rows(wires, factor)
-        self._kernels.add_signs(*rows, overwrite, writable(out))
+        self._kernels.add_signs(*self.rows(wires, factor), overwrite, writable(out))
 
 
 @dataclass(frozen=True, repr=False)
@@ -229,7 +226,7 @@ class _VoteCodec(Codec):
         bits, odd = wire[: self._used], step >> 1 & 1  # a two-phase plan counts two steps an exchange
         turned = x._replace(less_message=False, factors=-x.factors if odd else x.factors)
         rows = (*self._nobody, kernels.BLOCK, self.dtype.type(0))
-        finite: bool = self._kernels.encode_signs(*turned, *rows, kernels.BLOCK, bits, self._magnitudes)
+        finite = self._kernels.encode_signs(*turned, *rows, kernels.BLOCK, bits, self._magnitudes)
         wire[self._used :] = 0
         if odd:  # signs of -x, turned around, are those of x but for zeros
             np.invert(bits, out=bits)

@@ -105,18 +105,7 @@ def _checked(shapes: Sequence[Sequence[int]]) -> tuple[Shape, ...]:
 
 
 class Factors:
-    """Where the matrices of a vector lie, and where their factors; products of the ones with the others.
-
-    Attributes
-    ----------
-    rank : int
-    parts : (j, 2) int64
-        Rows and columns of consecutive parts; a part that travels whole has its length and 0.
-    left_size, right_size : int
-        Entries of the left factors, with what travels whole, and of the right ones.
-    left_spans, right_spans : (matrices, 2) int64
-        For every matrix, where its factor begins and how long its rows are.
-    """
+    """Where the matrices of a vector lie, and where their factors; products of the ones with the others."""
 
     def __init__(self, shapes: Sequence[Shape], rank: int) -> None:
         self.rank = int(rank)
@@ -129,6 +118,7 @@ class Factors:
                 parts[-1] = (parts[-1][0] + rows * columns, 0)
             elif rows * columns:
                 parts.append((rows * columns, 0))
+        # (j, 2), rows and columns of consecutive parts; a part that travels whole has its length and 0.
         self.parts = np.array(parts, np.int64).reshape(-1, 2)
         self._place(parts)
 
@@ -139,14 +129,14 @@ class Factors:
         for rows, columns in parts:
             if columns:
                 ends = at + rows * columns, left + self.rank * rows, right + self.rank * columns
-                self._matrices.append(
-                    (slice(at, ends[0]), slice(left, ends[1]), slice(right, ends[2]), (rows, columns))
-                )
+                places = slice(at, ends[0]), slice(left, ends[1]), slice(right, ends[2])
+                self._matrices.append((*places, (rows, columns)))
             else:
                 ends = at + rows, left + rows, right
                 self._wholes.append((slice(at, ends[0]), slice(left, ends[1])))
             at, left, right = ends
-        self.left_size, self.right_size = left, right
+        self.left_size, self.right_size = left, right  # entries: of left factors and what travels whole, of right ones
+        # (matrices, 2): where the factor of a matrix begins and how long its rows are
         lefts = [(place.start, shape[0]) for _, place, _, shape in self._matrices]
         rights = [(place.start, shape[1]) for _, _, place, shape in self._matrices]
         self.left_spans, self.right_spans = (np.array(spans, np.int64).reshape(-1, 2) for spans in (lefts, rights))

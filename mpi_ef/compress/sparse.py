@@ -145,12 +145,8 @@ class RandK(_KeptCoordinates):
 
     Parameters
     ----------
-    ratio : float, optional
-        Share of the coordinates that is kept, in (0, 1]; k = max(1, floor(ratio * d)).
-    k : int, optional
-        Number of kept coordinates. Pass either `ratio` or `k`.
-    values : Compressor
-        How the kept values travel.
+    ratio, k, values
+        As of :class:`TopK`.
     seed : int
         Key of the draws, from 0 to 2^63 - 1. No global random generator is read or changed.
 
@@ -182,7 +178,7 @@ class _SparseCodec(Codec):
         self._decoded = np.zeros(k, np.int64)  # the indices of another message
 
     def _room(self, k: int, what: _KeptCoordinates) -> int:  # noqa: ARG002
-        """Return how long the memory behind the arrays for k indices and k values must be."""
+        """Return the length of the memory behind the arrays for k indices and k values."""
         return k
 
     @abstractmethod
@@ -247,7 +243,7 @@ class _TopKCodec(_SparseCodec):
 
     def _choose(self, x: Source, head: Wires, step: int, rank: int) -> bool:  # noqa: ARG002
         indices, kept = self._indices.base, self._kept.base
-        finite: bool = self._kernels.select_largest(x.terms, x.factors, x.keep, x.keep_factors, self._bounds, self._counts,
+        finite = self._kernels.select_largest(x.terms, x.factors, x.keep, x.keep_factors, self._bounds, self._counts,
                                               indices, kept)
         self._kernels.encode_indices(self._indices, self._low, *self._halves(head))
         return finite
@@ -275,9 +271,7 @@ class _RandKCodec(_SparseCodec):
         self._kernels.gather(x.terms, x.factors, self._indices, self._kept)
         if x.keep.size:
             self._kernels.combine(x.terms, x.keep_factors, x.keep)
-        nothing = x.keep[:0]
-        finite: bool = self._kernels.combine(x.terms, x.factors, nothing)
-        return finite
+        return self._kernels.combine(x.terms, x.factors, x.keep[:0])  # looks at it only
 
     def _recall(self, head: Wires, indices: NDArray[np.int64]) -> None:
         step, rank = head.view(np.uint64).tolist()

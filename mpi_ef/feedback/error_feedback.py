@@ -62,7 +62,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
         agree(plan.comm, "ErrorFeedback", facts, "build it from the same arguments everywhere")
         self.state = self.rule.state.zeros(plan, **self.options)
         self._dense: Plan | None = None
-        self._formed: Vector | None = None
+        self._formed: Vector | None = None  # a combination, overwritten by the next one
         self._inputs: dict[str, Any] = {}
         self._under_way: tuple[Steps, Plan] | None = None
         self._dense_sent_nbytes = 0
@@ -168,7 +168,9 @@ class ErrorFeedback(OnAllRanks, Stateful):
             if not all(term.shape == (plan.own_d,) and term.dtype == plan.dtype for _, term in vector.terms):
                 plan.exchange(vector)  # raises, as below
             if len(vector.terms) > self.rule.most_terms:
-                vector = self._form(vector, plan)
+                if self._formed is None:
+                    self._formed = aligned_zeros(plan.own_d, plan.dtype)
+                vector = form(vector, into=self._formed)
             return self.rule.step(self.state, plan, vector, **inputs)
         if isinstance(vector, np.ndarray) and vector.shape == (plan.own, plan.d) and vector.flags.c_contiguous:
             vector = vector.reshape(-1)
@@ -176,13 +178,6 @@ class ErrorFeedback(OnAllRanks, Stateful):
             # Raises here what is wrong, and PeerError on all other ranks.
             plan.exchange(vector)
         return self.rule.step(self.state, plan, vector, **inputs)
-
-    def _form(self, vector: Combination, plan: Plan) -> Vector:
-        """Return the combination as an array of its own, overwritten by the next one."""
-        if self._formed is None:
-            self._formed = aligned_zeros(plan.own_d, plan.dtype)
-        form(vector, into=self._formed)
-        return self._formed
 
     def _commit(self, steps: Steps, plan: Plan) -> Vector:
         try:

@@ -18,9 +18,7 @@ __all__ = ["EF21BCState", "EF21PPState", "EF21PlusState", "EF21WState", "ef21_bc
 
 def _clients(rule: str, plan: Plan) -> ClientsMean:
     if not isinstance(plan, ClientsMean):
-        raise OptionError(
-            f"{rule}: the plan is a {type(plan).__name__}; this rule needs ClientsMean, which knows clients"
-        )
+        raise OptionError(f"{rule}: the plan is a {type(plan).__name__}; this rule needs ClientsMean, which knows clients")
     return plan
 
 
@@ -110,9 +108,7 @@ def ef21_bc(s: EF21BCState, plan: Plan, grad: Vector) -> Steps:
     :class:`Reply`.
     """
     if isinstance(plan, TwoPhaseMean) and s.reply not in (Identity(), plan.reply):
-        raise OptionError(
-            f"ef21-bc: reply={s.reply} beside a TwoPhaseMean, which has a reply of its own; pass it there"
-        )
+        raise OptionError(f"ef21-bc: reply={s.reply} beside a TwoPhaseMean, which has a reply of its own; pass it there")
     step = plan.exchanges
     c = yield plan.offer(lazy(grad) - s.g_i)
     c.add_own(s.g_i)

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from mpi_ef.collectives import Offer, Plan
+from mpi_ef.collectives import Offer, Plan, TwoPhaseMean
 from mpi_ef.compress import Combination, Compressor, aligned_zeros, source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.kernels.backend import backend
@@ -20,6 +20,7 @@ Steps = Generator[Offer, Plan, Vector]
 
 
 def _array(size: str, leaf: Leaf | None = None) -> Any:
+    """Mark an array as long as `size` says, see :meth:`State.zeros`, which is saved as `leaf`, or not at all."""
     return field(metadata={"size": size, "leaf": leaf})
 
 
@@ -73,12 +74,11 @@ class State:
 
     @classmethod
     def zeros(cls, plan: Plan, **options: Any) -> Self:
-        """Return the state before the first step."""
-        arrays: dict[str, Any] = {
-            f.name: aligned_zeros(getattr(plan, f.metadata["size"]), plan.dtype)
-            for f in fields(cls)
-            if "size" in f.metadata
-        }
+        """Return the state before the first step. `server_d` is what every rank keeps where it plays the server."""
+        sizes = {"d": plan.d, "own_d": plan.own_d, "clients_d": plan.clients * plan.d,
+                 "server_d": 0 if isinstance(plan, TwoPhaseMean) else plan.d}  # there ranks share that
+        arrays: dict[str, Any] = {f.name: aligned_zeros(sizes[f.metadata["size"]], plan.dtype)
+                                  for f in fields(cls) if "size" in f.metadata}
         return cls(**(arrays | options))
 
     @classmethod
@@ -97,19 +97,13 @@ class State:
 
 
 class Reply:
-    """The compressed way back from a server that every rank plays, so that nothing travels.
-
-    Attributes
-    ----------
-    nbytes : int
-        Size of the message that a server would send to every client.
-    """
+    """The compressed way back from a server that every rank plays, so that nothing travels."""
 
     def __init__(self, compressor: Compressor, plan: Plan) -> None:
         self._codec = compressor.codec(plan.d, plan.dtype)
         self._wire = np.zeros(self._codec.nbytes, np.uint8)
         self._rank = plan.clients
-        self.nbytes = self._codec.nbytes
+        self.nbytes = self._codec.nbytes  # of the message that a server would send to every client
 
     def move(self, behind: Vector, out: Vector, step: int) -> None:
         """Take C'(behind) off `behind` and add it to `out`; `step` is the key of random compressors."""

@@ -38,24 +38,15 @@ def _checked(name: str, value: float, least: float = 0.0, most: float = 1.0) -> 
 
 @dataclass(frozen=True)
 class Smoothness:
-    """Smoothness constants of ``f = mean_i f_i``.
+    """Smoothness constants of ``f = mean_i f_i``."""
 
-    Parameters
-    ----------
-    whole : float
-        L, of f.
-    clients : tuple of float
-        L_i, one of each client.
-    """
-
-    whole: float
-    clients: tuple[float, ...]
+    whole: float  # L, of f
+    clients: tuple[float, ...]  # L_i, one of each client
 
     def __post_init__(self) -> None:
         if not self.clients or not all(isfinite(c) and c > 0 for c in (self.whole, *self.clients)):
-            raise OptionError(
-                f"Smoothness: L={self.whole}, L_i={self.clients[:4]}...; pass positive numbers, one L_i a client"
-            )
+            raise OptionError(f"Smoothness: L={self.whole}, L_i={self.clients[:4]}...; pass positive numbers, one L_i a "
+                              "client")
 
     @property
     def arithmetic_mean(self) -> float:
@@ -70,10 +61,7 @@ class Smoothness:
     def reach(self, point_clients: int) -> float:
         """Return L_+ of the analysis for rare features, ``min(L_QM, sqrt(c / n) max_i L_i)``.
 
-        Parameters
-        ----------
-        point_clients : int
-            c, the greatest number of clients that own the same feature.
+        c, `point_clients`, is the greatest number of clients that own the same feature.
         """
         n = len(self.clients)
         if not 1 <= point_clients <= n:
@@ -90,40 +78,14 @@ def three_point(alpha: float, *, zeta: float = 0.0) -> tuple[float, float]:
     return theta(alpha), max(beta(alpha), zeta)
 
 
-def _ef21(s: Smoothness, alpha: float, *, mu: float | None = None) -> float:
-    """Nonconvex f, arXiv 2106.05203, theorem 1; with the Polyak-Lojasiewicz condition theorem 2."""
-    return _with_reach(s, s.quadratic_mean, alpha, mu)
+def _ef21(s: Smoothness, reach: float, alpha: float, mu: float | None = None) -> float:
+    """Nonconvex f, arXiv 2106.05203, theorem 1, ``1 / (L + reach xi)`` with reach = L_QM; theorem 2 with `mu`.
 
-
-def _ef21_w(s: Smoothness, alpha: float, *, mu: float | None = None) -> float:
-    """Take L_AM in the place of L_QM, arXiv 2402.10774."""
-    return _with_reach(s, s.arithmetic_mean, alpha, mu)
-
-
-def _with_reach(s: Smoothness, reach: float, alpha: float, mu: float | None) -> float:
-    """``1 / (L + reach xi)``; ``min(1 / (L + reach xi sqrt(2)), theta / (2 mu))`` where ||grad f||^2 >= 2 mu (f - f*)."""
+    ``min(1 / (L + reach xi sqrt(2)), theta / (2 mu))`` under the Polyak-Lojasiewicz condition ||grad f||^2 >= 2 mu (f - f*).
+    """
     if mu is None:
         return 1.0 / (s.whole + reach * xi(alpha))
     return min(1.0 / (s.whole + reach * xi(alpha) * sqrt(2.0)), theta(alpha) / (2.0 * _checked("mu", mu, most=s.whole)))
-
-
-def _ef21_sgd(s: Smoothness, alpha: float) -> float:
-    """Gradients of minibatches, of bounded variance: EF21 with half of alpha.
-
-    Young's inequality with rho = alpha / (2 (1 - alpha)) parts the noise of the new gradient from ``C(x) - x``: what is left
-    of the error is ``(1 + rho) (1 - alpha) = 1 - alpha / 2``. Noise changes where the method stops, not its step size.
-    """
-    return _ef21(s, alpha / 2)
-
-
-def _ef21_w_sgd(s: Smoothness, alpha: float) -> float:
-    """As EF21-SGD, with L_AM."""
-    return _ef21_w(s, alpha / 2)
-
-
-def _ef21_rare(s: Smoothness, alpha: float, *, c: int) -> float:
-    """Rare features, arXiv 2305.15264: alpha is k / r with at most r features on a client, c clients own a feature."""
-    return 1.0 / (s.whole + sqrt(c / len(s.clients)) * xi(alpha) * s.reach(c))
 
 
 def _sgdm(share: float, part: float) -> Callable[..., float]:
@@ -138,20 +100,12 @@ def _clag(s: Smoothness, alpha: float, *, zeta: float = 1.0) -> float:
     return 1.0 / (s.whole + s.quadratic_mean * sqrt(b / a))
 
 
-def _ef21_pp(s: Smoothness, alpha: float, *, participation: float, slack: float = 1e-3) -> float:
+def _participating(s: Smoothness, reach: float, alpha: float, *, participation: float,
+                   slack: float = 1e-3) -> float:
     """Partial participation with equal probabilities, as in the authors' code for arXiv 2305.15264."""
-    return _participating(s, s.quadratic_mean, alpha, participation, slack)
-
-
-def _ef21_w_pp(s: Smoothness, alpha: float, *, participation: float, slack: float = 1e-3) -> float:
-    """As EF21-PP, with L_AM, arXiv 2402.10774."""
-    return _participating(s, s.arithmetic_mean, alpha, participation, slack)
-
-
-def _participating(s: Smoothness, reach: float, alpha: float, participation: float, slack: float) -> float:
     p = _checked("participation", participation)
     if p == 1.0:
-        return _with_reach(s, reach, alpha, None)
+        return _ef21(s, reach, alpha)
     shrink = 1.0 - (1.0 + slack) * (1.0 - alpha)
     contraction = slack * p + shrink * p - slack
     if contraction <= 0:
@@ -168,16 +122,20 @@ def _marina(s: Smoothness, alpha: float, *, p: float | None = None) -> float:
     return 1.0 / (s.whole * (1.0 + sqrt((1.0 - probability) * omega / (probability * len(s.clients)))))
 
 
+# EF21-W: L_AM in the place of L_QM, arXiv 2402.10774. SGD, gradients of minibatches, of bounded variance: half of alpha.
+# Young's inequality with rho = alpha / (2 (1 - alpha)) parts the noise of the new gradient from C(x) - x: what is
+# left of the error is (1 + rho) (1 - alpha) = 1 - alpha / 2. Noise changes where the method stops, not its step size.
 _STEP_SIZES: Mapping[str, Callable[..., float]] = {
     "gd": lambda s, _alpha: 1.0 / s.whole,
-    "ef21": _ef21,
-    "ef21-plus": _ef21,
-    "ef21-w": _ef21_w,
-    "ef21-rare": _ef21_rare,
-    "ef21-sgd": _ef21_sgd,
-    "ef21-w-sgd": _ef21_w_sgd,
-    "ef21-pp": _ef21_pp,
-    "ef21-w-pp": _ef21_w_pp,
+    "ef21": lambda s, alpha, *, mu=None: _ef21(s, s.quadratic_mean, alpha, mu),
+    "ef21-plus": lambda s, alpha, *, mu=None: _ef21(s, s.quadratic_mean, alpha, mu),
+    "ef21-w": lambda s, alpha, *, mu=None: _ef21(s, s.arithmetic_mean, alpha, mu),
+    # Rare features, arXiv 2305.15264: alpha is k / r with at most r features on a client, c clients own a feature.
+    "ef21-rare": lambda s, alpha, *, c: 1.0 / (s.whole + sqrt(c / len(s.clients)) * xi(alpha) * s.reach(c)),
+    "ef21-sgd": lambda s, alpha: _ef21(s, s.quadratic_mean, alpha / 2),
+    "ef21-w-sgd": lambda s, alpha: _ef21(s, s.arithmetic_mean, alpha / 2),
+    "ef21-pp": lambda s, alpha, **options: _participating(s, s.quadratic_mean, alpha, **options),
+    "ef21-w-pp": lambda s, alpha, **options: _participating(s, s.arithmetic_mean, alpha, **options),
     "ef21-sgdm": _sgdm(20.0, 7.0),  # arXiv 2305.15155, theorem 3
     "ef21-sgd2m": _sgdm(60.0, 16.0),
     "clag": _clag,
