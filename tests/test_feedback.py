@@ -481,7 +481,7 @@ def test_ef21_bc_refuses_a_second_reply():
         assert "which has a reply of its own; pass it there" in str(outcome)
 
 
-@pytest.mark.parametrize("call", ["arrive", "finish"])
+@pytest.mark.parametrize("call", ["wait", "commit"])
 def test_a_step_that_was_not_started_is_told(call):
     def program(comm):
         feedback = ErrorFeedback("ef21", GatherMean(comm, TopK(0.1), D))
