@@ -71,8 +71,11 @@ class Handshake:
             if not self._alike:
                 self._line.gone = np.flatnonzero(self._answers["status"] == LEFT).tolist()
         if self._line.gone:
-            raise PeerError(f"{self._name}.step: {ranks_text(self._line.gone)} left the training{self._when()}, by ending "
-                            "or by dropping the optimizer; give all ranks as many batches, or train inside `with "
+            last = self._answers[self._line.gone[0]]
+            ours = last["status"] == LEFT and last["number"] == self._fields["number"]  # it sent after which step
+            when = f" after {last['steps']} steps" if ours else ""
+            raise PeerError(f"{self._name}.step: {ranks_text(self._line.gone)} left the training{when}, by ending or by "
+                            "dropping the optimizer; give all ranks as many batches, or train inside `with "
                             "optimizer.join():`")
         return self._answers
 
@@ -83,12 +86,6 @@ class Handshake:
         answers = self._answers.tobytes()  # NumPy's way of comparing takes ten times as long
         row, part = _FORM.size, 4 * _BUT_THE_NORM
         return all(answers[start : start + part] == answers[:part] for start in range(row, size * row, row))
-
-    def _when(self) -> str:
-        """Return after which of its steps a rank has left, if it has sent that."""
-        last = self._answers[self._line.gone[0]]
-        ours = last["status"] == LEFT and last["number"] == self._fields["number"]
-        return f" after {last['steps']} steps" if ours else ""
 
     def leave(self) -> None:
         """Say that this rank takes no further steps. Local."""

@@ -185,16 +185,11 @@ class DistributedOptimizer(FlatOptimizer):
         if self.done and self.placement == "update":
             return  # nothing is this rank's part
         with self.flat.lent(self.moving, self._places):
-            if self.flat.mixed:
-                self._widen()
+            for state in self.optimizer.state.values() if self.flat.mixed else ():
+                for name, value in state.items():
+                    if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+                        state[name] = value.float()  # which was made or loaded in 16 bits, before wrapping for example
             self.optimizer.step()
-
-    def _widen(self) -> None:
-        """Let moments that were made or loaded in 16 bits, before wrapping for example, be in float32."""
-        for state in self.optimizer.state.values():
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16):
-                    state[name] = value.float()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

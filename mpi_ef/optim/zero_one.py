@@ -335,7 +335,7 @@ class ZeroOneAdam(VarianceOptimizer):
             self.flat.write_back()
 
     def check_replicas(self) -> None:
-        """Do :meth:`FlatOptimizer.check_replicas` with the parameters of the last synchronisation. Collective."""
+        """Raise as :meth:`FlatOptimizer.check_replicas`, of the parameters of the last synchronisation. Collective."""
         if self.synchronized:
             super().check_replicas()
             return
