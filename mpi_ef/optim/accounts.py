@@ -21,28 +21,15 @@ Channel = Plan | ErrorFeedback
 
 @dataclass(frozen=True)
 class BucketReport:
-    """What an observed step says of a bucket.
-
-    Attributes
-    ----------
-    step, bucket : int
-    sent_nbytes, dense_nbytes : int
-        Of this step, and of an uncompressed allreduce.
-    lost : float or None
-        ``||x - C(x)||^2 / ||x||^2`` of this rank's message; None in a dense step.
-    norms : dict of str to float
-        Of this rank's state.
-    seconds : dict of str to float
-        Of this step, by phase.
-    """
+    """What an observed step says of a bucket."""
 
     step: int
     bucket: int
-    sent_nbytes: int
-    dense_nbytes: int
-    lost: float | None
-    norms: dict[str, float]
-    seconds: dict[str, float]
+    sent_nbytes: int  # of this step
+    dense_nbytes: int  # of an uncompressed allreduce
+    lost: float | None  # ``||x - C(x)||^2 / ||x||^2`` of this rank's message; None in a dense step
+    norms: dict[str, float]  # of this rank's state
+    seconds: dict[str, float]  # of this step, by phase
 
 
 class Communicating(OnAllRanks, Optimizer, metaclass=SharedErrors):
@@ -52,9 +39,8 @@ class Communicating(OnAllRanks, Optimizer, metaclass=SharedErrors):
 
     comm: Comm
     flat: FlatParameters
-
-    def _open_accounts(self) -> None:
-        self._retired_nbytes, self._retired_seconds = 0, dict.fromkeys(("encode", "communicate", "decode"), 0.0)
+    _retired_nbytes: int  # of channels that are gone, and what travels outside of channels
+    _retired_seconds: dict[str, float]
 
     @property
     def is_watched(self) -> bool:
@@ -94,12 +80,6 @@ class Communicating(OnAllRanks, Optimizer, metaclass=SharedErrors):
         """``||x - C(x)||^2 / ||x||^2`` of this rank's last watched step, mean over its exchanges; None in a dense one."""
         seen = [plan.lost for plan in self.plans() if plan.lost is not None]
         return sum(seen) / len(seen) if seen else None
-
-    def _retire(self, channel: Channel) -> None:
-        """Let go of a channel, but not of its account."""
-        self._retired_nbytes += channel.sent_nbytes
-        for name, seconds in channel.seconds.items():
-            self._retired_seconds[name] += seconds
 
     @property
     def dense_nbytes(self) -> int:

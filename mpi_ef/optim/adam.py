@@ -77,7 +77,10 @@ class OneBitAdam(VarianceOptimizer):
             for _, part, group, count in self._stretches(self.counted):
                 self._adam(part, group, count + 1, mean[part])
         else:
-            self._descend(self._exchange(self.flat.gradients))
+            m = self._exchange(self.flat.gradients)
+            for _, part, group, count in self._stretches(self.counted):
+                kernels.preconditioned_step(m[part], self._inverse[part], *self._scalars(group, count + 1),
+                                            self.flat.values[part])
 
     def _adam(self, part: slice, group: dict[str, Any], step: int, mean: Vector) -> None:
         """Take a step of Adam on the mean gradient with a part of the vector, the step-th one of its parameters."""
@@ -88,12 +91,6 @@ class OneBitAdam(VarianceOptimizer):
 
     def _step_late(self, number: int, group: dict[str, Any], mean: Vector) -> None:
         self._adam(self.flat.place(number), group, self.counted[number], mean)
-
-    def _descend(self, m: Vector) -> None:
-        """Step along the momentum, over the frozen variance."""
-        for _, part, group, count in self._stretches(self.counted):
-            kernels.preconditioned_step(m[part], self._inverse[part], *self._scalars(group, count + 1),
-                                        self.flat.values[part])
 
     def _kept(self) -> Sequence[Vector]:
         return [*super()._kept(), self.m]

@@ -11,7 +11,7 @@ from mpi_ef.ranges import whole
 from mpi_ef.statetree import StateTree
 from mpi_ef.vectors import FlatParameters
 
-from .lane import Lane
+from .line import Lane
 
 __all__ = ["Bucket", "Buckets", "bucket_slices"]
 
@@ -20,19 +20,10 @@ Take = Callable[[slice, Vector], None]  # a part of the vector, and the result o
 
 @dataclass
 class Bucket:
-    """A run of parameters.
+    """A run of parameters."""
 
-    Attributes
-    ----------
-    numbers : range
-        Which parameters.
-    part : slice
-        Where they are in the vector.
-    feedback : ErrorFeedback
-    """
-
-    numbers: range
-    part: slice
+    numbers: range  # which parameters
+    part: slice  # where they are in the vector
     feedback: ErrorFeedback
 
 
@@ -54,20 +45,14 @@ class Buckets:
 
     A step starts the exchange of every bucket, in this order on all ranks; waits for all; and changes state only when all
     have arrived, so that a NaN in the last bucket leaves the first as it was. With a lane a bucket starts as soon as
-    autograd has made all its gradients.
-
-    Parameters
-    ----------
-    flat : FlatParameters
-    buckets : sequence of Bucket
-    lane : Lane, optional
-        On which plans of `buckets` were built that may start during the backward pass.
+    autograd has made all its gradients; their plans were built on that lane.
     """
 
     def __init__(self, flat: FlatParameters, buckets: Sequence[Bucket], lane: Lane | None) -> None:
-        self._flat, self._buckets, self._lane, self._started, self._open = flat, list(buckets), lane, 0, True
+        self._flat, self._buckets, self._lane, self._started = flat, list(buckets), lane, 0
         self._bucket_of = {number: n for n, bucket in enumerate(self._buckets) for number in bucket.numbers}
         self._missing = [set(bucket.numbers) for bucket in self._buckets]
+        self.paused = False  # whether gradients only add up
         self.early = 0  # how many buckets of the last step started during the backward pass
         self.problem: OptionError | None = None  # of a backward pass
         if lane is not None:
@@ -78,7 +63,7 @@ class Buckets:
 
     def _arrived(self, number: int) -> None:
         """Take note that autograd has made a gradient, and start the buckets that are whole now."""
-        if not self._open or (self._lane is not None and self._lane.closed):
+        if self.paused or (self._lane is not None and self._lane.closed):
             return
         n = self._bucket_of[number]
         if n < self._started:
@@ -89,14 +74,11 @@ class Buckets:
             )
             raise self.problem
         self._missing[n].discard(number)
-        while self._started < len(self._buckets) and self._can_start(self._started):
+        # A plan is not built in a backward pass, where others may not come.
+        while (n := self._started) < len(self._buckets) and not self._missing[n] and self._buckets[n].feedback.prepared:
             self._start_next(self._flat.gradients)
         for bucket in self._buckets[: self._started]:
             bucket.feedback.progress()
-
-    def _can_start(self, n: int) -> bool:
-        """Whether the gradients of a bucket are there; a plan is not built in a backward pass, where others may not come."""
-        return not self._missing[n] and self._buckets[n].feedback.prepared
 
     def _start_next(self, vector: Vector | Combination) -> None:
         bucket = self._buckets[self._started]
@@ -109,10 +91,6 @@ class Buckets:
         """Return a parameter whose gradient is no longer what has been sent of it in the backward pass. Local."""
         sent = (number for bucket in self._buckets[: self._started] for number in bucket.numbers)
         return next((number for number in sent if not self._flat.untouched(number)), None)
-
-    def pause(self, paused: bool) -> None:
-        """Let gradients only add up, or travel again. Local."""
-        self._open = not paused
 
     def step(self, vector: Vector | Combination, take: Take) -> None:
         """Give `vector`, (d,), to the rules, and their results to `take`. Collective.
@@ -127,8 +105,7 @@ class Buckets:
             return
         if broken := self.wait(vector):
             self.rollback()
-            raise NonFiniteError(f"DistributedOptimizer: NaN or Inf on {ranks_text(broken)}; nothing was changed",
-                                 broken)
+            raise NonFiniteError(f"DistributedOptimizer: NaN or Inf on {ranks_text(broken)}; nothing was changed", broken)
         self.commit(take)
 
     def wait(self, vector: Vector | Combination) -> tuple[int, ...]:

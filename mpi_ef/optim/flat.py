@@ -21,14 +21,12 @@ from mpi_ef.comm.consensus import agree, check_not_freed, ranks_text
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import DisagreementError, OptionError
-from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.ranges import within
 from mpi_ef.vectors import FlatParameters, Mask
 
 from .accounts import Channel
 from .groups import Listed, check_options, hyper_parameters, names_of
-from .handshake import Handshake, check_order, joins
-from .joining import joined
+from .handshake import DONE, WEIGHS, Handshake, check_order
 from .line import line_for, state_of_line
 from .resting import memories, momenta, silent
 from .saved import Saved
@@ -42,24 +40,15 @@ _numbers = count(1)
 class FlatOptimizer(Saved):
     """A torch optimizer whose parameters are one vector, the same on all ranks. Construction and `step` are collective.
 
-    Attributes
-    ----------
-    comm : MPI.Comm
-    flat : FlatParameters
-    steps : int
-        Completed steps.
-    skipped_steps : int
-        Steps that all ranks skipped together because some rank's gradient had a NaN or Inf.
-    check_replicas_every : int
-        Ranks compare their parameters, by a hash, before the first step, the first one after a state was loaded or the
-        program has written to parameters (every 16th of steps that all come after such), and every so many; 0 leaves out
-        the last.
-
-    Notes
-    -----
     With ``torch.amp.GradScaler`` on the CPU: ``scaler.step(optimizer)`` divides by the scale here, and an overflow on one
     rank makes all of them skip. A rank without an overflow keeps its scale; gradients are unscaled before anything travels.
     """
+
+    steps: int  # completed
+    skipped_steps: int  # by all ranks together, because some rank's gradient had a NaN or Inf
+    # Ranks compare their parameters, by a hash, before the first step, the first one after a state was loaded or the program
+    # has written to parameters (every 16th of steps that all come after such), and every so many; 0 leaves out the last.
+    check_replicas_every: int
 
     _step_supports_amp_scaling = True  # GradScaler then leaves dividing and skipping to step()
 
@@ -76,7 +65,7 @@ class FlatOptimizer(Saved):
         self.comm, self.steps, self.skipped_steps, self.check_replicas_every = comm, 0, 0, 1000
         self._compares, self._last_at_work, self._loads = True, 0, 0
         self._listed, self._named = Listed(self), names_of(self, model)
-        self._open_accounts()
+        self._retired_nbytes, self._retired_seconds = 0, dict.fromkeys(("encode", "communicate", "decode"), 0.0)
         parameters = [p for group in self.param_groups for p in group["params"]]
 
         def all_facts() -> Mapping[str, object]:
@@ -184,7 +173,10 @@ class FlatOptimizer(Saved):
     def _step(self, broken: tuple[int, ...]) -> None:
         """Take a step for which all ranks are ready, or skip it. Collective."""
         if broken:
-            self._skip(broken)
+            self.skipped_steps += 1
+            if self.comm.Get_rank() == 0:
+                text = f"step {self.steps} skipped on all ranks: NaN or Inf in the gradient on {ranks_text(broken)}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
             return
         self._weigh()
         with self._resting():
@@ -196,7 +188,8 @@ class FlatOptimizer(Saved):
         self._handshake.steps = self.steps
         self._compares = bool(self.check_replicas_every) and self.steps % self.check_replicas_every == 0
 
-    def join(self, *, weigh: bool = False) -> AbstractContextManager[None]:
+    @contextmanager
+    def join(self, *, weigh: bool = False) -> Iterator[None]:
         """Return a context in which ranks may take different numbers of steps. Collective at its end.
 
         A rank that comes to its end takes part in the steps of the others with nothing, not even with weight decay or
@@ -208,7 +201,17 @@ class FlatOptimizer(Saved):
         weigh : bool
             Take the mean over the ranks that have a gradient, not over all. The same on all ranks, else steps raise.
         """
-        return joined(self, weigh)
+        if weigh and self.overlaps:
+            raise OptionError("join: weigh=True with overlap=True, whose gradients leave before ranks know who has some; "
+                              "take overlap=False")
+        before, self.weighs = self.weighs, weigh
+        try:
+            yield
+            self.done = True
+            while self.take_part():
+                pass
+        finally:
+            self.done, self.weighs = False, before
 
     def take_part(self) -> bool:
         """Take part in a step of the others with nothing; tell whether there was one. Collective."""
@@ -235,18 +238,13 @@ class FlatOptimizer(Saved):
             self.flat.gradients *= self.flat.dtype.type(1.0 / float(scale))
         return None
 
-    def _at_rest(self) -> list[int]:
-        """Return the parameters, by number, that have a gradient on no rank in this step. Local."""
-        resting: list[int] = np.flatnonzero(~self.moving).tolist()
-        return resting
-
     def _resting(self) -> AbstractContextManager[None]:
         """Return a context in which parameters that have a gradient on no rank stay, and what is kept for them."""
         return nullcontext() if self.moving.all() else self._staying()
 
     @contextmanager
     def _staying(self) -> Iterator[None]:
-        resting, layers = self._at_rest(), len(self.flat.parameters)
+        resting, layers = np.flatnonzero(~self.moving).tolist(), len(self.flat.parameters)
         saved = [
             (array[place], array[place].copy())
             for number in resting
@@ -267,9 +265,6 @@ class FlatOptimizer(Saved):
         """
         return silent([*map(self.flat.place, numbers)], lambda: [*((v, 0) for v in vectors), *memories(self._rules())])
 
-    def _rules(self) -> Sequence[tuple[ErrorFeedback, int]]:
-        return [(channel, 0) for channel in self.channels() if isinstance(channel, ErrorFeedback)]
-
     def _sent(self) -> Sequence[Vector]:
         """Return the arrays, (d,), that go into messages besides what rules keep. Local."""
         return [self.flat.gradients]
@@ -281,12 +276,6 @@ class FlatOptimizer(Saved):
     def _kept(self) -> Sequence[Vector]:
         """Return arrays, (d,) or of an entry for every parameter, in which what rests does not change. Local."""
         return []
-
-    def _skip(self, broken: tuple[int, ...]) -> None:
-        self.skipped_steps += 1
-        if self.comm.Get_rank() == 0:
-            text = f"step {self.steps} skipped on all ranks: NaN or Inf in the gradient on {ranks_text(broken)}"
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def _ready(self, problem: Exception | None) -> tuple[int, ...]:
         """Return the ranks with a NaN or Inf in their gradient, before any state has seen it; raise what else is wrong.
@@ -309,7 +298,7 @@ class FlatOptimizer(Saved):
             if self.clip:
                 words["squared_norm"] = float(np.linalg.norm(gradients)) ** 2
         words["groups"] = crc32(repr((hyper_parameters(self), self.check_replicas_every, self._loads)).encode())
-        words["present"], words["joins"] = crc32(self.flat.present.data), joins(done=self.done, weighs=self.weighs)
+        words["present"], words["joins"] = crc32(self.flat.present.data), DONE * self.done | WEIGHS * self.weighs
         answers = self._handshake.ask(status=status, steps=self.steps, **words)
         agreed = self._handshake.agreed()
         self.moving: Mask = self._handshake.anywhere(self.flat.present) if agreed else np.ones_like(self.flat.present)
@@ -318,7 +307,7 @@ class FlatOptimizer(Saved):
             broken = tuple(np.flatnonzero(answers["status"]).tolist())
             self._complain(problem)
             return broken
-        if self._handshake.compare():
+        if not self._handshake.same("values"):  # hashes differ, or not all ranks had a reason to form one
             self.check_replicas()
         if not self._handshake.all_at_work and not self._keep_up():
             return ()
@@ -340,7 +329,7 @@ class FlatOptimizer(Saved):
         if at_work.size:
             self._last_at_work = int(at_work[0])
             self.weight = int(self.comm.Get_size()) / at_work.size if self.weighs else 1.0
-        if not self._handshake.same_groups():
+        if not self._handshake.same("groups"):
             answers = self.comm.allgather(hyper_parameters(self))
             for group, values in zip(self.param_groups, answers[self._last_at_work] if self.done else (), strict=False):
                 group.update(values)
@@ -412,7 +401,5 @@ class FlatOptimizer(Saved):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse: the vector of parameters is laid out at construction."""
         if hasattr(self, "flat"):
-            raise OptionError(
-                f"{type(self).__name__}: a group cannot be added later; build it after all groups are known"
-            )
+            raise OptionError(f"{type(self).__name__}: a group cannot be added later; build it after all groups are known")
         super().add_param_group(param_group)

@@ -67,12 +67,7 @@ def check_options(optimizer: Optimizer) -> None:
 
 
 class Listed:
-    """The parameters that an optimizer was built with; it has no others later, and options by group that have an effect.
-
-    Parameters
-    ----------
-    optimizer : Optimizer
-    """
+    """The parameters that an optimizer was built with; it has no others later, and options by group that have an effect."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._known = self._ids(optimizer)

@@ -16,37 +16,25 @@ from mpi_ef.vectors import Mask
 
 from .line import Line
 
-__all__ = ["Handshake", "check_order", "joins"]
+__all__ = ["DONE", "WEIGHS", "Handshake", "check_order"]
 
 # May the step be taken; what must be the same; hashes of what should be, where they are compared (else 0); which parameters
-# have a gradient; what joins() returns; what it has to say of entries that sleep (asleep.py).
+# have a gradient; DONE and WEIGHS; what it has to say of entries that sleep (resting.py).
 _WORDS = np.dtype([("status", "u4"), ("groups", "u4"), ("steps", "u4"), ("number", "u4"), ("values", "u4"),
                    ("gradient", "u4"), ("present", "u4"), ("joins", "u2"), ("sleepers", "u2"),
                    ("squared_norm", "f8")])
 _FORM = Struct("=7I2Hd")  # the same
 _BUT_THE_NORM = 8  # words of 32 bits
 LEFT = 3  # besides the statuses of frames
-_DONE, _WEIGHS = 1, 2  # of joins
+DONE, WEIGHS = 1, 2  # of joins: whether a rank has run out of data, and which mean it takes where others have
 _SAME = ["status", "groups", "steps", "number"]
 Answers = NDArray[Any]
 
 
-def joins(*, done: bool, weighs: bool) -> int:
-    """Return in a word whether a rank has run out of data, and which mean it takes where others have."""
-    return _DONE * done | _WEIGHS * weighs
-
-
 class Handshake:
-    """One message of 40 bytes from every rank to every rank, before a step changes anything.
+    """One message of 40 bytes from every rank to every rank of `line`, before a step of optimizer `name` changes anything.
 
-    Parameters
-    ----------
-    comm : MPI.Comm
-    name : str
-        Of the optimizer.
-    number : int
-        Which of all optimizers of this communicator it is; the same on all ranks.
-    line : Line
+    `number` tells which of all optimizers of this communicator that is, the same on all ranks.
     """
 
     LOOKS = 3  # steps in which gradients are compared
@@ -83,8 +71,11 @@ class Handshake:
             if not self._alike:
                 self._line.gone = np.flatnonzero(self._answers["status"] == LEFT).tolist()
         if self._line.gone:
-            raise PeerError(f"{self._name}.step: {ranks_text(self._line.gone)} left the training{self._when()}, by ending "
-                            "or by dropping the optimizer; give all ranks as many batches, or train inside `with "
+            last = self._answers[self._line.gone[0]]
+            ours = last["status"] == LEFT and last["number"] == self._fields["number"]  # it sent after which step
+            when = f" after {last['steps']} steps" if ours else ""
+            raise PeerError(f"{self._name}.step: {ranks_text(self._line.gone)} left the training{when}, by ending or by "
+                            "dropping the optimizer; give all ranks as many batches, or train inside `with "
                             "optimizer.join():`")
         return self._answers
 
@@ -95,12 +86,6 @@ class Handshake:
         answers = self._answers.tobytes()  # NumPy's way of comparing takes ten times as long
         row, part = _FORM.size, 4 * _BUT_THE_NORM
         return all(answers[start : start + part] == answers[:part] for start in range(row, size * row, row))
-
-    def _when(self) -> str:
-        """Return after which of its steps a rank has left, if it has sent that."""
-        last = self._answers[self._line.gone[0]]
-        ours = last["status"] == LEFT and last["number"] == self._fields["number"]
-        return f" after {last['steps']} steps" if ours else ""
 
     def leave(self) -> None:
         """Say that this rank takes no further steps. Local."""
@@ -113,38 +98,31 @@ class Handshake:
         if self._alike:
             return not self._fields["status"]
         steps = self._answers[["steps", "number"]]
-        weighs = self._answers["joins"] & _WEIGHS
+        weighs = self._answers["joins"] & WEIGHS
         fields = self._answers[_SAME] if self.all_at_work else self._answers[_SAME][self.at_work]
         alike = (steps == steps[0]).all() and (weighs == weighs[0]).all() and (fields == fields[:1]).all()
         return not self._answers["status"].any() and bool(alike)
 
-    def compare(self) -> bool:
-        """Return whether ranks have to find out which parameters differ, or whether any does. Local, alike on all ranks.
-
-        Hashes differ, or not all ranks had a reason to form one.
-        """
-        return not self._alike and bool((self._answers["values"] != self._answers["values"][0]).any())
+    def same(self, name: str) -> bool:
+        """Return whether all ranks, also those that have run out of data, have sent the same in this field. Local."""
+        answers = self._answers[name]
+        return self._alike or bool((answers == answers[0]).all())
 
     @property
     def all_at_work(self) -> bool:
         """Whether no rank has run out of data."""
-        return not (self._fields["joins"] & _DONE if self._alike else (self._answers["joins"] & _DONE).any())
+        return not (self._fields["joins"] & DONE if self._alike else (self._answers["joins"] & DONE).any())
 
     @property
     def at_work(self) -> NDArray[np.intp]:
         """The ranks that have data, by their number."""
-        return np.flatnonzero(self._answers["joins"] & _DONE == 0)
-
-    def same_groups(self) -> bool:
-        """Return whether all ranks, also those that have run out of data, have the same hyper-parameters. Local."""
-        groups = self._answers["groups"]
-        return bool((groups == groups[0]).all())
+        return np.flatnonzero(self._answers["joins"] & DONE == 0)
 
     def anywhere(self, present: Mask) -> Mask:
         """Return which parameters have a gradient on any rank. Collective where that is not the same on all of them."""
-        found, hashes = present.copy(), self._answers["present"]
-        if not self._alike and (hashes != hashes[0]).any():
-            answers = np.empty((hashes.size, found.size), bool)
+        found = present.copy()
+        if not self.same("present"):
+            answers = np.empty((self._answers.size, found.size), bool)
             self._comm.Allgather(found, answers)
             answers.any(axis=0, out=found)
         return found
@@ -165,19 +143,8 @@ class Handshake:
 def check_order(comm: Comm, name: str, hashes: NDArray[np.uint32], described: Callable[[int], str]) -> None:
     """Raise on all ranks where parameters of rank 0 are, by their values, at other places on another rank. Collective.
 
-    Ranks that were seeded differently have other values, and take those of rank 0.
-
-    Parameters
-    ----------
-    comm, name : as :class:`Handshake`
-    hashes : (parameters,)
-        Of the values of each.
-    described : callable
-        Returns a parameter, by its number, in words.
-
-    Raises
-    ------
-    DisagreementError
+    Ranks that were seeded differently have other values, and take those of rank 0. `hashes` are those of the values of each
+    parameter; `described` returns a parameter, by its number, in words.
     """
     answers = np.empty((comm.Get_size(), hashes.size), np.uint32)
     comm.Allgather(hashes, answers)

@@ -130,13 +130,6 @@ class OneBitLamb(VarianceOptimizer):
         self.arrays["averaged"][layers][seen] += 1
         return ratios
 
-    def _average_coefficients(self) -> Layers:
-        """Return what the coefficients were on average at the end of the warm-up; 1 for layers that never had one."""
-        averages, averaged, beta3 = self.arrays["averages"], self.arrays["averaged"], self.coeff_beta
-        weights = np.array([1.0 - beta3**count if self.bias_correction else 1.0 for count in averaged.tolist()])
-        means: Layers = np.divide(averages, weights, out=np.ones_like(weights), where=averaged > 0)
-        return means
-
     def _freeze(self, step: int) -> None:
         """Let variance and coefficients of now hold for good, choose the scales of the layers, and go over to signs."""
         super()._freeze(step)
@@ -156,7 +149,10 @@ class OneBitLamb(VarianceOptimizer):
         factor, v = self._factor(self.frozen_step or 0), self.arrays["v"]
         roots = [mean_root(v[start:stop], factor) for start, stop in pairwise(self.flat.starts)]
         self._least = self.variance_floor * np.array(roots)
-        self._frozen_coefficients = self._average_coefficients()
+        # What the coefficients were on average at the end of the warm-up; 1 for layers that never had one.
+        averages, averaged, beta3 = self.arrays["averages"], self.arrays["averaged"], self.coeff_beta
+        weights = np.array([1.0 - beta3**count if self.bias_correction else 1.0 for count in averaged.tolist()])
+        self._frozen_coefficients = np.divide(averages, weights, out=np.ones_like(weights), where=averaged > 0)
 
     def _step_late(self, number: int, group: dict[str, Any], mean: Vector) -> None:
         self._lamb(slice(number, number + 1), self.flat.place(number), group, self.counted[number], mean)
@@ -192,7 +188,10 @@ class OneBitLamb(VarianceOptimizer):
             whole = self._norms(direction, starts)
             share = np.divide(of_momentum, whole, out=np.ones_like(whole), where=whole > 0).clip(max=1.0)
             ratios = np.where(decays > 0, ratios * share + (1.0 - share), ratios)
-        steps = self._of_layers("lr") * self._frozen_coefficients * self._factors(ratios)
+        factors, change = self.arrays["factors"], self.factor_threshold  # bounded, in themselves and in their change
+        bounded = ratios.clip(self.factor_min, self.factor_max)
+        np.clip(bounded, factors * (1.0 - change), factors * (1.0 + change), out=factors)
+        steps = self._of_layers("lr") * self._frozen_coefficients * factors
         self._add(direction, -steps, starts, self.flat.values)
 
     def _refresh(self, sent: Vector, scales: Vector, runs: list[LayerRun]) -> Layers:
@@ -205,15 +204,6 @@ class OneBitLamb(VarianceOptimizer):
         for layers, part, _, count in runs:
             root_factor = 1.0 / sqrt(self._correction(self.betas[1], count + 1))
             kernels.follow_momentum(sent[part], inverse[part], betas, real(root_factor), real(self.eps), scales[layers],
-                                    least[layers], self._starts_in(layers), m[part], fresh[part],
-                                    ratios[layers])
+                                    least[layers], self._starts_in(layers), m[part], fresh[part], ratios[layers])
         ratios[ratios == 0] = 1
         return ratios.astype(np.float64)
-
-    def _factors(self, ratios: Layers) -> Layers:
-        """Bound the ratios, in themselves and in their change, and remember them."""
-        factors, change = self.arrays["factors"], self.factor_threshold
-        bounded: Layers = ratios.clip(self.factor_min, self.factor_max)
-        bounded = np.clip(bounded, factors * (1.0 - change), factors * (1.0 + change))
-        np.copyto(factors, bounded)
-        return bounded

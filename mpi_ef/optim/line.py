@@ -1,5 +1,6 @@
-"""A communicator of the optimizers' own, on which a rank can say that it leaves, and be missed."""
+"""Communicators of the optimizers' own: a rank can leave one and be missed; exchanges of others may stay unanswered."""
 
+import gc
 import sys
 from collections.abc import Callable
 from threading import current_thread, main_thread
@@ -11,10 +12,10 @@ from numpy.typing import NDArray
 
 from mpi_ef.collectives.in_flight import landed, took_off
 from mpi_ef.comm.attributes import kept_with
-from mpi_ef.comm.consensus import ranks_text
+from mpi_ef.comm.consensus import gather_values, ranks_text
 from mpi_ef.comm.protocol import Comm
 
-__all__ = ["Line", "line_for", "mpi_of", "state_of_line"]
+__all__ = ["Lane", "Line", "line_for", "state_of_line"]
 
 PATIENCE_SECONDS = 60.0  # before a rank that waits says so
 _HEARING_SECONDS = 1.0  # for the others that wait to say so as well
@@ -26,17 +27,8 @@ Bytes = NDArray[np.uint8]
 class Line:
     """Messages of one size from every rank to every rank, apart from whatever else `comm` is used for.
 
-    All optimizers of a communicator have one, so that ranks in steps of different ones meet.
-
-    Parameters
-    ----------
-    comm : MPI.Comm
-        Is duplicated; other communicators are used as they are, and no rank leaves them. Construction is collective.
-
-    Attributes
-    ----------
-    gone : list of int
-        Ranks that have left while this one went on: nothing can be said here any more.
+    All optimizers of a communicator have one, so that ranks in steps of different ones meet. MPI's `comm` is duplicated;
+    others are used as they are, and no rank leaves them. Construction is collective.
     """
 
     def __init__(self, comm: Comm) -> None:
@@ -45,7 +37,7 @@ class Line:
         self._comm: Any = mpi_comm.Dup() if self._mpi else comm
         self._users = 0
         self._left: Any = None  # the request of a farewell
-        self.gone: list[int] = []
+        self.gone: list[int] = []  # ranks that have left while this one went on: nothing can be said here any more
         self._memory: tuple[Bytes, Bytes] | None = None
 
     @property
@@ -73,15 +65,16 @@ class Line:
         while not request.Test():
             calls += 1
             if not told and calls % _LOOK_EVERY == 0 and perf_counter() - began > PATIENCE_SECONDS:
-                told = self._miss(request, what())
+                told = True
+                self._miss(request, what())
 
-    def _miss(self, request: Any, what: str) -> bool:
+    def _miss(self, request: Any, what: str) -> None:
         """Say who waits for whom: ranks that wait tell each other."""
         comm, mpi, one = self._comm, self._mpi, np.zeros(1, np.uint8)
         own, ranks = comm.Get_rank(), range(comm.Get_size())
         for rank in ranks:
             if rank != own:
-                took_off(_Held(one), comm.Isend(one, rank, _TAG))
+                took_off([one], comm.Isend(one, rank, _TAG))
         missing, until = set(ranks) - {own}, perf_counter() + _HEARING_SECONDS
         while perf_counter() < until and not request.Test():
             status = mpi.Status()
@@ -92,7 +85,6 @@ class Line:
             sys.stderr.write(f"mpi-ef: rank {own} has waited for {PATIENCE_SECONDS:.0f} s in {what} for "
                              f"{ranks_text(sorted(missing))}\n")
             sys.stderr.flush()
-        return True
 
     def leave(self, mine: Bytes) -> None:
         """Count an optimizer that uses it no longer. The last one sends `mine` without waiting for the others. Local.
@@ -107,13 +99,6 @@ class Line:
         self._memory = mine.copy(), np.empty(mine.size * self._comm.Get_size(), np.uint8)
         self._left = self._comm.Iallgather(*self._memory)
         took_off(self, self._left)
-
-
-class _Held:
-    """Memory of a message on its way."""
-
-    def __init__(self, memory: Bytes) -> None:
-        self.memory = memory
 
 
 def mpi_of(comm: Comm) -> Any:
@@ -139,14 +124,51 @@ def state_of_line(comm: Comm) -> str:
 def line_for(comm: Comm, states: set[str]) -> Line:
     """Return the line for another optimizer: the newest one where it is in one state on all ranks, or a new one. Collective.
 
-    Parameters
-    ----------
-    comm : MPI.Comm
-    states : set of str
-        What :func:`state_of_line` has returned on the ranks.
+    `states` is what :func:`state_of_line` has returned on the ranks.
     """
     lines = _lines(comm)
     if states not in ({"open"}, {"left"}):
         lines.append(Line(comm))
     lines[-1].enter()
     return lines[-1]
+
+
+class _Lanes:
+    """The lanes of a communicator, numbered alike on all ranks, as far as this rank knows them."""
+
+    def __init__(self) -> None:
+        self.comms: list[Comm] = []
+        self.closed: dict[int, int] = {}  # how many exchanges were started on those that no optimizer has
+
+
+class Lane:
+    """A communicator that the buckets of one optimizer have for themselves. Construction is collective.
+
+    What a rank has sent in a backward pass is never answered where another rank has left before. A later optimizer gets the
+    same communicator only where all ranks have started as many exchanges there; MPI's `comm` is duplicated where there is
+    none, others are used as they are.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        self.comm = comm
+        self.closed = False  # nothing may be sent any more: the optimizer is gone, its hooks of autograd may not be
+        self.started = 0  # exchanges of this rank
+        if mpi_of(comm) is None:
+            self._lanes, self._number = _Lanes(), 0
+            return
+        lanes = kept_with(comm, _Lanes)
+        if not lanes.closed and lanes.comms:
+            gc.collect()  # optimizers that schedulers refer to, for example
+        first, *others = gather_values(comm, "the lanes of an optimizer", list(lanes.closed.items()))
+        alike = set(first).intersection(*others)
+        if not alike:
+            mpi_comm: Any = comm
+            lanes.comms.append(mpi_comm.Dup())
+        self._number, _ = min(alike, default=(len(lanes.comms) - 1, 0))
+        lanes.closed.pop(self._number, None)
+        self.comm, self._lanes = lanes.comms[self._number], lanes
+
+    def close(self) -> None:
+        """Leave it to later optimizers, as it is. Local."""
+        self.closed = True
+        self._lanes.closed[self._number] = self.started

@@ -21,15 +21,10 @@ _ROUNDS = 5
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """Return about U V^T of the singular value decomposition U S V^T, by five Newton-Schulz rounds. Local.
+    """Return about U V^T of the decomposition U S V^T of a (p, q) float tensor, by five Newton-Schulz rounds. Local.
 
-    Parameters
-    ----------
-    matrix : (p, q) float tensor; zero stays zero
-
-    Notes
-    -----
-    Jordan et al. 2024 (Muon). Singular values end between about 0.7 and 1.2; those below a thousandth of the norm less.
+    Zero stays zero. Jordan et al. 2024 (Muon). Singular values end between about 0.7 and 1.2; those below a thousandth of
+    the norm less.
     Computed in the dtype of the matrix, with matrix products: equal bits on equal machines only.
     """
     x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
@@ -91,7 +86,6 @@ class EF21Muon(DistributedOptimizer):
     def __init__(self, params: Iterable[Any], comm: Comm, compressor: Compressor, *, lr: float = 0.02,
                  beta: float = 0.05, weight_decay: float = 0.0, vector_radius: float = 0.1, dense_steps: int = 1,
                  plan: PlanBuilder = plan_for, overlap: bool = False) -> None:
-        descent = LinearMinimization(parameters_of(params), lr=lr, weight_decay=weight_decay,
-                                     vector_radius=vector_radius)
+        descent = LinearMinimization(parameters_of(params), lr=lr, weight_decay=weight_decay, vector_radius=vector_radius)
         super().__init__(descent, comm, compressor, placement="gradient", rule="ef21-sgdm", plan=plan,
                          dense_steps=dense_steps, overlap=overlap, model=params, eta=beta)

@@ -18,9 +18,9 @@ from mpi_ef.ranges import checked, option, with_options
 from mpi_ef.statetree import LOCAL, REPLICATED, Leaf, StateTree, attribute
 
 from .accounts import Channel
-from .asleep import Asleep
 from .flat import FlatOptimizer
 from .groups import group_sizes, hyper_parameters, parameters_of
+from .resting import Asleep
 
 __all__ = ["ReplicatedOptimizer"]
 
@@ -121,13 +121,6 @@ class ReplicatedOptimizer(FlatOptimizer):
         """Return what a step changes besides the parameters. Local."""
         return list(self.arrays.values())
 
-    def _sent(self) -> Sequence[Vector]:
-        return [self.flat.gradients, *self._momenta()]
-
-    def _momenta(self) -> Sequence[Vector]:
-        """Return the arrays, (d,), that go into a message besides gradients and errors. Local."""
-        return []
-
     def mean(self, x: Vector) -> Vector:
         """Return the mean of `x`, of any length that is the same on all ranks, until the next one is taken. Collective."""
         if self._dense is None or self._dense.d != x.size:
@@ -136,6 +129,9 @@ class ReplicatedOptimizer(FlatOptimizer):
         return self._dense.exchange(x).mean
 
     def _retire_dense(self) -> None:
+        """Let go of the plan of dense exchanges, but not of its account."""
         if self._dense is not None:
-            self._retire(self._dense)
+            self._retired_nbytes += self._dense.sent_nbytes
+            for name, seconds in self._dense.seconds.items():
+                self._retired_seconds[name] += seconds
             self._dense = None

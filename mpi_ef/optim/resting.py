@@ -1,27 +1,72 @@
-"""Parameters that take part in an exchange with nothing, because they have no gradient: what is kept for them stays."""
+"""Parameters and entries without gradient: they stay, and take part in exchanges with nothing."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+from numpy.typing import NDArray
 
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress.combination import Vector
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.statetree import PER_RANK, REPLICATED
+from mpi_ef.vectors import Mask
 
-__all__ = ["Placed", "memories", "momenta", "silent"]
+__all__ = ["ASKS", "AWAKE", "QUIET", "STIRS", "Asleep", "memories", "momenta", "silent"]
 
 Placed = tuple[Vector, int]  # an array, and the entry of the vector of all parameters at which it begins
 
+# What a rank says of entries that sleep in the handshake of a step: nothing; some have a gradient here; it does not know
+# which sleep; none does, as all have a gradient here.
+QUIET, STIRS, ASKS, AWAKE = range(4)
+
+
+class Asleep:
+    """Which entries of a vector sleep, the same on all ranks: none has had a gradient yet, and they stay where they are.
+
+    Signs move all entries alike: what a compressed exchange brings to one that sleeps is not meant for it.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+        self.sent_nbytes = 0  # what the last wake() has sent from this rank
+        self.mask: Mask | None = None  # (d,); None where no entry sleeps. Never changed in place
+
+    def fall(self, mask: Mask | None) -> None:
+        """Let these entries sleep, (d,), and no others. Local, alike on all ranks."""
+        self.mask = mask if mask is not None and mask.any() else None
+
+    def stir(self, gradients: Vector) -> bool:
+        """Return whether an entry that sleeps has a gradient on this rank. Local."""
+        return self.mask is not None and bool(np.logical_and(gradients, self.mask).any())
+
+    def wake(self, stirring: Mask) -> NDArray[np.intp]:
+        """Wake the entries that sleep and are `stirring`, (d,), on any rank, and return them. Collective.
+
+        Cost: an alltoall and an allgather of a bit for every entry that sleeps.
+        """
+        asleep, n = self.mask, int(self._comm.Get_size())
+        assert asleep is not None  # noqa: S101
+        packed = np.packbits(stirring[asleep])
+        sent = np.zeros((n, -(-packed.size // n)), np.uint8)
+        sent.reshape(-1)[: packed.size] = packed
+        arrived = np.empty_like(sent)
+        self._comm.Alltoall(sent, arrived)
+        self._comm.Allgather(np.bitwise_or.reduce(arrived, axis=0), sent)
+        self.sent_nbytes = 2 * (n - 1) * sent.shape[1]
+        found = np.zeros_like(asleep)
+        found[asleep] = np.unpackbits(sent.reshape(-1), count=np.count_nonzero(asleep))
+        self.fall(asleep & ~found)
+        return np.flatnonzero(found)
+
+    def hush(self, array: Vector, start: int = 0) -> None:
+        """Set the part of `array`, which begins at entry `start`, that belongs to entries that sleep to zero. Local."""
+        if self.mask is not None:
+            np.copyto(array, 0, where=self.mask[start : start + array.size])
+
 
 def memories(rules: Iterable[tuple[ErrorFeedback, int]]) -> list[Placed]:
-    """Return what rules keep of entries, such as errors and estimates. Not copies. Local.
-
-    Parameters
-    ----------
-    rules : iterable of (ErrorFeedback, int)
-        Each with the entry at which its vector begins.
-    """
+    """Return what rules, each with where its vector begins, keep of entries, such as errors. Not copies. Local."""
     found = []
     for rule, first in rules:
         for name, leaf in rule.state_tree().arrays().items():
@@ -40,13 +85,9 @@ def momenta(rules: Iterable[tuple[ErrorFeedback, int]]) -> list[Placed]:
 
 @contextmanager
 def silent(places: Sequence[slice], arrays: Callable[[], Iterable[Placed]]) -> Iterator[None]:
-    """Let `arrays` be zero at these places of the vector meanwhile, and afterwards what they were. Local.
+    """Let arrays be zero at these places of the vector meanwhile, and afterwards what they were. Local.
 
-    Parameters
-    ----------
-    places : sequence of slice
-    arrays : callable
-        Returns them, the same ones in the same order: rules exchange theirs for spare ones.
+    ``arrays()`` returns them, the same ones in the same order each time: rules exchange theirs for spare ones.
     """
 
     def parts() -> Iterator[Vector]:

@@ -1,6 +1,5 @@
 """What of an optimizer is saved, and how it gets to other ranks."""
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,9 +71,9 @@ class Saved(Communicating, Stateful):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    @abstractmethod
     def _rules(self) -> Sequence[tuple[ErrorFeedback, int]]:
         """Return the rules at work, each with the entry at which its vector begins. Local."""
+        return [(channel, 0) for channel in self.channels() if isinstance(channel, ErrorFeedback)]
 
     def forget(self) -> None:
         """Let every rule start with errors and estimates of zero, see :meth:`ErrorFeedback.forget`. Local."""

@@ -16,8 +16,8 @@ from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.ranges import option, with_options
 from mpi_ef.vectors import Mask
 
-from .asleep import ASKS, AWAKE, QUIET, STIRS
 from .replicated import ReplicatedOptimizer
+from .resting import ASKS, AWAKE, QUIET, STIRS
 
 __all__ = ["Lion", "Signum"]
 
@@ -90,9 +90,14 @@ class Lion(ReplicatedOptimizer):
         elif problem is None and self._asleep.stir(self.flat.gradients):
             word = STIRS
         self._handshake.note(sleepers=word)
-        broken = super()._ready(problem)
-        if not broken:
-            self._look()
+        broken, answers = super()._ready(problem), self._handshake.answers("sleepers")
+        if not broken and (answers == AWAKE).any():
+            self._asleep.fall(None)
+        elif not broken and answers.any():  # a rank does not know which entries sleep, or has a gradient of one that does
+            if (answers == ASKS).any():
+                self._asleep.fall(np.ones(self.flat.d, bool))
+            self._asleep.wake(self._stirring())
+            self._retired_nbytes += self._asleep.sent_nbytes
         return broken
 
     def _stirring(self) -> Mask:
@@ -101,17 +106,6 @@ class Lion(ReplicatedOptimizer):
         if self.betas[0] > 0:
             stirring |= self.rules["lion"].per_rank()["m_i"] != 0
         return stirring
-
-    def _look(self) -> None:
-        """Find out which entries sleep. Collective where a rank does not know it or has a gradient of one that does."""
-        answers = self._handshake.answers("sleepers")
-        if (answers == AWAKE).any():
-            self._asleep.fall(None)
-        elif answers.any():
-            if (answers == ASKS).any():
-                self._asleep.fall(np.ones(self.flat.d, bool))
-            self._asleep.wake(self._stirring())
-            self._retired_nbytes += self._asleep.sent_nbytes
 
     def update(self) -> None:
         """Take the step, see :meth:`FlatOptimizer.update`. Collective."""

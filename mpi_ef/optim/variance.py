@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import InitVar
 from itertools import groupby, pairwise
 from math import sqrt
@@ -20,9 +20,8 @@ from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.ranges import option, with_options
 from mpi_ef.vectors import Mask
 
-from .asleep import QUIET, STIRS
 from .replicated import ReplicatedOptimizer
-from .resting import memories
+from .resting import QUIET, STIRS, memories
 
 __all__ = ["VarianceOptimizer", "VarianceWatch", "inverse_roots"]
 
@@ -78,8 +77,7 @@ class VarianceOptimizer(ReplicatedOptimizer):
         return self.arrays["m"]
 
     # What the watch over the variance has seen: norms and learning rates.
-    looks = property(lambda self: self._watch.looks, lambda self,
-                     looks: setattr(self._watch, "looks", [*map(tuple, looks)]))
+    looks = property(lambda self: self._watch.looks, lambda self, looks: setattr(self._watch, "looks", [*map(tuple, looks)]))
 
     def _correction(self, beta: float, step: int) -> float:
         return 1.0 - beta**step if self.bias_correction else 1.0
@@ -151,7 +149,9 @@ class VarianceOptimizer(ReplicatedOptimizer):
         """Let parameters without gradient stay, and those that are late go their own way."""
         self._whole, asleep, woken, late = self._is_whole(), self._asleep.mask, _NOTHING, list[int]()
         if not self._whole:
-            woken = self._wake()
+            if asleep is not None and self._handshake.answers("sleepers").any():
+                woken = self._asleep.wake(self.flat.gradients != 0)
+                self._retired_nbytes += self._asleep.sent_nbytes
             late = self._late(woken)
         if not late and self.moving.all() and not woken.size:
             yield
@@ -159,7 +159,7 @@ class VarianceOptimizer(ReplicatedOptimizer):
         try:
             means = self._means(late)
             self.moving[late] = False
-            with self._spared():
+            with super()._resting():
                 yield
         except BaseException:
             self._asleep.mask = asleep
@@ -167,18 +167,6 @@ class VarianceOptimizer(ReplicatedOptimizer):
         self.arrays["v"][woken] = np.finfo(self.flat.dtype).tiny
         if late:
             self._go_on(late, means)
-
-    def _spared(self) -> AbstractContextManager[None]:
-        """Return a context that leaves alone what has no gradient."""
-        return super()._resting()
-
-    def _wake(self) -> NDArray[np.intp]:
-        """Return the entries that sleep no longer. Collective where some rank has a gradient of one."""
-        if self._asleep.mask is None or not self._handshake.answers("sleepers").any():
-            return _NOTHING
-        woken = self._asleep.wake(self.flat.gradients != 0)
-        self._retired_nbytes += self._asleep.sent_nbytes
-        return woken
 
     def _late(self, woken: NDArray[np.intp]) -> list[int]:
         """Return the parameters that are late, are awake and have a gradient. Local, alike on all ranks."""
@@ -251,8 +239,8 @@ class VarianceOptimizer(ReplicatedOptimizer):
         for array, start in (*((vector, 0) for vector in vectors), *memories(self._rules())):
             self._asleep.hush(array, start)
 
-    def _momenta(self) -> Sequence[Vector]:
-        return [self.m]
+    def _sent(self) -> Sequence[Vector]:
+        return [self.flat.gradients, self.m]
 
     def _exchange(self, vector: Vector) -> Vector:
         """Return what the rule makes of this rank's vector, nothing for entries that sleep. Collective."""
@@ -282,10 +270,6 @@ class VarianceWatch:
 
     That is when the 1-norm of the bias-corrected v is within 4 % of what it was ``1 / (1 - beta2)`` steps ago, and the
     learning rate has not grown since. It is looked at ten times in that period.
-
-    Parameters
-    ----------
-    beta2 : float
     """
 
     TOLERANCE = 0.96
@@ -306,22 +290,12 @@ class VarianceWatch:
         return lr <= old_lr and min(norm, old) >= self.TOLERANCE * max(norm, old) > 0.0
 
 
-def inverse_roots(v: Vector, factor: float | Sequence[float], starts: Sequence[int], eps: float,
-                  floor: float) -> Vector:
+def inverse_roots(v: Vector, factor: float | Sequence[float], starts: Sequence[int], eps: float, floor: float) -> Vector:
     """Return ``1 / (sqrt(factor v) + eps)``, with roots of at least `floor` times the root mean square of their parameter.
 
-    Parameters
-    ----------
-    v : (d,)
-        The smallest normal number counts as zero: it marks entries that are awake without a variance.
-    factor : float, or one for each parameter
-    starts : list of int
-        Where parameters begin, and d.
-    eps, floor : float
-
-    Returns
-    -------
-    (d,) of the dtype of v; zero where all of a parameter's v is zero
+    (d,) of the dtype of `v`, (d,); zero where all of a parameter's v is zero. The smallest normal number counts as zero: it
+    marks entries that are awake without a variance. `factor` is a number, or one for each parameter; `starts` is where these
+    begin, and d.
     """
     inverse = np.where(v > np.finfo(v.dtype).tiny, v, v.dtype.type(0))
     for (start, stop), by in zip(pairwise(starts), np.broadcast_to(factor, len(starts) - 1).tolist(), strict=True):

@@ -24,7 +24,7 @@ from .accounts import BucketReport
 from .buckets import Bucket, Buckets, bucket_slices
 from .flat import FlatOptimizer
 from .groups import group_sizes
-from .lane import Lane
+from .line import Lane
 from .saved import WRAPPED
 
 __all__ = ["BucketReport", "DistributedOptimizer"]
@@ -33,8 +33,7 @@ OVERLAPPED_NBYTES = 25_000_000
 
 
 def _of_inner(name: str) -> Any:
-    return property(lambda self: getattr(self.optimizer, name), lambda self,
-                    value: setattr(self.optimizer, name, value))
+    return property(lambda self: getattr(self.optimizer, name), lambda self, value: setattr(self.optimizer, name, value))
 
 
 class DistributedOptimizer(FlatOptimizer):
@@ -77,11 +76,6 @@ class DistributedOptimizer(FlatOptimizer):
     **options
         Options of the rule, for example ``eta`` of EControl.
 
-    Attributes
-    ----------
-    feedback : ErrorFeedback
-        The rule at work: state, traffic, timing. Of the first bucket where there are several.
-
     Raises
     ------
     DisagreementError
@@ -99,6 +93,7 @@ class DistributedOptimizer(FlatOptimizer):
 
     _kind = WRAPPED
     _observer: Callable[[list[BucketReport]], None] | None = None
+    feedback: ErrorFeedback  # the rule at work: state, traffic, timing; of the first bucket where there are several
 
     def __init__(self, optimizer: Optimizer, comm: Comm, compressor: Compressor, *,
                  placement: Literal["update", "gradient"] = "update", rule: str | Rule = "ef14",
@@ -137,18 +132,14 @@ class DistributedOptimizer(FlatOptimizer):
     def _check_arguments(self) -> None:
         optimizer = self.optimizer
         if self.placement not in ("update", "gradient"):
-            raise OptionError(
-                f"DistributedOptimizer: placement={self.placement!r} is unknown; take 'update' or 'gradient'"
-            )
+            raise OptionError(f"DistributedOptimizer: placement={self.placement!r} is unknown; take 'update' or 'gradient'")
         if self.overlaps and self.placement == "update":
             raise OptionError("DistributedOptimizer: overlap=True with placement='update', whose updates exist only after "
                               "the backward pass; take placement='gradient', or overlap=False")
         closure = signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is Parameter.empty:
-            raise OptionError(
-                f"DistributedOptimizer: {type(optimizer).__name__} evaluates the model several times in a step; "
-                "take an optimizer whose step needs no closure"
-            )
+            raise OptionError(f"DistributedOptimizer: {type(optimizer).__name__} evaluates the model several times in a "
+                              "step; take an optimizer whose step needs no closure")
 
     # Of the torch optimizer, whoever writes to them: it when it loads its own state, or a user, to either.
     param_groups, state, defaults = _of_inner("param_groups"), _of_inner("state"), _of_inner("defaults")
@@ -194,25 +185,20 @@ class DistributedOptimizer(FlatOptimizer):
         if self.done and self.placement == "update":
             return  # nothing is this rank's part
         with self.flat.lent(self.moving, self._places):
-            if self.flat.mixed:
-                self._widen()
+            for state in self.optimizer.state.values() if self.flat.mixed else ():
+                for name, value in state.items():
+                    if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+                        state[name] = value.float()  # which was made or loaded in 16 bits, before wrapping for example
             self.optimizer.step()
-
-    def _widen(self) -> None:
-        """Let moments that were made or loaded in 16 bits, before wrapping for example, be in float32."""
-        for state in self.optimizer.state.values():
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16):
-                    state[name] = value.float()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Let gradients add up without travelling: around all backward passes of a step but the last. Local."""
-        self.buckets.pause(True)
+        self.buckets.paused = True
         try:
             yield
         finally:
-            self.buckets.pause(False)
+            self.buckets.paused = False
 
     def _ready(self, problem: Exception | None) -> tuple[int, ...]:
         self._broken: tuple[int, ...] | None = None  # until buckets that are under way have arrived
@@ -229,7 +215,7 @@ class DistributedOptimizer(FlatOptimizer):
         # Buckets are under way already, and all ranks have to take part in all of them before any can raise.
         # Those of parameters at rest, of which no gradient was made, have not left yet.
         if self.overlaps:
-            if resting := self._at_rest():
+            if resting := np.flatnonzero(~self.moving).tolist():
                 self._quiet.enter_context(self._silent(resting, *self._sent()))
             self._broken = self.buckets.wait(self.flat.gradients)
 
@@ -324,8 +310,7 @@ class DistributedOptimizer(FlatOptimizer):
     def observer(self, observer: Callable[[list[BucketReport]], None] | None) -> None:
         self._observer = observer
         self._accounts = [(channel.sent_nbytes, channel.seconds) for channel in self.channels()]
-        for channel in self.channels():
-            channel.plan.watched, channel.plan.lost = observer is not None, None
+        self.watch(observer is not None)
 
     def _report(self) -> None:
         if self._observer is None:

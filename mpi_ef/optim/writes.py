@@ -9,12 +9,7 @@ __all__ = ["Writes"]
 
 
 class Writes:
-    """Notices that something was written to parameters, also to those that are not trained. Local.
-
-    Parameters
-    ----------
-    flat : FlatParameters
-    """
+    """Notices that something was written to parameters, also to those that are not trained. Local."""
 
     EVERY = 16  # of steps in a row that all come after writes, as where weights are clipped in every step
 

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from math import sqrt
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,21 +23,17 @@ __all__ = ["ZeroOneAdam"]
 
 
 class Run(NamedTuple):
-    """Parameters one after the other, of one group, with one S, D and number of steps; see :class:`ZeroOneAdam`.
-
-    `moves` tells whether they have a gradient in this step, `moved` whether one since the last synchronisation. `weight` is
-    that of the newest momentum in u.
-    """
+    """Parameters one after the other, of one group, with one S, D and number of steps; see :class:`ZeroOneAdam`."""
 
     numbers: range
     part: slice
     group: dict[str, Any]
-    covered: float
-    left: float
-    moves: bool
-    moved: bool
+    covered: float  # S
+    left: float  # D
+    moves: bool  # have a gradient in this step
+    moved: bool  # had one since the last synchronisation
     steps: int
-    weight: float = 0.0
+    weight: float = 0.0  # of the newest momentum in u
 
 
 @with_options
@@ -59,7 +55,7 @@ class ZeroOneAdam(VarianceOptimizer):
 
     One comes every step at first; every `local_step_scaler` steps the interval doubles, up to `local_step_clipper`.
 
-    A parameter whose variance was updated less often than that of the others (`renewed`, `variance_updates`) catches up in
+    A parameter whose variance was updated less often (`renewed`) than that of the others (`variance_updates`) catches up in
     the steps in which it has a gradient: that travels whole then, also between two synchronisations. Entries without a
     gradient sleep as with :class:`OneBitAdam`, and wake on all ranks at once.
 
@@ -74,14 +70,6 @@ class ZeroOneAdam(VarianceOptimizer):
         After so many steps the interval between synchronisations doubles; H, the longest one.
     bias_correction, variance_floor, clip : as OneBitAdam's
         The floor holds as soon as something compressed is in the momentum, also before the freeze.
-
-    Attributes
-    ----------
-    frozen_step : int or None
-        As OneBitAdam's.
-    variance_updates : int
-    renewed : list of int
-        How often the variance of each parameter was updated.
 
     Notes
     -----
@@ -290,21 +278,20 @@ class ZeroOneAdam(VarianceOptimizer):
         if not different.any():
             return None
         wrong = bisect_right(self.flat.starts, int(different.argmax())) - 1
-        return OptionError(
-            f"{type(self).__name__}.{call}: {self._name(wrong)} was written to between two synchronisations, where each "
-            "rank has its own values; call optimizer.synchronize() on all ranks first"
-        )
+        return OptionError(f"{type(self).__name__}.{call}: {self._name(wrong)} was written to between two synchronisations, "
+                           "where each rank has its own values; call optimizer.synchronize() on all ranks first")
 
     def _ways(self, moves: Sequence[bool]) -> list[Run]:
-        return [self._advance(run) if run.moves else run for run in self._runs(moves)]
-
-    def _advance(self, run: Run) -> Run:
-        """Return the run with what the next step makes of its S and D."""
-        decay = 1.0 - run.group["lr"] * run.group["weight_decay"]
-        size = run.group["lr"] / self._correction(self.betas[0], run.steps + 1)
-        total = decay * run.covered + size
-        weight = size / total if total > 0.0 else 1.0
-        return run._replace(weight=weight, covered=total, left=decay * run.left, moved=True)
+        """Return the runs with what the next step makes of S and D of those that move. Local."""
+        ways = list(self._runs(moves))
+        for n, run in enumerate(ways):
+            if run.moves:
+                decay = 1.0 - run.group["lr"] * run.group["weight_decay"]
+                size = run.group["lr"] / self._correction(self.betas[0], run.steps + 1)
+                total = decay * run.covered + size
+                weight = size / total if total > 0.0 else 1.0
+                ways[n] = run._replace(weight=weight, covered=total, left=decay * run.left, moved=True)
+        return ways
 
     def _meet(self, ways: list[Run]) -> None:
         """Exchange the u_i that are in the place of the parameters, and take the way of their mean from x. Collective.
@@ -348,13 +335,7 @@ class ZeroOneAdam(VarianceOptimizer):
             self.flat.write_back()
 
     def check_replicas(self) -> None:
-        """Raise on all ranks unless all parameters, those of the last synchronisation, are the same bits. Collective.
-
-        Raises
-        ------
-        DisagreementError
-            With the first parameter that differs, and the ranks that hold what rank 0 does not.
-        """
+        """Raise as :meth:`FlatOptimizer.check_replicas`, of the parameters of the last synchronisation. Collective."""
         if self.synchronized:
             super().check_replicas()
             return
@@ -366,9 +347,11 @@ class ZeroOneAdam(VarianceOptimizer):
             self._place(self.flat.values)
             self.flat.write_back()
 
-    def _spared(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _staying(self) -> Iterator[None]:
         """Leave alone what has no gradient; with a frozen variance the step itself goes around it."""
-        return super()._spared() if self.frozen_step is None else nullcontext()
+        with super()._staying() if self.frozen_step is None else nullcontext():
+            yield
 
     def _kept(self) -> list[Vector]:
         return [self.m, self.arrays["v"]]

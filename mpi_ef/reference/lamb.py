@@ -11,13 +11,7 @@ __all__ = ["OneBitLamb"]
 
 
 class OneBitLamb(Plain):
-    """LAMB whose variance and coefficients are frozen; options as of :class:`mpi_ef.optim.OneBitLamb`.
-
-    Attributes
-    ----------
-    factors : list of float
-        By which frozen coefficients were multiplied, of every layer and step.
-    """
+    """LAMB whose variance and coefficients are frozen; options as of :class:`mpi_ef.optim.OneBitLamb`."""
 
     def __init__(self, params: Iterable[Any], *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.0, freeze_step: int = 10**9, max_coeff: float = 10.0,
@@ -28,7 +22,7 @@ class OneBitLamb(Plain):
         self.max_coeff, self.min_coeff, self.coeff_beta = max_coeff, min_coeff, coeff_beta
         self.factor_max, self.factor_min, self.factor_threshold = factor_max, factor_min, factor_threshold
         self.bias_correction, self.variance_floor = bias_correction, variance_floor
-        self.factors: list[float] = []
+        self.factors: list[float] = []  # by which frozen coefficients were multiplied, of every layer and step
 
     def _correction(self, beta: float, t: int) -> float:
         return 1 - beta**t if self.bias_correction else 1.0

@@ -11,17 +11,11 @@ __all__ = ["Plain"]
 
 
 class Plain(Optimizer):
-    """A torch optimizer whose step is one method of a parameter.
-
-    Attributes
-    ----------
-    t : int
-        The step: 1, 2, ...
-    """
+    """A torch optimizer whose step is one method of a parameter."""
 
     def __init__(self, params: Iterable[Any], *, lr: float, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.t = 0
+        self.t = 0  # the step: 1, 2, ...
 
     @abstractmethod
     def update(self, p: Any, s: dict[str, Any], lr: float, decay: float) -> None:

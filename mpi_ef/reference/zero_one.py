@@ -24,11 +24,6 @@ class ZeroOneAdam:
     weight_decay : float or (d,) array
     betas, eps, var_freeze_step, var_update_scaler, local_step_scaler, local_step_clipper, bias_correction, variance_floor
         As :class:`mpi_ef.optim.ZeroOneAdam`'s.
-
-    Attributes
-    ----------
-    x : list of (d,) arrays
-        The parameters of every worker.
     """
 
     def __init__(self, start: ArrayLike, workers: int, *, sizes: Sequence[int], weight_decay: ArrayLike = 0.0,
@@ -41,7 +36,7 @@ class ZeroOneAdam:
         self.bias_correction, self.variance_floor, self.workers = bias_correction, variance_floor, workers
         x = np.array(start, np.float64)
         zero = np.zeros_like(x)
-        self.x, self.v, self.m, self.u = [x] * workers, zero, [zero] * workers, [zero] * workers
+        self.x, self.v, self.m, self.u = [x] * workers, zero, [zero] * workers, [zero] * workers  # x, m, u of every worker
         self.updates = self.last = self.t = 0
         self.interval, self.age = 1, 0  # steps between two meetings, and since the variance was frozen
         self.total, self.left = zero, zero + 1  # what u weighs, and what decay has left, since the last meeting

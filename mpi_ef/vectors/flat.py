@@ -40,22 +40,6 @@ class FlatParameters:
     parameters : iterable of torch.nn.Parameter
         Those without ``requires_grad`` are left where they are; one that appears twice (tied weights) counts once.
 
-    Attributes
-    ----------
-    parameters, frozen : list of torch.nn.Parameter
-        Those in the vectors, and those that did not require a gradient at construction.
-    starts : list of int
-        Where the parameters begin in the vectors, and `d`.
-    d : int
-        Number of trainable entries.
-    dtype : numpy.dtype
-        float32 or float64.
-    values, gradients : (d,) arrays
-    present : (parameters,) array of bool
-        Which of them had a gradient when gradients were collected.
-    lends : bool
-        Whether gradients are still in the parameters' ``grad`` alone, see :meth:`collect_gradients`.
-
     Raises
     ------
     DtypeError
@@ -66,13 +50,13 @@ class FlatParameters:
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         distinct = list(dict.fromkeys(parameters))
-        self.parameters = [p for p in distinct if p.requires_grad]
+        self.parameters = [p for p in distinct if p.requires_grad]  # those in the vectors
         self.frozen = [p for p in distinct if not p.requires_grad]
-        self.dtype = _common_dtype(self.parameters)
+        self.dtype = _common_dtype(self.parameters)  # float32 or float64
         self._check_memory()
         self.d = sum(p.numel() for p in self.parameters)
-        self.starts = [0]
-        # NumPy's memory, because it asks for large pages and torch does not.
+        self.starts = [0]  # where the parameters begin in the vectors, and d
+        # (d,), in NumPy's memory, because it asks for large pages and torch does not.
         self.values: Vector = aligned_zeros(self.d, self.dtype)
         self.gradients: Vector = aligned_zeros(self.d, self.dtype)
         self._parts: list[Part] = []
@@ -85,8 +69,8 @@ class FlatParameters:
         self._halves = [part for part in self._parts if part.half]
         self._apart = [part for part in self._parts if part.apart]
         self._gradients = [part.gradient for part in self._parts]
-        self.present: Mask = np.zeros(len(self._parts), bool)
-        self.lends = False
+        self.present: Mask = np.zeros(len(self._parts), bool)  # which had a gradient when gradients were collected
+        self.lends = False  # whether gradients are still in the parameters' grad alone, see collect_gradients()
         for part in self._parts:
             part.take()
 
@@ -119,10 +103,7 @@ class FlatParameters:
     def written(self) -> dict[int, Tensor]:
         """Return what parts of `values` have to become because of what a program has written to parameters. Local.
 
-        Returns
-        -------
-        dict of int to tensor
-            By the number of the parameter; parameters themselves, or new ones.
+        By the number of the parameter: itself, or a new tensor.
 
         Raises
         ------
@@ -192,8 +173,7 @@ class FlatParameters:
             A parameter that was frozen at construction is trained now: it has no place in the vectors.
         """
         if any(p.requires_grad for p in self.frozen):
-            raise OptionError("a parameter was unfrozen after the optimizer was built; unfreeze first, then build it "
-                              "again")
+            raise OptionError("a parameter was unfrozen after the optimizer was built; unfreeze first, then build it again")
         grads: list[Any] = [p.grad for p in self.parameters]
         self.lends = False
         if self._halves or [g for g in grads if g is None or g.requires_grad or g.layout is not torch.strided]:
@@ -229,12 +209,8 @@ class FlatParameters:
     def lent(self, moving: Sequence[bool] | Mask | None = None, into: Sequence[Tensor] | None = None) -> Iterator[None]:
         """Let every parameter be its place in `values`, also those in 16 bits, while a torch optimizer steps. Local.
 
-        Parameters
-        ----------
-        into : sequence of tensor, optional
-            What they are to be instead, such as :meth:`views` of another vector.
-        moving : sequence of bool, optional
-            Which of them have a gradient then: their place in `gradients`, or, where `lends`, their own; all by default.
+        Or that in `into`, such as :meth:`views` of another vector. Those that are `moving`, all by default, have a gradient
+        then: their place in `gradients`, or, where `lends`, their own.
         """
         everything = self.frozen + self.parameters  # what is not in the vectors would move on this rank alone
         kept = [p.grad for p in everything]

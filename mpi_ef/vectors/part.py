@@ -34,7 +34,7 @@ class Part:
         self._rounded: Tensor | None = None  # p.grad when `gradient` was the sum of which it is rounded
         self._lent: Tensor | None = None
         value.copy_(p.detach())
-        self.apart = self.half or _shared(p)
+        self.apart = self.half or p.is_shared()  # type: ignore[no-untyped-call]
         if not self.apart:
             p.data = value
         for old in _hooks.pop(p, {}).values():
@@ -79,9 +79,7 @@ class Part:
         self._rounded = held + grad  # what autograd makes of it; where a hook makes something else of that, it counts
 
     def _made(self, p: Tensor) -> None:
-        if (
-            self.arrived is not None and p.grad is not None and p.grad.layout is torch.strided
-        ):  # else it waits for the step
+        if self.arrived is not None and p.grad is not None and p.grad.layout is torch.strided:  # else it waits for the step
             self.take()
             self.arrived(self.number)
 
@@ -132,7 +130,7 @@ class Part:
     def lay(self, value: Tensor) -> None:
         """Take `value`, in another vector, as its place."""
         self.value, self._place = value, _memory(value, self._dtype)
-        self.apart = self.apart or _shared(self.p)
+        self.apart = self.apart or self.p.is_shared()  # type: ignore[no-untyped-call]
         if not self.apart:
             self.p.data = value
 
@@ -169,11 +167,6 @@ class Part:
             self._listen()
         else:
             self.p.data = self.value
-
-
-def _shared(p: Tensor) -> bool:
-    """Return whether a parameter lies in memory that processes share, where it has to stay."""
-    return bool(p.is_shared())  # type: ignore[no-untyped-call]
 
 
 def _memory(tensor: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
