@@ -40,15 +40,27 @@ class Leaf:
 
     "replicated": the same on all ranks. "per rank": of this rank; another number of ranks gets arrays as `reshard` says, and
     of values the mean of every tensor. "local": what a rank counts for itself, which starts from its default elsewhere.
+
+    Attributes
+    ----------
+    kind : {"replicated", "per rank", "local"}
+    array : array, optional
+    read, write : callable, optional
+        Of a value.
+    reshard : Reshard, optional
+    resets : bool
+        Whether a reset sets it to zero.
+    default : object
+        Where the state of an earlier version lacks it; without one, that state is refused.
     """
 
     kind: Kind
     array: Any = None
-    read: Callable[[], Any] | None = None  # of a value
+    read: Callable[[], Any] | None = None
     write: Callable[[Any], None] | None = None
     reshard: Reshard | None = None
-    resets: bool = False  # whether a reset sets it to zero
-    default: Any = _REQUIRED  # where the state of an earlier version lacks it; without one, that state is refused
+    resets: bool = False
+    default: Any = _REQUIRED
 
 
 def attribute(owner: object, name: str, kind: Kind = REPLICATED, *, resets: bool = False,

@@ -15,13 +15,25 @@ __all__ = ["Exchange", "Round", "Timer"]
 
 
 class Round(NamedTuple):
-    """A collective in which every rank gives the same number of frames."""
+    """A collective in which every rank gives the same number of frames.
 
-    send: Frames  # one for all ranks, or with `scatter` one for each
-    receive: Frames  # one of every rank
-    scatter: bool = False  # Alltoall in place of Allgather
-    finite: bool = True  # whether what this rank sends is so; its header tells the others
-    inspect: bool = True  # whether all ranks raise where a header says that a rank cannot go on; else the plan looks at them
+    Attributes
+    ----------
+    send, receive : Frames
+        One frame for all ranks, or with `scatter` one for each; of every rank one.
+    scatter : bool
+        Alltoall in place of Allgather.
+    finite : bool
+        Whether what this rank sends is so; its header tells the others.
+    inspect : bool
+        Whether all ranks raise where a header says that a rank cannot go on. Else the plan looks at them.
+    """
+
+    send: Frames
+    receive: Frames
+    scatter: bool = False
+    finite: bool = True
+    inspect: bool = True
 
 
 class Timer:

@@ -11,11 +11,17 @@ class Traffic:
 
     A gathered frame counts once for every other rank, because each of them has to receive it; what an MPI library
     sends beyond that is not seen here.
+
+    Attributes
+    ----------
+    sent_nbytes, received_nbytes : int
+    dense_nbytes : int
+        What a bandwidth-optimal uncompressed allreduce of the same vector sends: ``2 (n-1)/n * d * itemsize``.
     """
 
     sent_nbytes: int
     received_nbytes: int
-    dense_nbytes: int  # of a bandwidth-optimal uncompressed allreduce of the same vector: 2 (n-1)/n * d * itemsize
+    dense_nbytes: int
 
     @classmethod
     def both_ways(cls, nbytes: int, ranks: int, vector_nbytes: int) -> "Traffic":

@@ -68,14 +68,28 @@ _ANYTHING: Range = (lambda _: True, "", "")
 
 @dataclass(frozen=True)
 class Rule:
-    """A line in the table of rules."""
+    """A line in the table of rules.
+
+    Attributes
+    ----------
+    step : callable
+        The generator ``step(state, plan, vector, **inputs)``.
+    state : type of State
+    options : callable
+        Defaults of the options for a contraction constant.
+    least_alpha : float
+        Below this constant the defaults are no guide.
+    most_terms : int
+        Of how many vectors that of a step may be a combination without being formed beforehand.
+    ranges : mapping of str to (str or callable, str, str)
+        By the name of an option: an interval such as "[0, 1)", or whether a value fits; what fits, and what to try.
+    """
 
     step: Callable[..., Steps]
     state: type[State]
-    options: Callable[[float], Options] = lambda _alpha: {}  # their defaults for a contraction constant
-    least_alpha: float = 0.0  # below this constant the defaults are no guide
-    most_terms: int = 1  # of how many vectors that of a step may be a combination without being formed beforehand
-    # By the name of an option: an interval such as "[0, 1)", or whether a value fits; what fits, and what to try.
+    options: Callable[[float], Options] = lambda _alpha: {}
+    least_alpha: float = 0.0
+    most_terms: int = 1
     ranges: Mapping[str, Range] = field(default_factory=lambda: _RANGES)
 
     @property

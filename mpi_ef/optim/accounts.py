@@ -21,15 +21,28 @@ Channel = Plan | ErrorFeedback
 
 @dataclass(frozen=True)
 class BucketReport:
-    """What an observed step says of a bucket."""
+    """What an observed step says of a bucket.
+
+    Attributes
+    ----------
+    step, bucket : int
+    sent_nbytes, dense_nbytes : int
+        Of this step, and of an uncompressed allreduce.
+    lost : float or None
+        ``||x - C(x)||^2 / ||x||^2`` of this rank's message; None in a dense step.
+    norms : dict of str to float
+        Of this rank's state.
+    seconds : dict of str to float
+        Of this step, by phase.
+    """
 
     step: int
     bucket: int
-    sent_nbytes: int  # of this step
-    dense_nbytes: int  # of an uncompressed allreduce
-    lost: float | None  # ``||x - C(x)||^2 / ||x||^2`` of this rank's message; None in a dense step
-    norms: dict[str, float]  # of this rank's state
-    seconds: dict[str, float]  # of this step, by phase
+    sent_nbytes: int
+    dense_nbytes: int
+    lost: float | None
+    norms: dict[str, float]
+    seconds: dict[str, float]
 
 
 class Communicating(OnAllRanks, Optimizer, metaclass=SharedErrors):

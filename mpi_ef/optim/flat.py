@@ -42,13 +42,18 @@ class FlatOptimizer(Saved):
 
     With ``torch.amp.GradScaler`` on the CPU: ``scaler.step(optimizer)`` divides by the scale here, and an overflow on one
     rank makes all of them skip. A rank without an overflow keeps its scale; gradients are unscaled before anything travels.
-    """
 
-    steps: int  # completed
-    skipped_steps: int  # by all ranks together, because some rank's gradient had a NaN or Inf
-    # Ranks compare their parameters, by a hash, before the first step, the first one after a state was loaded or the program
-    # has written to parameters (every 16th of steps that all come after such), and every so many; 0 leaves out the last.
-    check_replicas_every: int
+    Attributes
+    ----------
+    comm : MPI.Comm
+    flat : FlatParameters
+    steps, skipped_steps : int
+        That were completed, and that all ranks skipped together because some rank's gradient had a NaN or Inf.
+    check_replicas_every : int
+        Ranks compare their parameters, by a hash, before the first step, the first one after a state was loaded or the
+        program has written to parameters (every 16th of steps that all come after such), and every so many; 0 leaves out
+        the last.
+    """
 
     _step_supports_amp_scaling = True  # GradScaler then leaves dividing and skipping to step()
 

@@ -76,6 +76,11 @@ class DistributedOptimizer(FlatOptimizer):
     **options
         Options of the rule, for example ``eta`` of EControl.
 
+    Attributes
+    ----------
+    feedback : ErrorFeedback
+        The rule at work: state, traffic, timing. Of the first bucket where there are several.
+
     Raises
     ------
     DisagreementError
@@ -93,7 +98,6 @@ class DistributedOptimizer(FlatOptimizer):
 
     _kind = WRAPPED
     _observer: Callable[[list[BucketReport]], None] | None = None
-    feedback: ErrorFeedback  # the rule at work: state, traffic, timing; of the first bucket where there are several
 
     def __init__(self, optimizer: Optimizer, comm: Comm, compressor: Compressor, *,
                  placement: Literal["update", "gradient"] = "update", rule: str | Rule = "ef14",

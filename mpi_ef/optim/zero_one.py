@@ -71,6 +71,14 @@ class ZeroOneAdam(VarianceOptimizer):
     bias_correction, variance_floor, clip : as OneBitAdam's
         The floor holds as soon as something compressed is in the momentum, also before the freeze.
 
+    Attributes
+    ----------
+    frozen_step : int or None
+        As OneBitAdam's.
+    variance_updates : int
+    renewed : list of int
+        How often the variance of each parameter was updated.
+
     Notes
     -----
     Between synchronisations the replicas differ on purpose: see :attr:`synchronized`, and call :meth:`synchronize` before

@@ -28,7 +28,7 @@ class ZeroOneAdam:
 
     def __init__(self, start: ArrayLike, workers: int, *, sizes: Sequence[int], weight_decay: ArrayLike = 0.0,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, var_freeze_step: int = 10**9,
-                 var_update_scaler: int = 16, local_step_scaler: int = 32768, local_step_clipper: int = 16,
+                 var_update_scaler: int = 16, local_step_scaler: int = 32678, local_step_clipper: int = 16,
                  bias_correction: bool = True, variance_floor: float = 0.1) -> None:
         self.sizes, self.weight_decay, self.betas, self.eps = list(sizes), np.asarray(weight_decay), betas, eps
         self.var_freeze_step, self.var_update_scaler = var_freeze_step, var_update_scaler
