@@ -27,7 +27,7 @@ from mpi_ef.vectors import FlatParameters, Mask
 from .accounts import Channel
 from .groups import Listed, check_options, hyper_parameters, names_of
 from .handshake import DONE, WEIGHS, Handshake, check_order
-from .line import line_for, state_of_line
+from .line import line_for, newest_line
 from .resting import memories, momenta, silent
 from .saved import Saved
 from .writes import Writes
@@ -83,10 +83,11 @@ class FlatOptimizer(Saved):
                     "whether a model is given": isinstance(model, nn.Module),
                     "hyper-parameters": hyper_parameters(self), **more}
 
-        answers = agree(comm, type(self).__name__, all_facts, "build the same model and optimizer on every rank",
-                     value=(next(_numbers), state_of_line(comm)), call=self.built)
-        self._number: int = answers[0][0]  # of rank 0, which has all optimizers of this communicator
-        line = line_for(comm, {state for _, state in answers})
+        with newest_line(comm) as state:
+            answers = agree(comm, type(self).__name__, all_facts, "build the same model and optimizer on every rank",
+                            value=(next(_numbers), state), call=self.built)
+            self._number: int = answers[0][0]  # of rank 0, which has all optimizers of this communicator
+            line = line_for(comm, {state for _, state in answers})
         self._handshake = Handshake(comm, type(self).__name__, self._number, line)
         finalize(self, self._handshake.leave)
         check_order(comm, type(self).__name__, self.flat.hashes(), self._name)

@@ -2,7 +2,8 @@
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import current_thread, main_thread
 from time import perf_counter
 from typing import Any
@@ -15,7 +16,7 @@ from mpi_ef.comm.attributes import kept_with
 from mpi_ef.comm.consensus import gather_values, ranks_text
 from mpi_ef.comm.protocol import Comm
 
-__all__ = ["Lane", "Line", "line_for", "state_of_line"]
+__all__ = ["Lane", "Line", "line_for", "newest_line"]
 
 PATIENCE_SECONDS = 60.0  # before a rank that waits says so
 _HEARING_SECONDS = 1.0  # for the others that wait to say so as well
@@ -37,6 +38,7 @@ class Line:
         self._comm: Any = mpi_comm.Dup() if self._mpi else comm
         self._users = 0
         self._left: Any = None  # the request of a farewell
+        self._farewell: Bytes | None = None  # of the optimizer that was the last to go
         self.gone: list[int] = []  # ranks that have left while this one went on: nothing can be said here any more
         self._memory: tuple[Bytes, Bytes] | None = None
 
@@ -86,17 +88,32 @@ class Line:
                              f"{ranks_text(sorted(missing))}\n")
             sys.stderr.flush()
 
+    @contextmanager
+    def held(self) -> Iterator[str]:
+        """Yield the state, which stays what it is in the block, also where optimizers are collected there. Local."""
+        holds = self._left is None
+        self._users += holds
+        try:
+            yield self.state
+        finally:
+            if holds:
+                self._release()
+
     def leave(self, mine: Bytes) -> None:
         """Count an optimizer that uses it no longer. The last one sends `mine` without waiting for the others. Local.
 
         Whoever comes to the next :meth:`allgather` receives it.
         """
+        self._farewell = mine.copy()
+        self._release()
+
+    def _release(self) -> None:
         mpi, self._users = self._mpi, self._users - 1
-        if self._users or mpi is None or self.gone or mpi.Is_finalized() or not self._comm:
+        if self._users or mpi is None or self.gone or self._farewell is None or mpi.Is_finalized() or not self._comm:
             return
         if current_thread() is not main_thread() and mpi.Query_thread() < mpi.THREAD_MULTIPLE:
             return
-        self._memory = mine.copy(), np.empty(mine.size * self._comm.Get_size(), np.uint8)
+        self._memory = self._farewell, np.empty(self._farewell.size * self._comm.Get_size(), np.uint8)
         self._left = self._comm.Iallgather(*self._memory)
         took_off(self, self._left)
 
@@ -116,15 +133,16 @@ def _lines(comm: Comm) -> list[Line]:
     return [] if mpi_of(comm) is None or not comm else kept_with(comm, _Lines)
 
 
-def state_of_line(comm: Comm) -> str:
-    """Return the state of the newest line of `comm`, as far as this rank knows. Local."""
-    return next((line.state for line in reversed(_lines(comm))), "none")
+def newest_line(comm: Comm) -> AbstractContextManager[str]:
+    """Return a context that yields the state of the newest line of `comm`, as this rank knows it, and keeps it so. Local."""
+    lines = _lines(comm)
+    return lines[-1].held() if lines else nullcontext("none")
 
 
 def line_for(comm: Comm, states: set[str]) -> Line:
     """Return the line for another optimizer: the newest one where it is in one state on all ranks, or a new one. Collective.
 
-    `states` is what :func:`state_of_line` has returned on the ranks.
+    `states` is what :func:`newest_line` has yielded on the ranks; its block has not ended.
     """
     lines = _lines(comm)
     if states not in ({"open"}, {"left"}):

@@ -18,7 +18,7 @@ from mpi_ef.collectives import frames as frames_module
 from mpi_ef.compress import Identity, Sign, TopK
 from mpi_ef.data import generator_for
 from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError, PeerError, ShapeError
-from mpi_ef.optim import EF21, DistributedOptimizer, EControl, OneBitAdam
+from mpi_ef.optim import EF21, DistributedOptimizer, EControl, OneBitAdam, flat
 
 pytestmark = pytest.mark.mpi
 on_two_ranks = pytest.mark.exhaustive if os.environ.get("MPI_EF_TEST_RANKS") != "2" else lambda test: test
@@ -246,6 +246,32 @@ def test_ranks_drop_optimizers_at_other_times(comm):
             gc.collect()
         a_step_of(new, comm.rank)
         assert new.steps == 2
+
+
+@pytest.mark.parametrize("collecting", [0, -1])
+def test_an_optimizer_that_is_collected_while_another_one_is_built_hangs_no_rank(comm, collecting, monkeypatch):
+    """Python collects garbage in circles at any allocation, on each rank at another one."""
+
+    def agree_and_collect(*arguments, **options):
+        answers = agree(*arguments, **options)
+        if comm.rank == collecting % comm.size:
+            gc.collect()
+        return answers
+
+    agree = flat.agree
+    gc.collect()
+    gc.disable()
+    try:
+        circle = [ones_with(comm)]
+        circle.append(circle)
+        del circle
+        monkeypatch.setattr(flat, "agree", agree_and_collect)
+        new = ones_with(comm)
+        gc.collect()
+        a_step_of(new, comm.rank)
+    finally:
+        gc.enable()
+    a_step_of(ones_with(comm), comm.rank)
 
 
 def test_who_has_dropped_the_last_optimizer_is_named_to_all_of_the_others(comm):
