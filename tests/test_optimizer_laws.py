@@ -20,9 +20,21 @@ from training import (
 )
 
 from mpi_ef import kernels, registry
+from mpi_ef.compress import TopK
 from mpi_ef.errors import OptionError
 from mpi_ef.kernels import reference
-from mpi_ef.optim import DistributedOptimizer
+from mpi_ef.optim import (
+    EF21,
+    DistributedOptimizer,
+    EControl,
+    EF21Muon,
+    Lion,
+    OneBitAdam,
+    OneBitLamb,
+    PowerSGD,
+    Signum,
+    ZeroOneAdam,
+)
 from mpi_ef.testing import OptimizerLaws
 
 MOMENTS = cases(lambda row: row.moments)
@@ -90,6 +102,22 @@ def test_the_freeze_comes_by_itself_and_when_it_would_have_without_an_interrupti
     assert 11 <= frozen[0] < 40
     for before in (8, frozen[0] - 2):
         assert_resumes(2, build, before=before, after=frozen[0] - before + 3)
+
+
+@pytest.mark.parametrize("lr", [float("nan"), float("inf")])
+def test_learning_rates_are_numbers(lr):
+    def program(comm):
+        def of(optimizer):
+            with pytest.raises(OptionError, match=rf": lr={lr!r} is not in \[0, inf\)"):
+                optimizer(seeded(torch.nn.Linear(2, 2)).parameters())
+
+        for kind in (EF21, EControl, EF21Muon):
+            of(lambda params, kind=kind: kind(params, comm, TopK(0.5), lr=lr))
+        for kind in (PowerSGD, OneBitAdam, OneBitLamb, ZeroOneAdam, Lion, Signum):
+            of(lambda params, kind=kind: kind(params, comm, lr=lr))
+        of(lambda params: DistributedOptimizer(torch.optim.SGD(params, lr=lr), comm, TopK(0.5)))
+
+    virtual.results(2, program)
 
 
 @pytest.mark.slow

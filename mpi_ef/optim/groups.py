@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mpi_ef.errors import OptionError
+from mpi_ef.ranges import within
 
 __all__ = ["Listed", "check_options", "group_sizes", "hyper_parameters", "names_of", "parameters_of"]
 
@@ -55,7 +56,8 @@ def _constructors(kinds: Iterable[type]) -> list[Iterable[str]]:
 def check_options(optimizer: Optimizer) -> None:
     """Raise where a group has an option that is one for all parameters here, or that only other optimizers have.
 
-    Keys that are options of no optimizer, such as those that schedulers and users keep there, may be anything.
+    And where a learning rate or a weight decay is no number from 0 on. Keys that are options of no optimizer, such as those
+    that schedulers and users keep there, may be anything.
     """
     kind: Any = type(optimizer)
     refused = _options(kind)
@@ -64,6 +66,9 @@ def check_options(optimizer: Optimizer) -> None:
             raise OptionError(f"{kind.__name__}: {key!r} in a group of parameters has no effect, groups have "
                               f"{', '.join(optimizer.defaults)}; leave it out, or pass it to the constructor, for all "
                               "parameters, where that has it")
+    for group in optimizer.param_groups:
+        sizes = {key: group[key] for key in ("lr", "weight_decay") if group.get(key) is not None}
+        within(kind.__name__, "[0, inf)", "0 does nothing", **sizes)
 
 
 class Listed:

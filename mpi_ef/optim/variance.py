@@ -54,7 +54,7 @@ class VarianceOptimizer(ReplicatedOptimizer):
 
     lr: InitVar[float] = 1e-3
     betas: tuple[float, float] = option((0.9, 0.999), "[0, 1)", "try (0.9, 0.999)")
-    eps: float = 1e-8
+    eps: float = option(1e-8, "[0, inf)", "1e-8 is usual")
     compressor: InitVar[Compressor] = SIGNS
     plan: InitVar[PlanBuilder] = plan_for
     bias_correction: bool = True
