@@ -234,7 +234,7 @@ def test_a_program_of_ones_own(site):
     assert site.environ["TEXT"] == str(site.scratch / "text")
     site.job("--", "mine", play=site.asks(10))
     assert site.called("scontrol") == ["scontrol requeue 7"]
-    assert "no progress" in site.job("--proof", "result", "--", "mine", status=1)
+    assert f"(status 0, and there is no {site.run}/result)" in site.job("--proof", "result", "--", "mine", status=1)
 
 
 def test_the_default_folder_of_a_run(site):
@@ -404,7 +404,7 @@ def test_preemption_with_grace_before_the_first_save_has_one_more_chance(site):
 
 
 def test_a_launcher_that_starts_nothing_and_says_0_is_no_success(site):
-    assert "no progress since step 0 (status 0)" in site.job("--", "train", status=1)
+    assert "no progress since step 0 (status 0, and there is no " in site.job("--", "train", status=1)
     assert not site.called("scontrol")
 
 

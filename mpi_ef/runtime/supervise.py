@@ -129,11 +129,13 @@ class Supervisor:
         mark.unlink(missing_ok=True)
         before, started = newest_step(self.run), not (child.asked or child.interrupted)
         status = child.run(command, deadline) if started else 0
-        after, failed = newest_step(self.run), status or 1
+        after, failed, proven = newest_step(self.run), status or 1, (self.run / proof).exists()
         why = f"status {status}" if started else "a signal came before the program was started"
+        if started and status == 0 and not proven:
+            why += f", and there is no {self.run / proof}"
         with suppress(OSError):
             why = mark.read_text(encoding="utf-8").strip()
-        if started and status == 0 and not mark.exists() and (self.run / proof).exists():
+        if started and status == 0 and not mark.exists() and proven:
             self.report("done")
             return self.end(0)
         if status == WRONG:
