@@ -1,11 +1,15 @@
 """Errors of mpi_ef: one line each, *subject: what is wrong, with the values; what to do*."""
 
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
+from traceback import walk_tb
 from typing import TypeVar
 
 __all__ = ["CheckpointError", "ConfigError", "DataError", "DisagreementError", "DtypeError", "LaunchError",
-           "MpiEfError", "NonFiniteError", "OptionError", "PeerError", "ShapeError", "everywhere", "nearest"]
+           "MpiEfError", "NonFiniteError", "OptionError", "PeerError", "ShapeError", "everywhere", "nearest",
+           "told"]
 
 
 class MpiEfError(Exception):
@@ -86,6 +90,7 @@ class CheckpointError(MpiEfError, OSError):
 
 
 Error = TypeVar("Error", bound=MpiEfError)
+_LIBRARIES = {"mpi_ef", "mpi4py", "numba", "numpy", "torch", *sys.stdlib_module_names}
 
 
 def everywhere(error: Error) -> Error:
@@ -99,3 +104,11 @@ def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
     lower = {name.lower(): name for name in known}
     close = get_close_matches(word.lower(), lower, n=1)
     return f"did you mean {lower[close[0]]}?" if close else otherwise
+
+
+def told(error: BaseException) -> str:
+    """Return the kind and the text of an error, and the innermost line of it that is a user's, if there is one. Local."""
+    theirs = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)
+              if str(frame.f_globals.get("__name__")).partition(".")[0] not in _LIBRARIES]
+    place = f" ({Path(theirs[-1][0]).name}, line {theirs[-1][1]})" if theirs else ""
+    return f"{type(error).__name__}: {error}{place}"

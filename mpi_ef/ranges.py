@@ -17,13 +17,13 @@ def is_within(value: Any, interval: str) -> bool:
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     try:
         fits = isfinite(value) and low <= value <= high
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return fits and (value > low or interval[0] == "[") and (value < high or interval[-1] == "]")
 
 
-def within(subject: str, interval: str, hint: str, **values: Any) -> None:
-    """Raise unless options of `subject` are numbers in an interval, of a tuple all.
+def within(subject: str, interval: str, hint: str, entries: int = 0, /, **values: Any) -> None:
+    """Raise unless options of `subject` are numbers in an interval, or tuples of so many `entries` that are.
 
     Raises
     ------
@@ -31,10 +31,11 @@ def within(subject: str, interval: str, hint: str, **values: Any) -> None:
         ``"TopK: ratio=1.5 is not in (0, 1]; 0.01 keeps one coordinate in a hundred"``
     """
     for name, value in values.items():
-        several = isinstance(value, tuple)
-        if not all(is_within(entry, interval) for entry in (value if several else (value,))):
+        several = isinstance(value, tuple) and len(value) == entries > 0
+        if bool(entries) != several or not all(is_within(entry, interval) for entry in (value if several else (value,))):
             negative = interval == "[0, inf)" and is_within(value, "(-inf, 0)")
-            text = "is negative" if negative else f"{'are' if several else 'is'} not in {interval}"
+            plural = f"are not {'' if several else f'{entries} numbers '}in {interval}"
+            text = "is negative" if negative else plural if entries else f"is not in {interval}"
             raise OptionError(f"{subject}{': ' * bool(subject)}{name}={value!r} {text}; {hint}")
 
 
@@ -98,7 +99,8 @@ def checked(owner: Any, subject: str | None = None) -> dict[str, object]:
         if allowed is None or values[f.name] is f.default is None:
             continue
         if isinstance(allowed, str):
-            within(subject, allowed.format_map(values), f.metadata["hint"], **value)
+            entries = len(f.default) if isinstance(f.default, tuple) else 0
+            within(subject, allowed.format_map(values), f.metadata["hint"], entries, **value)
         else:
             whole(subject, allowed, f.metadata["hint"], **value)
     return values

@@ -6,8 +6,8 @@ A *specification* is a text that says which and how, as one would write it in Py
 
 Names are looked up among what is built in, then in the entry points of installed packages (groups ``mpi_ef.compressors``,
 ``mpi_ef.rules``, ``mpi_ef.plans``, ``mpi_ef.optimizers``, ``mpi_ef.models``); ``module:name`` imports. Arguments are
-numbers, texts, True, False, None, lists and tuples of these, and specifications of compressors, there with a dot,
-``my_module.MyCompressor(3)``: nothing is evaluated.
+numbers, texts, True, False, None, lists and tuples of these, and specifications of compressors,
+``TopK(0.1, values=my_module:MyCompressor(3))``, where a dot may stand for the colon: nothing is evaluated.
 """
 
 import ast
@@ -34,6 +34,7 @@ _HOMES: Mapping[str, tuple[str, str]] = {
     "model": ("", ""),  # those of mpi-ef train are no functions of a configuration
 }
 _FORM = re.compile(r"\s*([A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?(?:-\w+)*)\s*(\(.*\))?\s*", re.DOTALL)
+_QUOTED_OR_PATH = re.compile(r'''("{3}|'{3}|"|')(?:\\.|(?!\1).)*\1|(\b[A-Za-z_][\w.]*)\s*:\s*(?=[A-Za-z_])''', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def specified(kind: str, text: str) -> Specification:
     name, call = match.groups()
     try:
         with _parsing:
-            tree = ast.parse(f"f{call or '()'}", mode="eval").body
+            tree = ast.parse(f"f{_dotted(call or '()')}", mode="eval").body
     except SyntaxError as error:
         raise OptionError(f"{text!r} is no {kind}: {error.msg}; write for example {_example(kind)}") from None
     if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
@@ -177,6 +178,11 @@ def _form(thing: Any) -> Signature:
     return form.replace(parameters=[*form.parameters.values()][1:])
 
 
+def _dotted(call: str) -> str:
+    """Return arguments with a dot, which Python can parse, in place of the colon of every ``module:name``."""
+    return _QUOTED_OR_PATH.sub(lambda found: f"{found[2]}." if found[2] else found[0], call)
+
+
 def _arguments(call: ast.Call, text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if any(isinstance(argument, ast.Starred) for argument in call.args) or any(
         not keyword.arg for keyword in call.keywords
@@ -199,7 +205,7 @@ def _value(node: ast.expr, text: str) -> Any:
         inner = fitting(Specification(name, found("compressor", name), *_arguments(node, text)), text)
         return inner.thing(*inner.arguments, **inner.options)
     raise OptionError(f"{text!r}: {ast.unparse(node)} is no value: take numbers, texts, True, False, None, lists and tuples "
-                      "of these, or compressors")
+                      "of these, or compressors, such as Sign()")
 
 
 def _example(kind: str) -> str:

@@ -171,7 +171,8 @@ def test_bench_measures_what_is_specified():
             assert method.sent_nbytes == feedback.plan.traffic.sent_nbytes
         return [method.name for method in found]
 
-    assert virtual.results(2, program)[0] == ["ef21 TopK(0.1, bf16)", "my_rule:FADING(fade=0.5) BlockMax(block=8)"]
+    mine = "my_rule:FADING(fade=0.5) BlockMax(block=8) my_plan:TrimmedMean(trim=0)"
+    assert virtual.results(2, program)[0] == ["ef21 TopK(0.1, bf16)", mine]
 
 
 def test_the_example_is_short():

@@ -20,6 +20,7 @@ import mpi_ef
 from mpi_ef.errors import CheckpointError, ConfigError, DataError
 from mpi_ef.jobs import metrics as metrics_module
 from mpi_ef.jobs.bench import checkpoint as bench_checkpoint
+from mpi_ef.jobs.bench import methods as bench_methods
 from mpi_ef.jobs.bench import program as bench
 from mpi_ef.jobs.bench.checkpoint import CheckpointBenchConfig
 from mpi_ef.jobs.bench.program import BenchConfig
@@ -54,7 +55,7 @@ def test_a_reader_that_has_seen_enough(tmp_path, words, unbuffered):
     (BenchConfig, {"methods": "ef21"}, "methods: 'ef21' is not RULE COMPRESSOR or RULE COMPRESSOR PLAN"),
     (BenchConfig, {"methods": "ef22 TopK(0.1)"}, "methods: there is no rule 'ef22'; did you mean ef2"),
     (BenchConfig, {"methods": "ef21 TopK(0.1); ef21 TopK(ration=1)"}, "TopK has no option ration; did you mean ratio?"),
-    (BenchConfig, {"methods": "econtrol(etta=0.1) TopK(0.1)"}, "ErrorFeedback: econtrol has no option etta; it has: eta"),
+    (BenchConfig, {"methods": "econtrol(etta=0.1) TopK(0.1)"}, "econtrol has no option etta; did you mean eta?"),
     (BenchConfig, {"methods": "ef21 TopK(0.1) Gather"}, "there is no plan 'Gather'; did you mean GatherMean?"),
     (BenchConfig, {"methods": "ef21 TopK(0.1)", "only": "ef"}, "only=ef has no effect with methods"),
     (BenchConfig, {"repeats": 0}, "repeats=0 is not a positive integer; the default is 9"),
@@ -73,6 +74,12 @@ def test_programs_that_would_be_of_no_use_are_refused(config, options, words):
     with pytest.raises(ConfigError) as caught:
         config(**options)
     assert words in str(caught.value)
+
+
+def test_methods_that_differ_in_their_plan_have_other_names():
+    specified = [["ef14", "TopK(0.05)", *plan] for plan in ([], ["TwoPhaseMean(residual=False)"], ["GatherMean"])]
+    names = virtual.results(2, lambda comm: [m.name for m in bench_methods.methods(comm, 200, 0.1, specified)])[0]
+    assert names[-3:] == ["ef14 TopK(0.05)", "ef14 TopK(0.05) TwoPhaseMean(residual=False)", "ef14 TopK(0.05) GatherMean"]
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1, 2]", '{"rows": []}'])

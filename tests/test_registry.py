@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from my_rule import FADING
 from programs import loss_of, model, same_bits, trained
 from vectors_for_tests import gaussian
 
-from mpi_ef import registry
+from mpi_ef import errors, registry
 from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, plan_for
 from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
 from mpi_ef.errors import ConfigError, OptionError, PeerError
@@ -58,7 +59,20 @@ def test_specifications_are_as_in_python():
     rule = registry.specified("rule", "ef21-sgdm(eta=-0.5)")
     assert (rule.name, rule.thing, rule.arguments, rule.options) == ("ef21-sgdm", RULES["ef21-sgdm"], (), {"eta": -0.5})
     assert registry.specified("optimizer", "OneBitAdam(freeze_step=130)").thing is OneBitAdam
-    assert registry.specified("plan", "TwoPhaseMean(reply=my_compressor.BlockMax(8))").options == {"reply": BlockMax(8)}
+    for sign in ".", ":", " : ":
+        what = registry.specified("plan", f"TwoPhaseMean(reply=my_compressor{sign}BlockMax(8))")
+        assert what.options == {"reply": BlockMax(8)}
+
+
+def test_a_colon_names_what_a_module_has_at_any_depth():
+    """Outside of quotes, where a text keeps it."""
+    text = ("my_optimizer:Normalized(compressor=my_compressor:BlockMax(8), beta='a:b', "
+            "x=(\"it's x:y\", 'z\\':w', '''q's e:f''', ''))")
+    what = registry.specified("optimizer", text)
+    assert what.options == {"compressor": BlockMax(8), "beta": "a:b", "x": ("it's x:y", "z':w", "q's e:f", "")}
+    assert registry.specified("rule", "ef21-bc(reply=my_compressor:BlockMax(8))").options == {"reply": BlockMax(8)}
+    assert registry.specified("plan", "TwoPhaseMean(reply=TopK(0.1, values=mpi_ef.compress:Sign()))").options == {
+        "reply": TopK(0.1, values=Sign())}
 
 
 @pytest.mark.parametrize(("kind", "text", "words"), [
@@ -85,6 +99,19 @@ def test_specifications_are_as_in_python():
     ("optimizer", "ReplicatedOptimizer", "there is no optimizer 'ReplicatedOptimizer'"),
     ("model", "mlp", "there is no model 'mlp'; write module:name"),
     ("compressor", "TopK(0.1, values=my_compressor.Nothing())", "cannot be loaded: .* has no attribute 'Nothing'"),
+    ("compressor", "TopK(0.1, values=my_compressor:Nothing())", "cannot be loaded: .* has no attribute 'Nothing'"),
+    ("compressor", "TopK({'ratio': 0.1})", "is no value"),
+    ("compressor", "TopK((0.1, 0.2))", r"TopK: ratio=\(0.1, 0.2\) is not in"),
+    ("compressor", "TopK('0.1')", "TopK: ratio='0.1' is not in"),
+    ("compressor", f"TopK(1{'0' * 400})", "0 is not in"),
+    ("compressor", "TopK(0.1, values=3)", r"TopK: values=3 is no compressor; pass for example Quantize\('bf16'\)"),
+    ("compressor", "RandK(0.1, values='bf16')", "RandK: values='bf16' is no compressor"),
+    ("compressor", "TopK(0.1, segments=5)", "TopK: segments=5; pass the lengths of the parts"),
+    ("compressor", "TopK(0.1, segments=('3',))", "TopK: segments=.*; pass the lengths of the parts"),
+    ("compressor", "TopK(0.1, segments=(3, -1))", "TopK: segments=.*; pass the lengths of the parts"),
+    ("compressor", "Quantize(['bf16'])", "format=.* is unknown; take one of bf16"),
+    ("compressor", "LowRank(2, shapes=5)", "LowRank: shapes=5; pass the shapes"),
+    ("compressor", "Sign('8')", "Sign: block='8' is not a positive integer"),
 ])
 def test_what_is_wrong_is_said_in_one_line(kind, text, words):
     with pytest.raises(OptionError, match=words) as told:
@@ -245,6 +272,13 @@ def test_a_plan_is_what_builds_it_or_a_specification(text, builder, kind):
     ("my_rule:FADING", "my_rule:FADING is a Rule, which cannot be built"),
     (lambda *_: 3, "has built a int, which is no Plan"),
     (3, "plan=3 builds no plan; pass a class such as TwoPhaseMean"),
+    (TopK, "plan=.*TopK.* builds no plan; pass a class such as TwoPhaseMean"),
+    (DenseMean, "plan=.*DenseMean.*: too many positional arguments"),
+    ("TwoPhaseMean(reply=3)", "TwoPhaseMean: reply=3 is no compressor; pass for example TopK"),
+    ("TwoPhaseMean(combine='median')", "TwoPhaseMean: combine='median' is no Combine; pass an object"),
+    ("GatherMean(combine=3)", "GatherMean: combine=3 is no Combine; pass an object"),
+    ("ClientsMean(clients='3')", "ClientsMean: clients='3' on 3 ranks"),
+    ("ClientsMean(clients=3, weights=('a', 1, 1))", "ClientsMean: weights=.*; pass one finite number a client"),
 ])
 def test_a_wrong_plan_on_one_rank_stops_all(plan, words):
     def program(comm):
@@ -255,6 +289,94 @@ def test_a_wrong_plan_on_one_rank_stops_all(plan, words):
                 build(plan if wrong else partial(TrimmedMean, trim=1))
 
     virtual.results(3, program)
+
+
+class _Odd(BlockMax):
+    plan = "gathr"
+
+
+@pytest.mark.parametrize(("build", "wrong", "right", "words"), [
+    (lambda comm, c: EF21(model().parameters(), comm, c, lr=0.1), TopK, TopK(0.1), "=<class .*TopK'> is no compressor"),
+    (lambda comm, c: OneBitAdam(model().parameters(), comm, compressor=c), "Sign()", Sign(),
+     "='Sign.*' is no compressor"),
+    (lambda comm, b: OneBitAdam(model().parameters(), comm, betas=b), 0.9, (0.9, 0.9), r"=0.9 are not 2 numbers in \[0,"),
+    (lambda comm, lr: OneBitAdam(model().parameters(), comm, lr=lr), "0.1", 0.1, "lr='0.1' is a text; pass a number"),
+    (lambda comm, o: DistributedOptimizer(o or sgd(), comm, TopK(0.1)), torch.optim.SGD, None,
+     "SGD'> is no torch optim"),
+    (lambda comm, o: wrapped(comm, **o), {"dense_step": 1}, {}, "no option dense_step; did you mean dense_steps?"),
+    (lambda comm, o: wrapped(comm, **o), {"momentun": 0.1}, {"momentum": 0.1}, "momentun; did you mean momentum?"),
+    (lambda comm, o: wrapped(comm, rule="econtrol", **o), {"etta": 0.1}, {"eta": 0.1}, "no option etta; did you mean eta?"),
+    (lambda comm, r: ErrorFeedback(r, GatherMean(comm, TopK(0.1), 20)), "ef14(dense_steps=1)", "ef14",
+     "no option dense_steps; it has: none"),
+    (lambda comm, r: ErrorFeedback("ef21-bc", GatherMean(comm, TopK(0.1), 20), reply=r), Sign, Sign(),
+     "Sign'> is not a compressor"),
+    (lambda comm, c: plan_for(comm, c, 10), _Odd(3), BlockMax(3), "kind 'gathr', which there is not; did you mean gather?"),
+])
+def test_a_wrong_kind_of_option_on_one_rank_or_all_stops_all(build, wrong, right, words):
+    def program(comm, wrong_ranks):
+        with pytest.raises(OptionError if comm.Get_rank() in wrong_ranks else PeerError, match=words):
+            build(comm, wrong if comm.Get_rank() in wrong_ranks else right)
+
+    for wrong_ranks in (1,), (0, 1):
+        virtual.results(2, partial(program, wrong_ranks=wrong_ranks))
+
+
+def sgd():
+    return torch.optim.SGD(model().parameters(), lr=0.05)
+
+
+def wrapped(comm, **options):
+    return DistributedOptimizer(sgd(), comm, TopK(0.1), **options)
+
+
+@pytest.mark.parametrize(("build", "words"), [
+    (lambda _: ErrorFeedback("ef14", GatherMean), "ErrorFeedback: plan=<class .*GatherMean'> is no plan; pass for example"),
+    (lambda comm: ErrorFeedback("ef14", GatherMean(comm, TopK(0.1), 9), dense_step=1), "did you mean dense_steps?"),
+    (lambda _: OneBitAdam(model().parameters(), TopK(0.1)), "comm=TopK.* is not an intracommunicator; pass for example"),
+])
+def test_what_has_the_place_of_something_else_is_named(build, words):
+    def program(comm):
+        with pytest.raises(OptionError, match=words):
+            build(comm)
+
+    virtual.results(2, program)
+
+
+@dataclass(frozen=True, repr=False)
+class _Breaks(BlockMax):
+    def codec(self, d, dtype=np.float32):
+        codec = super().codec(d, dtype)
+        codec.pack = _broken
+        return codec
+
+
+def _broken(x, wire, *, step, rank):
+    np.stack([x, x[: x.size - 1 - rank]])  # which raises inside of numpy, where that has lines
+
+
+@pytest.mark.parametrize("plan", [GatherMean, TwoPhaseMean])
+def test_an_error_in_a_users_codec_says_where(plan):
+    line = _broken.__code__.co_firstlineno + 1
+    words = rf"{plan.__name__}.exchange: ValueError: all input arrays .* \(test_registry.py, line {line}\)$"
+
+    def program(comm):
+        built = plan(comm, _Breaks(3), 30)
+        with pytest.raises(OptionError, match=words) as told:
+            built.exchange(gaussian(comm.Get_rank(), 30))
+        assert type(told.value.__cause__) is ValueError
+
+    virtual.results(2, program)
+
+
+def test_an_error_of_no_user_has_no_place():
+    def told(action):
+        try:
+            action()
+        except ValueError as error:
+            return errors.told(error)
+
+    assert told(partial(np.stack, [])).startswith("ValueError: need at least one array to stack (test_registry.py, line ")
+    assert errors.told(ValueError("of nobody")) == "ValueError: of nobody"
 
 
 def test_a_strangers_rule_and_compressor_train_save_and_resume():

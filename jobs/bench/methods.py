@@ -1,7 +1,7 @@
 """What the benchmark measures: dense means, compressed steps, obvious alternatives, and parts that need no network."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,8 @@ def methods(comm: MpiComm, d: int, ratio: float, specified: Sequence[Sequence[st
     yield from _dense(comm, d)
     for rule, text, *plan in specified:
         built = registry.built("compressor", text)
-        yield _step(rule, build_plan(plan[0] if plan else plan_for, comm, built, d, np.float32))
+        method = _step(rule, build_plan(plan[0] if plan else plan_for, comm, built, d, np.float32))
+        yield replace(method, name=" ".join((method.name, *plan)))
     if specified:
         return
     half = Quantize("bf16")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from inspect import isclass
+from inspect import isclass, signature
 from typing import Any
 
 import numpy as np
@@ -49,9 +49,14 @@ def build_plan(plan: PlanBuilder, comm: Comm, compressor: Compressor, d: int, dt
     OptionError
         There is no such plan, an option does not fit, or what was built is no plan.
     """
-    if not isinstance(plan, str) and not callable(plan):
+    if not (isinstance(plan, str) or (issubclass(plan, Plan) if isclass(plan) else callable(plan))):
         raise OptionError(f"plan={plan!r} builds no plan; pass a class such as TwoPhaseMean, or its name")
-    built = (plan_named(plan) if isinstance(plan, str) else plan)(comm, compressor, d, dtype)
+    build = plan_named(plan) if isinstance(plan, str) else plan
+    try:
+        signature(build).bind(comm, compressor, d, dtype)
+    except (TypeError, ValueError) as error:  # or it has no signature
+        raise OptionError(f"plan={plan!r}: {error}; pass what plan(comm, compressor, d, dtype) builds a plan with") from None
+    built = build(comm, compressor, d, dtype)
     if not isinstance(built, Plan):
         raise OptionError(f"plan={plan!r} has built a {type(built).__name__}, which is no Plan")
     return built

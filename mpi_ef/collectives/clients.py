@@ -63,7 +63,10 @@ class ClientsMean(Plan):
         if not isinstance(n, int | np.integer) or n < self.size:
             raise OptionError(f"ClientsMean: clients={n!r} on {self.size} ranks; every rank carries at least one client")
         if self.weights is not None:
-            self.weights = np.asarray(self.weights, np.float64)
+            try:
+                self.weights = np.asarray(self.weights, np.float64)
+            except (TypeError, ValueError) as error:
+                raise OptionError(f"ClientsMean: weights={self.weights!r}; pass one finite number a client") from error
             if self.weights.shape != (n,) or not np.isfinite(self.weights).all():
                 raise OptionError(f"ClientsMean: weights of shape {self.weights.shape}; pass one finite number a client")
         self.clients, bounds = int(n), chunk_bounds(n, self.size)

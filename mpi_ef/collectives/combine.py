@@ -20,6 +20,13 @@ class Combine(ABC):
     vectors; :class:`TwoPhaseMean` on one rank for each chunk, so that it must go entry by entry there.
     """
 
+    @classmethod
+    def check(cls, subject: str, combine: object) -> None:
+        """Raise `OptionError` unless an option of `subject` is None or an object that combines rows. Local."""
+        if not isinstance(combine, Combine | None):
+            raise OptionError(f"{subject}: combine={combine!r} is no Combine; pass an object of such a class, or None for "
+                              "the mean")
+
     @abstractmethod
     def __call__(self, rows: NDArray[np.floating]) -> Vector:
         """Return one vector, (d,), for those of all ranks, (n, d), in rank order; the same bits on all ranks. Local."""

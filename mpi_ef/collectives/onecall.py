@@ -11,6 +11,7 @@ from mpi_ef.comm.attributes import kept_with
 from mpi_ef.comm.consensus import agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor
+from mpi_ef.compress.compressor import check_compressor
 from mpi_ef.errors import DtypeError, OptionError, ShapeError
 
 from .dense import DenseMean
@@ -148,9 +149,7 @@ def _plan(call: str, comm: Comm, compressor: Compressor, check: Callable[[], tup
     key: _Key | None = None
     try:
         arrays = check()
-        if not isinstance(compressor, Compressor):
-            text = f"{call}: compressor={compressor!r} is no compressor; pass for example TopK(0.01)"
-            raise OptionError(text)  # noqa: TRY301
+        check_compressor(call, compressor=compressor)
         key = (call, compressor, arrays[1].size, str(arrays[1].dtype))
     except Exception as raised:
         error = raised

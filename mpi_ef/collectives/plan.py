@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Self, cast
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed
+from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed, shared_errors
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Identity, Keep, Source, source
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError
+from mpi_ef.compress.compressor import check_compressor
+from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError, nearest, told
 from mpi_ef.kernels.backend import backend
 from mpi_ef.runtime.ending import end_together
 from mpi_ef.runtime.world import check_alone
@@ -109,8 +110,7 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         self._companions: dict[Compressor, Plan] = {}
 
         def facts() -> dict[str, object]:
-            if not isinstance(compressor, Compressor):
-                raise OptionError(f"{subject}: compressor={compressor!r} is no compressor; pass for example TopK(0.01)")
+            check_compressor(subject, compressor=compressor)
             codec = compressor.codec(d, dtype)
             self.d, self.dtype, self._kernels = codec.d, codec.dtype, backend(codec.dtype)
             return {"plan": subject, "compressor": compressor, "d": self.d, "dtype": self.dtype,
@@ -271,7 +271,7 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
                 except MpiEfError as error:
                     refusal = error
                 except Exception as error:  # the other ranks are on their way into the exchange
-                    refusal = OptionError(f"{type(self).__name__}.exchange: {type(error).__name__}: {error}")
+                    refusal = OptionError(f"{type(self).__name__}.exchange: {told(error)}")
                     refusal.__cause__ = error
         self._exchange.begin(self.communicate(), self.exchanges, refusal)
         if self.watched and refusal is None:
@@ -342,5 +342,9 @@ def plan_for(comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.f
     `residual`: whether the plan keeps something from one exchange to the next, a two-phase plan the error of its second
     phase, a low-rank one the factor it begins with. For the rest see :class:`Plan`.
     """
-    kind = getattr(compressor, "plan", "gather")  # what is no compressor is refused there, on all ranks
+    kind = compressor.plan if isinstance(compressor, Compressor) else "gather"  # which refuses it, on all ranks
+    with shared_errors(comm, "plan_for", Plan.built):
+        if kind not in Plan.kinds:
+            hint = nearest(kind, Plan.kinds, f"take one of {', '.join(Plan.kinds)}")
+            raise OptionError(f"plan_for: {compressor!r} wants a plan of kind {kind!r}, which there is not; {hint}")
     return Plan.kinds[kind].suited(comm, compressor, d, dtype, residual=residual)

@@ -9,6 +9,7 @@ from numpy.typing import DTypeLike
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Keep, Source, aligned_zeros, lazy, source
 from mpi_ef.compress.combination import Vector, writable
+from mpi_ef.compress.compressor import check_compressor
 from mpi_ef.statetree import PER_RANK, Leaf, Reshard
 
 from .combine import Combine
@@ -56,6 +57,7 @@ class GatherMean(Plan, kind="gather"):
 
     def bind(self) -> dict[str, object]:
         """Build codecs and buffers, see :meth:`Plan.bind`."""
+        Combine.check("GatherMean", self.combine)
         self._codec = self.compressor.codec(self.d, self.dtype)
         self._send = Frames(1, self._codec.nbytes)
         self._received = Frames(self.size, self._codec.nbytes)
@@ -162,7 +164,8 @@ class TwoPhaseMean(Plan, kind="two-phase"):
 
     def bind(self) -> dict[str, object]:
         """Build codecs and buffers, see :meth:`Plan.bind`."""
-        combine = self.combine
+        check_compressor("TwoPhaseMean", "TopK(0.1), or None for that of the first phase", reply=self.reply)
+        Combine.check("TwoPhaseMean", combine := self.combine)
         self.bounds = _aligned_chunk_bounds(self.d, self.size)
         self._chunks = list(pairwise(self.bounds))
         sizes = [stop - start for start, stop in self._chunks]

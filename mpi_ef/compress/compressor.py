@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mpi_ef.errors import DtypeError, ShapeError
+from mpi_ef.errors import DtypeError, OptionError, ShapeError
 from mpi_ef.kernels.backend import backend
 
 from .combination import Source, Vector
 
-__all__ = ["Codec", "Compressor", "Vector", "Wires", "for_parameters", "words"]
+__all__ = ["Codec", "Compressor", "Vector", "Wires", "check_compressor", "for_parameters", "words"]
 
 Wires = NDArray[np.uint8]
 
@@ -39,7 +39,7 @@ class Codec(ABC):
         self.d = int(d)
         try:
             self.dtype: np.dtype[Any] = np.dtype(dtype)
-        except TypeError:
+        except (TypeError, ValueError):
             raise DtypeError(f"codec: dtype {dtype!r} is not known; pass float32 or float64") from None
         if self.dtype not in _FLOATS:
             raise DtypeError(f"codec: dtype {self.dtype} is not supported; pass float32 or float64")
@@ -155,6 +155,13 @@ class Compressor(ABC):
     def wire_nbytes(self, d: int, dtype: DTypeLike = np.float32) -> int:
         """Return the size in bytes of the message for any vector of length `d`, a multiple of 8."""
         return self.codec(d, dtype).nbytes
+
+
+def check_compressor(subject: str, hint: str = "TopK(0.01)", **options: object) -> None:
+    """Raise `OptionError` unless options of `subject` are compressors, not their classes or names. Local."""
+    for name, value in options.items():
+        if not isinstance(value, Compressor):
+            raise OptionError(f"{subject}: {name}={value!r} is no compressor; pass for example {hint}")
 
 
 def for_parameters(compressor: Compressor, shapes: Iterable[tuple[int, ...]]) -> Compressor:

@@ -79,7 +79,7 @@ class Quantize(Compressor):
     block: int = 256
 
     def __post_init__(self) -> None:
-        if self.format not in _BITS:
+        if self.format not in [*_BITS]:  # which may be what has no hash
             raise OptionError(f"Quantize: format={self.format!r} is unknown; take one of {', '.join(_BITS)}")
         whole("Quantize", 1, "take for example 256", block=self.block)
 

@@ -62,7 +62,7 @@ class LowRank(Compressor):
     def __post_init__(self) -> None:
         whole("LowRank", 1, "2 is usual", rank=self.rank)
         whole("LowRank", 0, "pass another one", most=(1 << 63) - 1, seed=self.seed)
-        if self.shapes is not None and self.shapes != "parameters":
+        if not (self.shapes is None or (isinstance(self.shapes, str) and self.shapes == "parameters")):
             object.__setattr__(self, "shapes", _checked(self.shapes))
 
     def bound_to(self, shapes: Iterable[Shape]) -> "LowRank":

@@ -13,6 +13,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
+from operator import index
 from typing import Literal
 
 import numpy as np
@@ -23,7 +24,7 @@ from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.ranges import whole, within
 
 from .combination import Source, Vector, source, writable
-from .compressor import Codec, Compressor, Wires
+from .compressor import Codec, Compressor, Wires, check_compressor
 from .dense import Identity
 
 __all__ = ["RandK", "TopK"]
@@ -47,6 +48,7 @@ class _KeptCoordinates(Compressor):
             within(name, "(0, 1]", "0.01 keeps one coordinate in a hundred", ratio=self.ratio)
         else:
             whole(name, 1, "keep at least one coordinate", k=self.k)
+        check_compressor(name, "Quantize('bf16')", values=self.values)
         if self.values.sparse:
             raise OptionError(f"{name}: values={self.values} is sparse itself; take Identity, Quantize or Sign")
 
@@ -95,10 +97,14 @@ class TopK(_KeptCoordinates):
             return
         if self.ratio is None:
             raise OptionError("TopK: segments go with a ratio, which is kept of each; pass TopK(0.01, segments=...)")
-        if self.segments != "parameters":
-            if isinstance(self.segments, str) or any(not isinstance(n, int) or n < 0 for n in self.segments):
+        if not (isinstance(self.segments, str) and self.segments == "parameters"):
+            try:
+                segments = (-1,) if isinstance(self.segments, str) else tuple(map(index, self.segments))
+            except TypeError:
+                segments = (-1,)
+            if min(segments, default=0) < 0:
                 raise OptionError(f"TopK: segments={self.segments!r}; pass the lengths of the parts, or 'parameters'")
-            object.__setattr__(self, "segments", tuple(self.segments))
+            object.__setattr__(self, "segments", segments)
 
     def bound_to(self, shapes: Iterable[tuple[int, ...]]) -> "TopK":
         """Return the same with the lengths of parameters of these shapes in place of "parameters". Local."""

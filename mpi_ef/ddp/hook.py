@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
 from mpi_ef.comm.consensus import OnAllRanks, agree, ranks_text, shared_errors
 from mpi_ef.compress import Compressor, for_parameters
+from mpi_ef.compress.compressor import check_compressor
 from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.table import Rule, rule_of
@@ -106,9 +107,9 @@ class FeedbackHook(OnAllRanks):
         model.register_comm_hook(self, type(self).run)
 
     def _facts(self, model: DistributedDataParallel) -> dict[str, object]:
-        rule = rule_of(self.rule)[0].name
-        if not isinstance(self.compressor, Compressor):
-            raise OptionError(f"FeedbackHook: compressor={self.compressor!r} is no compressor; pass for example TopK(0.01)")
+        rule = rule_of(self.rule)[0]
+        rule.check_names(self.options, "FeedbackHook", FeedbackHook)
+        check_compressor("FeedbackHook", compressor=self.compressor)
         if self.comm.ranks != (theirs := dist.get_process_group_ranks(model.process_group)):
             raise OptionError(f"FeedbackHook: process_group has the ranks {self.comm.ranks}, the model's {theirs}; pass one "
                               "of the same ranks")
@@ -118,7 +119,7 @@ class FeedbackHook(OnAllRanks):
                                  "torch.float64 on cpu")
         parameters = {f"parameter {name}": f"{tuple(p.shape)} {p.dtype}" for name, p in self._parameters.items()}
         return {"the names of the parameters": list(self._parameters), **parameters, "compressor": self.compressor,
-                "rule": rule, "dense_steps": self.dense_steps, "options": self.options}
+                "rule": rule.name, "dense_steps": self.dense_steps, "options": self.options}
 
     def run(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         """Start the step of one bucket; with the last one, finish those of all. DDP calls this. Collective.

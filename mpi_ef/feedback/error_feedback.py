@@ -49,6 +49,8 @@ class ErrorFeedback(OnAllRanks, Stateful):
     """
 
     def __init__(self, rule: str | Rule, plan: Plan, *, dense_steps: int = 0, **options: Any) -> None:
+        if not isinstance(plan, Plan):
+            raise OptionError(f"ErrorFeedback: plan={plan!r} is no plan; pass for example GatherMean(comm, TopK(0.01), d)")
         self.plan, self.dense_steps, self.steps = plan, dense_steps, 0
 
         def facts() -> dict[str, object]:
@@ -56,6 +58,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
             if "momentum" in specified | options:
                 self.rule = with_momentum(self.rule)
             whole("ErrorFeedback", 0, "0 starts compressed", dense_steps=dense_steps)
+            self.rule.check_names(options, "ErrorFeedback", ErrorFeedback)
             self.options = self.rule.options_for(plan.alpha, specified | options)
             return {"rule": self.rule.name, "dense_steps": dense_steps, "options": self.options}
 

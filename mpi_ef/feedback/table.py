@@ -18,8 +18,9 @@ A restart (:meth:`ErrorFeedback.forget`) sets errors, estimates, what is replica
 nor what is kept: m, heavy ball's v, MARINA's g.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ import numpy as np
 from mpi_ef.collectives import Plan
 from mpi_ef.compress import Combination, Compressor, Identity, RandK, lazy
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, nearest
 from mpi_ef.ranges import is_within
 from mpi_ef.registry import specified
 
@@ -97,6 +98,18 @@ class Rule:
         """Name of the algorithm."""
         return self.step.__name__.replace("_", "-")
 
+    def check_names(self, given: Iterable[str], subject: str, taker: Callable[..., Any] | None = None) -> None:
+        """Raise `OptionError` unless names are of options. Local.
+
+        `taker` passes options on, and takes keywords of its own, of which one may be meant; it has momentum for any rule.
+        """
+        options, taken = self.options(1.0), signature(taker).parameters.values() if taker else ()
+        momentum = {"momentum"} if taker else set()
+        if unknown := sorted({*given} - options.keys() - momentum):
+            others = {p.name for p in taken if p.kind is p.KEYWORD_ONLY} | momentum
+            hint = nearest(unknown[0], (*options, *sorted(others)), f"it has: {', '.join(options) or 'none'}")
+            raise OptionError(f"{subject}: {self.name} has no option {', '.join(unknown)}; {hint}")
+
     def options_for(self, alpha: float, given: Mapping[str, Any]) -> Options:
         """Return the options: those given, and defaults for a contraction constant.
 
@@ -106,9 +119,7 @@ class Rule:
             When an option is unknown or out of its range.
         """
         options = self.options(alpha)
-        if unknown := given.keys() - options.keys():
-            known = ", ".join(options) or "none"
-            raise OptionError(f"ErrorFeedback: {self.name} has no option {', '.join(sorted(unknown))}; it has: {known}")
+        self.check_names(given, "ErrorFeedback")
         if "eta" in options and "eta" not in given and alpha < self.least_alpha:
             raise OptionError(f"ErrorFeedback: the worst-case constant {alpha:.1e} of this compressor says nothing about a "
                               "good eta; pass one, for example eta=0.1")

@@ -61,6 +61,9 @@ def check_options(optimizer: Optimizer) -> None:
     """
     kind: Any = type(optimizer)
     refused = _options(kind)
+    for name, value in ((name, group.get(name)) for group in optimizer.param_groups for name in ("lr", "weight_decay")):
+        if isinstance(value, str):
+            raise OptionError(f"{kind.__name__}: {name}={value!r} is a text; pass a number")
     for key in (key for group in optimizer.param_groups for key in group if key in refused):
         if key not in optimizer.defaults:
             raise OptionError(f"{kind.__name__}: {key!r} in a group of parameters has no effect, groups have "

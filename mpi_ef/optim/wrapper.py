@@ -16,8 +16,9 @@ from mpi_ef.comm.consensus import shared_errors
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Identity, for_parameters, lazy
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import MpiEfError, OptionError
+from mpi_ef.errors import MpiEfError, OptionError, told
 from mpi_ef.feedback import ErrorFeedback, Rule
+from mpi_ef.feedback.table import rule_of
 from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, StateTree, attribute
 
 from .accounts import BucketReport
@@ -103,6 +104,9 @@ class DistributedOptimizer(FlatOptimizer):
                  placement: Literal["update", "gradient"] = "update", rule: str | Rule = "ef14",
                  plan: PlanBuilder = plan_for, dense_steps: int = 0, bucket_nbytes: int | None = None,
                  overlap: bool = False, model: object = None, **options: Any) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise OptionError(f"DistributedOptimizer: optimizer={optimizer!r} is no torch optimizer; pass an object, for "
+                              "example SGD(model.parameters(), lr=0.1)")
         self.optimizer, self.placement, self.overlaps = optimizer, placement, overlap
         self.__setstate__({})  # torch's own construction, but for groups and state, which the torch optimizer has
         if overlap and bucket_nbytes is None:
@@ -110,6 +114,7 @@ class DistributedOptimizer(FlatOptimizer):
 
         def facts() -> dict[str, object]:
             self._check_arguments()
+            rule_of(rule)[0].check_names(options, type(self).__name__, DistributedOptimizer)
             return {"the optimizer": type(optimizer).__name__, "rule": rule, "options": options, "placement": placement,
                     "dense_steps": dense_steps, "bucket_nbytes": bucket_nbytes, "overlap": overlap}
 
@@ -275,7 +280,7 @@ class DistributedOptimizer(FlatOptimizer):
         try:
             self._step_inside()
         except Exception as error:
-            said = OptionError(f"{type(self.optimizer).__name__}.step: {type(error).__name__}: {error}")
+            said = OptionError(f"{type(self.optimizer).__name__}.step: {told(error)}")
             for bucket in self.buckets:
                 bucket.feedback.refuse(said)
             return error
