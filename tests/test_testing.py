@@ -4,6 +4,7 @@ Plans and optimizers that are built in are in test_plans.py and test_optimizer_l
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,8 +15,21 @@ from my_rule import FADING, FadingState
 from programs import laws_in
 
 from mpi_ef import registry
-from mpi_ef.collectives import ClientsMean, GatherMean
-from mpi_ef.compress import Compressor, Identity, LowRank, PlainCodec, Quantize, RandK, Sign, TopK, Vote, lazy, source
+from mpi_ef.collectives import ClientsMean, Combine, GatherMean, TwoPhaseMean
+from mpi_ef.compress import (
+    Compressor,
+    Identity,
+    Keep,
+    LowRank,
+    PlainCodec,
+    Quantize,
+    RandK,
+    Sign,
+    TopK,
+    Vote,
+    lazy,
+    source,
+)
 from mpi_ef.feedback import RULES, Rule
 from mpi_ef.testing import CompressorLaws, OptimizerLaws, PlanLaws, RuleLaws
 from mpi_ef.testing.faults import CommunicationError
@@ -33,13 +47,14 @@ def a_client_each(comm, compressor, d, dtype):
 
 OF_CLIENTS = {"plan": a_client_each, "compressors": (TopK(0.1),)}
 NO_MEAN = {"mean": False}  # momentum; a lazy estimate; sums of changes
+LOSES = {"follows": 0}  # a vote; sums of changes; errors that fade
 RULE_LAWS = {
-    "ef14": {}, "ef21": {}, "econtrol": {"options": {"eta": 0.1}}, "ef14-momentum": NO_MEAN, "lion": NO_MEAN,
-    "ef21-sgdm": NO_MEAN, "ef21-sgd2m": NO_MEAN, "ef21-hb": NO_MEAN,
+    "ef14": {}, "ef21": {}, "econtrol": {"options": {"eta": 0.1}}, "ef14-momentum": NO_MEAN, "lion": NO_MEAN | LOSES,
+    "ef21-sgdm": NO_MEAN, "ef21-sgd2m": NO_MEAN, "ef21-hb": NO_MEAN | {"follows": 2},
     "ef21-pp": OF_CLIENTS | {"options": {"participation": 1.0}},  # the NaN of a client that is silent stops nobody
-    "ef21-w": OF_CLIENTS, "ef21-bc": {}, "ef21-plus": OF_CLIENTS, "ef21-page": NO_MEAN,
-    "marina": {"compressors": (RandK(0.3, seed=2),)}, "clag": OF_CLIENTS | NO_MEAN, "d-ec-sgd": {},
-    "my_rule:FADING(fade=0.5)": {},
+    "ef21-w": OF_CLIENTS, "ef21-bc": {}, "ef21-plus": OF_CLIENTS, "ef21-page": NO_MEAN | LOSES,
+    "marina": {"compressors": (RandK(0.3, seed=2),)} | LOSES, "clag": OF_CLIENTS | NO_MEAN, "d-ec-sgd": {},
+    "my_rule:FADING(fade=0.5)": LOSES,
 }
 
 
@@ -51,6 +66,7 @@ class TestMyCompressor(CompressorLaws):
 
 class TestMyRule(RuleLaws):
     rule = FADING
+    follows = 0  # old errors fade
 
 
 class TestMyPlan(PlanLaws):
@@ -109,7 +125,7 @@ class _WrongCodec(PlainCodec):
     def __init__(self, d, dtype, how):
         super().__init__(d, dtype)
         self.how, self.sent = how, 0
-        self.nbytes = 8 * d + 4 * (how == "no words")
+        self.nbytes = 8 * max(0, d + {"no room": -1, "too much room": 1}.get(how, 0)) + 4 * (how == "no words")
 
     def pack(self, x, wire, *, step, rank):
         self.sent += 1
@@ -120,15 +136,23 @@ class _WrongCodec(PlainCodec):
             kept[0] += self.sent
         if self.how != "leaves bytes" or not x.size:
             wire[: 8 * self.d] = kept.view(np.uint8)
+        if self.how == "writes beyond":
+            np.lib.stride_tricks.as_strided(wire, (wire.size + 8,), writeable=True)[-8:] = 1
 
     def unpack(self, wire):
         with np.errstate(over="ignore", invalid="ignore"):
-            return wire[: 8 * self.d].view(np.float64).astype(self.dtype)
+            return wire[: 8 * (self.d - (self.how == "one short"))].view(np.float64).astype(self.dtype)
 
     def encode(self, x, wire, *, step=0, rank=0):
+        if self.how == "takes no combination" and not isinstance(x, np.ndarray):
+            raise TypeError("a vector is wanted")
+        if self.how == "forms it otherwise" and not isinstance(x, np.ndarray):
+            x = source(x.terms[0])
         return super().encode(x, wire, step=step, rank=rank) or self.how == "tells nobody"
 
     def add(self, wires, out, factor=1.0, *, overwrite=False):
+        if self.how == "from the last on":
+            wires = wires[::-1]
         super().add(wires, out, factor, overwrite=overwrite and self.how != "keeps the old")
 
 
@@ -138,6 +162,20 @@ class _WrongCodec(PlainCodec):
     ("grows", "test_contraction", "breaks the law of contraction"),
     ("another one every time", "test_messages_are_deterministic", "breaks the law of determinism"),
     ("size", "test_size_is_known_ahead", "breaks the law of a size that is known ahead"),
+    ("no room", "test_size_is_known_ahead",
+     "breaks the law of a size that is known ahead for d=1, float32: encode, with a wire of nbytes = 0, raises ValueError"),
+    ("too much room", "test_size_is_known_ahead", "breaks the law of messages that are written whole for d=0"),
+    ("writes beyond", "test_size_is_known_ahead", "a size that is known ahead .*: encode writes beyond a wire of nbytes"),
+    ("one short", "test_size_is_known_ahead",
+     r"breaks the law of a size that is known ahead for d=1, float32: decode, of 8 bytes, raises ValueError"),
+    ("one short", "test_contraction", "breaks the law of contraction for d=1, float32: ValueError: "),
+    ("no room", "test_messages_are_deterministic", "law of determinism for d=1, float32: ValueError: "),
+    ("no room", "test_messages_are_added_in_order", "law of addition in rank order for d=1, float32: ValueError: "),
+    ("no room", "test_what_is_not_finite_is_reported", "vectors that are not finite for d=1, float32: ValueError: "),
+    ("from the last on", "test_messages_are_added_in_order", "addition in rank order .* other bits .* in entries "),
+    ("forms it otherwise", "test_combinations_are_what_they_stand_for", r"law of combinations .*: bytes \[.* are others"),
+    ("takes no combination", "test_combinations_are_what_they_stand_for", "combinations for .*: TypeError: a vector"),
+    (["no value"], "test_a_compressor_is_a_value", "breaks the law of values: TypeError: unhashable type: 'list'"),
     ("no words", "test_size_is_known_ahead", "breaks the law of whole words"),
     ("leaves bytes", "test_size_is_known_ahead", "breaks the law of messages that are written whole"),
     ("tells nobody", "test_what_is_not_finite_is_reported", "breaks the law of vectors that are not finite"),
@@ -152,6 +190,14 @@ def test_what_is_wrong_with_a_compressor_is_told(how, law, words):
 def test_what_is_right_passes():
     for law in laws_in(CompressorLaws):
         getattr(type("Laws", (CompressorLaws,), {"compressor": Wrong()})(), law)()
+
+
+def test_a_compressor_that_is_no_dataclass_is_named():
+    class Plain(Compressor):
+        codec = alpha = None
+
+    with pytest.raises(AssertionError, match="^Plain breaks .* size that is known ahead for d=0, float32: TypeError"):
+        type("Laws", (CompressorLaws,), {"compressor": Plain()})().test_size_is_known_ahead()
 
 
 def of_this_rank(s, plan, u):
@@ -180,15 +226,33 @@ def forgetful(s, plan, u):
     return s.mean
 
 
+def loses(s, plan, u):
+    """Never update its error."""
+    p_i = lazy(u) + s.e_i
+    c = yield plan.offer(p_i, keep=Keep(p_i, into=s.spare, less_message=True))
+    c.set_mean(s.mean)
+    return s.mean
+
+
+def sees_terms(s, plan, u):
+    """Give another vector for a combination."""
+    c = yield plan.offer(u if isinstance(u, np.ndarray) else 2.0 * u)
+    c.set_mean(s.mean)
+    return s.mean
+
+
 @pytest.mark.parametrize(("step", "law", "words"), [
+    (loses, "test_nothing_is_lost_in_the_long_run",
+     "the law of what is sent later: the mean result of steps 201 to 400 is off by 91 % through TopK"),
+    (sees_terms, "test_a_combination_is_the_vector_that_it_is", "the law of combinations: other bits through TopK"),
     (of_this_rank, "test_results_are_the_same_on_all_ranks", "breaks the law of equal replicas"),
     (of_this_rank, "test_nothing_is_lost_through_the_identity", "breaks the law of the uncompressed method"),
     (too_early, "test_a_step_that_all_skip_changes_nothing", "breaks the law of steps that are skipped"),
     (forgetful, "test_a_state_that_was_loaded_goes_on", "breaks the law of going on from a state"),
 ])
 def test_what_is_wrong_with_a_rule_is_told(step, law, words):
-    rule = Rule(step, FadingState, lambda alpha: {"fade": 0.5})
-    with pytest.raises(AssertionError, match=words):
+    rule = Rule(step, FadingState, lambda alpha: {"fade": 0.5}, most_terms=2)
+    with pytest.raises(AssertionError, match=f"^{rule.name} breaks {words.removeprefix('breaks ')}"):
         getattr(type("Laws", (RuleLaws,), {"rule": rule})(), law)()
 
 
@@ -271,6 +335,60 @@ def test_a_plan_that_takes_no_compressor_is_told():
         AssertionError, match="the law of arguments that differ: another compressor on rank 1 gives None"
     ):
         laws.test_ranks_with_other_arguments_all_learn_about_it()
+
+
+class Silent(TrimmedMean):
+    """The example, whose ranks do not learn that they have other options."""
+
+    def bind(self):
+        super().bind()
+        return {}
+
+
+class Named(GatherMean):
+    """A plan with an option of which no other value is known, and that it tells or not."""
+
+    def __init__(self, comm, compressor, d, dtype=np.float32, *, mode="a", told=None):
+        self.mode, self.told = mode, told
+        super().__init__(comm, compressor, d, dtype)
+
+    def bind(self):
+        return super().bind() | ({"mode": self.mode} if self.told else {})
+
+
+class Median(Combine):
+    """What plans may take in place of the mean."""
+
+    def __call__(self, rows):
+        return np.median(rows, axis=0)
+
+    def __repr__(self):
+        return "median"
+
+
+@pytest.mark.parametrize(("plan", "other", "words"), [
+    (Silent, None, "another option, trim=0, on rank 1 gives None"),
+    (f"{__name__}:Silent", None, "another option, trim=0, on rank 1 gives None"),
+    (f"{__name__}:Silent(trim=0)", None, "another option, trim=1, on rank 1 gives None"),
+    (Named, None, None),
+    (f"{__name__}:Named", f"{__name__}:Named(mode='b')", r"another plan, .*:Named\(mode='b'\), on rank 1 gives None"),
+    (f"{__name__}:Named(told='yes')", f"{__name__}:Named(told='yes', mode='b')", None),
+    ("my_plan:TrimmedMean(trim=0)", None, None),
+    (TrimmedMean, None, None),
+    ("GatherMean", partial(GatherMean, combine=Median()), None),
+    ("TwoPhaseMean", "TwoPhaseMean(reply=TopK(0.5))", None),
+    ("TwoPhaseMean(residual=False)", partial(TwoPhaseMean, residual=False, combine=Median()), None),
+    ("LowRankMean", None, None),
+    ("ClientsMean(clients=3)", partial(ClientsMean, clients=3, weights=np.full(3, 0.5)), None),
+])
+def test_plans_whose_ranks_have_other_options(plan, other, words):
+    compressors = (LowRank(1), LowRank(2)) if plan == "LowRankMean" else (TopK(0.1), Sign())
+    laws = type("Laws", (PlanLaws,), {"plan": plan, "other": other, "compressors": compressors})()
+    if words is None:
+        laws.test_ranks_with_other_arguments_all_learn_about_it()
+    else:
+        with pytest.raises(AssertionError, match=f"Silent|Named.* breaks the law of arguments that differ: {words}"):
+            laws.test_ranks_with_other_arguments_all_learn_about_it()
 
 
 class WrongOptimizer(Normalized):

@@ -22,6 +22,7 @@ class Laws:
     tested: ClassVar[str]
     ranks: ClassVar[tuple[int, ...]]
     compressors: ClassVar[tuple[Compressor, ...]]
+    where: str = ""  # what a law is looking at, for messages
 
     def subject(self) -> str:
         """Return what is tested, for messages."""
@@ -43,8 +44,10 @@ def law(name: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
             try:
                 test(laws)
             except Exception as error:
+                if isinstance(error, AssertionError) and str(error).startswith(f"{laws.subject()} breaks the law of "):
+                    raise  # of a law with a name of its own
                 kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-                raise AssertionError(f"{laws.subject()} breaks the law of {name}: {kind}{error}") from error
+                raise AssertionError(f"{laws.subject()} breaks the law of {name}{laws.where}: {kind}{error}") from error
 
         return kept
 

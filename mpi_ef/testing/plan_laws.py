@@ -1,12 +1,15 @@
 """What every plan keeps to, one law a test, on virtual ranks."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from typing import Any, ClassVar
 
 import numpy as np
 
+from mpi_ef import registry
 from mpi_ef.collectives import Plan, PlanBuilder, build_plan
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Keep, Quantize, RandK, Sign, TopK, lazy
@@ -41,6 +44,9 @@ class PlanLaws(Laws):
     owed : str
         The array of :meth:`Plan.state` of which the pieces of all ranks, one after the other, are what the means lack of
         those of the messages; "" where they lack nothing.
+    other : callable or str, optional
+        The plan with another option, on which ranks are to agree. Where `plan` is a class or a specification, options that
+        are numbers, or True or False, are tried without it.
     """
 
     tested = "plan"
@@ -51,6 +57,7 @@ class PlanLaws(Laws):
     dtypes: ClassVar[tuple[Any, ...]] = (np.float32, np.float64)
     mean: ClassVar[bool] = True
     owed: ClassVar[str] = ""
+    other: ClassVar[PlanBuilder | None] = None
 
     def _built(self, comm: Comm, compressor: Compressor, d: int = D, dtype: Any = np.float32) -> Plan:
         return build_plan(type(self).plan, comm, compressor, d, dtype)
@@ -238,17 +245,45 @@ class PlanLaws(Laws):
 
         self._run(program)
 
+    def _others(self) -> Iterator[tuple[str, PlanBuilder]]:
+        """Yield the plan with another option, and its name, for all options that are known."""
+        if (other := type(self).other) is not None:
+            yield f"plan, {other}," if isinstance(other, str) else "plan", other
+        how: Any = type(self).plan
+        what = registry.specified("plan", how) if isinstance(how, str) else registry.Specification("", how, (), {})
+        parameters = inspect.signature(what.thing).parameters if inspect.isclass(what.thing) else {}
+        given = dict(zip(islice(parameters, 4, None), what.arguments, strict=False)) | what.options
+        for name, parameter in islice(parameters.items(), 4, None):
+            value = given.get(name, parameter.default)
+            near = [not value] if isinstance(value, bool) else [value + 1, value - 1] if isinstance(value, int) else \
+                [value / 2, value + 1] if isinstance(value, float) else []
+            builders = (partial(what.thing, **given | {name: value}) for value in near)
+            if (found := next(filter(self._works, builders), None)) is not None:
+                yield f"option, {name}={found.keywords[name]},", found
+
+    def _works(self, plan: PlanBuilder) -> bool:
+        """Tell whether ranks that all want this plan get it."""
+
+        def program(comm: VirtualComm) -> bool:
+            with suppress(Exception):
+                build_plan(plan, comm, self.compressors[0], D, np.float32)
+                return True
+            return False
+
+        return all(run(max(2, *self.ranks), program))
+
     @law("arguments that differ")
     def test_ranks_with_other_arguments_all_learn_about_it(self) -> None:
-        """Other lengths, dtypes and compressors on one rank raise on all, where the plan is built."""
-        first = self.compressors[0]
-        others = {"d": (first, D + 1, np.float32), "dtype": (first, D, np.float64)}
-        if len(self.compressors) > 1:
-            others["compressor"] = (self.compressors[1], D, np.float32)
-        for name, other in others.items():
+        """Other lengths, dtypes, compressors and options on one rank raise on all, where the plan is built."""
+        first, how = self.compressors[0], type(self).plan
+        others: list[tuple[str, tuple[Any, ...]]]
+        others = [("d", (how, first, D + 1, np.float32)), ("dtype", (how, first, D, np.float64))]
+        others += [("compressor", (how, second, D, np.float32)) for second in self.compressors[1:2]]
+        others += [(name, (other, first, D, np.float32)) for name, other in self._others()]
+        for name, (builder, *arguments) in others:
 
-            def differs(comm: VirtualComm, other: Any = other) -> None:
-                self._built(comm, *(other if comm.Get_rank() else (first, D, np.float32)))
+            def differs(comm: VirtualComm, builder: Any = builder, arguments: Any = arguments) -> None:
+                build_plan(*((builder, comm, *arguments) if comm.Get_rank() else (how, comm, first, D, np.float32)))
 
             for outcome in run(max(2, *self.ranks), differs):
                 must(isinstance(outcome, DisagreementError), f"another {name} on rank 1 gives {outcome!r}")

@@ -32,6 +32,9 @@ class RuleLaws(Laws):
     ranks : tuple of int
     mean : bool
         Whether results through the identity are the mean of the ranks' vectors: not for rules with momentum.
+    follows : float
+        Results, averaged over steps with the same vectors, come to so many times the mean of these, as what a message lacks
+        is sent later. 0 for rules that lose something, as votes do, or that take no gradients.
     """
 
     tested = "rule"
@@ -41,7 +44,12 @@ class RuleLaws(Laws):
     plan: ClassVar[PlanBuilder] = plan_for
     ranks: ClassVar[tuple[int, ...]] = (1, 2, 3)
     mean: ClassVar[bool] = True
+    follows: ClassVar[float] = 1.0
     d: ClassVar[int] = 101
+
+    def subject(self) -> str:
+        """Return what is tested, for messages."""
+        return self.rule.name if isinstance(self.rule, Rule) else super().subject()
 
     def _built(self, comm: VirtualComm, compressor: Compressor, dense_steps: int = 0) -> ErrorFeedback:
         plan = build_plan(type(self).plan, comm, compressor, self.d, np.float32)
@@ -70,6 +78,30 @@ class RuleLaws(Laws):
             wanted = [np.mean([gaussian(rank, self.d, step=step) for rank in range(size)], axis=0) for step in range(4)]
             off = float(np.abs(np.subtract(got, wanted)).max())
             must(off < 1e-5, f"off by {off:.1e} on {size} ranks")
+
+    @law("what is sent later")
+    def test_nothing_is_lost_in_the_long_run(self) -> None:
+        """Results for vectors that stay the same come to their mean, on an average and within a tenth."""
+        steps = 400
+
+        def vector(rank: int) -> Vector:
+            """Return entries of which none is small, so that all have their turn in few steps."""
+            x: Vector = np.sign(gaussian(rank, self.d)) + np.float32(0.25) * gaussian(rank, self.d, step=1)
+            return x
+
+        def program(comm: VirtualComm, compressor: Compressor) -> Vector:
+            feedback, x, total = self._built(comm, compressor), vector(comm.Get_rank()), np.zeros(self.d)
+            for step in range(steps):
+                result = feedback.step(x)
+                if step >= steps // 2:
+                    total += result
+            return total / (steps - steps // 2)
+
+        wanted = self.follows * (vector(0) + vector(1)) / 2
+        for _, compressor, (got, _) in self._run(program, 2) if self.follows else ():
+            off = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+            text = f"the mean result of steps {steps // 2 + 1} to {steps} is off by {100 * off:.0f} % through {compressor}"
+            must(off < 0.1, text)
 
     @law("going on from a state")
     def test_a_state_that_was_loaded_goes_on(self) -> None:

@@ -24,6 +24,7 @@ class TestMyCompressor(CompressorLaws):
 
 class TestMyRule(RuleLaws):
     rule = "my_rule:FADING(fade=0.5)"
+    follows = 0
 
 
 class TestMyPlan(PlanLaws):
