@@ -1,5 +1,6 @@
 """Settings of the whole suite, and the end of a run under mpiexec when one rank fails."""
 
+import faulthandler
 import os
 import sys
 import tempfile
@@ -23,6 +24,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "examples"))  # what strangers write: the laws hold for it as well
 SHARED_PROGRAMS = {"world", "whole", "ended"}  # fixtures that start programs for all tests of a module
 SHARED_DATA = HERE.parents[1] / "shared" / "data"
+STDERR = pytest.StashKey[int]()
+GRACE_SECONDS = 60
 
 
 @pytest.fixture
@@ -86,9 +89,22 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.xdist_group(" ".join([item.path.stem, *which])))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """End a process that keeps Python's lock for ever, and show where: what pytest-timeout starts waits for that lock."""
+    seconds = next(item.iter_markers("timeout")).args[0]
+    if seconds:
+        faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True, file=item.config.stash[STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Let rank 0 alone report; failures of other ranks are printed below."""
+    config.stash[STDERR] = os.dup(2)  # not yet that of a test
     if _under_mpi(config) and not config.getoption("real_ranks", default=False):
         from mpi4py import MPI
 
