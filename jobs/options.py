@@ -140,7 +140,9 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, f: Field[Any], kind: A
 def _read(path: Path, known: dict[str, Field[Any]], types: dict[str, Any]) -> dict[str, Any]:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}; write lines like steps = 100") from None
     values = {}
     for key, value in document.items():

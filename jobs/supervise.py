@@ -77,11 +77,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str], environ: MutableMapping[str, str], child: Child) -> int:
     """Supervise a program in the job whose variables are `environ`, and return the exit status of the job. Local."""
     before, words = divided(argv)
+    if not words and not {"-h", "--help"} & set(before):
+        write(2, "mpi-ef: supervise: there is no program; mpi-ef supervise [OPTIONS] -- PROGRAM ARGUMENT ...\n")
+        return WRONG
     given = [*_of_environment(environ), *before]
     config = parse(SuperviseConfig, given, prog="mpi-ef supervise", description=__doc__ or "")
     try:
-        if not words:
-            raise ConfigError("supervise: there is no program; mpi-ef supervise -- PROGRAM ARGUMENT ...")
         return _Job(config, child, environ, words).run()
     except (MpiEfError, OSError) as error:
         write(2, f"mpi-ef: {error}\n")

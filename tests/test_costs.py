@@ -212,7 +212,7 @@ print(sum("cannot be read" in str(warning.message) for warning in caught))
 """
 
 
-@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+@pytest.mark.parametrize("kind", ["nbi", pytest.param("nbc", marks=pytest.mark.exhaustive)])
 def test_a_damaged_cache_is_made_anew_with_one_warning(tmp_path, kind):
     """Files of no bytes, or cut short: a job was killed, a disk was full."""
     sound = ["True", "False", "True"]
@@ -318,8 +318,8 @@ def test_vector_instructions_compile_for_other_machines(triple):
     assert run_python(CROSS_COMPILE, triple, NUMBA_OPT="0") == ["compiled"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive  # compiles for half a minute
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_kernels_give_the_same_bits_without_wide_vector_instructions(tmp_path, dtype):
     """On a processor of 2003: slower, but right."""
     tests = [f"{ROOT}/tests/test_kernels.py::{name}" for name in ("test_select_largest_on_long_vectors",

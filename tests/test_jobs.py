@@ -26,7 +26,7 @@ from mpi_ef.jobs.train import loop as trainer
 from mpi_ef.jobs.train.config import PHASES, TrainConfig, learning_rate
 from mpi_ef.jobs.train.datasets import Digits, Text, batches, shard
 from mpi_ef.jobs.train.optimizers import build_compressor
-from mpi_ef.jobs.train.program import train
+from mpi_ef.jobs.train.program import _line, train
 from mpi_ef.kernels import _jit, machine_code
 from mpi_ef.runtime import ending
 from mpi_ef.runtime.launch import check_world
@@ -89,7 +89,7 @@ def test_wrong_files_are_refused(tmp_path, text, words, capsys):
 def test_a_missing_file_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         options("--config", str(tmp_path / "absent.toml"))
-    assert "cannot be read" in capsys.readouterr().err
+    assert "absent.toml: cannot be read: No such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -252,6 +252,12 @@ def test_learning_rate_schedule():
 def test_every_compressor_can_be_built():
     for name in ("topk", "randk", "sign", "quantize", "identity"):
         assert build_compressor(TrainConfig(compressor=name)).wire_nbytes(1000) > 0
+
+
+@pytest.mark.parametrize(("dense", "shown"), [(0, "sent 1.5 kB"), (150_000, "sent 1.5 kB (100x less than dense)")])
+def test_bytes_are_compared_where_dense_exchanges_send_any(dense, shown):
+    row = {"loss": 1.0, "val_loss": None, "val_accuracy": None, "sent_nbytes": 1500, "dense_nbytes": dense}
+    assert _line(row) == f"loss 1.000  {shown}"
 
 
 @pytest.mark.parametrize("model", ["gpt", "mlp", "cnn"])

@@ -178,7 +178,8 @@ def test_options_variables_and_files_that_disagree(site):
 
 
 def test_what_cannot_be_supervised(site):
-    assert "there is no program; mpi-ef supervise -- PROGRAM" in site.job(status=2)
+    for words in ((), ("python", "train.py"), ("--chain",)):
+        assert "there is no program; mpi-ef supervise [OPTIONS] -- PROGRAM" in site.job(*words, status=2)
     assert "this is no job of Slurm, PBS or LSF" in site.job("--", "train", SLURM_JOB_ID=None, status=2)
     pbs = {"SLURM_JOB_ID": None, "PBS_JOBID": "1.x", "PBS_O_WORKDIR": site.folder}
     assert "are for Slurm" in site.job("--chain", "--", "train", status=2, **pbs)

@@ -124,8 +124,8 @@ def _line(row: dict[str, Any]) -> str:
     held_out = "" if row["val_loss"] is None else f"  val {row['val_loss']:.3f}"
     if row["val_accuracy"] is not None:
         held_out += f" ({100 * row['val_accuracy']:.1f} %)"
-    saved = row["dense_nbytes"] / max(1, row["sent_nbytes"])
-    return f"loss {row['loss']:.3f}{held_out}  sent {in_bytes(row['sent_nbytes'])} ({saved:.0f}x less than dense)"
+    less = f" ({row['dense_nbytes'] / max(1, row['sent_nbytes']):.0f}x less than dense)" if row["dense_nbytes"] else ""
+    return f"loss {row['loss']:.3f}{held_out}  sent {in_bytes(row['sent_nbytes'])}{less}"
 
 
 def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:

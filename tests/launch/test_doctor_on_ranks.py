@@ -114,8 +114,8 @@ RAISED = f"{NOT_DONE}ValueError: rank one is broken"
 @pytest.mark.parametrize(("fault", "name", "words"), [
     ("cores.collect = fault", "check-failed", f"cores: {RAISED}"),
     ("link.collect = fault", "link-dead", f"between rank 0 ({HOST}) and rank 1 ({HOST}) had not arrived"),
-    ("allreduce.collect = fault", "check-failed", f"sum: {RAISED}"),
-    ("cores.collect = hang", "check-hangs", f"cores: {NOT_DONE}no end"),
+    pytest.param("allreduce.collect = fault", "check-failed", f"sum: {RAISED}", marks=pytest.mark.exhaustive),
+    pytest.param("cores.collect = hang", "check-hangs", f"cores: {NOT_DONE}no end", marks=pytest.mark.exhaustive),
     ("all_ranks.local_rank = hang", "hangs", "does not come back"),
     ("registry.Check.facts = hang", "silent-ranks", "no answer from rank 1"),
     ("os.environ['OMP_NUM_THREADS'] = '7'", "threads-differ", "OMP_NUM_THREADS differs between ranks: 1, 7"),
