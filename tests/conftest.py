@@ -6,6 +6,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import idle
 import patience
@@ -81,7 +82,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Scale its time limit; one worker runs all tests that look at the same programs."""
     marker = item.get_closest_marker("timeout")
     seconds = marker.args[0] if marker else float(item.config.getini("timeout") or 0)
-    item.add_marker(pytest.mark.timeout(patience.limit(seconds)), append=False)  # the first one counts
+    method = "thread" if _under_mpi(item.config) else "signal"  # a signal ends the test, a thread the process
+    item.add_marker(pytest.mark.timeout(patience.limit(seconds), method=method), append=False)  # the first one counts
     started = SHARED_PROGRAMS & set(getattr(item, "fixturenames", ()))
     if started:
         params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -89,9 +91,17 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.xdist_group(" ".join([item.path.stem, *which])))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal out tests so that a process that dies costs one test and stops no other."""
+    from scheduling import Scheduler
+
+    return Scheduler(config, log)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item):
-    """End a process that keeps Python's lock for ever, and show where: what pytest-timeout starts waits for that lock."""
+    """End a process that runs no Python code any more, and show where it is: what pytest-timeout does is Python code."""
     seconds = next(item.iter_markers("timeout")).args[0]
     if seconds:
         faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True, file=item.config.stash[STDERR])

@@ -343,8 +343,8 @@ def plan_for(comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.f
     phase, a low-rank one the factor it begins with. For the rest see :class:`Plan`.
     """
     kind = compressor.plan if isinstance(compressor, Compressor) else "gather"  # which refuses it, on all ranks
-    with shared_errors(comm, "plan_for", Plan.built):
-        if kind not in Plan.kinds:
+    if kind not in Plan.kinds:
+        with shared_errors(comm, "plan_for", Plan.built):
             hint = nearest(kind, Plan.kinds, f"take one of {', '.join(Plan.kinds)}")
             raise OptionError(f"plan_for: {compressor!r} wants a plan of kind {kind!r}, which there is not; {hint}")
     return Plan.kinds[kind].suited(comm, compressor, d, dtype, residual=residual)

@@ -75,7 +75,7 @@ class OnAllRanks:
 
 def check_not_freed(comm: Comm, subject: str, remedy: str = "pass another one") -> None:
     """Raise `OptionError` where `comm` was freed, or is none. Local; communicators are freed on all ranks together."""
-    if not hasattr(comm, "allgather"):
+    if not hasattr(comm, "Get_rank"):
         raise OptionError(f"{subject}: comm={comm!r} is not an intracommunicator; pass for example MPI.COMM_WORLD")
     if not comm:
         raise OptionError(f"{subject}: its communicator was freed; {remedy}")
