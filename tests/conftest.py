@@ -111,6 +111,12 @@ def pytest_runtest_protocol(item: pytest.Item):
         faulthandler.cancel_dump_traceback_later()
 
 
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Let no test leave MPI loaded and not started: it would end the process in whatever test comes later."""
+    library = sys.modules.get("mpi4py.MPI")
+    assert library is None or library.Is_initialized(), f"{item.nodeid} has loaded MPI without starting it"
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Let rank 0 alone report; failures of other ranks are printed below."""
