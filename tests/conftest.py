@@ -111,6 +111,7 @@ def pytest_runtest_protocol(item: pytest.Item):
         faulthandler.cancel_dump_traceback_later()
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Let no test leave MPI loaded and not started: it would end the process in whatever test comes later."""
     library = sys.modules.get("mpi4py.MPI")
