@@ -2,8 +2,10 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from io import TextIOWrapper
+from typing import Any, TextIO, cast
 
 from mpi_ef.errors import nearest
 
@@ -25,17 +27,64 @@ PROGRAMS = {
 }
 
 
+_RECORDING = ("train", "reproduce", "supervise")  # what they print is in files as well
+
+
+class _Output:
+    """Standard output for a program that outlives it: when a disk is full nothing more is written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.lost = ""  # why what was printed is lost
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # names of files are bytes
+
+    def write(self, text: str) -> int:
+        """Write, or forget."""
+        return self._attempt(lambda: self._stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        """Flush, or forget."""
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[[], int | None]) -> int | None:
+        try:
+            return action()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            self.lost = self.lost or error.strerror or str(error)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the program named by the first argument. A reader that has seen enough, as of ``| head``, is no error."""
+    """Run the program named by the first argument. A reader that has seen enough, as of ``| head``, is no error.
+
+    What cannot be printed because a disk is full ends no program; the end of it says so.
+    """
+    stream, arguments = sys.stdout, list(sys.argv[1:] if argv is None else argv)
+    if stream is None:  # it was closed
+        _run(arguments)
+        return
+    output = _Output(stream)
+    sys.stdout = cast("TextIO", output)
     try:
         try:
-            _run(list(sys.argv[1:] if argv is None else argv))
+            _run(arguments)
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()  # what is left in the buffer would fail at the end of Python, with status 120
+            output.flush()  # what is left in the buffer would fail at the end of Python, with status 120
+            sys.stdout = stream
+            if output.lost:
+                print(f"mpi-ef: what was printed is lost: {output.lost}", file=sys.stderr)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         sys.exit(0)
+    if output.lost and arguments[:1] not in ([name] for name in _RECORDING):
+        sys.exit(1)
 
 
 def _run(arguments: list[str]) -> None:

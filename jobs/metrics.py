@@ -81,11 +81,17 @@ class Progress:
         """Show `text` next to the position and the time that is left: for steps of `step_seconds`, or as those so far."""
         spent = perf_counter() - self._began
         left = (spent / max(step, 1) if step_seconds is None else step_seconds) * (self._steps - step)
-        line = f"step {step:>{len(str(self._steps))}}/{self._steps}  {text}  {_clock(spent)} < {_clock(left)}"
+        begin, end = f"step {step:>{len(str(self._steps))}}/{self._steps}  ", f"  {_clock(spent)} < {_clock(left)}"
+        line = f"{begin}{text}{end}"
         if self._live:
-            done = 20 * step // self._steps
-            width = shutil.get_terminal_size((100, 24)).columns
-            self._stream.write("\r\x1b[K" + f"[{'#' * done}{'.' * (20 - done)}] {line}"[: width - 1])
+            room = shutil.get_terminal_size((100, 24)).columns - 1
+            if room > len(line) + 5:  # the bar has what the text leaves, the text what the time leaves
+                length = min(20, room - len(line) - 3)
+                done = length * step // self._steps
+                line = f"[{'#' * done}{'.' * (length - done)}] {line}"
+            elif room < len(line):
+                line = ((begin + text)[: max(0, room - len(end))] + end)[: max(0, room)]
+            self._stream.write(f"\r\x1b[K{line}")
         else:
             self._stream.write(line + "\n")
         self._stream.flush()

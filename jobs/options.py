@@ -100,8 +100,12 @@ def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def to_toml(config: Any) -> str:
     """Return `config` as a TOML document that :func:`parse` reads back."""
     recorded = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata["recorded"]}
-    return "".join(f"{name} = {json.dumps(value, default=str, ensure_ascii=False)}\n"
-                   for name, value in recorded.items() if value is not None)
+    try:
+        return "".join(f"{name} = {json.dumps(value, default=str, ensure_ascii=False)}\n"
+                       for name, value in recorded.items() if value is not None).encode().decode()
+    except UnicodeEncodeError as error:
+        line = error.object[error.object.rfind("\n", 0, error.start) + 1 :].partition("\n")[0]
+        raise ConfigError(f"{ascii(line)[1:-1]} is not UTF-8 and cannot be recorded; take another name") from None
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,6 +1,8 @@
 """The tools of ``mpi-ef checkpoint``: what they tell of whole and damaged checkpoints, and what other programs get."""
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +253,21 @@ def test_everything_as_safetensors(tmp_path):
     name = "optimizer.e_i"
     assert state[f"rank-00001/{name}"].numpy().tobytes() == checkpoint.per_rank(name, 1).tobytes()
     assert len(state) == len(checkpoint.replicated_names()) + sum(len(checkpoint.per_rank_names(r)) for r in range(2))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+@pytest.mark.parametrize("name", ["all.safetensors", "all.h5"])
+def test_exports_are_for_those_who_may_read_other_files(tmp_path, name, umask, mode):
+    if name.endswith(".safetensors"):
+        pytest.importorskip("safetensors")
+    trained(tmp_path / "run", 3)
+    checkpoint = open_checkpoint(tmp_path / "run" / "step-00000003")
+    before = os.umask(umask)
+    try:
+        export(checkpoint, tmp_path / name, everything=True)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode
 
 
 def test_exports_that_cannot_be(tmp_path, capsys, monkeypatch):

@@ -200,32 +200,6 @@ def test_one_machine_code_and_none_made_twice(tmp_path):
     assert run_python(SELECT, NUMBA_CACHE_DIR=str(tmp_path)) == ["1", "1", "0"]
 
 
-DAMAGED = """
-import warnings
-import numpy as np
-from mpi_ef import kernels
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for x in (np.ones(9, np.float32), np.full(9, np.nan), np.ones(9)):
-        print(kernels.all_finite(x))
-print(sum("cannot be read" in str(warning.message) for warning in caught))
-"""
-
-
-@pytest.mark.parametrize("kind", ["nbi", pytest.param("nbc", marks=pytest.mark.exhaustive)])
-def test_a_damaged_cache_is_made_anew_with_one_warning(tmp_path, kind):
-    """Files of no bytes, or cut short: a job was killed, a disk was full."""
-    sound = ["True", "False", "True"]
-    assert run_python(DAMAGED, NUMBA_CACHE_DIR=str(tmp_path)) == [*sound, "0"]
-    for keep in (0, 100):
-        files = sorted(tmp_path.rglob(f"*.{kind}"))
-        assert files
-        for file in files:
-            os.truncate(file, keep)
-        assert run_python(DAMAGED, NUMBA_CACHE_DIR=str(tmp_path)) == [*sound, "1"]
-        assert run_python(DAMAGED, NUMBA_CACHE_DIR=str(tmp_path)) == [*sound, "0"]
-
-
 def test_kernels_work_without_a_home_and_with_a_read_only_package(tmp_path):
     """In a container: nothing can be written, so kernels compile in every process, and do not fail."""
     package = tmp_path / "site"
@@ -250,37 +224,6 @@ assert kernels.__file__.startswith({str(package)!r})
 print(kernels.all_finite(np.ones(9, np.float32)), kernels.all_finite(np.full(9, np.nan)))
 """
     assert run_python(code, HOME="/nonexistent") == ["True", "False"]
-
-
-def test_a_change_in_any_kernel_file_discards_cached_code(tmp_path):
-    """Numba alone looks at the file of a kernel, not at those of the functions it calls."""
-    from mpi_ef.kernels import _jit, select
-
-    stamp = select.select_largest._cache._cache_file._source_stamp
-    assert stamp[-1] == _jit._STAMP
-    assert _jit._room_stamp() == _jit._STAMP
-
-
-def test_two_processes_may_compile_a_kernel_for_two_dtypes_at_the_same_time(tmp_path, monkeypatch):
-    """Each has seen an index without the other's code when it writes its own, and their files come in another order."""
-    from mpi_ef.kernels import _jit, sparse
-
-    kernel, files = sparse.clear_sparse._cache._cache_file, []
-    assert _jit._STAMP in kernel._source_stamp
-    monkeypatch.setattr(kernel, "_cache_path", str(tmp_path))
-    monkeypatch.setattr(kernel, "_index_path", str(tmp_path / kernel._index_name))
-    with monkeypatch.context() as patch:
-        patch.setattr(kernel, "_load_index", dict)
-        patch.setattr(kernel, "_save_data", lambda *file: files.append(file))
-        for dtype in ("float32", "float64"):
-            kernel.save(("clear_sparse", dtype), f"machine code for {dtype}")
-    for name, data in reversed(files):
-        kernel._save_data(name, data)
-    assert kernel.load(("clear_sparse", "float64")) == "machine code for float64"
-    assert kernel.load(("clear_sparse", "float32")) is None  # what is lost is compiled again
-    kernel.save(("clear_sparse", "float32"), "machine code for float32")
-    for dtype in ("float32", "float64"):
-        assert kernel.load(("clear_sparse", dtype)) == f"machine code for {dtype}"
 
 
 CROSS_COMPILE = """

@@ -2,11 +2,13 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -232,6 +234,55 @@ def test_a_log_gets_lines_and_a_terminal_one_line():
         assert text.count("\n") == lines
         assert ("\r" in text) == (lines == 1)
         assert "3/3" in text
+
+
+@pytest.mark.parametrize("columns", [5, 14, 20, 60, 80, 90, 103, 120, 200])
+def test_a_live_line_cuts_off_all_but_the_time_that_is_left(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    Progress(1000, stream=stream).show(500, f"loss 2.345  val 2.345 (14.7 %)  {'sent 123.4 kB':42}", step_seconds=1.0)
+    line = stream.getvalue().removeprefix("\r\x1b[K")
+    assert len(line) <= columns - 1
+    assert line.endswith(" < 8:20"[: columns - 1]) or columns < 14
+    assert columns not in (80, 120) or ("#" in line) == (columns == 120)
+    assert columns < 20 or "step" in line
+
+
+def test_what_cannot_be_printed_ends_no_run_and_is_said(monkeypatch, capsys):
+    """On a full disk; what prints what it finds has failed then, what writes files has not."""
+    ended = []
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(
+        main=lambda words: [print("x" * 9000, flush=True) for _ in range(3)] and ended.append(name)))
+    for program, status in (("train", 0), ("reproduce", 0), ("checkpoint", 1), ("report", 1)):
+        with open("/dev/full", "w") as full, monkeypatch.context() as patch:  # noqa: PTH123
+            patch.setattr(sys, "stdout", full)
+            assert status_of(program) == status
+        assert capsys.readouterr().err == "mpi-ef: what was printed is lost: No space left on device\n"
+    monkeypatch.setattr(sys, "stdout", None)  # as after >&-
+    assert status_of("report") == 0
+    assert len(ended) == 5
+
+
+def status_of(*words):
+    try:
+        cli.main(words)
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_names_that_are_not_utf_8(tmp_path, capfdbinary):
+    """Folders are bytes: they are printed as they are, and what cannot be recorded is one line."""
+    folder = tmp_path / os.fsdecode(b"Vers\xfcche")
+    folder.mkdir()
+    with io.TextIOWrapper(io.BytesIO(), "utf-8") as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert status_of("checkpoint", "ls", str(folder)) in (0, 1, 2)
+        printed = stream.buffer.getvalue() + capfdbinary.readouterr().err
+    assert b"Traceback" not in printed
+    with pytest.raises(ConfigError, match=r'out = ".*Vers\\udcfcche" is not UTF-8 and cannot be recorded'):
+        to_toml(TrainConfig(out=folder))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,8 +114,11 @@ def _replacing(path: Path) -> Iterator[Path]:
     """Give a name to write to; afterwards the file has its own name, and the disk has both, or nothing is left."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
+        with draft.open("xb") as file:
+            mode = os.fstat(file.fileno()).st_mode  # safetensors makes files that others may not read
         yield draft
         with draft.open("rb+") as file:
+            os.fchmod(file.fileno(), stat.S_IMODE(mode))
             os.fsync(file.fileno())
         draft.replace(path)
         sync_folder(path.parent)

@@ -1,6 +1,5 @@
 """The compiled kernels: whether they are right, and where their machine code is kept."""
 
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,19 +17,18 @@ def collect(context: Context) -> Facts:
     import numpy as np
 
     from mpi_ef import kernels
+    from mpi_ef.kernels._cache import MachineCodeCache, refusal
 
     finite = [bool(kernels.all_finite(x)) for x in (np.ones(9, np.float32), np.full(9, np.nan, np.float32))]
     caches = [getattr(kernel, "_cache", None) for kernel in dispatchers()]
-    loads: list[Any] = [getattr(getattr(cache, "_cache_file", None), "_load_index", None) for cache in caches]
     path = str(getattr(next(iter(caches), None), "cache_path", None) or "")
     facts = {"right": finite == [True, False], "path": path, "nodes": context.nodes, "warm_up": context.config.warmup}
-    if None not in loads:  # as where Numba's inside looks different
-        facts |= {"there": sum(bool(load()) for load in loads), "total": len(loads)}
+    files = [cache.files for cache in caches if isinstance(cache, MachineCodeCache)]
+    facts |= {"there": sum(each.there() for each in files), "total": len(files)}
     if path:
         folder = Path(path)
-        status = folder.stat()
         facts["kind"] = file_system(folder)
-        facts["open"] = status.st_uid not in (os.getuid(), 0) or bool(status.st_mode & 0o002)
+        facts["open"] = bool(refusal(folder.stat(), 0o002))
         try:
             with tempfile.NamedTemporaryFile(dir=folder):
                 facts["write"] = ""
