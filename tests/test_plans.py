@@ -1,6 +1,7 @@
 """Laws of the plans, on virtual ranks."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from mpi_ef.collectives import (
 )
 from mpi_ef.collectives import dense as dense_module
 from mpi_ef.collectives import frames as frames_module
-from mpi_ef.compress import Combination, Identity, Keep, Sign, TopK, lazy, source
+from mpi_ef.compress import Combination, Identity, Keep, Quantize, Sign, TopK, lazy, source
 from mpi_ef.ddp import ProcessGroupComm
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
 from mpi_ef.testing import PlanLaws
@@ -542,3 +543,18 @@ def test_ranks_agree_on_how_rows_are_combined():
             GatherMean(comm, TopK(0.3), 10, combine=combine)
 
     virtual.results(2, program)
+
+
+@pytest.mark.parametrize(("plan", "compressor", "says"), [
+    (plan_for, TopK(0.01, values=Quantize("bf16")), "| 130x | 16x | 4.1x |"),
+    (TwoPhaseMean, TopK(0.01, values=Quantize("bf16")), "(122x\non 64 ranks)"),
+    (plan_for, Sign(block=1024), "| 31x | 31x | 31x |"),
+])
+def test_the_readme_says_what_many_ranks_send(plan, compressor, says):
+    seen = []
+    for n in (2, 16, 64):
+        traffic = virtual.results(n, lambda comm: plan(comm, compressor, 812_000).traffic)[0]
+        seen.append(traffic.dense_nbytes / traffic.sent_nbytes)
+    text = "".join(f" {ratio:.0f}x |" if ratio > 9.95 else f" {ratio:.1f}x |" for ratio in seen)
+    assert says == f"|{text}" or f"({seen[-1]:.0f}x" in says
+    assert says in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
