@@ -261,12 +261,15 @@ def test_vector_instructions_compile_for_other_machines(triple):
     assert run_python(CROSS_COMPILE, triple, NUMBA_OPT="0") == ["compiled"]
 
 
-@pytest.mark.exhaustive  # compiles for half a minute
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_kernels_give_the_same_bits_without_wide_vector_instructions(tmp_path, dtype):
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "names"), [
+    ("float32", ["combining", "adding_signs"]),
+    *(pytest.param(dtype, ["select_largest_on_long_vectors", "signs_of_long_vectors", "combining", "adding_signs"],
+                   marks=pytest.mark.exhaustive) for dtype in ("float32", "float64")),
+])
+def test_kernels_give_the_same_bits_without_wide_vector_instructions(tmp_path, dtype, names):
     """On a processor of 2003: slower, but right."""
-    tests = [f"{ROOT}/tests/test_kernels.py::{name}" for name in ("test_select_largest_on_long_vectors",
-             "test_signs_of_long_vectors", "test_combining", "test_adding_signs")]
+    tests = [f"{ROOT}/tests/test_kernels.py::test_{name}" for name in names]
     code = f"import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', {dtype!r}, *{tests!r}]))"
     out = run_python(code, NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES="", NUMBA_CACHE_DIR=str(tmp_path))
     assert {"passed", "passed,"} & set(out)

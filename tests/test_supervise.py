@@ -549,8 +549,11 @@ def child():
 
 
 def shell(*lines):
-    """A program in bash that waits for signals; not for ever."""
-    idle = "idle() { ((waits++ < 3000)) || exit 99; read -r -t 0.02 <> <(:) || :; }"
+    """A program in bash that waits for signals; not for ever.
+
+    It reads from a pipe that is opened once: bash parses <(:) each time that it comes to it, and fails if a trap runs there.
+    """
+    idle = "exec 9<> <(:); idle() { ((waits++ < 3000)) || exit 99; read -r -t 0.02 -u 9 || :; }"
     return ["bash", "-c", "\n".join([idle, *lines])]
 
 
