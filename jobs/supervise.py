@@ -34,6 +34,8 @@ class SuperviseConfig:
     )
     node_dir: str = option("", "a folder on the disks of the nodes", shown="$SLURM_TMPDIR or /tmp")
     mpi_ef: str = option("mpi-ef", "the program mpi-ef, as the ranks start it")
+    program: str = option("", "a training program of yours, in place of train", shown="none")
+    python: str = option("python3", "the interpreter of that program")
     launch: str = option("", "how MPI programs are started", shown="srun; under PBS and LSF mpiexec -n RANKS")
     mpi_type: str | None = option(None, "--mpi of srun; '' leaves it to Slurm", shown="what the MPI library speaks")
     forward: str = option("", "the signal that the launcher gets, or none", shown="USR2; under PBS and LSF USR1")
@@ -112,6 +114,10 @@ class _Job:
         if job.folder:
             os.chdir(job.folder)
         child.forward = config.forward or job.forward
+        if config.program and words[0] == "train":
+            if not os.access(config.program, os.R_OK):
+                raise DataError(f"PROGRAM={config.program} cannot be read")
+            words = [config.python, "-m", "mpi4py", config.program, *words[1:]]
         self.program, self.options = words[0], [*words[1:], *job.arguments]
         self.run_dir = config.run_dir or Path(f"runs/{job.name}-{job.number}")
         if config.sweep is not None:

@@ -177,6 +177,23 @@ def test_options_variables_and_files_that_disagree(site):
         assert not site.child.commands
 
 
+@pytest.mark.parametrize(("words", "variables", "wanted"), [
+    (["--", "train", "--epochs", "3"], {}, ["python3", "-m", "mpi4py", "{program}", "--epochs", "3"]),
+    (["--chain", "--", "train"], {"PYTHON": "/opt/python"}, ["/opt/python", "-m", "mpi4py", "{program}"]),
+    (["--image", "x.sif", "--", "train", "a"], {}, ["x.sif", "python3", "-m", "mpi4py", "{program}", "a"]),
+    (["--", "other", "a"], {}, ["other", "a"]),
+])
+def test_a_program_of_ones_own_in_every_template(site, words, variables, wanted):
+    """It has finished when it ends with status 0: there is no summary of train."""
+    program = site.folder / "my training.py"
+    if "train" in words:
+        assert f"PROGRAM={program} cannot be read" in site.job(*words, PROGRAM=program, status=2, **variables)
+    program.touch()
+    assert "done" in site.job(*words, PROGRAM=program, **variables)
+    (command,) = site.child.commands
+    assert command[-len(wanted) :] == [word.format(program=program) for word in wanted]
+
+
 def test_what_cannot_be_supervised(site):
     for words in ((), ("python", "train.py"), ("--chain",)):
         assert "there is no program; mpi-ef supervise [OPTIONS] -- PROGRAM" in site.job(*words, status=2)
