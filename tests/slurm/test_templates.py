@@ -68,18 +68,22 @@ def test_train_gpu(cluster, place):
 GPU_PROGRAM = """
 import os, sys
 from mpi4py import MPI
-seen = MPI.COMM_WORLD.gather((MPI.Get_processor_name(), os.environ["LOCAL_RANK"], os.environ["CUDA_VISIBLE_DEVICES"]))
+variables = [os.environ.get(name) for name in ("LOCAL_RANK", "CUDA_VISIBLE_DEVICES")]
+seen = MPI.COMM_WORLD.gather((MPI.Get_processor_name(), *variables))
 if seen:
     print("seen", sorted(seen), sys.argv[1:], flush=True)
 """
 
 
-def test_train_gpu_with_a_program_of_ones_own(place):
+def test_a_program_of_ones_own(place):
     (place.folder / "program.py").write_text(GPU_PROGRAM)
     job = place.submit("train-gpu", "--some", "option", options=(*on(2, 2), "--gpus-per-node=2"), PROGRAM="program.py")
+    other = place.submit("train-nodes", "--other", options=on(2, 1), PROGRAM="program.py")
     job.completes()
     seen = [(node, local, "0,1") for node in job.nodes for local in ("0", "1")]
     assert f"seen {seen} ['--some', 'option']" in job.log
+    other.completes()
+    assert f"seen {[(node, None, None) for node in other.nodes]} ['--other']" in other.log
 
 
 def test_sweep(cluster, place):
