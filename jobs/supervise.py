@@ -99,6 +99,14 @@ def _of_environment(environ: MutableMapping[str, str]) -> list[str]:
             if value or (value is not None and name in _MAY_BE_EMPTY)]
 
 
+def _in_place_of_train(config: SuperviseConfig) -> list[str]:
+    if not config.program:
+        return ["train"]
+    if not os.access(config.program, os.R_OK):
+        raise DataError(f"PROGRAM={config.program} cannot be read")
+    return [config.python, "-m", "mpi4py", config.program]
+
+
 class _Job:
     """What is started in a job, and with which environment."""
 
@@ -114,11 +122,8 @@ class _Job:
         if job.folder:
             os.chdir(job.folder)
         child.forward = config.forward or job.forward
-        if config.program and words[0] == "train":
-            if not os.access(config.program, os.R_OK):
-                raise DataError(f"PROGRAM={config.program} cannot be read")
-            words = [config.python, "-m", "mpi4py", config.program, *words[1:]]
-        self.program, self.options = words[0], [*words[1:], *job.arguments]
+        self.program, *self.options = [*_in_place_of_train(config), *words[1:]] if words[0] == "train" else words
+        self.options += job.arguments
         self.run_dir = config.run_dir or Path(f"runs/{job.name}-{job.number}")
         if config.sweep is not None:
             self._add_options_of_task(config.sweep)

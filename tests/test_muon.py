@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import virtual
 from training import alone, assert_close, trained
 
 from mpi_ef import reference
-from mpi_ef.compress import Identity
+from mpi_ef.compress import Identity, TopK
 from mpi_ef.optim import EF21Muon
 from mpi_ef.optim.muon import LinearMinimization, orthogonalized
 
@@ -49,3 +50,19 @@ def test_with_the_identity_it_is_muon(n):
     plain = alone(n, 20, lambda net: reference.EF21Muon([p for p in net.parameters() if p.requires_grad], lr=0.02,
                                                         beta=0.2, weight_decay=0.1), dtype=torch.float64)
     assert_close(rows[0].path, plain, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 2, 2)])
+def test_matrices_without_entries(shape):
+    def program(comm):
+        empty, net = torch.nn.Parameter(torch.zeros(shape)), torch.nn.Parameter(torch.eye(4, 3))
+        optimizer = EF21Muon([empty, net], comm, TopK(0.5), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (empty.sum() + (net * (comm.Get_rank() + 1)).sum()).backward()
+            optimizer.step()
+        return net.detach().clone()
+
+    first, second = virtual.results(2, program)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, torch.eye(4, 3))

@@ -447,3 +447,26 @@ def test_several_optimizers_want_as_many_batches_on_all_ranks():
     counts = virtual.results(2, even)
     assert counts[0] == counts[1]
     assert counts[0][0] == counts[0][1] > 1
+
+
+@rows(lambda row: row.saves > 1)
+def test_objects_functions_and_sets_in_groups_are_not_compared(row):
+    """They are others on every rank, as texts, and need not be sendable; numbers beside them are compared."""
+
+    class Note:
+        pass
+
+    def program(comm):
+        net = net_of(torch.float32)
+        optimizer = row(net, comm)
+        for group in optimizer.param_groups:
+            words = {f"{n} {comm.Get_rank()}" for n in range(9)}
+            group |= {"note": Note(), "call": lambda x: x, "words": words, "plain": (1, "a")}
+        steps_of(net, optimizer, comm.Get_rank(), range(3))
+        with optimizer.join():
+            steps_of(net, optimizer, comm.Get_rank(), range(3, 4 + comm.Get_rank()))
+        optimizer.param_groups[0]["plain"] = (1, "b") if comm.Get_rank() else (1, "a")
+        with pytest.raises(DisagreementError, match="disagree on hyper-parameters"):
+            steps_of(net, optimizer, comm.Get_rank(), range(9, 10))
+
+    virtual.results(2, program)

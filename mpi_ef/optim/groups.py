@@ -3,10 +3,12 @@
 from collections.abc import Iterable
 from functools import cache
 from inspect import signature
+from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mpi_ef.errors import OptionError
@@ -21,9 +23,18 @@ def group_sizes(optimizer: Optimizer) -> str:
 
 
 def hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return the groups without their parameters and the names of these."""
+    """Return the groups without their parameters, the names of these, and what ranks cannot compare: see `_is_data`."""
     unlike = ("params", "param_names")
-    return [{k: v for k, v in group.items() if k not in unlike} for group in optimizer.param_groups]
+    return [{k: v for k, v in group.items() if k not in unlike and _is_data(v)} for group in optimizer.param_groups]
+
+
+def _is_data(value: object) -> bool:
+    """Tell whether a value is the same text on all ranks if it is the same: not objects, functions, or sets."""
+    if isinstance(value, dict):
+        return all(map(_is_data, (*value, *value.values())))
+    if isinstance(value, tuple | list):
+        return all(map(_is_data, value))
+    return value is None or isinstance(value, Number | str | bytes | Tensor | np.ndarray | np.generic)
 
 
 def names_of(optimizer: Optimizer, model: object = None) -> dict[int, str]:

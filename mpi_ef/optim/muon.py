@@ -58,7 +58,7 @@ class LinearMinimization(Optimizer):
                 if p.dim() < 2:
                     p.sub_(p.grad.sign(), alpha=group["lr"] * group["vector_radius"])
                 else:
-                    grad = p.grad.reshape(p.shape[0], -1)
+                    grad = p.grad.flatten(1)
                     radius = max(1.0, grad.shape[0] / max(1, grad.shape[1])) ** 0.5
                     p.sub_(orthogonalized(grad).reshape(p.shape), alpha=group["lr"] * radius)
 
