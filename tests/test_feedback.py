@@ -379,13 +379,17 @@ def test_ranks_that_disagree_all_learn_about_it():
     assert all("there is no rule 'ef22'" in text for text in program(["ef21", "ef22"], [0, 0]))
 
 
-def test_wrong_dtype_of_a_vector():
+@pytest.mark.parametrize(("vector", "words"), [
+    (np.ones(D), "float64; this plan takes float32"), (np.ma.masked_all(D, np.float32), "is a masked array"),
+    (np.ones(2 * D, np.float32)[::2], "is not contiguous"), (np.ones(D - 1, np.float32), "this plan takes"),
+])
+def test_a_wrong_vector_on_one_rank_stops_all(vector, words):
     def program(comm):
         feedback = ErrorFeedback("ef21", GatherMean(comm, TopK(0.1), D))
-        with pytest.raises(DtypeError, match="float64; this plan takes float32"):
-            feedback.step(np.ones(D))
+        with pytest.raises((DtypeError, ShapeError, PeerError), match=words):
+            feedback.step(vector if comm.Get_rank() else gaussian(0, D))
 
-    virtual.results(1, program)
+    virtual.results(2, program)
 
 
 def test_dense_steps_between_compressed_ones_leave_nothing_behind():

@@ -1,5 +1,6 @@
 """Laws of the plans, on virtual ranks."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -250,6 +251,7 @@ def test_start_and_wait_alternate():
         (lambda x: x.astype(np.float64), DtypeError, "x has dtype float64; this plan takes float32"),
         (lambda x: np.repeat(x, 2)[::2], ShapeError, "x is not contiguous"),
         (lambda x: x.tolist(), DtypeError, "x is a list"),
+        (lambda x: np.ma.masked_less(x, 0.0), DtypeError, "x is a masked array, and masks are not sent"),
     ],
 )
 def test_an_array_that_does_not_fit_on_one_rank_stops_all_ranks(plan, broken, error, words):
@@ -399,6 +401,8 @@ def test_one_call_forms_keep_a_bounded_number_of_plans():
         (lambda comm, r: allreduce(comm, np.ones(50, np.float32)[:: 1 + r], TopK(0.1)), "not contiguous"),
         (lambda comm, r: allreduce(comm, np.ones(50, np.int32), TopK(0.1)), "int32"),
         (lambda comm, r: allreduce(comm, [1.0, 2.0], TopK(0.1)), "is a list"),
+        (lambda comm, r: allreduce(comm, np.ma.masked_equal(np.ones(50), r), TopK(0.1)), "x is a masked array"),
+        (lambda comm, r: allreduce(comm, torch.ones(50, dtype=torch.bfloat16), TopK(0.1)), "x has dtype torch.bfloat16"),
         (lambda comm, r: allreduce(comm, np.ones(50), TopK(0.1), op="max"), "op='max' is unknown"),
         (
             lambda comm, r: allreduce(comm, np.ones(50), TopK(0.1), out=np.ones(49)),
@@ -485,7 +489,7 @@ def test_a_dense_sum_that_overflows_names_nobody():
 
 
 def test_a_tensor_that_numpy_does_not_know_is_refused():
-    x = torch.ones(50, dtype=torch.bfloat16)
+    x = torch.ones(50, device="meta")
     for error in virtual.run(2, lambda comm: allreduce(comm, x, TopK(0.1))):
         assert isinstance(error, MpiEfError)
         assert "allreduce: x cannot be seen as a numpy array" in str(error)
@@ -558,3 +562,16 @@ def test_the_readme_says_what_many_ranks_send(plan, compressor, says):
     text = "".join(f" {ratio:.0f}x |" if ratio > 9.95 else f" {ratio:.1f}x |" for ratio in seen)
     assert says == f"|{text}" or f"({seen[-1]:.0f}x" in says
     assert says in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_matrix_is_its_entries():
+    def program(comm):
+        x = gaussian(comm.Get_rank(), 40, np.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy would have none of them made
+            matrix = np.matrix(x.reshape(5, 8))
+        return allreduce(comm, matrix, TopK(0.2)), allreduce(comm, x.reshape(5, 8), TopK(0.2))
+
+    for of_matrix, wanted in virtual.results(2, program):
+        assert type(of_matrix) is np.ndarray
+        np.testing.assert_array_equal(of_matrix, wanted)

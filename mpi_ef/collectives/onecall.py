@@ -15,6 +15,7 @@ from mpi_ef.compress.compressor import check_compressor
 from mpi_ef.errors import DtypeError, OptionError, ShapeError
 
 from .dense import DenseMean
+from .misfit import masked
 from .plan import Plan, plan_for
 from .plans import GatherMean
 
@@ -115,15 +116,19 @@ def _flat(call: str, name: str, array: Any) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         if not hasattr(array, "detach"):
             raise DtypeError(f"{call}: {name} is a {type(array).__name__}; pass a numpy array or a CPU tensor")
+        if str(array.dtype) not in ("torch.float32", "torch.float64"):
+            raise DtypeError(f"{call}: {name} has dtype {array.dtype}; pass float32 or float64")
         try:
             array = array.detach().numpy()
         except (TypeError, RuntimeError) as error:
             raise DtypeError(f"{call}: {name} cannot be seen as a numpy array ({error}); pass a CPU tensor") from None
+    if isinstance(array, np.ma.MaskedArray):
+        raise masked(call, name)
     if array.dtype not in (np.float32, np.float64):
         raise DtypeError(f"{call}: {name} has dtype {array.dtype}; pass float32 or float64")
     if not array.flags.c_contiguous:
         raise ShapeError(f"{call}: {name} is not contiguous; pass numpy.ascontiguousarray({name})")
-    flat: np.ndarray = array.reshape(-1)
+    flat: np.ndarray = array.view(np.ndarray).reshape(-1)  # matrices stay matrices else
     return flat
 
 

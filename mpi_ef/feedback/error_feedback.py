@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpi_ef.collectives import Plan
+from mpi_ef.collectives.misfit import misfit
 from mpi_ef.comm.consensus import OnAllRanks, agree
 from mpi_ef.compress.combination import Combination, Vector, aligned_zeros
 from mpi_ef.errors import MpiEfError, OptionError
@@ -177,7 +178,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
             return self.rule.step(self.state, plan, vector, **inputs)
         if isinstance(vector, np.ndarray) and vector.shape == (plan.own, plan.d) and vector.flags.c_contiguous:
             vector = vector.reshape(-1)
-        if not (isinstance(vector, np.ndarray) and vector.shape == (plan.own_d,) and vector.dtype == plan.dtype):
+        if misfit(vector, plan.own_d, plan.dtype, "", ""):
             # Raises here what is wrong, and PeerError on all other ranks.
             plan.exchange(vector)
         return self.rule.step(self.state, plan, vector, **inputs)
