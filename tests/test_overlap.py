@@ -8,6 +8,7 @@ import pytest
 import torch
 import virtual
 from programs import loss_of, model, same_bits
+from torch.utils.checkpoint import checkpoint
 from training import assert_resumes, assert_skips_broken_gradients, parameters_of, seeded
 
 from mpi_ef.collectives import TwoPhaseMean, plan_for
@@ -287,3 +288,30 @@ def test_replicas_that_differ_are_named(placement):
     for text, steps in virtual.results(3, program):
         assert "after step 4 parameter last.weight (3, 5) is not on rank 1 what it is on rank 0" in text
         assert steps == 4
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_that_is_checkpointed_twice(reentrant):
+    """Each of its backward passes is one of its own where torch's checkpoints are reentrant: the message knows that."""
+
+    def program(comm, *, overlap):
+        net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).requires_grad_()
+        with torch.no_grad():
+            for number, p in enumerate(net.parameters()):
+                p.copy_(torch.linspace(-1, 1, p.numel()).reshape(p.shape) + number)
+        sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        optimizer = DistributedOptimizer(sgd, comm, TopK(0.5), placement="gradient", overlap=overlap)
+        for step in range(3):
+            x = torch.full((2, 4), 0.1 * (comm.Get_rank() + step + 1), requires_grad=True)
+            twice = sum(checkpoint(net[0], factor * x, use_reentrant=reentrant) for factor in (1, 2))
+            net[1](twice).square().mean().backward()
+            optimizer.step()
+        return [p.detach().numpy().copy() for p in net.parameters()]
+
+    wanted = virtual.results(2, lambda comm: program(comm, overlap=False))
+    if not reentrant:
+        assert same_bits(virtual.results(2, lambda comm: program(comm, overlap=True)), wanted)
+        return
+    for error in virtual.run(2, lambda comm: program(comm, overlap=True)):
+        assert isinstance(error, OptionError)
+        assert "pass use_reentrant=False" in str(error)

@@ -70,7 +70,8 @@ class Buckets:
             self.problem = OptionError(
                 "DistributedOptimizer: a second backward pass before step(), with overlap=True: what the first one sent, "
                 "also where that one raised, cannot be taken back; to add up gradients do all but the last one inside `with "
-                "optimizer.no_sync():`; take overlap=False to repeat a backward pass"
+                "optimizer.no_sync():`; take overlap=False to repeat a backward pass. A layer that torch.utils.checkpoint "
+                "runs twice has two as well: pass use_reentrant=False"
             )
             raise self.problem
         self._missing[n].discard(number)
