@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -36,7 +37,7 @@ from mpi_ef.jobs.doctor.checks import (
     warm_up,
     workers,
 )
-from mpi_ef.jobs.doctor.finding import LEVELS, TOPICS, Finding, Placement
+from mpi_ef.jobs.doctor.finding import FAILED, LEVELS, TOPICS, Finding, Placement
 from mpi_ef.jobs.doctor.registry import Check, Context, DoctorConfig, Launcher
 from mpi_ef.jobs.doctor.report import Report, document, page, verdict
 from mpi_ef.jobs.link_fit import fit_line
@@ -442,9 +443,10 @@ def test_folders_that_refuse(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, NO_SPACE)
 
-    monkeypatch.setattr(kernels.tempfile, "NamedTemporaryFile", full)
-    agrees(judged(kernels, kernels.collect(context()) | {"warm_up": True}), {"cache": f"warning|{NO_SPACE}"})
-
+    with monkeypatch.context() as patch:
+        patch.setattr(registry.tempfile, "mkdtemp", full)
+        agrees(judged(kernels, kernels.collect(context()) | {"warm_up": True}), {"cache": f"warning|{NO_SPACE}"})
+        assert files.collect(context(out=tmp_path))["write"] == NO_SPACE
     monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda *_: np.zeros(2))
     facts = files.collect(context(out=tmp_path)) | {"fsync_seconds": 0.001}
     agrees(judged(files, facts), {"hdf5": "error|what was written is not what is read"})
@@ -707,13 +709,39 @@ def test_files_that_other_nodes_look_for_are_removed(tmp_path, monkeypatch, brok
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
 
 
-def test_a_check_gets_the_time_that_others_have_left(monkeypatch):
-    given, clock = [], iter([0.0, 0.0, 4.0, 20.0])
-    monkeypatch.setattr(all_ranks, "monotonic", clock.__next__)
-    monkeypatch.setattr(all_ranks._Examination, "_step", lambda self, check, seconds: given.append(seconds))
-    monkeypatch.setattr(doctor_checks, "CHECKS", [None] * 3)
-    all_ranks._Examination(Report(context()), QUIET).check_each_rank(10.0)
-    assert given == [10.0, 6.0, all_ranks._LEAST_SECONDS]
+def test_a_check_has_its_whole_time_until_one_hangs(monkeypatch):
+    """On a busy machine all are slow, and none is to blame for the others; what is dead may stop all that follow."""
+    given = []
+
+    def facts(self, _, seconds):
+        given.append(seconds)
+        return {"it": {FAILED: "no end after 60 s"}, "other": {FAILED: "ValueError: of its own"}}.get(self.name, {"a": 1})
+
+    monkeypatch.setattr(registry.Check, "facts", facts)
+    monkeypatch.setattr(doctor_checks, "CHECKS", [check(None, name) for name in ("first", "other", "it", "next", "last")])
+    all_ranks._Examination(Report(context()), QUIET).check_each_rank(60.0)
+    assert given == [60.0] * 3 + [all_ranks._LESS_PATIENCE] * 2
+
+
+@pytest.mark.parametrize(("load", "said"), [(2.0, ""), (97.0, ", at a load of 97 on 2 cores")])
+def test_what_has_no_end_says_how_busy_the_machine_is(monkeypatch, load, said):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    released = threading.Event()
+    found = watchdog.run_with_timeout(lambda: released.wait(60) and {}, 0.05)
+    released.set()
+    assert found == {FAILED: f"no end after 0 s{said}"}
+
+
+def test_a_check_that_hangs_leaves_nothing_behind(tmp_path, monkeypatch):
+    here, released = context(os.environ, tmp_path / "runs"), threading.Event()
+    monkeypatch.setattr(files, "_tried", lambda file: file.write_bytes(b"x") and released.wait(60) and {})
+    hanging = Check("folder", "Files", files)
+    assert hanging.facts(here, 0.2)[FAILED].startswith("no end")
+    assert list(tmp_path.iterdir()) != []
+    registry.remove_trials()
+    assert list(tmp_path.iterdir()) == []
+    released.set()
 
 
 # ---- the program without a launcher

@@ -1,7 +1,7 @@
 """The checks on all ranks of a world, one after the other: facts of each rank, judged on rank 0."""
 
 import platform
-from time import monotonic, sleep
+from time import sleep
 
 from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.comm.protocol import MpiComm
@@ -9,7 +9,7 @@ from mpi_ef.jobs.doctor import checks, registry
 from mpi_ef.jobs.doctor.checks.allreduce import MESSAGE_SECONDS
 from mpi_ef.jobs.doctor.checks.mpi import name_of
 from mpi_ef.jobs.doctor.checks.shared import tokens_in
-from mpi_ef.jobs.doctor.finding import Facts, Finding, Placement, finding
+from mpi_ef.jobs.doctor.finding import FAILED, Facts, Finding, Placement, finding
 from mpi_ef.jobs.doctor.registry import Check
 from mpi_ef.jobs.doctor.report import Report
 from mpi_ef.jobs.doctor.watchdog import NoAnswerError, RankPoller, Watchdog, error_text
@@ -17,7 +17,7 @@ from mpi_ef.runtime import launch
 
 __all__ = ["examine", "examine_alone"]
 
-_LEAST_SECONDS = 3.0  # for a check that comes after one that has used up the time
+_LESS_PATIENCE = 10.0  # seconds for a check that comes after one that hangs: what is dead may stop all of them
 
 
 def examine(report: Report, watchdog: Watchdog) -> int:
@@ -38,6 +38,7 @@ def examine(report: Report, watchdog: Watchdog) -> int:
     except Exception as error:  # of the doctor itself: the others wait for this rank
         complete = False
         report.add([registry.failure("MPI", "doctor", error_text(error))])
+    registry.remove_trials()
     if rank == 0:
         report.show()
     if not complete or not examination.poller.sent(MESSAGE_SECONDS):
@@ -55,6 +56,7 @@ def examine_alone(report: Report) -> int:
     watchdog = Watchdog(report.show_hanging)
     _Examination(report, watchdog).check_each_rank(2 * report.context.config.patience)
     watchdog.leave()
+    registry.remove_trials()
     return report.show()
 
 
@@ -70,6 +72,7 @@ class _Examination:
         self.context, self.patience = report.context, report.context.config.patience
         self.poller = RankPoller(self.context.comm)
         self.paths: dict[str, str] = {}  # on rank 0, folders that checks have looked at
+        self.hanging = False  # whether a check has not come back here
 
     def run(self) -> bool:
         """Take all steps and return whether all messages have arrived. Collective."""
@@ -89,10 +92,9 @@ class _Examination:
         self.report.started_by = f", {name_of(context.mpi)}, started by {context.launcher.name if context.launcher else ''}"
 
     def check_each_rank(self, seconds: float) -> None:
-        """Do the checks that call no MPI, most of them within so many seconds and a few. Collective."""
-        limit = monotonic() + seconds
+        """Do the checks that call no MPI, each within so many seconds, fewer once one has not come back. Collective."""
         for check in checks.CHECKS:
-            self._step(check, max(_LEAST_SECONDS, limit - monotonic()))
+            self._step(check, min(seconds, _LESS_PATIENCE) if self.hanging else seconds)
         if self.context.nodes > 1:
             with tokens_in(self.paths) as tokens:
                 self.context.tokens = self.poller.exchange(None, self.patience, lambda _: tokens)
@@ -115,6 +117,7 @@ class _Examination:
             self.context.turn = turn
             self.watchdog.enter(f"the check '{check.name}'", 2 * seconds + self.patience)
             mine = check.facts(self.context, seconds)
+            self.hanging |= str(mine.get(FAILED, "")).startswith("no end")
             self.watchdog.enter(f"the check '{check.name}' on other ranks", 3 * (seconds + self.patience))
             agreed: set[str] = self.poller.exchange(mine, seconds + self.patience, reply)
         if self.poller.rank == 0:

@@ -1,6 +1,9 @@
 """Options, and what a check is; a check on one rank, and the judgement of what it has found on all ranks."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +15,8 @@ from mpi_ef.jobs.doctor.finding import FAILED, Facts, Finding, Findings, Placeme
 from mpi_ef.jobs.doctor.watchdog import error_text, run_with_timeout
 from mpi_ef.jobs.options import option
 
-__all__ = ["Check", "Context", "DoctorConfig", "Launcher", "failure", "judge", "lines_of"]
+__all__ = ["Check", "Context", "DoctorConfig", "Launcher", "failure", "judge", "lines_of", "remove_trials",
+           "trial_in"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,36 @@ def failure(topic: str, name: str, reason: str, ranks: Ranks | tuple[int, ...] =
     imports = reason.startswith(("ImportError", "ModuleNotFoundError"))
     key = "check-import" if imports else "check-hangs" if reason.startswith("no end") else "check-failed"
     return finding(key, ranks, topic=topic, check=name, reason=reason)
+
+
+_trials: set[Path] = set()  # folders that are there while something is tried in them
+
+
+@contextmanager
+def trial_in(folder: Path) -> Iterator[Path]:
+    """Make a folder with a new name in `folder`, which is gone afterwards, or after `remove_trials`. Local.
+
+    Raises OSError where it cannot be made.
+    """
+    path = Path(tempfile.mkdtemp(prefix=".mpi-ef-doctor-", dir=folder))
+    _trials.add(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        _trials.discard(path)
+
+
+def remove_trials() -> None:
+    """Remove what checks that have not come back have left, if that comes back. Local."""
+
+    def remove() -> Facts:
+        for path in tuple(_trials):
+            shutil.rmtree(path, ignore_errors=True)
+        return {}
+
+    if _trials:
+        run_with_timeout(remove, 3.0)
 
 
 def lines_of(file: str | Path) -> list[str]:

@@ -43,7 +43,13 @@ def run_with_timeout(action: Callable[[], Facts], seconds: float) -> Facts:
     thread = threading.Thread(target=run, daemon=True, name="check")
     thread.start()
     thread.join(seconds)
-    return results[0] if results else {FAILED: f"no end after {seconds:.0f} s"}
+    return results[0] if results else {FAILED: f"no end after {seconds:.0f} s{_load()}"}
+
+
+def _load() -> str:
+    """Return how busy the machine is, where that may be why something has no end."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    return f", at a load of {load:.0f} on {cores} cores" if load > 2 * cores else ""
 
 
 def run_python(program: str, seconds: float, environment: Mapping[str, str]) -> tuple[int | None, str, list[str]]:

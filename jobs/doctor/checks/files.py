@@ -3,13 +3,12 @@
 import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
 from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, finding
-from mpi_ef.jobs.doctor.registry import Context, lines_of
+from mpi_ef.jobs.doctor.registry import Context, lines_of, trial_in
 from mpi_ef.jobs.metrics import in_bytes
 
 __all__ = ["MB", "NETWORK", "attempt", "collect", "existing", "file_system", "judge", "space_of"]
@@ -68,20 +67,23 @@ def collect(context: Context) -> Facts:
         "locking": context.environment.get("HDF5_USE_FILE_LOCKING", ""),
     }
     try:
-        trial = tempfile.TemporaryDirectory(prefix=".mpi-ef-doctor-", dir=folder, ignore_cleanup_errors=True)
+        with trial_in(folder) as trial:
+            facts |= _tried(trial / "file")
     except OSError as error:
-        return facts | {"write": error.strerror or str(error)}
-    with trial as name:
-        file = Path(name, "file")
-        facts["write"] = attempt(lambda: file.write_bytes(bytes(MB)))
-        if not facts["write"]:
-            began = perf_counter()
-            facts["fsync"] = attempt(lambda: _with_file(file, os.fsync))
-            facts["fsync_seconds"] = perf_counter() - began
-            facts["link"] = attempt(lambda: os.link(file, file.with_name("link")))
-            facts["rename"] = attempt(lambda: file.rename(file.with_name("other")))
-            facts["lock"] = attempt(lambda: _with_file(file.with_name("other"), _lock))
-            facts["hdf5_write"] = attempt(lambda: _write_hdf5(file.with_name("file.h5")))
+        facts["write"] = error.strerror or str(error)
+    return facts
+
+
+def _tried(file: Path) -> Facts:
+    facts: Facts = {"write": attempt(lambda: file.write_bytes(bytes(MB)))}
+    if not facts["write"]:
+        began = perf_counter()
+        facts["fsync"] = attempt(lambda: _with_file(file, os.fsync))
+        facts["fsync_seconds"] = perf_counter() - began
+        facts["link"] = attempt(lambda: os.link(file, file.with_name("link")))
+        facts["rename"] = attempt(lambda: file.rename(file.with_name("other")))
+        facts["lock"] = attempt(lambda: _with_file(file.with_name("other"), _lock))
+        facts["hdf5_write"] = attempt(lambda: _write_hdf5(file.with_name("file.h5")))
     return facts
 
 

@@ -1,13 +1,12 @@
 """The compiled kernels: whether they are right, and where their machine code is kept."""
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mpi_ef.jobs.doctor.checks.files import NETWORK, file_system
 from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, finding
-from mpi_ef.jobs.doctor.registry import Context
+from mpi_ef.jobs.doctor.registry import Context, trial_in
 
 __all__ = ["collect", "dispatchers", "judge"]
 
@@ -30,8 +29,9 @@ def collect(context: Context) -> Facts:
         facts["kind"] = file_system(folder)
         facts["open"] = bool(refusal(folder.stat(), 0o002))
         try:
-            with tempfile.NamedTemporaryFile(dir=folder):
-                facts["write"] = ""
+            with trial_in(folder) as trial:
+                (trial / "file").write_bytes(b"x")
+            facts["write"] = ""
         except OSError as error:
             facts["write"] = error.strerror or str(error)
     return facts
