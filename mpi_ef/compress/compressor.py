@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import fields
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,26 @@ def words(nbytes: int) -> int:
     return -(-nbytes // 8) * 8
 
 
+def _of_one_size(encode: Any) -> Any:
+    @wraps(encode)
+    def checked(self: "Codec", x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:
+        if wire.shape != (self.nbytes,):
+            raise ShapeError(f"{type(self).__name__}: a wire is {wire.shape} bytes; it must be nbytes = {self.nbytes}")
+        return bool(encode(self, x, wire, step=step, rank=rank))
+
+    return checked
+
+
+def _of_many_sizes(add: Any) -> Any:
+    @wraps(add)
+    def checked(self: "Codec", wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
+        if wires.shape[1:] != (self.nbytes,):
+            raise ShapeError(f"{type(self).__name__}: wires are {wires.shape} bytes; rows must be nbytes = {self.nbytes}")
+        add(self, wires, out, factor, overwrite=overwrite)
+
+    return checked
+
+
 class Codec(ABC):
     """A compressor bound to vectors of length `d` and one dtype. Local: no communication. One thread at a time.
 
@@ -44,6 +65,14 @@ class Codec(ABC):
         if self.dtype not in _FLOATS:
             raise DtypeError(f"codec: dtype {self.dtype} is not supported; pass float32 or float64")
         self._kernels = backend(self.dtype)
+
+    def __init_subclass__(cls) -> None:
+        """Let wires of another size be refused: kernels write where the codec says, beyond memory that is too short."""
+        super().__init_subclass__()
+        if "encode" in vars(cls):
+            cls.encode = _of_one_size(cls.encode)  # type: ignore[method-assign]
+        if "add" in vars(cls):
+            cls.add = _of_many_sizes(cls.add)  # type: ignore[method-assign]
 
     @abstractmethod
     def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:

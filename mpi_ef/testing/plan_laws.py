@@ -12,7 +12,7 @@ import numpy as np
 from mpi_ef import registry
 from mpi_ef.collectives import Plan, PlanBuilder, build_plan
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.compress import Compressor, Keep, Quantize, RandK, Sign, TopK, lazy
+from mpi_ef.compress import Compressor, Identity, Keep, Quantize, RandK, Sign, TopK, lazy
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, PeerError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
@@ -212,18 +212,34 @@ class PlanLaws(Laws):
         """Between :meth:`Plan.start` and :meth:`Plan.wait` the vector is the caller's again; other plans may go between."""
 
         def program(comm: VirtualComm, compressor: Compressor) -> None:
-            split, twin, whole = (self._built(comm, compressor) for _ in range(3))
+            split, twin, whole, other = (self._built(comm, compressor) for _ in range(4))
             for step in range(2):
-                x = self._mine(whole, step)
-                wanted = self._mean_of(whole.exchange(x))
-                for plan in (split, twin):
+                vectors = [self._mine(whole, step), self._mine(other, step + 7)]
+                wanted = [self._mean_of(plan.exchange(x)) for plan, x in zip((whole, other), vectors, strict=True)]
+                for plan, x in zip((split, twin), vectors, strict=True):
                     plan.start(x)
                     plan.progress()
-                x.fill(7)
-                for plan in (split, twin):
-                    must(same_bits(self._mean_of(plan.wait()), wanted), f"other bits than at once, through {compressor}")
+                for x in vectors:
+                    x.fill(7)
+                for plan, mean in zip((split, twin), wanted, strict=True):
+                    must(same_bits(self._mean_of(plan.wait()), mean), f"other bits than at once, through {compressor}")
 
         self._run(program)
+
+    @law("plans for dense steps")
+    def test_dense_steps_go_through_a_plan_for_the_same_vectors(self) -> None:
+        """What :meth:`Plan.like` returns is one, with as many entries; its means are the same bits on all ranks."""
+
+        def program(comm: VirtualComm, compressor: Compressor) -> Vector:
+            plan = self._built(comm, compressor)
+            dense = plan.like(Identity())
+            must(isinstance(dense, Plan), f"like returns a {type(dense).__name__}")
+            sizes = (dense.d, dense.own_d, dense.dtype)
+            must(sizes == (plan.d, plan.own_d, plan.dtype), f"like returns a plan for {sizes}")
+            return self._mean_of(dense.exchange(self._mine(plan)))
+
+        for _, _, means in self._run(program):
+            must(all(same_bits(mean, means[0]) for mean in means), "means of dense steps differ between ranks")
 
     @law("going on from a state")
     def test_a_state_that_was_loaded_goes_on(self) -> None:
