@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpi_ef.documents import shown
 from mpi_ef.errors import CheckpointError, MpiEfError
 from mpi_ef.jobs.metrics import in_bytes
 from mpi_ef.jobs.options import refuse
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Found", "found_in", "main"]
 
-BAD = "BAD"  # in a checkpoint: what was found to be wrong with it
 _NAME = re.compile(r"step-(\d+)|\.(tmp|old)-step-(\d+)-.*")
 
 
@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise
     except (MpiEfError, OSError) as error:
         refuse(error)
+    except MemoryError:
+        refuse("there is not enough memory for what the checkpoint declares; use another one")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,20 +97,21 @@ def found_in(folder: Path) -> list[Found]:
 
 def _found(path: Path) -> Found:
     from mpi_ef.checkpoint import open_checkpoint
+    from mpi_ef.checkpoint.manifest import mark_of
 
     match = _NAME.fullmatch(path.name)
     assert match is not None  # noqa: S101
-    step, kind, bad = int(match[1] or match[3]), match[2], path / BAD
+    step, kind = int(match[1] or match[3]), match[2]
     if kind == "tmp":
         return Found(str(path), step, "unfinished", "is being written, or was when its job ended")
     try:
         opened = open_checkpoint(path)
     except CheckpointError as error:
-        text = str(error).removeprefix(f"{path}: ").removesuffix("; use another checkpoint")
+        text = str(error).removeprefix(f"{shown(path)}: ").removesuffix("; use another checkpoint")
         return Found(str(path), step, "damaged" if error.damaged else "unreadable", text.removeprefix("damaged: "))
     state, reason = ("replaced", "") if kind else ("whole", "")
-    if bad.exists():
-        state, reason = "damaged", bad.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    if (marked := mark_of(path)) is not None:
+        state, reason = "damaged", marked
     return Found(str(path), step, state, reason, opened.world_size, opened.nbytes, opened.written_at)
 
 
@@ -144,12 +147,13 @@ def _ls(arguments: argparse.Namespace) -> int:
         state = f"{found.state}: {found.reason}" if found.reason else found.state
         when = (found.written_at or "").replace("T", " ").removesuffix("+00:00")
         rows.append((str(found.step), str(found.world_size or ""), size, when, state))
-    print(_aligned(rows, left=2) if every else f"{_folder(arguments.run)}: no checkpoints")
+    print(_aligned(rows, left=2) if every else f"{shown(_folder(arguments.run))}: no checkpoints")
     return 0
 
 
 def _aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:
     """Return rows in columns, the last `left` ones at the left of theirs, the others at the right."""
+    rows = [[shown(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     turn = len(widths) - left
     return "\n".join(
@@ -166,9 +170,9 @@ def _verify(arguments: argparse.Namespace) -> int:
             if arguments.json:
                 continue
             if not row["problems"]:
-                print(f"{each}: good, {in_bytes(row['nbytes'])} read in {row['seconds']:.1f} s", flush=True)
+                print(f"{shown(each)}: good, {in_bytes(row['nbytes'])} read in {row['seconds']:.1f} s", flush=True)
             for problem in row["problems"]:
-                print(f"{each}: BAD: {problem}", flush=True)
+                print(shown(f"{each}: BAD: {problem}"), flush=True)
     if arguments.json:
         print(json.dumps(rows, indent=1))
     return int(any(row["problems"] for row in rows))
@@ -176,6 +180,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _verified(path: Path) -> dict[str, Any]:
     from mpi_ef.checkpoint import open_checkpoint
+    from mpi_ef.checkpoint.manifest import BAD, mark_of
 
     began, nbytes = time.perf_counter(), 0
     try:
@@ -183,7 +188,7 @@ def _verified(path: Path) -> dict[str, Any]:
         nbytes, problems = opened.nbytes, opened.verify()
     except CheckpointError as error:
         problems = [str(error)]
-    if (path / BAD).exists() and not problems:
+    if mark_of(path) is not None and not problems:
         problems = [f"every byte is what was written, but it is marked; nothing resumes from it before {BAD} is removed"]
     return {"path": str(path), "nbytes": nbytes, "seconds": time.perf_counter() - began, "problems": problems}
 
@@ -205,15 +210,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=1))
         return 0
     by = ", ".join(f"{name} {version}" for name, version in sorted(facts["written_by"].items()))
-    print(facts["path"])
+    print(shown(facts["path"]))
     for name, text in (
         ("step", opened.step), ("ranks", opened.world_size), ("size", in_bytes(opened.nbytes)), ("run", opened.run),
         ("written", opened.written_at), ("by", by),
     ):
-        print(f"  {name:<9}{text}")
+        print(f"  {name:<9}{shown(text)}")
     for name, part in parts.items():
         if name != "model" and part:  # of the model these are shapes, which come below
-            print(f"  {name}")
+            print(f"  {shown(name)}")
             print(_aligned([("   ", fact, str(value)) for fact, value in part.items()], left=2))
     for title, rows in (("the same on all ranks", facts["replicated"]), (f"of rank {rank} alone", facts["per_rank"])):
         print(f"\n{len(rows)} arrays {title}, {in_bytes(sum(row['nbytes'] for row in rows))}")
@@ -274,7 +279,7 @@ def _diff(arguments: argparse.Namespace) -> int:
             continue
         differences.append(asdict(difference))
         if not arguments.json:
-            print(f"{difference.where}: {difference.name}: {difference.text}")
+            print(shown(f"{difference.where}: {difference.name}: {difference.text}"))
     if arguments.json:
         print(json.dumps({"a": str(a.path), "b": str(b.path), "same": same, "differences": differences}, indent=1))
         return int(bool(differences))
@@ -290,7 +295,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
     opened = _opened(arguments.checkpoint)
     count = export(opened, arguments.file, everything=arguments.all)
-    print(f"{count} arrays of step {opened.step} written to {arguments.file}, {in_bytes(arguments.file.stat().st_size)}")
+    size = in_bytes(arguments.file.stat().st_size)
+    print(f"{count} arrays of step {opened.step} written to {shown(arguments.file)}, {size}")
     return 0
 
 
