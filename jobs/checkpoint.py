@@ -6,16 +6,20 @@ stands for the newest in it.
 
 import argparse
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpi_ef.documents import shown
+from mpi_ef.documents import parse_json, shown
 from mpi_ef.errors import CheckpointError, MpiEfError
 from mpi_ef.jobs.metrics import in_bytes
 from mpi_ef.jobs.options import refuse
@@ -25,6 +29,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Found", "found_in", "main"]
 
+_MEMORY = 2 << 30  # bytes of address space of a process that reads what nobody trusts
+_SECONDS, _RATE = 60, 20e6  # its time on the processor: so long, and for each byte as if it read 20 MB/s
+_APART = """
+import resource, sys
+limits = dict(zip(("AS", "CPU", "FSIZE", "CORE"), (int(sys.argv[1]), int(sys.argv[2]), 0, 0)))
+for name, value in limits.items():
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
+from mpi_ef.jobs.checkpoint import main
+main(["verify", "--json", sys.argv[3]])
+"""
 _NAME = re.compile(r"step-(\d+)|\.(tmp|old)-step-(\d+)-.*")
 
 
@@ -69,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     listing = tool(_ls, "ls", "list what is in a folder of checkpoints", RUN={})
     verify = tool(_verify, "verify", "read every byte and compare checksums; status 1 if any is damaged",
                   PATH={"nargs": "+", "help": "a checkpoint, or a run: all of its checkpoints"})
+    verify.add_argument("--untrusted", action="store_true",
+                        help="read each in a process of its own, with limits on memory and time: for those of strangers")
     inspect = tool(_inspect, "inspect", "tell what a checkpoint holds", CHECKPOINT={})
     inspect.add_argument("--rank", type=int, default=0, help="whose own arrays to show (default: 0)")
     inspect.add_argument("--values", action="store_true", help="read all arrays: norms, extremes, NaN and Inf")
@@ -166,7 +182,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     for path in arguments.path:
         for each in _checkpoints(path, "whole", "replaced", "damaged", "unreadable"):
-            rows.append(row := _verified(each))
+            rows.append(row := _verified_apart(each) if arguments.untrusted else _verified(each))
             if arguments.json:
                 continue
             if not row["problems"]:
@@ -191,6 +207,28 @@ def _verified(path: Path) -> dict[str, Any]:
     if mark_of(path) is not None and not problems:
         problems = [f"every byte is what was written, but it is marked; nothing resumes from it before {BAD} is removed"]
     return {"path": str(path), "nbytes": nbytes, "seconds": time.perf_counter() - began, "problems": problems}
+
+
+def _verified_apart(path: Path) -> dict[str, Any]:
+    """Return what :func:`_verified` returns in a child process, or how that one ended."""
+    began = time.perf_counter()
+    seconds = _SECONDS + int(sum(file.lstat().st_size for file in path.glob("rank-*.h5")) / _RATE)
+    command = [sys.executable, "-P", "-c", _APART, str(_MEMORY), str(seconds), str(path.absolute())]
+    how = "did not end in time"
+    try:
+        ended = subprocess.run(command, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"}, capture_output=True,  # noqa: S603
+                               check=False, timeout=10 * seconds)
+        with suppress(ValueError, LookupError, TypeError):
+            row = parse_json(ended.stdout)[0]
+            return {"path": str(path), "nbytes": int(row["nbytes"]), "seconds": time.perf_counter() - began,
+                    "problems": [str(problem) for problem in row["problems"]]}
+        last = shown(ended.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2])
+        status = ended.returncode
+        how = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}: {last}"
+    except subprocess.TimeoutExpired:
+        pass
+    problems = [f"the process that read it {how}; do not use it"]
+    return {"path": str(path), "nbytes": 0, "seconds": time.perf_counter() - began, "problems": problems}
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import IO, Any
@@ -47,9 +47,10 @@ class Metrics:
         self._csv.flush()
 
     def close(self) -> None:
-        """Close both files."""
-        self._json.close()
-        self._csv.close()
+        """Close both files. What a full disk has refused of a row, it refuses again: :meth:`write` has raised it."""
+        for file in (self._json, self._csv):
+            with suppress(OSError):
+                file.close()
 
 
 def _rows_up_to(step: int, path: Path) -> list[dict[str, Any]]:

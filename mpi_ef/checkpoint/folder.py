@@ -1,6 +1,7 @@
 """What only rank 0 does in a folder of checkpoints: preparing, publishing, marking, deleting."""
 
 import logging
+import os
 import shutil
 import uuid
 from contextlib import suppress
@@ -72,7 +73,7 @@ class Folder:
         """Remove a directory that did not become a checkpoint, also while another rank still begins a file there."""
         for _ in range(_REMOVALS):
             shutil.rmtree(self._path / place, ignore_errors=True)
-            if not (self._path / place).exists():
+            if not os.path.lexists(self._path / place):  # also where the folder cannot be read any more
                 break
 
     def publish(self, place: str, step: int, run: str, document: Any, files: list[FileEntry]) -> None:
