@@ -6,15 +6,20 @@ stands for the newest in it.
 
 import argparse
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpi_ef.documents import parse_json, shown
 from mpi_ef.errors import CheckpointError, MpiEfError
 from mpi_ef.jobs.metrics import in_bytes
 from mpi_ef.jobs.options import refuse
@@ -24,7 +29,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Found", "found_in", "main"]
 
-BAD = "BAD"  # in a checkpoint: what was found to be wrong with it
+_MEMORY = 2 << 30  # bytes of address space of a process that reads what nobody trusts
+_SECONDS, _RATE = 60, 20e6  # its time on the processor: so long, and for each byte as if it read 20 MB/s
+_APART = """
+import resource, sys
+limits = dict(zip(("AS", "CPU", "FSIZE", "CORE"), (int(sys.argv[1]), int(sys.argv[2]), 0, 0)))
+for name, value in limits.items():
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
+from mpi_ef.jobs.checkpoint import main
+main(["verify", "--json", sys.argv[3]])
+"""
 _NAME = re.compile(r"step-(\d+)|\.(tmp|old)-step-(\d+)-.*")
 
 
@@ -50,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise
     except (MpiEfError, OSError) as error:
         refuse(error)
+    except MemoryError:
+        refuse("there is not enough memory for what the checkpoint declares; use another one")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     listing = tool(_ls, "ls", "list what is in a folder of checkpoints", RUN={})
     verify = tool(_verify, "verify", "read every byte and compare checksums; status 1 if any is damaged",
                   PATH={"nargs": "+", "help": "a checkpoint, or a run: all of its checkpoints"})
+    verify.add_argument("--untrusted", action="store_true",
+                        help="read each in a process of its own, with limits on memory and time: for those of strangers")
     inspect = tool(_inspect, "inspect", "tell what a checkpoint holds", CHECKPOINT={})
     inspect.add_argument("--rank", type=int, default=0, help="whose own arrays to show (default: 0)")
     inspect.add_argument("--values", action="store_true", help="read all arrays: norms, extremes, NaN and Inf")
@@ -95,20 +113,21 @@ def found_in(folder: Path) -> list[Found]:
 
 def _found(path: Path) -> Found:
     from mpi_ef.checkpoint import open_checkpoint
+    from mpi_ef.checkpoint.manifest import mark_of
 
     match = _NAME.fullmatch(path.name)
     assert match is not None  # noqa: S101
-    step, kind, bad = int(match[1] or match[3]), match[2], path / BAD
+    step, kind = int(match[1] or match[3]), match[2]
     if kind == "tmp":
         return Found(str(path), step, "unfinished", "is being written, or was when its job ended")
     try:
         opened = open_checkpoint(path)
     except CheckpointError as error:
-        text = str(error).removeprefix(f"{path}: ").removesuffix("; use another checkpoint")
+        text = str(error).removeprefix(f"{shown(path)}: ").removesuffix("; use another checkpoint")
         return Found(str(path), step, "damaged" if error.damaged else "unreadable", text.removeprefix("damaged: "))
     state, reason = ("replaced", "") if kind else ("whole", "")
-    if bad.exists():
-        state, reason = "damaged", bad.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    if (marked := mark_of(path)) is not None:
+        state, reason = "damaged", marked
     return Found(str(path), step, state, reason, opened.world_size, opened.nbytes, opened.written_at)
 
 
@@ -144,12 +163,13 @@ def _ls(arguments: argparse.Namespace) -> int:
         state = f"{found.state}: {found.reason}" if found.reason else found.state
         when = (found.written_at or "").replace("T", " ").removesuffix("+00:00")
         rows.append((str(found.step), str(found.world_size or ""), size, when, state))
-    print(_aligned(rows, left=2) if every else f"{_folder(arguments.run)}: no checkpoints")
+    print(_aligned(rows, left=2) if every else f"{shown(_folder(arguments.run))}: no checkpoints")
     return 0
 
 
 def _aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:
     """Return rows in columns, the last `left` ones at the left of theirs, the others at the right."""
+    rows = [[shown(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     turn = len(widths) - left
     return "\n".join(
@@ -162,13 +182,13 @@ def _verify(arguments: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     for path in arguments.path:
         for each in _checkpoints(path, "whole", "replaced", "damaged", "unreadable"):
-            rows.append(row := _verified(each))
+            rows.append(row := _verified_apart(each) if arguments.untrusted else _verified(each))
             if arguments.json:
                 continue
             if not row["problems"]:
-                print(f"{each}: good, {in_bytes(row['nbytes'])} read in {row['seconds']:.1f} s", flush=True)
+                print(f"{shown(each)}: good, {in_bytes(row['nbytes'])} read in {row['seconds']:.1f} s", flush=True)
             for problem in row["problems"]:
-                print(f"{each}: BAD: {problem}", flush=True)
+                print(shown(f"{each}: BAD: {problem}"), flush=True)
     if arguments.json:
         print(json.dumps(rows, indent=1))
     return int(any(row["problems"] for row in rows))
@@ -176,6 +196,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _verified(path: Path) -> dict[str, Any]:
     from mpi_ef.checkpoint import open_checkpoint
+    from mpi_ef.checkpoint.manifest import BAD, mark_of
 
     began, nbytes = time.perf_counter(), 0
     try:
@@ -183,9 +204,31 @@ def _verified(path: Path) -> dict[str, Any]:
         nbytes, problems = opened.nbytes, opened.verify()
     except CheckpointError as error:
         problems = [str(error)]
-    if (path / BAD).exists() and not problems:
+    if mark_of(path) is not None and not problems:
         problems = [f"every byte is what was written, but it is marked; nothing resumes from it before {BAD} is removed"]
     return {"path": str(path), "nbytes": nbytes, "seconds": time.perf_counter() - began, "problems": problems}
+
+
+def _verified_apart(path: Path) -> dict[str, Any]:
+    """Return what :func:`_verified` returns in a child process, or how that one ended."""
+    began = time.perf_counter()
+    seconds = _SECONDS + int(sum(file.lstat().st_size for file in path.glob("rank-*.h5")) / _RATE)
+    command = [sys.executable, "-P", "-c", _APART, str(_MEMORY), str(seconds), str(path.absolute())]
+    how = "did not end in time"
+    try:
+        ended = subprocess.run(command, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"}, capture_output=True,  # noqa: S603
+                               check=False, timeout=10 * seconds)
+        with suppress(ValueError, LookupError, TypeError):
+            row = parse_json(ended.stdout)[0]
+            return {"path": str(path), "nbytes": int(row["nbytes"]), "seconds": time.perf_counter() - began,
+                    "problems": [str(problem) for problem in row["problems"]]}
+        last = shown(ended.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2])
+        status = ended.returncode
+        how = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}: {last}"
+    except subprocess.TimeoutExpired:
+        pass
+    problems = [f"the process that read it {how}; do not use it"]
+    return {"path": str(path), "nbytes": 0, "seconds": time.perf_counter() - began, "problems": problems}
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -205,15 +248,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=1))
         return 0
     by = ", ".join(f"{name} {version}" for name, version in sorted(facts["written_by"].items()))
-    print(facts["path"])
+    print(shown(facts["path"]))
     for name, text in (
         ("step", opened.step), ("ranks", opened.world_size), ("size", in_bytes(opened.nbytes)), ("run", opened.run),
         ("written", opened.written_at), ("by", by),
     ):
-        print(f"  {name:<9}{text}")
+        print(f"  {name:<9}{shown(text)}")
     for name, part in parts.items():
         if name != "model" and part:  # of the model these are shapes, which come below
-            print(f"  {name}")
+            print(f"  {shown(name)}")
             print(_aligned([("   ", fact, str(value)) for fact, value in part.items()], left=2))
     for title, rows in (("the same on all ranks", facts["replicated"]), (f"of rank {rank} alone", facts["per_rank"])):
         print(f"\n{len(rows)} arrays {title}, {in_bytes(sum(row['nbytes'] for row in rows))}")
@@ -274,7 +317,7 @@ def _diff(arguments: argparse.Namespace) -> int:
             continue
         differences.append(asdict(difference))
         if not arguments.json:
-            print(f"{difference.where}: {difference.name}: {difference.text}")
+            print(shown(f"{difference.where}: {difference.name}: {difference.text}"))
     if arguments.json:
         print(json.dumps({"a": str(a.path), "b": str(b.path), "same": same, "differences": differences}, indent=1))
         return int(bool(differences))
@@ -290,7 +333,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
     opened = _opened(arguments.checkpoint)
     count = export(opened, arguments.file, everything=arguments.all)
-    print(f"{count} arrays of step {opened.step} written to {arguments.file}, {in_bytes(arguments.file.stat().st_size)}")
+    size = in_bytes(arguments.file.stat().st_size)
+    print(f"{count} arrays of step {opened.step} written to {shown(arguments.file)}, {size}")
     return 0
 
 

@@ -1,6 +1,5 @@
 """The folder of a run: one run at a time writes there, and what a finished one has left stays. Files appear whole."""
 
-import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpi_ef.comm.protocol import Comm
+from mpi_ef.documents import read_json
 from mpi_ef.errors import DataError, MpiEfError, everywhere
 
 if TYPE_CHECKING:
@@ -110,13 +110,16 @@ class RunFolder:
         return by_first(self._comm, self.path, lambda: self._read(self.path / proof))
 
     def _read(self, path: Path) -> dict[str, Any] | None:
-        summary: dict[str, Any] | None = None
+        summary, reason = None, "it is no object"
         try:
-            if path.exists():
-                summary = json.loads(path.read_text(encoding="utf-8"))
+            summary = read_json(path, follow=True)
+        except FileNotFoundError:
+            return None
         except ValueError as error:
-            raise DataError(f"{path}: cannot be read as JSON ({error}); remove it, and it is written anew") from None
-        return summary
+            reason = str(error)
+        if isinstance(summary, dict):
+            return summary
+        raise DataError(f"{path}: cannot be read as JSON ({reason}); remove it, and it is written anew")
 
     def remove(self, *names: str) -> None:
         """Remove files that are there. Collective."""

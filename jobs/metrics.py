@@ -6,14 +6,16 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import IO, Any
 
 from mpi_ef.comm.protocol import Comm
+from mpi_ef.documents import lines
+from mpi_ef.errors import DataError
 
-__all__ = ["Metrics", "Progress", "announcing", "in_bytes"]
+__all__ = ["Metrics", "Progress", "announcing", "in_bytes", "is_number", "row_of"]
 
 
 class Metrics:
@@ -45,22 +47,51 @@ class Metrics:
         self._csv.flush()
 
     def close(self) -> None:
-        """Close both files."""
-        self._json.close()
-        self._csv.close()
+        """Close both files. What a full disk has refused of a row, it refuses again: :meth:`write` has raised it."""
+        for file in (self._json, self._csv):
+            with suppress(OSError):
+                file.close()
 
 
 def _rows_up_to(step: int, path: Path) -> list[dict[str, Any]]:
     """Return the rows of an earlier run; a last line that was cut off is none."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if row["step"] <= step:
-            rows.append(row)
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    try:
+        for line in lines(path):
+            row = row_of(line)
+            if row is None:
+                break
+            if row["step"] <= step:
+                rows.append(row)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; move it away") from None
     return rows
+
+
+def row_of(line: str) -> dict[str, Any] | None:
+    """Return a row of ``metrics.jsonl``; None for a line that is no JSON, as one that was cut off. Local.
+
+    Raises
+    ------
+    ValueError
+        It is JSON, but no row: an object of numbers, texts and null, with the number of a step.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
+        raise ValueError("it has a line that is no row of numbers by their names with a step")
+    if not all(value is None or isinstance(value, str) or is_number(value) for value in row.values()):
+        raise ValueError(f"its row of step {row['step']} has a value that is no number")
+    return row
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value of a document is a number that can be drawn; NaN and infinities are. Local."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 class Progress:

@@ -3,13 +3,13 @@
 import argparse
 import json
 import sys
-import tomllib
 from collections.abc import Sequence
 from dataclasses import Field, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from mpi_ef.documents import read_toml, shown
 from mpi_ef.errors import ConfigError, OptionError, nearest
 from mpi_ef.ranges import checked
 
@@ -87,7 +87,7 @@ def parse(config: type[T], argv: Sequence[str] | None, *, prog: str, description
 
 def refuse(text: object, prog: str = "mpi-ef") -> NoReturn:
     """End the program with status 2 and one line on stderr."""
-    print(f"{prog}: {text}", file=sys.stderr)
+    print(f"{prog}: {shown(text)}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -116,7 +116,7 @@ class _Parser(argparse.ArgumentParser):
             flag = message.split("unrecognized arguments: ", 1)[1].split(maxsplit=1)[0].split("=", maxsplit=1)[0]
             if hint := nearest(flag, [s for a in self._actions for s in a.option_strings]):
                 message += f"; {hint}"
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {shown(message)}\n")
 
 
 def _plain(kind: Any) -> Any:
@@ -143,10 +143,10 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, f: Field[Any], kind: A
 
 def _read(path: Path, known: dict[str, Field[Any]], types: dict[str, Any]) -> dict[str, Any]:
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = read_toml(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}; write lines like steps = 100") from None
     values = {}
     for key, value in document.items():

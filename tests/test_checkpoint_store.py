@@ -515,7 +515,8 @@ def test_a_second_job_is_told_who_writes(tmp_path):
 
 
 def test_a_process_number_that_is_used_again(tmp_path):
-    lock_of(tmp_path, pid=os.getppid(), started="an earlier boot", token="theirs")
+    boot, _, namespace = lock._started(os.getppid()).split()
+    lock_of(tmp_path, pid=os.getppid(), started=f"{boot} 17 {namespace}", token="theirs")
     save(tmp_path, 2, 1)
 
 

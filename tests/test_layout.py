@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each room may import those before it in this table that are named, and of third parties what is named after them.
 ROOMS = {
     "errors": ("", ""),
+    "documents": ("", ""),
     "moved": ("", ""),
     "workers": ("", "mpi4py"),
     "slurm": ("errors", ""),
@@ -23,7 +24,7 @@ ROOMS = {
     "comm": ("errors", "mpi4py"),  # for types alone
     "ranges": ("errors", ""),
     "statetree": ("errors", "numpy"),
-    "runtime": ("errors ranges comm", "numpy mpi4py"),
+    "runtime": ("errors documents ranges comm", "numpy mpi4py"),
     "compress": ("errors ranges kernels", "numpy"),
     "registry": ("errors", ""),  # the modules of what it finds are loaded by name
     "collectives": ("errors kernels comm runtime compress registry statetree", "numpy mpi4py"),
@@ -34,18 +35,18 @@ ROOMS = {
     "data": ("errors ranges comm", "numpy torch"),
     "optim": ("errors ranges statetree kernels comm compress collectives feedback vectors buffers", "numpy torch"),
     "ddp": ("errors statetree comm compress collectives feedback vectors", "numpy torch"),
-    "checkpoint": ("errors comm", "numpy h5py"),
+    "checkpoint": ("errors documents comm", "numpy h5py"),
     "state": ("errors comm statetree vectors data optim checkpoint", "numpy torch h5py"),
     "testing": ("errors comm compress collectives registry feedback optim", "numpy torch mpi4py pytest"),
     "__init__": ("errors moved runtime compress collectives feedback buffers data optim ddp checkpoint state", ""),
-    "jobs": ("__init__ errors ranges registry kernels comm runtime slurm compress collectives feedback checkpoint state",
-             "numpy matplotlib mpi4py"),
-    "jobs.train": ("__init__ errors moved registry kernels comm runtime compress collectives feedback optim checkpoint "
-                   "state jobs", "numpy torch sklearn"),
-    "jobs.bench": ("__init__ errors moved registry kernels comm runtime compress collectives feedback checkpoint jobs",
-                   "numpy torch mpi4py"),
+    "jobs": ("__init__ errors documents ranges registry kernels comm runtime slurm compress collectives feedback checkpoint "
+             "state", "numpy matplotlib mpi4py"),
+    "jobs.train": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback optim "
+                   "checkpoint state jobs", "numpy torch sklearn"),
+    "jobs.bench": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback "
+                   "checkpoint jobs", "numpy torch mpi4py"),
     "jobs.reproduce": ("errors moved registry comm runtime compress collectives feedback jobs", "numpy sklearn"),
-    "jobs.report": ("errors moved jobs jobs.train jobs.bench jobs.reproduce", "numpy"),
+    "jobs.report": ("errors documents moved jobs jobs.train jobs.bench jobs.reproduce", "numpy"),
     "jobs.doctor": ("__init__ errors moved kernels comm runtime slurm compress collectives feedback data optim testing jobs "
                     "jobs.train", "numpy torch mpi4py h5py"),
 }

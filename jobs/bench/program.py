@@ -14,8 +14,9 @@ from time import perf_counter
 from typing import Any
 
 from mpi_ef.comm.protocol import MpiComm
+from mpi_ef.documents import read_json, shown, shown_lines
 from mpi_ef.errors import ConfigError, DataError, MpiEfError, everywhere
-from mpi_ef.jobs.bench.table import Link, Row, combine, plot, table
+from mpi_ef.jobs.bench.table import Link, Row, check, combine, plot, table
 from mpi_ef.jobs.folder import write_whole
 from mpi_ef.jobs.link_fit import fit_line
 from mpi_ef.jobs.methods import methods_in
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             show(config, combine([read(Path(name)) for name in config.combine.split(",")]))
         except MpiEfError as error:
-            raise SystemExit(f"mpi-ef: {error}") from None
+            raise SystemExit(f"mpi-ef: {shown(error)}") from None
     else:
         launch.run(lambda comm: run(comm, config))
 
@@ -88,7 +89,7 @@ def run(comm: MpiComm, config: BenchConfig) -> None:
 
 def show(config: BenchConfig, result: dict[str, Any]) -> None:
     """Print the table, and write the files of ``--json`` and ``--plot``."""
-    print(table(result))
+    print(shown_lines(table(result)))
     if config.json:
         write_whole(config.json, json.dumps(result, indent=1) + "\n")
     if config.plot:
@@ -98,11 +99,10 @@ def show(config: BenchConfig, result: dict[str, Any]) -> None:
 def read(path: Path) -> dict[str, Any]:
     """Return what a launch has written with ``--json``."""
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        result: dict[str, Any] = read_json(path, follow=True)
+        check(result)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: is no result of mpi-ef bench ({error}); write one with --json") from None
-    if not isinstance(result, dict) or not {"rows", "link", "launches"} <= result.keys():
-        raise DataError(f"{path}: is no result of mpi-ef bench; write one with --json")
     return result
 
 

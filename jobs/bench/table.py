@@ -6,9 +6,9 @@ from statistics import median
 from typing import Any
 
 from mpi_ef.errors import DataError
-from mpi_ef.jobs.metrics import in_bytes
+from mpi_ef.jobs.metrics import in_bytes, is_number
 
-__all__ = ["Link", "Row", "break_even", "combine", "plot", "table"]
+__all__ = ["Link", "Row", "break_even", "check", "combine", "plot", "table"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,28 @@ class Row:
     index_bits: float | None
     local_seconds: float | None  # without communication
     touched_bytes: float | None  # memory that the kernels of a step stream through, per entry, by :mod:`.traffic`
+
+
+def check(result: Any) -> None:
+    """Raise `ValueError` unless a document is a result of the benchmark, of one launch or of several. Local."""
+    try:
+        rows, link = [Row(**row) for row in result["rows"]], Link(**result["link"])
+        counts = [result[name] for name in ("ranks", "d", "repeats", "launches")]
+        texts = [result["mpi"], *(text for row in rows for text in (row.name, row.kind))]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{error!r}") from None
+    numbers = [link.latency_seconds, *(number for row in rows for number in (
+        row.min_seconds, row.max_seconds, row.sent_nbytes))]
+    divisors = [*counts, link.bytes_per_second, *(row.median_seconds for row in rows)]
+    open_ones = [number for row in rows for number in (row.entry_bits, row.index_bits, row.local_seconds, row.touched_bytes)]
+    if not all(isinstance(text, str) for text in texts) or not all(type(count) is int for count in counts):
+        raise ValueError("names or counts are of wrong types")
+    if not all(map(is_number, numbers)) or not all(is_number(number) and number > 0 for number in divisors):
+        raise ValueError("figures are no numbers above zero")
+    if not all(number is None or is_number(number) for number in open_ones):
+        raise ValueError("figures are neither numbers nor null")
+    if not any(row.kind == "dense" and row.name.startswith("MPI") for row in rows):
+        raise ValueError("there is no row of MPI_Allreduce")
 
 
 def break_even(row: Row, dense: Row, link: Link) -> float | None:

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from mpi_ef.documents import shown, shown_lines
 from mpi_ef.errors import DataError
 from mpi_ef.jobs.folder import write_whole
 
@@ -30,6 +31,11 @@ class Section:
     title: str
     text: str
     draw: Callable[[Path], None]  # into a file
+
+    def __post_init__(self) -> None:
+        """Escape what no terminal and no page is to obey."""
+        object.__setattr__(self, "title", shown(self.title))
+        object.__setattr__(self, "text", shown_lines(self.text))
 
 
 def write(sections: Sequence[Section], path: Path) -> None:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpi_ef.documents import MARK, lines, read, read_json, shown
 from mpi_ef.errors import DataError, MpiEfError
-from mpi_ef.jobs.metrics import in_bytes
+from mpi_ef.jobs.metrics import in_bytes, is_number, row_of
 from mpi_ef.jobs.report.html import Section, write
+from mpi_ef.jobs.train.config import PHASES
 
 __all__ = ["main", "read_sections"]
 
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.html:
             write(sections, arguments.html)
     except MpiEfError as error:
-        raise SystemExit(f"mpi-ef: {error}") from None
+        raise SystemExit(f"mpi-ef: {shown(error)}") from None
 
 
 def read_sections(paths: Sequence[Path], *, best: bool = False) -> list[Section]:
@@ -79,6 +81,9 @@ def read_sections(paths: Sequence[Path], *, best: bool = False) -> list[Section]
     def draw(path: Path) -> None:
         from mpi_ef.jobs.report.figures import training
 
+        for run in trained:
+            if not _has_times(run.rows[-1]):
+                raise DataError(f"{run.name}: metrics.jsonl ends in a row without times of phases; it cannot be drawn")
         training({run.name: run.rows for run in trained}, path)
 
     return [Section("train", "Training", table(trained), draw), *others]
@@ -109,18 +114,41 @@ def _short_names(names: Sequence[str]) -> list[str]:
 
 def _trained(path: Path) -> _Run:
     try:
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        rows = _lines(path)
-        rows[-1]["step"], summary["val_loss"], summary["config"]["compressor"]
+        summary = _summary(path)
+        rows = _rows(path)
+        _check_numbers(rows)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path}: holds no finished run ({error}); name a folder that mpi-ef train or reproduce has "
                         "written, or a file of mpi-ef bench --json") from None
     return _Run(str(path), summary, rows)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+def _summary(path: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = read_json(path / "summary.json", follow=True)
+    figures = [summary[name] for name in ("val_loss", "sent_nbytes", "dense_nbytes", "seconds_per_step")]
+    if not all(map(is_number, figures)) or not isinstance(summary["config"]["compressor"], str):
+        raise ValueError("summary.json has figures that are no numbers")
+    return summary
+
+
+def _check_numbers(rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows or not all(value is None or is_number(value) for row in rows for value in row.values()):
+        raise ValueError("metrics.jsonl has no rows of numbers")
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in lines(path / "metrics.jsonl"):
+        row = row_of(line)
+        if row is None:
+            raise ValueError("metrics.jsonl has a line that is no JSON")
+        rows.append(row)
+    return rows
+
+
+def _has_times(row: Mapping[str, Any]) -> bool:
+    times = [row.get(f"{which}seconds_{phase}") for phase in PHASES for which in ("", "min_", "max_")]
+    return row["step"] > 0 and all(map(is_number, times))
 
 
 def _reproduced(path: Path) -> Section:
@@ -128,10 +156,10 @@ def _reproduced(path: Path) -> Section:
 
     panels: dict[str, dict[str, Curve]] = {}
     try:
-        text = (path / "table.txt").read_text(encoding="utf-8").rstrip()
-        for row in _lines(path):
+        text = read(path / "table.txt", MARK, follow=True).decode("utf-8").rstrip()
+        for row in _rows(path):
             panels.setdefault(row["panel"], {}).setdefault(row["run"], Curve()).append_row(row)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path}: metrics.jsonl is damaged ({error!r}); run mpi-ef reproduce again") from None
 
     def draw(target: Path) -> None:
@@ -146,9 +174,10 @@ def _benched(path: Path) -> Section:
     from mpi_ef.jobs.bench import table as bench_table
 
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path, follow=True)
+        bench_table.check(result)
         text = bench_table.table(result)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: is no result of mpi-ef bench --json ({error!r})") from None
     return Section(path.stem, f"Benchmark: {path.stem}", text, lambda target: bench_table.plot(result, target))
 
@@ -160,8 +189,9 @@ def table(runs: Sequence[_Run]) -> str:
     lines = [f"{'run':<{width}}  val. loss  to first  sent/rank   dense/sent  ms/step"]
     for run in runs:
         summary, sent = run.summary, run.summary["sent_nbytes"]
+        apart = 100 * (summary["val_loss"] / first - 1) if first else math.nan
         lines.append(
-            f"{run.name:<{width}}  {summary['val_loss']:9.4f}  {100 * (summary['val_loss'] / first - 1):+7.1f}%  "
+            f"{run.name:<{width}}  {summary['val_loss']:9.4f}  {apart:+7.1f}%  "
             f"{in_bytes(sent):>9}  {summary['dense_nbytes'] / max(1, sent):10.1f}x  "
             f"{1e3 * summary['seconds_per_step']:7.1f}"
         )

@@ -10,6 +10,7 @@ from mpi_ef.collectives import ClientsMean
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity, RandK, TopK
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.jobs.metrics import is_number
 from mpi_ef.jobs.reproduce.problems import Problem, Vector
 
 __all__ = ["Curve", "descend", "kept"]
@@ -37,7 +38,9 @@ class Curve:
         return [dict(zip(_COLUMNS, row, strict=True)) for row in columns]
 
     def append_row(self, row: Mapping[str, Any]) -> None:
-        """Add a row that :meth:`rows` has returned."""
+        """Add a row that :meth:`rows` has returned; `ValueError` where a figure is no number."""
+        if not all(is_number(row[name]) for name in _COLUMNS):
+            raise ValueError("a figure is no number")
         self.append(*(row[name] for name in _COLUMNS))
 
     def append(self, step: int, squared_norm: float, sent_bits: float, paper_bits: float) -> None:

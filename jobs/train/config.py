@@ -135,7 +135,7 @@ def _is_record(text: str) -> bool:
     """Return whether this can be a config.toml of a run: it has all options that always apply, and no comments."""
     try:
         names = tomllib.loads(text).keys()
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return False
     always = {f.name for f in fields(TrainConfig) if f.default is not None and f.metadata["recorded"]}
     return always <= names and not any(line.startswith("#") for line in text.splitlines())

@@ -6,6 +6,7 @@ from typing import Any
 
 from mpi_ef.checkpoint import Store
 from mpi_ef.comm.protocol import MpiComm
+from mpi_ef.documents import shown
 from mpi_ef.jobs.folder import RunFolder
 from mpi_ef.jobs.train.config import FILES, PROOF
 from mpi_ef.jobs.train.loop import Trainer
@@ -102,7 +103,7 @@ class Interruptible:
             left = f"{self.config.steps - start} steps left" if start < self.config.steps else "nothing is left to do"
             print(f"resumed after step {start}; {left}" if start else "no checkpoint yet: starting from nothing", flush=True)
             for text in changed:
-                print(f"not as in the run that saved: {text}", flush=True)
+                print(f"not as in the run that saved: {shown(text)}", flush=True)
         return start
 
     def ends_after(self, step: int) -> bool:

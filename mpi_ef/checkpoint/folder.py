@@ -1,12 +1,14 @@
 """What only rank 0 does in a folder of checkpoints: preparing, publishing, marking, deleting."""
 
 import logging
+import os
 import shutil
 import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mpi_ef.documents import MARK, read
 from mpi_ef.errors import CheckpointError
 
 from .lock import FolderLock, Owner, age_seconds
@@ -16,6 +18,7 @@ from .manifest import (
     LATEST,
     RUNS,
     committed_steps,
+    mark_of,
     read_manifest,
     step_name,
     sync_folder,
@@ -70,7 +73,7 @@ class Folder:
         """Remove a directory that did not become a checkpoint, also while another rank still begins a file there."""
         for _ in range(_REMOVALS):
             shutil.rmtree(self._path / place, ignore_errors=True)
-            if not (self._path / place).exists():
+            if not os.path.lexists(self._path / place):  # also where the folder cannot be read any more
                 break
 
     def publish(self, place: str, step: int, run: str, document: Any, files: list[FileEntry]) -> None:
@@ -95,7 +98,7 @@ class Folder:
             self._prune(step, aside)  # first: on a full disk it makes the room that the next line needs
             write_durably(self._path / LATEST, f"{final.name}\n".encode())
             self._note(run)
-        except OSError as error:  # the checkpoint is there; a later save tries again
+        except (OSError, ValueError) as error:  # the checkpoint is there; a later save tries again
             _log.warning("%s: saved, but older ones could not be tidied up: %s", final, error)
 
     def opens(self, path: Path) -> bool:
@@ -127,18 +130,18 @@ class Folder:
     def _runs(self) -> list[str]:
         """Return the runs that have written here, where that is known."""
         try:
-            return (self._path / RUNS).read_text(encoding="utf-8", errors="replace").split()
+            return read(self._path / RUNS, MARK).decode("utf-8", "replace").split()
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except ValueError as error:
+            raise CheckpointError(f"{self._path}: {error}; remove it when all checkpoints there are of one run") from None
 
     def name_at(self, step: int) -> str:
         """Return the name of the directory where the checkpoint of `step` is."""
         found = dict(committed_steps(self._path)).get(step)
         if found is None:
-            marked = self.path_of(step) / BAD
-            if marked.is_file():
-                reason = " ".join(marked.read_text(encoding="utf-8", errors="replace").split())
-                raise CheckpointError(f"{marked.parent} is damaged: {reason}; use another checkpoint")
+            if (reason := mark_of(self.path_of(step))) is not None:
+                raise CheckpointError(f"{self.path_of(step)} is damaged: {reason}; use another checkpoint")
             steps = ", ".join(str(other) for other, _ in committed_steps(self._path)[-5:])
             raise CheckpointError(f"{self._path} has none; the last steps there are: {steps or 'none'}")
         return found.name
@@ -153,7 +156,7 @@ class Folder:
         _log.warning("%s: damaged, will not be used: %s", path, problems[0])
         try:
             write_durably(path / BAD, ("\n".join(problems[:20]) + "\n").encode("utf-8", "backslashreplace"))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             _log.warning("%s: cannot be marked as damaged: %s", path, error)
 
     def clear(self) -> None:

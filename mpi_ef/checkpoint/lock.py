@@ -1,7 +1,8 @@
 """One job writes to a folder of checkpoints, or of a run: a lock file that names its process, and expires soon after it.
 
 No lock of the kernel (flock): file systems of clusters have none, or one that holds on a node only, and it is inherited by
-workers that outlive a killed rank. A process of this host is identified by its number and start time.
+workers that outlive a killed rank. A process of this host is identified by its number and start time, where both mean the
+same here as there: in one boot and one PID namespace. Hosts of the same name, as containers may have, are told apart so.
 """
 
 import errno
@@ -17,6 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mpi_ef.documents import MARK, read_json, shown
 from mpi_ef.errors import CheckpointError
 
 __all__ = ["LOCK", "FolderLock", "Owner", "age_seconds"]
@@ -26,6 +28,7 @@ _log = logging.getLogger("mpi_ef.checkpoint")
 _BEAT_SECONDS = 15.0
 _WATCH_SECONDS = 1.0
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # of file systems without hard links
+_WORDS = 3  # of `Owner.started`
 _SILENT_SECONDS = 120.0  # a lock of another host that was not touched for so long has no owner
 
 
@@ -35,7 +38,7 @@ class Owner:
 
     host: str
     pid: int
-    started: str  # when the process began, as the kernel counts: process numbers are used again
+    started: str  # boot, when the process began in it, as process numbers are used again, and PID namespace
     job: str  # identity of the batch job that stays when it is requeued; may be empty
     restart: int  # how often that job was started again
     run: str  # identity of the run
@@ -52,7 +55,7 @@ class Owner:
     def read(cls, path: Path) -> "Owner | None":
         """Return the owner in a file; None when there is no file or no owner in it."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path, MARK)
             return cls(**found) if all(type(found[name]) is kind for name, kind in cls.__annotations__.items()) else None
         except (OSError, ValueError, TypeError, KeyError):
             return None
@@ -68,10 +71,16 @@ class Owner:
             json.dump(asdict(self), file)
 
     def gone(self, silent_seconds: float) -> bool:
-        """Return whether the process has ended, as far as can be determined on this host."""
-        if self.host != socket.gethostname():
+        """Return whether the process has ended, as far as can be determined here."""
+        if self.elsewhere():
             return silent_seconds > _SILENT_SECONDS
-        return _started(self.pid) != self.started
+        return _started(self.pid).split()[:2] != self.started.split()[:2]  # older versions wrote no namespace
+
+    def elsewhere(self) -> bool:
+        """Return whether the number of the process says nothing here: another host, another boot or PID namespace."""
+        mine, theirs = _started(os.getpid()).split(), self.started.split()
+        apart = len(mine) == len(theirs) == _WORDS and (mine[0], mine[2]) != (theirs[0], theirs[2])
+        return apart or self.host != socket.gethostname()
 
     def replaces(self, other: "Owner") -> bool:
         """Return whether this is the process of the other, or a later start of its batch job, which had to end before."""
@@ -83,7 +92,8 @@ class FolderLock:
     """The right to write to a folder, held until `release` or the end of the process.
 
     A lock is taken over when its process on this host has ended, when it belongs to an earlier start of the same batch
-    job, or when its host has not touched it for two minutes: a thread touches it four times a minute.
+    job, or when nobody has touched it for two minutes and it is of another host, boot or PID namespace: a thread touches it
+    four times a minute.
     Ages are differences of times of the folder's file system, so clocks need not agree.
 
     With `wait`, a lock of another host is watched until it was touched, and is refused, or was silent for two minutes; else
@@ -104,7 +114,8 @@ class FolderLock:
             else:
                 raise CheckpointError(f"{folder}: other jobs take the lock all the time; let one of them write there")
         finally:
-            mine.unlink(missing_ok=True)
+            with suppress(OSError):  # where a folder refuses that, the error that is on its way says more
+                mine.unlink()
         ended = threading.Event()
         beat = threading.Thread(target=_beat, args=(self._path, owner, ended), daemon=True, name="folder lock")
         beat.start()
@@ -149,8 +160,8 @@ class FolderLock:
         aside.unlink()
 
     def _falls_silent(self, holder: Owner) -> bool:
-        """Watch a lock of another host until its owner touches it, or two minutes have passed without."""
-        if holder.host == self._owner.host:
+        """Watch a lock from elsewhere until its owner touches it, or two minutes have passed without."""
+        if not holder.elsewhere():
             return False
         touched = _changed(self._path)
         _log.warning("%s: %s has it; waiting for a sign of life", self._path, _described(holder))
@@ -163,7 +174,7 @@ class FolderLock:
 
 def _changed(path: Path) -> int:
     try:
-        return path.stat().st_mtime_ns
+        return path.lstat().st_mtime_ns
     except OSError:
         return 0
 
@@ -172,7 +183,7 @@ def _described(holder: Owner | None) -> str:
     if holder is None:
         return "nobody that can be named"
     job = f" of job {holder.job}" if holder.job else ""
-    return f"process {holder.pid}{job} on {holder.host} (since {holder.since})"
+    return shown(f"process {holder.pid}{job} on {holder.host} (since {holder.since})")
 
 
 def _beat(path: Path, owner: Owner, ended: threading.Event) -> None:
@@ -184,8 +195,12 @@ def _beat(path: Path, owner: Owner, ended: threading.Event) -> None:
 
 def _release(path: Path, owner: Owner, ended: threading.Event) -> None:
     ended.set()
-    if owner.pid == os.getpid() and owner.holds(path):
+    if owner.pid != os.getpid() or not owner.holds(path):
+        return
+    try:
         path.unlink(missing_ok=True)
+    except OSError as error:  # what the folder has refused before is the error to tell
+        _log.warning("%s: cannot be removed (%s): remove it when no job writes there", path, error.strerror)
 
 
 def age_seconds(path: Path) -> float:
@@ -193,11 +208,12 @@ def age_seconds(path: Path) -> float:
     probe = path.with_name(f".probe-{uuid.uuid4().hex}")
     try:
         probe.touch()
-        return probe.stat().st_mtime - path.stat().st_mtime
+        return probe.stat().st_mtime - path.lstat().st_mtime
     except OSError:
         return 0.0
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):
+            probe.unlink()
 
 
 def _started(pid: int) -> str:
@@ -209,7 +225,7 @@ def _started(pid: int) -> str:
         if Path("/proc/self/stat").exists():
             return ""
     else:
-        return "" if after_name[0] in "ZX" else f"{boot} {after_name[19]}"
+        return "" if after_name[0] in "ZX" else f"{boot} {after_name[19]} {_namespace()}".strip()
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -217,3 +233,11 @@ def _started(pid: int) -> str:
     except PermissionError:
         return "running"
     return "running"
+
+
+def _namespace() -> str:
+    """Return the PID namespace of this process; empty where the kernel does not tell."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,12 +15,13 @@ from typing import Any
 import h5py
 import numpy as np
 
+from mpi_ef.documents import DOCUMENT, MARK, check_size, parse_json, read, shown, written
 from mpi_ef.errors import CheckpointError
 
 from .rankfile import DamageError, FileEntry, reading
 
 __all__ = ["BAD", "COMMIT", "LATEST", "MANIFEST", "RUNS", "VERSION", "Manifest", "checked_json", "committed_steps",
-           "damaged_steps", "rank_name", "read_manifest", "step_name", "sync_folder", "versions", "write_durably",
+           "damaged_steps", "mark_of", "rank_name", "read_manifest", "step_name", "sync_folder", "versions", "write_durably",
            "write_manifest"]
 
 MANIFEST, COMMIT, BAD, LATEST, RUNS = "master.json", "COMMIT", "BAD", "LATEST", "RUNS"
@@ -80,9 +82,20 @@ def _directories(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: (path.name.startswith("."), path.name))
 
 
+def mark_of(folder: Path) -> str | None:
+    """Return why a checkpoint was marked as damaged, in one line; None where it was not."""
+    path = folder / BAD
+    if not _is_there(path):
+        return None
+    try:
+        return shown(" ".join(read(path, MARK).decode("utf-8", "replace").split()))
+    except (OSError, ValueError) as error:
+        return shown(f"the reason cannot be read: {error}")
+
+
 def _is_there(path: Path) -> bool:
     try:
-        path.stat()
+        path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
@@ -97,6 +110,10 @@ def write_manifest(folder: Path, step: int, run: str, document: Any, files: list
                   for entry in files],
         "document": document,
     }, indent=1).encode()
+    try:
+        check_size(text)
+    except ValueError as error:
+        raise CheckpointError(f"{MANIFEST}: {error}; keep numbers in arrays") from None
     write_durably(folder / MANIFEST, text)
     sync_folder(folder)  # the names of all ranks' files are on the disk before the marker is
     write_durably(folder / COMMIT, f"{hashlib.sha256(text).hexdigest()}\n".encode())
@@ -112,22 +129,31 @@ def read_manifest(folder: Path) -> Manifest:
     """
     with reading(folder):
         for name in (COMMIT, MANIFEST) if folder.is_dir() else ():
-            if not (folder / name).is_file():
-                raise DamageError(f"{name} is missing")
-        text, mark = (folder / MANIFEST).read_bytes(), (folder / COMMIT).read_bytes()
+            _size(folder / name)
+        mark, text = read(folder / COMMIT, MARK), read(folder / MANIFEST, DOCUMENT)
         if mark != f"{hashlib.sha256(text).hexdigest()}\n".encode():
             raise DamageError("master.json is not what COMMIT says")
-        manifest = _parse(folder, json.loads(text))
+        manifest = _parse(folder, parse_json(text))
         named = _STEP.fullmatch(folder.name)
         if named and int(named[1] or named[2]) != manifest.step:
             raise DamageError(f"it is the checkpoint of step {manifest.step} under the name of another step")
         for entry in manifest.files:
-            if not (folder / entry.name).is_file():
-                raise DamageError(f"{entry.name} is missing")
-            size = (folder / entry.name).stat().st_size
-            if size != entry.size:
+            if (size := _size(folder / entry.name)) != entry.size:
                 raise DamageError(f"{entry.name} has {size} bytes where {entry.size} were written")
         return manifest
+
+
+def _size(path: Path) -> int:
+    """Return the size of a file of a checkpoint."""
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamageError(f"{path.name} is missing") from None
+    if stat.S_ISLNK(status.st_mode):
+        raise ValueError(f"{path.name} is a link; put the file there")
+    if not stat.S_ISREG(status.st_mode):
+        raise DamageError(f"{path.name} is missing: there is something that is no regular file")
+    return status.st_size
 
 
 def _parse(folder: Path, found: Any) -> Manifest:
@@ -179,7 +205,10 @@ def checked_json(subject: str, document: Any) -> Any:
             raise CheckpointError(f"{subject}: a document has keys that are no text, {list(value)[:3]!r}; JSON needs text")
         if not isinstance(value, dict | list | tuple | str | int | float | bool | type(None)):
             raise CheckpointError(f"{subject}: a document holds {type(value).__name__}, which is not JSON; convert it")
-    return json.loads(json.dumps(document))
+    try:
+        return parse_json(json.dumps(document).encode())
+    except ValueError as error:
+        raise CheckpointError(f"{subject}: a document is too large: {error}; keep numbers in arrays") from None
 
 
 def _values(document: Any) -> Any:
@@ -191,10 +220,10 @@ def _values(document: Any) -> Any:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write a small file and wait until the disk has it."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with written(path) as descriptor:
+        with os.fdopen(descriptor, "wb", closefd=False) as file:
+            file.write(data)
+        os.fsync(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpi_ef.documents import DOCUMENT, check_size, opened, parse_json, shown
 from mpi_ef.errors import CheckpointError
 
 from .checksum import BLOCK, checksum
@@ -20,6 +21,9 @@ from .extents import Extent, parse_extent
 from .structure import INDEX, check_structure, make_structure
 
 __all__ = ["DamageError", "FileEntry", "RankFile", "reading", "write_rank_file"]
+
+_STRUCTURE = 1 << 20  # bytes of a rank's file besides the index and the data, and more than there ever are
+_HOLE, _HOLLOW = 1 << 28, 1000  # a file that is larger, and of which a thousandth is not there, was never written
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def reading(path: Path) -> Iterator[None]:
         unreadable = isinstance(raised, MemoryError) or (isinstance(raised, OSError) and raised.errno is not None)
         damaged = isinstance(raised, DamageError)
         what = "damaged" if damaged else "unreadable" if unreadable else "refused"
-        raise CheckpointError(f"{path}: {what}: {_one_line(raised)}; use another checkpoint", damaged=damaged) from raised
+        text = f"{shown(path)}: {what}: {_one_line(raised)}; use another checkpoint"
+        raise CheckpointError(text, damaged=damaged) from raised
 
 
 def write_rank_file(path: Path, packed: Sequence[tuple[Extent, memoryview]], attributes: dict[str, str | int],
@@ -69,7 +74,12 @@ def write_rank_file(path: Path, packed: Sequence[tuple[Extent, memoryview]], att
 
     extents = [extent for extent, _ in packed]
     sizes = {extent.dtype: extent.offset + extent.nbytes for extent in extents if extent.nbytes}
-    structure, size, places = make_structure({INDEX: len(index(extents))} | sizes, attributes)
+    text = index(extents)
+    try:
+        check_size(text)
+    except ValueError as error:
+        raise CheckpointError(f"the index of {path.name}: {error}; keep numbers in arrays, and in fewer of them") from None
+    structure, size, places = make_structure({INDEX: len(text)} | sizes, attributes)
     with path.open("x+b", buffering=0) as file:
         descriptor = file.fileno()
         _reserve(descriptor, size)
@@ -92,13 +102,13 @@ class RankFile:
         self.path = path
         self._checksum = checksum if entry.version == 1 else zlib.crc32
         self._verified: tuple[int, ...] | None = None
-        with reading(path), path.open("rb", buffering=0) as file:
-            _check_outside(file.fileno(), entry)
-            self._places = check_structure(str(path), entry.size)
+        with reading(path), opened(path) as descriptor:
+            _check_outside(descriptor, entry)
+            self._places = check_structure(descriptor, entry.size)
             offset, nbytes = self._places[INDEX]
             if sorted(place for name, place in self._places.items() if name != INDEX) != list(entry.data):
                 raise ValueError("its buffers are not where master.json says")
-            index = json.loads(_read(file.fileno(), offset, np.empty(nbytes, np.uint8)).tobytes())
+            index = parse_json(_read(descriptor, offset, np.empty(nbytes, np.uint8)).tobytes())
             if {name: index.get(name) for name in attributes} != attributes:
                 raise ValueError("it belongs to another checkpoint")
             self.document: Any = index["document"]
@@ -110,24 +120,24 @@ class RankFile:
 
         Their checksum is compared, unless `verify` has just done it and the file has not changed since.
         """
-        with reading(self.path), self.path.open("rb", buffering=0) as file:
-            if self._verified == _signature(file.fileno()):
-                _read(file.fileno(), self._place(extent), into)
+        with reading(self.path), opened(self.path) as descriptor:
+            if self._verified == _signature(descriptor):
+                _read(descriptor, self._place(extent), into)
             else:
-                self._compare(file.fileno(), extent, into)
+                self._compare(descriptor, extent, into)
 
     def verify(self) -> list[str]:
         """Read everything and return what is wrong with it."""
         problems: list[str] = []
         block = np.empty(BLOCK, np.uint8)
-        with reading(self.path), self.path.open("rb", buffering=0) as file:
-            before = _signature(file.fileno())
+        with reading(self.path), opened(self.path) as descriptor:
+            before = _signature(descriptor)
             for extent in self.extents:
                 try:
-                    self._compare(file.fileno(), extent, block)
+                    self._compare(descriptor, extent, block)
                 except DamageError as error:
                     problems.append(f"{self.path.name}: {error}")
-            self._verified = before if not problems and before == _signature(file.fileno()) else None
+            self._verified = before if not problems and before == _signature(descriptor) else None
         return problems
 
     def _place(self, extent: Extent) -> int:
@@ -154,12 +164,29 @@ class RankFile:
 
 
 def _check_outside(descriptor: int, entry: FileEntry) -> None:
-    """Compare what can be compared before HDF5 opens a file."""
+    """Compare what can be compared before HDF5 opens a file, and refuse what would take time or memory for nothing."""
     size = os.fstat(descriptor).st_size
     if size != entry.size:
         raise DamageError(f"it has {size} bytes where {entry.size} were written")
+    if (outside := size - sum(nbytes for _, nbytes in entry.data)) > DOCUMENT + _STRUCTURE:
+        raise ValueError(f"of its {size:,} bytes {outside:,} are no data")
+    if size > _HOLE and (filled := _filled(descriptor, size)) < size // _HOLLOW:
+        raise ValueError(f"of its {size:,} bytes only {filled:,} are on the disk")
     if _structure_crc32(descriptor, size, entry.data) != entry.crc32:
         raise DamageError("its structure is not what was written")
+
+
+def _filled(descriptor: int, size: int) -> int:
+    """Return how many bytes of a file are not in holes, or as many as prove that it is not hollow."""
+    filled = place = 0
+    try:
+        while filled < size // _HOLLOW:
+            begin = os.lseek(descriptor, place, os.SEEK_DATA)
+            place = os.lseek(descriptor, begin, os.SEEK_HOLE)
+            filled += place - begin
+    except OSError as error:
+        return filled if error.errno == errno.ENXIO else size  # no more data; or the file system does not know
+    return filled
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -213,4 +240,4 @@ def _signature(descriptor: int) -> tuple[int, ...]:
 def _one_line(error: Exception) -> str:
     if isinstance(error, KeyError) and str(error.args[0]).isidentifier():
         return f"it has no field {error}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return shown(" ".join(str(error).split())) or type(error).__name__

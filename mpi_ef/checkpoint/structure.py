@@ -1,6 +1,7 @@
 """The HDF5 structure of a rank's file: made in memory without the data, and checked before data are read."""
 
 import io
+import os
 from typing import Any
 
 import h5py
@@ -18,6 +19,7 @@ Places = dict[str, tuple[int, int]]
 
 _PAGE = 4096
 _LARGE = 1 << 16  # datasets from this size on begin at a page
+_READ = 1 << 20  # bytes that HDF5 may read of a file: many times what the structure of one takes
 
 
 class _Writes(io.RawIOBase):
@@ -54,6 +56,33 @@ class _Writes(io.RawIOBase):
         return self.size
 
 
+class _Reads(io.RawIOBase):
+    """An open file of which HDF5 reads `_READ` bytes at most, wherever they lie, and nothing from any other file."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        super().__init__()
+        self._descriptor, self._size, self._place, self._left = descriptor, size, 0, _READ
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._place = offset + (0, self._place, self._size)[whence]
+        return self._place
+
+    def readinto(self, data: Any, /) -> int:
+        view = memoryview(data).cast("B")
+        self._left -= view.nbytes
+        if self._left < 0:
+            raise ValueError(f"its structure takes more than {_READ:,} bytes")
+        done = 0
+        while done < view.nbytes:
+            count = os.preadv(self._descriptor, [view[done:]], self._place + done)
+            if not count:
+                view[done:] = bytes(view.nbytes - done)
+                break
+            done += count
+        self._place += view.nbytes
+        return view.nbytes
+
+
 def make_structure(sizes: dict[str, int],
                    attributes: dict[str, str | int]) -> tuple[list[tuple[int, bytes]], int, Places]:
     """Make an HDF5 file with contiguous datasets of given sizes, without their data: what to write where, its size, places.
@@ -77,14 +106,14 @@ def make_structure(sizes: dict[str, int],
     return [(place, written[: file.size - place]) for place, written in file.written], file.size, places
 
 
-def check_structure(path: str, size: int) -> Places:
-    """Return where the data of a file lie, after making sure that they lie in it and nowhere else; `ValueError` otherwise.
+def check_structure(descriptor: int, size: int) -> Places:
+    """Return where the data of an open file lie, after making sure that they lie in it and nowhere else; `ValueError` else.
 
     Only hard links to datasets of the root group pass, contiguous, one-dimensional, of the type that their name says,
     without filters, external files and virtual sources, inside of the file and apart from each other.
     """
     places = Places()
-    with h5py.File(path, "r", locking=False) as file:
+    with h5py.File(_Reads(descriptor, size), "r", locking=False) as file:
         group = file.id
         if len(group) > len(DTYPES) + 1:
             raise ValueError(f"it has {len(group)} links where datasets of {len(DTYPES)} dtypes are possible")

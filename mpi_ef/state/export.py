@@ -6,7 +6,7 @@ import os
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,8 @@ def _replacing(path: Path) -> Iterator[Path]:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"export: {path} cannot be written: {reason}; take another place") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
 
 
 def _to_hdf5(checkpoint: Checkpoint, path: Path, arrays: Any, *, everything: bool) -> int:
