@@ -290,10 +290,8 @@ def test_a_record_with_all_options_is_read_as_what_was_built(tmp_path, optimizer
     file = tmp_path / "config.toml"
     file.write_text(ONCE.format(optimizer=optimizer))
     read = parse(TrainConfig, ["--config", str(file), "--steps", "20"], prog="", description="")
-    assert (
-        read.resolved()
-        == TrainConfig(model="mlp", optimizer=optimizer, steps=20, batch=8, lr=0.02, warmup=2).resolved()
-    )
+    built_then = {"steps": 20, "batch": 8, "lr": 0.02, "warmup": 2, "weight_decay": 0.1}
+    assert read.resolved() == TrainConfig(model="mlp", optimizer=optimizer, **built_then).resolved()
     with pytest.raises(SystemExit):  # what is given now has to have an effect
         parse(TrainConfig, ["--config", str(file), "--layers", "2"], prog="", description="")
     assert "layers=2 has no effect with model=mlp" in capsys.readouterr().err

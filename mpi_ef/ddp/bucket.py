@@ -100,7 +100,7 @@ class FeedbackBucket:
         for name, tensor in plan.items():
             np.copyto(self.feedback.plan.state()[name], tensor.numpy())
         counters = {key: max(saved[place.name][key] for place in self.places) for key in ("steps", "exchanges")}
-        late = [[0, self.feedback.plan.d]] if any(saved[place.name].get("late", 0) for place in self.places) else []
+        late = f"0:{self.feedback.plan.d}" if any(saved[place.name].get("late", 0) for place in self.places) else ""
         self.feedback.load_state_dict(self.feedback.state_dict() | counters | {"late": late})
 
     def _spread(self, name: str, array: Vector) -> Vector:

@@ -72,7 +72,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
         self._formed: Vector | None = None  # a combination, overwritten by the next one
         self._inputs: dict[str, Any] = {}
         self._under_way: tuple[Steps, Plan] | None = None
-        self._late: list[list[int]] = []  # after the step under way
+        self._late = ""  # after the step under way
         self._dense_sent_nbytes = 0
         self._dense_seconds = dict.fromkeys(plan.seconds, 0.0)
 
@@ -257,7 +257,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
             "dense_sent_nbytes": Leaf(LOCAL, read=self._dense_nbytes, write=self._set_dense_nbytes, default=0),
         }
         if self.state.averages():  # in states of earlier versions they have begun, with a part of the first vector
-            values["late"] = attribute(self.state, "late", default=[])
+            values["late"] = attribute(self.state, "late", default="")
         objects = {name: str(option) for name, option in self.options.items() if not isinstance(option, int | float)}
         clients = {} if share is None else {"clients": str(plan.clients)}
         identity = {"rule": self.rule.name, "plan": type(plan).__name__, "compressor": str(plan.compressor)}

@@ -85,14 +85,14 @@ class State:
         The key of what the step draws: the number of steps before it, dense ones included. A restart does not set it back.
     begins : list of slice
         The entries of the vector that have their first value in this step, see :meth:`averaged`.
-    late : list of [int, int]
-        Runs of entries, start and stop, that have had none before, in a rule with an :func:`average`.
+    late : str
+        Runs of entries that have had none before, "0:3 7:9", in a rule with an :func:`average`.
     """
 
     whole: bool = False
     draw: int = 0
     begins: list[slice] = field(default_factory=list)
-    late: list[list[int]] = field(default_factory=list)
+    late: str = ""
 
     @classmethod
     def zeros(cls, plan: Plan, **options: Any) -> Self:
@@ -101,27 +101,27 @@ class State:
                  "server_d": 0 if isinstance(plan, TwoPhaseMean) else plan.d}  # there ranks share that
         arrays: dict[str, Any] = {f.name: aligned_zeros(sizes[f.metadata["size"]], plan.dtype)
                                   for f in fields(cls) if "size" in f.metadata}
-        return cls(**(arrays | options), late=[[0, plan.d]] if cls.averages() else [])
+        return cls(**(arrays | options), late=f"0:{plan.d}" if cls.averages() else "")
 
     @classmethod
     def averages(cls) -> bool:
         """Tell whether the rule has an :func:`average`."""
         return any(f.metadata.get("begins") for f in fields(cls))
 
-    def begin(self, plan: Plan, resting: Iterable[slice]) -> list[list[int]]:
+    def begin(self, plan: Plan, resting: Iterable[slice]) -> str:
         """Set `begins`: what is late, but for entries that rest in this step, in order. Return what is late after it."""
         begins, still = [], []
-        for first, stop in self.late:
-            at = first
+        for run in self.late.split():
+            at, stop = map(int, run.split(":"))
             for rest in resting:
                 if (start := max(at, rest.start)) < (end := min(stop, rest.stop)):
                     begins.append((at, start))
-                    still.append([start, end])
+                    still.append(f"{start}:{end}")
                     at = end
             begins.append((at, stop))
         vectors = range(0, plan.own_d, plan.d or 1)
         self.begins = [slice(vector + start, vector + stop) for vector in vectors for start, stop in begins if start < stop]
-        return still
+        return " ".join(still)
 
     def averaged(self, x: Combination, first: Vector | Combination, into: Vector) -> Vector:
         """Write the average `x` to `into` and return that; `first` where entries begin, as the papers' averages do."""
