@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from programs import trained
 
+import mpi_ef
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, LaunchError, PeerError
 from mpi_ef.jobs import cli
 from mpi_ef.jobs.bench import program as bench
@@ -601,3 +602,8 @@ def test_nothing_runs_after_an_abort_that_returns(monkeypatch):
     assert ended.value.code == 3
     assert told == [3]
     assert waited == [ending.FORWARDING_SECONDS, ending.PATIENCE_SECONDS]
+
+
+def test_the_command_says_its_version(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"mpi-ef {mpi_ef.__version__}\n"

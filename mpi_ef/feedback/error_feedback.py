@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from mpi_ef.ranges import whole
 from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Leaf, Stateful, StateTree, attribute
 
 from .state import Steps, form
-from .table import Rule, rule_of, with_momentum
+from .table import RULES, Rule, rule_of, with_momentum
 
 __all__ = ["ErrorFeedback"]
 
@@ -75,6 +76,13 @@ class ErrorFeedback(OnAllRanks, Stateful):
         self._late = ""  # after the step under way
         self._dense_sent_nbytes = 0
         self._dense_seconds = dict.fromkeys(plan.seconds, 0.0)
+
+    def __repr__(self) -> str:
+        """Return the rule with its options, the compressor and the plan. Local."""
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        ranks = f"{self.plan.size} rank{'s' if self.plan.size > 1 else ''}"
+        return (f"{self.rule.name}{f'({options})' if options else ''} with {self.plan.compressor} through "
+                f"{type(self.plan).__name__} on {ranks}")
 
     def step(self, vector: Vector | Combination, *, whole: bool = False, **inputs: Any) -> Vector:
         """Exchange this rank's vector and return the rule's result, the same bits on all ranks. Collective.
@@ -309,3 +317,8 @@ class ErrorFeedback(OnAllRanks, Stateful):
         tree.load_values(saved)
         tree.load_arrays(saved)
         self.loaded()
+
+
+if ErrorFeedback.__doc__:  # None with python -OO
+    said = fill(f"Rules: {', '.join(RULES)}.", 116, initial_indent="    ", subsequent_indent="    ")
+    ErrorFeedback.__doc__ += f"\n{said}\n"
