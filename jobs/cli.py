@@ -7,6 +7,7 @@ from importlib import import_module
 from io import TextIOWrapper
 from typing import Any, TextIO, cast
 
+import mpi_ef
 from mpi_ef.errors import nearest
 
 __all__ = ["main"]
@@ -91,9 +92,13 @@ def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: mpi-ef PROGRAM [options]\n")
         print("\n".join(f"  {name:<15}{text}" for name, (_, text) in PROGRAMS.items()))
-        print("\nmpi-ef PROGRAM --help shows the options. Start programs that use MPI with mpiexec or srun.")
+        print("\nmpi-ef PROGRAM --help shows the options, mpi-ef --version the version. Start programs that use MPI with "
+              "mpiexec or srun.")
         return
     name = arguments[0]
+    if name == "--version":
+        print(f"mpi-ef {mpi_ef.__version__}")
+        return
     if name not in PROGRAMS:
         sys.exit(f"mpi-ef: there is no program {name!r}; {nearest(name, PROGRAMS, 'see mpi-ef --help')}")
     import_module(f"mpi_ef.jobs.{PROGRAMS[name][0]}").main(arguments[1:])

@@ -143,7 +143,7 @@ def test_an_option_is_refused_or_changes_what_is_built(context):
 def test_every_option_is_in_the_table_or_always_applies():
     """Those of the table have no default, the others have one; every one of the table is looked at in the test above."""
     somewhere = {f.name for f in fields(TrainConfig) if choices.owners(f.name)}
-    assert {f.name for f in fields(TrainConfig) if f.default is None} == somewhere | {"data"}
+    assert {f.name for f in fields(TrainConfig) if f.default is None} == somewhere | {"data", "weight_decay"}
     guide = (
         (Path(__file__).parents[1] / "docs" / "training.md")
         .read_text(encoding="utf-8")
@@ -180,6 +180,19 @@ def test_every_option_is_taken_by_its_choices_and_by_no_others(name):
             TrainConfig(**small(given), **{name: value})
         assert str(caught.value).startswith(f"{name}={value} has no effect with {chooser}=")
         assert "; it goes with " in str(caught.value)
+
+
+def test_decay_that_is_added_to_gradients_has_to_be_asked_for():
+    """As in torch; that of AdamW and its kind, apart from the gradient, is 0.1."""
+    expected = dict.fromkeys(choices.OPTIMIZERS, 0.1) | {"sgd": 0.0, "powersgd": 0.0, "Signum(momentum=0.8)": 0.1}
+    assert {name: TrainConfig(model="mlp", optimizer=name).chosen()["weight_decay"] for name in expected} == expected
+    for name, default in expected.items():
+        groups = built(TrainConfig(model="mlp", optimizer=name))[0][2]
+        assert {group["weight_decay"] for group in groups} == {0.0, default}, name
+    recorded = {"model": "mlp", "optimizer": "sgd", "weight_decay": 0.1}
+    assert TrainConfig(**TrainConfig.of_file(recorded, {})).resolved().weight_decay == 0.1
+    once = dict.fromkeys(choices._ONCE_RECORDED) | recorded | {"momentum": 0.9, "rule": "ef14", "placement": "update"}
+    assert TrainConfig.of_file(once, {})["weight_decay"] == 0.1  # of the versions that recorded every option
 
 
 def test_rules_and_their_options_are_those_of_the_package():
@@ -277,10 +290,8 @@ def test_a_record_with_all_options_is_read_as_what_was_built(tmp_path, optimizer
     file = tmp_path / "config.toml"
     file.write_text(ONCE.format(optimizer=optimizer))
     read = parse(TrainConfig, ["--config", str(file), "--steps", "20"], prog="", description="")
-    assert (
-        read.resolved()
-        == TrainConfig(model="mlp", optimizer=optimizer, steps=20, batch=8, lr=0.02, warmup=2).resolved()
-    )
+    built_then = {"steps": 20, "batch": 8, "lr": 0.02, "warmup": 2, "weight_decay": 0.1}
+    assert read.resolved() == TrainConfig(model="mlp", optimizer=optimizer, **built_then).resolved()
     with pytest.raises(SystemExit):  # what is given now has to have an effect
         parse(TrainConfig, ["--config", str(file), "--layers", "2"], prog="", description="")
     assert "layers=2 has no effect with model=mlp" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,10 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from programs import trained
 
+import mpi_ef
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, LaunchError, PeerError
 from mpi_ef.jobs import cli
 from mpi_ef.jobs.bench import program as bench
+from mpi_ef.jobs.bench.methods import methods
 from mpi_ef.jobs.bench.table import Link, Row, break_even, combine, table
+from mpi_ef.jobs.bench.traffic import Counting
 from mpi_ef.jobs.folder import replacing
 from mpi_ef.jobs.metrics import Metrics, Progress, announcing, in_bytes
 from mpi_ef.jobs.options import option, parse, to_toml
@@ -399,21 +403,82 @@ def test_fewer_samples_than_ranks(tmp_path):
     assert "9 samples for 10 ranks" in str(errors[0])
 
 
-def bench_row(name, kind, milliseconds, sent, own=None):
-    return Row(name, kind, milliseconds / 1e3, 0.001, 1.0, sent, None, None, own and own / 1e3, None)
+def bench_row(name, kind, milliseconds, sent, own=None, messages=0):
+    return Row(name, kind, milliseconds / 1e3, 0.001, 1.0, sent, None, None, own and own / 1e3, None, messages)
 
 
-def test_break_even_bandwidth():
-    """Below it the method's time c + bytes / b is less than the dense one's, above it more."""
+def on_link(link, kind, own, sent, messages, beyond=0.0):
+    """Return a method that takes on a link, in milliseconds, its computation, its messages, and what no model explains."""
+    seconds = (own or 0.0) / 1e3 + messages * link.latency_seconds + sent / link.bytes_per_second
+    return bench_row(kind, kind, 1e3 * seconds + beyond, sent, own, messages)
+
+
+LINKS = [Link(latency, bandwidth) for latency in (0.0, 2e-6, 5e-3) for bandwidth in (1e8, 1e9, 1e11)]
+
+
+@pytest.mark.parametrize("link", LINKS, ids=str)
+def test_break_even_bandwidth(link):
+    """On links of which the truth is known: below it the method takes less time than the dense one, above it more."""
+    for own, sent, messages in ((30, 1_000_000, 3), (5, 1_000_000, 300), (0.1, 50_000_000, 1), (2, 99_000_000, 2)):
+        for dense_own in (None, 10):
+            dense = on_link(link, "dense", dense_own, 100_000_000, 6)
+            row = on_link(link, "compressed", own, sent, messages)
+            limit = break_even(row, dense, link)
+            for b in (1e5, 1e7, 1e9, 1e11, 1e13, *(() if limit is None else (0.99 * limit, 1.01 * limit))):
+                there = [on_link(Link(link.latency_seconds, b), *method).median_seconds for method in (
+                    ("compressed", own, sent, messages), ("dense", dense_own, 100_000_000, 6))]
+                assert (there[0] < there[1]) is (limit is None or b < limit)
+    assert break_even(on_link(link, "big", 30, 200_000_000, 3), dense, link) == 0.0  # never
+
+
+def test_latency_is_charged_to_whom_it_belongs():
+    """A hundred messages of a millisecond are not worth 80 MB that take 80 ms, and pay where these take longer."""
+    link = Link(1e-3, 1e9)
+    dense = on_link(link, "dense", None, 100_000_000, 2)
+    row = on_link(link, "compressed", 1, 20_000_000, 102)
+    assert row.median_seconds > dense.median_seconds
+    assert break_even(row, dense, link) == pytest.approx(80_000_000 / 0.101)
+    few = on_link(link, "compressed", 1, 20_000_000, 1)  # a message less is worth its computation
+    assert break_even(few, dense, link) is None
+
+
+@pytest.mark.parametrize("own", [0.1, 5, 40, 57])
+def test_what_no_link_explains_is_computation_of_neither(own):
+    """Beside "0.58x": of the dense mean 48 of 58 ms are beyond the fit, and of the method all but its own 5, 40, 57."""
     link = Link(1e-6, 10e9)
-    dense = bench_row("MPI_Allreduce", "dense", 20, 100_000_000)  # of these 10 ms are bytes on this link
-    slow, fast = bench_row("slow", "compressed", 99, 1_000_000, 30), bench_row("fast", "compressed", 99, 1_000_000, 5)
-    limit = break_even(slow, dense, link)
-    assert limit == pytest.approx(99_000_000 / 0.020)
-    for b, wins in ((0.99 * limit, True), (1.01 * limit, False)):
-        assert (0.030 + slow.sent_nbytes / b < 0.010 + dense.sent_nbytes / b) is wins
-    assert break_even(fast, dense, link) is None  # at any bandwidth
-    assert break_even(bench_row("big", "compressed", 99, 200_000_000, 30), dense, link) == 0.0  # never
+    dense = on_link(link, "dense", None, 100_000_000, 2, beyond=48)
+    row = on_link(link, "compressed", own, 1_000_000, 1, beyond=99.9 - own)
+    assert dense.median_seconds / row.median_seconds == pytest.approx(0.58, abs=0.01)
+    limit = break_even(row, dense, link)
+    assert limit == pytest.approx(min(10e9, 99_000_000 / (1e-3 * own)), rel=1e-2)
+    faster = on_link(link, "compressed", own, 1_000_000, 1)  # than the dense mean is on this link
+    assert break_even(faster, dense, link) >= 10e9
+    even = on_link(link, "compressed", own, 1_000_000, 1, beyond=58)
+    assert break_even(even, on_link(link, "dense", 60, 100_000_000, 2, beyond=-12), link) == 10e9  # not on "any link"
+
+
+def test_messages_are_counted():
+    """One after the other, of one rank: of plans on three ranks, and of what MPI does itself."""
+
+    def program(comm):
+        counting, x = Counting(comm), np.ones(100, np.float32)
+        found = {}
+        for method in methods(counting, 100, 0.1):
+            if method.kind == "compressed" or method.name == "DenseMean" or "Allgather" in method.name:
+                before = counting.messages
+                method.call(x)
+                found[method.name.partition("(")[0]] = counting.messages - before
+        return found
+
+    assert virtual.results(3, program)[1] == {
+        "DenseMean": 8, "ef21 TopK": 2, "ef14 TopK": 2, "econtrol TopK": 2, "ef14 RandK": 2, "ef14 Sign": 4,
+        "ef14 Quantize": 4, "ef21 by torch.topk + Allgather": 4, "signs by np.packbits + Allgather": 4,
+    }
+    mpi = Counting(mock.Mock(**{"Get_size.return_value": 3}))
+    mpi.Allreduce(1, 2)
+    mpi.Iallreduce(1, 2).Wait()
+    assert mpi.messages == 8
+    assert Row(**{name: value for name, value in asdict(bench_row("x", "dense", 1, 8)).items() if name != "messages"})
 
 
 def test_launches_are_combined_by_their_medians():
@@ -588,3 +653,8 @@ def test_nothing_runs_after_an_abort_that_returns(monkeypatch):
     assert ended.value.code == 3
     assert told == [3]
     assert waited == [ending.FORWARDING_SECONDS, ending.PATIENCE_SECONDS]
+
+
+def test_the_command_says_its_version(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"mpi-ef {mpi_ef.__version__}\n"

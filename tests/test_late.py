@@ -29,7 +29,7 @@ from mpi_ef import reference
 from mpi_ef.collectives import TwoPhaseMean, plan_for
 from mpi_ef.compress import Identity, Sign, TopK
 from mpi_ef.errors import NonFiniteError
-from mpi_ef.optim import DistributedOptimizer, Lion, OneBitAdam, OneBitLamb, Signum, ZeroOneAdam
+from mpi_ef.optim import DistributedOptimizer, EF21Muon, Lion, OneBitAdam, OneBitLamb, Signum, ZeroOneAdam
 from mpi_ef.state.training import POLICIES, Training
 
 each_world = pytest.mark.parametrize("n", [1, 2, 3])
@@ -542,3 +542,83 @@ def test_a_layer_goes_on_after_a_rest_as_if_there_had_been_none(rule, way):
             assert same_bits(path, expected[:18])
 
     virtual.results(2, program)
+
+
+STARTING = ("ef14", "ef21(momentum=0.75)", "ef21-sgdm", "ef21-sgd2m")
+
+
+@pytest.mark.parametrize(("rule", "way"), [
+    *((rule, "TopK") for rule in STARTING), ("ef21-sgdm", "TopK two phases"), ("ef21-sgd2m", "Sign"),
+])
+def test_a_layer_that_comes_late_begins_as_if_all_began_with_it(rule, way):
+    """An average of its own gradients with the first of them, as in the papers; without dense steps."""
+
+    def program(comm):
+        expected = going_on(comm, rule, *WAYS[way], overlap=False, rests=())
+        for overlap in (False, True):
+            path = going_on(comm, rule, *WAYS[way], overlap=overlap, rests=range(6))
+            assert len(path) == 18
+            assert same_bits(path, expected[:18])
+
+    virtual.results(2, program)
+
+
+def muon(net, comm, **options):
+    return EF21Muon(net.parameters(), comm, TopK(0.3), lr=0.02, beta=0.25, **options)
+
+
+def wrapped(net, comm, **options):
+    return DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), comm, TopK(0.3), placement="gradient",
+                                rule="ef21-sgd2m", eta=0.25, dense_steps=1, **options)
+
+
+@pytest.mark.parametrize(("make", "options"), [
+    (muon, {}), (muon, {"overlap": True}), (wrapped, {}), (wrapped, {"bucket_nbytes": 40}),
+    (wrapped, {"bucket_nbytes": 40, "overlap": True}),
+])
+def test_averages_of_what_comes_late_begin_with_its_first_gradient(make, options):
+    """On all ranks where one has it; not in a step that is skipped, and once after a resume and a rest."""
+    def program(comm):
+        rank, net, other = comm.Get_rank(), net_with_more(), net_with_more()
+        optimizer = make(net, comm, **options)
+        number = next(n for n, p in enumerate(optimizer.flat.parameters) if p is net.late.weight)
+        names = [name for name in ("v_i", "u_i") if name in optimizer.feedback.state.leaves()]
+
+        def averages():
+            place = optimizer.flat.place(number)
+            (bucket,) = [b for b in optimizer.buckets if b.part.start <= place.start < b.part.stop]
+            part = slice(place.start - bucket.part.start, place.stop - bucket.part.start)
+            return [getattr(bucket.feedback.state, name)[part].copy() for name in names]
+
+        def step(number, grad=None):
+            optimizer.zero_grad()
+            loss = loss_in(net, rank, number)
+            if grad is not None:
+                loss = loss + (net.late.weight * grad).sum()
+            loss.backward()
+            optimizer.step()
+
+        for at in range(3):
+            step(at)
+        assert not any(average.any() for average in averages())
+        step(3, torch.full((2, 4), torch.nan) if rank else torch.ones(2, 4))
+        assert optimizer.skipped_steps == 1
+        assert not any(average.any() for average in averages())
+        model, state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict())
+        resumed = make(other, comm, **options)
+        other.load_state_dict(model)
+        resumed.load_state_dict(state)
+        net, optimizer = other, resumed
+        first, second = (torch.arange(8.0).reshape(2, 4) + 10 * n - rank for n in (0, 1))
+        step(4, first if rank else None)  # rank 0 takes part with zeros
+        begun = first.numpy().reshape(-1) if rank else np.zeros(8, np.float32)
+        assert same_bits(averages(), [begun] * len(names))
+        step(5)
+        assert same_bits(averages(), [begun] * len(names))
+        step(6, second)
+        expected = 0.75 * begun + 0.25 * second.numpy().reshape(-1)
+        np.testing.assert_allclose(averages()[0], expected, rtol=1e-6)
+
+    with warnings.catch_warnings():  # outside of the ranks, which are threads
+        warnings.simplefilter("ignore", RuntimeWarning)
+        virtual.results(2, program)

@@ -132,7 +132,7 @@ def plain_ef21_sgdm(gradients, x, gamma, k, steps, eta=0.3):
     for _ in range(steps):
         grads = gradients(x)
         if momenta is None:
-            momenta, estimates = eta * grads, eta * grads
+            momenta, estimates = grads.copy(), grads.copy()
         else:
             momenta = (1 - eta) * momenta + eta * grads
             for i, v_i in enumerate(momenta):

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,7 +93,8 @@ def test_what_is_no_result_of_a_benchmark_is_not_combined(tmp_path, text):
 
 def test_what_pays_on_any_link_and_on_none():
     dense = bench_row("MPI_Allreduce", "dense", 20, 100_000_000)
-    unknown, fast = bench_row("unknown", "compressed", 30, 1), bench_row("fast", "compressed", 99, 1_000_000, 5)
+    unknown, fast = bench_row("unknown", "compressed", 30, 1), bench_row("fast", "compressed", 9, 1_000_000, 1e-9)
+    dense = replace(dense, messages=4)
     assert break_even(unknown, dense, Link(1e-6, 1e9)) == 0.0
     launch = {"ranks": 2, "d": 100, "ratio": 0.1, "repeats": 1, "launches": 1, "mpi": "M",
               "link": {"latency_seconds": 1e-6, "bytes_per_second": 1e10}}

@@ -32,7 +32,7 @@ from mpi_ef.feedback import RULES, ErrorFeedback
 from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.optimizers import build_compressor
-from mpi_ef.optim import EF21, DistributedOptimizer, OneBitAdam, OneBitLamb
+from mpi_ef.optim import EF21, DistributedOptimizer, OneBitAdam, OneBitLamb, Signum
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 COMPRESSORS = [
@@ -474,3 +474,43 @@ def test_examples_run_alone(tmp_path):
         assert np.isfinite(float(text.split()[-1].strip("[]")))
     assert "validation loss" in model_
     assert (tmp_path / "runs" / "train" / "summary.json").is_file()
+
+
+def test_the_repr_of_an_optimizer_says_what_travels_and_how():
+    def program(comm):
+        net = model()
+        sgd = torch.optim.SGD(net.parameters(), lr=0.05)
+        wrapped_sgd = DistributedOptimizer(sgd, comm, TopK(0.2), placement="gradient", rule="ef21-sgdm", eta=0.25,
+                                           bucket_nbytes=1)
+        first, *others = repr(wrapped_sgd).splitlines()
+        assert first == ("ef21-sgdm(eta=0.25) with TopK(ratio=0.2, values=Identity()) through GatherMean on 2 ranks, "
+                         f"{len(wrapped_sgd.channels())} buckets")
+        assert others[0] == "DistributedOptimizer ("
+        assert "    lr: 0.05" in others
+        assert repr(Signum(net.parameters(), comm)).startswith(
+            "lion(beta1=0.9, beta2=0.9) with Vote() through TwoPhaseMean on 2 ranks\nSignum (\n")
+        assert repr(ErrorFeedback("ef21", GatherMean(comm, TopK(k=3), 50))) == (
+            "ef21 with TopK(k=3, values=Identity()) through GatherMean on 2 ranks")
+        half = object.__new__(Signum)  # in a message about what could not be built
+        half.param_groups = []
+        assert repr(half) == "Signum ()"
+
+    virtual.results(2, program)
+
+
+def test_the_documentation_of_error_feedback_names_all_rules():
+    words = ErrorFeedback.__doc__.rpartition("Rules: ")[2].replace(".", "").replace("\n", " ").split(", ")
+    assert [word.strip() for word in words] == list(RULES)
+
+
+def test_what_exchanges_already_is_not_wrapped_twice():
+    """On one rank: all raise."""
+
+    def program(comm):
+        net, wrong = model(), comm.Get_rank() == 1
+        once = DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), comm, TopK(0.2))
+        for inner in (once, Signum(net.parameters(), comm)):
+            with pytest.raises(OptionError if wrong else PeerError, match=f"optimizer is {type(inner).__name__}, which"):
+                DistributedOptimizer(inner if wrong else torch.optim.SGD(net.parameters(), lr=0.05), comm, TopK(0.2))
+
+    virtual.results(2, program)

@@ -160,7 +160,7 @@ def test_what_a_checkpoint_brings_back_is_not_recorded_as_something_else(tmp_pat
     programs.trained(2, config)
     again = replace(config, resume="exact", lr=0.001)
     for options, words in (
-        ({"momentum": 0.5}, "momentum was 0.9, is 0.5"), ({"weight_decay": 0.0}, "weight_decay was 0.1, is 0.0"),
+        ({"momentum": 0.5}, "momentum was 0.9, is 0.5"), ({"weight_decay": 0.5}, "weight_decay was 0.0, is 0.5"),
         ({"eta": 0.5}, ", is 0.5"), ({"dense_steps": 7}, "dense_steps was 0, is 7"),
     ):
         assert words in refused(2, replace(again, **options), ConfigError)
@@ -178,6 +178,20 @@ def test_a_strength_that_was_given_once_is_the_one_that_is_recorded(tmp_path):
     programs.trained(2, replace(config, eta=0.25))
     ended = programs.trained(2, replace(config, resume="exact", stop_after=0))[0]
     assert ended["config"]["eta"] == 0.25
+
+
+@pytest.mark.parametrize("decay", [0.1, 0.0])
+def test_a_run_that_goes_on_has_the_decay_of_its_record(tmp_path, decay, capsys):
+    """The default of SGD was 0.1 once: who did not ask for one goes on with it, and it is recorded."""
+    config = TrainConfig(**MLP, optimizer="sgd", placement="gradient", ratio=0.3)
+    whole = programs.trained(2, replace(config, weight_decay=decay, out=tmp_path / "whole"))[0]
+    programs.trained(2, replace(config, weight_decay=decay, out=tmp_path / "run", **SAVING))
+    capsys.readouterr()
+    ended = programs.trained(2, replace(config, out=tmp_path / "run", checkpoint_every=4, resume="exact"))[0]
+    assert "not as in the run" not in capsys.readouterr().out
+    assert ended["parameters_crc32"] == whole["parameters_crc32"]
+    assert ended["config"]["weight_decay"] == decay
+    assert f"weight_decay = {decay}\n" in (tmp_path / "run" / "config.toml").read_text()
 
 
 # Other values than those of a small run, of options that may not change when it goes on, and of those that may.

@@ -8,7 +8,6 @@ import numpy as np
 
 from mpi_ef import kernels, registry
 from mpi_ef.collectives import DenseMean, GatherMean, Plan, TwoPhaseMean, build_plan, plan_for
-from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.compress import Quantize, RandK, Sign, TopK, source
 from mpi_ef.feedback import ErrorFeedback
 
@@ -28,7 +27,7 @@ class Method:
     plan: Plan | None = None
 
 
-def methods(comm: MpiComm, d: int, ratio: float, specified: Sequence[Sequence[str]] = ()) -> Iterator[Method]:
+def methods(comm: Any, d: int, ratio: float, specified: Sequence[Sequence[str]] = ()) -> Iterator[Method]:
     """Yield what there is to measure, with buffers for vectors of `d` float32. Collective.
 
     Besides dense ones, everything, or what is `specified`: rules, compressors and maybe plans, see :mod:`mpi_ef.registry`.
@@ -51,13 +50,13 @@ def methods(comm: MpiComm, d: int, ratio: float, specified: Sequence[Sequence[st
     yield from _local(d, ratio)
 
 
-def _dense(comm: MpiComm, d: int) -> Iterator[Method]:
+def _dense(comm: Any, d: int) -> Iterator[Method]:
     result = np.ones(d, np.float32)
     plan = DenseMean(comm, d)
     dense_nbytes = plan.traffic.dense_nbytes
     yield Method("MPI_Allreduce", "dense", lambda x: comm.Allreduce(x, result), dense_nbytes)
     yield Method("MPI_Iallreduce + Wait", "dense", lambda x: comm.Iallreduce(x, result).Wait(), dense_nbytes)
-    yield Method("DenseMean", "dense", plan.exchange, plan.traffic.sent_nbytes)
+    yield Method("DenseMean", "dense", plan.exchange, plan.traffic.sent_nbytes, plan=plan)
 
 
 def _step(rule: str, plan: Plan) -> Method:
@@ -73,13 +72,13 @@ def _step(rule: str, plan: Plan) -> Method:
     return Method(name, "compressed", feedback.step, plan.traffic.sent_nbytes, entry_bits, index_bits, plan)
 
 
-def _alternatives(comm: MpiComm, d: int, ratio: float) -> Iterator[Method]:
+def _alternatives(comm: Any, d: int, ratio: float) -> Iterator[Method]:
     k, others = TopK(ratio).count(d), comm.Get_size() - 1
     yield Method("ef21 by torch.topk + Allgather", "alternative", _torch_topk_step(comm, d, k), others * 8 * k, 64, 32)
     yield Method("signs by np.packbits + Allgather", "alternative", _packbits_step(comm, d), others * (-(-d // 8) + 4), 1)
 
 
-def _torch_topk_step(comm: MpiComm, d: int, k: int) -> Callable[[np.ndarray], Any]:
+def _torch_topk_step(comm: Any, d: int, k: int) -> Callable[[np.ndarray], Any]:
     """Return EF21 by torch alone: int32 indices, float32 values, two allgathers."""
     import torch
 
@@ -101,7 +100,7 @@ def _torch_topk_step(comm: MpiComm, d: int, k: int) -> Callable[[np.ndarray], An
     return step
 
 
-def _packbits_step(comm: MpiComm, d: int) -> Callable[[np.ndarray], Any]:
+def _packbits_step(comm: Any, d: int) -> Callable[[np.ndarray], Any]:
     """Return a step with packed signs and error feedback by NumPy alone: one allgather."""
     size = comm.Get_size()
     error, mean = np.zeros(d, np.float32), np.zeros(d, np.float32)

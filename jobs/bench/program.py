@@ -116,38 +116,42 @@ def measure(comm: MpiComm, config: BenchConfig) -> dict[str, Any]:
     from mpi4py import MPI
 
     from mpi_ef.jobs.bench.methods import methods
-    from mpi_ef.jobs.bench.traffic import counted
+    from mpi_ef.jobs.bench.traffic import Counting, counted
 
     d, ratio, repeats = config.d or 25_000_000, config.ratio or 0.01, config.repeats or 9
     rng = np.random.default_rng(comm.Get_rank())
     vectors = [rng.standard_normal(d, dtype=np.float32) for _ in range(VECTORS)]
     wanted = [word.strip() for word in (config.only or "").split(",") if word.strip()]
-    every = list(methods(comm, d, ratio, methods_in(config.methods)))
+    counting = Counting(comm)
+    every = list(methods(counting, d, ratio, methods_in(config.methods)))
     _check_words(wanted, [m.name for m in every])
     chosen = [m for m in every if not wanted or m.kind == "dense" or any(word in m.name for word in wanted)]
-    seconds = np.zeros((len(chosen), repeats + 2))
+    seconds, messages = np.zeros((len(chosen), repeats + 2)), [0] * len(chosen)
     for turn in range(repeats + 2):
         x = vectors[turn % VECTORS]
         for number, method in enumerate(chosen):
             if turn == 2 and method.plan is not None:
                 method.plan.seconds.update(dict.fromkeys(method.plan.seconds, 0.0))
+            before = counting.messages
             comm.Barrier()
             began = perf_counter()
             method.call(x)
             seconds[number, turn] = perf_counter() - began
+            messages[number] = counting.messages - before
     comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
     link = fit_link(comm)
     rows = []
-    for method, times in zip(chosen, seconds[:, 2:].tolist(), strict=True):
+    for method, times, sent in zip(chosen, seconds[:, 2:].tolist(), messages, strict=True):
         local = touched = None
         if method.plan is not None:
             spent = method.plan.seconds["encode"] + method.plan.seconds["decode"]
             local = comm.allreduce(spent / repeats, MPI.MAX)
+        if method.plan is not None and method.kind == "compressed":
             with counted() as traffic:
                 method.call(vectors[0])
             touched = traffic.total() / d
         rows.append(Row(method.name, method.kind, median(times), min(times), max(times), method.sent_nbytes,
-                        method.entry_bits, method.index_bits, local, touched))
+                        method.entry_bits, method.index_bits, local, touched, sent))
     return {
         "ranks": comm.Get_size(), "d": d, "ratio": ratio, "repeats": repeats, "launches": 1,
         "mpi": " ".join(MPI.Get_library_version().split("\x00")[0].splitlines()[0].split(",")[0].split()),

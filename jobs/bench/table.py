@@ -31,8 +31,13 @@ class Row:
     sent_nbytes: int
     entry_bits: float | None
     index_bits: float | None
-    local_seconds: float | None  # without communication
+    local_seconds: float | None  # of computation, as measured: outside of communication
     touched_bytes: float | None  # memory that the kernels of a step stream through, per entry, by :mod:`.traffic`
+    messages: int = 0  # that a rank sends one after the other; files of earlier versions do not say
+
+    def on(self, link: Link) -> float:
+        """Return its seconds on a link by the model: computation, messages times latency, bytes over bandwidth."""
+        return (self.local_seconds or 0.0) + self.messages * link.latency_seconds + self.sent_nbytes / link.bytes_per_second
 
 
 def check(result: Any) -> None:
@@ -60,18 +65,18 @@ def check(result: Any) -> None:
 def break_even(row: Row, dense: Row, link: Link) -> float | None:
     """Return the bandwidth in bytes per second below which `row` beats `dense`; None where it does at any bandwidth.
 
-    On a link of bandwidth b a method takes ``c + sent_nbytes / b``. For the compressed one c is the measured time
-    outside of communication; for the dense one what is left of its time here when the fitted bandwidth's share is taken
-    off, but at least 0.
+    The latency is that of `link`, the times are those of :meth:`Row.on`. What was measured beyond them, such as waiting, is
+    computation of neither: that of a method which does not measure it is 0. But which of the two was faster on `link` is
+    known: the bandwidth is not above that of `link` where `row` was slower there, and not below where it was faster.
     """
-    if row.local_seconds is None:
-        return 0.0
-    dense_local = max(0.0, dense.median_seconds - dense.sent_nbytes / link.bytes_per_second)
     saved = dense.sent_nbytes - row.sent_nbytes
-    slower = row.local_seconds - dense_local
-    if slower <= 0:
-        return None if saved >= 0 else 0.0
-    return max(0, saved) / slower
+    if row.local_seconds is None or saved < 0:
+        return 0.0
+    here, free = link.bytes_per_second, Link(link.latency_seconds, float("inf"))
+    slower = row.on(free) - dense.on(free)
+    if row.median_seconds > dense.median_seconds:
+        return min(here, saved / slower) if slower > 0 else here if saved else 0.0
+    return max(here, saved / slower) if slower > 0 else None
 
 
 def _parts(result: dict[str, Any]) -> tuple[list[Row], Row, Row, Row, Link]:
@@ -121,7 +126,8 @@ def table(result: dict[str, Any]) -> str:
         "against: how many times faster than MPI_Allreduce, than the faster of MPI's two, than the fastest dense one;",
         "reads of x: the time as a multiple of reading the vector once; bits/entry: on the wire (of these for the index);",
         "bytes touched per entry of the vector (share of the time that only reading them would take);",
-        f"pays below: on links of less bandwidth it beats {best.name}, by the time each spends outside of communication",
+        f"pays below: on links of this latency and less bandwidth it beats {best.name}: each by its computation, messages",
+        "times latency, and bytes over bandwidth; on this link as measured",
     ]
     return "\n".join(lines)
 
@@ -190,16 +196,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
     here.margins(x=0.1)
     bandwidths = [10 ** (power / 20) for power in range(120, 221)]
     for row in rows:
-        own = row.local_seconds
-        if row is best:
-            own = max(0.0, row.median_seconds - row.sent_nbytes / link.bytes_per_second)
-        if own is None:
+        if row.local_seconds is None and row is not best:
             continue
-        elsewhere.plot([8e-9 * b for b in bandwidths], [1e3 * (own + row.sent_nbytes / b) for b in bandwidths],
-                       label=row.name, color="black" if row is best else None, lw=2.5 if row is best else 1.2)
+        seconds = [row.on(Link(link.latency_seconds, b)) for b in bandwidths]
+        elsewhere.plot([8e-9 * b for b in bandwidths], [1e3 * s for s in seconds], label=row.name,
+                       color="black" if row is best else None, lw=2.5 if row is best else 1.2)
     elsewhere.axvline(8e-9 * link.bytes_per_second, color="tab:gray", ls=":")
     elsewhere.set(xscale="log", yscale="log", xlabel="bandwidth of a link, Gbit/s (dotted: this one)",
-                  ylabel="milliseconds, by the model c + bytes / bandwidth")
+                  ylabel="milliseconds, by the model")
     elsewhere.legend(fontsize=7)
     elsewhere.grid(visible=True, alpha=0.3)
     save(figure, path)

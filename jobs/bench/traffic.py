@@ -1,4 +1,4 @@
-"""Counting the memory that kernels touch: bytes of the arrays they stream through, by what each argument is for.
+"""Counting messages, and the memory that kernels touch: bytes of the arrays they stream through, by argument.
 
 Counted are the passes that a kernel's docstring promises; what an MPI library copies is not seen. Entries touched here
 and there (sparse messages) count by their own size, although a whole cache line moves.
@@ -12,7 +12,36 @@ from typing import Any
 
 from mpi_ef import kernels
 
-__all__ = ["counted"]
+__all__ = ["Counting", "counted"]
+
+_TURNS = {"Allreduce": 2, "Iallreduce": 2} | dict.fromkeys(
+    ("Allgather", "Allgatherv", "Alltoall", "Alltoallv", "Iallgather", "Ialltoall", "allgather"), 1)
+
+
+class Counting:
+    """A communicator that counts the messages that a rank sends one after the other.
+
+    These are n - 1 in a gather or an exchange of all with all, as around a ring, and twice as many in a reduction, as
+    :class:`mpi_ef.collectives.Traffic` counts bytes.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        self.comm, self.messages = comm, 0
+
+    def __bool__(self) -> bool:
+        return bool(self.comm)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.comm, name)
+        if name not in _TURNS:
+            return found
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.messages += _TURNS[name] * (self.comm.Get_size() - 1)
+            return found(*arguments, **options)
+
+        return call
+
 
 _CACHED = {"scratch", "histogram", "bitmap"}  # small enough to stay in a cache
 

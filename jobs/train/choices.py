@@ -6,8 +6,8 @@ from typing import Any
 
 from mpi_ef.errors import ConfigError
 
-__all__ = ["CHOOSERS", "COMPRESSORS", "MODELS", "OPTIMIZERS", "PLACEMENTS", "RULES", "VALUES", "Only", "Takes", "described",
-           "earlier", "full_record", "kept", "owners", "resolve"]
+__all__ = ["CHOOSERS", "COMPRESSORS", "DECAY", "MODELS", "OPTIMIZERS", "PLACEMENTS", "RULES", "VALUES", "Only", "Takes",
+           "described", "earlier", "full_record", "kept", "owners", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ OPTIMIZERS: Mapping[str, Takes] = {
     "ef21-muon": {"momentum": 0.9, **_GRADIENT, "rule": Only("ef21-sgdm"), "compressor": "topk"},
     "powersgd": {"momentum": 0.9, **_GRADIENT, "rule": "ef14", "compressor": Only("low-rank")},
 }
+# torch.optim.SGD adds decay to the gradient, and has none by default; that of the others moves weights apart from it.
+_COUPLED = ("sgd", "powersgd")
+DECAY = Depends(f"0.1, or 0 with optimizer={', '.join(_COUPLED)}",
+                lambda chosen: 0.0 if chosen["optimizer"] in _COUPLED else 0.1)
 PLACEMENTS: Mapping[str, Takes] = {"update": {}, "gradient": {"overlap": False}}
 # All rules of mpi_ef.feedback.RULES. Options have its names, but where an optimizer has one of that name.
 RULES: Mapping[str, Takes] = {
@@ -115,7 +119,7 @@ def resolve(given: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
     ConfigError
         When an option was given that has no effect with the others: with what it goes.
     """
-    chosen = {name: value for name, value in given.items() if not owners(name)}
+    chosen = {"weight_decay": DECAY} | {name: value for name, value in given.items() if not owners(name)}
     for chooser, table in CHOOSERS.items():
         for name, default in _taken(chooser, table, chosen).items():
             if isinstance(default, Only):

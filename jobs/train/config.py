@@ -53,7 +53,7 @@ class TrainConfig(Checked):
     beta1: float | None = _for("beta1", "weight of the past in the momentum, of Adam's kind", "[0, 1)")
     beta2: float | None = _for("beta2", "weight of the past in the variance, of Adam's kind; in the momentum of lion",
                                "[0, 1)")
-    weight_decay: float = option(0.1, "of the optimizer", "[0, inf)")
+    weight_decay: float | None = option(None, "of the optimizer", "[0, inf)", shown=choices_of.DECAY.text)
     placement: str | None = _for("placement", "what is exchanged: the optimizer's update, or the gradient",
                                  choices=tuple(choices_of.PLACEMENTS))
     rule: str | None = _for("rule", "error-feedback rule, see docs/algorithms.md", choices=tuple(choices_of.RULES),

@@ -281,6 +281,9 @@ class Trainer:
         else:
             now["eta"], then["eta"] = self._asked.eta, ", ".join(map(str, sorted(self._etas() - {self._asked.eta})))
             then["eta"] = then["eta"] or now["eta"]
+        if self._asked.weight_decay is None:  # as well; the default was another one once
+            now["weight_decay"] = then["weight_decay"]
+            self.config = replace(self.config, weight_decay=then["weight_decay"])
         if self._asked.whole is None:
             then["whole"] = now.get("whole")
         lost = _differences(then, {name: now.get(name) for name in sorted(choices.kept())})

@@ -70,6 +70,8 @@ class FeedbackBucket:
         """Return a copy of the state on this rank by parameter. Local."""
         whole = {name: self._spread(name, array) for name, array in self._arrays().items()}
         counters = {"steps": self.feedback.steps, "exchanges": self.feedback.plan.exchanges}
+        if self.feedback.state.averages():
+            counters["late"] = int(bool(self.feedback.state.late))
         return {place.name: counters | {"arrays": {name: place.view(vector).clone(memory_format=torch.contiguous_format)
                                                    for name, vector in whole.items()}}
                 for place in self.places}
@@ -98,7 +100,8 @@ class FeedbackBucket:
         for name, tensor in plan.items():
             np.copyto(self.feedback.plan.state()[name], tensor.numpy())
         counters = {key: max(saved[place.name][key] for place in self.places) for key in ("steps", "exchanges")}
-        self.feedback.load_state_dict(self.feedback.state_dict() | counters)
+        late = f"0:{self.feedback.plan.d}" if any(saved[place.name].get("late", 0) for place in self.places) else ""
+        self.feedback.load_state_dict(self.feedback.state_dict() | counters | {"late": late})
 
     def _spread(self, name: str, array: Vector) -> Vector:
         """Return an array of length d: this one, or a new one with this rank's chunk in its place."""

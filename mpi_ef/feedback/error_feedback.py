@@ -1,7 +1,8 @@
 """A rule at work: state and plan bound together, dense first steps, saving and loading."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from mpi_ef.ranges import whole
 from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Leaf, Stateful, StateTree, attribute
 
 from .state import Steps, form
-from .table import Rule, rule_of, with_momentum
+from .table import RULES, Rule, rule_of, with_momentum
 
 __all__ = ["ErrorFeedback"]
 
@@ -32,7 +33,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
         Any plan with any compressor.
     dense_steps : int
         The first steps exchange whole vectors. 1 gives the start with the first gradient: g_i^0 = grad f_i(x^0) for
-        EF21, h_i^0 = grad f_i(x^0) for EControl; 0 starts from zero.
+        EF21, h_i^0 = grad f_i(x^0) for EControl; 0 starts from zero. Averages begin with the first vector in both.
     momentum : float, optional
         Of any rule, in [0, 1): it exchanges an average of the vectors that it is given, see :func:`with_momentum`.
     eta : float, optional
@@ -43,6 +44,9 @@ class ErrorFeedback(OnAllRanks, Stateful):
     ----------
     steps : int
         Completed steps.
+    resting : sequence of slice
+        Entries, in order, that have no vector on any rank in the next step: averages of theirs do not begin with its zeros.
+        The same on all ranks.
 
     Notes
     -----
@@ -53,6 +57,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
         if not isinstance(plan, Plan):
             raise OptionError(f"ErrorFeedback: plan={plan!r} is no plan; pass for example GatherMean(comm, TopK(0.01), d)")
         self.plan, self.dense_steps, self.steps = plan, dense_steps, 0
+        self.resting: Sequence[slice] = ()
 
         def facts() -> dict[str, object]:
             self.rule, specified = rule_of(rule)
@@ -69,8 +74,16 @@ class ErrorFeedback(OnAllRanks, Stateful):
         self._formed: Vector | None = None  # a combination, overwritten by the next one
         self._inputs: dict[str, Any] = {}
         self._under_way: tuple[Steps, Plan] | None = None
+        self._late = ""  # after the step under way
         self._dense_sent_nbytes = 0
         self._dense_seconds = dict.fromkeys(plan.seconds, 0.0)
+
+    def __repr__(self) -> str:
+        """Return the rule with its options, the compressor and the plan. Local."""
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        ranks = f"{self.plan.size} rank{'s' if self.plan.size > 1 else ''}"
+        return (f"{self.rule.name}{f'({options})' if options else ''} with {self.plan.compressor} through "
+                f"{type(self.plan).__name__} on {ranks}")
 
     def step(self, vector: Vector | Combination, *, whole: bool = False, **inputs: Any) -> Vector:
         """Exchange this rank's vector and return the rule's result, the same bits on all ranks. Collective.
@@ -168,6 +181,8 @@ class ErrorFeedback(OnAllRanks, Stateful):
     def _steps(self, vector: Vector | Combination, whole: bool, inputs: dict[str, Any]) -> Steps:
         inputs, self._inputs = self._inputs | inputs, {}
         plan = self._current(inputs.pop("whole", False) or whole)
+        self.state.whole, self.state.draw = plan is self._dense, self.plan.exchanges + self.dense_steps
+        self._late = self.state.begin(plan, self.resting)
         if isinstance(vector, Combination):
             if not all(term.shape == (plan.own_d,) and term.dtype == plan.dtype for _, term in vector.terms):
                 plan.exchange(vector)  # raises, as below
@@ -190,6 +205,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
         except StopIteration as end:
             result: Vector = end.value.view()
         self.steps += 1
+        self.state.late = self._late
         result.flags.writeable = False
         return result
 
@@ -199,7 +215,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
             self.plan.forget()
             if self._dense is None:
                 self._dense = self.plan.dense()
-            self._dense.exchanges = self.steps  # the key of what rules draw, as after a step that was loaded
+            self._dense.exchanges = self.steps  # as after a step that was loaded
             return self._dense
         if self.steps == self.dense_steps:
             self._retire_dense()
@@ -249,6 +265,8 @@ class ErrorFeedback(OnAllRanks, Stateful):
             "sent_nbytes": Leaf(LOCAL, read=lambda: plan.all_sent_nbytes, write=self._set_sent_nbytes, default=0),
             "dense_sent_nbytes": Leaf(LOCAL, read=self._dense_nbytes, write=self._set_dense_nbytes, default=0),
         }
+        if self.state.averages():  # in states of earlier versions they have begun, with a part of the first vector
+            values["late"] = attribute(self.state, "late", default="")
         objects = {name: str(option) for name, option in self.options.items() if not isinstance(option, int | float)}
         clients = {} if share is None else {"clients": str(plan.clients)}
         identity = {"rule": self.rule.name, "plan": type(plan).__name__, "compressor": str(plan.compressor)}
@@ -300,3 +318,8 @@ class ErrorFeedback(OnAllRanks, Stateful):
         tree.load_values(saved)
         tree.load_arrays(saved)
         self.loaded()
+
+
+if ErrorFeedback.__doc__:  # None with python -OO
+    said = fill(f"Rules: {', '.join(RULES)}.", 116, initial_indent="    ", subsequent_indent="    ")
+    ErrorFeedback.__doc__ += f"\n{said}\n"

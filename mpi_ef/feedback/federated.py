@@ -30,14 +30,21 @@ class EF21PPState(EF21State):
     seed: int = 0
 
 
-def participants(clients: int, share: float, seed: int, step: int) -> NDArray[np.bool_]:
-    """Draw ``max(1, round(share * clients))`` of the clients without replacement, the same on all ranks; (n,) bool."""
-    draw = np.random.Generator(np.random.Philox(key=[seed, step])).permutation(clients)
-    return draw < max(1, round(share * clients))
+def participants(s: "EF21PPState | EF21WState", clients: int) -> NDArray[np.bool_]:
+    """Draw ``max(1, round(participation * clients))`` of the clients without replacement; (n,) bool, equal on all ranks.
+
+    In a dense step all take part, as the papers start with the gradients of all, g_i^0 = grad f_i(x^0).
+    """
+    if s.whole:
+        return np.ones(clients, np.bool_)
+    draw = np.random.Generator(np.random.Philox(key=[s.seed, s.draw])).permutation(clients)
+    return draw < max(1, round(s.participation * clients))
 
 
 def ef21_pp(s: EF21PPState, plan: Plan, grad: Vector) -> Steps:
     """Take one step of EF21-PP and return g. Clients outside of the sample S_t neither compute nor send.
+
+    In a dense first step S_t is all clients.
 
     Fatkhullin et al. 2021 (EF21 with Bells & Whistles, arXiv 2110.03294)::
 
@@ -46,7 +53,7 @@ def ef21_pp(s: EF21PPState, plan: Plan, grad: Vector) -> Steps:
         g   = g + 1/n sum_i c_i
     """
     plan = _clients("ef21-pp", plan)
-    chosen = participants(plan.clients, s.participation, s.seed, plan.exchanges)
+    chosen = participants(s, plan.clients)
     c = yield plan.offer(lazy(grad) - s.g_i, participates=chosen[plan.first : plan.first + plan.own])
     return s.follow(c)
 
@@ -75,7 +82,7 @@ def ef21_w(s: EF21WState, plan: Plan, grad: Vector) -> Steps:
     if plan.weights is None:
         raise OptionError("ef21-w: the plan has no weights; pass weights=L_i / sum(L_i) to ClientsMean")
     mine = slice(plan.first, plan.first + plan.own)
-    own, chosen = plan.weights[mine], participants(plan.clients, s.participation, s.seed, plan.exchanges)[mine]
+    own, chosen = plan.weights[mine], participants(s, plan.clients)[mine]
     factors = (1.0 / (plan.clients * own)).astype(plan.dtype)
     np.multiply(grad.reshape(plan.own, plan.d), factors[:, None], out=s.u_i.reshape(plan.own, plan.d))
     c = yield plan.offer(lazy(s.u_i) - s.g_i, participates=chosen)

@@ -8,7 +8,7 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 
 from .rules import EF21State, ef21
-from .state import State, Steps, double_buffer, error, form, momentum, persistent, scratch
+from .state import State, Steps, average, double_buffer, error, momentum, persistent, scratch
 
 __all__ = ["EF14MomentumState", "EF21HBState", "EF21SGD2MState", "EF21SGDMState", "LionState", "ef14_momentum",
            "ef21_hb", "ef21_sgd2m", "ef21_sgdm", "lion"]
@@ -77,7 +77,7 @@ def lion(s: LionState, plan: Plan, grad: Vector) -> Steps:
 class EF21SGDMState(EF21State):
     """Adds v_i: momentum of this rank's gradients. eta: weight of the new gradient."""
 
-    v_i: Vector = momentum()
+    v_i: Vector = average()
     spare: Vector = double_buffer()
     eta: float = 0.1
 
@@ -88,13 +88,16 @@ def ef21_sgdm(s: EF21SGDMState, plan: Plan, grad: Vector) -> Steps:
     Fatkhullin, Tyurin, Richtarik 2023 (Momentum Provably Improves Error Feedback, arXiv 2305.15155); eta is the weight of
     the new gradient, 0.1 being what is called a momentum of 0.9 elsewhere, and 1 being EF21-SGD::
 
-        v_i = (1 - eta) v_i + eta grad_i
+        v_i = (1 - eta) v_i + eta grad_i, the first time grad_i
         c_i = C(v_i - g_i)
         g_i = g_i + c_i
         g   = g + mean_i c_i
     """
     v_i = (1.0 - s.eta) * lazy(s.v_i) + s.eta * lazy(grad)
-    c = yield plan.offer(v_i - s.g_i, keep=Keep(v_i, into=s.spare))
+    if s.begins:
+        c = yield plan.offer(lazy(s.averaged(v_i, grad, into=s.spare)) - s.g_i)
+    else:
+        c = yield plan.offer(v_i - s.g_i, keep=Keep(v_i, into=s.spare))
     s.v_i, s.spare = s.spare, s.v_i
     return s.follow(c)
 
@@ -103,7 +106,7 @@ def ef21_sgdm(s: EF21SGDMState, plan: Plan, grad: Vector) -> Steps:
 class EF21SGD2MState(EF21SGDMState):
     """Adds u_i: momentum of the momentum v_i."""
 
-    u_i: Vector = momentum()
+    u_i: Vector = average()
     second: Vector = double_buffer()
 
 
@@ -112,15 +115,18 @@ def ef21_sgd2m(s: EF21SGD2MState, plan: Plan, grad: Vector) -> Steps:
 
     The same paper, appendix; v_i takes a pass over memory of its own::
 
-        v_i = (1 - eta) v_i + eta grad_i
-        u_i = (1 - eta) u_i + eta v_i
+        v_i = (1 - eta) v_i + eta grad_i, the first time grad_i
+        u_i = (1 - eta) u_i + eta v_i,    the first time v_i
         c_i = C(u_i - g_i)
         g_i = g_i + c_i
         g   = g + mean_i c_i
     """
-    v_i = form((1.0 - s.eta) * lazy(s.v_i) + s.eta * lazy(grad), into=s.spare)
+    v_i = s.averaged((1.0 - s.eta) * lazy(s.v_i) + s.eta * lazy(grad), grad, into=s.spare)
     u_i = (1.0 - s.eta) * lazy(s.u_i) + s.eta * lazy(v_i)
-    c = yield plan.offer(u_i - s.g_i, keep=Keep(u_i, into=s.second))
+    if s.begins:
+        c = yield plan.offer(lazy(s.averaged(u_i, v_i, into=s.second)) - s.g_i)
+    else:
+        c = yield plan.offer(u_i - s.g_i, keep=Keep(u_i, into=s.second))
     s.v_i, s.spare = s.spare, s.v_i
     s.u_i, s.second = s.second, s.u_i
     return s.follow(c)

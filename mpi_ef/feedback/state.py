@@ -1,19 +1,19 @@
 """What the rules share: named state arrays, and the way back from a server that all ranks play."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
 
 from mpi_ef.collectives import Offer, Plan, TwoPhaseMean
-from mpi_ef.compress import Combination, Compressor, aligned_zeros, source
+from mpi_ef.compress import Combination, Compressor, aligned_zeros, lazy, source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.kernels.backend import backend
 from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, Reshard
 
-__all__ = ["Reply", "State", "Steps", "double_buffer", "error", "estimate", "form", "momentum", "persistent", "replicated",
-           "scratch"]
+__all__ = ["Reply", "State", "Steps", "average", "double_buffer", "error", "estimate", "form", "momentum", "persistent",
+           "replicated", "scratch"]
 
 # What a rule is: it offers messages, is handed the plans that have exchanged them, and returns its result, (d,).
 Steps = Generator[Offer, Plan, Vector]
@@ -48,6 +48,11 @@ def momentum() -> Any:
     return _array("own_d", Leaf(PER_RANK, reshard=Reshard("mean")))
 
 
+def average() -> Any:
+    """Mark a :func:`momentum` that begins with the first vector, see :meth:`State.averaged`; others begin with zero."""
+    return field(metadata={**momentum().metadata, "begins": True})
+
+
 def replicated(size: str = "d") -> Any:
     """Mark an array that is the same on all ranks and forgotten with the estimates of which it is the mean."""
     return _array(size, Leaf(REPLICATED, resets=True))
@@ -70,7 +75,24 @@ def double_buffer() -> Any:
 
 @dataclass(kw_only=True)
 class State:
-    """Named arrays of a rule, zero at the start, beginning where a cache line does."""
+    """Named arrays of a rule, zero at the start, beginning where a cache line does; and what it is told of a step.
+
+    Attributes
+    ----------
+    whole : bool
+        Whether the step exchanges whole vectors, as the dense first ones do.
+    draw : int
+        The key of what the step draws: the number of steps before it, dense ones included. A restart does not set it back.
+    begins : list of slice
+        The entries of the vector that have their first value in this step, see :meth:`averaged`.
+    late : str
+        Runs of entries that have had none before, "0:3 7:9", in a rule with an :func:`average`.
+    """
+
+    whole: bool = False
+    draw: int = 0
+    begins: list[slice] = field(default_factory=list)
+    late: str = ""
 
     @classmethod
     def zeros(cls, plan: Plan, **options: Any) -> Self:
@@ -79,7 +101,34 @@ class State:
                  "server_d": 0 if isinstance(plan, TwoPhaseMean) else plan.d}  # there ranks share that
         arrays: dict[str, Any] = {f.name: aligned_zeros(sizes[f.metadata["size"]], plan.dtype)
                                   for f in fields(cls) if "size" in f.metadata}
-        return cls(**(arrays | options))
+        return cls(**(arrays | options), late=f"0:{plan.d}" if cls.averages() else "")
+
+    @classmethod
+    def averages(cls) -> bool:
+        """Tell whether the rule has an :func:`average`."""
+        return any(f.metadata.get("begins") for f in fields(cls))
+
+    def begin(self, plan: Plan, resting: Iterable[slice]) -> str:
+        """Set `begins`: what is late, but for entries that rest in this step, in order. Return what is late after it."""
+        begins, still = [], []
+        for run in self.late.split():
+            at, stop = map(int, run.split(":"))
+            for rest in resting:
+                if (start := max(at, rest.start)) < (end := min(stop, rest.stop)):
+                    begins.append((at, start))
+                    still.append(f"{start}:{end}")
+                    at = end
+            begins.append((at, stop))
+        vectors = range(0, plan.own_d, plan.d or 1)
+        self.begins = [slice(vector + start, vector + stop) for vector in vectors for start, stop in begins if start < stop]
+        return " ".join(still)
+
+    def averaged(self, x: Combination, first: Vector | Combination, into: Vector) -> Vector:
+        """Write the average `x` to `into` and return that; `first` where entries begin, as the papers' averages do."""
+        form(x, into=into)
+        for part in self.begins:
+            form(lazy(first)[part], into=into[part])
+        return into
 
     @classmethod
     def marks(cls) -> dict[str, Leaf]:

@@ -47,7 +47,7 @@ from .momentum import (
     lion,
 )
 from .rules import EControlState, EF14State, EF21State, econtrol, ef14, ef21
-from .state import State, Steps, double_buffer, form, momentum
+from .state import State, Steps, average, double_buffer
 
 __all__ = ["RULES", "Rule", "rule_of", "with_momentum"]
 
@@ -159,18 +159,18 @@ def with_momentum(rule: Rule) -> Rule:
 
     As EF21-SGDM is EF21 with momentum (Fatkhullin, Tyurin, Richtarik 2023, arXiv 2305.15155), with any rule::
 
-        v_i = momentum v_i + (1 - momentum) grad_i
+        v_i = momentum v_i + (1 - momentum) grad_i, the first time grad_i
         result = one step of the rule with v_i in place of grad_i
     """
 
     @dataclass(kw_only=True)
     class WithMomentum(rule.state):  # type: ignore[name-defined, misc]
-        averaged_i: Vector = momentum()
+        averaged_i: Vector = average()
         averaged_spare: Vector = double_buffer()
         momentum: float = 0.9
 
     def step(s: Any, plan: Plan, grad: Vector | Combination, **inputs: Any) -> Steps:
-        v_i = form(s.momentum * lazy(s.averaged_i) + (1.0 - s.momentum) * lazy(grad), into=s.averaged_spare)
+        v_i = s.averaged(s.momentum * lazy(s.averaged_i) + (1.0 - s.momentum) * lazy(grad), grad, into=s.averaged_spare)
         result = yield from rule.step(s, plan, v_i, **inputs)
         s.averaged_i, s.averaged_spare = s.averaged_spare, s.averaged_i
         return result

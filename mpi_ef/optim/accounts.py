@@ -55,6 +55,15 @@ class Communicating(OnAllRanks, Optimizer, metaclass=SharedErrors):
     _retired_nbytes: int  # of channels that are gone, and what travels outside of channels
     _retired_seconds: dict[str, float]
 
+    def __repr__(self) -> str:
+        """Return torch's text, after a line that says what is exchanged, and how. Local."""
+        try:
+            rules = [channel for channel in self.channels() if isinstance(channel, ErrorFeedback)]
+        except AttributeError:  # not built yet, or not whole
+            return super().__repr__()
+        several = f", {len(rules)} buckets" if len(rules) > 1 else ""
+        return f"{rules[0]}{several}\n{super().__repr__()}" if rules else super().__repr__()
+
     @property
     def is_watched(self) -> bool:
         """Whether hooks of torch's want to see a step, or its profiler."""

@@ -264,12 +264,21 @@ class FlatOptimizer(Saved):
             for part, before in saved:
                 np.copyto(part, before)
 
-    def _silent(self, numbers: Sequence[int], *vectors: Vector) -> AbstractContextManager[None]:
+    @contextmanager
+    def _silent(self, numbers: Sequence[int], *vectors: Vector) -> Iterator[None]:
         """Let parameters, by number, take part in exchanges with nothing: they neither send nor keep anything of it.
 
         `vectors`, (d,), and what the rules keep are zero there meanwhile, and what they were afterwards.
         """
-        return silent([*map(self.flat.place, numbers)], lambda: [*((v, 0) for v in vectors), *memories(self._rules())])
+        places, rules = [*map(self.flat.place, numbers)], self._rules()
+        for rule, first in rules:
+            rule.resting = [slice(place.start - first, place.stop - first) for place in places]
+        try:
+            with silent(places, lambda: [*((v, 0) for v in vectors), *memories(rules)]):
+                yield
+        finally:
+            for rule, _ in rules:
+                rule.resting = ()
 
     def _sent(self) -> Sequence[Vector]:
         """Return the arrays, (d,), that go into messages besides what rules keep. Local."""

@@ -66,9 +66,10 @@ class LinearMinimization(Optimizer):
 class EF21Muon(DistributedOptimizer):
     """EF21-Muon (Gruntkowska et al. 2025, arXiv 2510.00643): Muon on an EF21 estimate of the momentum.
 
-    ``v_i = (1 - beta) v_i + beta grad_i``, of which EF21 sends the differences (:func:`mpi_ef.feedback.momentum.ef21_sgdm`);
-    the mean estimate decides the step, see :class:`LinearMinimization`. All ranks compute the step themselves, so the model
-    need not travel; ``plan=TwoPhaseMean`` and ``rule`` "ef21-bc" would compress the way back as well.
+    ``v_i = (1 - beta) v_i + beta grad_i``, at first grad_i, of which EF21 sends the differences
+    (:func:`mpi_ef.feedback.momentum.ef21_sgdm`); the mean estimate decides the step, see :class:`LinearMinimization`. All
+    ranks compute the step themselves, so the model need not travel; ``plan=TwoPhaseMean`` and ``rule`` "ef21-bc" would
+    compress the way back as well.
 
     Parameters
     ----------

@@ -104,6 +104,9 @@ class DistributedOptimizer(FlatOptimizer):
                  placement: Literal["update", "gradient"] = "update", rule: str | Rule = "ef14",
                  plan: PlanBuilder = plan_for, dense_steps: int = 0, bucket_nbytes: int | None = None,
                  overlap: bool = False, model: object = None, **options: Any) -> None:
+        if isinstance(optimizer, FlatOptimizer):
+            raise OptionError(f"DistributedOptimizer: optimizer is {type(optimizer).__name__}, which exchanges already; use "
+                              "it as it is, or pass a torch optimizer")
         if not isinstance(optimizer, Optimizer):
             raise OptionError(f"DistributedOptimizer: optimizer={optimizer!r} is no torch optimizer; pass an object, for "
                               "example SGD(model.parameters(), lr=0.1)")

@@ -12,7 +12,7 @@ __all__ = ["EF21Muon"]
 
 
 class EF21Muon(Plain):
-    """``v = (1 - beta) v + beta grad``; a step of length lr along U V^T of v, or along its signs where it is no matrix."""
+    """``v = (1 - beta) v + beta grad``, at first grad; a step of lr along U V^T of v, its signs where it is no matrix."""
 
     def __init__(self, params: Iterable[Any], *, lr: float, beta: float = 0.1, weight_decay: float = 0.0,
                  vector_radius: float = 0.1) -> None:
@@ -21,7 +21,7 @@ class EF21Muon(Plain):
 
     def update(self, p: Any, s: dict[str, Any], lr: float, decay: float) -> None:
         """Take a step. Local."""
-        s["v"] = (1 - self.beta) * s.get("v", torch.zeros_like(p)) + self.beta * p.grad
+        s["v"] = (1 - self.beta) * s.get("v", p.grad) + self.beta * p.grad
         if p.dim() < 2:
             direction = self.vector_radius * s["v"].sign()
         else:
