@@ -252,3 +252,20 @@ def test_vectors_with_gaps_are_refused(compressor):
     codec = compressor.codec(50, np.float32)
     with pytest.raises(ShapeError, match="a vector is not contiguous; pass numpy.ascontiguousarray of it"):
         codec.encode(gaussian(0, 100)[::2], np.zeros(codec.nbytes, np.uint8))
+
+
+@each_compressor
+@each_dtype
+def test_wires_of_another_size_are_refused(compressor, dtype):
+    """Kernels write where the codec says: beyond the end of memory that is too short."""
+    codec, x = compressor.codec(4000, dtype), gaussian(0, 4000, dtype)
+    before = np.full(codec.nbytes + 8, 7, np.uint8)
+    for wire in (before[:8], before[: codec.nbytes - 8], before):
+        with pytest.raises(ShapeError, match=f"it must be nbytes = {codec.nbytes}"):
+            codec.encode(x, wire)
+        with pytest.raises(ShapeError, match=f"must be nbytes = {codec.nbytes}"):
+            codec.add(wire[None], x.copy())
+        with pytest.raises(ShapeError, match=f"must be nbytes = {codec.nbytes}"):
+            codec.decode(wire)
+    assert (before == 7).all()
+    assert codec.encode(x, before[: codec.nbytes])

@@ -221,8 +221,8 @@ class PlanLaws(Laws):
                     plan.progress()
                 for x in vectors:
                     x.fill(7)
-                for plan, mean in zip((split, twin), wanted, strict=True):
-                    must(same_bits(self._mean_of(plan.wait()), mean), f"other bits than at once, through {compressor}")
+                for messages, mean in zip([split.wait(), twin.wait()], wanted, strict=True):
+                    must(same_bits(self._mean_of(messages), mean), f"other bits than at once, through {compressor}")
 
         self._run(program)
 
