@@ -157,7 +157,7 @@ ROWS = {
         },
         "EControl": _wrapper | {
             "make": lambda params, comm, **options: EControl(params, comm, TopK(0.2), lr=0.05, momentum=0.5, **options),
-            "own": {"e_i", "h_i"}, "saves": 4, "settles": 200, "bad": (NEGATIVE, ({"eta": 2.0}, "eta=2.0 is not in [0, 1]")),
+            "own": {"e_i", "h_i"}, "saves": 4, "settles": 300, "bad": (NEGATIVE, ({"eta": 2.0}, "eta=2.0 is not in [0, 1]")),
         },
         "PowerSGD": _wrapper | {
             "make": lambda params, comm, **options: PowerSGD(params, comm, lr=0.02, momentum=0.5, **options),
@@ -171,7 +171,7 @@ ROWS = {
         "Adam updates by signs": _wrapper | {
             "make": lambda params, comm, **options: DistributedOptimizer(torch.optim.Adam(params, lr=1e-2), comm, Sign(),
                                                                          **options),
-            "own": {"e_i", "plan.residual"}, "saves": 30, "calls": TWO_PHASES, "rests": False, "settles": 200,
+            "own": {"e_i", "plan.residual"}, "saves": 30, "calls": TWO_PHASES, "rests": False, "settles": 300,
             "bad": (NEGATIVE, UNKNOWN_PLACE, UNKNOWN_RULE, NO_BUCKET),
         },
         "SGD gradients": _wrapper | {

@@ -152,10 +152,12 @@ def test_dead_units_do_not_explode(row, case):
 @pytest.mark.slow
 @rows(lambda row: row.loses)
 def test_errors_stay_bounded(row):
+    """Means, as single norms depend on rounding after a hundred steps; errors that grow with steps are at 2.8 and more."""
+
     def program(comm):
         net, norms, losses = net_of(), [], []
         optimizer = row(net, comm, **row.lasting)
-        for step in range(320):
+        for step in range(3 * row.settles):
             optimizer.zero_grad()
             loss = loss_of(net, comm.Get_rank(), step)
             loss.backward()
@@ -164,10 +166,11 @@ def test_errors_stay_bounded(row):
             losses.append(loss.item())
         return norms, losses
 
+    begin = max(row.settles - 100, 0 if row.frozen is None else row.frozen + 1)
     for norms, losses in virtual.results(2, program):
         if "freeze_step" in row.lasting:
             assert not any(norms[:20])
-        assert max(norms[row.settles + 50 :]) < 2 * max(norms[(row.frozen or -1) + 1 : row.settles])
+        assert np.mean(norms[2 * row.settles :]) < 2 * np.mean(norms[begin : row.settles])
         assert np.mean(losses[-20:]) < 0.2 * np.mean(losses[:5])
 
 

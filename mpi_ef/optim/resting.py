@@ -95,8 +95,9 @@ def silent(places: Sequence[slice], arrays: Callable[[], Iterable[Placed]]) -> I
             for place in places:
                 yield array[max(place.start - start, 0) : max(place.stop - start, 0)]
 
-    before = [part.copy() for part in parts()]
+    before = []
     for part in parts():
+        before.append(part.copy())
         part.fill(0)
     try:
         yield

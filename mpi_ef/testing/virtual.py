@@ -4,8 +4,9 @@ A program written for ``MPI.Comm`` runs on any number of them, without MPI and w
 that real ranks give. Only the calls that mpi_ef makes exist.
 """
 
-import copy
+import pickle
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +22,57 @@ patience_seconds = 240.0  # for a rank to finish
 world: Comm | None = None  # real ranks, on which programs for as many run; set by the plugin for pytest
 
 
+class DeadlockError(AssertionError):
+    """Ranks wait for others that have come to their end, or failed."""
+
+
 class _World:
+    """What ranks share. They take turns: a rank runs until it needs what another one has not sent yet."""
+
     def __init__(self, size: int) -> None:
         self.size = size
-        self.barrier = threading.Barrier(size)
-        self.slots: list[Any] = [None] * size
+        self._turns = [threading.Lock() for _ in range(size)]  # held where it is not that rank's turn
+        self._ready = deque(range(size))  # ranks that only wait for their turn
+        self._arrived: dict[int, tuple[Any, Any]] = {}  # by rank, in the collective that some wait in
+        self._complete: list[tuple[Any, Any]] = []  # the same of all ranks, in the last one that all have made
+        self._broken = ""
+        for turn in self._turns:
+            turn.acquire()
+
+    def enter(self, rank: int) -> None:
+        """Wait for the first turn of a rank."""
+        self._turns[rank].acquire()
+
+    def next(self) -> None:
+        """Let another rank run. Where all that are left wait for one that has ended, let them fail."""
+        if not self._ready and self._arrived:
+            self.fail("have come to their end")
+        if self._ready:
+            self._turns[self._ready.popleft()].release()
+
+    def fail(self, how: str) -> None:
+        """Let all ranks that wait, or will, fail."""
+        waiting = ", ".join(f"rank {rank} in {kind[0]}" for rank, (kind, _) in sorted(self._arrived.items()))
+        self._broken = self._broken or f"ranks {how}; those that wait for them: {waiting or 'none yet'}"
+        self._ready.extend(self._arrived)
+        self._arrived = {}
+
+    def share(self, rank: int, kind: Any, value: Any) -> list[Any]:
+        """Return the values of all ranks, when all have come here. They are what the ranks share, not copies."""
+        before = self._complete
+        if not self._broken:
+            self._arrived[rank] = kind, value
+            if len(self._arrived) == self.size:
+                self._complete = [self._arrived.pop(r) for r in range(self.size)]
+                self._ready.extend(r for r in range(self.size) if r != rank)
+            else:
+                self.next()
+                self._turns[rank].acquire()
+        if self._complete is before:
+            raise DeadlockError(self._broken)
+        if len({kind for kind, _ in self._complete}) != 1:
+            raise AssertionError(f"ranks make different MPI calls: {[kind for kind, _ in self._complete]}")
+        return [value for _, value in self._complete]
 
 
 class Request:
@@ -60,26 +107,17 @@ class VirtualComm(DerivedCalls):
         return VirtualComm(_World(1), 0)
 
     def _share(self, call: str, value: Any) -> list[Any]:
-        """Share `value` with all ranks; two barriers keep the slots from being overwritten too early.
+        """Share `value`, which is nobody else's, with all ranks.
 
         Ranks that make different calls, or send arrays of different sizes, fail here as they might hang under MPI.
         """
-        world = self._world
-        kind = (call, value.nbytes if isinstance(value, np.ndarray) else None)
-        world.slots[self._rank] = (kind, value)
-        world.barrier.wait()
-        kinds = [slot[0] for slot in world.slots]
-        values = [copy.deepcopy(slot[1]) for slot in world.slots]
-        world.barrier.wait()
-        if len(set(kinds)) != 1:
-            raise AssertionError(f"ranks make different MPI calls: {kinds}")
-        return values
+        return self._world.share(self._rank, (call, value.nbytes if isinstance(value, np.ndarray) else None), value)
 
     def Barrier(self) -> None:
         self._share("Barrier", None)
 
     def allgather(self, value: Any) -> list[Any]:
-        return self._share("allgather", value)
+        return [pickle.loads(sent) for sent in self._share("allgather", pickle.dumps(value))]  # noqa: S301
 
     def _post(self, call: str, send: np.ndarray, receive: np.ndarray, part: Callable[[np.ndarray], Any]) -> Request:
         """Copy what is sent at the start; until the end, what is received is garbage."""
@@ -122,13 +160,14 @@ class VirtualComm(DerivedCalls):
 
     def Bcast(self, array: np.ndarray, root: int = 0) -> None:
         assert array.flags.c_contiguous
-        array[...] = self._share("Bcast", array)[root]
+        array[...] = self._share("Bcast", array.copy())[root]
 
 
 def run(size: int, program: Callable[[Any], Any], *, virtual: bool = False) -> list[Any]:
     """Call ``program(comm)`` on `size` virtual ranks and return what each of them returned or raised.
 
-    A rank that raises breaks the barrier, so that no other rank waits for it for ever; its result is the exception.
+    A rank that raises, or ends while others wait for it, lets these fail, so that none waits for ever; its result is the
+    exception.
 
     With as many real ranks, see :mod:`mpi_ef.testing.plugin`, and without `virtual`, it runs on these, and all return the
     results of all.
@@ -139,16 +178,19 @@ def run(size: int, program: Callable[[Any], Any], *, virtual: bool = False) -> l
     results: list[Any] = [None] * size
 
     def rank_main(rank: int) -> None:
+        shared.enter(rank)
         try:
             results[rank] = program(VirtualComm(shared, rank))
         except BaseException as error:  # what pytest.raises raises is no Exception
             results[rank] = error
             if not isinstance(error, MpiEfError):  # those the library raises on all ranks that need to know
-                shared.barrier.abort()
+                shared.fail("have failed")
+        shared.next()
 
     threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
+    shared.next()
     for thread in threads:
         thread.join(timeout=patience_seconds)
         if thread.is_alive():
@@ -170,7 +212,7 @@ def results(size: int, program: Callable[[Any], Any], *, virtual: bool = False) 
     """Like :func:`run`, but raise the first error of any rank."""
     values = run(size, program, virtual=virtual)
     errors = [value for value in values if isinstance(value, BaseException)]
-    broken = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
-    for error in broken or errors:
+    causes = [error for error in errors if not isinstance(error, DeadlockError)]
+    for error in causes or errors:
         raise error
     return values

@@ -1,0 +1,104 @@
+"""Virtual ranks: what one waits for comes, or it fails at once; nothing that they send is shared afterwards."""
+
+import numpy as np
+import pytest
+import virtual
+
+from mpi_ef.errors import OptionError
+from mpi_ef.testing.virtual import DeadlockError
+
+
+def _last(comm):
+    return comm.Get_rank() == comm.Get_size() - 1
+
+
+def _rows(comm, value):
+    rows = np.empty((comm.Get_size(), 2))
+    comm.Allgather(np.full(2, value), rows)
+    return rows[:, 0].tolist()
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_who_waits_for_a_rank_that_has_ended_fails(n):
+    def program(comm):
+        comm.Barrier()
+        return None if _last(comm) else comm.allgather(1)
+
+    *waiting, ended = virtual.run(n, program)
+    assert ended is None
+    for error in waiting:
+        assert isinstance(error, DeadlockError)
+        assert str(error).endswith(", ".join(f"rank {rank} in allgather" for rank in range(n - 1)))
+    with pytest.raises(DeadlockError, match="ranks have come to their end; those that wait for them: rank 0 in allgather"):
+        virtual.results(n, program)
+
+
+@pytest.mark.parametrize("kind", [OptionError, ZeroDivisionError])
+def test_the_error_of_one_rank_is_told_and_the_others_do_not_wait(kind):
+    def program(comm):
+        mine = _rows(comm, comm.Get_rank() + 1.0)
+        if _last(comm):
+            raise kind("rank 2 alone")
+        _rows(comm, mine[0])
+
+    before, after, alone = virtual.run(3, program)
+    assert isinstance(before, DeadlockError)
+    assert isinstance(after, DeadlockError)
+    assert isinstance(alone, kind)
+    with pytest.raises(kind, match="rank 2 alone"):
+        virtual.results(3, program)
+
+
+def test_what_is_complete_arrives_although_a_rank_fails_afterwards():
+    seen = {}
+
+    def program(comm):
+        for step in range(3):
+            seen[comm.Get_rank()] = _rows(comm, comm.Get_rank() + step)
+            assert not (_last(comm) and step == 1), "at its second step"
+
+    with pytest.raises(AssertionError, match="at its second step"):
+        virtual.results(3, program)
+    assert seen == {rank: [1.0, 2.0, 3.0] for rank in range(3)}
+
+
+def test_an_error_that_all_ranks_raise_is_that_of_each():
+    def program(comm):
+        raise OptionError(f"rank {comm.Get_rank()}")
+
+    assert [str(error) for error in virtual.run(3, program)] == ["rank 0", "rank 1", "rank 2"]
+
+
+def test_different_calls_fail_on_all_ranks():
+    def program(comm):
+        return comm.Barrier() if _last(comm) else comm.allgather(1)
+
+    for error in virtual.run(3, program):
+        assert isinstance(error, AssertionError)
+        assert "ranks make different MPI calls: [('allgather', None), ('allgather', None), ('Barrier', None)]" in str(error)
+
+
+def test_what_was_sent_is_nobody_elses():
+    def program(comm):
+        rank, array, listed = comm.Get_rank(), np.full(2, float(comm.Get_rank())), [comm.Get_rank()]
+        seen = comm.allgather(listed)
+        listed.append("changed")
+        seen[0].append(rank)
+        assert seen == [[0, 0], [1]] if rank == 0 else [[0, 1], [1]]
+        comm.Bcast(array)
+        array += rank
+        request = comm.Iallgather(array, rows := np.empty((2, 2)))
+        array[:] = -1
+        request.Wait()
+        assert rows.tolist() == [[0, 0], [1, 1]]
+        return _rows(comm, rows[rank, 0])
+
+    assert virtual.results(2, program) == [[0.0, 1.0]] * 2
+
+
+def test_what_mpi_could_not_send_fails():
+    def program(comm):
+        return comm.allgather(lambda: None)
+
+    with pytest.raises(AttributeError, match="pickle"):
+        virtual.results(2, program)
