@@ -8,8 +8,8 @@ from traceback import walk_tb
 from typing import TypeVar
 
 __all__ = ["CheckpointError", "ConfigError", "DataError", "DisagreementError", "DtypeError", "LaunchError",
-           "MpiEfError", "NonFiniteError", "OptionError", "PeerError", "ShapeError", "everywhere", "nearest",
-           "told"]
+           "MpiEfError", "NonFiniteError", "OptionError", "PeerError", "ShapeError", "briefly", "counted",
+           "everywhere", "nearest", "told"]
 
 
 class MpiEfError(Exception):
@@ -97,6 +97,17 @@ def everywhere(error: Error) -> Error:
     """Return an error that all ranks raise together, with the same text. Local."""
     error.everywhere = True
     return error
+
+
+def briefly(value: object, width: int = 60) -> str:
+    """Return the repr of a value on one line, cut off where it is long. Local."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= width else f"{text[: width - 4]} ..."
+
+
+def counted(count: int, noun: str) -> str:
+    """Return "1 rank" or "3 ranks". Local."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:

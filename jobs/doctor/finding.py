@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from mpi_ef.comm.consensus import ranks_text
 
-__all__ = ["FAILED", "LEVELS", "TOPICS", "Facts", "Finding", "Findings", "Placement", "RankFacts", "Ranks", "counted",
+__all__ = ["FAILED", "LEVELS", "TOPICS", "Facts", "Finding", "Findings", "Placement", "RankFacts", "Ranks",
            "documentation", "finding", "listed", "texts"]
 
 Facts = dict[str, Any]
@@ -92,11 +92,6 @@ def listed(names: Iterable[str]) -> str:
     """Return "n1", "n1, n2", or "n1, n2, n3 and 5 more"."""
     different = list(dict.fromkeys(names))
     return ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
-
-
-def counted(count: int, noun: str) -> str:
-    """Return "1 rank" or "3 ranks"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 @cache

@@ -10,7 +10,8 @@ from textwrap import wrap
 from typing import Any
 
 import mpi_ef
-from mpi_ef.jobs.doctor.finding import LEVELS, TOPICS, Finding, counted, finding
+from mpi_ef.errors import counted
+from mpi_ef.jobs.doctor.finding import LEVELS, TOPICS, Finding, finding
 from mpi_ef.jobs.doctor.registry import Context
 
 __all__ = ["Report", "columns", "document", "page", "verdict"]

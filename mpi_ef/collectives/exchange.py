@@ -1,12 +1,13 @@
 """One exchange: rounds of frames, what their headers say, at once or in two parts, and how long it takes."""
 
 from collections.abc import Iterator
+from itertools import chain
 from time import perf_counter
 from typing import Any, NamedTuple
 
 from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import MpiEfError, NonFiniteError, PeerError
+from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError, PeerError, briefly
 
 from .frames import NON_FINITE, OK, REJECTED, Frames, header_of, misunderstanding, status_of, what_is_wrong
 from .in_flight import landed, took_off
@@ -53,7 +54,8 @@ class Exchange:
     """The rounds of one exchange after the other, of a plan with that name; `timer` sees what MPI takes."""
 
     def __init__(self, comm: Comm, name: str, timer: Timer) -> None:
-        self._comm, self._rank, self._subject, self._timer = comm, int(comm.Get_rank()), f"{name}.exchange", timer
+        self._comm, self._rank, self._timer = comm, int(comm.Get_rank()), timer
+        self._plan, self._subject = name, f"{name}.exchange"
         self.number = 0  # of the plan, in every header
         self.refusal: MpiEfError | None = None  # why this rank cannot take part; all raise it, or what follows, in round 1
         self._rounds: Iterator[Round] | None = None
@@ -68,12 +70,16 @@ class Exchange:
 
     def begin(self, rounds: Iterator[Round], step: int, refusal: MpiEfError | None) -> None:
         """Begin with these rounds; `step` is the number of the exchange. Local."""
+        if not isinstance(rounds, Iterator):
+            raise OptionError(f"{self._plan}.communicate returned {briefly(rounds)}; yield Rounds")
         self._rounds, self._step, self.refusal = rounds, step, refusal
 
     def launch(self) -> None:
         """Start the first round without waiting for it. Collective."""
         assert self._rounds is not None  # noqa: S101
-        self._first = sent = next(self._rounds)
+        if (sent := next(self._rounds, None)) is None:
+            raise self._nothing()
+        self._first = sent
         self._mark(sent)
         sent.receive.expect()
         start = self._comm.Ialltoall if sent.scatter else self._comm.Iallgather
@@ -97,6 +103,10 @@ class Exchange:
             landed(self)
             self._inspect(self._first)
             self._first = None
+        elif (first := next(rounds, None)) is None:
+            raise self._nothing()
+        else:
+            rounds = chain([first], rounds)
         for sent in rounds:
             self._mark(sent)
             with self._timer:
@@ -104,6 +114,10 @@ class Exchange:
                 communicate = self._comm.Alltoall if sent.scatter else self._comm.Allgather
                 communicate(sent.send.message, sent.receive.message)
             self._inspect(sent)
+
+    def _nothing(self) -> MpiEfError:
+        self._rounds = None
+        return OptionError(f"{self._plan}.communicate yields no Round; what is wrong on a rank travels with the first one")
 
     def _mark(self, sent: Round) -> None:
         """Write the headers of frames that leave this rank."""

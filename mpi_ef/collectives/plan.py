@@ -1,7 +1,7 @@
 """What all plans share: agreement of the ranks, checks of the vector, headers, traffic, timing."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Any, ClassVar, Self, cast
 
@@ -10,10 +10,10 @@ from numpy.typing import DTypeLike
 
 from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed, shared_errors
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.compress import Combination, Compressor, Identity, Keep, Source, source
+from mpi_ef.compress import Codec, Combination, Compressor, Identity, Keep, Source, source
 from mpi_ef.compress.combination import Vector
-from mpi_ef.compress.compressor import check_compressor
-from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError, nearest, told
+from mpi_ef.compress.compressor import check_compressor, said_finite
+from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError, briefly, nearest, told
 from mpi_ef.kernels.backend import backend
 from mpi_ef.runtime.ending import end_together
 from mpi_ef.runtime.world import check_alone
@@ -112,9 +112,13 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         def facts() -> dict[str, object]:
             check_compressor(subject, compressor=compressor)
             codec = compressor.codec(d, dtype)
+            if not isinstance(codec, Codec):
+                raise OptionError(f"{subject}: {compressor!r}.codec returned {briefly(codec)}, which is no Codec")
             self.d, self.dtype, self._kernels = codec.d, codec.dtype, backend(codec.dtype)
+            if not isinstance(bound := self.bind(), Mapping):
+                raise OptionError(f"{subject}.bind returned {briefly(bound)}; return a dict of what ranks must agree on")
             return {"plan": subject, "compressor": compressor, "d": self.d, "dtype": self.dtype,
-                    "wire version": WIRE_VERSION, **self.bind()}
+                    "bytes of a message": codec.nbytes, "wire version": WIRE_VERSION, **bound}
 
         numbers = agree(comm, subject, facts, "build the plan from the same arguments everywhere", value=next(_numbers),
                      call=self.built)
@@ -267,7 +271,8 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
             refusal, self._refuses = self._refuses or self._problem(x, keep), None  # all ranks raise it
             if refusal is None:
                 try:
-                    refusal = None if self.encode(source(x, keep), split=split) else NonFiniteError("", (self.rank,))
+                    finite = said_finite(self.encode(source(x, keep), split=split), f"{type(self).__name__}.encode")
+                    refusal = None if finite else NonFiniteError("", (self.rank,))
                 except MpiEfError as error:
                     refusal = error
                 except Exception as error:  # the other ranks are on their way into the exchange

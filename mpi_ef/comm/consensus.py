@@ -16,6 +16,7 @@ __all__ = ["OnAllRanks", "SharedErrors", "agree", "check_not_freed", "gather_val
            "together"]
 
 Facts = Mapping[str, object]
+Texts = dict[str, str]
 T = TypeVar("T")
 _mine = local()  # how often this rank has called gather_values
 
@@ -110,7 +111,7 @@ def agree(comm: Comm, subject: str, facts: Callable[[], Facts], remedy: str, val
     subject, remedy : str
         Begin and end of the error message.
     facts : callable
-        Returns the named values that must agree. When it raises, the rank raises that error, and all others a
+        Returns the named values that must agree, as texts. When it raises, the rank raises that error, and all others a
         `PeerError` that quotes it.
     value : object, optional
         Is sent to the others as well.
@@ -129,11 +130,12 @@ def agree(comm: Comm, subject: str, facts: Callable[[], Facts], remedy: str, val
     """
     error: Exception | None = None
     try:
-        mine: tuple[Facts | None, str, object] = (dict(facts()), "", value)
+        said = {name: str(fact) for name, fact in facts().items()}  # texts are compared; not everything can be pickled
+        mine: tuple[Texts | None, str, object] = (said, "", value)
     except Exception as raised:
         error, mine = raised, (None, str(raised) or type(raised).__name__, None)
     try:
-        answers: list[tuple[Facts | None, str, Any]] = gather_values(comm, call or subject, mine)
+        answers: list[tuple[Texts | None, str, Any]] = gather_values(comm, call or subject, mine)
     except DisagreementError as different:
         raise different if error is None else error from different
     if error is not None:
@@ -144,7 +146,7 @@ def agree(comm: Comm, subject: str, facts: Callable[[], Facts], remedy: str, val
         if text:
             raise PeerError(f"{subject}: rank {rank} raised: {text}")
     for name in mine[0] or ():
-        if listed := _differing(str((theirs or {}).get(name)) for theirs, _, _ in answers):
+        if listed := _differing((theirs or {}).get(name, "") for theirs, _, _ in answers):
             raise DisagreementError(f"{subject}: ranks disagree on {name}: {listed}; {remedy}")
     return [value for _, _, value in answers]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mpi_ef.errors import DtypeError, OptionError, ShapeError
+from mpi_ef.errors import DtypeError, OptionError, ShapeError, briefly
 from mpi_ef.kernels.backend import backend
 
 from .combination import Source, Vector
@@ -26,12 +26,19 @@ def words(nbytes: int) -> int:
     return -(-nbytes // 8) * 8
 
 
+def said_finite(answer: object, subject: str) -> bool:
+    """Return what an `encode` has answered; raise `OptionError` where it forgot to. Local."""
+    if not isinstance(answer, bool | np.bool_):
+        raise OptionError(f"{subject} returned {briefly(answer)}; return True where the vector is finite, else False")
+    return bool(answer)
+
+
 def _of_one_size(encode: Any) -> Any:
     @wraps(encode)
     def checked(self: "Codec", x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:
         if wire.shape != (self.nbytes,):
             raise ShapeError(f"{type(self).__name__}: a wire is {wire.shape} bytes; it must be nbytes = {self.nbytes}")
-        return bool(encode(self, x, wire, step=step, rank=rank))
+        return said_finite(encode(self, x, wire, step=step, rank=rank), f"{type(self).__name__}.encode")
 
     return checked
 

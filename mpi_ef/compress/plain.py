@@ -5,6 +5,8 @@ from abc import abstractmethod
 import numpy as np
 from numpy.typing import DTypeLike
 
+from mpi_ef.errors import ShapeError, briefly
+
 from .combination import Source, Vector, source
 from .compressor import Codec, Wires
 
@@ -43,4 +45,8 @@ class PlainCodec(Codec):
         if overwrite:
             out.fill(0)
         for wire in wires:
-            out += self.dtype.type(factor) * self.unpack(wire)
+            x = self.unpack(wire)
+            if not isinstance(x, np.ndarray) or (x.shape, x.dtype) != ((self.d,), self.dtype):
+                told = f"an array {x.shape} of {x.dtype}" if isinstance(x, np.ndarray) else briefly(x)
+                raise ShapeError(f"{type(self).__name__}.unpack returned {told}; return ({self.d},) of {self.dtype}")
+            out += self.dtype.type(factor) * x

@@ -1,17 +1,17 @@
 """A rule at work: state and plan bound together, dense first steps, saving and loading."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from textwrap import fill
 from typing import Any
 
 import numpy as np
 
-from mpi_ef.collectives import Plan
+from mpi_ef.collectives import Offer, Plan
 from mpi_ef.collectives.misfit import misfit
 from mpi_ef.comm.consensus import OnAllRanks, agree
 from mpi_ef.compress.combination import Combination, Vector, aligned_zeros
-from mpi_ef.errors import MpiEfError, OptionError
+from mpi_ef.errors import MpiEfError, OptionError, briefly, counted
 from mpi_ef.ranges import whole
 from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Leaf, Stateful, StateTree, attribute
 
@@ -81,9 +81,8 @@ class ErrorFeedback(OnAllRanks, Stateful):
     def __repr__(self) -> str:
         """Return the rule with its options, the compressor and the plan. Local."""
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        ranks = f"{self.plan.size} rank{'s' if self.plan.size > 1 else ''}"
         return (f"{self.rule.name}{f'({options})' if options else ''} with {self.plan.compressor} through "
-                f"{type(self.plan).__name__} on {ranks}")
+                f"{type(self.plan).__name__} on {counted(self.plan.size, 'rank')}")
 
     def step(self, vector: Vector | Combination, *, whole: bool = False, **inputs: Any) -> Vector:
         """Exchange this rank's vector and return the rule's result, the same bits on all ranks. Collective.
@@ -111,7 +110,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
             On a rank whose vector does not fit; all other ranks raise `PeerError`.
         """
         steps = self._steps(vector, whole, inputs)
-        return self._commit(steps, next(steps).exchange())
+        return self._commit(steps, self._asked(steps).exchange())
 
     def tell(self, *, whole: bool = False, **inputs: Any) -> None:
         """Say what the next step is to know besides the vector, where something else makes it, an optimizer for example.
@@ -135,7 +134,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
         Collective; all ranks split a step, or none does. See :meth:`Plan.start`.
         """
         steps = self._steps(vector, whole=False, inputs={})
-        offer = next(steps)
+        offer = self._asked(steps)
         offer.start()
         self._under_way = steps, offer.plan
 
@@ -198,12 +197,33 @@ class ErrorFeedback(OnAllRanks, Stateful):
             plan.exchange(vector)
         return self.rule.step(self.state, plan, vector, **inputs)
 
+    def _asked(self, steps: Steps) -> Offer:
+        """Return the first message of a step. Local."""
+        if not isinstance(steps, Generator):
+            raise OptionError(f"{self._subject}: it returned {briefly(steps)} without a yield; yield plan.offer(vector)")
+        try:
+            return self._checked(next(steps))
+        except StopIteration:
+            raise OptionError(f"{self._subject}: a step has ended without a message; yield plan.offer(vector)") from None
+
+    def _checked(self, offer: Offer) -> Offer:
+        if not isinstance(offer, Offer):
+            raise OptionError(f"{self._subject}: it yields {briefly(offer)}; yield plan.offer(vector)")
+        return offer
+
+    @property
+    def _subject(self) -> str:
+        return f"rule {self.rule.name}"
+
     def _commit(self, steps: Steps, plan: Plan) -> Vector:
         try:
             while True:
-                plan = steps.send(plan).exchange()
+                plan = self._checked(steps.send(plan)).exchange()
         except StopIteration as end:
-            result: Vector = end.value.view()
+            result: Vector = end.value
+        if problem := misfit(result, self.plan.d, self.plan.dtype, self._subject, "its result"):
+            raise problem
+        result = result.view()
         self.steps += 1
         self.state.late = self._late
         result.flags.writeable = False

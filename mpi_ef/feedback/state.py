@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field, fields, replace
+from inspect import get_annotations
 from typing import Any, Self
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from mpi_ef.collectives import Offer, Plan, TwoPhaseMean
 from mpi_ef.compress import Combination, Compressor, aligned_zeros, lazy, source
 from mpi_ef.compress.combination import Vector
+from mpi_ef.errors import OptionError
 from mpi_ef.kernels.backend import backend
 from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, Reshard
 
@@ -99,9 +101,26 @@ class State:
         """Return the state before the first step. `server_d` is what every rank keeps where it plays the server."""
         sizes = {"d": plan.d, "own_d": plan.own_d, "clients_d": plan.clients * plan.d,
                  "server_d": 0 if isinstance(plan, TwoPhaseMean) else plan.d}  # there ranks share that
+        for f in fields(cls):
+            if f.metadata.get("size", "d") not in sizes:
+                size = f.metadata["size"]
+                raise OptionError(f"{cls.__name__}: {f.name} has size {size!r}; take one of {', '.join(sizes)}")
         arrays: dict[str, Any] = {f.name: aligned_zeros(sizes[f.metadata["size"]], plan.dtype)
                                   for f in fields(cls) if "size" in f.metadata}
         return cls(**(arrays | options), late=f"0:{plan.d}" if cls.averages() else "")
+
+    @classmethod
+    def check_marks(cls) -> None:
+        """Raise `OptionError` where arrays are not made, or one is an estimate of what ranks do not share. Local."""
+        if get_annotations(cls) and "__dataclass_fields__" not in vars(cls):
+            raise OptionError(f"{cls.__name__}: it is no dataclass, so that nothing makes its arrays; put "
+                              "@dataclass(kw_only=True) before it")
+        marks = cls.marks()
+        for name, mark in marks.items():
+            of = mark.reshard.of if mark.reshard is not None and mark.reshard.how == "copy" else None
+            if of is not None and (of not in marks or marks[of].kind != REPLICATED):
+                raise OptionError(f"{cls.__name__}: {name} is an estimate of {of!r}, and no array {of!r} is replicated(), "
+                                  "which another number of ranks is to get in its place")
 
     @classmethod
     def averages(cls) -> bool:

@@ -93,6 +93,9 @@ class Rule:
     most_terms: int = 1
     ranges: Mapping[str, Range] = field(default_factory=lambda: _RANGES)
 
+    def __post_init__(self) -> None:
+        self.state.check_marks()
+
     @property
     def name(self) -> str:
         """Name of the algorithm."""

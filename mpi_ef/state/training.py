@@ -13,7 +13,7 @@ from torch import nn
 from mpi_ef.checkpoint.manifest import versions
 from mpi_ef.comm.consensus import agree
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import CheckpointError, MpiEfError, OptionError
+from mpi_ef.errors import CheckpointError, MpiEfError, OptionError, counted
 from mpi_ef.optim.flat import FlatOptimizer
 from mpi_ef.statetree import PER_RANK, REPLICATED
 
@@ -210,7 +210,7 @@ class Training:
         _finish(comm, finishes)
         self.notes = () if past.same_world else (_ABOUT[policy], *past.notes)
         if self.notes and comm.Get_rank() == 0:
-            warnings.warn(f"step {past.found.step} of {_ranks(past.found.world_size)} goes on with {past.size}: "
+            warnings.warn(f"step {past.found.step} of {counted(past.found.world_size, 'rank')} goes on with {past.size}: "
                           f"{'; '.join(self.notes)}", RuntimeWarning, stacklevel=2)
         return past.found.step
 
@@ -233,10 +233,6 @@ def _readable(past: RestoreView) -> Iterator[None]:
                               f"{type(error).__name__}: {error}; resume from another one") from error
 
 
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' if count > 1 else ''}"
-
-
 def _versions() -> dict[str, str]:
     known = versions() | {"torch": torch.__version__}
     return {name: known[name] for name in ("mpi_ef", "torch", "numpy", "python")}
@@ -249,8 +245,9 @@ def _check(parts: Mapping[str, Component], past: RestoreView, policy: str) -> No
         raise OptionError(f"resume: {at} has format {document.get('format')}; this version reads {FORMAT}; take the version "
                           "that wrote it")
     if policy == "exact" and not past.same_world:
-        raise OptionError(f'resume: step {past.found.step} was saved by {_ranks(old)}, here there are {past.size}; pass '
-                          f'policy="redistribute" or "reset", or start {_ranks(old)}')
+        of = counted(old, "rank")
+        raise OptionError(f'resume: step {past.found.step} was saved by {of}, here there are {past.size}; pass '
+                          f'policy="redistribute" or "reset", or start {of}')
     saved = document["parts"]
     for name in sorted(saved.keys() ^ parts.keys()):
         has, misses = ("has", "here there is none") if name in saved else ("has no", "here there is one")

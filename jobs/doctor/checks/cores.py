@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mpi_ef.comm.consensus import ranks_text
-from mpi_ef.jobs.doctor.finding import Facts, Finding, Findings, Ranks, counted, finding, listed
+from mpi_ef.errors import counted
+from mpi_ef.jobs.doctor.finding import Facts, Finding, Findings, Ranks, finding, listed
 from mpi_ef.jobs.doctor.registry import Context, lines_of
 
 __all__ = ["collect", "judge", "quota"]

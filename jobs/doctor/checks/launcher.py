@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from mpi_ef.errors import counted
 from mpi_ef.jobs.doctor.checks.mpi import name_of
-from mpi_ef.jobs.doctor.finding import Facts, Finding, Findings, Ranks, counted, finding
+from mpi_ef.jobs.doctor.finding import Facts, Finding, Findings, Ranks, finding
 from mpi_ef.jobs.doctor.registry import Context, Launcher
 from mpi_ef.jobs.slurm import ask_srun
 from mpi_ef.slurm.mpi_types import offered_by, wanted

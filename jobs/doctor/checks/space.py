@@ -4,8 +4,9 @@ import resource
 import uuid
 from pathlib import Path
 
+from mpi_ef.errors import counted
 from mpi_ef.jobs.doctor.checks.files import MB, NETWORK, attempt, existing, space_of
-from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, counted, finding
+from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, finding
 from mpi_ef.jobs.doctor.registry import Context
 from mpi_ef.jobs.metrics import in_bytes
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 
-from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, counted, finding
+from mpi_ef.errors import counted
+from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, finding
 from mpi_ef.jobs.doctor.registry import Context
 from mpi_ef.jobs.doctor.watchdog import run_python
 
