@@ -18,7 +18,7 @@ from vectors_for_tests import gaussian
 
 from mpi_ef.collectives import GatherMean
 from mpi_ef.compress import Quantize, TopK
-from mpi_ef.errors import DataError, MpiEfError
+from mpi_ef.errors import DataError, DisagreementError, MpiEfError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.jobs.bench.methods import methods
 from mpi_ef.jobs.methods import methods_in
@@ -76,6 +76,18 @@ def test_an_optimizer_and_a_plan_from_outside_train_stop_and_go_on(tmp_path, cap
     other = replace(whole, plan=None, resume="exact", steps=8)
     with pytest.raises(MpiEfError, match="plan"):
         trained(3, other)
+
+
+def test_replicas_that_come_apart_stop_all_ranks(tmp_path, monkeypatch):
+    """At the first validation, and not after days; the run does not count as finished."""
+    decode = TrimmedMean.decode
+    monkeypatch.setattr(TrimmedMean, "decode", lambda self, out, s, **how: decode(self, out, s * (1 + self.rank), **how))
+    options = {"optimizer": "sgd", "plan": "my_plan:TrimmedMean(trim=0)", "out": tmp_path}
+    with pytest.raises(DisagreementError) as caught:
+        trained(3, TrainConfig(**SMALL | {"eval_every": 2, "log_every": 1}, **options))
+    assert str(caught.value).startswith("mpi-ef train: after step 2 parameters on ranks 1,2 are not those on rank 0; ")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "summary.json").exists()
 
 
 @pytest.mark.parametrize(("flags", "words"), [

@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from mpi_ef.collectives import chunk_bounds
-from mpi_ef.comm.consensus import agree
+from mpi_ef.comm.consensus import agree, ranks_text
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import ConfigError, DataError, everywhere
+from mpi_ef.errors import ConfigError, DataError, DisagreementError, counted, everywhere
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.jobs.metrics import in_bytes
 from mpi_ef.jobs.train import choices, models
@@ -96,7 +96,7 @@ class Trainer:
         """Return a line about the model, its data and the bytes of a step. Local."""
         plans, dense = self.optimizer.plans(), in_bytes(self.optimizer.dense_nbytes)
         sent = in_bytes(sum(plan.traffic.sent_nbytes for plan in plans))
-        return (f"{self.config.model}: {self.optimizer.flat.d:,} parameters on {self.comm.Get_size()} ranks, "
+        return (f"{self.config.model}: {self.optimizer.flat.d:,} parameters on {counted(self.comm.Get_size(), 'rank')}, "
                 f"{self.data.size:,} training samples; {self.config.optimizer}, {plans[0].compressor}: {sent} per step and "
                 f"rank when compressed (dense: {dense})")
 
@@ -327,9 +327,18 @@ class Trainer:
         return rows
 
     def fingerprints(self) -> list[int]:
-        """Return a hash of the parameters of every rank."""
-        hashes: list[int] = self.comm.allgather(crc32(self.optimizer.flat.values.tobytes()))
+        """Return a hash of the parameters of every rank. Collective."""
+        hashes: list[int] = self.comm.allgather(crc32(self.optimizer.flat.values.data))
         return hashes
+
+    def check_replicas(self) -> None:
+        """Raise `DisagreementError` on all ranks where parameters differ that are to be the same. Collective."""
+        prints = self.fingerprints() if getattr(self.optimizer, "synchronized", True) else []
+        if others := [rank for rank, of_rank in enumerate(prints) if of_rank != prints[0]]:
+            raise DisagreementError(
+                f"mpi-ef train: after step {self.steps} parameters on {ranks_text(others)} are not those on rank 0; "
+                f"{type(self.optimizer).__name__} gives ranks different results, and the laws in mpi_ef.testing find why"
+            )
 
 
 def _shaping(config: TrainConfig) -> dict[str, Any]:

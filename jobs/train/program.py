@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpi_ef.comm.protocol import MpiComm
+from mpi_ef.errors import counted
 from mpi_ef.jobs.folder import write_whole
 from mpi_ef.jobs.metrics import Metrics, Progress, announcing, in_bytes
 from mpi_ef.jobs.options import parse, to_toml
@@ -93,6 +94,8 @@ def _train(trainer: "Trainer", run: "Interruptible") -> dict[str, Any]:
             evaluate = step == config.steps or step % config.eval_every == 0
             logged = evaluate or step % config.log_every == 0
             trainer.step(watched=logged)
+            if evaluate:
+                trainer.check_replicas()
             if logged:
                 row = trainer.row(evaluate=evaluate)
                 timed = step - trainer.untimed_steps
@@ -151,7 +154,7 @@ def _table(summary: dict[str, Any]) -> str:
     sent, dense = summary["sent_nbytes"], summary["dense_nbytes"]
     share = f"{dense / sent:.0f}x less, {100 * sent / dense:.2f} %" if sent and dense else "one rank sends nothing"
     steps, seconds = summary["untimed_steps"], summary["untimed_seconds"]
-    untimed = f"{seconds:.1f} s, {steps} step{'s' if steps > 1 else ''} in which kernels were compiled or loaded"
+    untimed = f"{seconds:.1f} s, {counted(steps, 'step')} in which kernels were compiled or loaded"
     rows = [("validation loss", f"{summary['val_loss']:.4f}"), ("training loss", f"{summary['loss']:.4f}")]
     if summary["val_accuracy"] is not None:
         rows.append(("validation accuracy", f"{100 * summary['val_accuracy']:.2f} %"))
