@@ -207,6 +207,28 @@ class OptimizerLaws(Laws):
         disagree(lambda comm: self._built([{"params": net_of().parameters(), "lr": 0.1 + comm.Get_rank()}], comm),
                  "hyper-parameters")
 
+    @law("learning rates")
+    def test_groups_have_learning_rates_of_their_own(self) -> None:
+        """What a scheduler writes into a group counts from the next step on, for its parameters; at 0 nothing moves."""
+
+        def moved(comm: VirtualComm, *factors: float) -> tuple[list[Any], list[Any]]:
+            net = net_of()
+            optimizer = self._built(groups_of(net), comm)
+            for group, factor in zip(optimizer.param_groups, factors, strict=True):
+                group["lr"] *= factor
+            path = steps_of(net, optimizer, comm.Get_rank(), range(max(self.saved_after)))
+            return path[-1][:3], path[-1][3:]
+
+        def program(comm: VirtualComm) -> None:
+            begun, usual = parameters_of(net_of()), moved(comm, 1, 1)
+            for which, (factors, others) in enumerate({(0.5, 1): "first", (1, 0.5): "second"}.items()):
+                same = same_bits(moved(comm, *factors)[which], usual[which])
+                must(not same, f"half of the learning rate of the {others} group gives the same parameters")
+            first, second = moved(comm, 0, 0)
+            must(same_bits([*first, *second], begun), "parameters have moved with learning rates of 0")
+
+        results(2, program)
+
     @law("learning rates that drift apart")
     def test_learning_rates_that_drift_apart_stop_all_ranks(self) -> None:
         """For example ReduceLROnPlateau on each rank's own loss: the next step raises on all ranks and changes nothing."""
