@@ -6,16 +6,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import Field, field, fields
 from pathlib import Path
+from time import sleep
 from types import NoneType, UnionType
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mpi_ef.documents import read_toml, shown
 from mpi_ef.errors import ConfigError, OptionError, nearest
 from mpi_ef.ranges import checked
+from mpi_ef.runtime.world import first_task
 
 __all__ = ["Checked", "divided", "option", "parse", "refuse", "to_toml"]
 
 T = TypeVar("T")
+_LATER_SECONDS = 1.0
 
 
 class Checked:
@@ -86,7 +89,12 @@ def parse(config: type[T], argv: Sequence[str] | None, *, prog: str, description
 
 
 def refuse(text: object, prog: str = "mpi-ef") -> NoReturn:
-    """End the program with status 2 and one line on stderr."""
+    """End the program with status 2 and one line on stderr.
+
+    Later ranks of a parallel start wait a moment: a launcher ends them when the first one has said the same.
+    """
+    if not first_task():
+        sleep(_LATER_SECONDS)
     print(f"{prog}: {shown(text)}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -116,7 +124,7 @@ class _Parser(argparse.ArgumentParser):
             flag = message.split("unrecognized arguments: ", 1)[1].split(maxsplit=1)[0].split("=", maxsplit=1)[0]
             if hint := nearest(flag, [s for a in self._actions for s in a.option_strings]):
                 message += f"; {hint}"
-        self.exit(2, f"{self.prog}: {shown(message)}\n")
+        refuse(message, self.prog)
 
 
 def _plain(kind: Any) -> Any:

@@ -113,6 +113,24 @@ def test_wrong_flags_are_refused(argv, words, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("environment", "waits"), [
+    ({}, False), ({"OMPI_COMM_WORLD_RANK": "0", "SLURM_PROCID": "3"}, False), ({"OMPI_COMM_WORLD_RANK": "2"}, True),
+    ({"PMI_RANK": "1"}, True), ({"SLURM_PROCID": "7"}, True), ({"SLURM_PROCID": "x"}, False),
+])
+def test_later_ranks_leave_it_to_the_first_to_say_what_is_wrong(environment, waits, monkeypatch, capsys):
+    """A launcher ends them meanwhile; where theirs alone is wrong, they say so."""
+    slept = []
+    for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, text in environment.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setattr("mpi_ef.jobs.options.sleep", lambda seconds: slept.append((seconds, capsys.readouterr().err)))
+    with pytest.raises(SystemExit):
+        options("--stesp", "3")
+    assert slept == [(1.0, "")] * waits
+    assert "did you mean --steps?" in capsys.readouterr().err
+
+
 @given(st.integers(1, 300), st.integers(1, 9))
 def test_every_sample_is_on_exactly_one_rank(size, ranks):
     if size < ranks:
