@@ -121,7 +121,8 @@ worlds: $(VENV)/test $(READY)
 	set -e; for how in redistribute reset; do for n in 4 2 3 4; do \
 	    $(BIN)/mpiexec -n $$n $(ON) --resume $$how --out $(OUT)/worlds/4-2-3-4-$$how; \
 	done; done
-	$(BIN)/mpi-ef report $(addprefix $(OUT)/worlds/,4-ranks 4-2-3-4-redistribute 4-2-3-4-reset) --plot docs/other_numbers_of_ranks.png
+	$(BIN)/mpi-ef report $(addprefix $(OUT)/worlds/,4-ranks 4-2-3-4-redistribute 4-2-3-4-reset) --panels bytes,steps,norms \
+	    --plot docs/other_numbers_of_ranks.png
 
 # name, learning rates, options
 define compare
@@ -141,7 +142,7 @@ optimizers: $(VENV)/test $(READY)
 	$(call compare,ef21-muon,0.01 0.02 0.04,--optimizer ef21-muon --ratio 0.1 --dense-steps 1 --clip 0)
 	$(call compare,powersgd,0.03 0.1 0.3,--optimizer powersgd --rank 4)
 	$(BIN)/mpi-ef report $(addprefix $(OUT)/optimizers/adamw-,dense-lr-0.006 dense-lr-0.003 dense-lr-0.01 topk-lr-0.006 sign-lr-0.006) \
-	    --plot docs/loss_against_bytes.png
+	    --panels bytes --plot docs/loss_against_bytes.png
 	$(BIN)/mpi-ef report --best $(OUT)/optimizers/*-lr-*
 
 # torch first and pinned, so that nothing else pulls in another build of it. PIP_ARGS takes options of pip, for example an

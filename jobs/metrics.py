@@ -7,15 +7,17 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
+from platform import node
 from time import perf_counter
 from typing import IO, Any
 
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.documents import lines
-from mpi_ef.errors import DataError
+from mpi_ef.documents import lines, shown
+from mpi_ef.errors import DataError, counted
 
-__all__ = ["Metrics", "Progress", "announcing", "in_bytes", "is_number", "row_of"]
+__all__ = ["Metrics", "Progress", "announcing", "in_bytes", "is_number", "made_here", "made_in", "row_of"]
 
 
 class Metrics:
@@ -92,6 +94,27 @@ def row_of(line: str) -> dict[str, Any] | None:
 def is_number(value: object) -> bool:
     """Return whether a value of a document is a number that can be drawn; NaN and infinities are. Local."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+def made_here(comm: Comm) -> dict[str, Any]:
+    """Return for a document when and where results were made: time of rank 0, names of all hosts. Collective."""
+    told: list[tuple[str, str]] = comm.allgather((node(), datetime.now(UTC).isoformat(timespec="seconds")))
+    return {"finished": told[0][1], "hosts": sorted({host for host, _ in told})}
+
+
+def made_in(document: Any, path: Path) -> str:
+    """Return what a document says about ranks, hosts and time, as text; else the time of its file. Local."""
+    document = document if isinstance(document, dict) else {}
+    ranks, hosts, finished = (document.get(name) for name in ("ranks", "hosts", "finished"))
+    words = [counted(ranks, "rank")] if type(ranks) is int and 0 < ranks < 2**31 else []
+    if isinstance(hosts, list) and hosts and all(isinstance(host, str) for host in hosts):
+        more = f" and {len(hosts) - 3} more hosts" if len(hosts) > 3 else ""
+        words.append(f"on {', '.join(shown(host)[:60] for host in hosts[:3])}{more}")
+    try:
+        when = f"finished {datetime.fromisoformat(finished).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except (TypeError, ValueError, OverflowError):
+        when = f"file of {datetime.fromtimestamp(path.stat().st_mtime, UTC):%Y-%m-%d %H:%M} UTC"
+    return ", ".join([*words, when]).replace(", on ", " on ", 1)
 
 
 class Progress:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mpi_ef.errors import ConfigError, DataError, LaunchError, MpiEfError
 from mpi_ef.jobs.options import divided, option, parse
-from mpi_ef.runtime.batch import Pbs, Slurm, find_job, run_command, write
+from mpi_ef.runtime.batch import Slurm, find_job, run_command, write
 from mpi_ef.runtime.supervise import WRONG, Child, Supervisor, report
 
 __all__ = ["SuperviseConfig", "main", "run"]
@@ -51,7 +51,9 @@ class SuperviseConfig:
     each: str = option("once", "run on 1, 2, 4, ... nodes, or on 1, 2, 3, ... ranks; without restarts",
                        choices=("once", "nodes", "ranks"))
     ranks: str = option("", "numbers of ranks for each=ranks", shown="all")
-    script: Path | None = option(None, "PBS: the script of the job, to submit it again", shown="none")
+    script: Path | None = option(
+        None, "the script of the job: PBS submits it again, Slurm is asked for signals in it", shown="none"
+    )
 
     def __post_init__(self) -> None:
         """Check what can be checked without a job."""
@@ -72,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Supervise a program. Exit status 0 when it has finished or will start again, else its own."""
     child = Child()
     child.listen()  # before everything else: a signal may come at once
-    child.asked |= bool(os.environ.pop("MPI_EF_SIGNALLED", ""))
+    if os.environ.pop("MPI_EF_SIGNALLED", ""):
+        child.ask()
     sys.exit(run(sys.argv[1:] if argv is None else argv, os.environ, child))
 
 
@@ -117,7 +120,7 @@ class _Job:
         if not isinstance(job, Slurm) and (config.chain or config.sweep is not None or config.each != "once"):
             raise LaunchError("supervise: chain, sweep and each are for Slurm; leave them out")
         self.config, self.child, self.environ, self.job = config, child, environ, job
-        if isinstance(job, Pbs) and config.script is not None:
+        if config.script is not None:
             job.script = config.script.absolute()
         if job.folder:
             os.chdir(job.folder)

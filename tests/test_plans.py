@@ -1,6 +1,7 @@
 """Laws of the plans, on virtual ranks."""
 
 import warnings
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -379,6 +380,22 @@ def test_one_call_forms(n):
     rows = virtual.results(n, program)
     assert all(a.tobytes() == b.tobytes() for row in rows for a, b in zip(row, rows[0], strict=True))
     np.testing.assert_allclose(rows[0][0].ravel(), np.mean([gaussian(r, 60, np.float64) for r in range(n)], axis=0))
+
+
+@pytest.mark.parametrize("compressor", [Identity(), TopK(0.1), Sign()])
+def test_one_call_forms_keep_no_array_of_the_caller(compressor):
+    """The plan of a dense one held the last vector, as long as the communicator lived."""
+
+    def program(comm):
+        seen = []
+        for give_out in (False, True):
+            x, out = np.ones(100), np.zeros(100)
+            seen += [weakref.ref(x), weakref.ref(out)]
+            allreduce(comm, x, compressor, out=out if give_out else None)
+            del x, out
+        return [array() is None for array in seen]
+
+    assert virtual.results(2, program) == [[True] * 4] * 2
 
 
 def test_one_call_forms_keep_a_bounded_number_of_plans():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -15,10 +16,15 @@ from vectors_for_tests import gaussian
 
 from mpi_ef.compress import lazy
 from mpi_ef.jobs import figures
+from mpi_ef.jobs.bench import table
+from mpi_ef.jobs.metrics import made_in
+from mpi_ef.jobs.report import naming
 from mpi_ef.jobs.report import program as report
 from mpi_ef.jobs.report.figures import training
+from mpi_ef.jobs.reproduce import figures as reproduced
 from mpi_ef.jobs.reproduce import program as reproduce
 from mpi_ef.jobs.reproduce.outcome import ReproduceConfig
+from mpi_ef.jobs.reproduce.simulate import Curve
 from mpi_ef.jobs.train.config import PHASES, TrainConfig
 
 
@@ -110,6 +116,10 @@ def test_table_pictures_and_page(runs, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "new").iterdir()} == names
     assert all((tmp_path / "new" / name).read_bytes()[:4] == b"\x89PNG" for name in names)
     page = (tmp_path / "page" / "all.html").read_text()
+    assert re.search(r"<p>written \d{4}-\d\d-\d\d \d\d:\d\d UTC on \S+</p>", page)
+    assert re.search(r"sparse: 2 ranks on \S+, finished \d{4}-\d\d-\d\d \d\d:\d\d UTC<br>", page)
+    assert re.search(r'class="made">2 ranks on \S+, finished .* UTC</p>\n<pre>\|\|grad', page)
+    assert re.search(r'class="made">2 ranks, file of .* UTC</p>\n<pre>Some MPI', page)  # written by an earlier version
     assert page.count("data:image/png;base64,") == 3
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)  # nothing is loaded from elsewhere
     assert "&lt;odd&gt;" in page
@@ -195,13 +205,158 @@ def test_what_is_lost_is_drawn_in_its_own_scale(runs, tmp_path, monkeypatch):
     little = [row | {"lost": row["lost"] and 1e-3 * row["lost"]} for row in sparse]
     for rows in (sparse, little, dense):
         training({"run": rows}, tmp_path / "x.png")
-    panels = [(figure.axes[3], figure.axes[4]) for figure in drawn]
+    panels = [(figure.axes[3], figure.axes[4]) for figure in drawn]  # lost, norms
     assert [error.get_yscale() for error, _ in panels] == ["linear", "log", "log"]
     assert panels[0][0].get_ylim() == (0.0, 1.0)
     said = [[text.get_text() for panel in both for text in panel.texts] for both in panels]
     assert said == [[], [], ["nothing is compressed here"] * 2]
     for figure in drawn:
         figures.pyplot().close(figure)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures in place of files."""
+    figures_drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: figures_drawn.append(figure))
+    yield figures_drawn
+    for figure in figures_drawn:
+        figures.pyplot().close(figure)
+
+
+def labels_of(axis):
+    """The labels that are seen, and their places on the picture."""
+    figure = axis.axes.figure
+    figure.canvas.draw()
+    low, high = sorted(axis.get_view_interval())
+    ticks = [tick for which in (axis.get_major_ticks(), axis.get_minor_ticks()) for tick in which
+             if low <= tick.get_loc() <= high and tick.label1.get_text()]
+    ticks.sort(key=lambda tick: tick.get_loc())
+    return [tick.label1.get_text() for tick in ticks], [tick.label1.get_window_extent() for tick in ticks]
+
+
+EXHAUSTIVE = pytest.mark.exhaustive
+
+
+@pytest.mark.parametrize(("low", "high"), [
+    (2e5, 4.3e6), (1.0, 1e12), (2.4e9, 2.6e9),
+    *(pytest.param(*ends, marks=EXHAUSTIVE)
+      for ends in ((2.5e6, 2.6e9), (3.2e8, 2.6e9), (1.0, 1.0), (900.0, 1.2e5), (1.2e5, 7e5))),
+])
+def test_labels_of_bytes_do_not_touch(drawn, low, high):
+    """They were "2 x 10^5 3 x 10^5 4 x 10^5" on top of each other."""
+    rows = [{"step": n, "sent_nbytes": sent, "val_loss": 1.0 / n, "loss": 1.0} for n, sent in enumerate((low, high), 1)]
+    training({"run": [row | {"seconds": 1.0} for row in rows]}, "", ("bytes", "time", "steps"))
+    texts, boxes = labels_of(drawn[-1].axes[0].xaxis)
+    assert all(re.fullmatch(r"\S+ [kMGT]?B", text) for text in texts)
+    assert len(texts) >= (2 if high > low else 1)
+    assert len(set(texts)) == len(texts)
+    assert all(one.x1 < other.x0 for one, other in zip(boxes, boxes[1:], strict=False))
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (0, "0 B"), (999, "999 B"), (2e5, "200 kB"), (2.5e6, "2.5 MB"), (1e9, "1 GB"), (3e15, "3000 TB"),
+])
+def test_ticks_in_bytes(value, text):
+    assert figures.bytes_text(value) == text
+
+
+def test_bars_begin_at_zero_and_say_what_they_are(runs, drawn):
+    training({name: rows_of(runs / name) for name in ("sparse", "dense")}, "", ["phases"])
+    (panel,) = drawn[0].axes
+    assert panel.get_xscale() == "linear"
+    assert panel.get_xlim()[0] == 0.0
+    means = [1e3 * rows_of(runs / name)[-1][f"seconds_{phase}"] / 8 for name in ("sparse", "dense") for phase in PHASES]
+    assert [text.get_text() for text in panel.texts] == [f"{mean:.2g}" for mean in means]
+    assert max(panel.get_xlim()) > max(means)
+
+
+def test_times_below_a_second_are_drawn_where_they_are(drawn):
+    rows = [{"step": n, "seconds": 0.25 * n, "val_loss": 1.0, "sent_nbytes": 0} for n in (1, 2)]
+    training({"run": rows}, "", ["time", "bytes"])
+    assert [list(panel.lines[0].get_xdata()) for panel in drawn[0].axes] == [[0.25, 0.5], [1, 1]]
+
+
+def test_one_panel_and_no_such_panel(runs, tmp_path, drawn):
+    report.main([str(runs / "sparse"), "--panels", "bytes, lost", "--plot", "x.png"])
+    assert [panel.get_xlabel() for panel in drawn[0].axes] == ["sent per rank", "steps"]
+    with pytest.raises(SystemExit, match="report: panels=byte is unknown; did you mean bytes?"):
+        report.main([str(runs / "sparse"), "--panels", "byte"])
+
+
+def test_legends_name_methods(runs, tmp_path, drawn, capsys):
+    """And of the same methods options that differ, or at last the names of folders."""
+    for name in ("dense", "again"):
+        shutil.copytree(runs / "dense", tmp_path / name)
+    summary = json.loads((tmp_path / "again/summary.json").read_text())
+    summary["config"]["lr"] = 0.5
+    shutil.copytree(tmp_path / "again", tmp_path / "twice")
+    for name in ("again", "twice"):
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+    paths = [tmp_path / "dense", tmp_path / "again", tmp_path / "twice", runs / "sparse", runs / "<odd>", runs / "ef21"]
+    report.main([*map(str, paths), "--plot", "x.png"])
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "adamw, dense, lr=0.006", "adamw, dense, lr=0.5 (again)", "adamw, dense, lr=0.5 (twice)",
+        "adamw, TopK(0.01, values=Quantize('bf16'))", "adamw, Sign(1024)", "sgd, TopK(0.01, values=Quantize('bf16'))"]
+    assert [line.rpartition("  ")[2] for line in capsys.readouterr().out.splitlines()] == [
+        "method", *["adamw, dense"] * 3, "adamw, TopK(0.01, values=Quantize('bf16'))", "adamw, Sign(1024)",
+        "sgd, TopK(0.01, values=Quantize('bf16'))"]
+
+
+def test_legends_of_what_an_earlier_version_has_written():
+    assert naming.method({"config": {"optimizer": "adamw", "compressor": "topk"}}) == "adamw, topk"
+    assert naming.method({"config": {"compressor": "identity"}, "optimizer": "x"}) == "dense"
+    one, other = ({"ranks": n, "config": {"compressor": "Mine(3)", "out": str(n)}} for n in (2, 4))
+    assert naming.methods([one, other], ["a", "b"]) == ["Mine(3), ranks=2", "Mine(3), ranks=4"]
+
+
+@pytest.mark.parametrize(("count", "means"), [
+    (1, [4, 0, 2, 6, 1]), (3, [4, 2, 8 / 3, 3, 3.5]), (5, [4, 2, 13 / 5, 9 / 4, 3]),
+])
+def test_running_means(count, means):
+    np.testing.assert_allclose(figures.running_mean([4.0, 0.0, 2.0, 6.0, 1.0], count), means)
+    assert math.isnan(figures.running_mean([1.0, math.inf, 1.0], 3)[1])
+
+
+def test_noisy_curves_are_drawn_as_running_means(drawn):
+    """Three of them covered each other. Smooth ones, short ones and those that diverge stay as they are."""
+    steps = list(range(400))
+    noise = np.random.default_rng(0).lognormal(0.0, 2.0, 400).tolist()
+    curves = {"noisy": noise, "smooth": [10.0 ** (-0.1 * step) for step in steps], "zero": [0.0] * 400,
+              "far": [10.0 ** min(step, 30) for step in steps]}
+    reproduced.against("steps")({"panel": {name: Curve(steps, values, steps, steps) for name, values in curves.items()}}, "")
+    (panel,) = drawn[0].axes
+    assert len(panel.lines) == 5
+    assert list(panel.lines[0].get_ydata()) == noise
+    assert list(panel.lines[1].get_ydata()) == figures.running_mean(noise, 10)
+    assert panel.get_ylabel() == "||grad f(x)||^2, running mean"
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == list(curves)
+
+
+def test_the_benchmark_has_plain_labels(runs, drawn):
+    table.plot(json.loads((runs / "bench.json").read_text()), "")
+    here, elsewhere = drawn[0].axes
+    for axis in (here.xaxis, elsewhere.xaxis):
+        labels = [axis.get_major_formatter()(place) for place in axis.get_ticklocs()]
+        assert labels
+        assert all(re.fullmatch(r"[\d.]+(e[+-]\d+)?", text) for text in labels)
+
+
+@pytest.mark.parametrize(("document", "text"), [
+    ({"ranks": 2, "hosts": ["b", "a"], "finished": "2031-02-03T04:05:06+01:00"},
+     "2 ranks on b, a, finished 2031-02-03 03:05 UTC"),
+    ({"ranks": 1, "hosts": list("abcde")}, "1 rank on a, b, c and 2 more hosts, file of 2001-09-09 01:46 UTC"),
+    ({"ranks": "x", "hosts": [1], "finished": 7}, "file of 2001-09-09 01:46 UTC"),
+    ({"ranks": 10**400, "hosts": "a", "finished": "soon"}, "file of 2001-09-09 01:46 UTC"),
+    ({"hosts": ["\x1b[31m" + 100 * "a"]}, "on \\x1b[31m" + 52 * "a" + ", file of 2001-09-09 01:46 UTC"),
+    ([], "file of 2001-09-09 01:46 UTC"),
+])
+def test_when_and_where_a_run_was_made(tmp_path, document, text):
+    path = tmp_path / "file"
+    path.touch()
+    os.utime(path, (10**9, 10**9))
+    assert made_in(document, path) == text
 
 
 def test_pictures_want_matplotlib(runs, tmp_path, monkeypatch):

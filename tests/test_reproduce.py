@@ -3,6 +3,7 @@
 import json
 import lzma
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from mpi_ef.jobs.reproduce.libsvm import content_of, load_libsvm
 from mpi_ef.jobs.reproduce.outcome import ReproduceConfig
 from mpi_ef.jobs.reproduce.problems import zeta_quadratics
 from mpi_ef.jobs.reproduce.program import EXPERIMENTS
-from mpi_ef.jobs.reproduce.simulate import descend
+from mpi_ef.jobs.reproduce.simulate import Curve, descend
 
 
 @pytest.mark.slow
@@ -164,6 +165,23 @@ def test_files_are_known_by_their_content(tmp_path):
     told = json.loads((tmp_path / "02" / "ef21-pp" / "summary.json").read_text())
     assert told["data"] == {"phishing": content_of(*load_libsvm(tmp_path / "0" / "phishing"))}
     assert (told["experiment"], told["ranks"], told["steps"]) == ("ef21-pp", 2, 3)
+
+
+def test_a_target_that_is_not_reached_saves_nothing(monkeypatch):
+    """It said "saved 0%" where both methods had been stopped."""
+    monkeypatch.setattr(experiments, "smoothness", lambda *_: SimpleNamespace(quadratic_mean=1.0, arithmetic_mean=1.0))
+    monkeypatch.setattr(experiments, "step_size", lambda *_: 0.1)
+    ends = iter([(7, 1e-3), (7, 1e-3), (7, 1e-3), (5, 1e-7), (4, 1e-7), (3, 1e-7)])
+
+    def descend(*_, **options):
+        steps, squared = next(ends)
+        return Curve([steps], [squared], [1.0], [1.0])
+
+    monkeypatch.setattr(experiments.Panels, "descend", descend)
+    (outcome,) = virtual.results(1, lambda comm: experiments.weights(comm, ReproduceConfig()))
+    assert [line.split()[3:] for line in outcome.table.splitlines()[1:4]] == [
+        [">", "7", ">", "7", "-"], [">", "7", "5", "-"], ["4", "3", "25%"]]
+    assert outcome.table.endswith("\n>: ||grad f||^2 < 1e-06 was not reached in so many steps; give more --steps")
 
 
 def test_a_finished_experiment_stays_unless_it_may_be_overwritten(tmp_path):

@@ -222,13 +222,14 @@ SHORT_LIST = ["--lr 0.003", "--lr 0.006", "--lr 0.01", "--lr 0.006 --ratio 0.05"
     ("bench.sbatch", {}, ["--each", "nodes", "--"], ["bench", "--steps", "9 x"]),
     ("tests.sbatch", {}, ["--each", "ranks", "--ranks", "", "--"], [*TESTED, "python3", *PYTEST]),
     ("tests.sbatch", {"RANKS": "1 3", "PYTHON": "p"}, ["--each", "ranks", "--ranks", "1 3", "--"], [*TESTED, "p", *PYTEST]),
-    ("train.lsf", {}, ["--"], ["train"]), ("train.pbs", {}, ["--script", str(FOLDER / "train.pbs"), "--"], ["train"]),
+    ("train.lsf", {}, ["--"], ["train"]), ("train.pbs", {}, ["--"], ["train"]),
 ])
 def test_what_every_template_starts(site, name, variables, words, after):
     arguments = ["--steps", "9 x"] if name.endswith(".sbatch") else []
     status, said, noted = site.start(FOLDER / name, *arguments, **variables)
     assert status == 0
-    assert noted == ["supervise", *words, *after]
+    script = ["--script", str(FOLDER / name)] if "train" in after or name.startswith("train-gpu") else []
+    assert noted == ["supervise", *(script if name != "train.lsf" else []), *words, *after]
     assert ("GPUs of this job stay idle" in said) == (name == "train-gpu.sbatch" and not variables)
 
 
@@ -257,9 +258,9 @@ def with_site_line(site, line):
 
 @pytest.mark.parametrize("name", ["USR1", "USR2"])
 def test_a_signal_while_modules_are_loaded_is_told(site, name):
-    status, _, noted = site.start(with_site_line(site, f"kill -{name} $$"))
+    status, _, noted = site.start(script := with_site_line(site, f"kill -{name} $$"))
     assert status == 0
-    assert noted == ["supervise", "--", "train", "MPI_EF_SIGNALLED=yes"]
+    assert noted == ["supervise", "--script", str(script), "--", "train", "MPI_EF_SIGNALLED=yes"]
 
 
 JOB = {"SLURM_JOB_ID": "7", "RUN_DIR": "run", "LAUNCH": "env"}

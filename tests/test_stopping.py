@@ -1,6 +1,7 @@
 """All ranks stop after the same step."""
 
 import os
+import re
 import signal
 import time
 
@@ -25,7 +26,29 @@ def test_one_rank_asks_and_all_stop_after_the_same_step(n, tmp_path):
         return None
 
     assert virtual.results(n, program) == [(7, f"SIGUSR2 on rank {n - 1}")] * n
-    assert (tmp_path / "new" / "requeue").read_text() == f"SIGUSR2 on rank {n - 1}\n"
+    reason, steps = (tmp_path / "new" / "requeue").read_text().splitlines()
+    assert reason == f"SIGUSR2 on rank {n - 1}"
+    assert re.fullmatch(r"steps from \d{10,}\.\d{3} to \d{10,}\.\d{3}", steps)
+
+
+def test_the_time_of_steps_is_that_of_the_process(tmp_path, monkeypatch):
+    """A stopper that is built again after a rank has died counts from the first one's first step."""
+    clock = iter(range(1000, 2000, 10))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    monkeypatch.setattr(Stopper, "_first_asked", None)
+
+    def program(comm):
+        first, second = Stopper(comm, signals=()), Stopper(comm, signals=())
+        for _ in range(3):
+            first.should_stop()
+        second.mark_requeue(tmp_path / "own", "a reason of its own")
+        second.request()
+        assert second.should_stop()
+        second.mark_requeue(tmp_path / "mark")
+
+    virtual.results(1, program)
+    assert (tmp_path / "own").read_text() == "a reason of its own\n"
+    assert (tmp_path / "mark").read_text() == "SIGTERM on rank 0\nsteps from 1000.000 to 1010.000\n"
 
 
 def test_asking_seldom():

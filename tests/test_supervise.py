@@ -413,6 +413,112 @@ def test_a_signal_before_the_first_save_has_one_more_chance(site):
     assert not site.called("scontrol")
 
 
+class Hasty:
+    """Launches of a job of 310 s that starts at 1000 s: its signal comes at 1010 s."""
+
+    times = {"SLURM_JOB_START_TIME": 1000, "SLURM_JOB_END_TIME": 1310}  # noqa: RUF012
+
+    def __init__(self, site):
+        self.site, self.step = site, 0
+
+    def launch(self, first, last, *, status=0, signalled=True, words=(), **variables):
+        """One whose first step ends at `first` and which stops at `last`, a step further."""
+
+        def play(child):
+            self.step += 1
+            self.site.save(self.step)
+            text = f"SIGUSR2 on rank 0\n{f'steps from {first:.3f} to {last:.3f}' if first else ''}\n"
+            (self.site.path() / "requeue").write_text(text)
+            if signalled:
+                child.asked, child.asked_at = True, 1010.0
+
+        return self.site.job(*words, "--", "train", play=play, status=status, **self.times | variables)
+
+
+def test_three_stops_in_a_row_that_train_for_less_than_their_start_took_end_a_run(site):
+    """A time limit that the lead of --signal nearly uses up made one step per start, twenty times."""
+    hasty = Hasty(site)
+    blame = ("the signal came 10 s after the start and 300 s before the end of a job of 310 s, which trained for 2 s after "
+             "9 s until its first step: ask for more time (--time), or for a shorter lead where --signal has sent it "
+             "(B:USR2@SECONDS)")
+    said = hasty.launch(1009, 1011)
+    assert "stopped at step 1: SIGUSR2 on rank 0\n" in said
+    assert f"job 7: {blame}\n" in said
+    said = hasty.launch(1009, 1011)
+    assert "requeued" in said
+    assert "trained" not in said
+    said = hasty.launch(1009, 1011, status=1)
+    assert f"stopped 3 times in a row before it has trained for as long as its start took; {blame}" in said
+    assert "not started again" in said
+    assert not site.called("scontrol")
+    assert "requeued" in hasty.launch(1009, 1011)  # submitted again: it counts from the beginning
+
+
+def test_what_is_no_hasty_stop_begins_anew(site):
+    """Enough training; preemption; a stop of which nothing is known but when the signal came."""
+    hasty = Hasty(site)
+    preempted = {"--Format=PreemptTime": (0, "2031-02-03T04:05:06\n")}
+    for first, last, answers in ((1004, 1008, {}), (1009, 1011, preempted), (None, None, {})):
+        for _ in range(2):
+            hasty.launch(1009, 1011)
+        site.answers |= answers
+        said = hasty.launch(first, last)
+        site.answers.clear()
+        assert "requeued" in said
+        assert ("before the end of a job of 310 s: ask for more time" in said) == (first is None)
+    for _ in range(2):
+        hasty.launch(1009, 1011)
+    assert "requeued" in hasty.launch(None, None, SLURM_JOB_END_TIME=1015)
+    hasty.launch(1009, 1011)
+    assert (site.run / "hasty-stops").read_text() == "1\n"
+
+
+def test_a_signal_before_the_start_is_blamed_on_the_time_limit(site):
+    """Twice: the second one ends the run."""
+    def signalled(child):
+        child.asked, child.asked_at = True, 1010.0
+
+    for status, text in ((0, ""), (1, "not started again; ")):
+        said = site.job("--", "train", play=signalled, status=status, **Hasty.times)
+        assert f"{text}the signal came 10 s after the start and 300 s before the end of a job of 310 s: ask for" in said
+
+
+def test_hasty_stops_end_chains_and_jobs_of_pbs_and_lsf(site):
+    hasty = Hasty(site)
+    site.answers["qstat"] = 1, ""
+    now = time.time()
+    pbs = {"SLURM_JOB_ID": None, "PBS_O_WORKDIR": site.folder, "PBS_JOBID": "12.server",
+           "PBS_NODEFILE": site.folder / "nodes"}
+    lsf = {"SLURM_JOB_ID": None, "LS_SUBCWD": site.folder, "LSB_JOBID": "12", "LSB_DJOB_NUMPROC": 2}
+    (site.folder / "nodes").write_text("n1\n")
+    array = {"SLURM_ARRAY_JOB_ID": 6, "SLURM_ARRAY_TASK_ID": 1, "SLURM_ARRAY_TASK_MAX": 9}
+    for variables, words, advice in ((array, ["--chain"], "(--time)"), (pbs, [], "(walltime)"), (lsf, [], "(-W), or for a")):
+        first = 1009 if variables is array else now + 1e6  # such a job began when it was looked at
+        for number in range(3):
+            said = hasty.launch(first, first + 2, words=words, signalled=variables is array, status=number // 2, **variables)
+            assert (advice in said) == (number != 1)
+        assert "stopped 3 times in a row" in said
+    assert "it stopped 10000" in said
+
+
+@pytest.mark.parametrize(("line", "environ", "ends", "text"), [
+    ("#SBATCH --signal=B:USR2@300", {}, 310, "and --signal=B:USR2@300 of its script comes 300 s before that"),
+    ("#SBATCH --signal=B:USR2@60\n#SBATCH --signal  USR2@300", {}, 310, "--signal=USR2@300 of its script comes 300 s"),
+    ("#SBATCH --signal=B:USR2@300", {}, 200, ": 0 s are left for start and training; ask for more time or a shorter lead, "),
+    ("#SBATCH --signal=B:USR2@300", {}, 3600, ""),
+    ("#SBATCH --signal=B:USR2@300", {"SBATCH_SIGNAL": "B:USR1@30"}, 310, ""),
+    ("#SBATCH --signal=B:USR2", {}, 100, "and training stops 60 s before that"),
+    ("", {}, 100, "s are left for start and training; ask for more time\n"),
+    ("", {}, -100, ""),
+])
+def test_the_lead_of_the_signal_is_compared_with_the_time_limit_at_the_start(site, line, environ, ends, text):
+    (site.folder / "script").write_text(f"#!/bin/bash\n{line}\n##SBATCH --signal=B:USR2@7\n")
+    ends = {"SLURM_JOB_END_TIME": int(time.time()) + ends}
+    said = site.job("--script", "script", "--", "train", play=site.finishes, **environ, **ends)
+    assert text in said
+    assert ("the job ends in " in said) == bool(text)
+
+
 def test_preemption_with_grace_before_the_first_save_has_one_more_chance(site):
     """Slurm tells the ranks only; what srun says then differs (143, 14 with PMIx)."""
     assert "no progress" in site.job("--", "train", play=site.crashes(0, 14), status=14)

@@ -30,6 +30,21 @@ def settled(net, optimizer, comm, steps=16):
     optimizer.synchronize()
 
 
+@pytest.mark.parametrize("row", ["EF21", "OneBitAdam", "AdamW updates"])
+@DTYPES
+def test_a_layer_that_is_saved_alone_is_all_that_is_written(row, dtype):
+    """Parameters are views of one vector; torch.save writes the whole storage of what it is given."""
+
+    def program(comm):
+        net = net_of(dtype)
+        steps_of(net, ROWS[row](net, comm), comm.Get_rank(), range(3))
+        for p in net.parameters():
+            for tensor in (p, *([] if p.grad is None else [p.grad])):
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+    virtual.results(1, program)
+
+
 # ---- writing weights
 
 

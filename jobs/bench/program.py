@@ -20,7 +20,7 @@ from mpi_ef.jobs.bench.table import Link, Row, check, combine, plot, table
 from mpi_ef.jobs.folder import write_whole
 from mpi_ef.jobs.link_fit import fit_line
 from mpi_ef.jobs.methods import methods_in
-from mpi_ef.jobs.metrics import announcing
+from mpi_ef.jobs.metrics import announcing, made_here
 from mpi_ef.jobs.options import Checked, option, parse
 from mpi_ef.runtime import launch
 
@@ -155,7 +155,7 @@ def measure(comm: MpiComm, config: BenchConfig) -> dict[str, Any]:
     return {
         "ranks": comm.Get_size(), "d": d, "ratio": ratio, "repeats": repeats, "launches": 1,
         "mpi": " ".join(MPI.Get_library_version().split("\x00")[0].splitlines()[0].split(",")[0].split()),
-        "link": asdict(link), "rows": [asdict(row) for row in rows],
+        **made_here(comm), "link": asdict(link), "rows": [asdict(row) for row in rows],
     }
 
 

@@ -178,7 +178,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     DataError
         When matplotlib is not installed.
     """
-    from mpi_ef.jobs.figures import pyplot, save
+    from mpi_ef.jobs.figures import pyplot, save, spread
 
     plt = pyplot()
     rows, _, _, best, link = _parts(result)
@@ -190,8 +190,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         here.plot([1e3 * row.min_seconds, 1e3 * row.max_seconds], [place, place], color=colours[row.kind], lw=1)
         here.plot([milliseconds], [place], "o", color=colours[row.kind])
         here.annotate(f"{milliseconds:.3g}", (milliseconds, place), (0, 5), textcoords="offset points", fontsize=8)
-    here.set(xlabel=f"milliseconds, d = {result['d']:,}, {result['ranks']} ranks", xscale="log",
+    here.set(xlabel=f"milliseconds, d = {result['d']:,}, {result['ranks']} ranks",
              yticks=range(len(shown)), yticklabels=[row.name for row in shown])
+    spread(here.xaxis, 1e3 * min(row.min_seconds for row in shown), 1e3 * max(row.max_seconds for row in shown))
     here.grid(visible=True, alpha=0.3)
     here.margins(x=0.1)
     bandwidths = [10 ** (power / 20) for power in range(120, 221)]
@@ -202,8 +203,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         elsewhere.plot([8e-9 * b for b in bandwidths], [1e3 * s for s in seconds], label=row.name,
                        color="black" if row is best else None, lw=2.5 if row is best else 1.2)
     elsewhere.axvline(8e-9 * link.bytes_per_second, color="tab:gray", ls=":")
-    elsewhere.set(xscale="log", yscale="log", xlabel="bandwidth of a link, Gbit/s (dotted: this one)",
+    elsewhere.set(yscale="log", xlabel="bandwidth of a link, Gbit/s (dotted: this one)",
                   ylabel="milliseconds, by the model")
+    spread(elsewhere.xaxis, 8e-9 * bandwidths[0], 8e-9 * bandwidths[-1])
     elsewhere.legend(fontsize=7)
     elsewhere.grid(visible=True, alpha=0.3)
     save(figure, path)

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from mpi_ef.documents import MARK, lines, read, read_json, shown
-from mpi_ef.errors import DataError, MpiEfError
-from mpi_ef.jobs.metrics import in_bytes, is_number, row_of
+from mpi_ef.errors import DataError, MpiEfError, nearest
+from mpi_ef.jobs.metrics import in_bytes, is_number, made_in, row_of
 from mpi_ef.jobs.report.html import Section, write
+from mpi_ef.jobs.report.naming import method, methods
 from mpi_ef.jobs.train.config import PHASES
 
 __all__ = ["main", "read_sections"]
+
+
+PROOF = "table.txt"  # of mpi-ef reproduce
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class _Run:
     name: str
     summary: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
+    made: str  # when, by how many ranks, where
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,12 +38,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder or file of a finished run")
     parser.add_argument("--plot", type=Path, metavar="PNG",
                         help="draw losses against bytes, time and steps; what is lost, state, times of phases")
+    parser.add_argument("--panels", metavar="NAMES",
+                        help="of trained runs draw these only, separated by commas: bytes, time, steps, lost, norms, phases")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write tables and pictures into one page")
     parser.add_argument("--best", action="store_true",
                         help="of trained runs that differ in the learning rate only, show the best")
     arguments = parser.parse_args(argv)
     try:
-        sections = read_sections(arguments.runs, best=arguments.best)
+        sections = read_sections(arguments.runs, best=arguments.best, panels=_panels(arguments.panels))
         print("\n\n".join(section.text for section in sections))
         if arguments.plot:
             for section in sections:
@@ -50,10 +57,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"mpi-ef: {shown(error)}") from None
 
 
-def read_sections(paths: Sequence[Path], *, best: bool = False) -> list[Section]:
+def _panels(names: str | None) -> list[str]:
+    """Return the panels that are named; none for all of them."""
+    from mpi_ef.jobs.report.figures import PANELS
+
+    found = [name.strip() for name in names.split(",")] if names is not None else []
+    for name in found:
+        if name not in PANELS:
+            hint = nearest(name, PANELS, f"take of {', '.join(PANELS)}")
+            raise DataError(f"report: panels={name} is unknown; {hint}")
+    return found
+
+
+def read_sections(paths: Sequence[Path], *, best: bool = False, panels: Sequence[str] = ()) -> list[Section]:
     """Return a section for each run; for trained ones a common one, dense runs first.
 
-    With `best`, of trained runs that differ in the learning rate (and in folders) only, the one that ended best.
+    With `best`, of trained runs that differ in the learning rate (and in folders) only, the one that ended best. Pictures of
+    trained runs have these `panels`; all without any.
 
     Raises
     ------
@@ -64,7 +84,7 @@ def read_sections(paths: Sequence[Path], *, best: bool = False) -> list[Section]
     for path in paths:
         if path.is_file():
             others.append(_benched(path))
-        elif (path / "table.txt").is_file():
+        elif (path / PROOF).is_file():
             others.append(_reproduced(path))
         else:
             trained.append(_trained(path))
@@ -75,18 +95,20 @@ def read_sections(paths: Sequence[Path], *, best: bool = False) -> list[Section]
     if best:
         trained = _best(trained)
     names = _short_names([run.name for run in trained])
-    trained = [_Run(name, run.summary, run.rows) for name, run in zip(names, trained, strict=True)]
+    trained = [_Run(name, run.summary, run.rows, run.made) for name, run in zip(names, trained, strict=True)]
     trained.sort(key=lambda run: run.summary["config"]["compressor"] != "identity")  # stable: the order given otherwise
 
     def draw(path: Path) -> None:
-        from mpi_ef.jobs.report.figures import training
+        from mpi_ef.jobs.report.figures import PANELS, training
 
         for run in trained:
             if not _has_times(run.rows[-1]):
                 raise DataError(f"{run.name}: metrics.jsonl ends in a row without times of phases; it cannot be drawn")
-        training({run.name: run.rows for run in trained}, path)
+        labels = methods([run.summary for run in trained], [run.name for run in trained])
+        training({label: run.rows for label, run in zip(labels, trained, strict=True)}, path, panels or PANELS)
 
-    return [Section("train", "Training", table(trained), draw), *others]
+    made = "\n".join(f"{run.name}: {run.made}" for run in trained)
+    return [Section("train", "Training", table(trained), draw, made), *others]
 
 
 def _best(runs: Sequence[_Run]) -> list[_Run]:
@@ -120,7 +142,7 @@ def _trained(path: Path) -> _Run:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path}: holds no finished run ({error}); name a folder that mpi-ef train or reproduce has "
                         "written, or a file of mpi-ef bench --json") from None
-    return _Run(str(path), summary, rows)
+    return _Run(str(path), summary, rows, made_in(summary, path / "summary.json"))
 
 
 def _summary(path: Path) -> dict[str, Any]:
@@ -156,7 +178,7 @@ def _reproduced(path: Path) -> Section:
 
     panels: dict[str, dict[str, Curve]] = {}
     try:
-        text = read(path / "table.txt", MARK, follow=True).decode("utf-8").rstrip()
+        text = read(path / PROOF, MARK, follow=True).decode("utf-8").rstrip()
         for row in _rows(path):
             panels.setdefault(row["panel"], {}).setdefault(row["run"], Curve()).append_row(row)
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -167,7 +189,11 @@ def _reproduced(path: Path) -> Section:
 
         figures.against("sent_bits", "steps")(panels, target)
 
-    return Section(path.name, f"Reproduced: {path.name}", text, draw)
+    try:
+        summary = read_json(path / "summary.json", follow=True)
+    except (OSError, ValueError):
+        summary = {}
+    return Section(path.name, f"Reproduced: {path.name}", text, draw, made_in(summary, path / PROOF))
 
 
 def _benched(path: Path) -> Section:
@@ -179,20 +205,21 @@ def _benched(path: Path) -> Section:
         text = bench_table.table(result)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: is no result of mpi-ef bench --json ({error!r})") from None
-    return Section(path.stem, f"Benchmark: {path.stem}", text, lambda target: bench_table.plot(result, target))
+    made = made_in(result, path)
+    return Section(path.stem, f"Benchmark: {path.stem}", text, lambda target: bench_table.plot(result, target), made)
 
 
 def table(runs: Sequence[_Run]) -> str:
     """Return one line per run: losses, bytes, times; the first run is what the others are compared with."""
     first = runs[0].summary["val_loss"]
     width = max(3, *(len(run.name) for run in runs))
-    lines = [f"{'run':<{width}}  val. loss  to first  sent/rank   dense/sent  ms/step"]
+    lines = [f"{'run':<{width}}  val. loss  to first  sent/rank   dense/sent  ms/step  method"]
     for run in runs:
         summary, sent = run.summary, run.summary["sent_nbytes"]
         apart = 100 * (summary["val_loss"] / first - 1) if first else math.nan
         lines.append(
             f"{run.name:<{width}}  {summary['val_loss']:9.4f}  {apart:+7.1f}%  "
             f"{in_bytes(sent):>9}  {summary['dense_nbytes'] / max(1, sent):10.1f}x  "
-            f"{1e3 * summary['seconds_per_step']:7.1f}"
+            f"{1e3 * summary['seconds_per_step']:7.1f}  {method(summary)}"
         )
     return "\n".join(lines)

@@ -16,7 +16,7 @@ Curves = Mapping[str, Curve]
 LEAST = 1e-33  # what is drawn of ||grad f||^2; below it is rounding
 _MOST = 1e3  # and so many times its first value is at the top
 _COLUMNS = 4
-
+_WINDOWS = 40  # running means are over so many parts of a curve
 
 _LABELS = {"sent_bits": "bits sent per client, indices included", "paper_bits": "bits per client as papers count",
            "steps": "steps"}
@@ -41,7 +41,8 @@ def _squared_norms(panels: Mapping[str, Curves], path: Path, abscissas: Mapping[
             _descent(axis, curves, abscissa)
             axis.set_xlabel(label)
             if place % columns == 0:
-                axis.set_ylabel("||grad f(x)||^2")
+                noisy = any(_is_noisy(curve.squared_norms) for panel in panels.values() for curve in panel.values())
+                axis.set_ylabel(f"||grad f(x)||^2{', running mean' if noisy else ''}")
             if row == 0:
                 axis.set_title(name)
                 axis.legend(fontsize=8)
@@ -50,8 +51,12 @@ def _squared_norms(panels: Mapping[str, Curves], path: Path, abscissas: Mapping[
 
 def _descent(axis: Any, curves: Curves, abscissa: str) -> None:
     """Draw ||grad f||^2 of several runs; what diverges leaves at the top."""
-    for run, curve in curves.items():
-        axis.plot(getattr(curve, abscissa), curve.squared_norms, label=run, linewidth=1.2)
+    for number, (run, curve) in enumerate(curves.items()):
+        values, colour = curve.squared_norms, f"C{number % 10}"
+        if _is_noisy(values):
+            axis.plot(getattr(curve, abscissa), values, color=colour, alpha=0.15, linewidth=0.5, zorder=1.0)
+            values = figures.running_mean(values, len(values) // _WINDOWS)
+        axis.plot(getattr(curve, abscissa), values, label=run, linewidth=1.2, color=colour)
     ends = [getattr(curve, abscissa)[-1] for curve in curves.values()]
     wide = abscissa != "steps" and max(ends) > 10 * min(ends)
     axis.set(yscale="log", xscale="log" if wide else "linear")
@@ -60,6 +65,15 @@ def _descent(axis: Any, curves: Curves, abscissa: str) -> None:
     low, high = axis.get_ylim()
     axis.set_ylim(max(low, LEAST), min(high, _MOST * max(curve.squared_norms[0] for curve in curves.values())))
     axis.grid(visible=True, alpha=0.3)
+
+
+def _is_noisy(values: Sequence[float]) -> bool:
+    """Return whether a curve goes up about as often as down at its end, and far: several such curves cover each other."""
+    end = np.asarray(values[len(values) // 2 :])
+    if end.size < 2 * _WINDOWS or not np.all(end > 0) or not np.all(np.isfinite(end)):
+        return False
+    moves = np.diff(np.log10(end))
+    return bool((moves > 0).mean() > 0.25 and np.abs(moves).sum() > 4 * max(0.5, float(np.ptp(np.log10(end)))))
 
 
 def floors(levels: Mapping[str, Sequence[float]], sizes: Sequence[int], path: Path) -> None:

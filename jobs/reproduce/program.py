@@ -13,7 +13,7 @@ from typing import Any
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DataError, nearest
 from mpi_ef.jobs.folder import RunFolder, write_whole
-from mpi_ef.jobs.metrics import announcing
+from mpi_ef.jobs.metrics import announcing, made_here
 from mpi_ef.jobs.options import parse, refuse
 from mpi_ef.jobs.reproduce.outcome import Outcome, ReproduceConfig
 from mpi_ef.runtime import launch
@@ -80,9 +80,10 @@ def run(comm: Comm, name: str, config: ReproduceConfig) -> None:
         folder.begin(PROOF, overwrite=config.overwrite)
         with announcing(comm):
             outcome = EXPERIMENTS[name].run(comm, config)
+        made = made_here(comm)
         if comm.Get_rank() == 0:
             with folder.writing():
-                facts = {"experiment": name, "ranks": comm.Get_size(), "steps": config.steps}
+                facts = {"experiment": name, "ranks": comm.Get_size(), "steps": config.steps, **made}
                 _write(outcome, folder.path, facts | ({"methods": config.methods} if config.methods else {}))
     finally:
         folder.close()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.errors import counted
 from mpi_ef.jobs.folder import write_whole
-from mpi_ef.jobs.metrics import Metrics, Progress, announcing, in_bytes
+from mpi_ef.jobs.metrics import Metrics, Progress, announcing, in_bytes, made_here
 from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train.config import PHASES, PROOF, TrainConfig
 from mpi_ef.runtime import early_signals, launch, ulfm
@@ -145,7 +145,7 @@ def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:
         "untimed_steps": trainer.untimed_steps, "untimed_seconds": trainer.untimed_seconds,
         "skipped_steps": trainer.optimizer.skipped_steps,
         "replicas_equal": len(set(fingerprints)) == 1, "parameters_crc32": fingerprints[0],
-        "optimizer": trainer.optimizer.identity(),
+        **made_here(trainer.comm), "optimizer": trainer.optimizer.identity(),
         "config": {name: str(value) if isinstance(value, Path) else value for name, value in used.items()},
     }
 

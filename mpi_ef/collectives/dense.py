@@ -187,8 +187,8 @@ class DenseMean(Plan, kind="dense"):
         """Write ``scale`` times the mean of `x` over the ranks to `out`, without a copy in between. Collective.
 
         Both are (d,), of the plan's dtype, contiguous. Raises what :meth:`exchange` does, on all ranks; `out` is
-        overwritten then as well, but for an `out` that is `x`. The result is there only: :attr:`mean`, :meth:`add_mean` and
-        :meth:`set_mean` mean nothing until the next :meth:`exchange`.
+        overwritten then as well, but for an `out` that is `x`. The result is there only: :attr:`mean`, :meth:`add_mean`,
+        :meth:`set_mean` and :meth:`add_own` mean nothing until the next :meth:`exchange`.
         """
         own, factor = self._result, self._factor
         in_place = np.may_share_memory(x, out)
@@ -198,6 +198,7 @@ class DenseMean(Plan, kind="dense"):
             self.exchange(x)
         finally:
             self._target, self._result, self._factor = None, own, factor
+            self._x = np.empty(0, self.dtype)  # the plan may stay for long, and this one is the caller's
         if in_place:
             self.set_mean(out)
 

@@ -93,7 +93,8 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
 
     def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32) -> None:
         subject = type(self).__name__
-        if not hasattr(comm, "Iallgather") or not comm or comm.Is_inter():
+        check_not_freed(comm, subject)
+        if not hasattr(comm, "Iallgather") or comm.Is_inter():
             raise OptionError(f"{subject}: comm={comm!r} is not an intracommunicator; pass for example MPI.COMM_WORLD")
         check_alone(comm)
         end_together(comm)

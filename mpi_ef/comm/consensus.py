@@ -75,11 +75,11 @@ class OnAllRanks:
 
 
 def check_not_freed(comm: Comm, subject: str, remedy: str = "pass another one") -> None:
-    """Raise `OptionError` where `comm` was freed, or is none. Local; communicators are freed on all ranks together."""
+    """Raise `OptionError` where `comm` was freed, is null or none. Local; communicators are freed on all ranks together."""
     if not hasattr(comm, "Get_rank"):
         raise OptionError(f"{subject}: comm={comm!r} is not an intracommunicator; pass for example MPI.COMM_WORLD")
     if not comm:
-        raise OptionError(f"{subject}: its communicator was freed; {remedy}")
+        raise OptionError(f"{subject}: its communicator was freed, or is MPI.COMM_NULL; {remedy}")
 
 
 def gather_values(comm: Comm, subject: str, value: Any) -> list[Any]:

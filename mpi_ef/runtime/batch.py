@@ -1,6 +1,7 @@
 """Jobs of batch systems, as a supervisor needs them: Slurm, a chain of Slurm jobs, PBS, LSF."""
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -50,9 +51,12 @@ class BatchJob:
     forward = "USR2"  # the signal, without SIG, that launchers forward to all ranks
     restarted = "requeued"  # the reports of a restart, and of one that is refused ({run} is the folder of the run)
     refused = "cannot be requeued; submit it again with RUN_DIR={run}"
+    more_time = "ask for more time"  # what to do where the time of a job is over before it has trained
 
     def __init__(self, environ: MutableMapping[str, str], command: Command = run_command) -> None:
         self.environ, self.command = environ, command
+        self.began = time.time()  # when the job has started, in seconds since 1970, as far as that is known
+        self.script: Path | None = None  # of the job
         number, name = self.variables
         self.id = environ[number].partition(".")[0]  # of no other job, nor task of an array
         self.job = self.number = self.id  # for commands of the batch system; common to the tasks of an array
@@ -72,6 +76,10 @@ class BatchJob:
 
     def deadline(self) -> int | None:
         """Return when the job has to end, in seconds since 1970; None where that is not known."""
+        return None
+
+    def lead(self) -> tuple[str, int] | None:
+        """Return the option with which the job asks for a signal, and how many seconds before its end; None if unknown."""
         return None
 
     def launcher(self) -> list[str]:
@@ -114,9 +122,12 @@ class Slurm(BatchJob):
     """A job of Slurm; see `BatchJob`. Without `srun`, where the site has a launcher of its own, nothing is done on nodes."""
 
     variables = "SLURM_JOB_ID", "SLURM_JOB_NAME"
+    more_time = "ask for more time (--time), or for a shorter lead where --signal has sent it (B:USR2@SECONDS)"
 
     def __init__(self, environ: MutableMapping[str, str], command: Command = run_command) -> None:
         super().__init__(environ, command)
+        if (began := environ.get("SLURM_JOB_START_TIME", "")).isdigit():  # since 23.02
+            self.began = float(began)
         self.srun = True
         self.task = environ.get("SLURM_ARRAY_TASK_ID", "")
         if array := environ.get("SLURM_ARRAY_JOB_ID"):
@@ -137,6 +148,17 @@ class Slurm(BatchJob):
             return int(datetime.fromisoformat(ends).timestamp())
         except ValueError:
             return None
+
+    def lead(self) -> tuple[str, int] | None:
+        """Return what the job's script, or SBATCH_SIGNAL, asks for. Slurm tells no job what it was given to sbatch."""
+        asked = self.environ.get("SBATCH_SIGNAL", "")
+        if not asked and self.script is not None:
+            with suppress(OSError, UnicodeDecodeError):
+                text = self.script.read_text(encoding="utf-8")
+                found = re.findall(r"^#SBATCH\s+--signal[=\s]\s*(\S+)", text, re.MULTILINE)
+                asked = found[-1] if found else ""
+        seconds = asked.partition("@")[2] or "60"
+        return (f"--signal={asked}", int(seconds)) if asked and seconds.isdigit() else None
 
     def launcher(self) -> list[str]:
         return ["srun", "--kill-on-bad-exit=1"]
@@ -203,18 +225,18 @@ class Pbs(BatchJob):
     forward = "USR1"  # USR2 ends mpiexec of MPICH
     restarted = "submitted again"
     refused = "cannot be submitted again from here; do it by hand, with -v RUN_DIR={run}"
+    more_time = "ask for more time (walltime)"
     passed = ("ARGS", "TEXT", "MPI_EF", "LAUNCH", "CHECKPOINT_EVERY", "MAX_RESTARTS", "NODE_DIR", "FORWARD")
 
     def __init__(self, environ: MutableMapping[str, str], command: Command = run_command) -> None:
         super().__init__(environ, command)
-        self.script = Path()  # of the job; it is copied, as PBS removes its own
         self.folder = environ["PBS_O_WORKDIR"]
         self.restarts = int(environ.get("RESTARTS") or 0)
         self.threads = environ.get("OMP_NUM_THREADS") or "1"  # PBS sets it to ompthreads
 
     def begin(self, run: Path) -> None:
-        copy = run / "train.pbs"
-        if self.script.is_file() and not (copy.exists() and self.script.samefile(copy)):
+        copy = run / "train.pbs"  # as PBS removes its own
+        if self.script is not None and self.script.is_file() and not (copy.exists() and self.script.samefile(copy)):
             shutil.copy(self.script, copy)
 
     def deadline(self) -> int | None:
@@ -243,6 +265,7 @@ class Lsf(BatchJob):
 
     variables = "LSB_JOBID", "LSB_JOBNAME"
     forward = "USR1"
+    more_time = "ask for more time (-W), or for a shorter lead (-wt)"
 
     def __init__(self, environ: MutableMapping[str, str], command: Command = run_command) -> None:
         super().__init__(environ, command)

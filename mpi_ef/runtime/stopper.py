@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -55,12 +55,15 @@ class Stopper:
         Why all stop, the same on all ranks; None before.
     """
 
+    _first_asked: ClassVar[float | None] = None  # when the first step of this process ended, also after a rank has died
+
     def __init__(self, comm: Comm, *, signals: Sequence[int] = SIGNALS, deadline: float | None = None,
                  margin_seconds: float = 60.0, every: int = 1) -> None:
         self.comm = comm
         self.reason: str | None = None
         self._every, self._calls, self._asked = every, 0, 0
         self._before: dict[int, Any] = {}
+        self._stopped = 0.0
 
         def facts() -> dict[str, object]:
             whole("Stopper", 1, "1 asks in every call", every=every)
@@ -92,6 +95,8 @@ class Stopper:
         if self.reason is not None:
             return True
         self._calls += 1
+        if Stopper._first_asked is None:
+            Stopper._first_asked = time.time()
         if self._calls % self._every:
             return False
         check_not_freed(self.comm, "Stopper")
@@ -104,10 +109,14 @@ class Stopper:
         if asked.size:
             rank, number = int(asked[0]), int(answers[asked[0]])
             self.reason = "the deadline is near" if number == _DEADLINE else f"{_name(number)} on rank {rank}"
+            self._stopped = time.time()
         return self.reason is not None
 
     def mark_requeue(self, path: Path, reason: str | None = None) -> None:
         """Write the reason to `path` on rank 0: the mark of a run that is to be continued, for a batch script. Local.
+
+        After a signal or near the deadline a second line says from when to when, in seconds since 1970, the process has
+        asked :meth:`should_stop`: `mpi-ef supervise` compares that with the time that the start took.
 
         Parameters
         ----------
@@ -120,12 +129,13 @@ class Stopper:
         OptionError
             Before :meth:`should_stop` has said yes, when there is no other reason.
         """
+        spent = f"steps from {self._first_asked:.3f} to {self._stopped:.3f}\n" if self.reason else ""
         reason = self.reason if reason is None else reason
         if reason is None:
             raise OptionError("Stopper: mark_requeue was called although nothing has stopped the run")
         if self.comm.Get_rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(reason + "\n", encoding="utf-8")
+            path.write_text(f"{reason}\n{spent}", encoding="utf-8")
 
     def close(self) -> None:
         """Put back the handlers that were there before. Local."""

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -19,6 +20,8 @@ from .batch import BatchJob, write
 __all__ = ["Child", "Supervisor", "newest_step", "report"]
 
 LEAD_SECONDS = 60.0  # before the deadline the program is asked to stop, if nothing else has done it
+ROOM_SECONDS = 60.0  # a job that has less for its start and its training is told so
+HASTY_STOPS = 3  # so many in a row, each with less training than its start took, end a run
 WRONG = 2  # exit status for wrong options or data, which another attempt does not mend
 _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
@@ -37,6 +40,7 @@ class Child:
     def __init__(self, forward: str = "USR2") -> None:
         self.forward = forward
         self.asked = False  # whether a signal has arrived that requests a stop
+        self.asked_at: float | None = None  # when, in seconds since 1970
         self.interrupted = False  # SIGINT or SIGHUP has arrived: the terminal, or the batch system, ends all processes
         self._pid: int | None = None
         self._pending = False
@@ -74,8 +78,13 @@ class Child:
         status = process.wait()
         return status if status >= 0 else 128 - status
 
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+    def ask(self) -> None:
+        """Note a request to stop."""
         self.asked = True
+        self.asked_at = self.asked_at or time.time()
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.ask()
         self._deliver()
 
     def _on_deadline(self, _number: int, _frame: FrameType | None) -> None:
@@ -99,6 +108,48 @@ def newest_step(run: Path) -> int:
     return max((int(step) for step in steps if step.isdigit()), default=0)
 
 
+@dataclass(frozen=True)
+class _Times:
+    """When a launch was stopped, in seconds since 1970: what of the job's time went into its start and its training."""
+
+    began: float
+    stopped: float
+    signalled: bool
+    deadline: float | None = None
+    first_step: float | None = None  # when that had ended
+    last_step: float = 0.0
+
+    @property
+    def hasty(self) -> bool:
+        """Whether there was less training than the start took. Without times of steps that is not known, and no."""
+        return self.first_step is not None and self.last_step - self.first_step < self.first_step - self.began
+
+    @property
+    def tight(self) -> bool:
+        """Whether the time limit may be the reason: hasty, or more time was left than used."""
+        left = self.deadline is not None and self.stopped - self.began < self.deadline - self.stopped
+        return self.hasty or (self.first_step is None and self.signalled and left)
+
+    def __str__(self) -> str:
+        text = f"{'the signal came' if self.signalled else 'it stopped'} {self.stopped - self.began:.0f} s after the start"
+        if self.deadline is not None:
+            left, limit = max(0.0, self.deadline - self.stopped), self.deadline - self.began
+            text += f" and {left:.0f} s before the end of a job of {limit:.0f} s"
+        if self.first_step is not None:
+            trained, cost = self.last_step - self.first_step, self.first_step - self.began
+            text += f", which trained for {trained:.0f} s after {cost:.0f} s until its first step"
+        return text
+
+
+def _steps_in(mark: str) -> tuple[float, float] | None:
+    """Return when the first step had ended and when the last one had, as `Stopper.mark_requeue` says."""
+    words = mark.partition("\n")[2].split()
+    with suppress(ValueError):
+        if words[:2] == ["steps", "from"] and len(words) == 5:
+            return float(words[2]), float(words[4])
+    return None
+
+
 class Supervisor:
     """Decides what follows the end of a program. All calls are local.
 
@@ -114,7 +165,7 @@ class Supervisor:
         """Run the program once; return the exit status of the job, 0 where it is started again.
 
         A run that has stopped, or crashed, goes on if it has a newer checkpoint than before, or if it had to stop before its
-        first save, once.
+        first save, once. Three stops in a row with less training than the start took end it, too.
 
         Parameters
         ----------
@@ -128,13 +179,16 @@ class Supervisor:
         mark, chance, child = self.run / "requeue", self.run / "no-progress", self.child
         mark.unlink(missing_ok=True)
         before, started = newest_step(self.run), not (child.asked or child.interrupted)
+        self._announce_room(deadline)
         status = child.run(command, deadline) if started else 0
         after, failed, proven = newest_step(self.run), status or 1, (self.run / proof).exists()
         why = f"status {status}" if started else "a signal came before the program was started"
         if started and status == 0 and not proven:
             why += f", and there is no {self.run / proof}"
+        steps = None
         with suppress(OSError):
-            why = mark.read_text(encoding="utf-8").strip()
+            text = mark.read_text(encoding="utf-8").strip()
+            why, steps = text.partition("\n")[0], _steps_in(text)
         if started and status == 0 and not mark.exists() and proven:
             self.report("done")
             return self.end(0)
@@ -145,20 +199,64 @@ class Supervisor:
         if state := self.job.ending():
             self.report(f"Slurm is ending this job ({state}) and decides whether it starts again")
             return failed
+        times = self._times(steps, deadline)
+        blame = f"{times}: {self.job.more_time}" if times.tight and not self.job.preempted() else ""
         if child.interrupted:
             self.report(f"interrupted at step {after}: not started again")
         elif after == before and (not asked or chance.exists()):
-            self.report(f"no progress since step {before} ({why}): not started again")
+            self.report(f"no progress since step {before} ({why}): not started again{blame and f'; {blame}'}")
         else:
             if after == before:
                 chance.touch()  # stopped before its first save: accepted once
             else:
                 chance.unlink(missing_ok=True)
             self.report(f"stopped at step {after}: {why}")
-            if self.job.restarts < self.max_restarts:
+            if self._may_restart(times, blame):
                 return self._restart()
-            self.report(f"not started again: MAX_RESTARTS={self.max_restarts} is reached")
         return self.end(failed)
+
+    def _may_restart(self, times: _Times, blame: str) -> bool:
+        """Return whether stops in a row and restarts are few enough, and report what there is to say."""
+        hasty = self._count_hasty(times.hasty and bool(blame))
+        if hasty == HASTY_STOPS:
+            why = f"stopped {hasty} times in a row before it has trained for as long as its start took"
+            self.report(f"not started again: {why}; {blame}")
+            return False
+        if blame and hasty <= 1:
+            self.report(blame)
+        if self.job.restarts < self.max_restarts:
+            return True
+        self.report(f"not started again: MAX_RESTARTS={self.max_restarts} is reached")
+        return False
+
+    def _announce_room(self, deadline: float | None) -> None:
+        """Report a time limit that leaves next to nothing for the training."""
+        name, lead = self.job.lead() or ("", 0)
+        left = 0.0 if deadline is None else deadline - time.time()
+        room = left - max(lead, LEAD_SECONDS)
+        if left > 0 and room < ROOM_SECONDS:
+            early = f"{name} of its script comes {lead} s" if lead > LEAD_SECONDS else f"training stops {LEAD_SECONDS:.0f} s"
+            unless = ", unless sbatch was given another --signal" if lead > LEAD_SECONDS else ""
+            self.report(f"the job ends in {left:.0f} s and {early} before that: {max(0.0, room):.0f} s are left for start "
+                        f"and training; ask for more time{' or a shorter lead' if unless else ''}{unless}")
+
+    def _times(self, steps: tuple[float, float] | None, deadline: float | None) -> _Times:
+        first, last = steps or (None, 0.0)
+        stopped = self.child.asked_at or last or time.time()
+        return _Times(self.job.began, stopped, self.child.asked, deadline, first, last)
+
+    def _count_hasty(self, hasty: bool) -> int:
+        """Return how many stops in a row were hasty, this one included."""
+        file = self.run / "hasty-stops"
+        count = 0
+        with suppress(OSError, ValueError):
+            count = int(file.read_text(encoding="utf-8"))
+        count = count + 1 if hasty else 0
+        if 0 < count < HASTY_STOPS:
+            file.write_text(f"{count}\n", encoding="utf-8")
+        else:
+            file.unlink(missing_ok=True)  # of a run that is submitted again, for longer, none count
+        return count
 
     def end(self, status: int) -> int:
         """Tidy up after the last attempt, and return the exit status of the job."""

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 import virtual
+from mpi4py import MPI
 from optimizer_table import ROWS
 from programs import CLIENT_RULES, OPTIMIZERS, PLANS, RULES, client_steps, exchanges, rule_steps, same_bits, training
 from training import net_with_more, parameters_of, train
 from vectors_for_tests import gaussian
 
 from mpi_ef import ShardedSampler, Stopper, Store, Training, seed_rank, synchronize_buffers
-from mpi_ef.collectives import GatherMean, TwoPhaseMean, allgather, allreduce
+from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, allgather, allreduce
 from mpi_ef.collectives import frames as frames_module
 from mpi_ef.compress import Identity, Sign, TopK
 from mpi_ef.data import generator_for
@@ -183,9 +184,18 @@ def test_a_freed_communicator_is_one_line_wherever_it_is_passed_or_kept(comm):
         lambda: synchronize_buffers(net, world),
         optimizer.check_replicas,
         lambda: Training(model=net, optimizer=optimizer).resume(Store("nowhere"), world),
+        lambda: GatherMean(world, TopK(0.1), 100),
     ):
-        with pytest.raises(OptionError, match="its communicator was freed"):
+        with pytest.raises(OptionError, match="its communicator was freed, or is MPI.COMM_NULL; "):
             call()
+
+
+def test_a_null_communicator_is_not_called_freed_alone(comm):
+    """Split with MPI.UNDEFINED gives one."""
+    for null in (MPI.COMM_NULL, comm.Split(MPI.UNDEFINED)):
+        for build in (lambda c: DenseMean(c, 100), lambda c: Stopper(c, signals=()), lambda c: seed_rank(c, 0)):
+            with pytest.raises(OptionError, match="its communicator was freed, or is MPI.COMM_NULL; pass another one"):
+                build(null)
 
 
 @pytest.mark.parametrize("form", ["at once", "in two parts"])

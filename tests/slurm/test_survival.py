@@ -33,6 +33,33 @@ def limited(cluster):
     place.clear()
 
 
+# It trains for no time at all: its first step ends when the signal comes.
+HASTY = """#!/bin/bash
+if [ "$1" = supervise ]; then exec mpi-ef "$@"; fi
+[ "$1" = train ] || exit 0
+while [ $# -gt 1 ]; do [ "$1" = --out ] && out=$2; shift; done
+trap told=yes USR2
+for ((i = 0; i < 2000; i++)); do [ -n "$told" ] && break; sleep 0.1; done
+step=$out/checkpoints/step-$((1 + ${SLURM_RESTART_COUNT:-0}))
+mkdir -p "$step"; touch "$step/COMMIT"
+now=$(date +%s.000)
+echo "SIGUSR2 on rank 0
+steps from $now to $now" >"$out/requeue"
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hasty(cluster):
+    """A job that asks for its signal when it begins; it is not in the way of others, and takes minutes."""
+    place = Place(cluster, cluster.folder / "hasty")
+    program = place.folder / "program"
+    program.write_text(HASTY)
+    program.chmod(0o755)
+    options = ("--nodes=1", "--ntasks-per-node=1", "--nodelist=n1", "--time=2", "--signal=B:USR2@120")
+    yield place.submit("train", options=options, MPI_EF=program, MPI_TYPE="none")
+    place.clear()
+
+
 def interrupted(place, template, options):
     """Submit a run that stays slow until it has been restarted, and wait until it can be interrupted."""
     place.slow()
@@ -142,6 +169,15 @@ def test_ranks_that_outlive_another(cluster, place):
 
 def test_the_time_limit(limited, whole):
     recovers(limited, whole, "SIGUSR2 on rank")
+
+
+def test_a_time_limit_below_the_lead_of_the_signal(hasty):
+    """Three starts; there were twenty-one. Its script asks for 300 s, which sbatch was told otherwise."""
+    assert hasty.end(within=400) == "FAILED", hasty
+    assert int(hasty.record()["Restarts"]) == 2, hasty
+    hasty.says("and --signal=B:USR2@300 of its script comes 300 s before that: 0 s are left for start and training", 3)
+    hasty.says("s, which trained for 0 s after ", 2)
+    hasty.says("not started again: stopped 3 times in a row", 1)
 
 
 # A program that stands for mpi-ef train where only the supervisor is of interest: each launch makes CHECKPOINTS checkpoints
