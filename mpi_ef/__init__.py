@@ -22,10 +22,11 @@ if TYPE_CHECKING:
         plan_for,
     )
     from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
-    from mpi_ef.data import ShardedSampler, generator_for, loader_context, random_state, seed_rank, set_random_state
+    from mpi_ef.data import ShardedSampler, generator_for, loader_context, random_state, seed_rank, set_random_state, shard
     from mpi_ef.ddp import FeedbackHook
     from mpi_ef.errors import MpiEfError
     from mpi_ef.feedback import ErrorFeedback
+    from mpi_ef.metrics import mean_metrics, print_metrics
     from mpi_ef.optim import (
         EF21,
         DistributedOptimizer,
@@ -51,12 +52,13 @@ _HOME = {name: module for module, names in {
              "ZeroOneAdam",
     "feedback": "ErrorFeedback",
     "ddp": "FeedbackHook",
-    "data": "generator_for loader_context random_state seed_rank set_random_state ShardedSampler",
+    "data": "generator_for loader_context random_state seed_rank set_random_state shard ShardedSampler",
     "compress": "Identity LowRank Quantize RandK Sign TopK Vote",
     "errors": "MpiEfError",
     "checkpoint": "open_checkpoint Store",
     "runtime.stopper": "Stopper",
     "buffers": "synchronize_buffers",
+    "metrics": "mean_metrics print_metrics",
     "state.training": "Training",
 }.items() for name in names.split()}
 
@@ -64,8 +66,8 @@ __all__ = ["EF21", "ClientsMean", "DenseMean", "DistributedOptimizer", "EControl
            "FeedbackHook", "GatherMean", "Identity", "Lion", "LowRank", "LowRankMean", "MpiEfError", "OneBitAdam",
            "OneBitLamb", "PowerSGD", "Quantize", "RandK", "ShardedSampler", "Sign", "Signum", "Stopper", "Store",
            "TopK", "Training", "TwoPhaseMean", "Vote", "ZeroOneAdam", "allgather", "allreduce", "generator_for",
-           "loader_context", "open_checkpoint", "plan_for", "random_state", "seed_rank", "set_random_state",
-           "synchronize_buffers"]
+           "loader_context", "mean_metrics", "open_checkpoint", "plan_for", "print_metrics", "random_state", "seed_rank",
+           "set_random_state", "shard", "synchronize_buffers"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,75 @@
+"""Loops of other libraries on real ranks; what needs none of them is in tests/test_integrations.py."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from launching import run
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+PROGRAM = Path(__file__).with_name("loops_program.py")
+PROGRAMS = {"transformers": "hf_trainer.py", "accelerate": "accelerate_loop.py", "lightning": "lightning_module.py"}
+# Losses of 16 seeds of the single process spread by 2 % or less around the least that the noise in the labels leaves; a rank that
+# trains alone, on half of the samples, or with another rank's errors, ends 10 % or more above.
+NOISE = 0.06
+pytestmark = pytest.mark.exhaustive
+
+
+@pytest.fixture(params=PROGRAMS)
+def library(request):
+    if find_spec(request.param) is None:
+        pytest.skip(f"needs {request.param}, which is not installed: pip install mpi_ef[integrations]")
+    return request.param
+
+
+def trained(n, script, *arguments):
+    """Return what a program printed, which MPI's ranks of their own have run: these libraries look at how they were started."""
+    ended = run(n, "-m", "mpi4py", script, *arguments, within=240, real=True, HF_HUB_OFFLINE="1")
+    assert ended.status == 0, ended.text
+    return ended.text
+
+
+def loss_in(text):
+    (loss,) = re.findall(r"^final loss (\S+)", text, flags=re.MULTILINE)  # of rank 0 alone
+    return float(loss)
+
+
+def test_two_ranks_reach_the_loss_of_one(tmp_path, library):
+    script = EXAMPLES / PROGRAMS[library]
+    alone, both = (loss_in(trained(n, script, tmp_path / str(n))) for n in (1, 2))
+    assert both == pytest.approx(alone, rel=NOISE)
+
+
+@pytest.mark.parametrize(("library", "first", "last"), [
+    ("transformers", "checkpoint-128", "checkpoint-256/model.safetensors"), ("lightning", "epoch=2.ckpt", None),
+], indirect=["library"])
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(tmp_path, library, first, last):
+    """With dropout, an optimizer whose state differs between ranks, and a mean over ranks of BatchNorm's statistics."""
+    script = EXAMPLES / PROGRAMS[library]
+    whole = trained(2, script, tmp_path / "whole")
+    resumed = trained(2, script, tmp_path / "resumed", tmp_path / "whole" / first)
+    assert loss_in(resumed) == loss_in(whole)
+    if last is not None:
+        assert (tmp_path / "resumed" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+
+
+def test_accelerate_saves_and_loads_what_each_rank_has(tmp_path):
+    if find_spec("accelerate") is None:
+        pytest.skip("needs accelerate, which is not installed: pip install mpi_ef[integrations]")
+    assert "rank 1: 20 steps" in trained(2, PROGRAM, "accelerate", "resumes", tmp_path)
+
+
+def test_what_one_rank_decides_all_do(tmp_path, library):
+    text = trained(2, PROGRAM, library, "stops", tmp_path)
+    steps = re.findall(r"rank \d: (\d+) steps", text)
+    assert len(steps) == 2, text
+    assert steps[0] == steps[1]
+    assert int(steps[0]) <= 32  # an epoch, at the end of which Lightning looks
+
+
+def test_a_rank_that_raises_ends_all(tmp_path, library):
+    ended = run(2, "-m", "mpi4py", PROGRAM, library, "raises", tmp_path, within=120, real=True, HF_HUB_OFFLINE="1")
+    assert ended.status != 0
+    assert "RuntimeError: no more" in ended.text
+    assert not ended.lines_with(" steps")
