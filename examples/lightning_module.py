@@ -44,9 +44,10 @@ def build(out):
     model = Model()
     seed_rank(comm, 0)
     return model, Trainer(
-        strategy=MpiStrategy(comm), accelerator="cpu", devices=1, max_epochs=6, gradient_clip_val=1.0, accumulate_grad_batches=2,
-        default_root_dir=out, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[EarlyStopping("val_loss", patience=3), ModelCheckpoint(out, "{epoch}", monitor="val_loss", save_top_k=-1)])
+        strategy=MpiStrategy(comm), accelerator="cpu", devices=1, max_epochs=6, gradient_clip_val=1.0,
+        accumulate_grad_batches=2, default_root_dir=out, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[EarlyStopping("val_loss", patience=3),
+                   ModelCheckpoint(out, "{epoch}", monitor="val_loss", save_top_k=-1)])
 
 
 def main(out, resume=None):

@@ -22,7 +22,15 @@ if TYPE_CHECKING:
         plan_for,
     )
     from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
-    from mpi_ef.data import ShardedSampler, generator_for, loader_context, random_state, seed_rank, set_random_state, shard
+    from mpi_ef.data import (
+        ShardedSampler,
+        generator_for,
+        loader_context,
+        random_state,
+        seed_rank,
+        set_random_state,
+        shard,
+    )
     from mpi_ef.ddp import FeedbackHook
     from mpi_ef.errors import MpiEfError
     from mpi_ef.feedback import ErrorFeedback

@@ -285,8 +285,8 @@ def shard(dataset: Any, comm: Comm, *, shuffle: bool = True, seed: int = 0, drop
 
     def facts() -> dict[str, object]:
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise DataError(f"shard: {type(dataset).__name__} has no length or no [i]; let every rank read its own part, equally "
-                            "many samples on each")
+            raise DataError(f"shard: {type(dataset).__name__} has no length or no [i]; let every rank read its own part, "
+                            "equally many samples on each")
         sizes.append(len(dataset))
         if sizes[0] < comm.Get_size():
             raise DataError(f"shard: {sizes[0]} samples for {comm.Get_size()} ranks; use more data or fewer ranks")

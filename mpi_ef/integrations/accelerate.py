@@ -20,8 +20,8 @@ def prepare_accelerator(accelerator: Any, comm: Comm, *, model: nn.Module, optim
     """Let an ``Accelerator`` speak with all ranks. Call it on all ranks after its ``prepare``; local.
 
     ``gather``, ``gather_for_metrics``, ``reduce`` (and so ``check_trigger``) and ``pad_across_processes`` are over all ranks
-    then. ``save_state`` and ``load_state`` do what they do, and write and read, in a folder ``mpi_ef`` there, what each rank has:
-    optimizer, errors, random numbers. All of these are collective.
+    then. ``save_state`` and ``load_state`` do what they do, and write and read, in a folder ``mpi_ef`` there, what each rank
+    has: optimizer, errors, random numbers. All of these are collective.
 
     Parameters
     ----------
@@ -72,9 +72,9 @@ def collect_over_ranks(accelerator: Any, comm: Comm, subject: str) -> None:
     check_not_freed(comm, subject)
     count, number = accelerator.num_processes, accelerator.process_index
     if (count, number) != (1, comm.Get_rank()):
-        raise OptionError(f"{subject}: the accelerator is process {number} of {count}, and this is rank {comm.Get_rank()}; call "
-                          'one_process(comm) first, and give TrainingArguments accelerator_config={"use_configured_state": '
-                          "True}")
+        raise OptionError(f"{subject}: the accelerator is process {number} of {count}, and this is rank {comm.Get_rank()}; "
+                          "call one_process(comm) first, and give TrainingArguments "
+                          'accelerator_config={"use_configured_state": True}')
 
     def gather(tensor: Any) -> Any:
         return gathered(tensor, comm)

@@ -76,7 +76,8 @@ def _sum(parts: list[Tensor]) -> Tensor:
 
 
 _REDUCTIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {
-    "mean": _mean, "sum": _sum, "min": lambda parts: torch.stack(parts).amin(0), "max": lambda parts: torch.stack(parts).amax(0),
+    "mean": _mean, "sum": _sum, "min": lambda parts: torch.stack(parts).amin(0),
+    "max": lambda parts: torch.stack(parts).amax(0),
 }
 
 

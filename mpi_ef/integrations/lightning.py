@@ -53,11 +53,11 @@ class _Ranks(ClusterEnvironment):
 class MpiStrategy(ParallelStrategy):
     """For ``Trainer(strategy=MpiStrategy(comm), accelerator="cpu", devices=1)``, the same on all ranks.
 
-    ``configure_optimizers`` returns optimizers of this package, on `comm`. Lightning deals the data to the ranks (an own
-    ``DistributedSampler``), takes means for what is logged with ``sync_dist=True``, stops on all ranks together, and logs and saves
-    on rank 0; the strategy does for it what `DDPStrategy` does elsewhere, but for gradients. Buffers (BatchNorm) become those of
-    all ranks before validations, tests and saves. A checkpoint has a folder beside it, ``NAME.ckpt.ranks``, with what each rank
-    has, optimizer, errors, random numbers, and ``fit(ckpt_path=...)`` puts that back.
+    ``configure_optimizers`` returns optimizers of this package, on `comm`. Lightning deals the data to the ranks (its
+    ``DistributedSampler``), takes means for what is logged with ``sync_dist=True``, stops on all ranks together, and logs
+    and saves on rank 0; the strategy does for it what `DDPStrategy` does elsewhere, but for gradients. Buffers (BatchNorm)
+    become those of all ranks before validations, tests and saves. A checkpoint has a folder beside it, ``NAME.ckpt.ranks``,
+    with what each rank has, optimizer, errors, random numbers, and ``fit(ckpt_path=...)`` puts that back.
 
     Parameters
     ----------

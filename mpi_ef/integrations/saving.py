@@ -28,13 +28,13 @@ def flat_optimizer(optimizer: Any, subject: str) -> FlatOptimizer:
     while isinstance(inner, Optimizer) and not isinstance(inner, FlatOptimizer):
         inner = getattr(inner, "optimizer", None) or getattr(inner, "_optimizer", None)
     if not isinstance(inner, FlatOptimizer):
-        raise OptionError(f"{subject}: its optimizer is {type(optimizer).__name__}, so that every rank would train alone; pass "
-                          "one of mpi_ef, for example DistributedOptimizer(optimizer, comm, TopK(0.01))")
+        raise OptionError(f"{subject}: its optimizer is {type(optimizer).__name__}, so that every rank would train alone; "
+                          "pass one of mpi_ef, for example DistributedOptimizer(optimizer, comm, TopK(0.01))")
     return inner
 
 
 def _training(model: nn.Module, optimizers: list[FlatOptimizer]) -> Training:
-    parts = {"optimizer" if number == 0 else f"optimizer_{number}": part for number, part in enumerate(optimizers)}
+    parts: dict[str, Any] = {f"optimizer_{number}": part for number, part in enumerate(optimizers)}
     return Training(model=model, **parts)
 
 
@@ -47,8 +47,8 @@ def save_ranks(folder: str | Path, comm: Comm, model: nn.Module, optimizers: lis
 def resume_ranks(folder: str | Path, comm: Comm, model: nn.Module, optimizers: list[FlatOptimizer], policy: str) -> None:
     """Put it back. Collective; raises as `Training.resume`, and `CheckpointError` on all ranks where there is none."""
     if not first_of(Path(folder).is_dir(), comm):
-        raise everywhere(CheckpointError(f"{folder}: there is no state of the ranks; resume from a checkpoint that was saved with "
-                                         "mpi_ef.integrations, or start from its weights alone"))
+        raise everywhere(CheckpointError(f"{folder}: there is no state of the ranks; resume from a checkpoint that was "
+                                         "saved with mpi_ef.integrations, or start from its weights alone"))
     with closing(Store(Path(folder), keep_last=1)) as store:
         _training(model, optimizers).resume(store, comm, policy=policy)
 

@@ -27,8 +27,8 @@ def prepare_trainer(trainer: Any, comm: Comm, *, policy: str = "exact") -> None:
     * What a callback decides on one rank (to stop, evaluate, save, log) is done on all ranks, after the same step.
     * Buffers (BatchNorm) become those of all ranks before evaluations, saves, and at the end.
     * Random numbers differ between ranks (dropout), from ``args.seed``.
-    * Rank 0 alone reports, prints and saves; beside what it saves, each checkpoint has a folder ``mpi_ef`` with what each rank
-      has, and ``train(resume_from_checkpoint=...)`` puts that back.
+    * Rank 0 alone reports, prints and saves; beside what it saves, each checkpoint has a folder ``mpi_ef`` with what each
+      rank has, and ``train(resume_from_checkpoint=...)`` puts that back.
 
     ``train``, ``evaluate`` and ``predict`` are collective then.
 
@@ -36,8 +36,8 @@ def prepare_trainer(trainer: Any, comm: Comm, *, policy: str = "exact") -> None:
     ----------
     trainer : transformers.Trainer
         Or a child of it. Built after :func:`one_process`, with ``accelerator_config={"use_configured_state": True}`` in its
-        arguments and one of this package's optimizers in ``optimizers=(optimizer, scheduler or None)``. Its data are this rank's:
-        :func:`mpi_ef.shard`.
+        arguments and one of this package's optimizers in ``optimizers=(optimizer, scheduler or None)``. Its data are this
+        rank's: :func:`mpi_ef.shard`.
     comm : MPI.Comm
         That of the optimizer.
     policy : {"exact", "redistribute", "reset"}
@@ -50,86 +50,88 @@ def prepare_trainer(trainer: Any, comm: Comm, *, policy: str = "exact") -> None:
     """
     collect_over_ranks(trainer.accelerator, comm, "prepare_trainer")
     optimizer = flat_optimizer(trainer.optimizer, "prepare_trainer")
-    first, last = _callbacks(trainer, comm, optimizer)
+    first, last = _callbacks(_Ranks(trainer, comm, optimizer))
     trainer.callback_handler.callbacks.insert(0, first)  # before those that report
     trainer.add_callback(last)
     _save_all_ranks(trainer, comm, optimizer, policy)
 
 
-def _callbacks(trainer: Any, comm: Comm, optimizer: FlatOptimizer) -> tuple[Any, Any]:
+class _Ranks:
+    """What callbacks do over the ranks. All methods are collective."""
+
+    def __init__(self, trainer: Any, comm: Comm, optimizer: FlatOptimizer) -> None:
+        self._trainer, self._comm, self._optimizer = trainer, comm, optimizer
+
+    def begin(self, args: Any, state: Any) -> None:
+        """Raise `DisagreementError` where ranks are to take other steps; draw other random numbers on each."""
+        loader = self._trainer.callback_handler.train_dataloader
+
+        def facts() -> dict[str, object]:
+            batches = len(loader) if hasattr(self._trainer.train_dataset, "__len__") else "unknown"
+            return {"max_steps": state.max_steps, "epochs": state.num_train_epochs, "batches of an epoch": batches,
+                    "gradient_accumulation_steps": args.gradient_accumulation_steps, "steps done": state.global_step}
+
+        agree(self._comm, "Trainer.train", facts, "give all ranks the same arguments, and as many samples (mpi_ef.shard)")
+        if not state.global_step:
+            seed_rank(self._comm, args.seed)
+
+    def average(self, state: Any, logs: dict[str, Any]) -> None:
+        """Put means over ranks in the place of numbers that are logged."""
+        numbers = {name: value for name, value in logs.items() if _is_number(value)}
+        numbers = mean_metrics(numbers, self._comm)
+        logs.update(numbers)
+        if state.log_history:
+            state.log_history[-1].update(numbers)
+
+    def decide(self, control: Any) -> Any:
+        """Let all do what any wants."""
+        wanted = self._comm.allgather(sum(bool(getattr(control, name)) << bit for bit, name in enumerate(_FLAGS)))
+        for bit, name in enumerate(_FLAGS):
+            setattr(control, name, any(of_rank >> bit & 1 for of_rank in wanted))
+        return control
+
+    def settle(self) -> None:
+        """Make the models equal, with their buffers."""
+        self._optimizer.synchronize()
+        synchronize_buffers(self._trainer.model, self._comm)
+
+
+def _callbacks(ranks: _Ranks) -> tuple[Any, Any]:
     from transformers import TrainerCallback
 
-    class MeanOverRanks(TrainerCallback):  # type: ignore[misc]
+    class MeanOverRanks(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Comes first: logs are means over ranks before anything sees them."""
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            del control
-            begin(args, state)
+        def on_train_begin(self, args: Any, state: Any, _: Any, **__: Any) -> None:
+            ranks.begin(args, state)
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            del args, control
-            numbers = {name: value for name, value in (logs or {}).items() if _is_number(value)}
-            numbers = mean_metrics(numbers, comm)
-            logs.update(numbers)
-            if state.log_history:
-                state.log_history[-1].update(numbers)
+        def on_log(self, _: Any, state: Any, __: Any, logs: Any = None, **___: Any) -> None:
+            ranks.average(state, logs if logs is not None else {})
 
-    class SameDecisions(TrainerCallback):  # type: ignore[misc]
+    class SameDecisions(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Comes last: what one rank wants, all do."""
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-            del args, state
-            agree_on(control)
+        def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> Any:
+            ranks.decide(control)
             if control.should_evaluate or control.should_save:
-                settle()
+                ranks.settle()
             return control
 
         on_epoch_end = on_step_end
 
-        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-            del args, state
-            agree_on(control)
-            return control
+        def on_substep_end(self, _: Any, __: Any, control: Any, **___: Any) -> Any:
+            return ranks.decide(control)
 
-        on_evaluate = on_log = on_substep_end
+        on_evaluate = on_log = on_save = on_substep_end  # no rank is past a save before rank 0 is
 
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-            del args, state
-            agree_on(control)  # after which rank 0 has saved
-            return control
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            del args, state, control
-            settle()
-
-    def begin(args: Any, state: Any) -> None:
-        def facts() -> dict[str, object]:
-            batches = len(trainer.callback_handler.train_dataloader) if _has_length(trainer) else "unknown"
-            return {"steps": state.max_steps, "epochs": state.num_train_epochs, "batches of an epoch": batches,
-                    "gradient_accumulation_steps": args.gradient_accumulation_steps, "steps done": state.global_step}
-
-        agree(comm, "Trainer.train", facts, "give all ranks equally many samples (mpi_ef.shard) and the same arguments")
-        if not state.global_step:
-            seed_rank(comm, args.seed)
-
-    def agree_on(control: Any) -> None:
-        wanted = comm.allgather(sum(getattr(control, name) << bit for bit, name in enumerate(_FLAGS)))
-        for bit, name in enumerate(_FLAGS):
-            setattr(control, name, any(of_rank >> bit & 1 for of_rank in wanted))
-
-    def settle() -> None:
-        optimizer.synchronize()
-        synchronize_buffers(trainer.model, comm)
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            ranks.settle()
 
     return MeanOverRanks(), SameDecisions()
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _has_length(trainer: Any) -> bool:
-    return hasattr(trainer.train_dataset, "__len__")
 
 
 def _save_all_ranks(trainer: Any, comm: Comm, optimizer: FlatOptimizer, policy: str) -> None:

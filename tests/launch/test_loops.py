@@ -10,8 +10,7 @@ from launching import run
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PROGRAM = Path(__file__).with_name("loops_program.py")
 PROGRAMS = {"transformers": "hf_trainer.py", "accelerate": "accelerate_loop.py", "lightning": "lightning_module.py"}
-# Losses of 16 seeds of the single process spread by 2 % or less around the least that the noise in the labels leaves; a rank that
-# trains alone, on half of the samples, or with another rank's errors, ends 10 % or more above.
+# TODO
 NOISE = 0.06
 pytestmark = pytest.mark.exhaustive
 
@@ -24,7 +23,7 @@ def library(request):
 
 
 def trained(n, script, *arguments):
-    """Return what a program printed, which MPI's ranks of their own have run: these libraries look at how they were started."""
+    """Return what a program printed that processes of their own have run: these libraries look at how they were started."""
     ended = run(n, "-m", "mpi4py", script, *arguments, within=240, real=True, HF_HUB_OFFLINE="1")
     assert ended.status == 0, ended.text
     return ended.text
