@@ -22,15 +22,7 @@ if TYPE_CHECKING:
         plan_for,
     )
     from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
-    from mpi_ef.data import (
-        ShardedSampler,
-        generator_for,
-        loader_context,
-        random_state,
-        seed_rank,
-        set_random_state,
-        shard,
-    )
+    from mpi_ef.data import ShardedSampler, generator_for, loader_context, random_state, seed_rank, set_random_state
     from mpi_ef.ddp import FeedbackHook
     from mpi_ef.errors import MpiEfError
     from mpi_ef.feedback import ErrorFeedback
@@ -48,6 +40,7 @@ if TYPE_CHECKING:
         ZeroOneAdam,
     )
     from mpi_ef.runtime.stopper import Stopper
+    from mpi_ef.shares import shard
     from mpi_ef.state.training import Training
 
 __version__ = "0.1.0"
@@ -60,12 +53,13 @@ _HOME = {name: module for module, names in {
              "ZeroOneAdam",
     "feedback": "ErrorFeedback",
     "ddp": "FeedbackHook",
-    "data": "generator_for loader_context random_state seed_rank set_random_state shard ShardedSampler",
+    "data": "generator_for loader_context random_state seed_rank set_random_state ShardedSampler",
     "compress": "Identity LowRank Quantize RandK Sign TopK Vote",
     "errors": "MpiEfError",
     "checkpoint": "open_checkpoint Store",
     "runtime.stopper": "Stopper",
     "buffers": "synchronize_buffers",
+    "shares": "shard",
     "metrics": "mean_metrics print_metrics",
     "state.training": "Training",
 }.items() for name in names.split()}

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Sampler, Subset
+from torch.utils.data import Sampler
 
 from mpi_ef.comm.consensus import agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
@@ -32,7 +32,7 @@ from mpi_ef.errors import DataError, OptionError
 from mpi_ef.ranges import whole
 
 __all__ = ["ShardedSampler", "generator_for", "loader_context", "random_state", "rank_seed", "seed_rank",
-           "set_random_state", "shard"]
+           "set_random_state"]
 
 Indices = NDArray[np.int64]
 
@@ -249,55 +249,6 @@ def _order(size: int, seed: int, epoch: int) -> Indices:
 def _words(count: int, seed: int, *key: int) -> NDArray[np.uint32]:
     sequence = np.random.SeedSequence(_whole(seed, "seed", 0, "random numbers"), spawn_key=key)
     return sequence.generate_state(count).astype(np.uint32, copy=False)
-
-
-def shard(dataset: Any, comm: Comm, *, shuffle: bool = True, seed: int = 0, drop_last: bool = False) -> Any:
-    """Return the samples of a dataset that are this rank's, for loops that know nothing of ranks. Collective.
-
-    The samples in an order drawn from `seed` are dealt out in turn, once and for all, equally many to each rank: where their
-    number does not divide, up to n - 1 of them are given to two ranks, or with ``drop_last=True`` to none. `ShardedSampler`
-    deals anew in every epoch.
-
-    Parameters
-    ----------
-    dataset : sequence of samples
-        With ``len`` and ``[i]``, the same on all ranks.
-    comm : MPI.Comm
-    shuffle : bool
-        Otherwise the samples are dealt out as they come.
-    seed : int
-        Of the order, the same on all ranks.
-    drop_last : bool
-
-    Returns
-    -------
-    torch.utils.data.Subset
-        Or what ``dataset.select(indices)`` returns, where there is that, as in Hugging Face's `datasets`.
-
-    Raises
-    ------
-    DataError
-        On all ranks: fewer samples than ranks. On a rank whose dataset has no length; other ranks raise `PeerError`.
-    DisagreementError
-        On all ranks, when lengths or options differ between them.
-    """
-    sizes = []
-
-    def facts() -> dict[str, object]:
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise DataError(f"shard: {type(dataset).__name__} has no length or no [i]; let every rank read its own part, "
-                            "equally many samples on each")
-        sizes.append(len(dataset))
-        if sizes[0] < comm.Get_size():
-            raise DataError(f"shard: {sizes[0]} samples for {comm.Get_size()} ranks; use more data or fewer ranks")
-        return {"size": sizes[0], "shuffle": shuffle, "seed": _whole(seed, "seed", 0, "shard"), "drop_last": drop_last}
-
-    agree(comm, "shard", facts, "give all ranks the same data and options")
-    size, ranks = sizes[0], int(comm.Get_size())
-    count = size // ranks if drop_last else -(-size // ranks)
-    places = (comm.Get_rank() + ranks * np.arange(count, dtype=np.int64)) % size
-    indices = (_order(size, seed, 0)[places] if shuffle else places).tolist()
-    return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
 
 
 def rank_seed(seed: int, rank: int, *, stream: int = 0) -> int:

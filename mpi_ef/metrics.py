@@ -71,7 +71,7 @@ def mean_metrics(metrics: Mapping[str, Any], comm: Comm, *, weight: float = 1.0)
 
 def _number(name: str, value: Any) -> float:
     try:
-        return float(value)
+        return float(value.item() if hasattr(value, "item") else value)
     except (TypeError, ValueError, RuntimeError):
         raise OptionError(f"mean_metrics: {name}={briefly(value)} is no number; pass one number for each name") from None
 

@@ -10,8 +10,10 @@ from launching import run
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PROGRAM = Path(__file__).with_name("loops_program.py")
 PROGRAMS = {"transformers": "hf_trainer.py", "accelerate": "accelerate_loop.py", "lightning": "lightning_module.py"}
-# TODO
-NOISE = 0.06
+# Losses end a little above what the noise in the labels leaves. Over four seeds, those of the single process were up to 2 %
+# from their middle with accelerate and Lightning, on two ranks up to 2 %; with Trainer over three seeds 6 % and 3 %, as a tenth
+# of a small set of held-out labels is wrong by chance. The sum of both, and half as much again.
+NOISE = {"transformers": 0.14, "accelerate": 0.06, "lightning": 0.06}
 pytestmark = pytest.mark.exhaustive
 
 
@@ -37,7 +39,7 @@ def loss_in(text):
 def test_two_ranks_reach_the_loss_of_one(tmp_path, library):
     script = EXAMPLES / PROGRAMS[library]
     alone, both = (loss_in(trained(n, script, tmp_path / str(n))) for n in (1, 2))
-    assert both == pytest.approx(alone, rel=NOISE)
+    assert both == pytest.approx(alone, rel=NOISE[library])
 
 
 @pytest.mark.parametrize(("library", "first", "last"), [
@@ -72,3 +74,19 @@ def test_a_rank_that_raises_ends_all(tmp_path, library):
     assert ended.status != 0
     assert "RuntimeError: no more" in ended.text
     assert not ended.lines_with(" steps")
+
+
+def test_a_resumed_run_has_every_step_once_in_tensorboard(tmp_path):
+    if find_spec("tensorboard") is None:
+        pytest.skip("needs tensorboard, which is not installed: pip install mpi_ef[tensorboard]")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ["--steps", "6", "--layers", "1", "--width", "16", "--context", "8", "--log-every", "1", "--eval-every", "3",
+               "--checkpoint-every", "2", "--out", tmp_path, "--tensorboard"]
+    for more in (["--stop-after", "4"], ["--resume", "exact"]):
+        ended = run(2, "-m", "mpi_ef.jobs.cli", "train", *options, *more, within=120, real=True)
+        assert ended.status == 0, ended.text
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("val_loss")] == [3, 6]
