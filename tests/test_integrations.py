@@ -379,7 +379,7 @@ class ParallelStrategy:
     global_rank = property(lambda self: self.cluster_environment.global_rank())
 
     def setup(self, trainer):
-        self.model, self.optimizers = trainer
+        self.model, self.optimizers = trainer.model, trainer.optimizers
         self.lightning_module = self.model
 
     def lightning_module_state_dict(self):
@@ -399,6 +399,7 @@ class ParallelStrategy:
 def strategy(monkeypatch):
     """Return the class, over stand-ins for those of Lightning."""
     stand_in(monkeypatch, "lightning.pytorch.plugins.environments", ClusterEnvironment=object)
+    stand_in(monkeypatch, "lightning.pytorch.callbacks", Callback=object)
     stand_in(monkeypatch, "lightning.pytorch.strategies", ParallelStrategy=ParallelStrategy)
     stand_in(monkeypatch, "lightning.pytorch.utilities", rank_zero_only=SimpleNamespace())
     for name in processes.HIDDEN:
@@ -425,18 +426,25 @@ def test_lightning_sees_the_ranks(strategy):
         of_ranks.model_to_device()
         return (of_ranks.broadcast([r, "x"], 1), float(of_ranks.reduce(torch.tensor(float(r)))),
                 float(of_ranks.reduce(r, reduce_op="ReduceOp.SUM")),
-                float(of_ranks.reduce(torch.tensor(r), reduce_op="avg")), of_ranks.all_gather(torch.tensor([r])).tolist(), float(of_ranks.reduce(r, reduce_op=None)))
+                float(of_ranks.reduce(torch.tensor(r), reduce_op="avg")),
+                of_ranks.all_gather(torch.tensor([r])).tolist(), float(of_ranks.reduce(r, reduce_op=None)))
 
     assert results(2, program) == [([1, "x"], 0.5, 1.0, 0.5, [[0], [1]], 0.5)] * 2
 
 
-def test_lightning_goes_on_from_a_checkpoint_with_what_each_rank_has(strategy, tmp_path):
+def test_lightning_goes_on_and_stops_with_what_each_rank_has(strategy, tmp_path):
     path = str(tmp_path / "last.ckpt")
 
     def program(comm):
         model, optimizer = training(comm)
         of_ranks = strategy(comm)
-        of_ranks.setup((model, [Wrapping(optimizer)]))
+        trainer = SimpleNamespace(model=model, optimizers=[Wrapping(optimizer)], callbacks=[], should_stop=False)
+        of_ranks.setup(trainer)
+        of_ranks.setup(trainer)  # as before a test of the same model
+        (callback,) = trainer.callbacks
+        trainer.should_stop = comm.Get_rank() == 1
+        callback.on_train_batch_end(trainer, None, None, 0)
+        assert trainer.should_stop is True
         take_steps(model, optimizer, comm, 3)
         of_ranks.save_checkpoint({"optimizer_states": []}, path)
         of_ranks.save_checkpoint({}, str(tmp_path / "weights.ckpt"))
@@ -459,7 +467,7 @@ def test_lightning_goes_on_from_a_checkpoint_with_what_each_rank_has(strategy, t
 def test_lightning_with_an_optimizer_that_exchanges_nothing_is_one_line(strategy):
     def program(comm):
         model = torch.nn.Linear(2, 1)
-        strategy(comm).setup((model, [torch.optim.SGD(model.parameters())]))
+        strategy(comm).setup(SimpleNamespace(model=model, optimizers=[torch.optim.SGD(model.parameters())]))
 
     (error,) = run(1, program)
     assert str(error).startswith("MpiStrategy: its optimizer is SGD")

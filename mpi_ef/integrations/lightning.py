@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -48,6 +49,18 @@ class _Ranks(ClusterEnvironment):
 
     def node_rank(self) -> int:
         return 0
+
+
+class _SameDecision(Callback):
+    """Comes last: where a callback or a step has set ``trainer.should_stop`` on one rank, it is set on all."""
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = any(self._comm.allgather(bool(trainer.should_stop)))
+
+    on_validation_end = on_train_epoch_end = on_train_batch_end
 
 
 class MpiStrategy(ParallelStrategy):
@@ -101,6 +114,8 @@ class MpiStrategy(ParallelStrategy):
         """Set everything up; check the optimizers. Collective."""
         super().setup(trainer)
         self._flat()
+        if not any(isinstance(callback, _SameDecision) for callback in trainer.callbacks):
+            trainer.callbacks.append(_SameDecision(self.comm))
 
     def _flat(self) -> list[FlatOptimizer]:
         return [flat_optimizer(optimizer, "MpiStrategy") for optimizer in self.optimizers]
