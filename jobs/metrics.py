@@ -16,6 +16,7 @@ from typing import IO, Any
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.documents import lines, shown
 from mpi_ef.errors import DataError, counted
+from mpi_ef.jobs.events import Events, remove_events
 
 __all__ = ["Metrics", "Progress", "announcing", "in_bytes", "is_number", "made_here", "made_in", "row_of"]
 
@@ -24,10 +25,10 @@ class Metrics:
     """Append rows with fixed columns to ``metrics.jsonl`` and ``metrics.csv`` in `folder`, which is made if it is missing.
 
     Rows of an earlier run in the folder stay up to the step `after`. A column that a row leaves out is null in JSON, empty
-    in CSV.
+    in CSV. With `events` they are also written for TensorBoard; without, event files of another run are removed.
     """
 
-    def __init__(self, folder: Path, columns: list[str], *, after: int = 0) -> None:
+    def __init__(self, folder: Path, columns: list[str], *, after: int = 0, events: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._columns = columns
         finals = [folder / "metrics.jsonl", folder / "metrics.csv"]
@@ -36,10 +37,15 @@ class Metrics:
         self._json, self._csv = (path.open("w", encoding="utf-8", newline="") for path in drafts)
         self._writer = csv.DictWriter(self._csv, columns)
         self._writer.writeheader()
+        self._events: Events | None = None
         for row in earlier:
             self.write({name: row.get(name) for name in columns})
         for draft, path in zip(drafts, finals, strict=True):
             draft.replace(path)  # the earlier rows outlive a death before this
+        if events:
+            self._events = Events(folder, earlier)
+        elif not after:
+            remove_events(folder)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row and flush, so that a killed run keeps it."""
@@ -47,12 +53,17 @@ class Metrics:
         self._writer.writerow(row)
         self._json.flush()
         self._csv.flush()
+        if self._events is not None:
+            self._events.write(row)
 
     def close(self) -> None:
-        """Close both files. What a full disk has refused of a row, it refuses again: :meth:`write` has raised it."""
+        """Close the files. What a full disk has refused of a row, it refuses again: :meth:`write` has raised it."""
         for file in (self._json, self._csv):
             with suppress(OSError):
                 file.close()
+        if self._events is not None:
+            with suppress(OSError):
+                self._events.close()
 
 
 def _rows_up_to(step: int, path: Path) -> list[dict[str, Any]]:

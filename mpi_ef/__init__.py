@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mpi_ef.ddp import FeedbackHook
     from mpi_ef.errors import MpiEfError
     from mpi_ef.feedback import ErrorFeedback
+    from mpi_ef.metrics import mean_metrics, print_metrics
     from mpi_ef.optim import (
         EF21,
         DistributedOptimizer,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         ZeroOneAdam,
     )
     from mpi_ef.runtime.stopper import Stopper
+    from mpi_ef.shares import shard
     from mpi_ef.state.training import Training
 
 __version__ = "0.1.0"
@@ -57,6 +59,8 @@ _HOME = {name: module for module, names in {
     "checkpoint": "open_checkpoint Store",
     "runtime.stopper": "Stopper",
     "buffers": "synchronize_buffers",
+    "shares": "shard",
+    "metrics": "mean_metrics print_metrics",
     "state.training": "Training",
 }.items() for name in names.split()}
 
@@ -64,8 +68,8 @@ __all__ = ["EF21", "ClientsMean", "DenseMean", "DistributedOptimizer", "EControl
            "FeedbackHook", "GatherMean", "Identity", "Lion", "LowRank", "LowRankMean", "MpiEfError", "OneBitAdam",
            "OneBitLamb", "PowerSGD", "Quantize", "RandK", "ShardedSampler", "Sign", "Signum", "Stopper", "Store",
            "TopK", "Training", "TwoPhaseMean", "Vote", "ZeroOneAdam", "allgather", "allreduce", "generator_for",
-           "loader_context", "open_checkpoint", "plan_for", "random_state", "seed_rank", "set_random_state",
-           "synchronize_buffers"]
+           "loader_context", "mean_metrics", "open_checkpoint", "plan_for", "print_metrics", "random_state", "seed_rank",
+           "set_random_state", "shard", "synchronize_buffers"]
 
 
 def __getattr__(name: str) -> Any:

@@ -102,6 +102,9 @@ class TrainConfig(Checked):
         "on_failure", "shrink goes on from the newest checkpoint with the ranks that are left when one dies; Open MPI with "
         "ULFM", choices=("stop", "shrink"))
     out: Path = option(Path("runs/train"), "folder for metrics.jsonl, metrics.csv, summary.json and config.toml")
+    tensorboard: bool | None = option(
+        None, "write the metrics for TensorBoard as well, into tensorboard of --out; wants the package tensorboard",
+        shown="no")
     overwrite: bool = option(False, "remove what an earlier run has left in --out, its checkpoints too", recorded=False)
 
     def __post_init__(self) -> None:

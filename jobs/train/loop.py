@@ -344,7 +344,7 @@ class Trainer:
 def _shaping(config: TrainConfig) -> dict[str, Any]:
     """Return the options that the parameters depend on, as a checkpoint can hold them; the text is known by its content."""
     apart = ("out", "overwrite", "resume", "keep", "checkpoint_every", "save_in_background", "stop_after", "on_failure",
-             "log_every", "eval_every", "text", "data")
+             "log_every", "eval_every", "tensorboard", "text", "data")
     return {name: value for name, value in asdict(config).items() if name not in apart and value is not None}
 
 

@@ -84,7 +84,7 @@ def _train(trainer: "Trainer", run: "Interruptible") -> dict[str, Any]:
     metrics = None
     if root:
         with run.folder.writing():
-            metrics = Metrics(config.out, trainer.columns, after=start)
+            metrics = Metrics(config.out, trainer.columns, after=start, events=bool(config.tensorboard))
             write_whole(config.out / "config.toml", to_toml(trainer.record()))
         print(trainer.headline(), flush=True)
     progress = Progress(config.steps)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpi_ef.errors import ConfigError, OptionError, nearest
+from mpi_ef.jobs.events import check_installed
 from mpi_ef.jobs.methods import check_part
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def rule_in(text: str | None) -> str | None:
 
 def check(chosen: Mapping[str, Any]) -> None:
     """Raise `ConfigError` unless all options, as :func:`choices.resolve` returns them, can work."""
+    if chosen.get("tensorboard"):
+        check_installed()
     if chosen.get("smoothness") is not None:
         smoothness_of(chosen["smoothness"])
     _check_combinations(chosen)
