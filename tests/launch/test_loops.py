@@ -10,10 +10,10 @@ from launching import run
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PROGRAM = Path(__file__).with_name("loops_program.py")
 PROGRAMS = {"transformers": "hf_trainer.py", "accelerate": "accelerate_loop.py", "lightning": "lightning_module.py"}
-# Losses end a little above what the noise in the labels leaves. With three or four seeds, those of two ranks were up to
-# 3 % from those of one process with accelerate and Lightning, and up to 7.5 % with Trainer, whose single process spreads by 10 %:
-# its held-out labels are few and a tenth of them wrong. Twice that; what has not learned has 5 times the loss, with Trainer
-# twice.
+# Losses end a little above what the noise in the labels leaves. With three or four seeds, those of two ranks were up to 3 %
+# from those of one process with accelerate and Lightning, and up to 7.5 % with Trainer, whose single process spreads by
+# 10 %: its held-out labels are few and a tenth of them wrong. Twice that; what has not learned has 5 times the loss, with
+# Trainer twice.
 NOISE = {"transformers": 0.15, "accelerate": 0.06, "lightning": 0.06}
 pytestmark = pytest.mark.exhaustive
 
