@@ -10,10 +10,11 @@ from launching import run
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PROGRAM = Path(__file__).with_name("loops_program.py")
 PROGRAMS = {"transformers": "hf_trainer.py", "accelerate": "accelerate_loop.py", "lightning": "lightning_module.py"}
-# Losses end a little above what the noise in the labels leaves. Over four seeds, those of the single process were up to 2 %
-# from their middle with accelerate and Lightning, on two ranks up to 2 %; with Trainer over three seeds 6 % and 3 %, as a tenth
-# of a small set of held-out labels is wrong by chance. The sum of both, and half as much again.
-NOISE = {"transformers": 0.14, "accelerate": 0.06, "lightning": 0.06}
+# Losses end a little above what the noise in the labels leaves. With three or four seeds, those of two ranks were up to 3 %
+# from those of one process with accelerate and Lightning, and up to 7.5 % with Trainer, whose single process spreads by
+# 10 %: its held-out labels are few and a tenth of them wrong. Twice that; what has not learned has 5 times the loss, with
+# Trainer twice.
+NOISE = {"transformers": 0.15, "accelerate": 0.06, "lightning": 0.06}
 pytestmark = pytest.mark.exhaustive
 
 
@@ -73,7 +74,7 @@ def test_a_rank_that_raises_ends_all(tmp_path, library):
     ended = run(2, "-m", "mpi4py", PROGRAM, library, "raises", tmp_path, within=120, real=True, HF_HUB_OFFLINE="1")
     assert ended.status != 0
     assert "RuntimeError: no more" in ended.text
-    assert not ended.lines_with(" steps")
+    assert not re.findall(r"rank \d: \d+ steps", ended.text)
 
 
 def test_a_resumed_run_has_every_step_once_in_tensorboard(tmp_path):
