@@ -1,11 +1,14 @@
 """Names in a folder of checkpoints; the manifest, and the marker that makes a checkpoint valid."""
 
+import errno
 import hashlib
 import json
 import os
 import re
 import stat
 import sys
+import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -21,8 +24,8 @@ from mpi_ef.errors import CheckpointError
 from .rankfile import DamageError, FileEntry, reading
 
 __all__ = ["BAD", "COMMIT", "LATEST", "MANIFEST", "RUNS", "VERSION", "Manifest", "checked_json", "committed_steps",
-           "damaged_steps", "mark_of", "rank_name", "read_manifest", "step_name", "sync_folder", "versions", "write_durably",
-           "write_manifest"]
+           "damaged_steps", "mark_of", "rank_name", "read_manifest", "replace_durably", "step_name", "sync_folder",
+           "sync_names", "versions", "write_durably", "write_manifest"]
 
 MANIFEST, COMMIT, BAD, LATEST, RUNS = "master.json", "COMMIT", "BAD", "LATEST", "RUNS"
 FORMAT, VERSION, MIN_READER = "mpi_ef.checkpoint", 2, 2
@@ -226,10 +229,36 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(descriptor)
 
 
+def replace_durably(path: Path, data: bytes) -> None:
+    """Let a small file hold `data`: a power loss leaves it as it was or as it is. Its name may be on the disk later."""
+    draft = path.with_name(f".{path.name}-{uuid.uuid4().hex[:12]}")
+    try:
+        write_durably(draft, data)
+        draft.replace(path)
+    except OSError:
+        with suppress(OSError):
+            draft.unlink()
+        raise
+
+
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names in `folder`."""
+    """Wait until the disk has the names in `folder`; not where a file system cannot say that of folders."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}:
+            raise
     finally:
         os.close(descriptor)
+
+
+def sync_names(folder: Path) -> None:
+    """Wait until the disk has the names of `folder` and of all that it lies in, up to where its file system begins."""
+    folder = folder.resolve()
+    device = folder.stat().st_dev
+    for parent in folder.parents:
+        if parent.stat().st_dev != device:
+            break
+        with suppress(PermissionError):  # made by others
+            sync_folder(parent)
