@@ -238,7 +238,9 @@ def test_what_was_saved_outlives_a_power_loss(tmp_path, work, n, background):
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("work", [first_saves, saves_again, begun_anew])
 def test_what_was_saved_outlives_every_power_loss(tmp_path, work, n, keep, background):
-    check_all(recorded(tmp_path / "disk", work(n, keep, background)), keep, n, torn=3, thorough=7)
+    """All that can be lost at all points of saves of one rank; of those of several all, nothing, and a fifth of the rest."""
+    recorder = recorded(tmp_path / "disk", work(n, keep, background))
+    check_all(recorder, keep, n, torn=3, drawn=1 if n == keep == 1 else 5, thorough=7)
 
 
 def test_a_power_loss_after_a_power_loss(tmp_path):
