@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_cases import save
+from test_checkpoint_fuzz import commit
 from test_checkpoint_store import NOTHING, lock_of
 from test_checkpoint_tools import call
 from virtual import run
@@ -139,7 +140,24 @@ def test_a_rank_file_that_is_a_hole_is_not_read(tmp_path):
         for start in range(0, 1 << 29, 1 << 26):  # a copy that left out zeros
             os.pwrite(file.fileno(), bytes(1 << 17), start)
     with (tmp_path / "x").open("rb") as file:
-        assert rankfile._filled(file.fileno(), 1 << 29) >= (1 << 29) // 1000
+        assert rankfile._filled(file.fileno(), (1 << 29) // 1000) >= (1 << 29) // 1000
+
+
+def test_many_files_that_are_holes_are_not_read(tmp_path, capsys):
+    """Each of them is small enough to be read; all of them would take minutes."""
+    path = save(tmp_path, 1, 1)
+    told = json.loads((path / "master.json").read_text())
+    for rank in range(1, 200):
+        name, size = f"rank-{rank:05d}.h5", 250 << 20
+        (path / name).touch()
+        os.truncate(path / name, size)
+        told["files"].append({"name": name, "size": size, "crc32": "00000000", "data": [[4096, size - 8192]]})
+    commit(path, json.dumps(told | {"world_size": 200}).encode())
+    for tool in ("ls", "verify"):
+        status, text = call(capsys, tool, tmp_path)
+        assert "of its 52,166," in text, text
+        assert " are on the disk" in text
+        assert status == (tool == "verify")
 
 
 def test_terminals_are_not_obeyed(tmp_path, capsys):

@@ -21,7 +21,7 @@ import numpy as np
 from mpi_ef.documents import DOCUMENT, MARK, check_size, parse_json, read, shown, written
 from mpi_ef.errors import CheckpointError
 
-from .rankfile import DamageError, FileEntry, reading
+from .rankfile import DamageError, FileEntry, check_filled, reading
 
 __all__ = ["BAD", "COMMIT", "LATEST", "MANIFEST", "RUNS", "VERSION", "Manifest", "checked_json", "committed_steps",
            "damaged_steps", "mark_of", "rank_name", "read_manifest", "replace_durably", "step_name", "sync_folder",
@@ -132,7 +132,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     with reading(folder):
         for name in (COMMIT, MANIFEST) if folder.is_dir() else ():
-            _size(folder / name)
+            _status(folder / name)
         mark, text = read(folder / COMMIT, MARK), read(folder / MANIFEST, DOCUMENT)
         if mark != f"{hashlib.sha256(text).hexdigest()}\n".encode():
             raise DamageError("master.json is not what COMMIT says")
@@ -140,14 +140,18 @@ def read_manifest(folder: Path) -> Manifest:
         named = _STEP.fullmatch(folder.name)
         if named and int(named[1] or named[2]) != manifest.step:
             raise DamageError(f"it is the checkpoint of step {manifest.step} under the name of another step")
-        for entry in manifest.files:
-            if (size := _size(folder / entry.name)) != entry.size:
-                raise DamageError(f"{entry.name} has {size} bytes where {entry.size} were written")
+        paths, blocks = [folder / entry.name for entry in manifest.files], 0
+        for path, entry in zip(paths, manifest.files, strict=True):
+            status = _status(path)
+            if status.st_size != entry.size:
+                raise DamageError(f"{entry.name} has {status.st_size} bytes where {entry.size} were written")
+            blocks += 512 * status.st_blocks
+        check_filled(paths, sum(entry.size for entry in manifest.files), blocks)
         return manifest
 
 
-def _size(path: Path) -> int:
-    """Return the size of a file of a checkpoint."""
+def _status(path: Path) -> os.stat_result:
+    """Return what the system says of a file of a checkpoint, which is a regular one."""
     try:
         status = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -156,7 +160,7 @@ def _size(path: Path) -> int:
         raise ValueError(f"{path.name} is a link; put the file there")
     if not stat.S_ISREG(status.st_mode):
         raise DamageError(f"{path.name} is missing: there is something that is no regular file")
-    return status.st_size
+    return status
 
 
 def _parse(folder: Path, found: Any) -> Manifest:

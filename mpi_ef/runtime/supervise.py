@@ -14,6 +14,9 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from mpi_ef.documents import MARK, read, shown
+from mpi_ef.errors import DataError
+
 from .batch import BatchJob, write
 
 __all__ = ["Child", "Supervisor", "newest_step", "report"]
@@ -126,15 +129,15 @@ class Supervisor:
             When the job has to end, in seconds since 1970.
         """
         mark, chance, child = self.run / "requeue", self.run / "no-progress", self.child
-        mark.unlink(missing_ok=True)
+        _remove(mark)
         before, started = newest_step(self.run), not (child.asked or child.interrupted)
         status = child.run(command, deadline) if started else 0
         after, failed, proven = newest_step(self.run), status or 1, (self.run / proof).exists()
         why = f"status {status}" if started else "a signal came before the program was started"
         if started and status == 0 and not proven:
             why += f", and there is no {self.run / proof}"
-        with suppress(OSError):
-            why = mark.read_text(encoding="utf-8").strip()
+        with suppress(OSError, ValueError):
+            why = shown(" ".join(read(mark, MARK).decode("utf-8", "replace").split()))
         if started and status == 0 and not mark.exists() and proven:
             self.report("done")
             return self.end(0)
@@ -180,3 +183,12 @@ class Supervisor:
         if self.job.restarted:
             self.report(f"{self.job.restarted}, restart {self.job.restarts + 1} of at most {self.max_restarts}")
         return 0
+
+
+def _remove(mark: Path) -> None:
+    """Remove the mark that an earlier attempt has left; `DataError` for what cannot be removed so, such as a folder."""
+    try:
+        mark.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{shown(mark)}: is in the way of the mark of a run that is to go on ({error.strerror}); move "
+                        "it") from None
