@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import sha256
 from typing import Any, Protocol
@@ -229,7 +229,7 @@ class Training:
             return {}
 
         agree(comm, "Training.resume", put_back, "resume from the same directory on all ranks")
-        _finish(comm, past, finishes)
+        _finish(comm, past, parts, finishes)
         return read[0], read[1]
 
 
@@ -341,8 +341,8 @@ def _tried(actions: Iterable[Callable[[], None]]) -> list[Exception]:
     return errors
 
 
-def _finish(comm: Comm, past: RestoreView, finishes: list[Finish]) -> None:
-    """Do what may be collective."""
+def _finish(comm: Comm, past: RestoreView, parts: Mapping[str, Component], finishes: list[Finish]) -> None:
+    """Do what may be collective, and see that what was put back is a state."""
     errors = _tried(finishes)
 
     def facts() -> dict[str, object]:
@@ -351,6 +351,9 @@ def _finish(comm: Comm, past: RestoreView, finishes: list[Finish]) -> None:
                 with _readable(past):
                     raise error
             raise OptionError(f"resume: load_state_dict: {type(error).__name__}: {shown(error)}") from error
+        with _readable(past), suppress(MpiEfError):
+            for part in parts.values():  # what is of a wrong type cannot be saved again
+                part.collect(Snapshot())
         return {}
 
     agree(comm, "Training.resume", facts, "resume the same training on all ranks")
