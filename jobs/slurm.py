@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mpi_ef import slurm
+from mpi_ef.documents import MARK, read
 from mpi_ef.errors import ConfigError, LaunchError, MpiEfError, OptionError
 from mpi_ef.jobs.options import divided, refuse
 from mpi_ef.slurm.mpi_types import choose, offered_by
@@ -142,8 +143,8 @@ def _profile(name: str) -> slurm.Profile:
     if not name.endswith(".toml"):
         return slurm.read_profile(name)
     try:
-        text = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read(Path(name), MARK, follow=True).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"slurm: profile {name} cannot be read ({error}); name a site or a TOML file") from None
     return slurm.parse_profile(Path(name).stem, text)
 

@@ -12,6 +12,8 @@ from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from mpi_ef import documents
+from mpi_ef.documents import shown
 from mpi_ef.errors import ConfigError, DataError, LaunchError, MpiEfError
 from mpi_ef.jobs.options import divided, option, parse
 from mpi_ef.runtime.batch import Slurm, find_job, run_command, write
@@ -167,9 +169,10 @@ class _Job:
         if not (task := self.environ.get("SLURM_ARRAY_TASK_ID", "")):
             raise LaunchError("supervise: a sweep is an array of Slurm: sbatch --array=1-20 ...")
         try:
-            lines = (sys.stdin.read() if sweep == "-" else Path(sweep).read_text(encoding="utf-8")).splitlines()
-        except (OSError, UnicodeDecodeError):
-            raise DataError(f"CONFIGS={sweep} cannot be read") from None
+            lines = sys.stdin.read().splitlines() if sweep == "-" else list(documents.lines(Path(sweep)))
+        except (OSError, ValueError) as error:
+            raise DataError(f"CONFIGS={sweep} cannot be read ({shown(error)}); name a file with a line for each "
+                            "task") from None
         options = lines[int(task) - 1].split() if 1 <= int(task) <= len(lines) else []
         if not options:
             name = "the list in this file" if sweep == "-" else sweep

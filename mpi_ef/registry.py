@@ -22,7 +22,7 @@ from typing import Any
 
 from mpi_ef.errors import OptionError, nearest
 
-__all__ = ["Specification", "built", "fitting", "found", "names", "options_of", "specified"]
+__all__ = ["Specification", "built", "fitting", "found", "names", "options_of", "same", "specified"]
 
 _parsing = Lock()  # threads that parse at the same time make CPython 3.11 raise SystemError
 # Where what is built in is listed, and what it is: a class of the module's __all__, or a line in the table of rules.
@@ -33,6 +33,7 @@ _HOMES: Mapping[str, tuple[str, str]] = {
     "optimizer": ("mpi_ef.optim", "FlatOptimizer"),
     "model": ("", ""),  # those of mpi-ef train are no functions of a configuration
 }
+_GIVEN = {"compressor": 0, "plan": 4, "optimizer": 2, "model": 1}  # arguments before those of a text
 _FORM = re.compile(r"\s*([A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?(?:-\w+)*)\s*(\(.*\))?\s*", re.DOTALL)
 _QUOTED_OR_PATH = re.compile(r'''("{3}|'{3}|"|')(?:\\.|(?!\1).)*\1|(\b[A-Za-z_][\w.]*)\s*:\s*(?=[A-Za-z_])''', re.DOTALL)
 
@@ -164,6 +165,25 @@ def fitting(what: Specification, text: str, *given: Any, **settings: Any) -> Spe
     except TypeError as error:
         raise OptionError(f"{text!r}: {what.name}: {error}") from None
     return what
+
+
+def same(kind: str, first: str, second: str) -> bool:
+    """Return whether two texts specify the same, in whatever order options stand, and with defaults or without. Local."""
+    if first == second:
+        return True
+    try:
+        one, two = (specified(kind, text) for text in (first, second))
+        return bool(one.thing is two.thing and _bound(kind, one) == _bound(kind, two))
+    except (OptionError, TypeError):
+        return False
+
+
+def _bound(kind: str, what: Specification) -> dict[str, Any]:
+    if not callable(what.thing):  # a rule: its options have names, and defaults that follow from others
+        return what.options
+    bound = _form(what.thing).bind_partial(*[None] * _GIVEN[kind], *what.arguments, **what.options)
+    bound.apply_defaults()
+    return dict(bound.arguments)
 
 
 def options_of(what: Specification) -> list[str]:

@@ -98,8 +98,9 @@ def parse_profile(name: str, text: str) -> Profile:
     """
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f'slurm: profile {name} is no TOML ({error}); write lines like partition = "standard"') from None
+    except (ValueError, RecursionError) as error:
+        text = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
+        raise ConfigError(f'slurm: profile {name} is no TOML ({text}); write lines like partition = "standard"') from None
     kinds = {"description": str, "tested": bool, "sources": list, "required": list, "sbatch": dict,
              "environment": dict, "lines": list}
     for key, value in document.items():

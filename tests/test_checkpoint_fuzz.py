@@ -16,15 +16,21 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from checkpoint_cases import documents, own, same_bits, save, shared
 from h5py import h5d, h5p, h5s
 from test_checkpoint_damage import HOSTILE
-from test_checkpoint_tools import trained
-from virtual import run
+from test_checkpoint_tools import Net
+from virtual import results, run
 
 from mpi_ef.checkpoint import Store, open_checkpoint
+from mpi_ef.compress import TopK
+from mpi_ef.data import ShardedSampler
 from mpi_ef.errors import CheckpointError, MpiEfError
 from mpi_ef.jobs.cli import main
+from mpi_ef.optim import DistributedOptimizer
+from mpi_ef.state.reshard import Snapshot
+from mpi_ef.state.training import Training
 
 FILES = ("rank-00000.h5", "rank-00001.h5", "master.json", "COMMIT")
 BESIDE = ("BAD", "../RUNS", "../LOCK", "../LATEST")
@@ -40,8 +46,48 @@ def seeds(tmp_path_factory) -> Path:
     """Two folders of checkpoints: one with every dtype, and one that `Training` has saved."""
     folder = tmp_path_factory.mktemp("seeds")
     save(folder / "any", 6)
-    trained(folder / "model", 6)
+
+    def program(comm):
+        training, optimizer, scheduler = built(comm)
+        for number, p in enumerate(training._model.parameters()):
+            p.grad = torch.full_like(p, 0.01 * (comm.Get_rank() + number + 1))
+        optimizer.step()
+        scheduler.step()
+        training._values["sampler"].advance()
+        training._values["generator"].manual_seed(7 + comm.Get_rank())
+        training.save(Store(folder / "model"), comm, 6, document={"at": (3, None), "best": float("inf")})
+        return state(training, comm)
+
+    GOOD[:] = results(2, program)
     return folder
+
+
+GOOD: list[bytes] = []  # of each rank, what the training was when it was saved
+
+
+def built(comm):
+    """A small training with parts of every kind, as it is before its first step."""
+    net = Net()
+    with torch.no_grad():
+        for number, p in enumerate(net.parameters()):
+            p.copy_(torch.linspace(-1.0, 1.0, p.numel()).reshape(p.shape) / (number + 6))
+    optimizer = DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), comm, TopK(0.5))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    sampler = ShardedSampler(40, comm, batch=4)
+    training = Training(model=net, optimizer=optimizer, scheduler=scheduler, sampler=sampler, generator=torch.Generator())
+    return training, optimizer, scheduler
+
+
+def state(training, comm) -> bytes:
+    """Return a hash of all that would be saved."""
+    snapshot = Snapshot()
+    for part in training._parts(comm).values():
+        part.collect(snapshot)
+    arrays = {**snapshot.arrays["replicated"], **snapshot.arrays["per rank"]}
+    found = hashlib.sha256(repr((sorted(snapshot.trees.items()), sorted(snapshot.undecided().items()))).encode())
+    for name, array in sorted(arrays.items()):
+        found.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return found.digest()
 
 
 @pytest.fixture(autouse=True)
@@ -344,6 +390,28 @@ def check_content(path, name, untouched):
                 assert not untouched or same_bits(wanted["replicated"][array], value), (name, array)
 
 
+def check_resume(folder, name, untouched):
+    """A training goes on from where it was saved, or nothing of it is changed, on all ranks."""
+
+    def program(comm):
+        training, *_ = built(comm)
+        comm.allgather(None)  # threads share the generators that the building draws from
+        before = state(training, comm)
+        try:
+            outcome = training.resume(Store(folder), comm)
+        except MpiEfError as error:
+            outcome = error
+        return outcome, state(training, comm) == before, state(training, comm)
+
+    for rank, (outcome, unchanged, now) in enumerate(results(2, program)):
+        if outcome == 6:
+            assert not untouched or now == GOOD[rank], f"{name}: it is another training"
+            continue
+        assert outcome == 0 or isinstance(outcome, MpiEfError), (name, outcome)
+        assert unchanged, f"{name}: rank {rank} was changed: {outcome}"
+        check_said(2, "", f"mpi-ef: {outcome if isinstance(outcome, Exception) else ''}\n", f"{name}: resume")
+
+
 def survive(seeds, folder, number):
     """Make mutation `number` of one of the seeds, and let all tools look at it."""
     rng = np.random.default_rng(number)
@@ -363,6 +431,8 @@ def survive(seeds, folder, number):
     check_said(*call("export", path, out, *everything), f"{name}: export")
     if kind == "any":
         check_content(path, name, untouched)
+    if kind == "model":
+        check_resume(around, name, untouched)
     for outcome in run(1, lambda comm: Store(around).newest(comm)):
         assert outcome is None or isinstance(outcome, MpiEfError) or outcome.step >= 0, (name, outcome)
         check_said(2, "", f"mpi-ef: {outcome if isinstance(outcome, Exception) else ''}\n", f"{name}: newest")
@@ -381,3 +451,44 @@ def test_what_chance_or_a_stranger_has_changed(seeds, tmp_path, part):
 def test_ten_thousand_of_them(seeds, tmp_path, part):
     for number in range(1000 + 100 * part, 1100 + 100 * part):
         survive(seeds, tmp_path, number)
+
+
+@pytest.mark.exhaustive
+def test_a_hollow_array_with_the_right_checksum(seeds, tmp_path):
+    """As large as is still read: every tool does with it what it does with others, in a gigabyte."""
+    path, nbytes = shutil.copytree(seeds / "any", tmp_path / "any") / "step-00000006", 250 << 20
+    other = shutil.copytree(seeds / "any", tmp_path / "other") / "step-00000006"
+    hollow_array(path, nbytes, 0)
+    hollow_array(other, nbytes, 1)
+    for arguments in (["ls", path.parent], ["verify", path], ["inspect", path, "--values"], ["diff", path, other],
+                      ["export", path, tmp_path / "o.h5", "--all"], ["export", path, tmp_path / "o.safetensors", "--all"]):
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        status, text, error = call(*arguments)
+        check_said(status, text, error, arguments)
+        assert status == (arguments[0] == "diff"), (arguments, error)
+
+
+def hollow_array(path, nbytes, value):
+    """Let the first rank have an array of zeros that are not on the disk, but for one byte."""
+    file = path / "rank-00000.h5"
+    with h5py.File(file, "r+") as opened:
+        del opened["uint8"]
+        creation = h5p.create(h5p.DATASET_CREATE)
+        creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+        creation.set_fill_time(h5d.FILL_TIME_NEVER)
+        made = h5d.create(opened.id, b"uint8", h5py.h5t.NATIVE_UINT8, h5s.create_simple((nbytes,)), creation)
+        offset = made.get_offset()
+    with file.open("r+b") as opened:
+        opened.truncate(max(file.stat().st_size, offset + nbytes))
+        opened.seek(offset)
+        opened.write(bytes([value]))
+    forge_places(path, 0)
+    row = {"kind": "per_rank", "name": "h", "dtype": "uint8", "shape": [nbytes], "begin": 0, "offset": 0, "nbytes": nbytes,
+           "crc32": f"{zlib.crc32(bytes(nbytes - 1), zlib.crc32(bytes([value]))):08x}"}
+
+    def change(raw):
+        told = json.loads(raw)
+        told["arrays"] = [*[each for each in told["arrays"] if each["dtype"] != "uint8"][1:], row]
+        return json.dumps(told, separators=(",", ":")).encode()
+
+    reindex(path, 0, change)

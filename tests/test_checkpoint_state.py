@@ -96,6 +96,36 @@ def quiet(n, program):
         return virtual.results(n, program)
 
 
+@pytest.mark.parametrize("fresh", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["new", "used"])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_resume_that_fails_changes_nothing(name, fresh):
+    """Whichever array it is that one rank cannot read: all is as it was, on all ranks, and goes on the same."""
+    build, store = BUILDERS[name], MemoryStore()
+
+    def program(comm):
+        net = net_of()
+        optimizer = build(net, comm)
+        trained(net, optimizer, comm, range(5))
+        Training(model=net, optimizer=optimizer, random=False).save(store, comm, 5)
+        twins = []
+        for _ in range(2):
+            other = seeded(net_of())
+            twins.append((other, build(other, comm)))
+            trained(*twins[-1], comm, range(0 if fresh else 5))  # some optimizers are refused by state of before their start
+        one, twin = twins
+        for array in sorted({*store.last.shared, *store.last.ranks[0]})[::5]:
+            comm.allgather(None)
+            store.last.broken = {array}
+            with pytest.raises(MpiEfError, match="cannot be read"):
+                Training(model=one[0], optimizer=one[1], random=False).resume(store, comm)
+            assert same_bits(state_of(*one), state_of(*twin)), array
+        for each in twins:
+            trained(*each, comm, range(5, 8))
+        assert same_bits(state_of(*one), state_of(*twin))
+
+    virtual.results(2, program)
+
+
 @pytest.mark.parametrize("before", [1, 5, 9])
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("n", [1, 3])

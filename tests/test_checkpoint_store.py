@@ -707,11 +707,22 @@ def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_tidied_up_is_saved_all_the_same(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(folder, "write_durably", refusing(folder.write_durably, {"LATEST"}))
+    monkeypatch.setattr(folder, "replace_durably", refusing(folder.replace_durably, {"LATEST"}))
     path = save(tmp_path, 1, 2)
     assert_holds(path, 1, 2)
     assert "saved, but older ones could not be tidied up: [Errno 28]" in caplog.text
     assert results(2, lambda comm: Store(tmp_path).newest(comm))[0].step == 1
+
+
+def test_a_run_that_cannot_be_noted_saves_nothing(tmp_path, monkeypatch):
+    """Its checkpoints would not be found again, and those of the run before would have made room for them."""
+    save(tmp_path, 1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "replace_durably", refusing(folder.replace_durably, {"RUNS"}))
+        errors = run(2, lambda comm: Store(tmp_path, keep_last=1).save(comm, 2, **NOTHING))
+    assert all("No space left on device" in str(error) for error in errors)
+    assert Store(tmp_path).steps() == [1]
+    assert not list(tmp_path.glob(".tmp*"))
 
 
 def test_a_damaged_one_that_cannot_be_marked_is_passed_over(tmp_path, monkeypatch, caplog):

@@ -157,8 +157,8 @@ def test_diff_names_what_differs(tmp_path, capsys):
     status, text = call(capsys, "diff", a, a)
     assert (status, f"{len(shared()) + len(own(0)) + len(own(1))} arrays equal bit for bit, 0 not" in text) == (0, True)
     status, text = call(capsys, "diff", a, b)
-    assert status == 1
-    assert "0 not; 1 other differences" in text
+    assert status == 0
+    assert "0 not; 0 other differences\n1 in run, times or versions, which do not count" in text
     assert "checkpoint: run: " in text
 
     def program(comm):
@@ -182,6 +182,25 @@ def test_diff_names_what_differs(tmp_path, capsys):
     assert told["same"] == 1
     text = call(capsys, "diff", tmp_path / "c", save(tmp_path / "e", 1, 3))[1]
     assert "another number of them" in text
+
+
+def test_times_and_versions_do_not_count(tmp_path, capsys):
+    def saved(name, **told):
+        def program(comm):
+            document = {"values": {"seconds": {"all": told.get("all", 1.0)}, "untimed": [3, told.get("all", 2.0)]},
+                        "versions": {"torch": "2"}, "steps": 3}
+            return Store(tmp_path / name).save(comm, 1, replicated={}, per_rank={}, document=document | told,
+                                               rank_document={"wait_seconds": told.get("all", 0.0)})
+
+        return results(1, program)[0]
+
+    a = saved("a")
+    status, text = call(capsys, "diff", a, saved("b", all=9.5, all_seconds=2.0, versions={"numpy": "3"}))
+    assert status == 1, text  # "all" itself is none of them
+    assert "1 other differences\n7 in run, times or versions" in text
+    status, text = call(capsys, "diff", a, saved("c", versions={"torch": "3"}), "--json")
+    rows = json.loads(text)["differences"]
+    assert (status, [row["counts"] for row in rows]) == (0, [False, False])
 
 
 def test_a_difference_is_measured(tmp_path, capsys):

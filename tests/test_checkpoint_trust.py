@@ -4,6 +4,7 @@ import logging
 import shutil
 
 import numpy as np
+import pytest
 from checkpoint_cases import save
 from virtual import results, run
 
@@ -33,6 +34,19 @@ def test_a_step_of_another_run_is_not_used(tmp_path, caplog):
     assert "which has not written it here" in caplog.text
     assert newest(tmp_path / "mine").step == 50
     assert not list((tmp_path / "mine").glob("*/BAD"))  # nothing is wrong with it
+
+
+@pytest.mark.parametrize("text", ["", "0123456789abcdef" * 2 + "\n", "\0" * 33])
+def test_notes_that_were_damaged_begin_no_run_from_nothing(tmp_path, text):
+    save(tmp_path, 50)
+    (tmp_path / "RUNS").write_text(text)
+    outcomes = run(2, lambda comm: Store(tmp_path).newest(comm))
+    if not text:
+        assert [outcome.step for outcome in outcomes] == [50, 50]
+        return
+    for outcome in outcomes:
+        assert isinstance(outcome, CheckpointError)
+        assert "RUNS names no run that has written the checkpoints there, up to step 50; remove RUNS if" in str(outcome)
 
 
 def test_a_folder_from_before_runs_had_a_file_is_read(tmp_path):

@@ -10,20 +10,25 @@ from pathlib import Path
 
 import pytest
 from checkpoint_cases import save
+from test_checkpoint_fuzz import commit
 from test_checkpoint_store import NOTHING, lock_of
 from test_checkpoint_tools import call
-from virtual import run
+from virtual import results, run
 
 from mpi_ef import documents
 from mpi_ef.checkpoint import Store, lock, rankfile
 from mpi_ef.checkpoint.manifest import write_durably
-from mpi_ef.errors import CheckpointError, DataError
+from mpi_ef.errors import CheckpointError, ConfigError, DataError, OptionError
 from mpi_ef.jobs import checkpoint as tools
+from mpi_ef.jobs import slurm
 from mpi_ef.jobs.bench import program as bench
 from mpi_ef.jobs.bench.table import check
 from mpi_ef.jobs.cli import main
 from mpi_ef.jobs.metrics import Metrics
+from mpi_ef.jobs.reproduce.libsvm import load_libsvm
 from mpi_ef.jobs.train.config import PHASES
+from mpi_ef.jobs.train.datasets import Text
+from mpi_ef.runtime.stopper import Stopper
 
 ESCAPE = "\x1b]0;owned\x07"
 
@@ -139,7 +144,24 @@ def test_a_rank_file_that_is_a_hole_is_not_read(tmp_path):
         for start in range(0, 1 << 29, 1 << 26):  # a copy that left out zeros
             os.pwrite(file.fileno(), bytes(1 << 17), start)
     with (tmp_path / "x").open("rb") as file:
-        assert rankfile._filled(file.fileno(), 1 << 29) >= (1 << 29) // 1000
+        assert rankfile._filled(file.fileno(), (1 << 29) // 1000) >= (1 << 29) // 1000
+
+
+def test_many_files_that_are_holes_are_not_read(tmp_path, capsys):
+    """Each of them is small enough to be read; all of them would take minutes."""
+    path = save(tmp_path, 1, 1)
+    told = json.loads((path / "master.json").read_text())
+    for rank in range(1, 200):
+        name, size = f"rank-{rank:05d}.h5", 250 << 20
+        (path / name).touch()
+        os.truncate(path / name, size)
+        told["files"].append({"name": name, "size": size, "crc32": "00000000", "data": [[4096, size - 8192]]})
+    commit(path, json.dumps(told | {"world_size": 200}).encode())
+    for tool in ("ls", "verify"):
+        status, text = call(capsys, tool, tmp_path)
+        assert "of its 52,166," in text, text
+        assert " are on the disk" in text
+        assert status == (tool == "verify")
 
 
 def test_terminals_are_not_obeyed(tmp_path, capsys):
@@ -313,6 +335,23 @@ def test_options_in_a_strange_file(tmp_path, capsys, content):
         main(["train", "--config", str(path)])
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("make", [make for make in STRANGE if make is not hole], ids=lambda make: make.__name__)
+def test_data_profiles_and_marks_are_regular_files(tmp_path, make):
+    """A pipe hung who read it; a mark was written through a link."""
+    path = tmp_path / "x.toml"
+    make(path)
+
+    def program(comm):
+        stopper = Stopper(comm, signals=())
+        for read, error in ((lambda: Text(path, context=8, seed=0), DataError), (lambda: load_libsvm(path), OptionError),
+                            (lambda: slurm._profile(str(path)), ConfigError),
+                            (lambda: stopper.mark_requeue(path, "some reason"), OptionError)):
+            with pytest.raises(error, match=r"x.toml is no regular file|x.toml is a link"):
+                read()
+
+    results(1, program)
 
 
 @pytest.mark.parametrize("line", ["[1]", "{}", '{"step": "x"}', '{"step": 1e999}', '{"step": 1, "loss": [2]}',

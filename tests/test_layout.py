@@ -38,7 +38,7 @@ ROOMS = {
     "optim": ("errors ranges statetree kernels comm compress collectives feedback vectors buffers", "numpy torch"),
     "ddp": ("errors statetree comm compress collectives feedback vectors", "numpy torch"),
     "checkpoint": ("errors documents comm", "numpy h5py"),
-    "state": ("errors comm statetree vectors data optim checkpoint", "numpy torch h5py"),
+    "state": ("errors documents comm statetree vectors data optim checkpoint", "numpy torch h5py"),
     "integrations": ("errors comm runtime buffers data metrics vectors optim checkpoint state",
                      "torch accelerate transformers lightning"),
     "testing": ("errors comm compress collectives registry feedback optim", "numpy torch mpi4py pytest"),
@@ -50,7 +50,7 @@ ROOMS = {
                    "checkpoint state jobs", "numpy torch sklearn"),
     "jobs.bench": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback "
                    "checkpoint jobs", "numpy torch mpi4py"),
-    "jobs.reproduce": ("errors moved registry comm runtime compress collectives feedback jobs", "numpy sklearn"),
+    "jobs.reproduce": ("errors documents moved registry comm runtime compress collectives feedback jobs", "numpy sklearn"),
     "jobs.report": ("errors documents moved jobs jobs.train jobs.bench jobs.reproduce", "numpy"),
     "jobs.doctor": ("__init__ errors moved kernels comm runtime slurm compress collectives feedback data optim testing jobs "
                     "jobs.train", "numpy torch mpi4py h5py"),

@@ -514,3 +514,19 @@ def test_what_exchanges_already_is_not_wrapped_twice():
                 DistributedOptimizer(inner if wrong else torch.optim.SGD(net.parameters(), lr=0.05), comm, TopK(0.2))
 
     virtual.results(2, program)
+
+
+@pytest.mark.parametrize(("kind", "first", "second", "same"), [
+    ("compressor", "TopK(0.01, values=Quantize('bf16'))", "TopK(values=Quantize(format='bf16'), ratio=0.01)", True),
+    ("compressor", "Sign()", "Sign", True), ("compressor", "TopK(0.01)", "TopK(0.02)", False),
+    ("compressor", "TopK(0.01)", "RandK(0.01)", False), ("compressor", "TopK(0.01)", "TopK(0.01, more=3)", False),
+    ("rule", "econtrol(eta=0.1)", "econtrol( eta = 0.1 )", True), ("rule", "econtrol(eta=0.1)", "econtrol(eta=0.2)", False),
+    ("optimizer", "OneBitAdam(freeze_step=13, eps=1e-8)", "OneBitAdam(eps=1e-8, freeze_step=13)", True),
+    ("optimizer", "OneBitAdam(freeze_step=13)", "OneBitAdam(freeze_step=14)", False),
+    ("plan", "GatherMean", "GatherMean()", True), ("plan", "GatherMean", "TwoPhaseMean", False),
+    ("model", "gpt", "mlp", False),
+])
+def test_texts_that_specify_the_same(kind, first, second, same):
+    """The order of options, spaces and defaults make no other object."""
+    assert registry.same(kind, first, second) is registry.same(kind, second, first) is same
+    assert registry.same(kind, first, first)

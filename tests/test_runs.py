@@ -14,6 +14,7 @@ import virtual
 
 from mpi_ef.checkpoint import lock
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, MpiEfError
+from mpi_ef.jobs.cli import main
 from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train import choices
 from mpi_ef.jobs.train.config import TrainConfig
@@ -150,6 +151,27 @@ def test_a_checkpoint_with_all_options_that_there_were_is_gone_on_from(tmp_path,
     ended = programs.trained(2, replace(config, out=tmp_path / "run", checkpoint_every=4, resume="exact"))[0]
     assert "not as in the run" not in capsys.readouterr().out
     assert ended["parameters_crc32"] == whole["parameters_crc32"]
+
+
+def test_the_same_parts_in_other_words_go_on(tmp_path, capsys):
+    config = TrainConfig(**MLP, optimizer="sgd", compressor="TopK(0.3, values=Quantize('bf16'))", rule="econtrol(eta=0.1)",
+                         out=tmp_path, **SAVING)
+    programs.trained(2, config)
+    again = replace(config, resume="exact", stop_after=0, compressor="TopK(values=Quantize(format='bf16'), ratio=0.3)",
+                    rule="econtrol( eta=0.1 )")
+    capsys.readouterr()
+    programs.trained(2, again)
+    assert "not as in the run that saved" not in capsys.readouterr().out
+
+
+def test_equal_runs_have_equal_checkpoints(tmp_path, capsys):
+    """But for run and times: the generators of Python and NumPy, which models of users may draw from, are seeded too."""
+    for name in "ab":
+        programs.trained(1, TrainConfig(**MLP, out=tmp_path / name, **SAVING))
+    with pytest.raises(SystemExit) as ended:
+        main(["checkpoint", "diff", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert (ended.value.code or 0) == 0, capsys.readouterr().out
+    assert ", 0 not; 0 other differences\n" in capsys.readouterr().out
 
 
 def test_what_a_checkpoint_brings_back_is_not_recorded_as_something_else(tmp_path, capsys):

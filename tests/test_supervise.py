@@ -284,7 +284,7 @@ def test_tasks_of_a_sweep_differ(site, monkeypatch):
     task["SLURM_ARRAY_TASK_ID"] = "3"
     said = site.job("--sweep", "list", "--", "train", status=2, **task)
     assert "list has 2 lines, nothing in line 3: see --array" in said
-    assert "CONFIGS=none cannot be read" in site.job("--sweep", "none", "--", "train", status=2, **task)
+    assert "CONFIGS=none cannot be read (" in site.job("--sweep", "none", "--", "train", status=2, **task)
     assert "a sweep is an array" in site.job("--sweep", "list", "--", "train", status=2)
     assert not site.child.commands
 
@@ -654,6 +654,49 @@ def test_lsf(site):
     assert not (site.folder / "runs/name-12/restarts-12").exists()
     assert "done" in site.job("--", "train", play=site.finishes, **lsf)
     assert not site.called("brequeue")
+
+
+def strange(path, kind):
+    """Put something in place of a file that is no small text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        path.unlink()
+    {"pipe": os.mkfifo, "device": lambda at: at.symlink_to("/dev/zero"), "folder": Path.mkdir,
+     "hole": lambda at: (at.touch(), os.truncate(at, 6 << 30)),
+     "bytes": lambda at: at.write_bytes(b"\x1b]0;x\x07\xff" * 9)}[kind](path)
+
+
+STRANGE = ["pipe", "device", "folder", "hole", "bytes"]
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_files_of_a_job_that_are_strange(site, kind):
+    """One line, or as if there were none: nothing hangs, fills the memory, or commands the terminal."""
+    pbs = {"SLURM_JOB_ID": None, "RUN_DIR": None, "PBS_O_WORKDIR": site.folder, "PBS_JOBID": "12.server",
+           "PBS_JOBNAME": "name", "PBS_NODEFILE": site.folder / "nodes"}
+    strange(site.folder / "nodes", kind)
+    said = site.job("--", "train", status=2, **pbs)
+    assert "nodes: cannot be read (" in said
+    lsf = {"SLURM_JOB_ID": None, "RUN_DIR": None, "LS_SUBCWD": site.folder, "LSB_JOBID": "12", "LSB_JOBNAME": "job",
+           "LSB_DJOB_NUMPROC": 4}
+    strange(site.folder / "runs/job-12/restarts-12", kind)
+    assert "requeued, restart 1 of at most 20" in site.job("--", "train", play=site.asks(1), **lsf)
+    task = {"SLURM_ARRAY_TASK_ID": 1, "SLURM_ARRAY_JOB_ID": 5}
+    strange(site.folder / "sweep", kind)
+    assert "/sweep cannot be read (" in site.job("--sweep", str(site.folder / "sweep"), "--", "train", status=2, **task)
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_mark_of_a_stranger(site, kind):
+    def play(child):
+        site.save(1)
+        strange(site.path() / "requeue", kind)
+
+    said = site.job("--", "train", play=play)
+    assert "stopped at step 1: " in said
+    assert all(line.isprintable() for line in said.splitlines())
+    said = site.job("--", "train", play=site.asks(2), status=2 if kind == "folder" else 0)
+    assert ("is in the way of the mark of a run that is to go on" in said) == (kind == "folder")
 
 
 # --------------------------------------------------------------------------------------------------------------- signals

@@ -1,12 +1,14 @@
 """LIBSVM files, and the distribution of their rows over clients."""
 
 import lzma
+import os
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpi_ef.documents import opened
 from mpi_ef.errors import OptionError
 
 __all__ = ["content_of", "load_libsvm", "split_rows"]
@@ -28,7 +30,8 @@ def load_libsvm(path: Path | str) -> tuple[NDArray[np.float64], NDArray[np.float
     except ImportError:
         raise OptionError(f"{path}: scikit-learn is not installed; pip install scikit-learn") from None
     try:
-        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+        with (opened(path, follow=True) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as raw,
+              lzma.open(raw) if path.suffix == ".xz" else raw as file):
             found, labels = load_svmlight_file(file, zero_based=False)
     except (OSError, lzma.LZMAError) as error:
         raise OptionError(f"{path}: cannot be read ({error}); pass a LIBSVM file, plain or .xz") from None

@@ -1,5 +1,6 @@
 """Training data and how ranks share them: every sample on exactly one rank."""
 
+import os
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from itertools import count
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from mpi_ef import registry
 from mpi_ef.collectives import chunk_bounds
+from mpi_ef.documents import opened
 from mpi_ef.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -111,8 +113,9 @@ def _read(path: Path | None) -> str:
 
         return "\n".join(topics.values())
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with opened(path, follow=True) as descriptor, os.fdopen(descriptor, encoding="utf-8", closefd=False) as file:
+            text = file.read()
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text: {error}; name a text file") from None
     if not text:
         raise DataError(f"{path}: the file is empty; name a text file")

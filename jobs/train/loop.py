@@ -1,5 +1,6 @@
 """The training loop's inside: model, shards, optimizer, validation, times."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from time import perf_counter
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from mpi_ef import registry
 from mpi_ef.collectives import chunk_bounds
 from mpi_ef.comm.consensus import agree, ranks_text
 from mpi_ef.comm.protocol import Comm
@@ -21,7 +23,7 @@ from mpi_ef.jobs.train.changes import Changes
 from mpi_ef.jobs.train.config import PHASES, TrainConfig, learning_rate
 from mpi_ef.jobs.train.datasets import Dataset, Digits, Loss, Text, batches, own_problem, shard
 from mpi_ef.jobs.train.optimizers import build_optimizer
-from mpi_ef.jobs.train.settings import CHANGES, rule_in
+from mpi_ef.jobs.train.settings import CHANGES, SPECIFIED, rule_in
 from mpi_ef.kernels import machine_code
 
 if TYPE_CHECKING:
@@ -349,7 +351,13 @@ def _shaping(config: TrainConfig) -> dict[str, Any]:
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]
+    return [f"{name} was {then.get(name)}, is {value}" for name, value in now.items()
+            if then.get(name) != value and not _specify_the_same(name, then.get(name), value)]
+
+
+def _specify_the_same(name: str, first: Any, second: Any) -> bool:
+    texts = name in SPECIFIED and isinstance(first, str) and isinstance(second, str)
+    return texts and registry.same(name, first, second)
 
 
 def _cross_entropy(logits: "Tensor", targets: "Tensor") -> "Tensor":
@@ -358,6 +366,8 @@ def _cross_entropy(logits: "Tensor", targets: "Tensor") -> "Tensor":
 
 def _build(config: TrainConfig) -> "tuple[Dataset, nn.Module] | tuple[Dataset, nn.Module, Loss]":
     torch.manual_seed(config.seed)
+    random.seed(config.seed)  # models of users may draw from these; equal runs have equal checkpoints
+    np.random.seed(config.seed % (1 << 32))  # noqa: NPY002
     if config.model not in choices.MODELS:
         return own_problem(config)
     if config.model != "gpt":

@@ -15,6 +15,7 @@ from .reader import Checkpoint, Names
 __all__ = ["Difference", "brain_floats", "compare", "wide"]
 
 _BLOCK = 1 << 20
+_APART = {"seconds", "untimed", "versions"}  # keys in documents whose values are no part of the state, nor are *_seconds
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Difference:
     entries: int = 0  # how many entries of the array have different bits; 0 where it is not about entries
     largest: float | None = None  # absolute difference; None where it is not about numbers
     relative: float | None = None  # norm of the difference over the norm in a; None as before
+    counts: bool = True  # False: which run it was, how long it took, with which programs: no part of the state
 
 
 def compare(a: Checkpoint, b: Checkpoint) -> Iterator[Difference | None]:
@@ -42,7 +44,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> Iterator[Difference | None]:
     for name in ("step", "world_size", "run"):
         first, second = getattr(a, name), getattr(b, name)
         if first != second:
-            yield Difference("checkpoint", name, f"{first} and {second}")
+            yield Difference("checkpoint", name, f"{first} and {second}", counts=name != "run")
     yield from _documents("replicated", a.document, b.document)
     yield from _arrays("replicated", a.replicated_names(), b.replicated_names(), a.replicated, b.replicated)
     for rank in range(a.world_size) if a.world_size == b.world_size else ():
@@ -52,18 +54,19 @@ def compare(a: Checkpoint, b: Checkpoint) -> Iterator[Difference | None]:
                            partial(b.per_rank, rank=rank))
 
 
-def _documents(where: str, a: Any, b: Any, path: str = "document") -> Iterator[Difference]:
+def _documents(where: str, a: Any, b: Any, path: str = "document", *, counts: bool = True) -> Iterator[Difference]:
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys()):
+            inside, apart = f"{path}.{key}", not counts or key in _APART or key.endswith("_seconds")
             if key in a and key in b:
-                yield from _documents(where, a[key], b[key], f"{path}.{key}")
+                yield from _documents(where, a[key], b[key], inside, counts=not apart)
             else:
-                yield Difference(where, f"{path}.{key}", f"only in the {'first' if key in a else 'second'}")
+                yield Difference(where, inside, f"only in the {'first' if key in a else 'second'}", counts=not apart)
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for number, (first, second) in enumerate(zip(a, b, strict=True)):
-            yield from _documents(where, first, second, f"{path}[{number}]")
+            yield from _documents(where, first, second, f"{path}[{number}]", counts=counts)
     elif json.dumps(a) != json.dumps(b):
-        yield Difference(where, path, f"{_short(a)} and {_short(b)}")
+        yield Difference(where, path, f"{_short(a)} and {_short(b)}", counts=counts)
 
 
 def _short(value: Any) -> str:
@@ -87,10 +90,11 @@ def _entries(where: str, name: str, a: NDArray[Any], b: NDArray[Any]) -> Differe
     if raw_bytes(a) == raw_bytes(b):
         return None
     as_bits = np.dtype((np.void, a.dtype.itemsize))
-    entries = int((a.reshape(-1).view(as_bits) != b.reshape(-1).view(as_bits)).sum())
-    largest, squares, norm = 0.0, 0.0, 0.0
+    entries, largest, squares, norm = 0, 0.0, 0.0, 0.0
     for start in range(0, a.size, _BLOCK):  # numbers that are wider for a moment only
-        x, y = (wide(of.reshape(-1)[start : start + _BLOCK]) for of in (a, b))
+        first, second = (of.reshape(-1)[start : start + _BLOCK] for of in (a, b))
+        entries += int((first.view(as_bits) != second.view(as_bits)).sum())
+        x, y = wide(first), wide(second)
         with np.errstate(all="ignore"):
             gap = np.abs(x - y)
             largest = max(largest, float(gap.max())) if np.isfinite(largest) else largest
@@ -111,4 +115,6 @@ def wide(array: NDArray[Any]) -> NDArray[Any]:
 
 def brain_floats(array: NDArray[Any]) -> NDArray[Any]:
     """Return what the bits of a bfloat16 array stand for, in float32, bit for bit."""
-    return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    bits = array.view(np.uint16).astype(np.uint32)
+    bits <<= 16
+    return bits.view(np.float32)

@@ -20,8 +20,10 @@ from .manifest import (
     committed_steps,
     mark_of,
     read_manifest,
+    replace_durably,
     step_name,
     sync_folder,
+    sync_names,
     write_durably,
     write_manifest,
 )
@@ -48,10 +50,9 @@ class Folder:
 
     def claim(self, run: str, *, wait: bool = True) -> None:
         """Make the folder and take the lock, unless this process has it."""
-        if not self._path.is_dir():
-            self._path.mkdir(parents=True, exist_ok=True)
-            sync_folder(self._path.parent)
         if self._lock is None:
+            self._path.mkdir(parents=True, exist_ok=True)
+            sync_names(self._path)  # whoever has made it: a run's folder, a script
             self._lock = FolderLock(self._path, Owner.this_process(self._job, run, self._restart), wait=wait)
         self._lock.check()
 
@@ -77,13 +78,18 @@ class Folder:
                 break
 
     def publish(self, place: str, step: int, run: str, document: Any, files: list[FileEntry]) -> None:
-        """Make what was written a checkpoint: manifest, marker, name. Then delete what is not kept any more."""
+        """Make what was written a checkpoint: manifest, marker, name. Then delete what is not kept any more.
+
+        When this returns, a power loss takes nothing of it away. Where the disk does not confirm the name, this raises, and
+        nothing older is deleted.
+        """
         if self._lock is None:
             raise CheckpointError(f"{self._path}: the store was closed; save again")
         written, final, aside = self._path / place, self.path_of(step), None
         write_manifest(written, step, run, document, files)
         (written / _OWNER).unlink(missing_ok=True)
         self._lock.check()
+        self._note(run)
         if final.exists():  # stays valid under its other name while the new one has none: see committed_steps
             aside = self._path / f".old-{final.name}-{uuid.uuid4().hex[:12]}"
             final.rename(aside)
@@ -93,12 +99,11 @@ class Folder:
             if aside is not None:
                 aside.rename(final)
             raise
+        sync_folder(self._path)
         try:
-            sync_folder(self._path)
             self._prune(step, aside)  # first: on a full disk it makes the room that the next line needs
-            write_durably(self._path / LATEST, f"{final.name}\n".encode())
-            self._note(run)
-        except (OSError, ValueError) as error:  # the checkpoint is there; a later save tries again
+            replace_durably(self._path / LATEST, f"{final.name}\n".encode())
+        except OSError as error:  # the checkpoint is there; a later save tries again
             _log.warning("%s: saved, but older ones could not be tidied up: %s", final, error)
 
     def opens(self, path: Path) -> bool:
@@ -117,15 +122,23 @@ class Folder:
         return True
 
     def _note(self, run: str) -> None:
-        """Note that a run writes here; where no notes were taken so far, also those of the checkpoints that are there."""
-        known = self._runs()
+        """Note that a run writes here; where no notes were taken so far, also those of the checkpoints that are there.
+
+        Before its first checkpoint gets its name, and whole or not at all: runs that are not in the notes are not resumed.
+        """
+        try:
+            known = self._runs()
+        except CheckpointError as error:  # whoever resumes is told the same
+            _log.warning("%s", error)
+            return
         if run in known:
             return
         for _, path in () if known else committed_steps(self._path):
             with suppress(CheckpointError):
                 known.append(read_manifest(path).run)
         lines = "".join(f"{one}\n" for one in dict.fromkeys([*known, run]))
-        write_durably(self._path / RUNS, lines.encode())
+        replace_durably(self._path / RUNS, lines.encode())
+        sync_folder(self._path)
 
     def _runs(self) -> list[str]:
         """Return the runs that have written here, where that is known."""
@@ -161,9 +174,7 @@ class Folder:
 
     def clear(self) -> None:
         """Remove every checkpoint, finished or not, and the notes about them; the lock has to be this one's."""
-        for pattern in ("step-*", ".tmp-*", ".old-step-*"):
-            for path in list(self._path.glob(pattern)):
-                self._drop(path)
+        self._drop([path for pattern in ("step-*", ".tmp-*", ".old-step-*") for path in self._path.glob(pattern)])
         for name in (LATEST, RUNS):
             (self._path / name).unlink(missing_ok=True)
 
@@ -178,27 +189,32 @@ class Folder:
             owner = Owner.read(path / _OWNER)
             if owner is None or owner.run == run or owner.gone(age_seconds(path)):
                 shutil.rmtree(path, ignore_errors=True)
-        for path in self._path.glob(".old-step-*"):
-            if path not in dict(committed_steps(self._path)).values():
-                self._drop(path)
+        for draft in (path for name in (LATEST, RUNS) for path in self._path.glob(f".{name}-*")):
+            with suppress(OSError):
+                draft.unlink()
+        valid = {path for _, path in committed_steps(self._path)}
+        self._drop([path for path in self._path.glob(".old-step-*") if path not in valid])
 
     def _prune(self, saved: int, aside: Path | None) -> None:
-        if aside is not None:
-            self._drop(aside)
         good = committed_steps(self._path)
         newest = {step for step, _ in good[-self._keep_last :]}
-        for step, path in good:
-            if step not in newest and step != saved and not (self._keep_every and step % self._keep_every == 0):
-                self._drop(path)
-        for marked in self._path.glob(f"step-*/{BAD}"):
-            if marked.parent.name < step_name(min(newest, default=saved)):
-                self._drop(marked.parent)
+        doomed = [] if aside is None else [aside]
+        doomed += [path for step, path in good if step not in newest and step != saved
+                   and not (self._keep_every and step % self._keep_every == 0)]
+        oldest = step_name(min(newest, default=saved))
+        doomed += [marked.parent for marked in self._path.glob(f"step-*/{BAD}") if marked.parent.name < oldest]
+        self._drop(doomed)
 
-    def _drop(self, path: Path) -> None:
-        """Take the name away first: a directory that is half deleted is never taken for a checkpoint."""
-        doomed = self._path / f".tmp-drop-{uuid.uuid4().hex[:12]}"
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    def _drop(self, paths: list[Path]) -> None:
+        """Take the names away first, on the disk too: what is half deleted is never taken for a checkpoint."""
+        doomed = {path: self._path / f".tmp-drop-{uuid.uuid4().hex[:12]}" for path in paths}
+        for path, name in doomed.items():
+            path.rename(name)
+        if doomed:
+            with suppress(OSError):  # a full disk gets room below
+                sync_folder(self._path)
+        for name in doomed.values():
+            shutil.rmtree(name, ignore_errors=True)
 
 
 def identity(path: Path) -> tuple[int, ...]:

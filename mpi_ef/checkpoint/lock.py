@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mpi_ef.documents import MARK, read_json, shown
+from mpi_ef.documents import MARK, opened, read_json, shown
 from mpi_ef.errors import CheckpointError
 
 __all__ = ["LOCK", "FolderLock", "Owner", "age_seconds"]
@@ -105,6 +105,8 @@ class FolderLock:
         mine = folder / f".{LOCK}-{owner.token}"
         try:
             owner.write(mine)
+            with opened(mine) as descriptor:  # a lock that a power loss has torn would stop the next start
+                os.fsync(descriptor)
             for _ in range(5):
                 try:
                     self._appear(mine)

@@ -1,11 +1,14 @@
 """Names in a folder of checkpoints; the manifest, and the marker that makes a checkpoint valid."""
 
+import errno
 import hashlib
 import json
 import os
 import re
 import stat
 import sys
+import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -18,11 +21,11 @@ import numpy as np
 from mpi_ef.documents import DOCUMENT, MARK, check_size, parse_json, read, shown, written
 from mpi_ef.errors import CheckpointError
 
-from .rankfile import DamageError, FileEntry, reading
+from .rankfile import DamageError, FileEntry, check_filled, reading
 
 __all__ = ["BAD", "COMMIT", "LATEST", "MANIFEST", "RUNS", "VERSION", "Manifest", "checked_json", "committed_steps",
-           "damaged_steps", "mark_of", "rank_name", "read_manifest", "step_name", "sync_folder", "versions", "write_durably",
-           "write_manifest"]
+           "damaged_steps", "mark_of", "rank_name", "read_manifest", "replace_durably", "step_name", "sync_folder",
+           "sync_names", "versions", "write_durably", "write_manifest"]
 
 MANIFEST, COMMIT, BAD, LATEST, RUNS = "master.json", "COMMIT", "BAD", "LATEST", "RUNS"
 FORMAT, VERSION, MIN_READER = "mpi_ef.checkpoint", 2, 2
@@ -129,7 +132,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     with reading(folder):
         for name in (COMMIT, MANIFEST) if folder.is_dir() else ():
-            _size(folder / name)
+            _status(folder / name)
         mark, text = read(folder / COMMIT, MARK), read(folder / MANIFEST, DOCUMENT)
         if mark != f"{hashlib.sha256(text).hexdigest()}\n".encode():
             raise DamageError("master.json is not what COMMIT says")
@@ -137,14 +140,18 @@ def read_manifest(folder: Path) -> Manifest:
         named = _STEP.fullmatch(folder.name)
         if named and int(named[1] or named[2]) != manifest.step:
             raise DamageError(f"it is the checkpoint of step {manifest.step} under the name of another step")
-        for entry in manifest.files:
-            if (size := _size(folder / entry.name)) != entry.size:
-                raise DamageError(f"{entry.name} has {size} bytes where {entry.size} were written")
+        paths, blocks = [folder / entry.name for entry in manifest.files], 0
+        for path, entry in zip(paths, manifest.files, strict=True):
+            status = _status(path)
+            if status.st_size != entry.size:
+                raise DamageError(f"{entry.name} has {status.st_size} bytes where {entry.size} were written")
+            blocks += 512 * status.st_blocks
+        check_filled(paths, sum(entry.size for entry in manifest.files), blocks)
         return manifest
 
 
-def _size(path: Path) -> int:
-    """Return the size of a file of a checkpoint."""
+def _status(path: Path) -> os.stat_result:
+    """Return what the system says of a file of a checkpoint, which is a regular one."""
     try:
         status = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -153,7 +160,7 @@ def _size(path: Path) -> int:
         raise ValueError(f"{path.name} is a link; put the file there")
     if not stat.S_ISREG(status.st_mode):
         raise DamageError(f"{path.name} is missing: there is something that is no regular file")
-    return status.st_size
+    return status
 
 
 def _parse(folder: Path, found: Any) -> Manifest:
@@ -226,10 +233,36 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(descriptor)
 
 
+def replace_durably(path: Path, data: bytes) -> None:
+    """Let a small file hold `data`: a power loss leaves it as it was or as it is. Its name may be on the disk later."""
+    draft = path.with_name(f".{path.name}-{uuid.uuid4().hex[:12]}")
+    try:
+        write_durably(draft, data)
+        draft.replace(path)
+    except OSError:
+        with suppress(OSError):
+            draft.unlink()
+        raise
+
+
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names in `folder`."""
+    """Wait until the disk has the names in `folder`; not where a file system cannot say that of folders."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}:
+            raise
     finally:
         os.close(descriptor)
+
+
+def sync_names(folder: Path) -> None:
+    """Wait until the disk has the names of `folder` and of all that it lies in, up to where its file system begins."""
+    folder = folder.resolve()
+    device = folder.stat().st_dev
+    for parent in folder.parents:
+        if parent.stat().st_dev != device:
+            break
+        with suppress(PermissionError):  # made by others
+            sync_folder(parent)

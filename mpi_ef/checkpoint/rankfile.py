@@ -20,10 +20,10 @@ from .checksum import BLOCK, checksum
 from .extents import Extent, parse_extent
 from .structure import INDEX, check_structure, make_structure
 
-__all__ = ["DamageError", "FileEntry", "RankFile", "reading", "write_rank_file"]
+__all__ = ["DamageError", "FileEntry", "RankFile", "check_filled", "reading", "write_rank_file"]
 
 _STRUCTURE = 1 << 20  # bytes of a rank's file besides the index and the data, and more than there ever are
-_HOLE, _HOLLOW = 1 << 28, 1000  # a file that is larger, and of which a thousandth is not there, was never written
+_HOLE, _HOLLOW = 1 << 28, 1000  # what is larger, and of which a thousandth is not there, was never written
 
 
 @dataclass(frozen=True)
@@ -170,22 +170,37 @@ def _check_outside(descriptor: int, entry: FileEntry) -> None:
         raise DamageError(f"it has {size} bytes where {entry.size} were written")
     if (outside := size - sum(nbytes for _, nbytes in entry.data)) > DOCUMENT + _STRUCTURE:
         raise ValueError(f"of its {size:,} bytes {outside:,} are no data")
-    if size > _HOLE and (filled := _filled(descriptor, size)) < size // _HOLLOW:
-        raise ValueError(f"of its {size:,} bytes only {filled:,} are on the disk")
+    _refuse_holes(size, _filled(descriptor, size // _HOLLOW) if size > _HOLE else size)
     if _structure_crc32(descriptor, size, entry.data) != entry.crc32:
         raise DamageError("its structure is not what was written")
 
 
-def _filled(descriptor: int, size: int) -> int:
-    """Return how many bytes of a file are not in holes, or as many as prove that it is not hollow."""
+def check_filled(paths: Sequence[Path], size: int, blocks: int) -> None:
+    """Raise `ValueError` where files of `size` bytes together are holes; of their blocks the system says this many bytes."""
+    if size > _HOLE and blocks < size // _HOLLOW:  # file systems that compress may say less than what is in no hole
+        filled = 0
+        for path in paths:
+            if filled < size // _HOLLOW:
+                with opened(path) as descriptor:
+                    filled += _filled(descriptor, size // _HOLLOW - filled)
+        _refuse_holes(size, filled)
+
+
+def _refuse_holes(size: int, filled: int) -> None:
+    if filled < size // _HOLLOW:
+        raise ValueError(f"of its {size:,} bytes only {filled:,} are on the disk")
+
+
+def _filled(descriptor: int, enough: int) -> int:
+    """Return how many bytes of a file are not in holes, or as many as are enough."""
     filled = place = 0
     try:
-        while filled < size // _HOLLOW:
+        while filled < enough:
             begin = os.lseek(descriptor, place, os.SEEK_DATA)
             place = os.lseek(descriptor, begin, os.SEEK_HOLE)
             filled += place - begin
     except OSError as error:
-        return filled if error.errno == errno.ENXIO else size  # no more data; or the file system does not know
+        return filled if error.errno == errno.ENXIO else enough  # no more data; or the file system does not know
     return filled
 
 

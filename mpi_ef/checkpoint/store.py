@@ -193,7 +193,8 @@ class Store:
         ------
         CheckpointError
             On all ranks: the newest one cannot be read at all, or only by a newer mpi_ef. An older one is not taken then,
-            as that might be repaired; put a file ``BAD`` into its directory to pass it over. Or all there are, are damaged.
+            as that might be repaired; put a file ``BAD`` into its directory to pass it over. Or all there are, are damaged,
+            or of runs that have not written here.
         """
         rejected: set[str] = set()
 
@@ -204,6 +205,9 @@ class Store:
             if count := len(rejected | {path.name for path in damaged_steps(self.folder)}):
                 raise CheckpointError(f"{self.folder}: of {count} checkpoints none is whole; see mpi-ef checkpoint verify, "
                                       "and move the folder away to start from nothing")
+            if steps := self.steps():
+                raise CheckpointError(f"{self.folder}: RUNS names no run that has written the checkpoints there, up to step "
+                                      f"{steps[-1]}; remove RUNS if they are of this run, else move them away")
             return None
 
         while True:

@@ -10,6 +10,9 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+from mpi_ef.documents import MARK, lines, read, shown, written
+from mpi_ef.errors import LaunchError
+
 __all__ = ["BatchJob", "Chain", "Lsf", "Pbs", "Slurm", "find_job", "run_command", "write"]
 
 Command = Callable[..., tuple[int, str]]
@@ -250,7 +253,12 @@ class Pbs(BatchJob):
         return None
 
     def launcher(self) -> list[str]:
-        ranks = len(Path(self.environ["PBS_NODEFILE"]).read_text(encoding="utf-8").splitlines())
+        path = Path(self.environ.get("PBS_NODEFILE", ""))
+        try:
+            ranks = sum(1 for _ in lines(path))
+        except (OSError, ValueError) as error:
+            raise LaunchError(f"PBS_NODEFILE={path}: cannot be read ({shown(error)}); give the command that starts the "
+                              "ranks, as LAUNCH") from None
         return ["mpiexec", "-n", str(ranks)]
 
     def restart(self, run: Path) -> bool:
@@ -274,13 +282,14 @@ class Lsf(BatchJob):
 
     def begin(self, run: Path) -> None:
         with suppress(OSError, ValueError):
-            self.restarts = int(self._count(run).read_text(encoding="utf-8"))
+            self.restarts = int(read(self._count(run), MARK))
 
     def launcher(self) -> list[str]:
         return ["mpiexec", "-n", self.environ["LSB_DJOB_NUMPROC"]]
 
     def restart(self, run: Path) -> bool:
-        self._count(run).write_text(f"{self.restarts + 1}\n", encoding="utf-8")
+        with suppress(ValueError), written(self._count(run)) as descriptor:  # it counts from 0 again then
+            os.write(descriptor, f"{self.restarts + 1}\n".encode())
         return self._done("brequeue", "-r", self.job)
 
     def ended(self, run: Path, status: int) -> str:

@@ -1,5 +1,6 @@
 """Stopping on a signal to any rank, or near a deadline: all ranks leave the loop after the same step."""
 
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import numpy as np
 
 from mpi_ef.comm.consensus import agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
+from mpi_ef.documents import shown, written
 from mpi_ef.errors import OptionError
 from mpi_ef.ranges import whole, within
 
@@ -135,7 +137,11 @@ class Stopper:
             raise OptionError("Stopper: mark_requeue was called although nothing has stopped the run")
         if self.comm.Get_rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{reason}\n{spent}", encoding="utf-8")
+            try:
+                with written(path) as descriptor:
+                    os.write(descriptor, f"{reason}\n{spent}".encode("utf-8", "replace"))
+            except ValueError as error:
+                raise OptionError(f"Stopper: mark_requeue: {shown(path.parent)}: {error}; remove it") from None
 
     def close(self) -> None:
         """Put back the handlers that were there before. Local."""

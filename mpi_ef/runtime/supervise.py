@@ -15,6 +15,9 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from mpi_ef.documents import MARK, read, shown
+from mpi_ef.errors import DataError
+
 from .batch import BatchJob, write
 
 __all__ = ["Child", "Supervisor", "newest_step", "report"]
@@ -177,7 +180,7 @@ class Supervisor:
             When the job has to end, in seconds since 1970.
         """
         mark, chance, child = self.run / "requeue", self.run / "no-progress", self.child
-        mark.unlink(missing_ok=True)
+        _remove(mark)
         before, started = newest_step(self.run), not (child.asked or child.interrupted)
         self._announce_room(deadline)
         status = child.run(command, deadline) if started else 0
@@ -186,9 +189,9 @@ class Supervisor:
         if started and status == 0 and not proven:
             why += f", and there is no {self.run / proof}"
         steps = None
-        with suppress(OSError):
-            text = mark.read_text(encoding="utf-8").strip()
-            why, steps = text.partition("\n")[0], _steps_in(text)
+        with suppress(OSError, ValueError):
+            text = read(mark, MARK).decode("utf-8", "replace").strip()
+            why, steps = shown(" ".join(text.partition("\n")[0].split())), _steps_in(text)
         if started and status == 0 and not mark.exists() and proven:
             self.report("done")
             return self.end(0)
@@ -278,3 +281,12 @@ class Supervisor:
         if self.job.restarted:
             self.report(f"{self.job.restarted}, restart {self.job.restarts + 1} of at most {self.max_restarts}")
         return 0
+
+
+def _remove(mark: Path) -> None:
+    """Remove the mark that an earlier attempt has left; `DataError` for what cannot be removed so, such as a folder."""
+    try:
+        mark.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{shown(mark)}: is in the way of the mark of a run that is to go on ({error.strerror}); move "
+                        "it") from None

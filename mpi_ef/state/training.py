@@ -1,8 +1,9 @@
 """What is saved of a training, and how it is put back, on as many ranks or on others."""
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import sha256
 from typing import Any, Protocol
@@ -11,9 +12,10 @@ import torch
 from torch import nn
 
 from mpi_ef.checkpoint.manifest import versions
-from mpi_ef.comm.consensus import agree
+from mpi_ef.comm.consensus import agree, gather_values
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import CheckpointError, MpiEfError, OptionError, counted
+from mpi_ef.documents import shown
+from mpi_ef.errors import CheckpointError, DisagreementError, MpiEfError, OptionError, counted, told
 from mpi_ef.optim.flat import FlatOptimizer
 from mpi_ef.statetree import PER_RANK, REPLICATED
 
@@ -23,6 +25,7 @@ from .tree import Array
 
 __all__ = ["POLICIES", "Storage", "Training"]
 
+_log = logging.getLogger("mpi_ef.state")
 FORMAT = 1
 POLICIES = ("exact", "redistribute", "reset")
 _OTHER = "build the training as it was, or start from nothing in another directory"
@@ -173,12 +176,12 @@ class Training:
         OptionError, ShapeError, DtypeError
             On all ranks, when the checkpoint is of another training or number of ranks; nothing was changed.
         CheckpointError
-            When something in it could not be read; ranks where all could be read raise `PeerError`. Where that was an array,
-            parts of the training are from the checkpoint and others are not: resume from another one or stop.
+            When something in it could not be read or put back; ranks where all could be raise `PeerError`. Everything is as
+            it was before then: until the end of the call there is a copy of it, in as much memory as this rank's parts have.
         """
         found = store.newest(comm)
         past = None if found is None else RestoreView(found, int(comm.Get_rank()), int(comm.Get_size()))
-        parts: dict[str, Component] = {}
+        parts, held = dict[str, Component](), list[_Held | None]()
 
         def facts() -> dict[str, object]:
             if policy not in POLICIES:
@@ -188,31 +191,46 @@ class Training:
             parts.update(self._parts(comm))
             with _readable(past):
                 _check(parts, past, policy)
+            held.append(_Held.of(parts, past))
             return {"policy": policy, "step": past.found.step}
 
         agree(comm, "Training.resume", facts, "resume the same training from the same directory on all ranks" if past else
               "pass the same policy on all ranks")
         if past is None:
             return 0
-        finishes: list[Finish] = []
 
-        def put_back() -> dict[str, object]:
-            with _readable(past):
-                finishes.extend(finish for part in parts.values() if (finish := part.restore(past)) is not None)
-                self.document = past.value("document")
-                self.versions = dict(past.found.document["versions"])
-            if policy == "reset" and not past.same_world:
-                finishes.extend(_forgetting(parts, past))
-            return {}
-
-        agree(comm, "Training.resume", put_back, "resume from the same directory on all ranks")
-
-        _finish(comm, finishes)
+        try:
+            document, versions = self._put_back(comm, parts, past, forgets=policy == "reset" and not past.same_world)
+        except DisagreementError:  # ranks are in different calls
+            raise
+        except MpiEfError:  # on all ranks
+            [before] = held
+            if all(gather_values(comm, "Training.resume", before is not None)) and before is not None:
+                before.put_back(parts)
+            raise
+        self.document, self.versions = document, versions
         self.notes = () if past.same_world else (_ABOUT[policy], *past.notes)
         if self.notes and comm.Get_rank() == 0:
             warnings.warn(f"step {past.found.step} of {counted(past.found.world_size, 'rank')} goes on with {past.size}: "
                           f"{'; '.join(self.notes)}", RuntimeWarning, stacklevel=2)
         return past.found.step
+
+    def _put_back(self, comm: Comm, parts: Mapping[str, Component], past: RestoreView, *,
+                  forgets: bool) -> tuple[Any, dict[str, str]]:
+        """Put all parts back, and return the document of the program and versions. Collective; raises on all ranks."""
+        finishes, read = list[Finish](), list[Any]()
+
+        def put_back() -> dict[str, object]:
+            with _readable(past):
+                finishes.extend(finish for part in parts.values() if (finish := part.restore(past)) is not None)
+                read.extend((past.value("document"), dict(past.found.document["versions"])))
+            if forgets:
+                finishes.extend(_forgetting(parts, past))
+            return {}
+
+        agree(comm, "Training.resume", put_back, "resume from the same directory on all ranks")
+        _finish(comm, past, parts, finishes)
+        return read[0], read[1]
 
 
 _ABOUT = {
@@ -221,16 +239,58 @@ _ABOUT = {
 }
 
 
+class _Held:
+    """A copy of the parts of a training on this rank: a checkpoint in memory, as :class:`Stored` has it."""
+
+    def __init__(self, past: RestoreView, snapshot: Snapshot) -> None:
+        snapshot.decide([dict.fromkeys(snapshot.trees[EITHER], value) for value in (b"0", b"1")])  # all are of a rank
+        self.step, self.world_size, self._rank = past.found.step, past.size, past.rank
+        self.document = {"values": snapshot.trees[REPLICATED], "seed": 0}
+        self._trees, self._arrays = snapshot.trees[PER_RANK], {
+            kind: {name: array.copy() for name, array in arrays.items()} for kind, arrays in snapshot.arrays.items()}
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Component], past: RestoreView) -> "_Held | None":
+        """Copy all parts; None where one of them cannot be saved at this moment. Local."""
+        snapshot = Snapshot()
+        try:
+            for part in parts.values():
+                part.collect(snapshot)
+            return cls(past, snapshot)
+        except Exception:
+            return None
+
+    def rank_document(self, rank: int) -> Any:  # noqa: ARG002
+        return {"values": self._trees}
+
+    def replicated(self, name: str) -> Array:
+        return self._arrays[REPLICATED][name]
+
+    def per_rank(self, name: str, rank: int) -> Array:  # noqa: ARG002
+        return self._arrays[PER_RANK][name]
+
+    def put_back(self, parts: Mapping[str, Component]) -> None:
+        """Let all parts be as they were; tell of those that refuse their own state. Collective."""
+        view = RestoreView(self, self._rank, self.world_size)
+        for name, part in parts.items():
+            try:
+                if (finish := part.restore(view)) is not None:
+                    finish()
+            except Exception as error:  # the one that is on its way says why
+                _log.warning("resume: %s cannot be put back as it was (%s); build it anew", name, shown(told(error)))
+
+
 @contextmanager
 def _readable(past: RestoreView) -> Iterator[None]:
-    """Raise `CheckpointError` for any error that the content of a checkpoint causes."""
+    """Raise `CheckpointError` for any error that the content of a checkpoint causes; show what it holds escaped."""
     try:
         yield
-    except MpiEfError:
+    except MpiEfError as error:
+        error.args = (shown(error), *error.args[1:])
         raise
     except Exception as error:
         raise CheckpointError(f"resume: the checkpoint at step {past.found.step} cannot be put back: "
-                              f"{type(error).__name__}: {error}; resume from another one") from error
+                              f"{type(error).__name__}: {shown(error)}; resume from another one") from error
 
 
 def _versions() -> dict[str, str]:
@@ -281,15 +341,19 @@ def _tried(actions: Iterable[Callable[[], None]]) -> list[Exception]:
     return errors
 
 
-def _finish(comm: Comm, finishes: list[Finish]) -> None:
-    """Do what may be collective."""
+def _finish(comm: Comm, past: RestoreView, parts: Mapping[str, Component], finishes: list[Finish]) -> None:
+    """Do what may be collective, and see that what was put back is a state."""
     errors = _tried(finishes)
 
     def facts() -> dict[str, object]:
         for error in errors:
             if isinstance(error, MpiEfError):
-                raise error
-            raise OptionError(f"resume: load_state_dict: {type(error).__name__}: {error}") from error
+                with _readable(past):
+                    raise error
+            raise OptionError(f"resume: load_state_dict: {type(error).__name__}: {shown(error)}") from error
+        with _readable(past), suppress(MpiEfError):
+            for part in parts.values():  # what is of a wrong type cannot be saved again
+                part.collect(Snapshot())
         return {}
 
     agree(comm, "Training.resume", facts, "resume the same training on all ranks")
