@@ -156,8 +156,8 @@ class Slurm(BatchJob):
         """Return what the job's script, or SBATCH_SIGNAL, asks for. Slurm tells no job what it was given to sbatch."""
         asked = self.environ.get("SBATCH_SIGNAL", "")
         if not asked and self.script is not None:
-            with suppress(OSError, UnicodeDecodeError):
-                text = self.script.read_text(encoding="utf-8")
+            with suppress(OSError, ValueError):
+                text = read(self.script, MARK, follow=True).decode("utf-8", "replace")
                 found = re.findall(r"^#SBATCH\s+--signal[=\s]\s*(\S+)", text, re.MULTILINE)
                 asked = found[-1] if found else ""
         seconds = asked.partition("@")[2] or "60"

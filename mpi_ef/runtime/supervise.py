@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from mpi_ef.documents import MARK, read, shown
+from mpi_ef.documents import MARK, read, shown, written
 from mpi_ef.errors import DataError
 
 from .batch import BatchJob, write
@@ -253,12 +253,13 @@ class Supervisor:
         file = self.run / "hasty-stops"
         count = 0
         with suppress(OSError, ValueError):
-            count = int(file.read_text(encoding="utf-8"))
+            count = int(read(file, MARK))
         count = count + 1 if hasty else 0
         if 0 < count < HASTY_STOPS:
-            file.write_text(f"{count}\n", encoding="utf-8")
+            with suppress(OSError, ValueError), written(file) as descriptor:  # it counts from 0 again then
+                os.write(descriptor, f"{count}\n".encode())
         else:
-            file.unlink(missing_ok=True)  # of a run that is submitted again, for longer, none count
+            _remove(file)  # of a run that is submitted again, for longer, none count
         return count
 
     def end(self, status: int) -> int:
