@@ -461,7 +461,7 @@ def test_a_hollow_array_with_the_right_checksum(seeds, tmp_path):
     hollow_array(path, nbytes, 0)
     hollow_array(other, nbytes, 1)
     for arguments in (["ls", path.parent], ["verify", path], ["inspect", path, "--values"], ["diff", path, other],
-                      ["export", path, tmp_path / "o.h5", "--all"], ["export", path, tmp_path / "o.safetensors", "--all"]):
+                      ["export", path, tmp_path / "out.h5", "--all"]):
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         status, text, error = call(*arguments)
         check_said(status, text, error, arguments)
@@ -472,7 +472,8 @@ def hollow_array(path, nbytes, value):
     """Let the first rank have an array of zeros that are not on the disk, but for one byte."""
     file = path / "rank-00000.h5"
     with h5py.File(file, "r+") as opened:
-        del opened["uint8"]
+        if "uint8" in opened:
+            del opened["uint8"]
         creation = h5p.create(h5p.DATASET_CREATE)
         creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
         creation.set_fill_time(h5d.FILL_TIME_NEVER)
