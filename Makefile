@@ -138,7 +138,7 @@ endef
 
 optimizers: $(VENV)/test $(READY)
 	$(call compare,adamw-dense,0.003 0.006 0.01,--optimizer adamw $(DENSE))
-	$(call compare,sgd-dense,0.3 1 3,--optimizer sgd --compressor identity --placement gradient)
+	$(call compare,sgd-dense,0.1 0.3 1,--optimizer sgd --compressor identity --placement gradient)
 	$(call compare,adamw-topk,0.003 0.006 0.01,--optimizer adamw)
 	$(call compare,adamw-sign,0.003 0.006 0.01,--optimizer adamw --compressor sign)
 	$(call compare,onebit-adam,0.003 0.006 0.01,--optimizer onebit-adam --freeze $(FREEZE))
