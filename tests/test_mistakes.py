@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 import virtual
 from my_compressor import BlockMax
+from my_optimizer import Normalized
 from my_plan import TrimmedMean
 from my_rule import FadingState
 
@@ -112,6 +114,7 @@ def test_messages_that_are_longer_on_one_rank(plan):
      "Mine.encode returned None; return True where the vector is finite, else False"),
     ({"communicate": lambda self: None}, "Mine.communicate returned None; yield Rounds"),
     ({"communicate": lambda self: iter(())}, "Mine.communicate yields no Round"),
+    ({"communicate": lambda self: iter([(self.mine, self.all)])}, "Mine.communicate yields (<"),
 ])
 @pytest.mark.parametrize("split", [False, True])
 def test_a_plan_that_forgets_something(methods, words, split):
@@ -196,6 +199,13 @@ def test_a_state_whose_marks_do_not_fit():
         h: np.ndarray = replicated("D")
 
     Rule(gone(None), Kept)
+    for how, words in (({"options": {"fade": 0.9}}, "options={'fade': 0.9} is no function"),
+                       ({"options": lambda _: {"fad": 0.9}}, "FadingState has no field fad, which is an option"),
+                       ({"options": lambda _: {"fade": 0.9}, "ranges": {"fad": ("[0, 1)", "", "")}},
+                        "ranges has fad, which is no option; did you mean fade?")):
+        with pytest.raises(OptionError) as caught:
+            Rule(gone(None), FadingState, **how)
+        assert f"Rule rule: {words}" in str(caught.value)
     for state, words in ((OfNothing, "OfNothing: h_i is an estimate of 'h', and no array 'h' is replicated()"),
                          (OfAnError, "OfAnError: h_i is an estimate of 'e_i', and no array 'e_i' is replicated()"),
                          (NoDataclass, "NoDataclass: it is no dataclass")):
@@ -204,3 +214,17 @@ def test_a_state_whose_marks_do_not_fit():
         assert words in str(caught.value)
     for outcome in raised(lambda comm: ErrorFeedback(Rule(gone(None), Long), GatherMean(comm, BlockMax(2), D))):
         assert "Long: h has size 'D'; take one of d, own_d, clients_d, server_d" in str(outcome)
+
+
+def test_a_compressor_that_is_no_dataclass_and_an_optimizer_without_a_rule():
+    class Plain(Mine.__base__):
+        codec, alpha = Mine.codec, Mine.alpha
+
+    class NoRule(Normalized):
+        def build(self, plan):
+            self.arrays["m"] = self.zeros()
+
+    for outcome in raised(lambda comm: GatherMean(comm, Plain(), D)):
+        assert "GatherMean: compressor=Plain() is no dataclass; put @dataclass(frozen=True" in str(outcome)
+    for outcome in raised(lambda comm: NoRule([torch.nn.Parameter(torch.ones(3))], comm)):
+        assert "NoRule.build made no rule; set self.rules" in str(outcome)

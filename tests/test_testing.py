@@ -133,6 +133,8 @@ class _WrongCodec(PlainCodec):
         kept = np.where(np.arange(x.size) % 4 == 0, x, 0).astype(np.float64)
         if self.how == "grows":
             kept *= 3
+        if self.how == "is found by a seed that is not sent":
+            kept = np.roll(kept, step + rank)
         if self.how == "another one every time" and kept.size:
             kept[0] += self.sent
         if self.how == "fails later" and step > 9:
@@ -167,6 +169,8 @@ class _WrongCodec(PlainCodec):
 
 
 @pytest.mark.parametrize(("how", "law", "words"), [
+    ("is found by a seed that is not sent", "test_contraction",
+     r"breaks the law of contraction for d=2, float32, step 1 of rank 0: .* is lost, alpha = 0.0 allows 1"),
     ("claims too much", "test_contraction", r"breaks the law of contraction for d=.*alpha = 0.9 allows 0.1"),
     ("claims more than all", "test_contraction", r"contraction .*alpha = 1.5 is not in \[0, 1\]"),
     ("grows", "test_contraction", "breaks the law of contraction"),
@@ -216,7 +220,7 @@ def test_a_compressor_that_is_no_dataclass_is_named():
     class Plain(Compressor):
         codec = alpha = None
 
-    with pytest.raises(AssertionError, match="^Plain breaks .* size that is known ahead for d=0, float32: TypeError"):
+    with pytest.raises(AssertionError, match=r"^Plain\(\) breaks .* known ahead for d=0, float32: TypeError"):
         type("Laws", (CompressorLaws,), {"compressor": Plain()})().test_size_is_known_ahead()
 
 
@@ -293,6 +297,9 @@ class WrongPlan(GatherMean):
         super()._begin(x, keep, split=split)
 
     def encode(self, x, *, split):
+        if self.how in ("forgets the step", "forgets the rank"):
+            step, rank = (0, self.rank) if self.how == "forgets the step" else (self.exchanges, 0)
+            return self._codec.encode(x, self._send.wires[0], step=step, rank=rank)
         if self.how == "takes one vector":
             x = source(x.terms[0][1], None)
         return super().encode(x, split=split)
@@ -316,6 +323,8 @@ class WrongPlan(GatherMean):
         return self
 
     def like(self, compressor):
+        if self.how == "is like itself":
+            return super().like(self.compressor)
         return None if self.how == "has no like" else super().like(compressor)
 
     def add_mean(self, out, scale=1.0):
@@ -354,6 +363,10 @@ class WrongPlan(GatherMean):
     ("fails in its own way", "test_errors_of_communication_are_passed_on",
      "the law of communication that fails: a call that is to raise raises OptionError.'of its own'"),
     ("shares memory", "test_what_was_sent_may_change_before_it_arrives", "the law of exchanges in two parts: "),
+    ("forgets the step", "test_each_exchange_draws_anew_on_each_rank", "the law of what is drawn: two exchanges send"),
+    ("forgets the rank", "test_each_exchange_draws_anew_on_each_rank", "the law of what is drawn: two ranks send the same"),
+    ("is like itself", "test_dense_steps_go_through_a_plan_for_the_same_vectors",
+     r"the law of plans for dense steps: like\(Identity\(\)\) returns a plan with TopK"),
     ("has no like", "test_dense_steps_go_through_a_plan_for_the_same_vectors",
      "the law of plans for dense steps: like returns a NoneType"),
     ("sends less", "test_exchanges_are_counted", "the law of accounts: .* bytes have left rank 0, `traffic` says 2"),
@@ -460,6 +473,10 @@ class WrongOptimizer(Normalized):
             self.flat.values *= rate
         if self.how == "its own":
             self.flat.values -= self.flat.gradients / 100
+        if self.how == "never decays":
+            self.flat.values[:] = before
+            for group, part in self.slices():
+                self.flat.values[part] -= group["lr"] * self.arrays["m"][part]
         if self.how == "trembles":
             self.flat.values += 1e-3
         if self.how == "gives up" and getattr(self.comm, "fault", "") == "delay":
@@ -494,6 +511,7 @@ class WrongOptimizer(Normalized):
     ("checks nothing", "test_bad_options", "the law of options out of range: {'beta': 1.0} give ef21 with TopK"),
     ("checks nothing", "test_ranks_with_other_options_all_learn_about_it", "the law of options that differ: .* on beta"),
     ("has a rate of its own", "test_groups_have_learning_rates_of_their_own", "the law of learning rates: half of"),
+    ("never decays", "test_groups_have_learning_rates_of_their_own", "the law of learning rates: weight_decay=0.0 of a"),
     ("trembles", "test_groups_have_learning_rates_of_their_own", "the law of learning rates: parameters have moved with"),
     ("has a rate of its own", "test_learning_rates_that_drift_apart_stop_all_ranks", "the law of learning rates that drift"),
     ("goes on counting", "test_loading_on_one_rank_only_stops_all_ranks", "the law of loading everywhere: the message is"),

@@ -121,6 +121,8 @@ class Exchange:
 
     def _mark(self, sent: Round) -> None:
         """Write the headers of frames that leave this rank."""
+        if not isinstance(sent, Round):
+            raise OptionError(f"{self._plan}.communicate yields {briefly(sent)}; yield Round(send, receive)")
         broken = not sent.finite or isinstance(self.refusal, NonFiniteError)
         status = NON_FINITE if broken else OK if self.refusal is None else REJECTED
         sent.send.headers.fill(header_of(self._step, status, self.number))

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from typing import Any
 
@@ -167,7 +167,7 @@ class Compressor(ABC):
 
     def __repr__(self) -> str:
         """Return the options that are set, so that ``TopK(0.01)`` says nothing of k."""
-        options = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        options: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)} if is_dataclass(self) else {}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items() if v is not None)})"
 
     @abstractmethod
@@ -198,6 +198,9 @@ def check_compressor(subject: str, hint: str = "TopK(0.01)", **options: object) 
     for name, value in options.items():
         if not isinstance(value, Compressor):
             raise OptionError(f"{subject}: {name}={value!r} is no compressor; pass for example {hint}")
+        if not is_dataclass(value):
+            raise OptionError(f"{subject}: {name}={value!r} is no dataclass; put @dataclass(frozen=True, repr=False) before "
+                              f"{type(value).__name__}")
 
 
 def for_parameters(compressor: Compressor, shapes: Iterable[tuple[int, ...]]) -> Compressor:

@@ -19,7 +19,7 @@ nor what is kept: m, heavy ball's v, MARINA's g.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from typing import Any
 
@@ -95,6 +95,14 @@ class Rule:
 
     def __post_init__(self) -> None:
         self.state.check_marks()
+        if not callable(self.options):
+            raise OptionError(f"Rule {self.name}: options={self.options!r} is no function; pass lambda alpha: {{...}}")
+        options = self.options(1.0)
+        if unknown := sorted(options.keys() - {f.name for f in fields(self.state)}):
+            raise OptionError(f"Rule {self.name}: {self.state.__name__} has no field {unknown[0]}, which is an option")
+        if self.ranges is not _RANGES and (unknown := sorted(self.ranges.keys() - options.keys() - _RANGES.keys())):
+            hint = nearest(unknown[0], options, f"it has: {', '.join(options) or 'none'}")
+            raise OptionError(f"Rule {self.name}: ranges has {unknown[0]}, which is no option; {hint}")
 
     @property
     def name(self) -> str:

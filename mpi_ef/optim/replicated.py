@@ -70,6 +70,8 @@ class ReplicatedOptimizer(FlatOptimizer):
         with shared_errors(comm, self._kind, Plan.built):
             built = build_plan(plan, comm, compressor, self.flat.d, self.flat.dtype)
         self.build(built)
+        if not self.rules:
+            raise OptionError(f"{self._kind}.build made no rule; set self.rules[...] = ErrorFeedback(..., plan)")
 
     @abstractmethod
     def build(self, plan: Plan) -> None:

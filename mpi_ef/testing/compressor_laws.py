@@ -40,13 +40,6 @@ class CompressorLaws(Laws):
     tolerance: ClassVar[float] = 1e-6
     dtypes: ClassVar[tuple[Any, ...]] = (np.float32, np.float64)
 
-    def subject(self) -> str:
-        """Return what is tested, for messages, also where it is no dataclass, which prints nothing."""
-        try:
-            return str(self.compressor)
-        except TypeError:
-            return type(self.compressor).__name__
-
     def _lengths(self, *sizes: int) -> Iterator[tuple[int, Any]]:
         for d, dtype in product(sizes or self.sizes, self.dtypes):
             self.where = f" for d={d}, {np.dtype(dtype)}"
@@ -136,15 +129,21 @@ class CompressorLaws(Laws):
 
     @law("contraction")
     def test_contraction(self) -> None:
-        """``||C(x) - x||^2 <= (1 - alpha) ||x||^2``."""
+        """``||C(x) - x||^2 <= (1 - alpha) ||x||^2``, in any step, on any rank."""
         for x in self._cases():
-            alpha = self.compressor.alpha(x.size)
-            self._law(0 <= alpha <= 1, "contraction", f"alpha = {alpha} is not in [0, 1]", x)
-            if not self.contracts:
-                continue
+            self._contracts(x)
+        for d, dtype in self._lengths():
+            for step, rank in ((1, 0), (0, 1), (7, 2), (1000, 3)):
+                self.where = f" for d={d}, {np.dtype(dtype)}, step {step} of rank {rank}"
+                self._contracts(gaussian(step, d, dtype), step=step, rank=rank)
+
+    def _contracts(self, x: Vector, **key: int) -> None:
+        alpha = self.compressor.alpha(x.size)
+        self._law(0 <= alpha <= 1, "contraction", f"alpha = {alpha} is not in [0, 1]", x)
+        if self.contracts:
             scale = np.longdouble(np.abs(x).max(initial=0) or 1)
             whole = ((x.astype(np.longdouble) / scale) ** 2).sum()
-            lost = (((self._sent(x, x)[1].astype(np.longdouble) - x) / scale) ** 2).sum()
+            lost = (((self._sent(x, x, **key)[1].astype(np.longdouble) - x) / scale) ** 2).sum()
             subnormal = x.size * (np.longdouble(np.finfo(x.dtype).smallest_subnormal) / scale) ** 2
             self._law(lost <= (1 - alpha + self.tolerance) * whole + subnormal, "contraction",
                       f"{float(lost / whole) if whole else 0:.4g} of ||x||^2 is lost, alpha = {alpha} allows "

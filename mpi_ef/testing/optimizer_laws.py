@@ -63,6 +63,8 @@ class OptimizerLaws(Laws):
         Options of these runs, besides `options`.
     clips : bool
         Whether it takes ``clip``, the largest root of the ranks' mean squared norm of a gradient.
+    decays : bool
+        Whether groups have a ``weight_decay`` that counts.
     bad : tuple of (dict, str)
         Options that are refused, and words of the message.
     differing : (str, object, object) or None
@@ -77,6 +79,7 @@ class OptimizerLaws(Laws):
     learns: ClassVar[tuple[int, slice, float]] = (60, slice(3), 0.8)
     learning: ClassVar[dict[str, Any]] = {}
     clips: ClassVar[bool] = True
+    decays: ClassVar[bool] = True
     bad: ClassVar[tuple[tuple[dict[str, Any], str], ...]] = ()
     differing: ClassVar[tuple[str, Any, Any] | None] = None
 
@@ -211,11 +214,12 @@ class OptimizerLaws(Laws):
     def test_groups_have_learning_rates_of_their_own(self) -> None:
         """What a scheduler writes into a group counts from the next step on, for its parameters; at 0 nothing moves."""
 
-        def moved(comm: VirtualComm, *factors: float) -> tuple[list[Any], list[Any]]:
+        def moved(comm: VirtualComm, *factors: float, decay: float = 0.3) -> tuple[list[Any], list[Any]]:
             net = net_of()
             optimizer = self._built(groups_of(net), comm)
             for group, factor in zip(optimizer.param_groups, factors, strict=True):
                 group["lr"] *= factor
+            optimizer.param_groups[1]["weight_decay"] = decay
             path = steps_of(net, optimizer, comm.Get_rank(), range(max(self.saved_after)))
             return path[-1][:3], path[-1][3:]
 
@@ -224,6 +228,9 @@ class OptimizerLaws(Laws):
             for which, (factors, others) in enumerate({(0.5, 1): "first", (1, 0.5): "second"}.items()):
                 same = same_bits(moved(comm, *factors)[which], usual[which])
                 must(not same, f"half of the learning rate of the {others} group gives the same parameters")
+            for decay in (0.0, 0.9) if self.decays else ():
+                other = moved(comm, 1, 1, decay=decay)[1]
+                must(not same_bits(other, usual[1]), f"weight_decay={decay} of a group gives the same parameters as 0.3")
             first, second = moved(comm, 0, 0)
             must(same_bits([*first, *second], begun), "parameters have moved with learning rates of 0")
 

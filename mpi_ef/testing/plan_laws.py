@@ -230,16 +230,40 @@ class PlanLaws(Laws):
     def test_dense_steps_go_through_a_plan_for_the_same_vectors(self) -> None:
         """What :meth:`Plan.like` returns is one, with as many entries; its means are the same bits on all ranks."""
 
-        def program(comm: VirtualComm, compressor: Compressor) -> Vector:
+        def program(comm: VirtualComm, compressor: Compressor) -> tuple[Vector, Vector]:
             plan = self._built(comm, compressor)
             dense = plan.like(Identity())
             must(isinstance(dense, Plan), f"like returns a {type(dense).__name__}")
             sizes = (dense.d, dense.own_d, dense.dtype)
             must(sizes == (plan.d, plan.own_d, plan.dtype), f"like returns a plan for {sizes}")
-            return self._mean_of(dense.exchange(self._mine(plan)))
+            must(dense.compressor == Identity(), f"like(Identity()) returns a plan with {dense.compressor}")
+            x = self._mine(plan)
+            return self._mean_of(dense.exchange(x)), x.reshape(plan.own, plan.d).sum(axis=0) / plan.clients
 
-        for _, _, means in self._run(program):
+        for _, _, rows in self._run(program):
+            means, parts = zip(*rows, strict=True)
             must(all(same_bits(mean, means[0]) for mean in means), "means of dense steps differ between ranks")
+            off = float(np.abs(sum(parts) - means[0]).max()) if self.mean else 0.0
+            must(off < 1e-5, f"the mean of a dense step is off by {off:.1e}")
+
+    @law("what is drawn")
+    def test_each_exchange_draws_anew_on_each_rank(self) -> None:
+        """Through RandK other entries are sent each time, and by each rank: `encode` gives codecs step and rank."""
+
+        def program(comm: VirtualComm, compressor: Compressor) -> list[list[int]]:
+            plan, sent = self._built(comm, compressor), []
+            for _ in range(2):
+                own = np.zeros(plan.own_d, plan.dtype)
+                plan.exchange(np.ones_like(own)).add_own(own)
+                sent.append(np.flatnonzero(own).tolist())
+            return sent
+
+        for _, compressor, rows in self._run(program):
+            if isinstance(compressor, RandK):
+                again = [rank for rank, (first, second) in enumerate(rows) if first == second]
+                must(not again, f"two exchanges send the same entries on ranks {again}; encode with step=self.exchanges")
+                same = len(rows) > 1 and rows[0][0] == rows[1][0]
+                must(not same, "two ranks send the same entries; encode with rank=self.rank")
 
     @law("going on from a state")
     def test_a_state_that_was_loaded_goes_on(self) -> None:

@@ -112,7 +112,7 @@ def test_sub_communicators_and_a_world_of_one(comm):
     expected = np.mean([gaussian(r, 50, np.float64) for r in members], axis=0)
     np.testing.assert_allclose(allreduce(half, x, Identity()), expected, atol=1e-15)
     np.testing.assert_array_equal(allreduce(MPI.COMM_SELF, x, Identity()), x)
-    with pytest.raises(OptionError, match="is not an intracommunicator"):
+    with pytest.raises(OptionError, match="or is MPI.COMM_NULL; pass another one"):
         GatherMean(MPI.COMM_NULL, Identity(), 3)
     half.Free()
 
