@@ -252,7 +252,7 @@ def test_a_power_loss_after_a_power_loss(tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("n", [1, 2])
 def test_many_power_losses_after_a_power_loss(tmp_path, n):
-    lose_twice(tmp_path, n, every=25, drawn=3)
+    lose_twice(tmp_path, n, every=100 * n, drawn=5)
 
 
 def lose_twice(tmp_path, n, *, every, drawn):
