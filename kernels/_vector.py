@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 __all__ = ["GROUP", "Terms", "Vector", "add_signed", "add_signed_past_caches", "address", "at_least", "fence",
            "fetch", "fetch_entry", "form_group", "load_word", "magnitude", "most_significant_first", "non_negative",
-           "population", "store_past_caches", "store_word", "subtract_signs", "subtract_signs_past_caches",
+           "population", "store_past_caches", "store_word", "subtract_group", "subtract_signs", "subtract_signs_past_caches",
            "sum_magnitudes", "trailing_zeros"]
 
 Vector = NDArray[np.floating]
@@ -174,6 +174,23 @@ def _adding_signed(past_caches: bool) -> Any:
 add_signed: Any = _adding_signed(past_caches=False)
 # The same; ``out[at]`` must be aligned to 64 bytes and is written past the caches.
 add_signed_past_caches: Any = _adding_signed(past_caches=True)
+
+
+@intrinsic
+def subtract_group(_context: Any, values: Any, out: Any, start: Any) -> Any:
+    """Subtract ``values[start + q]`` from ``out[start + q]`` where it is not zero; NaN is not."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        align, vector = values.dtype.bitwidth // 8, ir.VectorType(_float_type(values), GROUP)
+        source, target = (
+            _pointer(context, builder, signature.args[n], arguments[n], arguments[2], vector) for n in range(2)
+        )
+        less, before = builder.load(source, align=align), builder.load(target, align=align)
+        there = builder.fcmp_unordered("!=", less, ir.Constant(vector, [0.0] * GROUP))
+        builder.store(builder.select(there, builder.fsub(before, less), before), target, align=align)
+        return context.get_dummy_value()
+
+    return types.void(values, out, types.int64), generate
 
 
 def _subtracting_signs(past_caches: bool) -> Any:

@@ -18,7 +18,7 @@ __all__ = ["Backend", "backend"]
 
 Vector = NDArray[Any]
 _SCRATCH = max(kernels.COMBINE_SCRATCH, kernels.QUANTIZE_SCRATCH, kernels.SELECT_SCRATCH, kernels.SIGNS_SCRATCH)
-_HISTOGRAM = max(2048, kernels.SUBTRACT_SCRATCH)
+_HISTOGRAM = 2048
 
 
 class _Memory(threading.local):
@@ -50,9 +50,6 @@ class Backend:
 
     def combine(self, terms: Any, factors: Vector, out: Vector) -> bool:
         return bool(kernels.combine(terms, factors, out, self._memory.scratch))
-
-    def subtract(self, values: Vector, out: Vector) -> None:
-        kernels.subtract(values, out, self._memory.histogram)
 
     def select_largest(self, *arguments: Any) -> bool:
         return bool(kernels.select_largest(*arguments, self._memory.scratch, self._memory.histogram))

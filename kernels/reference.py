@@ -37,7 +37,7 @@ def combine(terms: Terms, factors: Vector, out: Vector, scratch: Vector) -> bool
     return all_finite(x)
 
 
-def subtract(values: Vector, out: Vector, places: Places) -> None:
+def subtract(values: Vector, out: Vector) -> None:
     np.subtract(out, values, out=out, where=values != 0)
 
 

@@ -5,15 +5,13 @@ from numpy.typing import NDArray
 
 from ._jit import jit
 from ._stream import BLOCK, form, put
-from ._vector import GROUP, Terms, Vector, at_least, fence, fetch_entry, magnitude, population, trailing_zeros
+from ._vector import GROUP, Terms, Vector, at_least, fence, fetch_entry, magnitude, subtract_group
 
-__all__ = ["COMBINE_SCRATCH", "SUBTRACT_SCRATCH", "add_dense", "add_sparse", "clear_sparse", "combine", "gather",
+__all__ = ["COMBINE_SCRATCH", "add_dense", "add_sparse", "clear_sparse", "combine", "gather",
            "mean_rows", "subtract"]
 
 
 COMBINE_SCRATCH = BLOCK + GROUP
-_FEW = 8  # of a group: more are faster subtracted all together
-SUBTRACT_SCRATCH = BLOCK // GROUP * _FEW
 _FAR = 512  # entries ahead to ask for: far, because every one lies in another cache line
 
 
@@ -37,28 +35,12 @@ def combine(terms: Terms, factors: Vector, out: Vector, scratch: Vector) -> bool
 
 
 @jit
-def subtract(values: Vector, out: Vector, places: NDArray[np.int64]) -> None:
-    """Subtract `values` from `out`, of which only what is near entries that are not zero is touched.
-
-    `places`, (SUBTRACT_SCRATCH,), holds the entries of a block, which are asked for before the first of them is used.
-    """
+def subtract(values: Vector, out: Vector) -> None:
+    """Subtract `values` from `out`, of which only what is near entries that are not zero is touched."""
     whole = out.size // GROUP * GROUP
-    for low in range(0, whole, BLOCK):
-        n = 0
-        for g in range(low, min(low + BLOCK, whole), GROUP):
-            word = at_least(values, g, np.uint64(1))
-            if population(word) > _FEW:
-                for i in range(g, g + GROUP):
-                    out[i] -= values[i] if values[i] != 0 else values.dtype.type(0)
-                continue
-            while word != 0:
-                at = g + np.int64(trailing_zeros(word))
-                fetch_entry(out, at)
-                places[n] = at
-                n += 1
-                word &= word - np.uint64(1)
-        for j in range(n):
-            out[places[j]] -= values[places[j]]
+    for g in range(0, whole, GROUP):
+        if at_least(values, g, np.uint64(1)) != 0:
+            subtract_group(values, out, g)
     for i in range(whole, out.size):
         if values[i] != 0:
             out[i] -= values[i]

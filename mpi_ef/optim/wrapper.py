@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
+from mpi_ef import kernels
 from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
 from mpi_ef.comm.consensus import shared_errors
 from mpi_ef.comm.protocol import Comm
@@ -18,7 +19,6 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import MpiEfError, OptionError, told
 from mpi_ef.feedback import ErrorFeedback, Rule
 from mpi_ef.feedback.table import rule_of
-from mpi_ef.kernels.backend import backend
 from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, StateTree, attribute
 
 from .accounts import BucketReport
@@ -301,7 +301,7 @@ class DistributedOptimizer(FlatOptimizer):
                 after *= self.flat.dtype.type(self.weight)
 
         def take(part: slice, mean: Vector) -> None:
-            backend(self.flat.dtype).subtract(mean, values[part])
+            kernels.subtract(mean, values[part])
 
         try:
             self.buckets.step(update, take)
