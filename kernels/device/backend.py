@@ -1,0 +1,115 @@
+"""The kernels for vectors on a device: what :class:`mpi_ef.kernels.backend.Backend` is on the CPU, with device arrays."""
+
+# ruff: noqa: D102 (the methods are described by the functions of the same names)
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike
+
+from . import plain
+from .array import DeviceArray, torch_dtype
+
+__all__ = ["DeviceBackend", "Verdict"]
+
+
+class Verdict:
+    """Whether a vector is finite, which the device may not know yet: `bool` of it waits. Combine them with ``&``."""
+
+    def __init__(self, answer: torch.Tensor) -> None:
+        self._answer = answer
+
+    def __and__(self, other: "Verdict | bool") -> "Verdict | bool":
+        if isinstance(other, Verdict):
+            return Verdict(self._answer & other._answer)
+        return self if other else False
+
+    __rand__ = __and__
+
+    def __bool__(self) -> bool:
+        return bool(self._answer)
+
+
+class DeviceBackend:
+    """Kernels on a device, in torch operations.
+
+    Arguments are those of the functions of the same names, with device arrays in place of NumPy's, but for what says where
+    parts of a vector lie, and without scratch; factors may be floats. What says whether a vector is finite is a
+    :class:`Verdict`.
+
+    Parameters
+    ----------
+    dtype : numpy dtype
+        float32 or float64.
+    device : str
+        Of torch, ``"cuda:0"``; ``"side:cpu"`` works so on tensors of the CPU.
+    """
+
+    def __init__(self, dtype: DTypeLike, device: str) -> None:
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self.device = device
+        self.torch_device = torch.device(device.removeprefix("side:"))
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in plain.__all__:
+            raise AttributeError(f"DeviceBackend has no kernel {name!r}")
+        kernel = _over_arrays(getattr(plain, name))
+        setattr(self, name, kernel)
+        return kernel
+
+    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike = None) -> DeviceArray:
+        kind = torch_dtype(self.dtype if dtype is None else dtype)
+        return DeviceArray(torch.empty(shape, dtype=kind, device=self.torch_device))
+
+    def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike = None) -> DeviceArray:
+        kind = torch_dtype(self.dtype if dtype is None else dtype)
+        return DeviceArray(torch.zeros(shape, dtype=kind, device=self.torch_device))
+
+    def norm(self, x: DeviceArray) -> float:
+        return float(torch.linalg.vector_norm(x.tensor, dtype=torch.float64))
+
+    def sample_indices(self, seed: int, key: DeviceArray, d: int, indices: DeviceArray, bitmap: Any) -> None:  # noqa: ARG002
+        plain.sample_indices(seed, key.tensor, d, indices.tensor)
+
+    def combine(self, terms: Any, factors: Any, out: Any) -> Verdict:
+        return Verdict(plain.combine(_tensors(terms), _floats(factors), out.tensor))
+
+    def gather(self, terms: Any, factors: Any, indices: Any, values: Any) -> None:
+        plain.gather(_tensors(terms), _floats(factors), indices.tensor, values.tensor)
+
+    def select_largest(self, terms: Any, factors: Any, keep: Any, keep_factors: Any, *rest: Any) -> Verdict:
+        return self._encode(plain.select_largest, terms, factors, keep, keep_factors, *rest)
+
+    def quantize(self, terms: Any, factors: Any, keep: Any, keep_factors: Any, *rest: Any) -> Verdict:
+        return self._encode(plain.quantize, terms, factors, keep, keep_factors, *rest)
+
+    def encode_signs(self, terms: Any, factors: Any, keep: Any, keep_factors: Any, *rest: Any) -> Verdict:
+        return self._encode(plain.encode_signs, terms, factors, keep, keep_factors, *rest)
+
+    def _encode(self, kernel: Callable[..., torch.Tensor], terms: Any, factors: Any, keep: Any, keep_factors: Any,
+                *rest: Any) -> Verdict:
+        return Verdict(kernel(_tensors(terms), _floats(factors), keep.tensor, _floats(keep_factors), *map(_plain, rest)))
+
+
+def _over_arrays(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def on_arrays(*arguments: Any) -> Any:
+        answer = kernel(*map(_plain, arguments))
+        return Verdict(answer) if isinstance(answer, torch.Tensor) else answer
+
+    return on_arrays
+
+
+def _plain(argument: Any) -> Any:
+    if isinstance(argument, DeviceArray):
+        return argument.tensor
+    return argument.item() if isinstance(argument, np.generic) else argument
+
+
+def _tensors(terms: Any) -> Any:
+    return tuple(term.tensor for term in terms)
+
+
+def _floats(factors: Any) -> tuple[float, float, float]:
+    return tuple(np.asarray(factors).tolist())  # type: ignore[return-value]

@@ -1,0 +1,444 @@
+"""The kernels in torch operations, for devices without Triton: the same bits as those of :mod:`mpi_ef.kernels.reference`.
+
+Arguments are those of the functions of the same names, with tensors in place of arrays and floats in place of factors. They
+take memory for what is in between, several vectors of it, and passes for every operation. What says whether a vector is
+finite is a tensor, so that nothing waits for the device.
+"""
+
+# ruff: noqa: D103
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpi_ef.kernels import reference
+
+__all__ = ["adam", "adam_step", "add_dense", "add_layers", "add_low_rank", "add_quantized", "add_signs", "add_sparse",
+           "all_finite", "clear_sparse", "combine", "decode_indices", "encode_indices", "encode_signs",
+           "follow_momentum", "gather", "l1_norm", "layer_norms", "local_step", "mean_rows", "momentum_step",
+           "orthonormalise", "preconditioned_step", "quantize", "sample_indices", "scaled_momentum", "select_largest",
+           "sign_step", "subtract", "update_moments"]
+
+Tensor = torch.Tensor
+Terms = tuple[Tensor, Tensor, Tensor]
+Factors = tuple[float, float, float]
+_PART = 4096  # entries whose magnitudes are added up for themselves
+_GROUP = 64
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+_MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}
+
+
+def _sum(terms: Terms, factors: Factors) -> Tensor:
+    """Return ``sum_t factors[t] * terms[t]``; empty terms are absent. Products and sums apart: nothing is fused."""
+    x = terms[0] * factors[0]
+    for factor, term in zip(factors[1:], terms[1:], strict=True):
+        if term.numel():
+            x += term * factor
+    return x
+
+
+def combine(terms: Terms, factors: Factors, out: Tensor) -> Tensor:
+    x = _sum(terms, factors)
+    if out.numel():
+        out.copy_(x)
+    return all_finite(x)
+
+
+def subtract(values: Tensor, out: Tensor) -> None:
+    out.copy_(torch.where(values != 0, out - values, out))
+
+
+def all_finite(x: Tensor) -> Tensor:
+    return torch.isfinite(x).all()
+
+
+def select_largest(terms: Terms, factors: Factors, keep: Tensor, keep_factors: Factors, bounds: Any, counts: Any,
+                   indices: Tensor, values: Tensor) -> Tensor:
+    x = _sum(terms, factors)
+    if keep.numel():
+        keep.copy_(_sum(terms, keep_factors))
+    magnitudes = x.view(_BITS[x.dtype]) & _MAGNITUDE[x.dtype]  # floats without a sign order like integers
+    first = 0
+    for start, stop, k in zip(bounds[:-1].tolist(), bounds[1:].tolist(), counts.tolist(), strict=True):
+        if k:
+            indices[first : first + k] = _places(_largest(magnitudes[start:stop], k), k) + start
+            first += k
+    values[:first] = x[indices[:first]]
+    return all_finite(x)
+
+
+def _largest(keys: Tensor, k: int) -> Tensor:
+    """Return which entries are the k largest, the first ones of equal ones, (d,) bool."""
+    least = torch.topk(keys, k, sorted=False).values.min()
+    larger, equal = keys > least, keys == least
+    return larger | (equal & (torch.cumsum(equal, 0) <= k - larger.sum()))
+
+
+def _places(chosen: Tensor, k: int) -> Tensor:
+    """Return where the `k` entries are that are chosen, ascending, without asking the device how many there are."""
+    to = torch.where(chosen, torch.cumsum(chosen, 0) - 1, k)
+    places = torch.empty(k + 1, dtype=torch.int64, device=chosen.device)
+    return places.scatter_(0, to, torch.arange(chosen.numel(), device=chosen.device))[:k]
+
+
+def mean_rows(rows: Tensor, own: Tensor, rank: int, factor: float, out: Tensor) -> Tensor:
+    total = None
+    for r, row in enumerate(rows):
+        part = (own if r == rank else row) * factor
+        total = part if total is None else total.add_(part)
+    out.copy_(total)
+    return all_finite(out)
+
+
+def gather(terms: Terms, factors: Factors, indices: Tensor, values: Tensor) -> None:
+    some = tuple(term[indices] if term.numel() else term for term in terms)
+    values.copy_(_sum((some[0], some[1], some[2]), factors))
+
+
+def add_sparse(indices: Tensor, values: Tensor, factor: float, out: Tensor) -> None:
+    out[indices] = out[indices] + values * factor
+
+
+def clear_sparse(indices: Tensor, out: Tensor) -> None:
+    out[indices] = 0
+
+
+def add_dense(values: Tensor, factor: float, out: Tensor) -> None:
+    out += values * factor
+
+
+def encode_indices(indices: Tensor, low: int, lower: Tensor, upper: Tensor) -> None:
+    marks = torch.zeros(64 * upper.numel(), dtype=torch.uint8, device=indices.device)
+    marks[torch.arange(indices.numel(), device=indices.device) + (indices >> low)] = 1
+    _octets(upper).copy_(_packed(marks, _LITTLE))
+    parts = torch.zeros(64 * lower.numel(), dtype=torch.uint8, device=indices.device)
+    if low:
+        shifts = torch.arange(low, device=indices.device)
+        parts[: indices.numel() * low] = ((indices[:, None] >> shifts) & 1).to(torch.uint8).view(-1)
+    _octets(lower).copy_(_packed(parts, _LITTLE))
+
+
+def decode_indices(lower: Tensor, upper: Tensor, low: int, indices: Tensor) -> None:
+    k, device = indices.numel(), indices.device
+    marks = _unpacked(_octets(upper), _LITTLE)
+    high = _places(marks.bool() & (torch.cumsum(marks, 0) <= k), k) - torch.arange(k, device=device)
+    if low:
+        parts = _unpacked(_octets(lower), _LITTLE)[: k * low].view(k, low).to(torch.int64)
+        high = (high << low) | (parts << torch.arange(low, device=device)).sum(1)
+    indices.copy_(high)
+
+
+def _octets(words: Tensor) -> Tensor:
+    return words.view(torch.uint8) if words.numel() else words.new_empty(0, dtype=torch.uint8)
+
+
+_LITTLE, _BIG = tuple(range(8)), tuple(reversed(range(8)))
+
+
+def _packed(bits: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Return bytes of eight bits each; the number of bits is a multiple of eight."""
+    shifts = torch.tensor(order, dtype=torch.uint8, device=bits.device)
+    return (bits.view(-1, 8) << shifts).sum(1, dtype=torch.uint8)
+
+
+def _unpacked(octets: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Return the bits of bytes, (..., 8 m) for (..., m)."""
+    shifts = torch.tensor(order, dtype=torch.uint8, device=octets.device)
+    return ((octets[..., None] >> shifts) & 1).flatten(-2)
+
+
+def encode_signs(terms: Terms, factors: Factors, keep: Tensor, keep_factors: Factors, less_decoded: bool, row_bits: Tensor,
+                 row_scales: Tensor, row_block: int, row_factor: float, block: int, bits: Tensor, scales: Tensor) -> Tensor:
+    x = _sum(terms, factors)
+    add_signs(row_bits, row_scales, row_block, row_factor, False, x)
+    positive = torch.zeros(8 * bits.numel(), dtype=torch.uint8, device=x.device)
+    positive[: x.numel()] = x >= 0
+    bits.copy_(_packed(positive, _BIG))
+    whole = x.numel() // block * block
+    if whole:
+        scales[: whole // block] = _mean_magnitudes(x[:whole].view(-1, block))
+    if whole < x.numel():
+        scales[-1:] = _mean_magnitudes(x[None, whole:])
+    if keep.numel():
+        keep.copy_(_sum(terms, keep_factors))
+        add_signs(row_bits, row_scales, row_block, row_factor, False, keep)
+        if less_decoded:
+            add_signs(bits[None], scales[None], block, -1.0, False, keep)
+    return all_finite(x)
+
+
+def _mean_magnitudes(rows: Tensor) -> Tensor:
+    """Return the mean magnitude of every row, added up in the order of the specification."""
+    totals = _part_totals(rows).cpu().numpy()  # a number for every part: the rest is quicker there
+    with np.errstate(over="ignore", invalid="ignore"):
+        means = np.cumsum(totals, axis=1)[:, -1] / rows.shape[1]
+    for j in np.flatnonzero(np.isinf(means)).tolist():
+        means[j] = reference._mean_magnitude(rows[j].cpu().numpy())  # noqa: SLF001
+    return torch.from_numpy(means).to(rows.device)
+
+
+def _part_totals(rows: Tensor) -> Tensor:
+    """Return the sums of magnitudes in parts of 4096 entries, (rows, parts) float64: groups by halves, groups in order."""
+    count, length = rows.shape
+    magnitudes = rows.abs()
+    whole = length // _GROUP * _GROUP
+    groups = magnitudes[:, :whole].reshape(count, -1, _GROUP)
+    while groups.shape[2] > 1:
+        half = groups.shape[2] // 2
+        groups = groups[:, :, :half] + groups[:, :, half:]
+    parts, of_part = -(-length // _PART), _PART // _GROUP
+    sums = torch.zeros(count, parts * of_part, dtype=torch.float64, device=rows.device)
+    sums[:, : whole // _GROUP] = groups[:, :, 0]
+    sums = sums.view(count, parts, of_part)
+    totals = sums[:, :, 0].clone()
+    for j in range(1, of_part):
+        totals += sums[:, :, j]
+    for j in range(whole, length):
+        totals[:, -1] += magnitudes[:, j]
+    return totals
+
+
+def add_signs(bits: Tensor, scales: Tensor, block: int, factor: float, overwrite: bool, out: Tensor) -> None:
+    if overwrite:
+        out.zero_()
+    for row, scale in zip(bits, scales, strict=True):
+        step = (scale * factor).repeat_interleave(block, output_size=scale.numel() * block)[: out.numel()]
+        out += torch.where(_unpacked(row, _BIG)[: out.numel()].bool(), step, -step)
+
+
+_HEADROOM = {"bf16": 0, "fp16": 15, "int8": 7}
+_BROKEN = 32767
+
+
+def _power(exponents: Tensor) -> Tensor:
+    """Return 2 to these powers, -1022 to 1023, in float64."""
+    return ((exponents.to(torch.int64) + 1023) << 52).view(torch.float64)
+
+
+def _scaled(values: Tensor, exponents: Tensor) -> Tensor:
+    """Return ``values * 2**exponents`` in float64, also where that power is no number."""
+    half = exponents >> 1
+    return values * _power(half) * _power(exponents - half)
+
+
+def _rows(x: Tensor, block: int) -> Tensor:
+    """Return x in rows of `block` entries, with zeros at the end."""
+    padded = x.new_zeros(-(-x.numel() // block) * block)
+    padded[: x.numel()] = x
+    return padded.view(-1, block)
+
+
+def quantize(terms: Terms, factors: Factors, keep: Tensor, keep_factors: Factors, less_decoded: bool, format: str,
+             block: int, exponents: Tensor, codes: Tensor) -> Tensor:
+    x = _sum(terms, factors)
+    d = x.numel()
+    rows = _rows(x, max(1, min(block, d))).to(torch.float64)
+    largest = rows.abs().amax(1) if d else rows.new_zeros(0)
+    broken = ~torch.isfinite(largest)
+    largest = torch.where(broken, 0.0, largest)
+    fraction, exponent = torch.frexp(largest)
+    exponent = exponent.to(torch.int64) - _HEADROOM[format]
+    if format == "int8":
+        exponent += fraction * 128 > 127
+    exponent = torch.where(largest == 0, 0, exponent)
+    exponents.copy_(torch.where(broken, _BROKEN, exponent))
+    scaled = _scaled(torch.where(broken[:, None], 0.0, rows), -exponent[:, None]).view(-1)[:d]
+    codes.copy_(_codes(scaled, format))
+    if keep.numel():
+        keep.copy_(_sum(terms, keep_factors))
+        if less_decoded:
+            add_quantized(exponents, codes, format, block, -1.0, False, keep)
+    return all_finite(x)
+
+
+def _codes(scaled: Tensor, format: str) -> Tensor:
+    if format == "int8":
+        return torch.round(scaled).to(torch.int8)
+    if format == "fp16":
+        return scaled.to(torch.float32).to(torch.float16).view(torch.int16)
+    word = scaled.to(torch.float32).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
+    return ((rounded ^ 0x8000) - 0x8000).to(torch.int16)
+
+
+def add_quantized(exponents: Tensor, codes: Tensor, format: str, block: int, factor: float, overwrite: bool,
+                  out: Tensor) -> None:
+    if overwrite:
+        out.zero_()
+    if not out.numel():
+        return
+    if format == "int8":
+        values = codes.to(torch.float64)
+    elif format == "fp16":
+        values = codes.view(torch.float16).to(torch.float64)
+    else:
+        values = (codes.to(torch.int32) << 16).view(torch.float32).to(torch.float64)
+    rows = _rows(values, min(block, out.numel()))
+    power = exponents.to(torch.int64)[:, None]
+    broken = power == _BROKEN
+    limit = torch.finfo(out.dtype).max
+    decoded = _scaled(rows, torch.where(broken, 0, power)).clamp(-limit, limit).to(out.dtype)
+    decoded = torch.where(broken, float("nan"), decoded)
+    out += decoded.view(-1)[: out.numel()] * factor
+
+
+_GOLDEN, _LARGEST = 0x9E3779B97F4A7C15, (1 << 63) - 1
+
+
+def _signed(word: int) -> int:
+    return (word ^ (1 << 63)) - (1 << 63)
+
+
+def _shifted(words: Tensor, by: int) -> Tensor:
+    """Return words of 64 bits shifted to the right, zeros from the left."""
+    return (words >> by) & ((1 << (64 - by)) - 1)
+
+
+def _mix(words: Tensor) -> Tensor:
+    words = (words ^ _shifted(words, 30)) * _signed(0xBF58476D1CE4E5B9)
+    words = (words ^ _shifted(words, 27)) * _signed(0x94D049BB133111EB)
+    return words ^ _shifted(words, 31)
+
+
+def sample_indices(seed: int, key: Tensor, d: int, indices: Tensor) -> None:
+    """Do what the host does with the key (seed, step, rank), of which `key` has the last two: all draws at once.
+
+    Draw i takes the last entry it may, d - k + i, where what it has drawn is taken: by an earlier draw of the same entry, or
+    by the one draw whose last entry that is, if it took it. Who depends on whom is a forest, followed to its roots in
+    log2(k) rounds.
+    """
+    k, device = indices.numel(), indices.device
+    if not k:
+        return
+    state = torch.zeros(1, dtype=torch.int64, device=device)
+    for part in (seed, key[:1], key[1:2]):
+        state = _mix(state + part + _signed(_GOLDEN))
+    number = torch.arange(k, device=device)
+    last = number + (d - k)
+    words = _mix(state + (number + 1) * _signed(_GOLDEN))
+    bound = last + 1
+    drawn = (words & _LARGEST) % bound
+    drawn = torch.where(words < 0, (drawn + (_LARGEST % bound + 1) % bound) % bound, drawn)
+    order = torch.argsort(drawn, stable=True)
+    again = torch.zeros(k, dtype=torch.bool, device=device)
+    again[order[1:]] = drawn[order[1:]] == drawn[order[:-1]]
+    parent = torch.where((drawn >= d - k) & (drawn < last), drawn - (d - k), number)
+    taken = again
+    for _ in range(k.bit_length()):
+        taken, parent = taken | taken[parent], parent[parent]
+    indices.copy_(torch.sort(torch.where(taken, last, drawn)).values)
+
+
+def orthonormalise(rows: Tensor, spans: Any, rank: int, spare: Tensor) -> None:
+    """Do it on the host: factors are no longer than a message, and sums go entry by entry."""
+    ours, drawn = np.array(rows.cpu().numpy()), np.array(spare.cpu().numpy())
+    reference.orthonormalise(ours, spans, rank, drawn)
+    rows.copy_(torch.from_numpy(ours))
+
+
+def add_low_rank(left: Tensor, right: Tensor, parts: Any, rank: int, factor: float, overwrite: bool, out: Tensor) -> None:
+    if overwrite:
+        out.zero_()
+    at = of_left = of_right = 0
+    for rows, columns in parts.tolist():
+        size = rows * (columns or 1)
+        if columns == 0:
+            value, of_left = left[of_left : of_left + rows], of_left + rows
+        else:
+            thin = left[of_left : of_left + rank * rows].view(rank, rows, 1)
+            wide = right[of_right : of_right + rank * columns].view(rank, 1, columns)
+            of_left, of_right = of_left + rank * rows, of_right + rank * columns
+            value = thin[0] * wide[0]
+            for one, other in zip(thin[1:], wide[1:], strict=True):
+                value += one * other
+        out[at : at + size] += value.reshape(-1) * factor
+        at += size
+
+
+def update_moments(grad: Tensor, beta1: float, beta2: float, m: Tensor, v: Tensor) -> None:
+    m.copy_(m * beta1 + grad * _rest(beta1, m))
+    v.copy_(v * beta2 + (grad * grad) * _rest(beta2, v))
+
+
+def _root(x: Tensor) -> Tensor:
+    """Return the square root, rounded to nearest; that of torch is not on CPUs, where a library of vector math takes it."""
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else torch.sqrt(x)
+
+
+def adam_step(m: Tensor, v: Tensor, step: float, root_factor: float, eps: float, decay: float, x: Tensor) -> None:
+    x.copy_(x * decay - (m / (_root(v) * root_factor + eps)) * step)
+
+
+def adam(grad: Tensor, beta1: float, beta2: float, step: float, root_factor: float, eps: float, decay: float, m: Tensor,
+         v: Tensor, x: Tensor) -> None:
+    update_moments(grad, beta1, beta2, m, v)
+    adam_step(m, v, step, root_factor, eps, decay, x)
+
+
+def preconditioned_step(m: Tensor, inverse: Tensor, step: float, decay: float, x: Tensor) -> None:
+    x.copy_(x * decay - (m * inverse) * step)
+
+
+def l1_norm(x: Tensor) -> float:
+    return float(reference.l1_norm(x.cpu().numpy()))
+
+
+def sign_step(direction: Tensor, step: float, decay: float, x: Tensor) -> None:
+    x.copy_(x * decay - torch.sign(direction) * step)
+
+
+def _rest(beta: float, x: Tensor) -> float:
+    """Return 1 - beta, rounded as entries of `x` are."""
+    real = _real(x)
+    return float(real(1) - real(beta))
+
+
+def _real(x: Tensor) -> Any:
+    return np.float32 if x.dtype == torch.float32 else np.float64
+
+
+def momentum_step(grad: Tensor, inverse: Tensor, beta: float, step: float, decay: float, m: Tensor, x: Tensor) -> None:
+    m.copy_(m * beta + grad * _rest(beta, m))
+    x.copy_(x * decay - (m * inverse) * step)
+
+
+def local_step(grad: Tensor, inverse: Tensor, start: Tensor, beta: float, weight: float, step: float, decay: float,
+               m: Tensor, u: Tensor, x: Tensor) -> None:
+    m.copy_(m * beta + grad * _rest(beta, m))
+    u.copy_(u * _rest(weight, u) + m * weight)
+    x.copy_(start * decay - (u * inverse) * step)
+
+
+def layer_norms(x: Tensor, starts: Any, norms: Any) -> None:
+    reference.layer_norms(x.cpu().numpy(), starts, norms)
+
+
+def _by_entry(of_layers: Any, starts: Any, like: Tensor) -> Tensor:
+    """Return numbers of layers, (layers,) on the host, for every entry."""
+    numbers = torch.from_numpy(np.asarray(of_layers)).to(like.device, like.dtype)
+    sizes = torch.from_numpy(np.diff(starts)).to(like.device)
+    return numbers.repeat_interleave(sizes, output_size=like.numel())
+
+
+def add_layers(values: Tensor, factors: Any, starts: Any, out: Tensor) -> None:
+    out += values * _by_entry(factors, starts, out)
+
+
+def scaled_momentum(grad: Tensor, m: Tensor, beta: float, scales: Any, starts: Any, out: Tensor) -> None:
+    out.copy_(_by_entry(scales, starts, out) * (m * beta + grad * _rest(beta, out)))
+
+
+def follow_momentum(sent: Tensor, inverse: Tensor, betas: Any, root_factor: float, eps: float, scales: Any, least: Any,
+                    starts: Any, m: Tensor, fresh: Tensor, ratios: Any) -> None:
+    beta1, beta2 = (float(beta) for beta in betas)
+    new = _by_entry(_real(m)(1) / scales, starts, m) * sent
+    grad = (new - m * beta1) / _rest(beta1, m)
+    m.copy_(new)
+    fresh.copy_(fresh * beta2 + (grad * grad) * _rest(beta2, m))
+    roots = torch.maximum(_root(fresh) * root_factor, _by_entry(least, starts, m)) + eps
+    quotients = torch.where(inverse > 0, 1.0 / (roots * inverse), 0.0)
+    largest = [quotients[start:stop].amax() if stop > start else quotients.new_zeros(()) for start, stop in pairwise(starts)]
+    ratios[:] = torch.stack(largest).cpu().numpy() if largest else []
+

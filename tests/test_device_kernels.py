@@ -1,0 +1,217 @@
+"""Kernels of the device side give the bits of the specification, on tensors of the CPU."""
+
+import numpy as np
+import pytest
+
+from mpi_ef.kernels import low_bits, lower_nbytes, reference, upper_nbytes
+from mpi_ef.kernels.device.array import DeviceArray, torch_dtype
+from mpi_ef.kernels.device.backend import DeviceBackend
+
+each_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["f32", "f64"])
+
+
+def there(array):
+    """A copy of an array on the device side."""
+    import torch
+
+    kind = torch_dtype(array.dtype)
+    return DeviceArray(torch.from_numpy(array.copy().view(np.int64) if array.dtype == np.uint64 else array.copy()).to(kind))
+
+
+def bits(array):
+    return np.ascontiguousarray(array).view(np.uint8).tolist()
+
+
+def check_same(name, dtype, *arguments, scratch=(), host=()):
+    """Run the kernel on the host and on the device side, and compare what is in all arrays afterwards."""
+    backend = DeviceBackend(dtype, "side:cpu")
+    ours = [tuple(a.copy() for a in x) if isinstance(x, tuple) else x.copy() if isinstance(x, np.ndarray) else x
+            for x in arguments]
+    theirs = [tuple(map(there, x)) if isinstance(x, tuple) else there(x) if isinstance(x, np.ndarray) and n not in host
+              else x.copy() if isinstance(x, np.ndarray) else x for n, x in enumerate(arguments)]
+    with np.errstate(all="ignore"):
+        expected = getattr(reference, name)(*ours, *scratch)
+    answer = getattr(backend, name)(*theirs)
+    if expected is None:
+        assert answer is None
+    elif isinstance(expected, float):
+        assert answer == expected
+    else:
+        assert bool(answer) == expected
+    for n, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        pairs = zip(one, other, strict=True) if isinstance(one, tuple) else [(one, other)]
+        for mine, its in pairs:
+            if isinstance(mine, np.ndarray):
+                other_bits = its if isinstance(its, np.ndarray) else its.numpy()
+                assert bits(mine) == bits(other_bits), f"{name}: argument {n}"
+
+
+def vector(d, dtype, seed=0, kind="normal"):
+    rng = np.random.default_rng([seed, d])
+    x = rng.standard_normal(d)
+    if kind == "ties":
+        x = np.round(x)
+    elif kind == "zeros":
+        x = np.where(rng.random(d) < 0.5, 0.0, -0.0)
+    elif kind == "subnormal":
+        x *= np.finfo(dtype).smallest_subnormal * 7
+    elif kind == "large":
+        x = rng.choice([-1.0, 1.0], d) * float(np.finfo(dtype).max) * rng.uniform(0.5, 1.0, d)
+    elif kind == "wide":
+        x *= 10.0 ** rng.uniform(-30, 30, d)
+    with np.errstate(over="ignore"):
+        x = x.astype(dtype)
+    if kind == "broken" and d:
+        x[d // 2], x[-1] = np.nan, -np.inf
+    return x
+
+
+KINDS = ("normal", "ties", "zeros", "subnormal", "large", "wide", "broken")
+SIZES = (1, 63, 64, 1000, 4096, 9001)
+
+
+def sources(dtype, sizes=SIZES, kinds=KINDS):
+    """Terms and factors of one to three vectors, and what to keep of them."""
+    for n, d in enumerate(sizes):
+        for m, kind in enumerate(kinds):
+            count = 1 + (n + m) % 3
+            terms = [vector(d, dtype, 10 * n + t, kind if t == 0 else "normal") for t in range(count)]
+            empty = np.empty(0, dtype)
+            factors = np.array([1.0, -1.0, 0.3][:count] + [0.0] * (3 - count), dtype)
+            keep_factors = np.array([0.7, 1.0, -1.0][:count] + [0.0] * (3 - count), dtype)
+            keep = np.zeros(d, dtype) if (n + m) % 2 else empty
+            yield tuple(terms + [empty] * (3 - count)), factors, keep, keep_factors, d
+
+
+@each_dtype
+def test_combine(dtype):
+    for terms, factors, keep, _, _ in sources(dtype):
+        check_same("combine", dtype, terms, factors, keep, scratch=[None], host=(1,))
+
+
+@each_dtype
+def test_select_largest(dtype):
+    for terms, factors, keep, keep_factors, d in sources(dtype):
+        for k in {1, max(1, d // 10), d}:
+            check_same("select_largest", dtype, terms, factors, keep, keep_factors, np.array([0, d]), np.array([k]),
+                       np.zeros(d, np.int64), np.zeros(d, dtype), scratch=[None, None], host=(1, 3, 4, 5))
+    for terms, factors, keep, keep_factors, d in sources(dtype, (1000,)):
+        check_same("select_largest", dtype, terms, factors, keep, keep_factors, np.array([0, 10, 10, 700, d]),
+                   np.array([3, 0, 69, 300]), np.zeros(d, np.int64), np.zeros(d, dtype), scratch=[None, None],
+                   host=(1, 3, 4, 5))
+
+
+@each_dtype
+def test_signs(dtype):
+    for n, (terms, factors, keep, keep_factors, d) in enumerate(sources(dtype)):
+        for block in {d, 64, 100, 4096, 5000}:
+            rows = n % 3
+            row_bits = np.random.default_rng(n).integers(0, 256, (rows, -(-d // 8))).astype(np.uint8)
+            row_scales = np.abs(vector(rows * -(-d // 64), dtype, n)).reshape(rows, -(-d // 64))
+            scales = np.zeros(-(-d // block), dtype)
+            check_same("encode_signs", dtype, terms, factors, keep, keep_factors, n % 2 == 0, row_bits, row_scales, 64,
+                       dtype(0.25), block, np.zeros(-(-d // 8), np.uint8), scales, scratch=[None], host=(1, 3))
+            check_same("add_signs", dtype, row_bits, row_scales, 64, dtype(0.3), n % 2 == 0, vector(d, dtype, 5),
+                       scratch=[None])
+
+
+@each_dtype
+@pytest.mark.parametrize("format", ["bf16", "fp16", "int8"])
+def test_quantize(dtype, format):
+    for n, (terms, factors, keep, keep_factors, d) in enumerate(sources(dtype)):
+        for block in (1, 7, 256, 10_000):
+            count = -(-d // block)
+            codes = np.zeros(d, np.int8 if format == "int8" else np.int16)
+            check_same("quantize", dtype, terms, factors, keep, keep_factors, n % 2 == 0, format, block,
+                       np.zeros(count, np.int16), codes, scratch=[None], host=(1, 3))
+
+
+@each_dtype
+@pytest.mark.parametrize("format", ["bf16", "fp16", "int8"])
+def test_add_quantized(dtype, format):
+    rng = np.random.default_rng(3)
+    powers = [-1080, -140, -20, -1, 0, 3, 20, 130, 1010, 32767]
+    for n, d in enumerate(SIZES):
+        exponents = rng.choice(powers, -(-d // 64)).astype(np.int16)
+        codes = vector(d, np.float32, n)
+        codes = (np.clip(np.rint(codes * 40), -127, 127).astype(np.int8) if format == "int8"
+                 else codes.astype(np.float16).view(np.int16) if format == "fp16"
+                 else (codes.view(np.uint32) >> 16).astype(np.uint16).view(np.int16))
+        check_same("add_quantized", dtype, exponents, codes, format, 64, dtype(0.3), n % 2 == 0, vector(d, dtype, 9),
+                   scratch=[None])
+
+
+@each_dtype
+def test_sparse(dtype):
+    for n, d in enumerate(SIZES):
+        k = max(1, d // 7)
+        indices = np.sort(np.random.default_rng(n).permutation(d)[:k])
+        check_same("add_sparse", dtype, indices, vector(k, dtype, n), dtype(0.3), vector(d, dtype, 1))
+        check_same("clear_sparse", dtype, indices, vector(d, dtype, 1))
+        check_same("add_dense", dtype, vector(d, dtype, 4), dtype(0.3), vector(d, dtype, 1))
+        check_same("mean_rows", dtype, vector(3 * d, dtype, 4).reshape(3, d), vector(d, dtype, 2), 1, dtype(1 / 3),
+                   np.zeros(d, dtype))
+        sparse = vector(d, dtype, n) * (np.arange(d) % 3 == 0)
+        check_same("subtract", dtype, sparse, vector(d, dtype, 1))
+    for terms, factors, _, _, d in sources(dtype, kinds=("normal", "wide", "subnormal")):
+        indices = np.sort(np.random.default_rng(d).permutation(d)[: max(1, d // 7)])
+        check_same("gather", dtype, terms, factors, indices, np.zeros(indices.size, dtype), host=(1,))
+
+
+@pytest.mark.parametrize(("d", "k"), [(1, 1), (10, 3), (10, 10), (1000, 10), (5001, 777), (200_000, 1), (2**40, 50)])
+def test_codes_of_indices(d, k):
+    rng = np.random.default_rng(d)
+    indices = np.sort(rng.choice(d, k, replace=False) if d < 10**6 else rng.integers(0, d, k))
+    low = low_bits(d, k)
+    lower, upper = np.zeros(lower_nbytes(k, low) // 8, np.uint64), np.zeros(upper_nbytes(d, k, low) // 8, np.uint64)
+    reference.encode_indices(indices, low, lower, upper)
+    check_same("encode_indices", np.float32, indices, low, lower, upper)
+    check_same("decode_indices", np.float32, lower, upper, low, np.zeros(k, np.int64))
+
+
+@pytest.mark.parametrize(("d", "k"), [(1, 1), (10, 3), (10, 10), (1000, 1), (1000, 999), (5001, 777), (2**33, 300), (3, 2)])
+def test_random_subsets(d, k):
+    """All draws at once, where the host draws one after the other."""
+    for seed, step, rank in ((0, 0, 0), (7, 3, 1), ((1 << 63) - 1, 10**12, 5), (1, 2, 3)):
+        expected, found = np.zeros(k, np.int64), there(np.zeros(k, np.int64))
+        reference.sample_indices(seed, step, rank, d, expected, None)
+        key = there(np.array([step, rank], np.int64))
+        DeviceBackend(np.float32, "side:cpu").sample_indices(seed, key, d, found, None)
+        assert expected.tolist() == found.tolist()
+
+
+@each_dtype
+def test_low_rank(dtype):
+    parts, rank = np.array([[5, 7], [9, 0], [3, 1]]), 2
+    left, right = vector(rank * (5 + 3) + 9, dtype, 1), vector(rank * (7 + 1), dtype, 2)
+    for overwrite in (False, True):
+        check_same("add_low_rank", dtype, left, right, parts, rank, dtype(0.3), overwrite, vector(47, dtype, 3),
+                   scratch=[None], host=(2,))
+    rows = vector(24, dtype, 4)
+    rows[12:18] = rows[6:12]
+    check_same("orthonormalise", dtype, rows, np.array([[0, 6]]), 4, vector(24, dtype, 5), host=(1,))
+
+
+@each_dtype
+def test_optimizers(dtype):
+    for n, d in enumerate(SIZES):
+        a, b, c, x, e = (vector(d, dtype, s, kind) for s, kind in enumerate(("normal", "wide", "normal", "normal", "normal")))
+        v, inverse = np.abs(c), np.abs(e) * (np.arange(d) % 5 > 0)
+        real = [dtype(value) for value in (0.9, 0.99, 1e-3, 1.01, 1e-8, 0.999)]
+        with np.errstate(over="ignore"):
+            check_same("update_moments", dtype, a, *real[:2], b, v)
+            check_same("adam", dtype, a, *real, b, v, x)
+            check_same("adam_step", dtype, a, v, *real[2:], x)
+            check_same("preconditioned_step", dtype, a, inverse, real[2], real[5], x)
+            check_same("sign_step", dtype, a * (np.arange(d) % 3 > 0), real[2], real[5], x)
+            check_same("momentum_step", dtype, a, inverse, real[0], real[2], real[5], b, x)
+            check_same("local_step", dtype, a, inverse, c, real[0], dtype(0.3), real[2], real[5], b, e, x)
+            check_same("l1_norm", dtype, a)
+        starts = np.unique([0, d // 3, d // 2, d])
+        layers = starts.size - 1
+        scales, least = np.abs(vector(layers, dtype, n)) + dtype(0.1), np.full(layers, 1e-3, dtype)
+        check_same("layer_norms", dtype, a, starts, np.zeros(layers), host=(1, 2))
+        check_same("add_layers", dtype, a, scales, starts, x, host=(1, 2))
+        check_same("scaled_momentum", dtype, a, c, real[0], scales, starts, x, host=(3, 4))
+        check_same("follow_momentum", dtype, a, inverse, np.array([0.9, 0.99], dtype), *real[3:5], scales, least, starts, c,
+                   v.copy(), np.zeros(layers, dtype), host=(2, 5, 6, 7, 10))
