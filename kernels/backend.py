@@ -1,6 +1,7 @@
 """The kernels for vectors of one dtype on one device, with scratch memory of their own.
 
-Codecs, plans and rules ask for one, ``backend(dtype)``, and pass no scratch; a device has a class with the same methods.
+Codecs, plans and rules ask for one, ``backend(dtype, device)``, for kernels and for memory, and pass no scratch. That of a
+device, :class:`mpi_ef.kernels.device.backend.DeviceBackend`, has the same methods, for arrays in its memory.
 """
 
 # ruff: noqa: D102 (the methods of Backend are described by the functions of the same names)
@@ -14,11 +15,37 @@ from numpy.typing import DTypeLike, NDArray
 
 from mpi_ef import kernels
 
-__all__ = ["Backend", "backend"]
+__all__ = ["Backend", "Verdict", "aligned_zeros", "backend"]
 
 Vector = NDArray[Any]
 _SCRATCH = max(kernels.COMBINE_SCRATCH, kernels.QUANTIZE_SCRATCH, kernels.SELECT_SCRATCH, kernels.SIGNS_SCRATCH)
 _HISTOGRAM = 2048
+_LINE = 64  # bytes
+
+
+def aligned_zeros(shape: int | tuple[int, ...], dtype: DTypeLike) -> Vector:
+    """Return an array of zeros that begins where a cache line does, so that kernels can write past the caches."""
+    size = int(np.prod(shape))
+    memory = np.zeros(size + _LINE // np.dtype(dtype).itemsize, dtype)
+    first = -memory.ctypes.data % _LINE // memory.itemsize
+    return memory[first : first + size].reshape(shape)
+
+
+class Verdict:
+    """Whether a vector is finite, which a device may not know yet: `bool` of it waits. Combine them with ``&``."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    def __and__(self, other: "Verdict | bool") -> "Verdict | bool":
+        if isinstance(other, Verdict):
+            return Verdict(self._answer & other._answer)
+        return self if other else False
+
+    __rand__ = __and__
+
+    def __bool__(self) -> bool:
+        return bool(self._answer)
 
 
 class _Memory(threading.local):
@@ -47,6 +74,32 @@ class Backend:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(kernels, name)
+
+    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike = None) -> Vector:
+        """Return an array of any content, of the vectors' dtype unless another one is named."""
+        return np.empty(shape, self.dtype if dtype is None else dtype)
+
+    def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike = None) -> Vector:
+        """Return an array of zeros that begins where a cache line does."""
+        return aligned_zeros(shape, self.dtype if dtype is None else dtype)
+
+    def on_host(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Vector:
+        """Return an array of zeros that MPI may read and write."""
+        return np.zeros(shape, dtype)
+
+    def norm(self, x: Vector) -> float:
+        """Return the Euclidean norm of `x`."""
+        return float(np.linalg.norm(x))
+
+    def multiply(self, left: Vector, right: Vector, out: Vector) -> None:
+        """Write the product of two matrices to `out`; Inf and NaN are no matter here."""
+        with np.errstate(all="ignore"):
+            np.matmul(left, right, out=out)
+
+    def sample_indices(self, seed: int, key: Vector, d: int, indices: Vector, bitmap: Vector) -> None:
+        """Draw with the key (seed, step, rank), of which `key`, (2,) uint64, has the last two."""
+        step, rank = key.tolist()
+        kernels.sample_indices(seed, step, rank, d, indices, bitmap)
 
     def combine(self, terms: Any, factors: Vector, out: Vector) -> bool:
         return bool(kernels.combine(terms, factors, out, self._memory.scratch))
@@ -82,14 +135,13 @@ class Backend:
 
 
 @cache
-def backend(dtype: DTypeLike, device: str = "cpu") -> Backend:
-    """Return the kernels for vectors of `dtype` on `device`. Local; may be used by several threads at once.
+def backend(dtype: DTypeLike, device: str = "cpu") -> Any:
+    """Return the kernels for vectors of `dtype` on `device`, "cpu" or one of torch. Local; threads may share it.
 
-    Raises
-    ------
-    ValueError
-        There are none for that device.
+    "side:cpu" is a device in the memory of the host: the code for devices, on tensors of the CPU.
     """
-    if device != Backend.device:
-        raise ValueError(f"backend: there are no kernels for {device!r}; take 'cpu'")
-    return Backend(dtype)
+    if device == Backend.device:
+        return Backend(dtype)
+    from mpi_ef.kernels.device.backend import DeviceBackend
+
+    return DeviceBackend(dtype, device)

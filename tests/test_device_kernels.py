@@ -19,7 +19,7 @@ def there(array):
 
 
 def bits(array):
-    return np.ascontiguousarray(array).view(np.uint8).tolist()
+    return np.ascontiguousarray(array).tobytes()
 
 
 def check_same(name, dtype, *arguments, scratch=(), host=()):

@@ -62,6 +62,11 @@ class DeviceArray:
         return tuple(self.tensor.shape)
 
     @property
+    def T(self) -> "DeviceArray":  # noqa: N802
+        """The transposed matrix, over the same memory."""
+        return DeviceArray(self.tensor.T)
+
+    @property
     def size(self) -> int:
         """Number of entries."""
         return self.tensor.numel()

@@ -9,27 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike
 
-from . import plain
+from mpi_ef.kernels.backend import Verdict
+
+from . import bus, plain
 from .array import DeviceArray, torch_dtype
 
-__all__ = ["DeviceBackend", "Verdict"]
-
-
-class Verdict:
-    """Whether a vector is finite, which the device may not know yet: `bool` of it waits. Combine them with ``&``."""
-
-    def __init__(self, answer: torch.Tensor) -> None:
-        self._answer = answer
-
-    def __and__(self, other: "Verdict | bool") -> "Verdict | bool":
-        if isinstance(other, Verdict):
-            return Verdict(self._answer & other._answer)
-        return self if other else False
-
-    __rand__ = __and__
-
-    def __bool__(self) -> bool:
-        return bool(self._answer)
+__all__ = ["DeviceBackend"]
 
 
 class DeviceBackend:
@@ -66,6 +51,18 @@ class DeviceBackend:
     def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike = None) -> DeviceArray:
         kind = torch_dtype(self.dtype if dtype is None else dtype)
         return DeviceArray(torch.zeros(shape, dtype=kind, device=self.torch_device))
+
+    def on_host(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+        return bus.host_array(shape, dtype, self.torch_device)
+
+    def to_host(self, array: DeviceArray, host: np.ndarray) -> None:
+        bus.to_host(array, host)
+
+    def to_device(self, host: np.ndarray, array: DeviceArray) -> None:
+        bus.to_device(host, array)
+
+    def multiply(self, left: DeviceArray, right: DeviceArray, out: DeviceArray) -> None:
+        torch.matmul(left.tensor, right.tensor, out=out.tensor)
 
     def norm(self, x: DeviceArray) -> float:
         return float(torch.linalg.vector_norm(x.tensor, dtype=torch.float64))

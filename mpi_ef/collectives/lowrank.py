@@ -101,7 +101,7 @@ class LowRankMean(Plan, kind="low-rank"):
             self._basis[:] = self._drawn
             self._orthonormalise_basis()
         if finite:
-            self._factors.multiply(self._x, self._basis, self._own_left)
+            self._factors.multiply(self._kernels, self._x, self._basis, self._own_left)
         return finite
 
     def _target(self, x: Source, split: bool) -> Vector:
@@ -125,7 +125,7 @@ class LowRankMean(Plan, kind="low-rank"):
         with self._encoding:
             self._kernels.orthonormalise(self._left, factors.left_spans, factors.rank, self._nothing)
             factors.copy_left(self._left, self._own_left)
-            factors.multiply_back(self._x, self._left, self._own_right)
+            factors.multiply_back(self._kernels, self._x, self._left, self._own_right)
         self._mean(self._mean_right, self._own_right, self._right)
         self._conclude()
 

@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ef.errors import OptionError, ShapeError
+from mpi_ef.kernels.backend import aligned_zeros
 
 __all__ = ["Combination", "Keep", "Source", "Vector", "aligned_zeros", "lazy", "source", "writable"]
 
 Vector = NDArray[np.floating]
 
 MOST_TERMS = 3
-_LINE = 64  # bytes
 
 
 class Combination:
@@ -95,6 +95,8 @@ class Source(NamedTuple):
 
 
 def _read_only(array: Vector) -> Vector:
+    if not isinstance(array, np.ndarray):
+        return array  # on a device, where it is a matter of agreement
     view = array.view()
     view.flags.writeable = False
     return view
@@ -112,14 +114,16 @@ def source(x: Vector | Combination, keep: Keep | None = None) -> Source:
     terms = x.terms if isinstance(x, Combination) else ((1.0, x),)
     vectors = [vector for _, vector in terms]
     dtype = vectors[0].dtype
-    views = [_ABSENT[dtype]] * MOST_TERMS
+    on_host = isinstance(vectors[0], np.ndarray)
+    nothing = _NOTHING[dtype] if on_host else vectors[0][:0]
+    views = [_ABSENT[dtype] if on_host else nothing] * MOST_TERMS
     for n, vector in enumerate(vectors):
         if not vector.flags.c_contiguous:
             raise ShapeError("a vector is not contiguous; pass numpy.ascontiguousarray of it")
         views[n] = _read_only(vector)
     three, factors = (views[0], views[1], views[2]), _factors(dtype, *[factor for factor, _ in terms])
     if keep is None:
-        return Source(three, factors, _NOTHING[dtype], factors, False)
+        return Source(three, factors, nothing, factors, False)
     if keep.of is x:
         return Source(three, factors, keep.into, factors, keep.less_message)
     kept = [0.0] * len(vectors)
@@ -143,10 +147,3 @@ def writable(out: Vector) -> Vector:
     if not out.flags.c_contiguous:
         raise ShapeError("out is not contiguous; pass an array that is, and copy it to where it belongs")
     return out
-
-
-def aligned_zeros(d: int, dtype: Any) -> Vector:
-    """Return a (d,) array of zeros that begins where a cache line does, so that kernels can write past the caches."""
-    memory = np.zeros(d + _LINE // np.dtype(dtype).itemsize, dtype)
-    first = -memory.ctypes.data % _LINE // memory.itemsize
-    return memory[first : first + d]

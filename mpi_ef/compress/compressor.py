@@ -4,15 +4,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from functools import wraps
-from typing import Any
+from inspect import signature
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpi_ef.errors import DtypeError, OptionError, ShapeError, briefly
-from mpi_ef.kernels.backend import backend
+from mpi_ef.kernels.backend import Verdict, backend
 
-from .combination import Source, Vector
+from .combination import Source, Vector, source
 
 __all__ = ["Codec", "Compressor", "Vector", "Wires", "check_compressor", "for_parameters", "words"]
 
@@ -26,8 +27,10 @@ def words(nbytes: int) -> int:
     return -(-nbytes // 8) * 8
 
 
-def said_finite(answer: object, subject: str) -> bool:
+def said_finite(answer: Any, subject: str) -> bool:
     """Return what an `encode` has answered; raise `OptionError` where it forgot to. Local."""
+    if isinstance(answer, Verdict):
+        return answer  # type: ignore[return-value]
     if not isinstance(answer, bool | np.bool_):
         raise OptionError(f"{subject} returned {briefly(answer)}; return True where the vector is finite, else False")
     return bool(answer)
@@ -56,12 +59,13 @@ def _of_many_sizes(add: Any) -> Any:
 class Codec(ABC):
     """A compressor bound to vectors of length `d` and one dtype. Local: no communication. One thread at a time.
 
-    Attributes: the length `d`, the `dtype`, float32 or float64, and the size of wires, `nbytes`.
+    Attributes: the length `d`, the `dtype`, float32 or float64, and the size of wires, `nbytes`. Vectors and wires are NumPy
+    arrays, or on another `device` arrays in its memory.
     """
 
     nbytes: int  # of every wire, a multiple of 8, known before data flow
 
-    def __init__(self, d: int, dtype: DTypeLike) -> None:
+    def __init__(self, d: int, dtype: DTypeLike, device: str = "cpu") -> None:
         if not isinstance(d, int | np.integer) or d < 0:
             raise ShapeError(f"codec: d={d!r} is not a length; pass the number of entries of the vector")
         self.d = int(d)
@@ -71,7 +75,7 @@ class Codec(ABC):
             raise DtypeError(f"codec: dtype {dtype!r} is not known; pass float32 or float64") from None
         if self.dtype not in _FLOATS:
             raise DtypeError(f"codec: dtype {self.dtype} is not supported; pass float32 or float64")
-        self._kernels = backend(self.dtype)
+        self._kernels = backend(self.dtype, device)
 
     def __init_subclass__(cls) -> None:
         """Let wires of another size be refused: kernels write where the codec says, beyond memory that is too short."""
@@ -143,7 +147,7 @@ class Codec(ABC):
 
     def decode(self, wire: Wires) -> Vector:
         """Return the decoded value of one wire as a new (d,) array."""
-        out = np.zeros(self.d, self.dtype)
+        out: Vector = self._kernels.zeros(self.d)
         self.add(wire[None], out)
         return out
 
@@ -180,6 +184,18 @@ class Compressor(ABC):
             When `d`, `dtype` and the options of the compressor do not fit together.
         """
 
+    def codec_on(self, device: str, d: int, dtype: DTypeLike) -> Codec:
+        """Return a new codec for such vectors in the memory of `device`, "cpu" or one of torch.
+
+        Where :meth:`codec` takes no `device`, it is a :class:`StagedCodec`.
+        """
+        if device == "cpu":
+            return self.codec(d, dtype)
+        if "device" in signature(self.codec).parameters:
+            codec: Codec = cast(Any, self).codec(d, dtype, device)
+            return codec
+        return StagedCodec(self.codec(d, dtype), device)
+
     @abstractmethod
     def alpha(self, d: int) -> float:
         """Return the contraction constant for vectors of length `d`.
@@ -191,6 +207,38 @@ class Compressor(ABC):
     def wire_nbytes(self, d: int, dtype: DTypeLike = np.float32) -> int:
         """Return the size in bytes of the message for any vector of length `d`, a multiple of 8."""
         return self.codec(d, dtype).nbytes
+
+
+class StagedCodec(Codec):
+    """A codec for vectors on a device of one that knows NumPy arrays alone: what is sent passes through the host whole."""
+
+    def __init__(self, codec: Codec, device: str) -> None:
+        super().__init__(codec.d, codec.dtype, device)
+        self._codec, self.nbytes = codec, codec.nbytes
+        self._x, self._decoded = np.zeros(self.d, self.dtype), np.zeros(self.d, self.dtype)
+        self._formed: Vector = self._kernels.zeros(self.d)
+        self._wire = np.zeros(self.nbytes, np.uint8)
+
+    def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:
+        """Do it on the host."""
+        x = x if isinstance(x, Source) else source(x)
+        finite = self._kernels.combine(x.terms, x.factors, self._formed)
+        self._kernels.to_host(self._formed, self._x)
+        self._codec.encode(self._x, self._wire, step=step, rank=rank)
+        self._kernels.to_device(self._wire, wire)
+        self._keep(x, wire)
+        return finite  # type: ignore[no-any-return]
+
+    def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
+        """Decode on the host."""
+        if overwrite:
+            out.fill(0)
+        for wire in wires:
+            self._kernels.to_host(wire, self._wire)
+            self._decoded.fill(0)
+            self._codec.add(self._wire[None], self._decoded)
+            self._kernels.to_device(self._decoded, self._formed)
+            self._kernels.add_dense(self._formed, factor, out)
 
 
 def check_compressor(subject: str, hint: str = "TopK(0.01)", **options: object) -> None:

@@ -22,9 +22,9 @@ class Identity(Compressor):
 
     plan = "dense"
 
-    def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
+    def codec(self, d: int, dtype: DTypeLike = np.float32, device: str = "cpu") -> Codec:
         """Return a codec that copies."""
-        return _IdentityCodec(d, dtype)
+        return _IdentityCodec(d, dtype, device)
 
     def alpha(self, d: int) -> float:  # noqa: ARG002
         """Return 1: nothing is lost."""
@@ -32,15 +32,15 @@ class Identity(Compressor):
 
 
 class _IdentityCodec(Codec):
-    def __init__(self, d: int, dtype: DTypeLike) -> None:
-        super().__init__(d, dtype)
+    def __init__(self, d: int, dtype: DTypeLike, device: str) -> None:
+        super().__init__(d, dtype, device)
         self._used = self.d * self.dtype.itemsize
         self.nbytes = words(self._used)
 
     def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:  # noqa: ARG002
         x = x if isinstance(x, Source) else source(x)
         wire[self._used :] = 0
-        finite = self._kernels.combine(x.terms, x.factors, wire[: self._used].view(self.dtype))
+        finite: bool = self._kernels.combine(x.terms, x.factors, wire[: self._used].view(self.dtype))
         self._keep(x, wire)
         return finite
 
@@ -83,9 +83,9 @@ class Quantize(Compressor):
             raise OptionError(f"Quantize: format={self.format!r} is unknown; take one of {', '.join(_BITS)}")
         whole("Quantize", 1, "take for example 256", block=self.block)
 
-    def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
+    def codec(self, d: int, dtype: DTypeLike = np.float32, device: str = "cpu") -> Codec:
         """Return a codec for exponents and codes."""
-        return _QuantizeCodec(d, dtype, self)
+        return _QuantizeCodec(d, dtype, self, device)
 
     def alpha(self, d: int) -> float:
         """Return the contraction constant, see the class."""
@@ -96,8 +96,8 @@ class Quantize(Compressor):
 class _QuantizeCodec(Codec):
     """Wire: the exponents (int16 each), then the codes, each part padded to whole words."""
 
-    def __init__(self, d: int, dtype: DTypeLike, what: Quantize) -> None:
-        super().__init__(d, dtype)
+    def __init__(self, d: int, dtype: DTypeLike, what: Quantize, device: str) -> None:
+        super().__init__(d, dtype, device)
         self._format, self._block = what.format, what.block
         self._code = np.dtype(np.int8 if what.format == "int8" else np.int16)
         self._exponents_nbytes = 2 * -(-self.d // what.block)
@@ -109,7 +109,8 @@ class _QuantizeCodec(Codec):
         x = x if isinstance(x, Source) else source(x)
         wire[self._exponents_nbytes : self._start] = 0
         wire[self._stop :] = 0
-        return self._kernels.quantize(*x, self._format, self._block, *self._parts(wire))
+        finite: bool = self._kernels.quantize(*x, self._format, self._block, *self._parts(wire))
+        return finite
 
     def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
         for row, wire in enumerate(wires):
@@ -142,9 +143,9 @@ class Sign(Compressor):
         if self.block is not None:
             whole("Sign", 1, "take for example 1024, or None", block=self.block)
 
-    def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
+    def codec(self, d: int, dtype: DTypeLike = np.float32, device: str = "cpu") -> Codec:
         """Return a codec for scales and bits."""
-        return _SignCodec(d, dtype, self.block)
+        return _SignCodec(d, dtype, self.block, device)
 
     def alpha(self, d: int) -> float:
         """Return 1 / B, reached by a vector with one non-zero entry per block."""
@@ -154,8 +155,8 @@ class Sign(Compressor):
 class _SignCodec(Codec):
     """Wire: the scales in the codec's dtype, then the bits, most significant first, each part padded to whole words."""
 
-    def __init__(self, d: int, dtype: DTypeLike, block: int | None) -> None:
-        super().__init__(d, dtype)
+    def __init__(self, d: int, dtype: DTypeLike, block: int | None, device: str) -> None:
+        super().__init__(d, dtype, device)
         self._block = max(1, self.d if block is None else min(block, self.d))
         self._scales_nbytes = self.dtype.itemsize * -(-self.d // self._block)
         self._start = words(self._scales_nbytes)
@@ -163,7 +164,7 @@ class _SignCodec(Codec):
         self.nbytes = words(self._stop)
         gaps = (slice(self._scales_nbytes, self._start), slice(self._stop, self.nbytes))
         self._padding = [gap for gap in gaps if gap.start < gap.stop]
-        self._no_rows = self.rows(np.empty((0, self.nbytes), np.uint8), 0.0)
+        self._no_rows = self.rows(self._kernels.empty((0, self.nbytes), np.uint8), 0.0)
 
     def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:  # noqa: ARG002
         x = x if isinstance(x, Source) else source(x)
@@ -186,7 +187,8 @@ class _SignCodec(Codec):
         for gap in self._padding:
             wire[gap] = 0
         bits, scales = wire[self._start : self._stop], wire[: self._scales_nbytes].view(self.dtype)
-        return self._kernels.encode_signs(*x, *rows, self._block, bits, scales)
+        finite: bool = self._kernels.encode_signs(*x, *rows, self._block, bits, scales)
+        return finite
 
     def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
         self._kernels.add_signs(*self.rows(wires, factor), overwrite, writable(out))
@@ -201,9 +203,9 @@ class Vote(Compressor):
     votes on stays where it is. Not contractive: no error feedback for it, alpha = 0.
     """
 
-    def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
+    def codec(self, d: int, dtype: DTypeLike = np.float32, device: str = "cpu") -> Codec:
         """Return a codec for bits."""
-        return _VoteCodec(d, dtype)
+        return _VoteCodec(d, dtype, device)
 
     def alpha(self, d: int) -> float:  # noqa: ARG002
         """Return 0: the message says nothing about magnitudes."""
@@ -213,28 +215,29 @@ class Vote(Compressor):
 class _VoteCodec(Codec):
     """Wire: the bits, most significant first, padded to whole words."""
 
-    def __init__(self, d: int, dtype: DTypeLike) -> None:
-        super().__init__(d, dtype)
+    def __init__(self, d: int, dtype: DTypeLike, device: str) -> None:
+        super().__init__(d, dtype, device)
         self._used = -(-self.d // 8)
         self.nbytes = words(self._used)
         blocks = -(-self.d // kernels.BLOCK)
-        self._magnitudes = np.zeros(blocks, self.dtype)  # the kernel writes them, they are not read
-        self._nobody = np.empty((0, self._used), np.uint8), np.empty((0, blocks), self.dtype)
+        self._magnitudes = self._kernels.zeros(blocks)  # the kernel writes them, they are not read
+        self._nobody = self._kernels.empty((0, self._used), np.uint8), self._kernels.empty((0, blocks))
 
     def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:  # noqa: ARG002
         x = x if isinstance(x, Source) else source(x)
         bits, odd = wire[: self._used], step >> 1 & 1  # a two-phase plan counts two steps an exchange
         turned = x._replace(less_message=False, factors=-x.factors if odd else x.factors)
         rows = (*self._nobody, kernels.BLOCK, self.dtype.type(0))
-        finite = self._kernels.encode_signs(*turned, *rows, kernels.BLOCK, bits, self._magnitudes)
+        finite: bool = self._kernels.encode_signs(*turned, *rows, kernels.BLOCK, bits, self._magnitudes)
         wire[self._used :] = 0
         if odd:  # signs of -x, turned around, are those of x but for zeros
-            np.invert(bits, out=bits)
-            bits[self.d // 8 :] &= np.uint8(0xFF00 >> self.d % 8 & 0xFF)  # none beyond d
+            bits ^= 0xFF
+            bits[self.d // 8 :] &= 0xFF00 >> self.d % 8 & 0xFF  # none beyond d
         if x.keep.size and x.less_message:
             self.add(wire[None], x.keep, -1.0)
         return finite
 
     def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
-        ones = np.ones((len(wires), self._magnitudes.size), self.dtype)
+        ones = self._kernels.empty((len(wires), self._magnitudes.size))
+        ones.fill(1)
         self._kernels.add_signs(wires[:, : self._used], ones, kernels.BLOCK, factor, overwrite, writable(out))

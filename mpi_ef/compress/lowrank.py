@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import isqrt, prod
 from operator import index
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -88,9 +88,9 @@ class LowRank(Compressor):
         matrices = self.factors(d).parts
         return self.rank / float(matrices.min(axis=1).max(initial=self.rank))
 
-    def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
+    def codec(self, d: int, dtype: DTypeLike = np.float32, device: str = "cpu") -> Codec:
         """Return a codec that draws its columns for every message."""
-        return _LowRankCodec(d, dtype, self)
+        return _LowRankCodec(d, dtype, self, device)
 
 
 def _checked(shapes: Sequence[Sequence[int]]) -> tuple[Shape, ...]:
@@ -143,23 +143,24 @@ class Factors:
 
     def draw(self, key: tuple[int, int], right: Vector) -> None:
         """Overwrite the right factors with Gaussian numbers, a function of `key` alone."""
-        np.random.default_rng(key).standard_normal(out=right, dtype=right.dtype.type)
+        drawn = right if isinstance(right, np.ndarray) else np.empty(right.size, right.dtype)
+        np.random.default_rng(key).standard_normal(out=drawn, dtype=right.dtype.type)
+        if drawn is not right:
+            right[:] = drawn
 
-    def multiply(self, x: Vector, right: Vector, left: Vector) -> None:
+    def multiply(self, kernels: Any, x: Vector, right: Vector, left: Vector) -> None:
         """Write the products of the matrices in `x` (d,) with `right`, and what travels whole, to `left`."""
-        with np.errstate(all="ignore"):  # who calls this looks for Inf
-            for place, ours, theirs, shape in self._matrices:
-                matrix, factor = x[place].reshape(shape), left[ours].reshape(self.rank, -1)
-                np.matmul(right[theirs].reshape(self.rank, -1), matrix.T, out=factor)
+        for place, ours, theirs, shape in self._matrices:
+            matrix, factor = x[place].reshape(shape), left[ours].reshape(self.rank, -1)
+            kernels.multiply(right[theirs].reshape(self.rank, -1), matrix.T, factor)
         for place, ours in self._wholes:
             left[ours] = x[place]
 
-    def multiply_back(self, x: Vector, left: Vector, right: Vector) -> None:
+    def multiply_back(self, kernels: Any, x: Vector, left: Vector, right: Vector) -> None:
         """Write the products of the transposed matrices in `x` (d,) with `left` to `right`."""
-        with np.errstate(all="ignore"):
-            for place, ours, theirs, shape in self._matrices:
-                matrix, factor = x[place].reshape(shape), right[theirs].reshape(self.rank, -1)
-                np.matmul(left[ours].reshape(self.rank, -1), matrix, out=factor)
+        for place, ours, theirs, shape in self._matrices:
+            matrix, factor = x[place].reshape(shape), right[theirs].reshape(self.rank, -1)
+            kernels.multiply(left[ours].reshape(self.rank, -1), matrix, factor)
 
     def copy_left(self, left: Vector, out: Vector) -> None:
         """Copy the left factors in `left` to `out`, which keeps what travels whole."""
@@ -168,29 +169,29 @@ class Factors:
 
 
 class _LowRankCodec(Codec):
-    def __init__(self, d: int, dtype: DTypeLike, what: LowRank) -> None:
-        super().__init__(d, dtype)
+    def __init__(self, d: int, dtype: DTypeLike, what: LowRank, device: str) -> None:
+        super().__init__(d, dtype, device)
         self._factors, self._seed = what.factors(self.d), int(what.seed)
         self._left = self._factors.left_size
         self._used = self.dtype.itemsize * (self._left + self._factors.right_size)
         self.nbytes = words(self._used)
-        self._drawn, self._none = np.empty(self._factors.right_size, self.dtype), np.empty(0, self.dtype)
+        self._drawn, self._none = self._kernels.empty(self._factors.right_size), self._kernels.empty(0)
         self._formed: Vector | None = None
 
     def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:  # noqa: ARG002
         x = x if isinstance(x, Source) else source(x)
         if self._formed is None:
-            self._formed = np.empty(self.d, self.dtype)
+            self._formed = self._kernels.empty(self.d)
         wire[self._used :] = 0
         factors, (left, right) = self._factors, self._halves(wire)
-        finite = self._kernels.combine(x.terms, x.factors, self._formed)
+        finite = bool(self._kernels.combine(x.terms, x.factors, self._formed))
         factors.draw((self._seed, step), self._drawn)
-        factors.multiply(self._formed, self._drawn, left)
-        if finite := finite and self._kernels.all_finite(left):
+        factors.multiply(self._kernels, self._formed, self._drawn, left)
+        if finite := finite and bool(self._kernels.all_finite(left)):
             self._kernels.orthonormalise(left, factors.left_spans, factors.rank, self._none)
-        factors.multiply_back(self._formed, left, right)
+        factors.multiply_back(self._kernels, self._formed, left, right)
         self._keep(x, wire)
-        return finite and self._kernels.all_finite(right)
+        return finite and bool(self._kernels.all_finite(right))
 
     def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
         what = self._factors

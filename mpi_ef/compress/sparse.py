@@ -140,9 +140,9 @@ class TopK(_KeptCoordinates):
         sizes, counts = np.diff(self.segment_bounds(d)), self.segment_counts(d)
         return float((counts[sizes > 0] / sizes[sizes > 0]).min(initial=1.0)) * self.values.alpha(self.count(d))
 
-    def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
+    def codec(self, d: int, dtype: DTypeLike = np.float32, device: str = "cpu") -> Codec:
         """Return a codec for k coordinates of d."""
-        return _TopKCodec(d, dtype, self)
+        return _TopKCodec(d, dtype, self, device)
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,21 +167,22 @@ class RandK(_KeptCoordinates):
         super().__post_init__()
         whole("RandK", 0, "pass another one", most=(1 << 63) - 1, seed=self.seed)
 
-    def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:
+    def codec(self, d: int, dtype: DTypeLike = np.float32, device: str = "cpu") -> Codec:
         """Return a codec for k coordinates of d."""
-        return _RandKCodec(d, dtype, self)
+        return _RandKCodec(d, dtype, self, device)
 
 
 class _SparseCodec(Codec):
-    def __init__(self, d: int, dtype: DTypeLike, what: _KeptCoordinates) -> None:
-        super().__init__(d, dtype)
+    def __init__(self, d: int, dtype: DTypeLike, what: _KeptCoordinates, device: str) -> None:
+        super().__init__(d, dtype, device)
         k = what.count(self.d)
-        self._values = what.values.codec(k, dtype)
+        self._values = what.values.codec_on(device, k, dtype)
         room = self._room(k, what)
-        self._indices, self._kept = np.zeros(room, np.int64)[:k], np.zeros(room, dtype)[:k]
+        self._places, self._candidates = self._kernels.zeros(room, np.int64), self._kernels.zeros(room)
+        self._indices, self._kept = self._places[:k], self._candidates[:k]
         self._head = self._head_nbytes(k)
         self.nbytes = self._head + self._values.nbytes
-        self._decoded = np.zeros(k, np.int64)  # the indices of another message
+        self._decoded = self._kernels.zeros(k, np.int64)  # the indices of another message
 
     def _room(self, k: int, what: _KeptCoordinates) -> int:  # noqa: ARG002
         """Return the length of the memory behind the arrays for k indices and k values."""
@@ -207,7 +208,7 @@ class _SparseCodec(Codec):
         if values is None:
             self._values.encode(self._kept, body)
         else:
-            np.copyto(values, self._kept)
+            values[:] = self._kept
             body[values.nbytes :] = 0
         if x.keep.size and x.less_message:
             self.add_encoded(wire, x.keep, -1.0)
@@ -248,9 +249,8 @@ class _TopKCodec(_SparseCodec):
         return self._lower + kernels.upper_nbytes(self.d, k, self._low)
 
     def _choose(self, x: Source, head: Wires, step: int, rank: int) -> bool:  # noqa: ARG002
-        indices, kept = self._indices.base, self._kept.base
-        finite = self._kernels.select_largest(x.terms, x.factors, x.keep, x.keep_factors, self._bounds, self._counts,
-                                              indices, kept)
+        finite: bool = self._kernels.select_largest(x.terms, x.factors, x.keep, x.keep_factors, self._bounds, self._counts,
+                                                    self._places, self._candidates)
         self._kernels.encode_indices(self._indices, self._low, *self._halves(head))
         return finite
 
@@ -263,10 +263,10 @@ class _TopKCodec(_SparseCodec):
 
 
 class _RandKCodec(_SparseCodec):
-    def __init__(self, d: int, dtype: DTypeLike, what: RandK) -> None:
-        super().__init__(d, dtype, what)
+    def __init__(self, d: int, dtype: DTypeLike, what: RandK, device: str) -> None:
+        super().__init__(d, dtype, what, device)
         self._seed = what.seed
-        self._bitmap = np.empty((self.d + 63) // 64, np.uint64)
+        self._bitmap = np.empty((self.d + 63) // 64 if device == "cpu" else 0, np.uint64)
 
     def _head_nbytes(self, k: int) -> int:  # noqa: ARG002
         return 16
@@ -277,8 +277,8 @@ class _RandKCodec(_SparseCodec):
         self._kernels.gather(x.terms, x.factors, self._indices, self._kept)
         if x.keep.size:
             self._kernels.combine(x.terms, x.keep_factors, x.keep)
-        return self._kernels.combine(x.terms, x.factors, x.keep[:0])  # looks at it only
+        finite: bool = self._kernels.combine(x.terms, x.factors, x.keep[:0])  # looks at it only
+        return finite
 
     def _recall(self, head: Wires, indices: NDArray[np.int64]) -> None:
-        step, rank = head.view(np.uint64).tolist()
-        self._kernels.sample_indices(self._seed, step, rank, self.d, indices, self._bitmap)
+        self._kernels.sample_indices(self._seed, head.view(np.uint64), self.d, indices, self._bitmap)
