@@ -25,7 +25,7 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     compiled = njit(**_OPTIONS)(function)
     with suppress(RuntimeError):
         compiled._cache = MachineCodeCache(function)  # noqa: SLF001
-    return compiled  # type: ignore[no-any-return]
+    return compiled
 
 
 class _MachineCode(Listener):

@@ -75,17 +75,33 @@ class Backend:
     def __getattr__(self, name: str) -> Any:
         return getattr(kernels, name)
 
-    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike = None) -> Vector:
+    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike | None = None) -> Vector:
         """Return an array of any content, of the vectors' dtype unless another one is named."""
         return np.empty(shape, self.dtype if dtype is None else dtype)
 
-    def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike = None) -> Vector:
+    def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike | None = None) -> Vector:
         """Return an array of zeros that begins where a cache line does."""
         return aligned_zeros(shape, self.dtype if dtype is None else dtype)
 
     def on_host(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Vector:
         """Return an array of zeros that MPI may read and write."""
-        return np.zeros(shape, dtype)
+        return aligned_zeros(shape, dtype)
+
+    def fetch(self, x: Vector) -> Vector:
+        """Return `x` as an array of the host: itself."""
+        return x
+
+    def place(self, x: Vector) -> Vector:
+        """Return an array of the host where vectors are: itself."""
+        return x
+
+    def array(self, x: Any) -> Any:
+        """Return `x`, or the array over the memory of a tensor on the device."""
+        return x
+
+    def overlap(self, x: Vector, other: Vector) -> bool:
+        """Tell whether two arrays may share memory."""
+        return bool(np.may_share_memory(x, other))
 
     def norm(self, x: Vector) -> float:
         """Return the Euclidean norm of `x`."""

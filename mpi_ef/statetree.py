@@ -131,7 +131,7 @@ class StateTree:
 
     def state_dict(self, of_array: Callable[[Any], Any] = lambda array: array) -> dict[str, Any]:
         """Return copies of everything; `of_array` makes of a copied array what the dict has."""
-        arrays = {name: of_array(leaf.array.copy()) for name, leaf in self.leaves.items() if leaf.array is not None}
+        arrays = {name: of_array(_copy_on_host(leaf.array)) for name, leaf in self.leaves.items() if leaf.array is not None}
         values = {name: deepcopy(leaf.read()) for name, leaf in self.leaves.items() if leaf.read}
         parts = {name: [tree.state_dict(of_array) for tree in part] if isinstance(part, list) else part.state_dict(of_array)
                  for name, part in self.parts.items()}
@@ -177,9 +177,13 @@ class StateTree:
         """Write the arrays of what :meth:`state_dict` has returned."""
         for name, leaf in self.leaves.items():
             if leaf.array is not None:
-                np.copyto(leaf.array, np.asarray(saved["arrays"][name]))
+                leaf.array[...] = np.asarray(saved["arrays"][name])
         for tree, of_part in self._parts_with(saved):
             tree.load_arrays(of_part)
+
+
+def _copy_on_host(array: Any) -> Any:
+    return array.copy() if isinstance(array, np.ndarray) else array.numpy()
 
 
 def _copied(saved: Any) -> Any:

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from tests.test_device_kernels import KINDS, bits, each_dtype, there, vector
 
 from mpi_ef.compress import Identity, Keep, LowRank, PlainCodec, Quantize, RandK, Sign, TopK, Vote, lazy, source
 from mpi_ef.compress.compressor import Compressor, StagedCodec
+from tests.test_device_kernels import KINDS, bits, each_dtype, there, vector
 
 COMPRESSORS = [
     TopK(0.1), TopK(0.02, values=Quantize("bf16")), TopK(0.3, values=Sign(block=32)), TopK(1.0), RandK(0.1),
@@ -26,12 +26,11 @@ def sides(d, dtype, kind, seed):
     return ours, [there(x) for x in ours]
 
 
-def forms(vectors, kept):
-    """What a rule may send, and keep of it."""
-    a, b = vectors
-    yield lambda a, b, _: (lazy(a), None)
-    yield lambda a, b, kept: ((x := lazy(a) - b), Keep(x, kept, less_message=True))
-    yield lambda a, b, kept: (0.3 * lazy(a) - b, Keep(0.5 * lazy(b), kept))
+FORMS = [  # what a rule may send, and keep of it
+    lambda a, b, _: (lazy(a), None),
+    lambda a, b, kept: ((x := lazy(a) - b), Keep(x, kept, less_message=True)),
+    lambda a, b, kept: (0.3 * lazy(a) - b, Keep(0.5 * lazy(b), kept)),
+]
 
 
 @each_dtype
@@ -42,7 +41,7 @@ def test_the_same_bytes_and_bits(compressor, dtype):
         assert ours.nbytes == its.nbytes
         for n, kind in enumerate(KINDS):
             (*mine, kept), (*theirs, its_kept) = sides(d, dtype, kind, 3 * n)
-            for form in forms(mine, kept):
+            for form in FORMS:
                 wire = np.full(ours.nbytes, 0xAB, np.uint8)
                 its_wire = there(wire)
                 with np.errstate(all="ignore"):
@@ -76,7 +75,8 @@ def test_two_messages_at_once(dtype):
     wires = np.zeros((3, ours.nbytes), np.uint8)
     for row, wire in enumerate(wires):
         ours.encode(vector(d, dtype, row), wire)
-    (x, kept), (its_x, its_kept) = ([vector(d, dtype, 9), np.zeros(d, dtype)], [there(vector(d, dtype, 9)), there(np.zeros(d, dtype))])
+    x, kept = vector(d, dtype, 9), np.zeros(d, dtype)
+    its_x, its_kept = there(x), there(kept)
     wire, its_wire = np.zeros(ours.nbytes, np.uint8), there(np.zeros(ours.nbytes, np.uint8))
     assert its.can_encode_sum(its)
     ours.encode_sum(ours, wires, 1 / 3, source(o := lazy(x), Keep(o, kept, less_message=True)), wire)

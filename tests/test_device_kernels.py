@@ -195,7 +195,7 @@ def test_low_rank(dtype):
 @each_dtype
 def test_optimizers(dtype):
     for n, d in enumerate(SIZES):
-        a, b, c, x, e = (vector(d, dtype, s, kind) for s, kind in enumerate(("normal", "wide", "normal", "normal", "normal")))
+        a, b, c, x, e = (vector(d, dtype, s, "wide" if s == 1 else "normal") for s in range(5))
         v, inverse = np.abs(c), np.abs(e) * (np.arange(d) % 5 > 0)
         real = [dtype(value) for value in (0.9, 0.99, 1e-3, 1.01, 1e-8, 0.999)]
         with np.errstate(over="ignore"):

@@ -155,7 +155,7 @@ def exchange(comm, compressor, vectors, dtype, warm_start=True):
         plan.add_mean(mean)
         spaces = []
         for start, size in plan._factors.left_spans:
-            basis = plan._left[start : start + size * compressor.rank].reshape(compressor.rank, size)
+            basis = plan._left.host[start : start + size * compressor.rank].reshape(compressor.rank, size)
             spaces.append(basis.T.astype(np.float64) @ basis)
         rows.append((x, own, mean, kept, spaces))
     return rows, {name: array.copy() for name, array in plan.state().items()}

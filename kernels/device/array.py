@@ -1,6 +1,6 @@
 """Arrays in the memory of a device: what codecs, plans and rules ask of NumPy's, over torch tensors."""
 
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class DeviceArray:
     """A torch tensor that can be indexed, viewed, filled and computed with as a NumPy array.
 
     Not a NumPy array: what it computes is computed on its device, in order with what torch does there. What it cannot do,
-    functions of NumPy for example, raises `TypeError`; nothing is copied to the host but by :meth:`numpy` and :meth:`tolist`.
+    functions of NumPy for example, raises `TypeError`; nothing goes to the host but by :meth:`numpy` and :meth:`tolist`.
 
     Attributes
     ----------
@@ -55,6 +55,11 @@ class DeviceArray:
     def dtype(self) -> "np.dtype[Any]":
         """NumPy's dtype of the entries."""
         return _NUMPY[self.tensor.dtype]
+
+    @property
+    def device(self) -> str:
+        """What :func:`mpi_ef.kernels.backend.backend` calls the device."""
+        return "side:cpu" if self.tensor.device.type == "cpu" else str(self.tensor.device)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,7 +115,7 @@ class DeviceArray:
         else:
             place.copy_(torch.from_numpy(np.ascontiguousarray(value)).view(self.tensor.dtype))
 
-    def view(self, dtype: DTypeLike = None) -> "DeviceArray":
+    def view(self, dtype: DTypeLike | None = None) -> "DeviceArray":
         """Return another array over the same memory, of another `dtype` if one is named."""
         kind = self.tensor.dtype if dtype is None else torch_dtype(dtype)
         if self.size or kind == self.tensor.dtype:
@@ -153,19 +158,19 @@ class DeviceArray:
     def __truediv__(self, other: Any) -> "DeviceArray":
         return self._computed(torch.div, other)
 
-    def __iadd__(self, other: Any) -> "DeviceArray":
+    def __iadd__(self, other: Any) -> Self:
         return self._update(torch.add, other)
 
-    def __isub__(self, other: Any) -> "DeviceArray":
+    def __isub__(self, other: Any) -> Self:
         return self._update(torch.sub, other)
 
-    def __imul__(self, other: Any) -> "DeviceArray":
+    def __imul__(self, other: Any) -> Self:
         return self._update(torch.mul, other)
 
-    def __ixor__(self, other: Any) -> "DeviceArray":
+    def __ixor__(self, other: Any) -> Self:
         return self._update(torch.bitwise_xor, other)
 
-    def __iand__(self, other: Any) -> "DeviceArray":
+    def __iand__(self, other: Any) -> Self:
         return self._update(torch.bitwise_and, other)
 
     def _computed(self, operation: Any, other: Any) -> Any:

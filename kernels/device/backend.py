@@ -44,11 +44,11 @@ class DeviceBackend:
         setattr(self, name, kernel)
         return kernel
 
-    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike = None) -> DeviceArray:
+    def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike | None = None) -> DeviceArray:
         kind = torch_dtype(self.dtype if dtype is None else dtype)
         return DeviceArray(torch.empty(shape, dtype=kind, device=self.torch_device))
 
-    def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike = None) -> DeviceArray:
+    def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike | None = None) -> DeviceArray:
         kind = torch_dtype(self.dtype if dtype is None else dtype)
         return DeviceArray(torch.zeros(shape, dtype=kind, device=self.torch_device))
 
@@ -60,6 +60,31 @@ class DeviceBackend:
 
     def to_device(self, host: np.ndarray, array: DeviceArray) -> None:
         bus.to_device(host, array)
+
+    def fetch(self, x: DeviceArray) -> np.ndarray:
+        host = np.empty(x.shape, x.dtype)
+        bus.to_host(x, host)
+        return host
+
+    def place(self, x: np.ndarray) -> DeviceArray:
+        there = self.empty(x.shape, x.dtype)
+        bus.to_device(x, there)
+        return there
+
+    def array(self, x: Any) -> Any:
+        return DeviceArray(x.detach()) if isinstance(x, torch.Tensor) and x.device == self.torch_device else x
+
+    def foreign(self, x: Any) -> str:
+        """Return what `x` is where it is no array on this device."""
+        if not isinstance(x, DeviceArray):
+            return f"a {type(x).__name__}"
+        return "" if x.tensor.device == self.torch_device else f"on {x.tensor.device}"
+
+    def overlap(self, x: DeviceArray, other: DeviceArray) -> bool:
+        if not (isinstance(x, DeviceArray) and isinstance(other, DeviceArray)):
+            return False
+        starts = [(a.tensor.data_ptr(), a.tensor.data_ptr() + a.nbytes) for a in (x, other)]
+        return max(starts[0][0], starts[1][0]) < min(starts[0][1], starts[1][1])
 
     def multiply(self, left: DeviceArray, right: DeviceArray, out: DeviceArray) -> None:
         torch.matmul(left.tensor, right.tensor, out=out.tensor)
@@ -109,4 +134,5 @@ def _tensors(terms: Any) -> Any:
 
 
 def _floats(factors: Any) -> tuple[float, float, float]:
-    return tuple(np.asarray(factors).tolist())  # type: ignore[return-value]
+    a, b, c = np.asarray(factors).tolist()
+    return a, b, c

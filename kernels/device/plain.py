@@ -84,10 +84,9 @@ def _places(chosen: Tensor, k: int) -> Tensor:
 
 
 def mean_rows(rows: Tensor, own: Tensor, rank: int, factor: float, out: Tensor) -> Tensor:
-    total = None
-    for r, row in enumerate(rows):
-        part = (own if r == rank else row) * factor
-        total = part if total is None else total.add_(part)
+    total = (own if rank == 0 else rows[0]) * factor
+    for r in range(1, len(rows)):
+        total += (own if r == rank else rows[r]) * factor
     out.copy_(total)
     return all_finite(out)
 

@@ -14,7 +14,7 @@ from mpi_ef.errors import MpiEfError, OptionError, ShapeError
 from mpi_ef.statetree import Reshard
 
 from .exchange import Round, Timer
-from .frames import Frames
+from .frames import Frames, Twin
 from .plan import Plan, Traffic
 from .plans import chunk_bounds
 
@@ -53,9 +53,9 @@ class ClientsMean(Plan):
     """
 
     def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *, clients: int,
-                 weights: NDArray[np.floating] | None = None) -> None:
+                 weights: NDArray[np.floating] | None = None, device: str = "cpu") -> None:
         self._wanted, self.weights, self.message_nbytes, self._last_nbytes = clients, weights, 0, 0
-        super().__init__(comm, compressor, d, dtype)
+        super().__init__(comm, compressor, d, dtype, device=device)
 
     def bind(self) -> dict[str, object]:
         """Build codecs and buffers, see :meth:`Plan.bind`."""
@@ -72,8 +72,10 @@ class ClientsMean(Plan):
         self.clients, bounds = int(n), chunk_bounds(n, self.size)
         self._counts = np.diff(bounds)
         self.first, self.own = bounds[self.rank], int(self._counts[self.rank])
-        self._codec = self.compressor.codec(self.d, self.dtype)
-        self._send, self._received = (np.zeros((rows, self._codec.nbytes), np.uint8) for rows in (self.own, n))
+        self._codec = self.compressor.codec_on(self.device, self.d, self.dtype)
+        nbytes = self._codec.nbytes
+        self._sent, self._arrived = (Twin(self._kernels, (rows, nbytes), np.uint8) for rows in (self.own, n))
+        self._send, self._received = self._sent.there, self._arrived.there
         most = words(int(self._counts.max()))
         self._word, self._words = Frames(1, most), Frames(self.size, most)
         self._participates, self._tags = np.ones(self.own, np.bool_), np.zeros(self.own, np.uint8)
@@ -116,11 +118,12 @@ class ClientsMean(Plan):
 
         `into` may be `x`.
         """
-        for j, part in enumerate(np.split(x, self.own)):
-            self._codec.encode(part, self._send[j], step=self.exchanges, rank=self.first + j)
+        x, into = x.reshape(self.own, self.d), into.reshape(self.own, self.d)
+        for j in range(self.own):
+            self._codec.encode(x[j], self._send[j], step=self.exchanges, rank=self.first + j)
         into.fill(0)
-        for j, part in enumerate(np.split(into, self.own)):
-            self._codec.add(self._send[j : j + 1], part)
+        for j in range(self.own):
+            self._codec.add(self._send[j : j + 1], into[j])
 
     def _problem(self, x: Vector | Combination, keep: Keep | None) -> MpiEfError | None:
         if self._participates.shape != (self.own,) or self._tags.shape != (self.own,):
@@ -152,9 +155,11 @@ class ClientsMean(Plan):
         sums = [participates[stop - m : stop].sum() for stop, m in zip(stops, self._counts, strict=True)]
         nbytes = self._codec.nbytes * np.array(sums)
         places = np.concatenate([[0], np.cumsum(nbytes)[:-1]])
-        mine = self._send.reshape(-1)[: nbytes[self.rank]]
+        self._sent.push()
+        mine = self._sent.host.reshape(-1)[: nbytes[self.rank]]
         with Timer(self.seconds, "communicate"):
-            self.comm.Allgatherv(mine, [self._received.reshape(-1), (nbytes, places)])
+            self.comm.Allgatherv(mine, [self._arrived.host.reshape(-1), (nbytes, places)])
+        self._arrived.pull()
         self.message_nbytes += int(nbytes.sum())
         self._last_nbytes = (self.size - 1) * (self._word.frame_nbytes + int(nbytes[self.rank]))
 
@@ -182,7 +187,8 @@ class ClientsMean(Plan):
 
     def like(self, compressor: Compressor) -> Plan:
         """Return a plan of the same kind, see :meth:`Plan.like`. Collective."""
-        return ClientsMean(self.comm, compressor, self.d, self.dtype, clients=self.clients, weights=self.weights)
+        return ClientsMean(self.comm, compressor, self.d, self.dtype, clients=self.clients, weights=self.weights,
+                           device=self.device)
 
     @property
     def share(self) -> Reshard:

@@ -1,6 +1,7 @@
 """How the messages of all ranks become one vector, where that is not their mean."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,19 +32,20 @@ class Combine(ABC):
     def __call__(self, rows: NDArray[np.floating]) -> Vector:
         """Return one vector, (d,), for those of all ranks, (n, d), in rank order; the same bits on all ranks. Local."""
 
-    def of_wires(self, codec: Codec, wires: Wires, dtype: np.dtype[np.floating]) -> Vector:
-        """Return it for encoded vectors. Local.
+    def of_wires(self, codec: Codec, wires: Wires, kernels: Any) -> Vector:
+        """Return it for encoded vectors, where `kernels` work; on the host it is computed. Local.
 
         Raises
         ------
         OptionError
             It is not (d,).
         """
-        rows = np.zeros((len(wires), codec.d), dtype)
+        rows = kernels.zeros((len(wires), codec.d))
         for row, wire in zip(rows, wires, strict=True):
             codec.add(wire[None], row)
-        vector = np.ascontiguousarray(self(rows), dtype)
+        vector = np.ascontiguousarray(self(kernels.fetch(rows)), codec.dtype)
         if vector.shape != (codec.d,):
             raise OptionError(f"{self!r} returned {vector.shape} for vectors of length {codec.d}; return one number an "
                               "entry")
-        return vector
+        placed: Vector = kernels.place(vector)
+        return placed

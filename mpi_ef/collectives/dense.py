@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.compress import Compressor, Identity, Source, aligned_zeros, lazy, source
+from mpi_ef.compress import Compressor, Identity, Source, lazy, source
 from mpi_ef.compress.combination import Combination, Keep, Vector, writable
 from mpi_ef.errors import MpiEfError, NonFiniteError
 from mpi_ef.kernels.backend import backend
@@ -113,22 +113,25 @@ class DenseMean(Plan, kind="dense"):
     Parameters, attributes and errors: see :class:`Plan`.
     """
 
-    def __init__(self, comm: Comm, d: int, dtype: DTypeLike = np.float32) -> None:
-        super().__init__(comm, Identity(), d, dtype)
+    def __init__(self, comm: Comm, d: int, dtype: DTypeLike = np.float32, *, device: str = "cpu") -> None:
+        super().__init__(comm, Identity(), d, dtype, device=device)
 
     @classmethod
-    def suited(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, *, residual: bool) -> "DenseMean":  # noqa: ARG003
+    def suited(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, *, residual: bool,  # noqa: ARG003
+               device: str = "cpu") -> "DenseMean":
         """Return a plan of this kind for :func:`plan_for`. Collective."""
-        return cls(comm, d, dtype)
+        return cls(comm, d, dtype, device=device)
 
     def bind(self) -> dict[str, object]:
         """Build codecs and buffers, see :meth:`Plan.bind`."""
         self._ready, self._known = Frames(1, 0), Frames(self.size, 0)
         self._rank_order = RankOrderMean(self.comm, self.d, self.dtype, self.seconds)
-        self._result = aligned_zeros(self.d, self.dtype)
+        self._result = self._kernels.zeros(self.d)
+        # What MPI sees of vectors on a device: this rank's, and the mean.
+        self._staged = [] if self.device == "cpu" else [self._kernels.on_host(self.d, self.dtype) for _ in range(2)]
         self._own: Vector | None = None
         self._target: Vector | None = None  # what allreduce writes to
-        self._x: Vector = np.empty(0, self.dtype)  # this rank's vector: the caller's while exchange runs, else _own
+        self._x: Vector = self._kernels.empty(0)  # this rank's vector: the caller's while exchange runs, else _own
         self._factor = 1.0 / self.size
         return {}
 
@@ -136,25 +139,25 @@ class DenseMean(Plan, kind="dense"):
         problem = super()._problem(x, keep)
         if problem or self._target is None:
             return problem
-        return unwritable(self._target, self.d, self.dtype, "DenseMean.exchange", "out")
+        return unwritable(self._target, self.d, self.dtype, "DenseMean.exchange", "out", self._kernels)
 
     @property
     def mean(self) -> Vector:
         """The mean of the last exchange, (d,), owned by the plan, valid until the next one; read only."""
-        view = self._result.view()
+        view: Vector = self._result.view()
         view.flags.writeable = False
         return view
 
     def encode(self, x: Source, *, split: bool) -> bool:
         """Take `x`, or a copy of it, see :meth:`Plan.encode`."""
-        plain = x.factors[0] == 1 and not x.terms[1].size and not np.may_share_memory(x.terms[0], self._result)
+        plain = x.factors[0] == 1 and not x.terms[1].size and not self._kernels.overlap(x.terms[0], self._result)
         if plain and not split:
             self._x = x.terms[0]
         else:
             if self._own is None:
-                self._own = aligned_zeros(self.d, self.dtype)
-            self._kernels.combine(x.terms, x.factors, self._own)
+                self._own = self._kernels.zeros(self.d)
             self._x = self._own
+            self._kernels.combine(x.terms, x.factors, self._x)
         if x.keep.size:
             self._kernels.combine(x.terms, x.keep_factors, x.keep)
             if x.less_message:
@@ -164,12 +167,21 @@ class DenseMean(Plan, kind="dense"):
     def communicate(self) -> Iterator[Round]:
         """Sum in rank order, between two rounds of words, see :meth:`Plan.communicate`."""
         yield Round(self._ready, self._known)
-        finite = self._rank_order.form(self._x, self._factor, self._result)
+        finite = self._form()
         yield Round(self._ready, self._known, finite=finite, inspect=False)
         if status_of(self._known, NON_FINITE):
             yield Round(self._ready, self._known, finite=self._kernels.all_finite(self._x))  # raises, naming the ranks
             text = "the sum of the ranks' vectors overflows; nothing was changed anywhere, so this step can be skipped"
             raise NonFiniteError(f"DenseMean.exchange: {text}", ())
+
+    def _form(self) -> bool:
+        if not self._staged:
+            return self._rank_order.form(self._x, self._factor, self._result)
+        x, mean = self._staged
+        self._kernels.to_host(self._x, x)
+        finite = self._rank_order.form(x, self._factor, mean)
+        self._kernels.to_device(mean, self._result)
+        return finite
 
     def decode(self, out: Vector, scale: float, *, own: bool = False, overwrite: bool = False) -> None:
         """Add or write ``scale`` times the mean, or ``x_r``, see :meth:`Plan.decode`.
@@ -190,15 +202,15 @@ class DenseMean(Plan, kind="dense"):
         overwritten then as well, but for an `out` that is `x`. The result is there only: :attr:`mean`, :meth:`add_mean`,
         :meth:`set_mean` and :meth:`add_own` mean nothing until the next :meth:`exchange`.
         """
-        own, factor = self._result, self._factor
-        in_place = np.may_share_memory(x, out)
+        own, factor, x, out = self._result, self._factor, self._kernels.array(x), self._kernels.array(out)
+        in_place = self._kernels.overlap(x, out)
         self._factor = scale / self.size
         self._target, self._result = out, own if in_place else out
         try:
             self.exchange(x)
         finally:
             self._target, self._result, self._factor = None, own, factor
-            self._x = np.empty(0, self.dtype)  # the plan may stay for long, and this one is the caller's
+            self._x = self._kernels.empty(0)  # the plan may stay for long, and this one is the caller's
         if in_place:
             self.set_mean(out)
 

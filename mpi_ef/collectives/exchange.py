@@ -61,18 +61,18 @@ class Exchange:
         self._rounds: Iterator[Round] | None = None
         self._first: Round | None = None
         self._request: Any = None
-        self._step = 0
+        self._step, self._finite = 0, True
 
     @property
     def is_open(self) -> bool:
         """Whether an exchange has begun and is not complete."""
         return self._rounds is not None
 
-    def begin(self, rounds: Iterator[Round], step: int, refusal: MpiEfError | None) -> None:
-        """Begin with these rounds; `step` is the number of the exchange. Local."""
+    def begin(self, rounds: Iterator[Round], step: int, refusal: MpiEfError | None, finite: Any = True) -> None:
+        """Begin with these rounds; `step` is the number of the exchange, `finite` what is said of the vector. Local."""
         if not isinstance(rounds, Iterator):
             raise OptionError(f"{self._plan}.communicate returned {briefly(rounds)}; yield Rounds")
-        self._rounds, self._step, self.refusal = rounds, step, refusal
+        self._rounds, self._step, self.refusal, self._finite = rounds, step, refusal, finite
 
     def launch(self) -> None:
         """Start the first round without waiting for it. Collective."""
@@ -123,6 +123,9 @@ class Exchange:
         """Write the headers of frames that leave this rank."""
         if not isinstance(sent, Round):
             raise OptionError(f"{self._plan}.communicate yields {briefly(sent)}; yield Round(send, receive)")
+        sent.send.push()
+        if self.refusal is None and not self._finite:  # a device is asked when what it has encoded has come
+            self.refusal = NonFiniteError("", (self._rank,))
         broken = not sent.finite or isinstance(self.refusal, NonFiniteError)
         status = NON_FINITE if broken else OK if self.refusal is None else REJECTED
         sent.send.headers.fill(header_of(self._step, status, self.number))
@@ -131,6 +134,7 @@ class Exchange:
         """Raise, on all ranks, what the headers of the frames of all ranks say."""
         headers = sent.receive.headers.tolist()  # quicker than a comparison of arrays for up to 200 ranks
         if not sent.inspect or headers.count(header_of(self._step, OK, self.number)) == len(headers):
+            sent.receive.pull()
             return
         if error := misunderstanding(sent.receive, self._subject):
             raise error

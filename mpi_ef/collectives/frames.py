@@ -11,12 +11,14 @@ exchange itself: all ranks see it and raise together, and no extra message is ne
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.compress import Codec
 from mpi_ef.errors import DisagreementError, MpiEfError, NonFiniteError, PeerError
+from mpi_ef.kernels.backend import backend
 
-__all__ = ["NON_FINITE", "NOTHING", "OK", "REJECTED", "WIRE_VERSION", "Frames", "header_of", "misunderstanding",
+__all__ = ["NON_FINITE", "NOTHING", "OK", "REJECTED", "WIRE_VERSION", "Frames", "Twin", "header_of", "misunderstanding",
            "status_of", "what_is_wrong"]
 
 OK, NON_FINITE, REJECTED, NOTHING = 0, 1, 2, 255  # the last is what is there before anything has arrived
@@ -31,27 +33,53 @@ LARGEST_COUNT = 2**31 - 1
 UNIT_NBYTES = 2**20
 
 
+class Twin:
+    """An array where the vectors of `kernels` are, and its twin on the host, which MPI sees. On the CPU they are one.
+
+    Attributes
+    ----------
+    there, host : the two arrays, of one shape and dtype
+    """
+
+    def __init__(self, kernels: Any, shape: int | tuple[int, ...], dtype: DTypeLike) -> None:
+        self._kernels = kernels
+        self.host: NDArray[Any] = kernels.on_host(shape, dtype)
+        self.there: NDArray[Any] = self.host if kernels.device == "cpu" else kernels.zeros(shape, dtype)
+
+    def push(self) -> None:
+        """Let the host have what is on the device."""
+        if self.there is not self.host:
+            self._kernels.to_host(self.there, self.host)
+
+    def pull(self) -> None:
+        """Let the device have what is on the host."""
+        if self.there is not self.host:
+            self._kernels.to_device(self.host, self.there)
+
+
 class Frames:
-    """Memory for `rows` frames, contiguous.
+    """Memory for `rows` frames, contiguous, also on the device of the `kernels`.
 
     Attributes
     ----------
     bytes : (rows, frame_nbytes) uint8
     header : (rows,) structured array with the fields ``step``, ``status``, ``version`` and ``plan``
     headers : (rows,) uint64, the same 8 bytes as one number, for quick comparison
-    wires : (rows, wire_nbytes) uint8, a view
+    wires : (rows, wire_nbytes) uint8, a view, where vectors are
     message : buffer specification for an MPI collective in which every rank has one row
     """
 
-    def __init__(self, rows: int, wire_nbytes: int) -> None:
+    def __init__(self, rows: int, wire_nbytes: int, kernels: Any = None) -> None:
         start = _HEADER.itemsize
         nbytes = start + wire_nbytes
         if nbytes > LARGEST_COUNT:
             nbytes = -(-nbytes // UNIT_NBYTES) * UNIT_NBYTES
-        self.bytes = np.zeros((rows, nbytes), np.uint8)
+        self._twin = Twin(backend(np.float32) if kernels is None else kernels, (rows, nbytes), np.uint8)
+        self.push, self.pull = self._twin.push, self._twin.pull
+        self.bytes: NDArray[np.uint8] = self._twin.host
         self.header = self.bytes[:, :start].view(_HEADER)[:, 0]
         self.headers = self.bytes[:, :start].view("<u8")[:, 0]
-        self.wires = self.bytes[:, start : start + wire_nbytes]
+        self.wires = self._twin.there[:, start : start + wire_nbytes]
         self.message: Any = self.bytes
         if nbytes > LARGEST_COUNT:
             from mpi4py import MPI
@@ -62,7 +90,7 @@ class Frames:
     @property
     def frame_nbytes(self) -> int:
         """Size of one frame in bytes."""
-        return self.bytes.shape[1]
+        return int(self.bytes.shape[1])
 
     def expect(self) -> None:
         """Let no header look like that of a message, before messages arrive in these frames."""

@@ -9,11 +9,12 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, LowRank, Source, aligned_zeros, source
 from mpi_ef.compress.combination import Vector, writable
 from mpi_ef.errors import NonFiniteError, OptionError
+from mpi_ef.kernels.backend import backend
 from mpi_ef.statetree import REPLICATED, Leaf
 
 from .dense import RankOrderMean
 from .exchange import Round
-from .frames import Frames
+from .frames import Frames, Twin
 from .plan import Plan, Traffic
 
 __all__ = ["LowRankMean"]
@@ -60,9 +61,9 @@ class LowRankMean(Plan, kind="low-rank"):
     keeps = "warm_start"
 
     def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *,
-                 warm_start: bool = True) -> None:
+                 warm_start: bool = True, device: str = "cpu") -> None:
         self._warm_start = warm_start
-        super().__init__(comm, compressor, d, dtype)
+        super().__init__(comm, compressor, d, dtype, device=device)
 
     def bind(self) -> dict[str, object]:
         """Build codecs and buffers, see :meth:`Plan.bind`."""
@@ -71,12 +72,15 @@ class LowRankMean(Plan, kind="low-rank"):
                               "with plan_for")
         self._seed, self._factors = int(self.compressor.seed), self.compressor.factors(self.d)
         sizes = self._factors.left_size, self._factors.right_size
-        self._left, self._right = (aligned_zeros(size, self.dtype) for size in sizes)  # P and Q
-        self._own_left, self._own_right = (aligned_zeros(size, self.dtype) for size in sizes)  # P_i, then P; Q_i
-        self._basis, self._drawn, self._earlier = (aligned_zeros(sizes[1], self.dtype) for _ in range(3))
+        # Sums, and what is made of factors entry by entry, are of the host; products are where the vectors are.
+        self._on_host = backend(self.dtype)
+        self._left, self._right = (Twin(self._kernels, size, self.dtype) for size in sizes)  # P and Q
+        self._own_left, self._own_right = (Twin(self._kernels, size, self.dtype) for size in sizes)  # P_i, then P; Q_i
+        self._basis = Twin(self._kernels, sizes[1], self.dtype)
+        self._drawn, self._earlier = (aligned_zeros(sizes[1], self.dtype) for _ in range(2))
         self._factors.draw((self._seed, 0), self._drawn)
-        self._basis[:] = self._drawn
-        self._nothing = np.empty(0, self.dtype)
+        self._basis.host[:] = self._drawn
+        self._nothing: Vector = self._kernels.empty(0)
         self._orthonormalise_basis()
         self._mean_left, self._mean_right = (RankOrderMean(self.comm, size, self.dtype, self.seconds) for size in sizes)
         self._ready, self._known = Frames(1, 0), Frames(self.size, 0)
@@ -86,7 +90,8 @@ class LowRankMean(Plan, kind="low-rank"):
         return {"warm_start": self._warm_start}
 
     def _orthonormalise_basis(self) -> None:
-        self._kernels.orthonormalise(self._basis, self._factors.right_spans, self._factors.rank, self._drawn)
+        self._on_host.orthonormalise(self._basis.host, self._factors.right_spans, self._factors.rank, self._drawn)
+        self._basis.pull()
 
     def encode(self, x: Source, *, split: bool) -> bool:
         """Take `x`, or a copy of it, and form P_i of it, see :meth:`Plan.encode`."""
@@ -98,10 +103,10 @@ class LowRankMean(Plan, kind="low-rank"):
         self._missing = None
         if not self._warm_start:
             self._factors.draw((self._seed, self.exchanges), self._drawn)
-            self._basis[:] = self._drawn
+            self._basis.host[:] = self._drawn
             self._orthonormalise_basis()
         if finite:
-            self._factors.multiply(self._kernels, self._x, self._basis, self._own_left)
+            self._factors.multiply(self._kernels, self._x, self._basis.there, self._own_left.there)
         return finite
 
     def _target(self, x: Source, split: bool) -> Vector:
@@ -113,9 +118,10 @@ class LowRankMean(Plan, kind="low-rank"):
             return self._nothing
         else:
             if self._formed is None:
-                self._formed = aligned_zeros(self.d, self.dtype)
+                self._formed = self._kernels.zeros(self.d)
             self._x = self._formed
-        return self._x
+        held: Vector = self._x
+        return held
 
     def communicate(self) -> Iterator[Round]:
         """Make P, then Q, see :meth:`Plan.communicate`."""
@@ -123,24 +129,28 @@ class LowRankMean(Plan, kind="low-rank"):
         factors = self._factors
         self._mean(self._mean_left, self._own_left, self._left)
         with self._encoding:
-            self._kernels.orthonormalise(self._left, factors.left_spans, factors.rank, self._nothing)
-            factors.copy_left(self._left, self._own_left)
-            factors.multiply_back(self._kernels, self._x, self._left, self._own_right)
+            self._on_host.orthonormalise(self._left.host, factors.left_spans, factors.rank, self._drawn[:0])
+            factors.copy_left(self._left.host, self._own_left.host)
+            self._left.pull()
+            self._own_left.pull()
+            factors.multiply_back(self._kernels, self._x, self._left.there, self._own_right.there)
         self._mean(self._mean_right, self._own_right, self._right)
         self._conclude()
 
-    def _mean(self, mean: RankOrderMean, own: Vector, out: Vector) -> None:
-        mean.form(own, 1.0 / self.size, out)
-        if not self._kernels.all_finite(out):  # all ranks see the same numbers
+    def _mean(self, mean: RankOrderMean, own: Twin, out: Twin) -> None:
+        own.push()
+        mean.form(own.host, 1.0 / self.size, out.host)
+        if not self._on_host.all_finite(out.host):  # all ranks see the same numbers
             raise NonFiniteError("LowRankMean.exchange: a product of finite numbers overflows; nothing was changed "
                                  "anywhere, so this step can be skipped", ())
 
     def _conclude(self) -> None:
         """Do what waits for the success of all ranks: the next Q, what is kept, what is measured."""
+        self._right.pull()
         with self._encoding:
             if self._warm_start:
-                self._earlier[:] = self._basis
-                self._basis[:] = self._right
+                self._earlier[:] = self._basis.host
+                self._basis.host[:] = self._right.host
                 self._orthonormalise_basis()
         if self._unsent.size:
             self.add_own(self._unsent, -1.0)
@@ -150,7 +160,7 @@ class LowRankMean(Plan, kind="low-rank"):
 
     def _measure_loss(self, x: Source) -> float:
         """Remember x; what is lost of it is known when P is."""
-        self._missing = np.empty(self.d, self.dtype)
+        self._missing = self._kernels.empty(self.d)
         self._kernels.combine(x.terms, x.factors, self._missing)
         return 1.0
 
@@ -158,7 +168,7 @@ class LowRankMean(Plan, kind="low-rank"):
         """Add or write ``scale * P Q^T``, or ``scale * P Q_i^T``, see :meth:`Plan.decode`."""
         left, right = (self._own_left, self._own_right) if own else (self._left, self._right)
         factors = self._factors
-        self._kernels.add_low_rank(left, right, factors.parts, factors.rank, scale, overwrite, writable(out))
+        self._kernels.add_low_rank(left.there, right.there, factors.parts, factors.rank, scale, overwrite, writable(out))
 
     @property
     def alpha(self) -> float:
@@ -180,8 +190,13 @@ class LowRankMean(Plan, kind="low-rank"):
     def undo(self) -> None:
         """Begin the next exchange with the Q with which the last one began, see :meth:`Plan.undo`."""
         if self._warm_start:
-            self._basis[:] = self._earlier
+            self._basis.host[:] = self._earlier
+            self._basis.pull()
+
+    def loaded(self) -> None:
+        """Let the device have Q, see :meth:`Plan.loaded`."""
+        self._basis.pull()
 
     def leaves(self) -> dict[str, Leaf]:
         """Return Q, orthonormalised, of the plan's dtype, the same on all ranks; nothing without a warm start."""
-        return {"Q": Leaf(REPLICATED, self._basis)} if self._warm_start else {}
+        return {"Q": Leaf(REPLICATED, self._basis.host)} if self._warm_start else {}

@@ -9,12 +9,13 @@ from mpi_ef.errors import DtypeError, MpiEfError, ShapeError
 __all__ = ["masked", "misfit", "unwritable"]
 
 
-def misfit(x: object, d: int, dtype: np.dtype[Any], subject: str, name: str) -> MpiEfError | None:
-    """Return what is wrong with `x`, to be read as a contiguous (d,) array of `dtype`; None if nothing is. Local."""
-    if not isinstance(x, np.ndarray):
-        return DtypeError(f"{subject}: {name} is a {type(x).__name__}; pass a numpy array")
-    if isinstance(x, np.ma.MaskedArray):
-        return masked(subject, name)
+def misfit(x: Any, d: int, dtype: np.dtype[Any], subject: str, name: str, kernels: Any = None) -> MpiEfError | None:
+    """Return what is wrong with `x`, to be read as a contiguous (d,) array of `dtype`; None if nothing is. Local.
+
+    It is to be where the vectors of the `kernels` are, on the CPU by default.
+    """
+    if problem := _elsewhere(x, subject, name, kernels):
+        return problem
     if x.dtype != dtype:
         return DtypeError(f"{subject}: {name} has dtype {x.dtype}; this plan takes {dtype}")
     if x.shape != (d,):
@@ -24,15 +25,24 @@ def misfit(x: object, d: int, dtype: np.dtype[Any], subject: str, name: str) -> 
     return None
 
 
+def _elsewhere(x: Any, subject: str, name: str, kernels: Any) -> MpiEfError | None:
+    if kernels is not None and kernels.device != "cpu":
+        where = kernels.foreign(x)
+        return DtypeError(f"{subject}: {name} is {where}; this plan takes vectors on {kernels.device}") if where else None
+    if not isinstance(x, np.ndarray):
+        return DtypeError(f"{subject}: {name} is a {type(x).__name__}; pass a numpy array")
+    return masked(subject, name) if isinstance(x, np.ma.MaskedArray) else None
+
+
 def masked(subject: str, name: str) -> MpiEfError:
     """Return that an array has a mask: what lies under it would be taken for numbers. Local."""
     return DtypeError(f"{subject}: {name} is a masked array, and masks are not sent; pass {name}.filled(0)")
 
 
-def unwritable(out: object, d: int, dtype: np.dtype[Any], subject: str, name: str) -> MpiEfError | None:
+def unwritable(out: Any, d: int, dtype: np.dtype[Any], subject: str, name: str, kernels: Any = None) -> MpiEfError | None:
     """Return what is wrong with `out`, to be written as such an array. Local."""
-    if problem := misfit(out, d, dtype, subject, name):
+    if problem := misfit(out, d, dtype, subject, name, kernels):
         return problem
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
+    if not out.flags.writeable:
         return ShapeError(f"{subject}: {name} is read-only; pass an array that can be written")
     return None

@@ -13,7 +13,7 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Codec, Combination, Compressor, Identity, Keep, Source, source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.compress.compressor import check_compressor, said_finite
-from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError, briefly, nearest, told
+from mpi_ef.errors import MpiEfError, OptionError, briefly, nearest, told
 from mpi_ef.kernels.backend import backend
 from mpi_ef.runtime.ending import end_together
 from mpi_ef.runtime.world import check_alone
@@ -49,6 +49,9 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         Length of the vectors.
     dtype : numpy dtype
         float32 or float64.
+    device : str
+        Where the vectors of this rank are: "cpu", or a device of torch. Other ranks may have theirs elsewhere: messages are
+        the same bytes.
 
     Attributes
     ----------
@@ -87,11 +90,15 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
             Plan.kinds[kind] = cls
 
     @classmethod
-    def suited(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, *, residual: bool) -> "Plan":
+    def suited(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, *, residual: bool,
+               device: str = "cpu") -> "Plan":
         """Return a plan of this kind for :func:`plan_for`. Collective."""
-        return cls(comm, compressor, d, dtype, **({cls.keeps: residual} if cls.keeps else {}))
+        where = {} if device == "cpu" else {"device": device}
+        options: dict[str, Any] = {cls.keeps: residual} if cls.keeps else {}
+        return cls(comm, compressor, d, dtype, **options, **where)
 
-    def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32) -> None:
+    def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *,
+                 device: str = "cpu") -> None:
         subject = type(self).__name__
         check_not_freed(comm, subject)
         if not hasattr(comm, "Iallgather") or comm.Is_inter():
@@ -100,7 +107,7 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         end_together(comm)
         self.comm, self.size, self.rank = comm, int(comm.Get_size()), int(comm.Get_rank())
         self.clients = self.size
-        self.compressor = compressor
+        self.compressor, self.device = compressor, device
         self.exchanges = self.sent_nbytes = 0
         self.seconds = {"encode": 0.0, "communicate": 0.0, "decode": 0.0}
         self.watched, self.lost = False, cast("float | None", None)
@@ -112,10 +119,10 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
 
         def facts() -> dict[str, object]:
             check_compressor(subject, compressor=compressor)
-            codec = compressor.codec(d, dtype)
+            codec = compressor.codec_on(device, d, dtype)
             if not isinstance(codec, Codec):
                 raise OptionError(f"{subject}: {compressor!r}.codec returned {briefly(codec)}, which is no Codec")
-            self.d, self.dtype, self._kernels = codec.d, codec.dtype, backend(codec.dtype)
+            self.d, self.dtype, self._kernels = codec.d, codec.dtype, backend(codec.dtype, device)
             if not isinstance(bound := self.bind(), Mapping):
                 raise OptionError(f"{subject}.bind returned {briefly(bound)}; return a dict of what ranks must agree on")
             return {"plan": subject, "compressor": compressor, "d": self.d, "dtype": self.dtype,
@@ -158,7 +165,7 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         `out` is (own_d,), of the plan's dtype, contiguous.
         """
         with self._decoding:
-            self.decode(out, scale, own=True)
+            self.decode(self._kernels.array(out), scale, own=True)
 
     def add_mean(self, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale`` times the mean of the messages to `out`, in rank order: the same bits on every rank. Local.
@@ -166,7 +173,7 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         `out` is (d,), of the plan's dtype, contiguous.
         """
         with self._decoding:
-            self.decode(out, scale)
+            self.decode(self._kernels.array(out), scale)
 
     def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:  # noqa: ARG002
         """Overwrite `out` with ``scale`` times the mean of the messages, the same bits on every rank. Local.
@@ -175,7 +182,23 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         option, last wrote to it: a sparse mean then replaces the previous one entry by entry.
         """
         with self._decoding:
-            self.decode(out, scale, overwrite=True)
+            self.decode(self._kernels.array(out), scale, overwrite=True)
+
+    def zeros(self, size: int, dtype: DTypeLike | None = None) -> Vector:
+        """Return an array of zeros where the vectors of this rank are, of their dtype unless another one is named. Local."""
+        array: Vector = self._kernels.zeros(size, dtype)
+        return array
+
+    def array(self, x: Any) -> Any:
+        """Return `x`, or the array over the memory of a tensor on the plan's device. Local."""
+        return self._kernels.array(x)
+
+    def misfit(self, x: Any, subject: str, name: str, d: int | None = None) -> MpiEfError | None:
+        """Return what is wrong with a vector of this rank, (own_d,) or (`d`,); None if nothing is. Local."""
+        return misfit(x, self.own_d if d is None else d, self.dtype, subject, name, self._kernels)
+
+    def loaded(self) -> None:
+        """Derive again what follows from :meth:`state`, which has been written. Local."""
 
     def forget(self) -> None:
         """Let the next ``set_mean(again=True)`` start afresh: its array has been written to. Local."""
@@ -197,7 +220,7 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
 
     def like(self, compressor: Compressor) -> "Plan":
         """Return a new plan for the same vectors, through which dense steps and second messages go. Collective."""
-        return plan_for(self.comm, compressor, self.d, self.dtype)
+        return plan_for(self.comm, compressor, self.d, self.dtype, device=self.device)
 
     @property
     def all_sent_nbytes(self) -> int:
@@ -268,27 +291,28 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         if self._exchange.is_open:
             raise OptionError(f"{type(self).__name__}: start was called twice; call wait between them")
         check_not_freed(self.comm, type(self).__name__, "build the plan again, on another one")
+        finite = True
         with self._encoding:
+            x = self._kernels.array(x)
             refusal, self._refuses = self._refuses or self._problem(x, keep), None  # all ranks raise it
             if refusal is None:
                 try:
                     finite = said_finite(self.encode(source(x, keep), split=split), f"{type(self).__name__}.encode")
-                    refusal = None if finite else NonFiniteError("", (self.rank,))
                 except MpiEfError as error:
                     refusal = error
                 except Exception as error:  # the other ranks are on their way into the exchange
                     refusal = OptionError(f"{type(self).__name__}.exchange: {told(error)}")
                     refusal.__cause__ = error
-        self._exchange.begin(self.communicate(), self.exchanges, refusal)
+        self._exchange.begin(self.communicate(), self.exchanges, refusal, finite)
         if self.watched and refusal is None:
             self.lost = self._measure_loss(source(x))
 
     def _measure_loss(self, x: Source) -> float:
-        missing = np.empty(self.own_d, self.dtype)
+        missing = self._kernels.empty(self.own_d)
         self._kernels.combine(x.terms, x.factors, missing)
-        whole = float(np.linalg.norm(missing))
+        whole: float = self._kernels.norm(missing)
         self.decode(missing, -1.0, own=True)
-        return (float(np.linalg.norm(missing)) / whole) ** 2 if whole else 0.0
+        return (self._kernels.norm(missing) / whole) ** 2 if whole else 0.0
 
     def wait(self) -> Self:
         """Finish the exchange begun by :meth:`start`. Collective."""
@@ -311,13 +335,15 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         subject = f"{type(self).__name__}.exchange"
         vectors = [vector for _, vector in x.terms] if isinstance(x, Combination) else [x]
         for vector in vectors:
-            if problem := misfit(vector, self.own_d, self.dtype, subject, "x"):
+            if problem := misfit(vector, self.own_d, self.dtype, subject, "x", self._kernels):
                 return problem
         if keep is None:
             return None
-        if any(vector is keep.into or np.may_share_memory(vector, keep.into) for vector in vectors):
+        if problem := unwritable(keep.into, self.own_d, self.dtype, subject, "keep.into", self._kernels):
+            return problem
+        if any(vector is keep.into or self._kernels.overlap(vector, keep.into) for vector in vectors):
             return OptionError(f"{subject}: keep.into is one of the vectors that are sent; pass another array")
-        return unwritable(keep.into, self.own_d, self.dtype, subject, "keep.into")
+        return None
 
     def leaves(self) -> dict[str, Leaf]:
         """Return this rank's named arrays that the next exchanges depend on, and what they are; they are saved. Local."""
@@ -340,7 +366,7 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
 
 
 def plan_for(comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *,
-             residual: bool = True) -> Plan:
+             residual: bool = True, device: str = "cpu") -> Plan:
     """Return the plan that suits a compressor, by what its attribute ``plan`` says. Collective.
 
     Gathered for sparse ones, dense for Identity, :class:`LowRankMean` for LowRank, else two-phase.
@@ -353,4 +379,5 @@ def plan_for(comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.f
         with shared_errors(comm, "plan_for", Plan.built):
             hint = nearest(kind, Plan.kinds, f"take one of {', '.join(Plan.kinds)}")
             raise OptionError(f"plan_for: {compressor!r} wants a plan of kind {kind!r}, which there is not; {hint}")
-    return Plan.kinds[kind].suited(comm, compressor, d, dtype, residual=residual)
+    where = {} if device == "cpu" else {"device": device}
+    return Plan.kinds[kind].suited(comm, compressor, d, dtype, residual=residual, **where)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.compress import Compressor, Keep, Source, aligned_zeros, lazy, source
+from mpi_ef.compress import Compressor, Keep, Source, lazy, source
 from mpi_ef.compress.combination import Vector, writable
 from mpi_ef.compress.compressor import check_compressor
 from mpi_ef.statetree import PER_RANK, Leaf, Reshard
@@ -51,16 +51,16 @@ class GatherMean(Plan, kind="gather"):
     """
 
     def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *,
-                 combine: Combine | None = None) -> None:
+                 combine: Combine | None = None, device: str = "cpu") -> None:
         self.combine = combine
-        super().__init__(comm, compressor, d, dtype)
+        super().__init__(comm, compressor, d, dtype, device=device)
 
     def bind(self) -> dict[str, object]:
         """Build codecs and buffers, see :meth:`Plan.bind`."""
         Combine.check("GatherMean", self.combine)
-        self._codec = self.compressor.codec(self.d, self.dtype)
-        self._send = Frames(1, self._codec.nbytes)
-        self._received = Frames(self.size, self._codec.nbytes)
+        self._codec = self.compressor.codec_on(self.device, self.d, self.dtype)
+        self._send = Frames(1, self._codec.nbytes, self._kernels)
+        self._received = Frames(self.size, self._codec.nbytes, self._kernels)
         self._earlier: Frames | None = None  # the messages before those, for set_mean(again=True)
         self._written: tuple[Vector, int] | None = None  # what that has written to, after which turn
         self._turns = 0
@@ -70,7 +70,7 @@ class GatherMean(Plan, kind="gather"):
         """Return a plan of the same kind, see :meth:`Plan.like`. Collective."""
         if self.combine is None:
             return super().like(compressor)
-        return GatherMean(self.comm, compressor, self.d, self.dtype, combine=self.combine)
+        return GatherMean(self.comm, compressor, self.d, self.dtype, combine=self.combine, device=self.device)
 
     def encode(self, x: Source, *, split: bool) -> bool:  # noqa: ARG002
         """Encode `x` into one frame, see :meth:`Plan.encode`."""
@@ -92,9 +92,10 @@ class GatherMean(Plan, kind="gather"):
         if not again or not self.compressor.sparse or self.combine is not None:
             super().set_mean(out, scale)
             return
+        out = self._kernels.array(out)
         written, self._written = self._written, (out, self._turns)
         if self._earlier is None:
-            self._earlier = Frames(self.size, self._codec.nbytes)
+            self._earlier = Frames(self.size, self._codec.nbytes, self._kernels)
         if written is not None and written[0] is out and written[1] == self._turns - 1:
             with self._decoding:
                 self._codec.clear(self._earlier.wires, out)
@@ -105,7 +106,7 @@ class GatherMean(Plan, kind="gather"):
     def add_message(self, rank: int, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale`` times the decoded message of `rank` to `out` (d,). Local."""
         with self._decoding:
-            self._codec.add(self._received.wires[rank : rank + 1], out, scale)
+            self._codec.add(self._received.wires[rank : rank + 1], self._kernels.array(out), scale)
 
     def decode(self, out: Vector, scale: float, *, own: bool = False, overwrite: bool = False) -> None:
         """Add or write ``scale * C(x_r)``, or ``scale / n * C(x_r)`` for r = 0 ... n-1, see :meth:`Plan.decode`."""
@@ -115,7 +116,7 @@ class GatherMean(Plan, kind="gather"):
         elif self.combine is not None:
             if overwrite:
                 out.fill(0)
-            self._kernels.add_dense(self.combine.of_wires(codec, wires, self.dtype), scale, writable(out))
+            self._kernels.add_dense(self.combine.of_wires(codec, wires, self._kernels), scale, writable(out))
         elif self.compressor.sparse:  # what is known of the own message saves decoding it
             codec.add(wires[: self.rank], out, scale / self.size, overwrite=overwrite)
             codec.add_encoded(mine, out, scale / self.size)
@@ -157,10 +158,11 @@ class TwoPhaseMean(Plan, kind="two-phase"):
     keeps = "residual"
 
     def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *,
-                 reply: Compressor | None = None, residual: bool = True, combine: Combine | None = None) -> None:
+                 reply: Compressor | None = None, residual: bool = True, combine: Combine | None = None,
+                 device: str = "cpu") -> None:
         self.reply = compressor if reply is None else reply
         self._remember, self.combine = residual, combine
-        super().__init__(comm, compressor, d, dtype)
+        super().__init__(comm, compressor, d, dtype, device=device)
 
     def bind(self) -> dict[str, object]:
         """Build codecs and buffers, see :meth:`Plan.bind`."""
@@ -169,13 +171,13 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         self.bounds = _aligned_chunk_bounds(self.d, self.size)
         self._chunks = list(pairwise(self.bounds))
         sizes = [stop - start for start, stop in self._chunks]
-        outward = {size: self.compressor.codec(size, self.dtype) for size in set(sizes)}
-        back = {size: self.reply.codec(size, self.dtype) for size in set(sizes)}
+        outward = {size: self.compressor.codec_on(self.device, size, self.dtype) for size in set(sizes)}
+        back = {size: self.reply.codec_on(self.device, size, self.dtype) for size in set(sizes)}
         self._outward, self._back = [outward[size] for size in sizes], [back[size] for size in sizes]
         outward_nbytes = max(codec.nbytes for codec in self._outward)
         back_nbytes = max(codec.nbytes for codec in self._back)
-        self._send, self._arrived = Frames(self.size, outward_nbytes), Frames(self.size, outward_nbytes)
-        self._answer, self._result = Frames(1, back_nbytes), Frames(self.size, back_nbytes)
+        self._send, self._arrived = (Frames(self.size, outward_nbytes, self._kernels) for _ in range(2))
+        self._answer, self._result = (Frames(n, back_nbytes, self._kernels) for n in (1, self.size))
         self._send_wires = [self._send.wire(j, codec) for j, codec in enumerate(self._outward)]
         self._send_parts = [wire[None] for wire in self._send_wires]
         self._result_parts = [self._result.wire(j, codec)[None] for j, codec in enumerate(self._back)]
@@ -184,8 +186,8 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         chunk = sizes[self.rank]
         fits = self._back[self.rank].can_encode_sum(self._outward[self.rank])
         self._fused = self._remember and combine is None and fits
-        self._average = aligned_zeros(0 if self._fused else chunk, self.dtype)
-        self._residual, self._next = (aligned_zeros(chunk if self._remember else 0, self.dtype) for _ in range(2))
+        self._average = self._kernels.zeros(0 if self._fused else chunk)
+        self._residual, self._next = (self._kernels.zeros(chunk if self._remember else 0) for _ in range(2))
         self._owed, self._owed_next = (
             source(x := lazy(old), Keep(x, new, less_message=True))
             for old, new in ((self._residual, self._next), (self._next, self._residual))
@@ -196,7 +198,7 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         """Return a plan of the same kind, see :meth:`Plan.like`. Collective."""
         if self.combine is None:
             return super().like(compressor)
-        return TwoPhaseMean(self.comm, compressor, self.d, self.dtype, combine=self.combine)
+        return TwoPhaseMean(self.comm, compressor, self.d, self.dtype, combine=self.combine, device=self.device)
 
     def encode(self, x: Source, *, split: bool) -> bool:  # noqa: ARG002
         """Encode every chunk of `x`, see :meth:`Plan.encode`."""
@@ -222,7 +224,7 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         if self.combine is None:
             outward.add(arrived, self._average, 1.0 / self.size, overwrite=True)
         else:
-            np.copyto(self._average, self.combine.of_wires(outward, arrived, self.dtype))
+            self._average[:] = self.combine.of_wires(outward, arrived, self._kernels)
         x, keep = lazy(self._average), None
         if self._remember:
             x = lazy(self._residual) + self._average

@@ -35,7 +35,7 @@ class PlainCodec(Codec):
     def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:
         """Write the message for `x` into `wire`, and what is to be kept of it."""
         x = x if isinstance(x, Source) else source(x)
-        finite = self._kernels.combine(x.terms, x.factors, self._x)
+        finite: bool = self._kernels.combine(x.terms, x.factors, self._x)
         self.pack(self._x, wire, step=step, rank=rank)
         self._keep(x, wire)
         return finite

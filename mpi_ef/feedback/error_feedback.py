@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from mpi_ef.collectives import Offer, Plan
-from mpi_ef.collectives.misfit import misfit
 from mpi_ef.comm.consensus import OnAllRanks, agree
-from mpi_ef.compress.combination import Combination, Vector, aligned_zeros
+from mpi_ef.compress.combination import Combination, Vector
 from mpi_ef.errors import MpiEfError, OptionError, briefly, counted
 from mpi_ef.ranges import whole
 from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Leaf, Stateful, StateTree, attribute
@@ -187,12 +186,13 @@ class ErrorFeedback(OnAllRanks, Stateful):
                 plan.exchange(vector)  # raises, as below
             if len(vector.terms) > self.rule.most_terms:
                 if self._formed is None:
-                    self._formed = aligned_zeros(plan.own_d, plan.dtype)
+                    self._formed = plan.zeros(plan.own_d)
                 vector = form(vector, into=self._formed)
             return self.rule.step(self.state, plan, vector, **inputs)
-        if isinstance(vector, np.ndarray) and vector.shape == (plan.own, plan.d) and vector.flags.c_contiguous:
+        vector = plan.array(vector)
+        if getattr(vector, "shape", None) == (plan.own, plan.d) and hasattr(vector, "flags") and vector.flags.c_contiguous:
             vector = vector.reshape(-1)
-        if misfit(vector, plan.own_d, plan.dtype, "", ""):
+        if plan.misfit(vector, "", ""):
             # Raises here what is wrong, and PeerError on all other ranks.
             plan.exchange(vector)
         return self.rule.step(self.state, plan, vector, **inputs)
@@ -221,7 +221,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
                 plan = self._checked(steps.send(plan)).exchange()
         except StopIteration as end:
             result: Vector = end.value
-        if problem := misfit(result, self.plan.d, self.plan.dtype, self._subject, "its result"):
+        if problem := self.plan.misfit(result, self._subject, "its result", self.plan.d):
             raise problem
         result = result.view()
         self.steps += 1
@@ -310,6 +310,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
     def loaded(self) -> None:
         """Let the next step write its result afresh: the arrays are others. Local."""
         self.plan.forget()
+        self.plan.loaded()
 
     def forget(self) -> None:
         """Set errors, residuals and estimates to what they are at the start; momenta stay. Local, alike on all ranks.

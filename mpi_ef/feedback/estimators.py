@@ -7,7 +7,7 @@ from mpi_ef.compress import Compressor, Identity, Keep, RandK, lazy
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 
-from .federated import _clients
+from .federated import _clients, on_host, squares
 from .rules import EF21State
 from .state import State, Steps, double_buffer, error, estimate, momentum, persistent, replicated, scratch
 
@@ -87,8 +87,8 @@ def clag(s: CLAGState, plan: Plan, grad: Vector) -> Steps:
     """
     plan = _clients("clag", plan)
     x, g_i, y_i = (a.reshape(plan.own, plan.d) for a in (grad, s.g_i, s.y_i))
-    worse = ~(((x - g_i) ** 2).sum(axis=1) <= s.zeta * ((x - y_i) ** 2).sum(axis=1))  # a NaN is sent, and found
-    c = yield plan.offer(lazy(grad) - s.g_i, participates=worse | ~y_i.any(axis=1))  # also the first time
+    worse = ~(squares(x - g_i) <= s.zeta * squares(x - y_i))  # a NaN is sent, and found
+    c = yield plan.offer(lazy(grad) - s.g_i, participates=worse | ~on_host(y_i).any(axis=1))  # also the first time
     s.y_i[:] = grad
     return s.follow(c)
 

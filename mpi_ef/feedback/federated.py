@@ -11,7 +11,7 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 
 from .rules import EF21State
-from .state import Reply, State, Steps, double_buffer, error, replicated
+from .state import Reply, State, Steps, double_buffer, error, form, replicated
 
 __all__ = ["EF21BCState", "EF21PPState", "EF21PlusState", "EF21WState", "ef21_bc", "ef21_plus", "ef21_pp", "ef21_w"]
 
@@ -83,8 +83,8 @@ def ef21_w(s: EF21WState, plan: Plan, grad: Vector) -> Steps:
         raise OptionError("ef21-w: the plan has no weights; pass weights=L_i / sum(L_i) to ClientsMean")
     mine = slice(plan.first, plan.first + plan.own)
     own, chosen = plan.weights[mine], participants(s, plan.clients)[mine]
-    factors = (1.0 / (plan.clients * own)).astype(plan.dtype)
-    np.multiply(grad.reshape(plan.own, plan.d), factors[:, None], out=s.u_i.reshape(plan.own, plan.d))
+    for weight, x, u in zip(own.tolist(), grad.reshape(plan.own, plan.d), s.u_i.reshape(plan.own, plan.d), strict=True):
+        form(1.0 / (plan.clients * weight) * lazy(x), into=u)
     c = yield plan.offer(lazy(s.u_i) - s.g_i, participates=chosen)
     return s.follow(c)
 
@@ -143,6 +143,16 @@ class EF21PlusState(State):
     plain: Vector = double_buffer()
 
 
+def squares(rows: Vector) -> NDArray[np.floating]:
+    """Return the squared norms of rows, (n, d), on the host, which decides."""
+    return np.asarray((on_host(rows) ** 2).sum(axis=1))
+
+
+def on_host(rows: Vector) -> Vector:
+    """Return `rows`, or a copy of them on the host."""
+    return rows if isinstance(rows, np.ndarray) else rows.numpy()
+
+
 def ef21_plus(s: EF21PlusState, plan: Plan, grad: Vector) -> Steps:
     """Take one step of EF21+ and return g. Deterministic compressors only; memory n d on every rank.
 
@@ -158,11 +168,14 @@ def ef21_plus(s: EF21PlusState, plan: Plan, grad: Vector) -> Steps:
     own = rows[plan.first : plan.first + plan.own]
     x = grad.reshape(plan.own, d)
     markov, plain = s.markov.reshape(plan.own, d), s.plain.reshape(plan.own, d)
-    plan.compress(np.subtract(x, own, out=markov).reshape(-1), into=s.markov)
+    form(lazy(grad) - own.reshape(-1), into=s.markov)
+    plan.compress(s.markov, into=s.markov)
     plan.compress(grad, into=s.plain)
     markov += own
-    closer = ((markov - x) ** 2).sum(axis=1) <= ((plain - x) ** 2).sum(axis=1)
-    yield plan.offer(np.where(closer[:, None], x - own, x).reshape(-1), tags=closer.astype(np.uint8))
+    closer = squares(markov - x) <= squares(plain - x)
+    for client, row in enumerate(markov):  # what is sent
+        form(lazy(x[client]) - own[client] if closer[client] else lazy(x[client]), into=row)
+    yield plan.offer(s.markov, tags=closer.astype(np.uint8))
     s.g.fill(0)
     for client, row in enumerate(rows):
         if not plan.tags[client]:

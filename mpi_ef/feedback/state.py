@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from mpi_ef.collectives import Offer, Plan, TwoPhaseMean
-from mpi_ef.compress import Combination, Compressor, aligned_zeros, lazy, source
+from mpi_ef.compress import Combination, Compressor, lazy, source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 from mpi_ef.kernels.backend import backend
@@ -105,7 +105,7 @@ class State:
             if f.metadata.get("size", "d") not in sizes:
                 size = f.metadata["size"]
                 raise OptionError(f"{cls.__name__}: {f.name} has size {size!r}; take one of {', '.join(sizes)}")
-        arrays: dict[str, Any] = {f.name: aligned_zeros(sizes[f.metadata["size"]], plan.dtype)
+        arrays: dict[str, Any] = {f.name: plan.zeros(sizes[f.metadata["size"]])
                                   for f in fields(cls) if "size" in f.metadata}
         return cls(**(arrays | options), late=f"0:{plan.d}" if cls.averages() else "")
 
@@ -168,8 +168,8 @@ class Reply:
     """The compressed way back from a server that every rank plays, so that nothing travels."""
 
     def __init__(self, compressor: Compressor, plan: Plan) -> None:
-        self._codec = compressor.codec(plan.d, plan.dtype)
-        self._wire = np.zeros(self._codec.nbytes, np.uint8)
+        self._codec = compressor.codec_on(plan.device, plan.d, plan.dtype)
+        self._wire = plan.zeros(self._codec.nbytes, np.uint8)
         self._rank = plan.clients
         self.nbytes = self._codec.nbytes  # of the message that a server would send to every client
 
@@ -183,5 +183,5 @@ class Reply:
 def form(x: Combination, into: Vector) -> Vector:
     """Write `x` to `into`, in a pass of its own, and return that."""
     terms, factors = source(x)[:2]
-    backend(into.dtype).combine(terms, factors, into)
+    backend(into.dtype, "cpu" if isinstance(into, np.ndarray) else into.device).combine(terms, factors, into)
     return into

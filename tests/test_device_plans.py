@@ -1,0 +1,167 @@
+"""Plans and rules on the device side give the bits of those on the host; worlds may mix ranks of both."""
+
+import numpy as np
+import pytest
+from tests.test_device_kernels import bits, each_dtype, there, vector
+
+from mpi_ef.collectives import ClientsMean, DenseMean, GatherMean, TwoPhaseMean, plan_for
+from mpi_ef.compress import Identity, Keep, LowRank, Quantize, RandK, Sign, TopK, Vote, lazy
+from mpi_ef.errors import NonFiniteError
+from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.testing import results
+
+D, STEPS = 1300, 4
+PLANS = {
+    "gather": lambda comm, **o: GatherMean(comm, TopK(0.05, values=Quantize("bf16")), D, **o),
+    "gather RandK": lambda comm, **o: GatherMean(comm, RandK(0.05), D, **o),
+    "two-phase": lambda comm, **o: TwoPhaseMean(comm, Sign(block=64), D, **o),
+    "two-phase whole": lambda comm, **o: TwoPhaseMean(comm, Sign(), D, **o),
+    "two-phase TopK": lambda comm, **o: TwoPhaseMean(comm, TopK(0.1), D, **o),
+    "vote": lambda comm, **o: TwoPhaseMean(comm, Vote(), D, residual=False, **o),
+    "dense": lambda comm, **o: DenseMean(comm, D, **o),
+    "low rank": lambda comm, **o: plan_for(comm, LowRank(2), D, **o),
+    "int8": lambda comm, **o: plan_for(comm, Quantize("int8"), D, **o),
+}
+WORLDS = {"devices": ("side:cpu", "side:cpu", "side:cpu"), "mixed": ("cpu", "side:cpu", "cpu"), "alone": ("side:cpu",)}
+
+
+def on(device, array):
+    return array if device == "cpu" else there(array)
+
+
+def host(array):
+    return array if isinstance(array, np.ndarray) else array.numpy()
+
+
+def exchanges(comm, build, dtype, device):
+    """Exchange some vectors, and return all that a rule might see."""
+    plan, seen = build(comm, dtype=dtype, device=device), []
+    again = on(device, np.zeros(D, dtype))
+    for step in range(STEPS):
+        x, y = (on(device, vector(D, dtype, 100 * comm.Get_rank() + 2 * step + n)) for n in range(2))
+        kept, out = on(device, np.zeros(D, dtype)), on(device, vector(D, dtype, 7))
+        form = lazy(x) - y
+        plan.exchange(form, keep=Keep(form, kept, less_message=True))
+        plan.add_own(out, 0.3)
+        plan.add_mean(out)
+        plan.set_mean(again, again=True)
+        seen.append([host(a).copy() for a in (kept, out, again)])
+        plan.start(x)
+        plan.wait()
+        plan.set_mean(out, 0.5)
+        seen.append([host(out).copy()])
+    return seen, plan.sent_nbytes, {name: host(a).copy() for name, a in plan.state().items()}
+
+
+@each_dtype
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", PLANS)
+def test_plans(name, world, dtype):
+    devices = WORLDS[world]
+
+    def program(comm):
+        ours = exchanges(comm, PLANS[name], dtype, "cpu")
+        return ours, exchanges(comm, PLANS[name], dtype, devices[comm.Get_rank()])
+
+    for (ours, sent, state), (theirs, their_sent, their_state) in results(len(devices), program):
+        assert sent == their_sent
+        pairs = zip([*sum(ours, []), *state.values()], [*sum(theirs, []), *their_state.values()], strict=True)
+        for one, other in pairs:
+            if name == "low rank":  # products of matrices are rounded as the library of the side does it
+                assert np.allclose(one, other, atol=1e-3 if dtype == np.float32 else 1e-10)
+            else:
+                assert bits(one) == bits(other)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_not_finite_on_a_device(name):
+    def program(comm):
+        plan = PLANS[name](comm, device="side:cpu")
+        x = vector(D, np.float32, comm.Get_rank())
+        x[5] = np.nan if comm.Get_rank() == 1 else 1.0
+        with pytest.raises(NonFiniteError) as raised:
+            plan.exchange(there(x))
+        plan.exchange(there(vector(D, np.float32)))
+        return raised.value.ranks
+
+    assert results(3, program) == [(1,)] * 3
+
+
+RULES = {
+    "ef21": {}, "ef14": {}, "econtrol(eta=0.3)": {}, "ef21-sgdm": {"dense_steps": 1}, "ef21-sgd2m": {}, "ef21-hb": {},
+    "ef14(momentum=0.9)": {}, "d-ec-sgd": {}, "marina": {"compressor": RandK(0.1)}, "ef21-bc": {},
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("rule", RULES)
+def test_rules(rule, dtype):
+    options = dict(RULES[rule])
+    compressor = options.pop("compressor", TopK(0.1))
+
+    def program(comm):
+        runs = []
+        for device in ("cpu", "side:cpu"):
+            feedback = ErrorFeedback(rule, plan_for(comm, compressor, D, dtype, device=device), **options)
+            steps = [host(feedback.step(on(device, vector(D, dtype, 10 * comm.Get_rank() + n)))).copy() for n in range(STEPS)]
+            runs.append((steps, feedback.state_dict()))
+        return runs
+
+    for (ours, state), (theirs, their_state) in results(2, program):
+        assert list(map(bits, ours)) == list(map(bits, theirs))
+        assert {k: bits(a) for k, a in state["arrays"].items()} == {k: bits(a) for k, a in their_state["arrays"].items()}
+
+
+@pytest.mark.parametrize("rule", ["ef21-pp", "ef21-w", "ef21-plus", "clag", "ef21"])
+@pytest.mark.parametrize("compressor", [TopK(0.1), Identity()], ids=str)
+def test_rules_of_clients(rule, compressor):
+    clients = 5
+
+    def program(comm):
+        runs = []
+        for device in ("cpu", "side:cpu"):
+            weights = np.arange(1, clients + 1) / 15 if rule == "ef21-w" else None
+            plan = ClientsMean(comm, compressor, D, np.float64, clients=clients, weights=weights, device=device)
+            feedback, steps = ErrorFeedback(rule, plan), []
+            for n in range(STEPS):
+                x = np.stack([vector(D, np.float64, 10 * client + n) for client in range(plan.first, plan.first + plan.own)])
+                steps.append(host(feedback.step(on(device, x))).copy())
+            runs.append(steps)
+        return runs
+
+    for ours, theirs in results(2, program):
+        assert list(map(bits, ours)) == list(map(bits, theirs))
+
+
+def test_a_state_goes_from_one_side_to_the_other():
+    """What was saved on the host goes on there and on the device side with the same bits, and the other way round."""
+
+    def program(comm):
+        def built(device):
+            return ErrorFeedback("econtrol(eta=0.3)", plan_for(comm, TopK(0.1), D, device=device))
+
+        def go(feedback, device, steps):
+            return [bits(host(feedback.step(on(device, vector(D, np.float32, 10 * comm.Get_rank() + n))))) for n in steps]
+
+        ends = []
+        for before, after in (("cpu", "cpu"), ("cpu", "side:cpu"), ("side:cpu", "cpu"), ("side:cpu", "side:cpu")):
+            first, second = built(before), built(after)
+            go(first, before, range(3))
+            second.load_state_dict(first.state_dict())
+            ends.append(go(second, after, range(3, 6)))
+        return ends
+
+    for ends in results(2, program):
+        assert all(end == ends[0] for end in ends)
+
+
+def test_vectors_that_are_elsewhere():
+    from mpi_ef.errors import DtypeError
+
+    def program(comm):
+        with pytest.raises(DtypeError, match="x is a ndarray; this plan takes vectors on side:cpu"):
+            plan_for(comm, TopK(0.1), D, device="side:cpu").exchange(np.zeros(D, np.float32))
+        with pytest.raises(DtypeError, match="x is a DeviceArray; pass a numpy array"):
+            plan_for(comm, TopK(0.1), D).exchange(there(np.zeros(D, np.float32)))
+
+    results(2, program)
