@@ -26,6 +26,7 @@ from ._jit import machine_code as machine_code  # no kernel, so not in __all__
 from ._stream import BLOCK
 from .adam import adam, adam_step, l1_norm, preconditioned_step, sign_step, update_moments
 from .coding import decode_indices, encode_indices, low_bits, lower_nbytes, upper_nbytes
+from .fingerprint import fingerprints
 from .finite import all_finite
 from .layers import add_layers, follow_momentum, layer_norms, scaled_momentum
 from .lowrank import add_low_rank, orthonormalise
@@ -38,7 +39,7 @@ from .sparse import COMBINE_SCRATCH, add_dense, add_sparse, clear_sparse, combin
 
 __all__ = ["BLOCK", "COMBINE_SCRATCH", "QUANTIZE_SCRATCH", "SELECT_SCRATCH", "SIGNS_SCRATCH", "adam", "adam_step",
            "add_dense", "add_layers", "add_low_rank", "add_quantized", "add_signs", "add_sparse", "all_finite",
-           "clear_sparse", "combine", "decode_indices", "encode_indices", "encode_signs", "follow_momentum", "gather",
-           "l1_norm", "layer_norms", "local_step", "low_bits", "lower_nbytes", "mean_rows", "momentum_step",
+           "clear_sparse", "combine", "decode_indices", "encode_indices", "encode_signs", "fingerprints", "follow_momentum",
+           "gather", "l1_norm", "layer_norms", "local_step", "low_bits", "lower_nbytes", "mean_rows", "momentum_step",
            "orthonormalise", "preconditioned_step", "quantize", "sample_indices", "scaled_momentum",
            "select_candidates", "select_largest", "sign_step", "subtract", "update_moments", "upper_nbytes"]

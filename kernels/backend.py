@@ -7,6 +7,8 @@ device, :class:`mpi_ef.kernels.device.backend.DeviceBackend`, has the same metho
 # ruff: noqa: D102 (the methods of Backend are described by the functions of the same names)
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -15,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from mpi_ef import kernels
 
-__all__ = ["Backend", "Verdict", "aligned_zeros", "backend"]
+__all__ = ["Backend", "Verdict", "aligned_zeros", "backend", "on_device_side", "side_of"]
 
 Vector = NDArray[Any]
 _SCRATCH = max(kernels.COMBINE_SCRATCH, kernels.QUANTIZE_SCRATCH, kernels.SELECT_SCRATCH, kernels.SIGNS_SCRATCH)
@@ -107,6 +109,10 @@ class Backend:
         """Return the Euclidean norm of `x`."""
         return float(np.linalg.norm(x))
 
+    def any(self, x: Vector) -> bool:
+        """Tell whether an entry is not zero."""
+        return bool(x.any())
+
     def multiply(self, left: Vector, right: Vector, out: Vector) -> None:
         """Write the product of two matrices to `out`; Inf and NaN are no matter here."""
         with np.errstate(all="ignore"):
@@ -148,6 +154,24 @@ class Backend:
 
     def add_sparse(self, indices: Vector, values: Vector, factor: float, out: Vector) -> None:
         kernels.add_sparse(indices, values, self.dtype.type(factor), out)
+
+
+_cpu_side = ["cpu"]
+
+
+def side_of(kind: str, index: int | None = None) -> str:
+    """Return what :func:`backend` calls the place of a tensor: `kind` is the type of its torch device."""
+    return _cpu_side[-1] if kind == "cpu" else kind if index is None else f"{kind}:{index}"
+
+
+@contextmanager
+def on_device_side() -> Iterator[None]:
+    """Return a context in which tensors of the CPU are taken for those of a device: its code runs without one. For tests."""
+    _cpu_side.append("side:cpu")
+    try:
+        yield
+    finally:
+        _cpu_side.pop()
 
 
 @cache

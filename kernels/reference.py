@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["adam", "adam_step", "add_dense", "add_layers", "add_low_rank", "add_quantized", "add_signs", "add_sparse",
-           "all_finite", "clear_sparse", "combine", "decode_indices", "encode_indices", "encode_signs",
+           "all_finite", "clear_sparse", "combine", "decode_indices", "encode_indices", "encode_signs", "fingerprints",
            "follow_momentum", "gather", "l1_norm", "layer_norms", "local_step", "mean_rows", "momentum_step",
            "orthonormalise", "preconditioned_step", "quantize", "sample_indices", "scaled_momentum", "select_largest",
            "sign_step", "subtract", "update_moments"]
@@ -321,6 +321,14 @@ def local_step(grad: Vector, inverse: Vector, start: Vector, beta: np.floating, 
     m[:] = beta * m + (one - beta) * grad
     u[:] = (one - weight) * u + weight * m
     x[:] = decay * start - step * (u * inverse)
+
+
+def fingerprints(x: Vector, starts: Places, out: NDArray[np.uint64]) -> None:
+    for p, (start, stop) in enumerate(pairwise(starts.tolist())):
+        total = 0
+        for j, word in enumerate(x[start:stop].view(np.uint32).tolist()):
+            total += _mix(word + (j + 1) * _GOLDEN & _WORD)
+        out[p] = total & _WORD
 
 
 def layer_norms(x: Vector, starts: Places, norms: NDArray[np.float64]) -> None:

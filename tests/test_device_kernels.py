@@ -211,6 +211,7 @@ def test_optimizers(dtype):
         layers = starts.size - 1
         scales, least = np.abs(vector(layers, dtype, n)) + dtype(0.1), np.full(layers, 1e-3, dtype)
         check_same("layer_norms", dtype, a, starts, np.zeros(layers), host=(1, 2))
+        check_same("fingerprints", dtype, a, starts, np.zeros(layers, np.uint64), host=(1, 2))
         check_same("add_layers", dtype, a, scales, starts, x, host=(1, 2))
         check_same("scaled_momentum", dtype, a, c, real[0], scales, starts, x, host=(3, 4))
         check_same("follow_momentum", dtype, a, inverse, np.array([0.9, 0.99], dtype), *real[3:5], scales, least, starts, c,

@@ -1,14 +1,16 @@
 """Plans and rules on the device side give the bits of those on the host; worlds may mix ranks of both."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
-from tests.test_device_kernels import bits, each_dtype, there, vector
 
 from mpi_ef.collectives import ClientsMean, DenseMean, GatherMean, TwoPhaseMean, plan_for
 from mpi_ef.compress import Identity, Keep, LowRank, Quantize, RandK, Sign, TopK, Vote, lazy
 from mpi_ef.errors import NonFiniteError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.testing import results
+from tests.test_device_kernels import bits, each_dtype, there, vector
 
 D, STEPS = 1300, 4
 PLANS = {
@@ -65,7 +67,7 @@ def test_plans(name, world, dtype):
 
     for (ours, sent, state), (theirs, their_sent, their_state) in results(len(devices), program):
         assert sent == their_sent
-        pairs = zip([*sum(ours, []), *state.values()], [*sum(theirs, []), *their_state.values()], strict=True)
+        pairs = zip([*chain(*ours), *state.values()], [*chain(*theirs), *their_state.values()], strict=True)
         for one, other in pairs:
             if name == "low rank":  # products of matrices are rounded as the library of the side does it
                 assert np.allclose(one, other, atol=1e-3 if dtype == np.float32 else 1e-10)
@@ -103,7 +105,8 @@ def test_rules(rule, dtype):
         runs = []
         for device in ("cpu", "side:cpu"):
             feedback = ErrorFeedback(rule, plan_for(comm, compressor, D, dtype, device=device), **options)
-            steps = [host(feedback.step(on(device, vector(D, dtype, 10 * comm.Get_rank() + n)))).copy() for n in range(STEPS)]
+            grads = (on(device, vector(D, dtype, 10 * comm.Get_rank() + n)) for n in range(STEPS))
+            steps = [host(feedback.step(grad)).copy() for grad in grads]
             runs.append((steps, feedback.state_dict()))
         return runs
 
@@ -124,7 +127,8 @@ def test_rules_of_clients(rule, compressor):
             plan = ClientsMean(comm, compressor, D, np.float64, clients=clients, weights=weights, device=device)
             feedback, steps = ErrorFeedback(rule, plan), []
             for n in range(STEPS):
-                x = np.stack([vector(D, np.float64, 10 * client + n) for client in range(plan.first, plan.first + plan.own)])
+                mine = range(plan.first, plan.first + plan.own)
+                x = np.stack([vector(D, np.float64, 10 * client + n) for client in mine])
                 steps.append(host(feedback.step(on(device, x))).copy())
             runs.append(steps)
         return runs

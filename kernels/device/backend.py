@@ -86,6 +86,9 @@ class DeviceBackend:
         starts = [(a.tensor.data_ptr(), a.tensor.data_ptr() + a.nbytes) for a in (x, other)]
         return max(starts[0][0], starts[1][0]) < min(starts[0][1], starts[1][1])
 
+    def any(self, x: DeviceArray) -> bool:
+        return bool(x.tensor.any())
+
     def multiply(self, left: DeviceArray, right: DeviceArray, out: DeviceArray) -> None:
         torch.matmul(left.tensor, right.tensor, out=out.tensor)
 

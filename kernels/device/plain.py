@@ -16,7 +16,7 @@ import torch
 from mpi_ef.kernels import reference
 
 __all__ = ["adam", "adam_step", "add_dense", "add_layers", "add_low_rank", "add_quantized", "add_signs", "add_sparse",
-           "all_finite", "clear_sparse", "combine", "decode_indices", "encode_indices", "encode_signs",
+           "all_finite", "clear_sparse", "combine", "decode_indices", "encode_indices", "encode_signs", "fingerprints",
            "follow_momentum", "gather", "l1_norm", "layer_norms", "local_step", "mean_rows", "momentum_step",
            "orthonormalise", "preconditioned_step", "quantize", "sample_indices", "scaled_momentum", "select_largest",
            "sign_step", "subtract", "update_moments"]
@@ -408,6 +408,17 @@ def local_step(grad: Tensor, inverse: Tensor, start: Tensor, beta: float, weight
     m.copy_(m * beta + grad * _rest(beta, m))
     u.copy_(u * _rest(weight, u) + m * weight)
     x.copy_(start * decay - (u * inverse) * step)
+
+
+def fingerprints(x: Tensor, starts: Any, out: Any) -> None:
+    words = x.element_size() // 4
+    bits = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    begins = torch.from_numpy(words * np.asarray(starts)).to(x.device)
+    sizes = begins.diff()
+    number = torch.arange(bits.numel(), device=x.device) - begins[:-1].repeat_interleave(sizes, output_size=bits.numel())
+    sums = torch.cumsum(_mix(bits + (number + 1) * _signed(_GOLDEN)), 0)
+    sums = torch.cat([sums.new_zeros(1), sums])
+    out[:] = sums[begins].diff().cpu().numpy().view(np.uint64)
 
 
 def layer_norms(x: Tensor, starts: Any, norms: Any) -> None:

@@ -32,17 +32,19 @@ def plan_named(text: str) -> Callable[[Comm, Compressor, int, Any], Plan]:
     if isclass(what.thing) and issubclass(what.thing, Plan) and not (what.arguments or what.options):
         return partial(what.thing.suited, residual=True)
     registry.fitting(what, text, None, None, 0, np.float32)
-    return lambda comm, compressor, d, dtype: what.thing(comm, compressor, d, dtype, *what.arguments, **what.options)
+    return lambda comm, compressor, d, dtype, **where: what.thing(comm, compressor, d, dtype, *what.arguments,
+                                                                  **what.options, **where)
 
 
-def build_plan(plan: PlanBuilder, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike) -> Plan:
+def build_plan(plan: PlanBuilder, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, device: str = "cpu") -> Plan:
     """Return the plan that was asked for. Collective.
 
     Parameters
     ----------
     plan : callable or str
         ``plan(comm, compressor, d, dtype)`` builds it, for example a class; or a specification, ``"TwoPhaseMean"``,
-        ``"my_plan:TrimmedMean(trim=1)"``, see :mod:`mpi_ef.registry`. The other arguments are those of :class:`Plan`.
+        ``"my_plan:TrimmedMean(trim=1)"``, see :mod:`mpi_ef.registry`. The other arguments are those of :class:`Plan`;
+        where vectors are on a device it takes ``device=`` as well.
 
     Raises
     ------
@@ -51,12 +53,14 @@ def build_plan(plan: PlanBuilder, comm: Comm, compressor: Compressor, d: int, dt
     """
     if not (isinstance(plan, str) or (issubclass(plan, Plan) if isclass(plan) else callable(plan))):
         raise OptionError(f"plan={plan!r} builds no plan; pass a class such as TwoPhaseMean, or its name")
-    build = plan_named(plan) if isinstance(plan, str) else plan
+    build: Callable[..., Any] = plan_named(plan) if isinstance(plan, str) else plan
+    where = {} if device == "cpu" else {"device": device}
     try:
-        signature(build).bind(comm, compressor, d, dtype)
+        signature(build).bind(comm, compressor, d, dtype, **where)
     except (TypeError, ValueError) as error:  # or it has no signature
-        raise OptionError(f"plan={plan!r}: {error}; pass what plan(comm, compressor, d, dtype) builds a plan with") from None
-    built = build(comm, compressor, d, dtype)
+        wanted = "plan(comm, compressor, d, dtype, device=...)" if where else "plan(comm, compressor, d, dtype)"
+        raise OptionError(f"plan={plan!r}: {error}; pass what {wanted} builds a plan with") from None
+    built = build(comm, compressor, d, dtype, **where)
     if not isinstance(built, Plan):
         raise OptionError(f"plan={plan!r} has built a {type(built).__name__}, which is no Plan")
     return built

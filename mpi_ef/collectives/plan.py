@@ -184,10 +184,9 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         with self._decoding:
             self.decode(self._kernels.array(out), scale, overwrite=True)
 
-    def zeros(self, size: int, dtype: DTypeLike | None = None) -> Vector:
+    def zeros(self, size: int, dtype: DTypeLike | None = None) -> Any:
         """Return an array of zeros where the vectors of this rank are, of their dtype unless another one is named. Local."""
-        array: Vector = self._kernels.zeros(size, dtype)
-        return array
+        return self._kernels.zeros(size, dtype)
 
     def array(self, x: Any) -> Any:
         """Return `x`, or the array over the memory of a tensor on the plan's device. Local."""

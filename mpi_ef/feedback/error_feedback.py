@@ -5,8 +5,6 @@ from dataclasses import replace
 from textwrap import fill
 from typing import Any
 
-import numpy as np
-
 from mpi_ef.collectives import Offer, Plan
 from mpi_ef.comm.consensus import OnAllRanks, agree
 from mpi_ef.compress.combination import Combination, Vector
@@ -189,13 +187,13 @@ class ErrorFeedback(OnAllRanks, Stateful):
                     self._formed = plan.zeros(plan.own_d)
                 vector = form(vector, into=self._formed)
             return self.rule.step(self.state, plan, vector, **inputs)
-        vector = plan.array(vector)
-        if getattr(vector, "shape", None) == (plan.own, plan.d) and hasattr(vector, "flags") and vector.flags.c_contiguous:
-            vector = vector.reshape(-1)
-        if plan.misfit(vector, "", ""):
+        x = plan.array(vector)
+        if getattr(x, "shape", None) == (plan.own, plan.d) and hasattr(x, "flags") and x.flags.c_contiguous:
+            x = x.reshape(-1)
+        if plan.misfit(x, "", ""):
             # Raises here what is wrong, and PeerError on all other ranks.
-            plan.exchange(vector)
-        return self.rule.step(self.state, plan, vector, **inputs)
+            plan.exchange(x)
+        return self.rule.step(self.state, plan, x, **inputs)
 
     def _asked(self, steps: Steps) -> Offer:
         """Return the first message of a step. Local."""

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from mpi_ef import kernels
 from mpi_ef.buffers import broadcast_buffers
 from mpi_ef.collectives.frames import NON_FINITE, OK, REJECTED
 from mpi_ef.comm.consensus import agree, check_not_freed, ranks_text
@@ -262,7 +261,7 @@ class FlatOptimizer(Saved):
                 yield
         finally:
             for part, before in saved:
-                np.copyto(part, before)
+                part[...] = before
 
     @contextmanager
     def _silent(self, numbers: Sequence[int], *vectors: Vector) -> Iterator[None]:
@@ -301,17 +300,17 @@ class FlatOptimizer(Saved):
         """
         gradients, looks, self.weight = self.flat.gradients, self.steps < Handshake.LOOKS, 1.0
         overflow = getattr(self, "found_inf", None)  # set by GradScaler, which may have seen it before it was clipped
-        fine = not overflow and all(map(kernels.all_finite, self.flat.collected()))
+        fine = not overflow and all(map(self.flat.kernels.all_finite, self.flat.collected()))
         status = REJECTED if problem else OK if fine else NON_FINITE
         words: dict[str, float] = {"values": 0, "gradient": 0}
         if problem is None:
             self._compares = self._writes.compares() or self._compares
             if self._compares:
                 words["values"] = self._writes.hash(self.shared_values)
-            if looks and gradients.any():
-                words["gradient"] = crc32(gradients.data)
+            if looks and self.flat.kernels.any(gradients):
+                words["gradient"] = crc32(self.flat.fingerprints(gradients).data)
             if self.clip:
-                words["squared_norm"] = float(np.linalg.norm(gradients)) ** 2
+                words["squared_norm"] = self.flat.kernels.norm(gradients) ** 2
         words["groups"] = crc32(repr((hyper_parameters(self), self.check_replicas_every, self._loads)).encode())
         words["present"], words["joins"] = crc32(self.flat.present.data), DONE * self.done | WEIGHS * self.weighs
         answers = self._handshake.ask(status=status, steps=self.steps, **words)
@@ -376,7 +375,7 @@ class FlatOptimizer(Saved):
         """
         within("clip_gradients", "(0, inf)", "1.0 is usual", most=most)
         self.flat.collect_gradients()
-        norm = float(np.linalg.norm(self.flat.gradients))
+        norm: float = self.flat.kernels.norm(self.flat.gradients)
         if norm > most:
             self.flat.scale_gradients(most / norm)
         return norm

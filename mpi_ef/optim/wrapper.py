@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from mpi_ef import kernels
 from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
 from mpi_ef.comm.consensus import shared_errors
 from mpi_ef.comm.protocol import Comm
@@ -18,6 +17,7 @@ from mpi_ef.compress import Combination, Compressor, Identity, for_parameters, l
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import MpiEfError, OptionError, told
 from mpi_ef.feedback import ErrorFeedback, Rule
+from mpi_ef.feedback.state import form
 from mpi_ef.feedback.table import rule_of
 from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, StateTree, attribute
 
@@ -131,13 +131,14 @@ class DistributedOptimizer(FlatOptimizer):
             shapes = tuple(tuple(self.flat.parameters[number].shape) for number in numbers)
             with shared_errors(of_buckets, type(self).__name__, Plan.built):
                 bound, d = for_parameters(compressor, shapes), part.stop - part.start
-                parted = build_plan(plan, of_buckets, bound, d, self.flat.dtype)
+                parted = build_plan(plan, of_buckets, bound, d, self.flat.dtype, self.flat.device)
             buckets.append(Bucket(numbers, part, ErrorFeedback(rule, parted, dense_steps=dense_steps, **options)))
         self.buckets = Buckets(self.flat, buckets, lane)
         self.feedback, self._quiet = buckets[0].feedback, ExitStack()
         # One rank that loses nothing need not take its update apart and put it together again, which rounds.
         whole = placement == "gradient" or (comm.Get_size() == 1 and isinstance(compressor, Identity))
-        self._after = None if whole else np.zeros_like(self.flat.values)  # what the torch optimizer makes of the parameters
+        # What the torch optimizer makes of the parameters.
+        self._after: Vector | None = None if whole else self.flat.kernels.zeros(self.flat.d)
         self._places = None if self._after is None else self.flat.views(self._after)
         self._lends = placement == "update"
 
@@ -276,7 +277,7 @@ class DistributedOptimizer(FlatOptimizer):
             self._step_inside()
 
     def _take_mean(self, part: slice, mean: Vector) -> None:
-        np.copyto(self.flat.gradients[part], mean)
+        self.flat.gradients[part] = mean
 
     def _try_inside(self) -> Exception | None:
         """Do :meth:`_step_inside`; what it raises on this rank alone goes into the exchange, where the others are."""
@@ -289,19 +290,19 @@ class DistributedOptimizer(FlatOptimizer):
             return error
         return None
 
-    def _exchange_updates(self, after: np.ndarray) -> None:
+    def _exchange_updates(self, after: Vector) -> None:
         """Let the torch optimizer step in `after`, (d,), and take the mean of what that is less than before."""
         values = self.flat.values
-        np.copyto(after, values)
+        after[:] = values
         problem = self._try_inside()
         update: Vector | Combination = lazy(values) - after
         if self.weight != 1.0 or self.feedback.rule.most_terms == 1:
-            update = np.subtract(values, after, out=after)
+            update = form(lazy(values) - after, into=after)
             if self.weight != 1.0:
                 after *= self.flat.dtype.type(self.weight)
 
         def take(part: slice, mean: Vector) -> None:
-            kernels.subtract(mean, values[part])
+            self.flat.kernels.subtract(mean, values[part])
 
         try:
             self.buckets.step(update, take)
@@ -330,7 +331,7 @@ class DistributedOptimizer(FlatOptimizer):
         reports, accounts = [], self._accounts
         self._accounts = [(channel.sent_nbytes, channel.seconds) for channel in self.channels()]
         for n, (channel, old, new) in enumerate(zip(self.channels(), accounts, self._accounts, strict=True)):
-            norms = {name: float(np.linalg.norm(a)) for name, a in (channel.per_rank() | channel.replicated()).items()}
+            norms = {name: self.flat.kernels.norm(a) for name, a in (channel.per_rank() | channel.replicated()).items()}
             seconds = {name: spent - old[1][name] for name, spent in new[1].items()}
             traffic = channel.plan.traffic
             reports.append(BucketReport(self.steps, n, new[0] - old[0], traffic.dense_nbytes, channel.plan.lost, norms,

@@ -34,7 +34,7 @@ class Writes:
     def hash(self, values: Vector) -> int:
         """Return a hash of `values`, (d,), and of what is not trained where that was written to."""
         trained, frozen = len(self._flat.parameters), self._flat.frozen
-        found = crc32(values.data)
+        found = crc32(self._flat.fingerprints(values).data)
         if frozen and self._flat.versions()[trained:] != self._versions[trained:]:
             found = crc32(self._flat.hashes()[trained:].data, found)
         return found

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.compress import aligned_zeros
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import DtypeError, OptionError
+from mpi_ef.kernels.backend import backend, side_of
 
 from .part import HALVES, Part
 
@@ -38,12 +38,13 @@ class FlatParameters:
     Parameters
     ----------
     parameters : iterable of torch.nn.Parameter
-        Those without ``requires_grad`` are left where they are; one that appears twice (tied weights) counts once.
+        On the CPU or all on one device, where the vectors are then. Those without ``requires_grad`` are left where they
+        are; one that appears twice (tied weights) counts once.
 
     Raises
     ------
     DtypeError
-        Parameters of another dtype, float64 mixed with others, or not in CPU memory.
+        Parameters of another dtype, float64 mixed with others, or on several devices.
     OptionError
         No parameter requires a gradient.
     """
@@ -52,13 +53,14 @@ class FlatParameters:
         distinct = list(dict.fromkeys(parameters))
         self.parameters = [p for p in distinct if p.requires_grad]  # those in the vectors
         self.frozen = [p for p in distinct if not p.requires_grad]
-        self.dtype = _common_dtype(self.parameters)  # float32 or float64
+        self.dtype, self.device = _common_home(self.parameters)  # float32 or float64; what `backend` calls the device
+        self.kernels: Any = backend(self.dtype, self.device)
         self._check_memory()
         self.d = sum(p.numel() for p in self.parameters)
         self.starts = [0]  # where the parameters begin in the vectors, and d
-        # (d,), in NumPy's memory, because it asks for large pages and torch does not.
-        self.values: Vector = aligned_zeros(self.d, self.dtype)
-        self.gradients: Vector = aligned_zeros(self.d, self.dtype)
+        # (d,), on the CPU in NumPy's memory, because it asks for large pages and torch does not.
+        self.values: Vector = self.kernels.zeros(self.d)
+        self.gradients: Vector = self.kernels.zeros(self.d)
         self._parts: list[Part] = []
         for number, p in enumerate(self.parameters):
             place = slice(self.starts[-1], self.starts[-1] + p.numel())
@@ -130,8 +132,8 @@ class FlatParameters:
         moved = any(not self._parts[number].apart for number in written)
         if moved:
             self._check_memory()
-            earlier, self.values = self.values, aligned_zeros(self.d, self.dtype)
-            np.copyto(self.values, earlier)
+            earlier, self.values = self.values, self.kernels.zeros(self.d)
+            self.values[:] = earlier
         for number, tensor in written.items():
             _view(self.values, self.place(number), tensor).copy_(tensor)
         if moved:
@@ -152,9 +154,14 @@ class FlatParameters:
 
     def hashes(self) -> NDArray[np.uint32]:
         """Return a hash of every parameter, and of every frozen one. Local."""
-        frozen = (_bytes(p).numpy() for p in self.frozen)
-        parts = [*(self.values[self.place(number)].view(np.uint8) for number in range(len(self.parameters))), *frozen]
-        return np.array([crc32(part.data) for part in parts], np.uint32)
+        frozen = [crc32(_bytes(p).numpy().data) for p in self.frozen]
+        return np.array([*self.fingerprints(self.values), *frozen], np.uint32)
+
+    def fingerprints(self, vector: Vector) -> NDArray[np.uint32]:
+        """Return a hash of what every parameter has in a vector, (d,), the same on any device. Local."""
+        whole = np.empty(len(self.parameters), np.uint64)
+        self.kernels.fingerprints(vector, np.array(self.starts), whole)
+        return (whole ^ (whole >> np.uint64(32))).astype(np.uint32)
 
     def versions(self) -> list[int]:
         """Return numbers that change when torch writes to a parameter, also to one that is not trained. Local."""
@@ -189,7 +196,7 @@ class FlatParameters:
         """Return the gradients of all parameters, in arrays of one dimension. Not copies. Local."""
         if not self.lends:
             return [self.gradients]
-        return [p.grad.numpy().reshape(-1) for p in self.parameters if p.grad is not None]
+        return [_vector(p.grad) for p in self.parameters if p.grad is not None]
 
     def spend_gradients(self) -> None:
         """Take note that `gradients` will not be what is in the parameters' ``grad`` any more. Local."""
@@ -247,7 +254,10 @@ class FlatParameters:
 
     def broadcast(self, comm: Comm, root: int = 0) -> None:
         """Overwrite the parameters, frozen ones too, on all ranks with those of rank `root`. Collective."""
-        broadcast(comm, self.values.view(np.uint8), root)
+        sent = self.kernels.fetch(self.values)
+        broadcast(comm, sent.view(np.uint8), root)
+        if sent is not self.values:
+            self.values[:] = sent
         self.write_back()
         for p in self.frozen:  # of any dtype and layout
             copied = _bytes(p)
@@ -263,7 +273,18 @@ def _bytes(p: Tensor) -> Tensor:
 
 def _view(flat: Vector, place: slice, like: Tensor) -> Tensor:
     """Return a part of a vector in the shape of a parameter."""
-    return torch.from_numpy(flat[place]).view(like.shape)
+    part: Any = flat[place]
+    return (torch.from_numpy(part) if isinstance(part, np.ndarray) else part.tensor).view(like.shape)
+
+
+def _vector(tensor: Tensor) -> Any:
+    """Return a contiguous tensor as a vector of kernels."""
+    flat = tensor.detach().view(-1)
+    if side_of(flat.device.type, flat.device.index) == "cpu":
+        return flat.numpy()
+    from mpi_ef.kernels.device.array import DeviceArray
+
+    return DeviceArray(flat)
 
 
 def broadcast(comm: Comm, array: Bytes, root: int = 0) -> None:
@@ -272,15 +293,16 @@ def broadcast(comm: Comm, array: Bytes, root: int = 0) -> None:
         comm.Bcast(array[start : start + _BROADCAST_NBYTES], root=root)
 
 
-def _common_dtype(parameters: list[Tensor]) -> np.dtype[np.floating]:
+def _common_home(parameters: list[Tensor]) -> tuple[np.dtype[np.floating], str]:
+    """Return the dtype of the vectors of these parameters, and where they are."""
     if not parameters:
         raise OptionError("FlatParameters: no parameter requires a gradient; pass those of the model to be trained")
-    seen = {(p.dtype, p.device.type) for p in parameters}
-    if all(device == "cpu" and dtype in (torch.float32, *HALVES) for dtype, device in seen):
-        return np.dtype(np.float32)
-    if seen == {(torch.float64, "cpu")}:
-        return np.dtype(np.float64)
-    listed = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in seen))
-    raise DtypeError(
-        f"FlatParameters: parameters are {listed}; make them torch.float32, bfloat16 or float16, or torch.float64, on cpu"
-    )
+    dtypes, devices = {p.dtype for p in parameters}, {p.device for p in parameters}
+    (one, *others) = devices
+    if not others and one.type != "meta" and dtypes <= {torch.float32, *HALVES}:
+        return np.dtype(np.float32), side_of(one.type, one.index)
+    if not others and one.type != "meta" and dtypes == {torch.float64}:
+        return np.dtype(np.float64), side_of(one.type, one.index)
+    listed = ", ".join(sorted({f"{p.dtype} on {p.device}" for p in parameters}))
+    raise DtypeError(f"FlatParameters: parameters are {listed}; make them torch.float32, bfloat16 or float16, or "
+                     "torch.float64, all on one device")

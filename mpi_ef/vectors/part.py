@@ -34,7 +34,7 @@ class Part:
         self._rounded: Tensor | None = None  # p.grad when `gradient` was the sum of which it is rounded
         self._lent: Tensor | None = None
         value.copy_(p.detach())
-        self.apart = self.half or p.is_shared()  # type: ignore[no-untyped-call]
+        self.apart = self.half or _shared(p)
         if not self.apart:
             p.data = value
         for old in _hooks.pop(p, {}).values():
@@ -130,7 +130,7 @@ class Part:
     def lay(self, value: Tensor) -> None:
         """Take `value`, in another vector, as its place."""
         self.value, self._place = value, _memory(value, self._dtype)
-        self.apart = self.apart or self.p.is_shared()  # type: ignore[no-untyped-call]
+        self.apart = self.apart or _shared(self.p)
         if not self.apart:
             self.p.data = value
 
@@ -167,6 +167,11 @@ class Part:
             self._listen()
         else:
             self.p.data = self.value
+
+
+def _shared(p: Tensor) -> bool:
+    """Tell whether processes share the memory of a parameter; torch says so of all that is on a GPU."""
+    return p.device.type == "cpu" and bool(p.is_shared())  # type: ignore[no-untyped-call]
 
 
 def _memory(tensor: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
