@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,11 @@ class Backend:
         """Return an array of the host where vectors are: itself."""
         return x
 
+    def vector(self, tensor: Any) -> Vector:
+        """Return the entries of a contiguous tensor, (...), as a vector of these kernels, (d,). Not a copy."""
+        vector: Vector = tensor.detach().view(-1).numpy()
+        return vector
+
     def array(self, x: Any) -> Any:
         """Return `x`, or the array over the memory of a tensor on the device."""
         return x
@@ -182,6 +188,4 @@ def backend(dtype: DTypeLike, device: str = "cpu") -> Any:
     """
     if device == Backend.device:
         return Backend(dtype)
-    from mpi_ef.kernels.device.backend import DeviceBackend
-
-    return DeviceBackend(dtype, device)
+    return import_module("mpi_ef.kernels.device.backend").DeviceBackend(dtype, device)  # which needs torch

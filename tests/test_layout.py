@@ -21,6 +21,7 @@ ROOMS = {
     "workers": ("", "mpi4py"),
     "slurm": ("errors", ""),
     "kernels": ("", "numpy numba llvmlite"),
+    "kernels.device": ("kernels", "numpy torch"),
     "comm": ("errors", "mpi4py"),  # for types alone
     "ranges": ("errors", ""),
     "statetree": ("errors", "numpy"),
@@ -75,8 +76,8 @@ SOURCES = sources()
 def room(module: str) -> str:
     """Return the room of a module: the package below mpi_ef, or the file where it lies in none; of programs their folder."""
     _, *parts = module.split(".")
-    if parts[:1] == ["jobs"] and f"jobs.{'.'.join(parts[1:2])}" in ROOMS:
-        return f"jobs.{parts[1]}"
+    if ".".join(parts[:2]) in ROOMS:
+        return ".".join(parts[:2])
     return parts[0] if parts else "__init__"
 
 

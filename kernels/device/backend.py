@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike
 
 from mpi_ef.kernels.backend import Verdict
 
-from . import bus, plain
+from . import bus, plain, plain_optim
 from .array import DeviceArray, torch_dtype
 
 __all__ = ["DeviceBackend"]
@@ -38,9 +38,10 @@ class DeviceBackend:
         self.torch_device = torch.device(device.removeprefix("side:"))
 
     def __getattr__(self, name: str) -> Any:
-        if name not in plain.__all__:
+        room = next((room for room in (plain, plain_optim) if name in room.__all__), None)
+        if room is None:
             raise AttributeError(f"DeviceBackend has no kernel {name!r}")
-        kernel = _over_arrays(getattr(plain, name))
+        kernel = _over_arrays(getattr(room, name))
         setattr(self, name, kernel)
         return kernel
 
@@ -70,6 +71,9 @@ class DeviceBackend:
         there = self.empty(x.shape, x.dtype)
         bus.to_device(x, there)
         return there
+
+    def vector(self, tensor: torch.Tensor) -> DeviceArray:
+        return DeviceArray(tensor.detach().view(-1))
 
     def array(self, x: Any) -> Any:
         return DeviceArray(x.detach()) if isinstance(x, torch.Tensor) and x.device == self.torch_device else x

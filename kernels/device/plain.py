@@ -7,7 +7,6 @@ finite is a tensor, so that nothing waits for the device.
 
 # ruff: noqa: D103
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,9 @@ import torch
 
 from mpi_ef.kernels import reference
 
-__all__ = ["adam", "adam_step", "add_dense", "add_layers", "add_low_rank", "add_quantized", "add_signs", "add_sparse",
-           "all_finite", "clear_sparse", "combine", "decode_indices", "encode_indices", "encode_signs", "fingerprints",
-           "follow_momentum", "gather", "l1_norm", "layer_norms", "local_step", "mean_rows", "momentum_step",
-           "orthonormalise", "preconditioned_step", "quantize", "sample_indices", "scaled_momentum", "select_largest",
-           "sign_step", "subtract", "update_moments"]
+__all__ = ["add_dense", "add_low_rank", "add_quantized", "add_signs", "add_sparse", "all_finite", "clear_sparse",
+           "combine", "decode_indices", "encode_indices", "encode_signs", "fingerprints", "gather", "mean_rows",
+           "orthonormalise", "quantize", "sample_indices", "select_largest", "subtract"]
 
 Tensor = torch.Tensor
 Terms = tuple[Tensor, Tensor, Tensor]
@@ -356,60 +353,6 @@ def add_low_rank(left: Tensor, right: Tensor, parts: Any, rank: int, factor: flo
         at += size
 
 
-def update_moments(grad: Tensor, beta1: float, beta2: float, m: Tensor, v: Tensor) -> None:
-    m.copy_(m * beta1 + grad * _rest(beta1, m))
-    v.copy_(v * beta2 + (grad * grad) * _rest(beta2, v))
-
-
-def _root(x: Tensor) -> Tensor:
-    """Return the square root, rounded to nearest; that of torch is not on CPUs, where a library of vector math takes it."""
-    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else torch.sqrt(x)
-
-
-def adam_step(m: Tensor, v: Tensor, step: float, root_factor: float, eps: float, decay: float, x: Tensor) -> None:
-    x.copy_(x * decay - (m / (_root(v) * root_factor + eps)) * step)
-
-
-def adam(grad: Tensor, beta1: float, beta2: float, step: float, root_factor: float, eps: float, decay: float, m: Tensor,
-         v: Tensor, x: Tensor) -> None:
-    update_moments(grad, beta1, beta2, m, v)
-    adam_step(m, v, step, root_factor, eps, decay, x)
-
-
-def preconditioned_step(m: Tensor, inverse: Tensor, step: float, decay: float, x: Tensor) -> None:
-    x.copy_(x * decay - (m * inverse) * step)
-
-
-def l1_norm(x: Tensor) -> float:
-    return float(reference.l1_norm(x.cpu().numpy()))
-
-
-def sign_step(direction: Tensor, step: float, decay: float, x: Tensor) -> None:
-    x.copy_(x * decay - torch.sign(direction) * step)
-
-
-def _rest(beta: float, x: Tensor) -> float:
-    """Return 1 - beta, rounded as entries of `x` are."""
-    real = _real(x)
-    return float(real(1) - real(beta))
-
-
-def _real(x: Tensor) -> Any:
-    return np.float32 if x.dtype == torch.float32 else np.float64
-
-
-def momentum_step(grad: Tensor, inverse: Tensor, beta: float, step: float, decay: float, m: Tensor, x: Tensor) -> None:
-    m.copy_(m * beta + grad * _rest(beta, m))
-    x.copy_(x * decay - (m * inverse) * step)
-
-
-def local_step(grad: Tensor, inverse: Tensor, start: Tensor, beta: float, weight: float, step: float, decay: float,
-               m: Tensor, u: Tensor, x: Tensor) -> None:
-    m.copy_(m * beta + grad * _rest(beta, m))
-    u.copy_(u * _rest(weight, u) + m * weight)
-    x.copy_(start * decay - (u * inverse) * step)
-
-
 def fingerprints(x: Tensor, starts: Any, out: Any) -> None:
     words = x.element_size() // 4
     bits = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
@@ -419,36 +362,3 @@ def fingerprints(x: Tensor, starts: Any, out: Any) -> None:
     sums = torch.cumsum(_mix(bits + (number + 1) * _signed(_GOLDEN)), 0)
     sums = torch.cat([sums.new_zeros(1), sums])
     out[:] = sums[begins].diff().cpu().numpy().view(np.uint64)
-
-
-def layer_norms(x: Tensor, starts: Any, norms: Any) -> None:
-    reference.layer_norms(x.cpu().numpy(), starts, norms)
-
-
-def _by_entry(of_layers: Any, starts: Any, like: Tensor) -> Tensor:
-    """Return numbers of layers, (layers,) on the host, for every entry."""
-    numbers = torch.from_numpy(np.asarray(of_layers)).to(like.device, like.dtype)
-    sizes = torch.from_numpy(np.diff(starts)).to(like.device)
-    return numbers.repeat_interleave(sizes, output_size=like.numel())
-
-
-def add_layers(values: Tensor, factors: Any, starts: Any, out: Tensor) -> None:
-    out += values * _by_entry(factors, starts, out)
-
-
-def scaled_momentum(grad: Tensor, m: Tensor, beta: float, scales: Any, starts: Any, out: Tensor) -> None:
-    out.copy_(_by_entry(scales, starts, out) * (m * beta + grad * _rest(beta, out)))
-
-
-def follow_momentum(sent: Tensor, inverse: Tensor, betas: Any, root_factor: float, eps: float, scales: Any, least: Any,
-                    starts: Any, m: Tensor, fresh: Tensor, ratios: Any) -> None:
-    beta1, beta2 = (float(beta) for beta in betas)
-    new = _by_entry(_real(m)(1) / scales, starts, m) * sent
-    grad = (new - m * beta1) / _rest(beta1, m)
-    m.copy_(new)
-    fresh.copy_(fresh * beta2 + (grad * grad) * _rest(beta2, m))
-    roots = torch.maximum(_root(fresh) * root_factor, _by_entry(least, starts, m)) + eps
-    quotients = torch.where(inverse > 0, 1.0 / (roots * inverse), 0.0)
-    largest = [quotients[start:stop].amax() if stop > start else quotients.new_zeros(()) for start, stop in pairwise(starts)]
-    ratios[:] = torch.stack(largest).cpu().numpy() if largest else []
-

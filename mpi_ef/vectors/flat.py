@@ -196,7 +196,7 @@ class FlatParameters:
         """Return the gradients of all parameters, in arrays of one dimension. Not copies. Local."""
         if not self.lends:
             return [self.gradients]
-        return [_vector(p.grad) for p in self.parameters if p.grad is not None]
+        return [self.kernels.vector(p.grad) for p in self.parameters if p.grad is not None]
 
     def spend_gradients(self) -> None:
         """Take note that `gradients` will not be what is in the parameters' ``grad`` any more. Local."""
@@ -275,16 +275,6 @@ def _view(flat: Vector, place: slice, like: Tensor) -> Tensor:
     """Return a part of a vector in the shape of a parameter."""
     part: Any = flat[place]
     return (torch.from_numpy(part) if isinstance(part, np.ndarray) else part.tensor).view(like.shape)
-
-
-def _vector(tensor: Tensor) -> Any:
-    """Return a contiguous tensor as a vector of kernels."""
-    flat = tensor.detach().view(-1)
-    if side_of(flat.device.type, flat.device.index) == "cpu":
-        return flat.numpy()
-    from mpi_ef.kernels.device.array import DeviceArray
-
-    return DeviceArray(flat)
 
 
 def broadcast(comm: Comm, array: Bytes, root: int = 0) -> None:
