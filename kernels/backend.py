@@ -7,7 +7,7 @@ device, :class:`mpi_ef.kernels.device.backend.DeviceBackend`, has the same metho
 # ruff: noqa: D102 (the methods of Backend are described by the functions of the same names)
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from mpi_ef import kernels
 
-__all__ = ["Backend", "Verdict", "aligned_zeros", "backend", "on_device_side", "side_of"]
+__all__ = ["Backend", "Verdict", "aligned_zeros", "backend", "backend_of", "on_device_side", "side_of"]
 
 Vector = NDArray[Any]
 _SCRATCH = max(kernels.COMBINE_SCRATCH, kernels.QUANTIZE_SCRATCH, kernels.SELECT_SCRATCH, kernels.SIGNS_SCRATCH)
@@ -112,8 +112,27 @@ class Backend:
         return bool(np.may_share_memory(x, other))
 
     def norm(self, x: Vector) -> float:
-        """Return the Euclidean norm of `x`."""
-        return float(np.linalg.norm(x))
+        """Return the Euclidean norm of `x`, the same number on every processor and device."""
+        norms = np.empty(1)
+        kernels.layer_norms(x, np.array([0, x.size]), norms)
+        return float(norms[0])
+
+    def nonzero(self, x: Vector) -> NDArray[np.bool_]:
+        """Return which entries are not zero, on the host."""
+        return x != 0
+
+    def silence(self, x: Vector, where: NDArray[np.bool_]) -> None:
+        """Set entries to zero; `where` is on the host."""
+        np.copyto(x, 0, where=where)
+
+    def concatenate(self, parts: Sequence[Vector]) -> Vector:
+        """Return one vector of several."""
+        return np.concatenate(parts)
+
+    def difference(self, x: Vector, y: Vector) -> int | None:
+        """Return the first entry of which two vectors have other bits; None where there is none."""
+        different = x.view(f"u{x.itemsize}") != y.view(f"u{y.itemsize}")
+        return int(different.argmax()) if different.any() else None
 
     def any(self, x: Vector) -> bool:
         """Tell whether an entry is not zero."""
@@ -160,6 +179,11 @@ class Backend:
 
     def add_sparse(self, indices: Vector, values: Vector, factor: float, out: Vector) -> None:
         kernels.add_sparse(indices, values, self.dtype.type(factor), out)
+
+
+def backend_of(x: Any) -> Any:
+    """Return the kernels for vectors such as `x`. Local."""
+    return backend(x.dtype, "cpu" if isinstance(x, np.ndarray) else x.device)
 
 
 _cpu_side = ["cpu"]

@@ -15,18 +15,22 @@ from ._vector import Vector
 
 __all__ = ["add_layers", "follow_momentum", "layer_norms", "scaled_momentum"]
 
-_LANES = 64
+_LANES, _PART = 64, 4096
 
 
 @jit
 def layer_norms(x: Vector, starts: NDArray[np.int64], norms: NDArray[np.float64]) -> None:
     """Write the norms of the layers of `x` to `norms`, (layers,) float64.
 
-    Squares are added in float64: entry i of a layer in sum ``i % 64``, these 64 in order, then what follows the last 64.
+    Squares are added in float64, in parts of 4096 entries: entry i of a part in sum ``i % 64``, these 64 in order, then what
+    follows the last 64; and the parts in order.
     """
     sums = np.empty(_LANES)
     for p in range(norms.size):
-        norms[p] = sqrt(_sum_of_squares(x[starts[p] : starts[p + 1]], sums))
+        total = 0.0
+        for low in range(starts[p], starts[p + 1], _PART):
+            total += _sum_of_squares(x[low : min(low + _PART, starts[p + 1])], sums)
+        norms[p] = sqrt(total)
 
 
 @jit

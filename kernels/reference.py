@@ -333,10 +333,14 @@ def fingerprints(x: Vector, starts: Places, out: NDArray[np.uint64]) -> None:
 
 def layer_norms(x: Vector, starts: Places, norms: NDArray[np.float64]) -> None:
     for p, (start, stop) in enumerate(pairwise(starts)):
-        squares = x[start:stop].astype(np.float64) ** 2
-        whole = squares.size // 64 * 64
-        sums = np.cumsum(np.vstack([np.zeros(64), squares[:whole].reshape(-1, 64)]), axis=0)[-1]
-        norms[p] = np.sqrt(np.cumsum(np.concatenate([[0.0], sums, squares[whole:]]))[-1])
+        totals = [_sum_squares(x[low : min(low + 4096, stop)].astype(np.float64) ** 2) for low in range(start, stop, 4096)]
+        norms[p] = np.sqrt(np.cumsum([0.0, *totals])[-1])
+
+
+def _sum_squares(squares: Vector) -> float:
+    whole = squares.size // 64 * 64
+    sums = np.cumsum(np.vstack([np.zeros(64), squares[:whole].reshape(-1, 64)]), axis=0)[-1]
+    return float(np.cumsum(np.concatenate([[0.0], sums, squares[whole:]]))[-1])
 
 
 def add_layers(values: Vector, factors: Vector, starts: Places, out: Vector) -> None:

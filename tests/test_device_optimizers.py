@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from mpi_ef import DistributedOptimizer, Quantize, Sign, TopK
+from mpi_ef import (
+    EF21,
+    DistributedOptimizer,
+    EF21Muon,
+    Lion,
+    OneBitAdam,
+    OneBitLamb,
+    Quantize,
+    Sign,
+    Signum,
+    TopK,
+    ZeroOneAdam,
+)
 from mpi_ef.kernels.backend import on_device_side, side_of
 from mpi_ef.testing import results
 
@@ -33,6 +45,7 @@ def train(comm, build, dtype, steps=range(STEPS), saved=None):
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(x).float(), y).backward()
         optimizer.step()
+    optimizer.synchronize()
     copies = {name: p.detach().clone() for name, p in net.state_dict().items()}
     return copies, optimizer.state_dict(), optimizer.sent_nbytes
 
@@ -54,6 +67,15 @@ OPTIMIZERS = {
         sgd(net), comm, Sign(block=64), placement="gradient", rule="econtrol", eta=0.3),
     "SGD, overlap": lambda net, comm: DistributedOptimizer(sgd(net), comm, TopK(0.1), placement="gradient", rule="ef14",
                                                            bucket_nbytes=1000, overlap=True),
+    "1-bit Adam": lambda net, comm: OneBitAdam(net.parameters(), comm, lr=0.01, freeze_step=2, weight_decay=0.1),
+    "1-bit Adam, clipped": lambda net, comm: OneBitAdam(net.parameters(), comm, lr=0.01, freeze_step=2, clip=0.1),
+    "1-bit LAMB": lambda net, comm: OneBitLamb(net.parameters(), comm, lr=0.01, freeze_step=2, weight_decay=0.1),
+    "0/1 Adam": lambda net, comm: ZeroOneAdam(net.parameters(), comm, lr=0.01, var_freeze_step=3, var_update_scaler=1,
+                                              local_step_scaler=1, local_step_clipper=2),
+    "Lion": lambda net, comm: Lion(net.parameters(), comm, lr=0.01, weight_decay=0.1),
+    "Signum": lambda net, comm: Signum(net.parameters(), comm, lr=0.01),
+    "Muon": lambda net, comm: EF21Muon(net.parameters(), comm, TopK(0.1)),
+    "EF21": lambda net, comm: EF21(net.parameters(), comm, TopK(0.1), lr=0.1),
     "segments": lambda net, comm: DistributedOptimizer(adamw(net), comm, TopK(0.1, segments="parameters")),
 }
 

@@ -2,7 +2,7 @@
 
 # ruff: noqa: D102 (the methods are described by the functions of the same names)
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,20 @@ class DeviceBackend:
         starts = [(a.tensor.data_ptr(), a.tensor.data_ptr() + a.nbytes) for a in (x, other)]
         return max(starts[0][0], starts[1][0]) < min(starts[0][1], starts[1][1])
 
+    def nonzero(self, x: DeviceArray) -> np.ndarray:
+        return self.fetch(DeviceArray(x.tensor != 0))
+
+    def silence(self, x: DeviceArray, where: np.ndarray) -> None:
+        x.tensor.masked_fill_(self.place(where).tensor, 0)
+
+    def concatenate(self, parts: Sequence[DeviceArray]) -> DeviceArray:
+        return DeviceArray(torch.cat([part.tensor for part in parts]))
+
+    def difference(self, x: DeviceArray, y: DeviceArray) -> int | None:
+        bits = torch.int32 if x.itemsize == 4 else torch.int64
+        different = x.tensor.view(bits) != y.tensor.view(bits)
+        return int(different.to(torch.uint8).argmax()) if bool(different.any()) else None
+
     def any(self, x: DeviceArray) -> bool:
         return bool(x.tensor.any())
 
@@ -97,7 +111,9 @@ class DeviceBackend:
         torch.matmul(left.tensor, right.tensor, out=out.tensor)
 
     def norm(self, x: DeviceArray) -> float:
-        return float(torch.linalg.vector_norm(x.tensor, dtype=torch.float64))
+        norms = np.empty(1)
+        plain_optim.layer_norms(x.tensor, np.array([0, x.size]), norms)
+        return float(norms[0])
 
     def sample_indices(self, seed: int, key: DeviceArray, d: int, indices: DeviceArray, bitmap: Any) -> None:  # noqa: ARG002
         plain.sample_indices(seed, key.tensor, d, indices.tensor)

@@ -14,6 +14,7 @@ __all__ = ["adam", "adam_step", "add_layers", "follow_momentum", "l1_norm", "lay
            "momentum_step", "preconditioned_step", "scaled_momentum", "sign_step", "update_moments"]
 
 Tensor = torch.Tensor
+_LANES, _PART = 64, 4096
 
 
 def update_moments(grad: Tensor, beta1: float, beta2: float, m: Tensor, v: Tensor) -> None:
@@ -71,7 +72,33 @@ def local_step(grad: Tensor, inverse: Tensor, start: Tensor, beta: float, weight
 
 
 def layer_norms(x: Tensor, starts: Any, norms: Any) -> None:
-    reference.layer_norms(x.cpu().numpy(), starts, norms)
+    layers = [range(start, stop, _PART) for start, stop in pairwise(starts.tolist())]
+    lows = [low for layer in layers for low in layer]
+    sizes = [min(_PART, layer.stop - low) for layer in layers for low in layer]
+    totals = _sums_of_squares(x, lows, sizes) if lows else np.empty(0)
+    ends = np.cumsum([0, *map(len, layers)])
+    norms[:] = [np.sqrt(np.cumsum([0.0, *totals[one:other]])[-1]) for one, other in pairwise(ends)]
+
+
+def _sums_of_squares(x: Tensor, lows: list[int], sizes: list[int]) -> Any:
+    """Return the sums of squares of parts of up to 4096 entries, in the order of the specification, on the host."""
+    low, size = (torch.tensor(numbers, device=x.device)[:, None] for numbers in (lows, sizes))
+    whole = size // _LANES * _LANES
+
+    def squares(at: Tensor, there: Tensor) -> Tensor:
+        value = torch.where(there, x[(low + at).clamp(max=x.numel() - 1)], 0).to(torch.float64)
+        return value * value
+
+    lane = torch.arange(_LANES, device=x.device)[None]
+    sums = torch.zeros(len(lows), _LANES, dtype=torch.float64, device=x.device)
+    for group in range(0, max(sizes) // _LANES * _LANES, _LANES):
+        sums += squares(group + lane, group < whole)
+    total = torch.zeros_like(sums[:, 0])
+    for one in range(_LANES):
+        total += sums[:, one]
+    for one in range(_LANES - 1):
+        total += squares(whole + one, whole + one < size)[:, 0]
+    return total.cpu().numpy()
 
 
 def _by_entry(of_layers: Any, starts: Any, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from mpi_ef.collectives import Offer, Plan, TwoPhaseMean
 from mpi_ef.compress import Combination, Compressor, lazy, source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
-from mpi_ef.kernels.backend import backend
+from mpi_ef.kernels.backend import backend_of
 from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, Reshard
 
 __all__ = ["Reply", "State", "Steps", "average", "double_buffer", "error", "estimate", "form", "momentum", "persistent",
@@ -183,5 +183,5 @@ class Reply:
 def form(x: Combination, into: Vector) -> Vector:
     """Write `x` to `into`, in a pass of its own, and return that."""
     terms, factors = source(x)[:2]
-    backend(into.dtype, "cpu" if isinstance(into, np.ndarray) else into.device).combine(terms, factors, into)
+    backend_of(into).combine(terms, factors, into)
     return into

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from math import sqrt
 from typing import Any, ClassVar
 
-from mpi_ef import kernels
 from mpi_ef.collectives import Plan
 from mpi_ef.compress.combination import Vector
 from mpi_ef.feedback import ErrorFeedback
@@ -79,15 +78,15 @@ class OneBitAdam(VarianceOptimizer):
         else:
             m = self._exchange(self.flat.gradients)
             for _, part, group, count in self._stretches(self.counted):
-                kernels.preconditioned_step(m[part], self._inverse[part], *self._scalars(group, count + 1),
-                                            self.flat.values[part])
+                self.flat.kernels.preconditioned_step(m[part], self._inverse[part], *self._scalars(group, count + 1),
+                                                      self.flat.values[part])
 
     def _adam(self, part: slice, group: dict[str, Any], step: int, mean: Vector) -> None:
         """Take a step of Adam on the mean gradient with a part of the vector, the step-th one of its parameters."""
         real, m, v, x, (beta1, beta2) = self.flat.dtype.type, self.m, self.arrays["v"], self.flat.values, self.betas
         (size, decay), root_factor = self._scalars(group, step), 1.0 / sqrt(self._correction(beta2, step))
-        kernels.adam(mean, real(beta1), real(beta2), size, real(root_factor), real(self.eps), decay, m[part], v[part],
-                     x[part])
+        self.flat.kernels.adam(mean, real(beta1), real(beta2), size, real(root_factor), real(self.eps), decay, m[part],
+                               v[part], x[part])
 
     def _step_late(self, number: int, group: dict[str, Any], mean: Vector) -> None:
         self._adam(self.flat.place(number), group, self.counted[number], mean)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ef import kernels
 from mpi_ef.collectives import Plan
 from mpi_ef.compress.combination import Vector
 from mpi_ef.ranges import option, with_options
@@ -100,21 +99,21 @@ class OneBitLamb(VarianceOptimizer):
 
     def _norms(self, x: Vector, starts: NDArray[np.int64]) -> Layers:
         norms = np.empty(starts.size - 1)
-        kernels.layer_norms(x, starts, norms)
+        self.flat.kernels.layer_norms(x, starts, norms)
         return norms
 
     def _add(self, values: Vector, factors: Layers, starts: NDArray[np.int64], out: Vector) -> None:
-        kernels.add_layers(values, factors.astype(self.flat.dtype), starts, out)
+        self.flat.kernels.add_layers(values, factors.astype(self.flat.dtype), starts, out)
 
     def _lamb(self, layers: slice, part: slice, group: dict[str, Any], step: int, mean: Vector) -> None:
         """Take a step of LAMB on the mean gradient with some layers, the step-th one of theirs."""
         real, starts, (beta1, beta2) = self.flat.dtype.type, self._starts_in(layers), self.betas
         m, v, x, direction = (a[part] for a in (self.m, self.arrays["v"], self.flat.values, self._direction))
-        kernels.update_moments(mean, real(beta1), real(beta2), m, v)
+        self.flat.kernels.update_moments(mean, real(beta1), real(beta2), m, v)
         root_factor = 1.0 / sqrt(self._correction(beta2, step))
         direction.fill(0)
-        kernels.adam_step(m, v, real(-1.0 / self._correction(beta1, step)), real(root_factor), real(self.eps), real(0.0),
-                          direction)
+        self.flat.kernels.adam_step(m, v, real(-1.0 / self._correction(beta1, step)), real(root_factor), real(self.eps),
+                                    real(0.0), direction)
         if decay := float(group["weight_decay"]):
             self._add(x, np.full(starts.size - 1, decay), starts, direction)
         coefficients = self._coefficients(layers, self._norms(x, starts), self._norms(direction, starts))
@@ -133,7 +132,7 @@ class OneBitLamb(VarianceOptimizer):
     def _freeze(self, step: int) -> None:
         """Let variance and coefficients of now hold for good, choose the scales of the layers, and go over to signs."""
         super()._freeze(step)
-        np.copyto(self.arrays["fresh"], self.arrays["v"])
+        self.arrays["fresh"][:] = self.arrays["v"]
         sizes = self._sizes()
         alive = (sizes > 0) & ~self._behind()
         np.divide(fsum(sizes[alive]) / max(1, alive.sum()), sizes, out=self.arrays["scales"], where=alive)
@@ -174,11 +173,12 @@ class OneBitLamb(VarianceOptimizer):
         """Exchange the new momentum, and step along what all know of it over the frozen variance."""
         real, m, direction, beta1 = self.flat.dtype.type, self.m, self._direction, self.betas[0]
         scales, starts = self.arrays["scales"].astype(self.flat.dtype), self._starts
-        kernels.scaled_momentum(self.flat.gradients, m, real(beta1), scales, starts, direction)
+        self.flat.kernels.scaled_momentum(self.flat.gradients, m, real(beta1), scales, starts, direction)
         sent = self._exchange(direction)
         runs = list(self._runs())
         ratios = self._refresh(sent, scales, runs)
-        np.multiply(m, self._inverse, out=direction)
+        direction[:] = m
+        direction *= self._inverse
         for _, part, _, count in runs:
             direction[part] *= real(1.0 / self._correction(beta1, count + 1))
         decays = self._of_layers("weight_decay")
@@ -199,11 +199,13 @@ class OneBitLamb(VarianceOptimizer):
         real, ratios, m, fresh = self.flat.dtype.type, np.zeros_like(scales), self.m, self.arrays["fresh"]
         asleep, inverse = self._asleep.mask, self._inverse
         if asleep is not None:  # they have no part in the ratio of their layer
-            inverse = np.where(asleep, real(0), inverse)
+            inverse = inverse.copy()
+            self._asleep.hush(inverse)
         betas, least = np.array(self.betas, self.flat.dtype), self._least.astype(self.flat.dtype)
         for layers, part, _, count in runs:
             root_factor = 1.0 / sqrt(self._correction(self.betas[1], count + 1))
-            kernels.follow_momentum(sent[part], inverse[part], betas, real(root_factor), real(self.eps), scales[layers],
-                                    least[layers], self._starts_in(layers), m[part], fresh[part], ratios[layers])
+            self.flat.kernels.follow_momentum(sent[part], inverse[part], betas, real(root_factor), real(self.eps),
+                                              scales[layers], least[layers], self._starts_in(layers), m[part],
+                                              fresh[part], ratios[layers])
         ratios[ratios == 0] = 1
         return ratios.astype(np.float64)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from mpi_ef.collectives import DenseMean, Plan, PlanBuilder, build_plan, plan_for
 from mpi_ef.comm.consensus import shared_errors
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.compress import Compressor, aligned_zeros
+from mpi_ef.compress import Compressor
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 from mpi_ef.feedback import ErrorFeedback
@@ -68,7 +68,7 @@ class ReplicatedOptimizer(FlatOptimizer):
         self._lay_out(comm, lambda: checked(self), params)
         self._asleep = Asleep(comm)
         with shared_errors(comm, self._kind, Plan.built):
-            built = build_plan(plan, comm, compressor, self.flat.d, self.flat.dtype)
+            built = build_plan(plan, comm, compressor, self.flat.d, self.flat.dtype, self.flat.device)
         self.build(built)
         if not self.rules:
             raise OptionError(f"{self._kind}.build made no rule; set self.rules[...] = ErrorFeedback(..., plan)")
@@ -89,7 +89,8 @@ class ReplicatedOptimizer(FlatOptimizer):
 
     def zeros(self) -> Vector:
         """Return a vector for `arrays`, (d,). Local."""
-        return aligned_zeros(self.flat.d, self.flat.dtype)
+        zeros: Vector = self.flat.kernels.zeros(self.flat.d)
+        return zeros
 
     def channels(self) -> Sequence[Channel]:
         """Return the rules and plans through which this optimizer exchanges now. Local."""
@@ -127,7 +128,7 @@ class ReplicatedOptimizer(FlatOptimizer):
         """Return the mean of `x`, of any length that is the same on all ranks, until the next one is taken. Collective."""
         if self._dense is None or self._dense.d != x.size:
             self._retire_dense()
-            self._dense = DenseMean(self.comm, x.size, self.flat.dtype)
+            self._dense = DenseMean(self.comm, x.size, self.flat.dtype, device=self.flat.device)
         return self._dense.exchange(x).mean
 
     def _retire_dense(self) -> None:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress.combination import Vector
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.kernels.backend import backend_of
 from mpi_ef.statetree import PER_RANK, REPLICATED
 from mpi_ef.vectors import Mask
 
@@ -38,7 +39,7 @@ class Asleep:
 
     def stir(self, gradients: Vector) -> bool:
         """Return whether an entry that sleeps has a gradient on this rank. Local."""
-        return self.mask is not None and bool(np.logical_and(gradients, self.mask).any())
+        return self.mask is not None and bool((backend_of(gradients).nonzero(gradients) & self.mask).any())
 
     def wake(self, stirring: Mask) -> NDArray[np.intp]:
         """Wake the entries that sleep and are `stirring`, (d,), on any rank, and return them. Collective.
@@ -62,7 +63,7 @@ class Asleep:
     def hush(self, array: Vector, start: int = 0) -> None:
         """Set the part of `array`, which begins at entry `start`, that belongs to entries that sleep to zero. Local."""
         if self.mask is not None:
-            np.copyto(array, 0, where=self.mask[start : start + array.size])
+            backend_of(array).silence(array, self.mask[start : start + array.size])
 
 
 def memories(rules: Iterable[tuple[ErrorFeedback, int]]) -> list[Placed]:

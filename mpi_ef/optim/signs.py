@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpi_ef import kernels
 from mpi_ef.collectives import Plan, TwoPhaseMean, plan_for
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Vote
@@ -24,11 +23,11 @@ __all__ = ["Lion", "Signum"]
 VOTE = Vote()
 
 
-def _voting(comm: Comm, compressor: Compressor, d: int, dtype: Any) -> Plan:
+def _voting(comm: Comm, compressor: Compressor, d: int, dtype: Any, device: str = "cpu") -> Plan:
     """Return the plan that keeps no residual of a vote; see :func:`plan_for`. Collective."""
     if isinstance(compressor, Vote):
-        return TwoPhaseMean(comm, compressor, d, dtype, residual=False)
-    return plan_for(comm, compressor, d, dtype)
+        return TwoPhaseMean(comm, compressor, d, dtype, residual=False, device=device)
+    return plan_for(comm, compressor, d, dtype, device=device)
 
 
 @with_options
@@ -102,9 +101,9 @@ class Lion(ReplicatedOptimizer):
 
     def _stirring(self) -> Mask:
         """Return which entries have a momentum or a gradient on this rank. Local."""
-        stirring: Mask = self.flat.gradients != 0
+        stirring: Mask = self.flat.kernels.nonzero(self.flat.gradients)
         if self.betas[0] > 0:
-            stirring |= self.rules["lion"].per_rank()["m_i"] != 0
+            stirring |= self.flat.kernels.nonzero(self.rules["lion"].per_rank()["m_i"])
         return stirring
 
     def update(self) -> None:
@@ -115,8 +114,8 @@ class Lion(ReplicatedOptimizer):
         self._asleep.hush(rule.state.vote)  # type: ignore[attr-defined]
         self._knows = all(self.betas)
         for group, part in self.slices():
-            kernels.sign_step(vote[part], real(group["lr"]), real(1.0 - group["lr"] * group["weight_decay"]),
-                              self.flat.values[part])
+            self.flat.kernels.sign_step(vote[part], real(group["lr"]), real(1.0 - group["lr"] * group["weight_decay"]),
+                                        self.flat.values[part])
 
 
 class Signum(Lion):

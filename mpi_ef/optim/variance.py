@@ -5,18 +5,18 @@ from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import InitVar
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from math import sqrt
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ef import kernels
 from mpi_ef.collectives import Plan, PlanBuilder, plan_for
 from mpi_ef.compress import Compressor, Sign
 from mpi_ef.compress.combination import Vector
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.kernels.backend import backend_of
 from mpi_ef.ranges import option, with_options
 from mpi_ef.vectors import Mask
 
@@ -150,7 +150,7 @@ class VarianceOptimizer(ReplicatedOptimizer):
         self._whole, asleep, woken, late = self._is_whole(), self._asleep.mask, _NOTHING, list[int]()
         if not self._whole:
             if asleep is not None and self._handshake.answers("sleepers").any():
-                woken = self._asleep.wake(self.flat.gradients != 0)
+                woken = self._asleep.wake(self.flat.kernels.nonzero(self.flat.gradients))
                 self._retired_nbytes += self._asleep.sent_nbytes
             late = self._late(woken)
         if not late and self.moving.all() and not woken.size:
@@ -182,7 +182,8 @@ class VarianceOptimizer(ReplicatedOptimizer):
         if not late:
             return []
         parts = [self.flat.gradients[self.flat.place(number)] for number in late]
-        return np.split(self.mean(np.concatenate(parts)), np.cumsum([part.size for part in parts])[:-1])
+        mean, ends = self.mean(self.flat.kernels.concatenate(parts)), [*accumulate(part.size for part in parts)]
+        return [mean[end - part.size : end] for part, end in zip(parts, ends, strict=True)]
 
     def _go_on(self, late: list[int], means: list[Vector]) -> None:
         """Take the steps of those that are late. Local."""
@@ -224,7 +225,7 @@ class VarianceOptimizer(ReplicatedOptimizer):
 
     def _fall_asleep(self) -> None:
         """Let the entries without variance sleep, but for those of parameters in a warm-up of their own. Local."""
-        mask, behind = self.arrays["v"] == 0, self._behind()
+        mask, behind = ~self.flat.kernels.nonzero(self.arrays["v"]), self._behind()
         for number in range(len(self.counted)):
             part = mask[self.flat.place(number)]
             if part.all():
@@ -262,7 +263,7 @@ class VarianceOptimizer(ReplicatedOptimizer):
     def _where_known(self, count: int) -> list[int]:
         """Return `count` for every parameter that has a variance, else 0."""
         v = self.arrays["v"]
-        return [count if v[start:stop].any() else 0 for start, stop in pairwise(self.flat.starts)]
+        return [count if self.flat.kernels.any(v[start:stop]) else 0 for start, stop in pairwise(self.flat.starts)]
 
 
 class VarianceWatch:
@@ -282,7 +283,7 @@ class VarianceWatch:
         """Look at v (d,) after step number `step` and so many updates of v; the same answer on all ranks. Local."""
         if step % self._period:
             return False
-        norm = kernels.l1_norm(v) / (1.0 - self._beta2 ** (step if updates is None else updates))
+        norm = backend_of(v).l1_norm(v) / (1.0 - self._beta2 ** (step if updates is None else updates))
         self.looks = [*self.looks[-10:], (norm, lr)]
         if len(self.looks) < 11:
             return False
@@ -297,6 +298,8 @@ def inverse_roots(v: Vector, factor: float | Sequence[float], starts: Sequence[i
     marks entries that are awake without a variance. `factor` is a number, or one for each parameter; `starts` is where these
     begin, and d.
     """
+    at_home = backend_of(v)
+    v = at_home.fetch(v)  # seldom: when a variance is frozen
     inverse = np.where(v > np.finfo(v.dtype).tiny, v, v.dtype.type(0))
     for (start, stop), by in zip(pairwise(starts), np.broadcast_to(factor, len(starts) - 1).tolist(), strict=True):
         part = inverse[start:stop]
@@ -307,9 +310,10 @@ def inverse_roots(v: Vector, factor: float | Sequence[float], starts: Sequence[i
             continue
         part += part.dtype.type(eps)
         np.divide(1.0, part, out=part, where=part > 0)
-    return inverse
+    placed: Vector = at_home.place(inverse)
+    return placed
 
 
 def mean_root(v: Vector, factor: float) -> float:
     """Return the root of the mean of ``factor v``."""
-    return sqrt(factor * kernels.l1_norm(v) / max(1, v.size))
+    return sqrt(factor * float(backend_of(v).l1_norm(v)) / max(1, v.size))

@@ -6,9 +6,6 @@ from contextlib import contextmanager, nullcontext
 from math import sqrt
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
-
-from mpi_ef import kernels
 from mpi_ef.collectives import Plan
 from mpi_ef.compress import lazy
 from mpi_ef.compress.combination import Vector
@@ -148,7 +145,7 @@ class ZeroOneAdam(VarianceOptimizer):
         problem = super()._collect()
         if problem is None and self.frozen_step is not None:
             if self.synchronized:
-                np.copyto(self.arrays["x"], self.flat.values)  # where something has been written to them
+                self.arrays["x"][:] = self.flat.values  # where something has been written to them
             else:
                 return self._displaced("step", self.flat.values)
         return problem
@@ -158,7 +155,7 @@ class ZeroOneAdam(VarianceOptimizer):
         if not self.synchronized:
             values = self.flat.values.copy()
             for number, written in self.flat.written().items():
-                values[self.flat.place(number)] = written.reshape(-1).numpy()
+                values[self.flat.place(number)] = self.flat.kernels.vector(written.contiguous())
             if problem := self._displaced("state_dict", values):
                 raise problem
 
@@ -197,7 +194,7 @@ class ZeroOneAdam(VarianceOptimizer):
         keys = list(zip(moves, self.counted, self.renewed, strict=True))
         moving = [stretch for stretch in self._stretches(keys) if stretch[3][0]]
         for _, part, *_ in moving:
-            kernels.update_moments(mean[part], real(beta1), real(beta2), self.m[part], self.arrays["v"][part])
+            self.flat.kernels.update_moments(mean[part], real(beta1), real(beta2), self.m[part], self.arrays["v"][part])
         if self._compresses:
             self._derive()
         for _, part, group, (_, count, updates) in moving:
@@ -208,23 +205,23 @@ class ZeroOneAdam(VarianceOptimizer):
         m, v, x, real = self.m[part], self.arrays["v"][part], self.flat.values[part], self.flat.dtype.type
         size, decay = self._scalars(group, step)
         if updates < step:
-            kernels.preconditioned_step(m, inverse, size, decay, x)
+            self.flat.kernels.preconditioned_step(m, inverse, size, decay, x)
         else:
             root_factor = 1.0 / sqrt(self._correction(self.betas[1], updates))
-            kernels.adam_step(m, v, size, real(root_factor), real(self.eps), decay, x)
+            self.flat.kernels.adam_step(m, v, size, real(root_factor), real(self.eps), decay, x)
 
     def _step_compressed(self) -> None:
         """Update the momentum with what all have sent of their gradients, and step over the variance of the last update."""
         beta1, mean = self.flat.dtype.type(self.betas[0]), self._exchange(self.flat.gradients)
         for _, part, group, count in self._stretches(self.counted):
-            kernels.momentum_step(mean[part], self._inverse[part], beta1, *self._scalars(group, count + 1),
-                                  self.m[part], self.flat.values[part])
+            self.flat.kernels.momentum_step(mean[part], self._inverse[part], beta1, *self._scalars(group, count + 1),
+                                            self.m[part], self.flat.values[part])
 
     def _step_late(self, number: int, group: dict[str, Any], mean: Vector) -> None:
         """Do what :meth:`_step_exactly` does, with one parameter."""
         part, real, (beta1, beta2) = self.flat.place(number), self.flat.dtype.type, self.betas
         m, v, updates = self.m[part], self.arrays["v"][part], self.renewed[number] + 1
-        kernels.update_moments(mean, real(beta1), real(beta2), m, v)
+        self.flat.kernels.update_moments(mean, real(beta1), real(beta2), m, v)
         inverse = inverse_roots(v, self._factor(updates), [0, v.size], self.eps, self.variance_floor)
         self._step_over_variance(part, group, self.counted[number], updates, inverse)
         self.renewed[number] = updates
@@ -238,7 +235,7 @@ class ZeroOneAdam(VarianceOptimizer):
     def _freeze(self, step: int) -> None:
         """Let the variance of now hold for good; what was not sent of gradients becomes what was not sent of momenta."""
         super()._freeze(step)
-        np.copyto(self.arrays["x"], self.flat.values)
+        self.arrays["x"][:] = self.flat.values
         unsent = self.rules["momentum"].per_rank()
         for name in unsent.keys() & {"e_i", "plan.residual"}:
             unsent[name] *= self.flat.dtype.type(1.0 - self.betas[0])
@@ -251,9 +248,9 @@ class ZeroOneAdam(VarianceOptimizer):
             for run in ways:
                 part = run.part
                 if run.moves:
-                    kernels.local_step(grad[part], self._inverse[part], x[part], real(beta1), real(run.weight),
-                                       real(run.covered), real(run.left), m[part], u[part],
-                                       self.flat.values[part])
+                    self.flat.kernels.local_step(grad[part], self._inverse[part], x[part], real(beta1), real(run.weight),
+                                                 real(run.covered), real(run.left), m[part], u[part],
+                                                 self.flat.values[part])
                 for number in run.numbers:
                     self.covered[number], self.left[number], self.moved[number] = run.covered, run.left, run.moved
             self.local_steps += 1
@@ -279,13 +276,12 @@ class ZeroOneAdam(VarianceOptimizer):
 
     def _displaced(self, call: str, values: Vector) -> OptionError | None:
         """Return an error with the first parameter that is in `values`, (d,), not where x and u say. Local."""
-        expected = np.empty_like(values)
+        expected = self.flat.kernels.empty(values.size)
         self._place(expected)
-        bits = f"u{values.itemsize}"
-        different = expected.view(bits) != values.view(bits)
-        if not different.any():
+        different = self.flat.kernels.difference(expected, values)
+        if different is None:
             return None
-        wrong = bisect_right(self.flat.starts, int(different.argmax())) - 1
+        wrong = bisect_right(self.flat.starts, different) - 1
         return OptionError(f"{type(self).__name__}.{call}: {self._name(wrong)} was written to between two synchronisations, "
                            "where each rank has its own values; call optimizer.synchronize() on all ranks first")
 
@@ -322,7 +318,7 @@ class ZeroOneAdam(VarianceOptimizer):
 
     def _place(self, values: Vector) -> None:
         """Write to `values`, (d,), where this rank's steps since the last synchronisation lead from x. Local."""
-        np.copyto(values, self.arrays["x"])
+        values[:] = self.arrays["x"]
         for run in self._runs(self.moved):
             if run.moved:
                 self._go(run, self.arrays["u"], values)
@@ -330,7 +326,7 @@ class ZeroOneAdam(VarianceOptimizer):
     def _go(self, run: Run, u: Vector, x: Vector) -> None:
         """Let a run's x be D x - S u / sqrt(v). Local."""
         real, part = self.flat.dtype.type, run.part
-        kernels.preconditioned_step(u[part], self._inverse[part], real(run.covered), real(run.left), x[part])
+        self.flat.kernels.preconditioned_step(u[part], self._inverse[part], real(run.covered), real(run.left), x[part])
 
     def synchronize(self) -> None:
         """Synchronise now, between two steps, for example before the model is evaluated or saved. Collective.
@@ -338,7 +334,7 @@ class ZeroOneAdam(VarianceOptimizer):
         Does nothing when the replicas are the same. The steps that follow are not those without it.
         """
         if not self.synchronized:
-            np.copyto(self.flat.values, self.arrays["u"])
+            self.flat.values[:] = self.arrays["u"]
             self._meet(self._ways([False] * len(self.moved)))
             self.flat.write_back()
 
@@ -347,7 +343,7 @@ class ZeroOneAdam(VarianceOptimizer):
         if self.synchronized:
             super().check_replicas()
             return
-        np.copyto(self.flat.values, self.arrays["x"])
+        self.flat.values[:] = self.arrays["x"]
         self.flat.write_back()
         try:
             super().check_replicas()
