@@ -37,7 +37,7 @@ ROOMS = {
     "metrics": ("errors comm", ""),
     "shares": ("errors comm data", "torch"),
     "optim": ("errors ranges statetree kernels comm compress collectives feedback vectors buffers", "numpy torch"),
-    "ddp": ("errors statetree comm compress collectives feedback vectors", "numpy torch"),
+    "ddp": ("errors statetree kernels comm compress collectives feedback vectors", "numpy torch"),
     "checkpoint": ("errors documents comm", "numpy h5py"),
     "state": ("errors documents comm statetree vectors data optim checkpoint", "numpy torch h5py"),
     "integrations": ("errors comm runtime buffers data metrics vectors optim checkpoint state",

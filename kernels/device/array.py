@@ -111,7 +111,7 @@ class DeviceArray:
         if isinstance(value, DeviceArray | torch.Tensor):
             place.copy_(_tensor(value), non_blocking=True)
         elif np.ndim(value) == 0:
-            place.fill_(value.item() if isinstance(value, np.generic) else value)
+            place.fill_(value.item() if isinstance(value, np.generic | np.ndarray) else value)
         else:
             place.copy_(torch.from_numpy(np.ascontiguousarray(value)).view(self.tensor.dtype))
 

@@ -15,6 +15,7 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.table import Rule, rule_of
+from mpi_ef.kernels.backend import backend, backend_of
 from mpi_ef.vectors import mean_over_ranks
 
 __all__ = ["FeedbackBucket", "Place", "Saved", "reset", "resharded"]
@@ -40,7 +41,11 @@ class Place:
 
     def view(self, vector: Vector) -> Tensor:
         """Return the parameter's entries of `vector` in the parameter's shape. Not a copy."""
-        return torch.from_numpy(vector).as_strided(self.shape, self.stride, self.start)
+        return _tensor(vector).as_strided(self.shape, self.stride, self.start)
+
+
+def _tensor(vector: Any) -> Tensor:
+    return torch.from_numpy(vector) if isinstance(vector, np.ndarray) else vector.tensor
 
 
 class FeedbackBucket:
@@ -61,6 +66,11 @@ class FeedbackBucket:
                 raise OptionError(f"FeedbackHook: {name} of {feedback.rule.name} on {type(plan).__name__} is not as long as "
                                   "the gradient and cannot follow parameters; take another rule or plan")
 
+    def vector(self, buffer: Tensor) -> Vector:
+        """Return the buffer of a bucket as a vector of its plan. Not a copy."""
+        vector: Vector = backend(self.feedback.plan.dtype, self.feedback.plan.device).vector(buffer)
+        return vector
+
     def _arrays(self) -> dict[str, Vector]:
         """Return the arrays with an entry for every one of the gradient, or of this rank's chunk of it. Not copies."""
         arrays = {name: leaf.array for name, leaf in self.feedback.state.leaves().items() if leaf.array.size}
@@ -72,14 +82,15 @@ class FeedbackBucket:
         counters = {"steps": self.feedback.steps, "exchanges": self.feedback.plan.exchanges}
         if self.feedback.state.averages():
             counters["late"] = int(bool(self.feedback.state.late))
-        return {place.name: counters | {"arrays": {name: place.view(vector).clone(memory_format=torch.contiguous_format)
+        form = torch.contiguous_format
+        return {place.name: counters | {"arrays": {name: place.view(vector).clone(memory_format=form).cpu()
                                                    for name, vector in whole.items()}}
                 for place in self.places}
 
     def plan_state(self) -> dict[str, Tensor]:
         """Return a copy of what belongs to no parameter. Local."""
         kept = {} if self._bounds.size else self.feedback.plan.state()
-        return {name: torch.from_numpy(array.copy()) for name, array in kept.items()}
+        return {name: _tensor(array).clone().cpu() for name, array in kept.items()}
 
     def fill(self, saved: Mapping[str, Saved], plan: Mapping[str, Tensor]) -> None:
         """Overwrite the state with what :meth:`state` of other buckets has returned for these parameters. Collective.
@@ -98,7 +109,7 @@ class FeedbackBucket:
             if name == _RESIDUAL:
                 self._sum_chunk(whole, array)
         for name, tensor in plan.items():
-            np.copyto(self.feedback.plan.state()[name], tensor.numpy())
+            _tensor(self.feedback.plan.state()[name]).copy_(tensor)
         counters = {key: max(saved[place.name][key] for place in self.places) for key in ("steps", "exchanges")}
         late = f"0:{self.feedback.plan.d}" if any(saved[place.name].get("late", 0) for place in self.places) else ""
         self.feedback.load_state_dict(self.feedback.state_dict() | counters | {"late": late})
@@ -107,17 +118,17 @@ class FeedbackBucket:
         """Return an array of length d: this one, or a new one with this rank's chunk in its place."""
         if name != _RESIDUAL:
             return array
-        whole = np.zeros(self._bounds[-1], array.dtype)
+        whole: Vector = self.feedback.plan.zeros(self._bounds[-1])
         whole[self._bounds[self.feedback.plan.rank] :][: array.size] = array
         return whole
 
     def _sum_chunk(self, whole: Vector, chunk: Vector) -> None:
         """Overwrite `chunk` with the sum over the ranks of this rank's chunk of `whole`. Collective."""
         n, size = self.feedback.plan.size, chunk.size
-        arrived = np.empty((n, size), chunk.dtype)
+        whole, arrived = backend_of(whole).fetch(whole), np.empty((n, size), chunk.dtype)
         outward, inward = (np.diff(self._bounds), self._bounds[:-1]), (np.full(n, size), np.arange(n) * size)
         self.feedback.plan.comm.Alltoallv([whole, outward], [arrived, inward])
-        np.sum(arrived, axis=0, out=chunk)
+        chunk[:] = arrived.sum(axis=0)
 
 
 def resharded(of_ranks: Sequence[Mapping[str, Tensor]], rule: str | Rule, rank: int) -> dict[str, Tensor]:

@@ -18,12 +18,26 @@ from mpi_ef.compress.compressor import check_compressor
 from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.table import Rule, rule_of
+from mpi_ef.kernels.backend import side_of
 from mpi_ef.statetree import LOCAL, Leaf, StateTree, attribute
 
 from .bucket import FeedbackBucket, Place, Saved, reset, resharded
 from .process_group import ProcessGroupComm
 
 __all__ = ["FeedbackHook"]
+
+
+def _on_hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Return a group of the same ranks that moves CPU memory: this one, or a new one with gloo. Collective in the group."""
+    if "cpu:" in dist.get_backend_config(group):
+        return group
+    beside: Any = dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
+    return beside  # type: ignore[no-any-return]
+
+
+def _future(buffer: Tensor) -> Future[Tensor]:
+    """Return a future that can be given a gradient; where it is on a GPU, whoever takes it waits for its streams."""
+    return Future[Tensor](devices=[buffer.device]) if buffer.device.type == "cuda" else Future[Tensor]()
 
 
 class FeedbackHook(OnAllRanks):
@@ -40,12 +54,13 @@ class FeedbackHook(OnAllRanks):
     Parameters
     ----------
     model : DistributedDataParallel
-        In CPU memory, with parameters in float32 or float64, and without a hook.
+        On the CPU or on one device a rank, with parameters in float32 or float64, and without a hook.
     compressor : Compressor
     rule : str
         A name in :data:`mpi_ef.feedback.RULES`, for example "ef21", "econtrol" or "ef14".
     process_group : torch.distributed.ProcessGroup, optional
-        Of the same ranks as the model's, which is the default.
+        Of the same ranks as the model's, which is the default. Where that moves no CPU memory, as with NCCL, a group with
+        gloo is made beside it: only messages travel there, and they are on the host.
     plan : callable or str, optional
         Builds the collective of a bucket, see :func:`mpi_ef.collectives.build_plan`.
     dense_steps : int
@@ -91,7 +106,7 @@ class FeedbackHook(OnAllRanks):
                  **options: Any) -> None:
         if not isinstance(model, DistributedDataParallel):
             raise OptionError(f"FeedbackHook: model is a {type(model).__name__}; pass DistributedDataParallel(model)")
-        self.comm = ProcessGroupComm(model.process_group if process_group is None else process_group)
+        self.comm = ProcessGroupComm(_on_hosts(model.process_group if process_group is None else process_group))
         self.compressor, self.rule, self.dense_steps, self.options = compressor, rule, dense_steps, options
         self.steps = self.skipped_steps = 0
         self._plan = plan
@@ -114,9 +129,9 @@ class FeedbackHook(OnAllRanks):
             raise OptionError(f"FeedbackHook: process_group has the ranks {self.comm.ranks}, the model's {theirs}; pass one "
                               "of the same ranks")
         for name, p in self._parameters.items():
-            if p.dtype not in (torch.float32, torch.float64) or p.device.type != "cpu":
+            if p.dtype not in (torch.float32, torch.float64) or p.device.type == "meta":
                 raise DtypeError(f"FeedbackHook: parameter {name} is {p.dtype} on {p.device}; make it torch.float32 or "
-                                 "torch.float64 on cpu")
+                                 "torch.float64 on the CPU or a device")
         parameters = {f"parameter {name}": f"{tuple(p.shape)} {p.dtype}" for name, p in self._parameters.items()}
         return {"the names of the parameters": list(self._parameters), **parameters, "compressor": self.compressor,
                 "rule": rule.name, "dense_steps": self.dense_steps, "options": self.options}
@@ -132,14 +147,13 @@ class FeedbackHook(OnAllRanks):
         if bucket.index() == 0:
             self._begin()
         buffer = bucket.buffer()
-        if buffer.layout is not torch.strided or buffer.device.type != "cpu":
-            raise DtypeError(f"FeedbackHook: a gradient is {buffer.layout} on {buffer.device}; take dense ones on the cpu "
-                             "(sparse=False in embeddings)")
+        if buffer.layout is not torch.strided:
+            raise DtypeError(f"FeedbackHook: a gradient is {buffer.layout}; take dense ones (sparse=False in embeddings)")
         names = tuple(self._names[p] for p in bucket.parameters())
         if names not in self._buckets:
             self._build(names, buffer, bucket.gradients())
-        known, future = self._buckets[names], Future[Tensor]()
-        known.feedback.start(buffer.detach().numpy())
+        known, future = self._buckets[names], _future(buffer)
+        known.feedback.start(known.vector(buffer))
         self._under_way.append((known, buffer, future))
         if bucket.is_last():
             self._commit()
@@ -161,8 +175,9 @@ class FeedbackHook(OnAllRanks):
             self._earlier_sent_nbytes += left.feedback.sent_nbytes
         compressor = for_parameters(self.compressor, [tuple(g.shape) for g in gradients])
         with shared_errors(self.comm, "FeedbackHook", Plan.built):
-            dtype = buffer.detach().numpy().dtype
-            plan = build_plan(self._plan, self.comm, compressor, buffer.numel(), dtype)
+            dtype = np.dtype(str(buffer.dtype).removeprefix("torch."))
+            device = side_of(buffer.device.type, buffer.device.index)
+            plan = build_plan(self._plan, self.comm, compressor, buffer.numel(), dtype, device)
         feedback = ErrorFeedback(self.rule, plan, dense_steps=self.dense_steps, **self.options)
         places = [Place.of_parameter(name, self._parameters[name], int(g.storage_offset() - buffer.storage_offset()))
                   for name, g in zip(names, gradients, strict=True)]
@@ -184,7 +199,7 @@ class FeedbackHook(OnAllRanks):
                 broken = (broken or set()) | set(error.ranks)
         for bucket, buffer, _ in under_way:
             if broken is None:
-                np.copyto(buffer.detach().numpy(), bucket.feedback.commit())
+                bucket.vector(buffer)[:] = bucket.feedback.commit()
             else:
                 bucket.feedback.rollback()
                 buffer.detach().fill_(torch.nan)

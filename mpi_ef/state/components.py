@@ -145,7 +145,7 @@ class ModelComponent(Component):
         for name, (optimizer, number, shape) in self._flat.items():
             value = optimizer.shared_values[optimizer.flat.place(number)].reshape(shape)
             if number in written[id(optimizer)]:
-                value = np.ascontiguousarray(written[id(optimizer)][number].numpy())
+                value = np.ascontiguousarray(written[id(optimizer)][number].cpu().numpy())
             into.add(name, value, REPLICATED)
         for name, tensor in self._named.items():
             into.add(name, tensor, EITHER)

@@ -50,6 +50,8 @@ class Snapshot:
     def add(self, name: str, value: Any, kind: str) -> None:
         """Add a value: "replicated", "per rank", or "either", which is decided by whether it is the same on all ranks."""
         arrays = self._open.setdefault(name, {}) if kind == EITHER else self.arrays[kind]
+        if hasattr(value, "tensor"):  # an array on a device: files have what is in it
+            value = value.numpy()
         self.trees[kind][name] = encoded(value, name, arrays)
 
     def undecided(self) -> dict[str, bytes]:
@@ -204,7 +206,7 @@ class RestoreView:
         if array.shape != out.shape or array.dtype != out.dtype:
             raise ShapeError(f"resume: {name} was read as {array.shape} {array.dtype}, here it is {out.shape} {out.dtype}; "
                              "the checkpoint is damaged, resume from another one")
-        np.copyto(out, array)
+        out[...] = array
 
     def check_array(self, name: str, array: Array, move: Reshard | None) -> None:
         """Raise unless the array of that name has dtype and shape of `array`, as far as they stay. Reads no data."""
