@@ -7,7 +7,7 @@ device, :class:`mpi_ef.kernels.device.backend.DeviceBackend`, has the same metho
 # ruff: noqa: D102 (the methods of Backend are described by the functions of the same names)
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -35,20 +35,34 @@ def aligned_zeros(shape: int | tuple[int, ...], dtype: DTypeLike) -> Vector:
 
 
 class Verdict:
-    """Whether a vector is finite, which a device may not know yet: `bool` of it waits. Combine them with ``&``."""
+    """Whether a vector is finite, which a device may not know yet: `bool` of it waits. Combine them with ``&``.
 
-    def __init__(self, answer: Any) -> None:
-        self._answer = answer
+    What the device has done may be in doubt as well, in which it guesses and now and then guesses wrong: then `bool` calls
+    `again`, which does it in another way, and `repaired` tells so.
+    """
+
+    def __init__(self, ask: Callable[[], bool | None]) -> None:
+        self._ask = ask  # None where it is in doubt
+        self.again: Callable[[], Any] | None = None
+        self.repaired = False
 
     def __and__(self, other: "Verdict | bool") -> "Verdict | bool":
-        if isinstance(other, Verdict):
-            return Verdict(self._answer & other._answer)
-        return self if other else False
+        if not isinstance(other, Verdict):
+            return self if other else False
+        both = Verdict(lambda: all([bool(self), bool(other)]))  # both are asked, and repaired
+        both.parts = (self, other)
+        return both
 
     __rand__ = __and__
+    parts: "tuple[Verdict, ...]" = ()
 
     def __bool__(self) -> bool:
-        return bool(self._answer)
+        answer = self._ask()
+        if answer is None:
+            assert self.again is not None  # noqa: S101
+            self.repaired, answer = True, bool(self.again())
+        self.repaired = self.repaired or any(part.repaired for part in self.parts)
+        return answer
 
 
 class _Memory(threading.local):
@@ -110,6 +124,10 @@ class Backend:
     def overlap(self, x: Vector, other: Vector) -> bool:
         """Tell whether two arrays may share memory."""
         return bool(np.may_share_memory(x, other))
+
+    def checked(self, finite: bool, again: Callable[[], bool]) -> bool:  # noqa: ARG002
+        """Return what an encode has said; where that is in doubt, it is done `again`, exactly."""
+        return finite
 
     def norm(self, x: Vector) -> float:
         """Return the Euclidean norm of `x`, the same number on every processor and device."""

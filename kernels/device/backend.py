@@ -2,7 +2,9 @@
 
 # ruff: noqa: D102 (the methods are described by the functions of the same names)
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import local
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ class DeviceBackend:
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         self.device = device
         self.torch_device = torch.device(device.removeprefix("side:"))
+        self._how = _How()
 
     def __getattr__(self, name: str) -> Any:
         room = next((room for room in (plain, plain_optim) if name in room.__all__), None)
@@ -119,7 +122,7 @@ class DeviceBackend:
         plain.sample_indices(seed, key.tensor, d, indices.tensor)
 
     def combine(self, terms: Any, factors: Any, out: Any) -> Verdict:
-        return Verdict(plain.combine(_tensors(terms), _floats(factors), out.tensor))
+        return _verdict(plain.combine(_tensors(terms), _floats(factors), out.tensor))
 
     def gather(self, terms: Any, factors: Any, indices: Any, values: Any) -> None:
         plain.gather(_tensors(terms), _floats(factors), indices.tensor, values.tensor)
@@ -135,13 +138,34 @@ class DeviceBackend:
 
     def _encode(self, kernel: Callable[..., torch.Tensor], terms: Any, factors: Any, keep: Any, keep_factors: Any,
                 *rest: Any) -> Verdict:
-        return Verdict(kernel(_tensors(terms), _floats(factors), keep.tensor, _floats(keep_factors), *map(_plain, rest)))
+        return _verdict(kernel(_tensors(terms), _floats(factors), keep.tensor, _floats(keep_factors), *map(_plain, rest)))
+
+    def checked(self, finite: Verdict, again: Callable[[], Any]) -> Verdict:
+        finite.again = again
+        return finite
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Return a context in which nothing is guessed. Of this thread."""
+        before, self._how.exact = self._how.exact, True
+        try:
+            yield
+        finally:
+            self._how.exact = before
+
+
+class _How(local):
+    exact = False
+
+
+def _verdict(answer: torch.Tensor) -> Verdict:
+    return Verdict(lambda: bool(answer))
 
 
 def _over_arrays(kernel: Callable[..., Any]) -> Callable[..., Any]:
     def on_arrays(*arguments: Any) -> Any:
         answer = kernel(*map(_plain, arguments))
-        return Verdict(answer) if isinstance(answer, torch.Tensor) else answer
+        return _verdict(answer) if isinstance(answer, torch.Tensor) else answer
 
     return on_arrays
 

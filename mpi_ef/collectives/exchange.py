@@ -124,9 +124,13 @@ class Exchange:
         if not isinstance(sent, Round):
             raise OptionError(f"{self._plan}.communicate yields {briefly(sent)}; yield Round(send, receive)")
         sent.send.push()
-        if self.refusal is None and not self._finite:  # a device is asked when what it has encoded has come
+        finite = bool(sent.finite)  # a device is asked when what it has encoded has come
+        if self.refusal is None and not self._finite:
             self.refusal = NonFiniteError("", (self._rank,))
-        broken = not sent.finite or isinstance(self.refusal, NonFiniteError)
+        if any(getattr(verdict, "repaired", False) for verdict in (sent.finite, self._finite)):
+            sent.send.push()
+        self._finite = True
+        broken = not finite or isinstance(self.refusal, NonFiniteError)
         status = NON_FINITE if broken else OK if self.refusal is None else REJECTED
         sent.send.headers.fill(header_of(self._step, status, self.number))
 

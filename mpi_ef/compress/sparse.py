@@ -202,6 +202,13 @@ class _SparseCodec(Codec):
 
     def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:
         x = x if isinstance(x, Source) else source(x)
+        return self._kernels.checked(self._encode(x, wire, step, rank), lambda: self._encode_exactly(x, wire, step, rank))
+
+    def _encode_exactly(self, x: Source, wire: Wires, step: int, rank: int) -> bool:
+        with self._kernels.exactly():
+            return self._encode(x, wire, step, rank)
+
+    def _encode(self, x: Source, wire: Wires, step: int, rank: int) -> bool:
         finite = self._choose(x, wire[: self._head], step, rank)
         body = wire[self._head :]
         values = self._values.plain_values(body)
