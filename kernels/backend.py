@@ -37,32 +37,49 @@ def aligned_zeros(shape: int | tuple[int, ...], dtype: DTypeLike) -> Vector:
 class Verdict:
     """Whether a vector is finite, which a device may not know yet: `bool` of it waits. Combine them with ``&``.
 
-    What the device has done may be in doubt as well, in which it guesses and now and then guesses wrong: then `bool` calls
+    What the device has done may be in doubt as well, where it guesses and now and then guesses wrong: then `bool` calls
     `again`, which does it in another way, and `repaired` tells so.
+
+    Parameters
+    ----------
+    ask : callable
+        Returns the answer, or None where it is in doubt.
     """
 
-    def __init__(self, ask: Callable[[], bool | None]) -> None:
-        self._ask = ask  # None where it is in doubt
-        self.again: Callable[[], Any] | None = None
+    def __init__(self, ask: "Callable[[], bool | None]", again: "Callable[[], Any] | None" = None) -> None:
+        self.ask, self.again = ask, again
         self.repaired = False
 
     def __and__(self, other: "Verdict | bool") -> "Verdict | bool":
-        if not isinstance(other, Verdict):
-            return self if other else False
-        both = Verdict(lambda: all([bool(self), bool(other)]))  # both are asked, and repaired
-        both.parts = (self, other)
-        return both
+        if isinstance(other, Verdict):
+            return _Both(self, other)
+        return self if other else False
 
     __rand__ = __and__
-    parts: "tuple[Verdict, ...]" = ()
 
     def __bool__(self) -> bool:
-        answer = self._ask()
+        answer = self.ask()
         if answer is None:
             assert self.again is not None  # noqa: S101
             self.repaired, answer = True, bool(self.again())
-        self.repaired = self.repaired or any(part.repaired for part in self.parts)
         return answer
+
+
+class _Both(Verdict):
+    """Of two things that were done: each is repaired by itself."""
+
+    def __init__(self, one: Verdict, other: Verdict) -> None:
+        def ask() -> bool | None:
+            answers = one.ask(), other.ask()
+            return None if None in answers else all(answers)
+
+        super().__init__(ask)
+        self._two = one, other
+
+    def __bool__(self) -> bool:
+        answers = [bool(one) for one in self._two]
+        self.repaired = any(one.repaired for one in self._two)
+        return all(answers)
 
 
 class _Memory(threading.local):
@@ -230,4 +247,4 @@ def backend(dtype: DTypeLike, device: str = "cpu") -> Any:
     """
     if device == Backend.device:
         return Backend(dtype)
-    return import_module("mpi_ef.kernels.device.backend").DeviceBackend(dtype, device)  # which needs torch
+    return import_module("mpi_ef.kernels.device.chosen").kernels_on(dtype, device)  # which needs torch

@@ -1,11 +1,17 @@
 """Kernels of the device side give the bits of the specification, on tensors of the CPU."""
 
+from os import environ
+
 import numpy as np
 import pytest
 
 from mpi_ef.kernels import low_bits, lower_nbytes, reference, upper_nbytes
 from mpi_ef.kernels.device.array import DeviceArray, torch_dtype
 from mpi_ef.kernels.device.backend import DeviceBackend
+
+BACKENDS = [DeviceBackend]
+if environ.get("TRITON_INTERPRET") == "1":  # else Triton wants a GPU
+    BACKENDS.append(pytest.importorskip("mpi_ef.kernels.device.triton_backend").TritonBackend)
 
 each_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["f32", "f64"])
 
@@ -24,14 +30,18 @@ def bits(array):
 
 def check_same(name, dtype, *arguments, scratch=(), host=()):
     """Run the kernel on the host and on the device side, and compare what is in all arrays afterwards."""
-    backend = DeviceBackend(dtype, "side:cpu")
+    for kind in BACKENDS:
+        check_backend(kind(dtype, "side:cpu"), name, *arguments, scratch=scratch, host=host)
+
+
+def check_backend(backend, name, *arguments, scratch, host):
     ours = [tuple(a.copy() for a in x) if isinstance(x, tuple) else x.copy() if isinstance(x, np.ndarray) else x
             for x in arguments]
     theirs = [tuple(map(there, x)) if isinstance(x, tuple) else there(x) if isinstance(x, np.ndarray) and n not in host
               else x.copy() if isinstance(x, np.ndarray) else x for n, x in enumerate(arguments)]
     with np.errstate(all="ignore"):
         expected = getattr(reference, name)(*ours, *scratch)
-    answer = getattr(backend, name)(*theirs)
+        answer = getattr(backend, name)(*theirs)
     if expected is None:
         assert answer is None
     elif isinstance(expected, float):

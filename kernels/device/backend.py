@@ -141,8 +141,7 @@ class DeviceBackend:
         return _verdict(kernel(_tensors(terms), _floats(factors), keep.tensor, _floats(keep_factors), *map(_plain, rest)))
 
     def checked(self, finite: Verdict, again: Callable[[], Any]) -> Verdict:
-        finite.again = again
-        return finite
+        return Verdict(finite.ask, again)
 
     @contextmanager
     def exactly(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ Factors are passed as the bits of the number: what Triton makes of a Python floa
 so kernels are compiled with ``enable_fp_fusion=False``. Magnitudes are compared as integers, without the sign bit.
 """
 
-# ruff: noqa: N803 (constants of compilation are written large, as in Triton's own code)
+# ruff: noqa: N803, SIM108 (constants of compilation are written large, as in Triton's own code, and decide by `if`)
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
 
 import triton

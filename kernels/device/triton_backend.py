@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 
 from mpi_ef.kernels.backend import Verdict
 
-from . import fused, plain
+from . import fused, fused_dense
 from .array import DeviceArray
 from .backend import DeviceBackend, _floats, _tensors
 
@@ -38,8 +38,12 @@ class TritonBackend(DeviceBackend):
         return [self._word(factor) for factor in _floats(factors)]
 
     def _launch(self, kernel: Any, size: int, *arguments: Any, **constants: Any) -> None:
-        if size:
-            kernel[(-(-size // fused.BLOCK),)](*arguments, **constants, BLOCK=fused.BLOCK, enable_fp_fusion=False)
+        self._run(kernel, -(-size // fused.BLOCK), *arguments, **constants, BLOCK=fused.BLOCK)
+
+    def _run(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        if programs:
+            with np.errstate(all="ignore"):  # the interpreter computes with NumPy
+                kernel[(programs,)](*arguments, **constants, enable_fp_fusion=False)
 
     def _status(self) -> torch.Tensor:
         return torch.zeros(1, dtype=torch.int32, device=self.torch_device)
@@ -73,8 +77,57 @@ class TritonBackend(DeviceBackend):
         words = _halves(upper.tensor)
         marks = _population(words)
         before = torch.cumsum(marks, 0, dtype=torch.int32) - marks
-        self._launch(fused.emit_indices, words.numel(), words, before, _halves(lower.tensor), words.numel(), indices.size, low,
-                     indices.tensor)
+        self._launch(fused.emit_indices, words.numel(), words, before, _halves(lower.tensor), words.numel(), indices.size,
+                     low, indices.tensor)
+
+    def encode_signs(self, terms: Any, factors: Any, keep: Any, keep_factors: Any, less_decoded: bool, row_bits: Any,
+                     row_scales: Any, row_block: int, row_factor: float, block: int, bits: Any, scales: Any) -> Verdict:
+        if self._how.exact:
+            return super().encode_signs(terms, factors, keep, keep_factors, less_decoded, row_bits, row_scales, row_block,
+                                        row_factor, block, bits, scales)
+        d = terms[0].size
+        rows = (row_bits.tensor, _stride(row_bits), row_scales.tensor, _stride(row_scales), len(row_bits), row_block,
+                self._word(row_factor))
+        formed = {"NT": _count(terms), "F64": self._wide}
+        parts, blocks = -(-block // fused_dense.PART), scales.size
+        sums, rest = (self.empty((blocks * parts, fused_dense.GROUP)).tensor for _ in range(2))
+        totals = self.empty(blocks * parts, np.float64).tensor
+        status, doubt = self._status(), self._status()
+        if d:
+            self._run(fused_dense.part_sums, blocks * parts, *_tensors(terms), *rows, block, parts, d, sums, rest, status,
+                      *self._words(factors), **formed)
+            self._launch(fused_dense.part_totals, blocks * parts, sums, rest, blocks * parts, totals)
+            self._launch(fused_dense.scales_of_blocks, blocks, totals, parts, blocks, block, d, scales.tensor, doubt,
+                         F64=self._wide)
+            self._run(fused_dense.write_signs, -(-d // fused_dense.PART), *_tensors(terms), keep.tensor, *rows, block, d,
+                      bits.tensor, scales.tensor, *self._words(factors), *self._words(keep_factors), **formed,
+                      KEEPS=keep.size > 0, LESS=less_decoded)
+        again = super().encode_signs
+        return Verdict(lambda: None if bool(doubt) else not bool(status),
+                       lambda: again(terms, factors, keep, keep_factors, less_decoded, row_bits, row_scales, row_block,
+                                     row_factor, block, bits, scales))
+
+    def add_signs(self, bits: Any, scales: Any, block: int, factor: float, overwrite: bool, out: Any) -> None:
+        self._launch(fused_dense.add_signs, out.size, bits.tensor, _stride(bits), scales.tensor, _stride(scales), len(bits),
+                     block, self._word(factor), out.tensor, out.size, STARTS=overwrite, F64=self._wide)
+
+    def quantize(self, terms: Any, factors: Any, keep: Any, keep_factors: Any, less_decoded: bool, format: str, block: int,
+                 exponents: Any, codes: Any) -> Verdict:
+        d, status, words = terms[0].size, self._status(), self._words(factors)
+        maxima = torch.zeros(exponents.size, dtype=self._bits, device=self.torch_device)
+        number = _FORMATS[format]
+        formed = {"NT": _count(terms), "F64": self._wide}
+        self._launch(fused_dense.block_maxima, d, *_tensors(terms), maxima, d, block, *words, **formed,
+                     RUN=min(block & -block, fused.BLOCK))
+        self._launch(fused_dense.write_codes, d, *_tensors(terms), keep.tensor, maxima, d, block, exponents.tensor,
+                     codes.tensor, status, *words, *self._words(keep_factors), **formed, KEEPS=keep.size > 0,
+                     LESS=less_decoded, FORMAT=number, HEADROOM=(0, 15, 7)[number])
+        return Verdict(lambda: not bool(status))
+
+    def add_quantized(self, exponents: Any, codes: Any, format: str, block: int, factor: float, overwrite: bool,
+                      out: Any) -> None:
+        self._launch(fused_dense.add_codes, out.size, exponents.tensor, codes.tensor, block, self._word(factor), out.tensor,
+                     out.size, FORMAT=_FORMATS[format], STARTS=overwrite, F64=self._wide)
 
     def select_largest(self, terms: Any, factors: Any, keep: Any, keep_factors: Any, bounds: Any, counts: Any, indices: Any,
                        values: Any) -> Verdict:
@@ -89,9 +142,9 @@ class TritonBackend(DeviceBackend):
             threshold = self._threshold(terms, factors, start, d, k)
             places = torch.empty(room, dtype=torch.int64, device=self.torch_device)
             candidates = torch.empty(room, dtype=terms[0].tensor.dtype, device=self.torch_device)
-            self._launch(fused.collect, d, *_tensors(terms), keep.tensor, threshold, found[s:], status, places, candidates, start,
-                         d, room, *self._words(factors), *self._words(keep_factors), NT=_count(terms), KEEPS=keep.size > 0,
-                         F64=self._wide)
+            self._launch(fused.collect, d, *_tensors(terms), keep.tensor, threshold, found[s:], status, places, candidates,
+                         start, d, room, *self._words(factors), *self._words(keep_factors), NT=_count(terms),
+                         KEEPS=keep.size > 0, F64=self._wide)
             chosen = self._choose(places, candidates, found[s], k)
             indices.tensor[first : first + k] = places[chosen].clamp(start, stop - 1)
             values.tensor[first : first + k] = candidates[chosen]
@@ -102,7 +155,8 @@ class TritonBackend(DeviceBackend):
             seen = found.cpu()
             return None if bool(((seen < wanted) | (seen > rooms)).any()) else not bool(status)
 
-        return Verdict(ask)
+        again = super().select_largest
+        return Verdict(ask, lambda: again(terms, factors, keep, keep_factors, bounds, counts, indices, values))
 
     def _threshold(self, terms: Any, factors: Any, start: int, d: int, k: int) -> torch.Tensor:
         """Return a magnitude, (1,), that slightly more than `k` of these entries are expected to reach."""
@@ -119,6 +173,14 @@ class TritonBackend(DeviceBackend):
         by_place = torch.argsort(places)
         largest = torch.sort(magnitudes[by_place], descending=True, stable=True).indices[:k]
         return by_place[torch.sort(largest).values]
+
+
+_FORMATS = {"bf16": 0, "fp16": 1, "int8": 2}
+
+
+def _stride(rows: Any) -> int:
+    """Return how many entries lie between the beginnings of two rows."""
+    return int(rows.tensor.stride(0)) if len(rows) else 0
 
 
 def _count(terms: Any) -> int:

@@ -202,7 +202,9 @@ class _SparseCodec(Codec):
 
     def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:
         x = x if isinstance(x, Source) else source(x)
-        return self._kernels.checked(self._encode(x, wire, step, rank), lambda: self._encode_exactly(x, wire, step, rank))
+        finite: bool = self._kernels.checked(self._encode(x, wire, step, rank),
+                                             lambda: self._encode_exactly(x, wire, step, rank))
+        return finite
 
     def _encode_exactly(self, x: Source, wire: Wires, step: int, rank: int) -> bool:
         with self._kernels.exactly():
@@ -213,7 +215,7 @@ class _SparseCodec(Codec):
         body = wire[self._head :]
         values = self._values.plain_values(body)
         if values is None:
-            self._values.encode(self._kept, body)
+            finite &= self._values.encode(self._kept, body)
         else:
             values[:] = self._kept
             body[values.nbytes :] = 0

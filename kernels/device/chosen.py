@@ -1,0 +1,44 @@
+"""Which kernels a device has: in Triton where that is there and knows the device, else in torch operations."""
+
+from os import environ
+from typing import Any
+
+import torch
+from numpy.typing import DTypeLike
+
+from .backend import DeviceBackend
+
+__all__ = ["kernels_on", "why_not_triton"]
+
+_LEAST_CAPABILITY = (7, 0)  # of NVIDIA's devices, for atomics and the numbers that kernels use
+
+
+def why_not_triton(device: torch.device) -> str:
+    """Return why the kernels of a device are not those in Triton; "" where they are. Local.
+
+    On tensors of the CPU they run in Triton's interpreter, for tests, where TRITON_INTERPRET=1 is set.
+    """
+    if environ.get("MPI_EF_DEVICE_KERNELS", "") == "torch":
+        return "MPI_EF_DEVICE_KERNELS=torch is set"
+    if device.type == "cpu" and environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are on the CPU"
+    if device.type not in ("cpu", "cuda"):
+        return f"they were not written for {device.type}"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _LEAST_CAPABILITY:
+            return f"compute capability {capability[0]}.{capability[1]} is below 7.0"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return ""
+
+
+def kernels_on(dtype: DTypeLike, device: str) -> Any:
+    """Return the kernels for vectors of `dtype` on `device`. Local."""
+    if why_not_triton(torch.device(device.removeprefix("side:"))):
+        return DeviceBackend(dtype, device)
+    from .triton_backend import TritonBackend
+
+    return TritonBackend(dtype, device)
