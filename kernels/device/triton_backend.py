@@ -42,7 +42,8 @@ class TritonBackend(DeviceBackend):
 
     def _run(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         if programs:
-            with np.errstate(all="ignore"):  # the interpreter computes with NumPy
+            # The interpreter computes with NumPy; on GPUs Triton takes the current one.
+            with torch.cuda.device(self.torch_device) if self.torch_device.type == "cuda" else np.errstate(all="ignore"):
                 kernel[(programs,)](*arguments, **constants, enable_fp_fusion=False)
 
     def _status(self) -> torch.Tensor:
