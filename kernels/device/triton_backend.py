@@ -108,6 +108,16 @@ class TritonBackend(DeviceBackend):
                        lambda: again(terms, factors, keep, keep_factors, less_decoded, row_bits, row_scales, row_block,
                                      row_factor, block, bits, scales))
 
+    def l1_norm(self, x: Any) -> float:
+        parts, words = -(-x.size // fused_dense.PART), self._words((1.0, 0.0, 0.0))
+        sums, rest = (self.empty((parts, fused_dense.GROUP)).tensor for _ in range(2))
+        totals, nothing = self.empty(parts, np.float64).tensor, self.empty(0, np.uint8).tensor
+        if parts:
+            self._run(fused_dense.part_sums, parts, x.tensor, x.tensor, x.tensor, nothing, 0, x.tensor, 0, 0, 1, 0, x.size,
+                      parts, x.size, sums, rest, self._status(), *words, NT=1, F64=self._wide)
+            self._launch(fused_dense.part_totals, parts, sums, rest, parts, totals)
+        return float(np.cumsum([0.0, *totals.tolist()])[-1])
+
     def add_signs(self, bits: Any, scales: Any, block: int, factor: float, overwrite: bool, out: Any) -> None:
         self._launch(fused_dense.add_signs, out.size, bits.tensor, _stride(bits), scales.tensor, _stride(scales), len(bits),
                      block, self._word(factor), out.tensor, out.size, STARTS=overwrite, F64=self._wide)
