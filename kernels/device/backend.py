@@ -60,19 +60,17 @@ class DeviceBackend:
         return bus.host_array(shape, dtype, self.torch_device)
 
     def to_host(self, array: DeviceArray, host: np.ndarray) -> None:
-        bus.to_host(array, host)
+        bus.to_host(array.tensor, host)
 
     def to_device(self, host: np.ndarray, array: DeviceArray) -> None:
-        bus.to_device(host, array)
+        bus.to_device(host, array.tensor)
 
     def fetch(self, x: DeviceArray) -> np.ndarray:
-        host = np.empty(x.shape, x.dtype)
-        bus.to_host(x, host)
-        return host
+        return x.numpy()
 
     def place(self, x: np.ndarray) -> DeviceArray:
         there = self.empty(x.shape, x.dtype)
-        bus.to_device(x, there)
+        bus.to_device(x, there.tensor)
         return there
 
     def vector(self, tensor: torch.Tensor) -> DeviceArray:
