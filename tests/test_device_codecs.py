@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from device_side import DEVICE, KINDS, bits, each_dtype, sized, there, vector
 
 from mpi_ef.compress import Identity, Keep, LowRank, PlainCodec, Quantize, RandK, Sign, TopK, Vote, lazy, source
 from mpi_ef.compress.compressor import Compressor, StagedCodec
-from tests.test_device_kernels import KINDS, bits, each_dtype, there, vector
 
 COMPRESSORS = [
     TopK(0.1), TopK(0.02, values=Quantize("bf16")), TopK(0.3, values=Sign(block=32)), TopK(1.0), RandK(0.1),
@@ -17,7 +17,7 @@ COMPRESSORS = [
 
 
 def codecs(compressor, d, dtype):
-    return compressor.codec(d, dtype), compressor.codec_on("side:cpu", d, dtype)
+    return compressor.codec(d, dtype), compressor.codec_on(DEVICE, d, dtype)
 
 
 def sides(d, dtype, kind, seed):
