@@ -1,4 +1,4 @@
-"""Compile, without a GPU, every Triton kernel for the processors of four, as it is launched; print what came out as JSON lines.
+"""Compile, without a GPU, every Triton kernel as it is launched, for four processors; print what came out, in JSON lines.
 
 Launches are those that the backend makes of calls with small vectors; they are recorded in place of made. Of an argument
 Triton looks at the type, and makes a constant of the number 1, so there are calls in which numbers are 1.
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from device_side import there, vector
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from triton.compiler import ASTSource
+from triton.compiler import compile as compiled
 
 from mpi_ef.kernels import low_bits, lower_nbytes, upper_nbytes
 from mpi_ef.kernels.device.triton_backend import TritonBackend
@@ -26,7 +27,7 @@ POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.uint8: "*u8", 
 class Recorder(TritonBackend):
     """Keeps what would be launched, each variant once."""
 
-    launches: dict = {}
+    launches = {}  # noqa: RUF012
 
     def _run(self, kernel, programs, *arguments, **constants):
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
@@ -44,7 +45,7 @@ class Recorder(TritonBackend):
 
 
 def call_all(dtype):
-    """Call every method that launches kernels: one and three terms, with and without what is kept, rows, formats, numbers 1."""
+    """Call every method that launches kernels: one and three terms, with and without what is kept and rows, every format."""
     backend, nothing, factors = Recorder(dtype, "side:cpu"), there(np.empty(0, dtype)), (0.3, -1.0, 0.7)
     d = 5000
     for number, count in enumerate((1, 3)):
@@ -58,11 +59,11 @@ def call_all(dtype):
         rows = there(np.zeros((2 * number, -(-d // 8)), np.uint8)), there(np.zeros((2 * number, -(-d // 64)), dtype))
         backend.encode_signs(terms, factors, keep, factors, number == 1, *rows, 64, 0.5, block,
                              there(np.zeros(-(-d // 8), np.uint8)), there(np.zeros(-(-d // block), dtype)))
-        for format in ("bf16", "fp16", "int8") if number else ("bf16",):
+        for form in ("bf16", "fp16", "int8") if number else ("bf16",):
             exponents = there(np.zeros(-(-d // block), np.int16))
-            codes = there(np.zeros(d, np.int8 if format == "int8" else np.int16))
-            backend.quantize(terms, factors, keep, factors, number == 1, format, block, exponents, codes)
-            backend.add_quantized(exponents, codes, format, block, 0.3, number == 1, terms[0])
+            codes = there(np.zeros(d, np.int8 if form == "int8" else np.int16))
+            backend.quantize(terms, factors, keep, factors, number == 1, form, block, exponents, codes)
+            backend.add_quantized(exponents, codes, form, block, 0.3, number == 1, terms[0])
     for rows in (1, 3):
         signs, scales = there(np.zeros((rows, -(-d // 8)), np.uint8)), there(np.zeros((rows, 1), dtype))
         backend.add_signs(signs, scales, d, 0.3, rows == 1, terms[0])
@@ -80,8 +81,8 @@ def main(only):
         call_all(dtype)
     for kernel, dtype, signature, values in Recorder.launches.values():
         for name in only or TARGETS:
-            made = compile(ASTSource(kernel, signature=signature, constexprs=values), target=TARGETS[name],
-                           options={"enable_fp_fusion": False})
+            made = compiled(ASTSource(kernel, signature=signature, constexprs=values), target=TARGETS[name],
+                            options={"enable_fp_fusion": False})
             of_nvidia = name.startswith("sm")
             code, between = made.asm["ptx" if of_nvidia else "amdgcn"], made.asm["llir"]
             print(json.dumps({

@@ -4,7 +4,7 @@ The device is tensors of the CPU that are taken for those of one, or what MPI_EF
 kernels are in torch operations, and in Triton where that has a GPU or, slow, its interpreter (`make test-device`).
 """
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from os import environ
 
 import numpy as np
@@ -34,9 +34,9 @@ def sized(usual, interpreted):
     return interpreted if INTERPRETED else usual
 
 
-def others(*values, id=str):
+def others(*values):
     """Return parameters that are left to runs of everything."""
-    return [pytest.param(value, marks=pytest.mark.exhaustive, id=id(value)) for value in values]
+    return [pytest.param(value, marks=pytest.mark.exhaustive) for value in sorted(values)]
 
 
 def device_side():
@@ -47,6 +47,16 @@ def device_side():
 def moved(module):
     """Return a module whose parameters are where those of a device are in this test."""
     return module.to(TORCH_DEVICE)
+
+
+@contextmanager
+def on_side(side):
+    """Return a context of the "host" or the "device", with what moves a module there."""
+    if side == "host":
+        yield lambda module: module
+    else:
+        with device_side():
+            yield moved
 
 
 def there(array):
@@ -88,3 +98,36 @@ def vector(d, dtype, seed=0, kind="normal"):
 
 
 KINDS = ("normal", "ties", "zeros", "subnormal", "large", "wide", "broken")
+
+
+class Momentum(torch.optim.Optimizer):
+    """Momentum in operations that round once, so that all processors make the same bits; torch's own fuse some on GPUs."""
+
+    def __init__(self, parameters, lr, momentum=0.9, decay=0.0):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "decay": decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                moment = self.state[p].setdefault("moment", torch.zeros_like(p))
+                moment.mul_(group["momentum"])
+                moment.add_(p.grad)
+                p.mul_(1 - group["lr"] * group["decay"])
+                p.sub_(moment * group["lr"])
+
+
+def sgd(net):
+    return Momentum(net.parameters(), 0.1) if HARDWARE else torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+
+
+def adamw(net):
+    return Momentum(net.parameters(), 0.02, decay=0.1) if HARDWARE else torch.optim.AdamW(net.parameters(), lr=0.01)
+
+
+def backward(net, shadow, loss_of):
+    """Let a backward pass of `net` bring the gradients of its `shadow` on the host: forward passes are rounded elsewhere."""
+    shadow.load_state_dict(net.state_dict())
+    shadow.zero_grad()
+    loss_of(shadow).backward()
+    sum((p * copy.grad.to(p.device)).sum() for p, copy in zip(net.parameters(), shadow.parameters(), strict=True)).backward()

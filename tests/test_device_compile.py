@@ -24,7 +24,8 @@ DIVIDE = {"part_sums", "write_signs", "add_signs", "scales_of_blocks"}
 def compiled(tmp_path_factory):
     """What came out of every compilation, done by two processes: under the interpreter Triton compiles nothing."""
     pytest.importorskip("triton", reason="needs Triton, which is not installed: make test-device")
-    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "MPI_EF_TEST_DEVICE")}
+    not_these = {"TRITON_INTERPRET", "MPI_EF_TEST_DEVICE", "MPI_EF_DEVICE_KERNELS"}
+    environment = {name: value for name, value in os.environ.items() if name not in not_these}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
                     "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
     processes = [subprocess.Popen([sys.executable, HERE / "device_compile.py", *targets], env=environment, text=True,

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from device_side import BACKENDS, DEVICE, KINDS, bits, each_dtype, sized, there, vector
+from device_side import BACKENDS, DEVICE, KINDS, bits, each_dtype, host, sized, there, vector
 
 from mpi_ef.kernels import low_bits, lower_nbytes, reference, upper_nbytes
+from mpi_ef.kernels.backend import backend
 
 SIZES = sized((1, 63, 64, 1000, 4096, 9001), (1, 65, 5000))
 
@@ -157,6 +158,18 @@ def test_low_rank(dtype):
     rows = vector(24, dtype, 4)
     rows[12:18] = rows[6:12]
     check_same("orthonormalise", dtype, rows, np.array([[0, 6]]), 4, vector(24, dtype, 5), host=(1,))
+
+
+@each_dtype
+def test_entries_that_sleep(dtype):
+    x, where = vector(100, dtype, kind="zeros"), np.arange(100) % 7 == 3
+    x[::7] = 1
+    for mask in (where, np.arange(100) % 7 == 0, np.zeros(100, bool)):
+        for kernels, array in ((backend(dtype), x.copy()), *((kind(dtype, DEVICE), there(x)) for kind in BACKENDS)):
+            placed = kernels.place(mask)
+            assert kernels.stirs(array, placed) == bool((x[mask] != 0).any())
+            kernels.silence(array, placed)
+            assert bits(host(array)) == bits(np.where(mask, 0, x))
 
 
 @each_dtype

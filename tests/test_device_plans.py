@@ -12,7 +12,7 @@ from mpi_ef.errors import NonFiniteError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.testing import results
 
-D, STEPS = 1300, 4
+D, STEPS = sized(1300, 4200), sized(4, 2)
 PLANS = {
     "gather": lambda comm, **o: GatherMean(comm, TopK(0.05, values=Quantize("bf16")), D, **o),
     "gather RandK": lambda comm, **o: GatherMean(comm, RandK(0.05), D, **o),

@@ -94,8 +94,11 @@ class DeviceBackend:
     def nonzero(self, x: DeviceArray) -> np.ndarray:
         return self.fetch(DeviceArray(x.tensor != 0))
 
-    def silence(self, x: DeviceArray, where: np.ndarray) -> None:
-        x.tensor.masked_fill_(self.place(where).tensor, 0)
+    def stirs(self, x: DeviceArray, where: DeviceArray) -> bool:
+        return bool(((x.tensor != 0) & where.tensor).any())
+
+    def silence(self, x: DeviceArray, where: DeviceArray) -> None:
+        x.tensor.masked_fill_(where.tensor, 0)
 
     def concatenate(self, parts: Sequence[DeviceArray]) -> DeviceArray:
         return DeviceArray(torch.cat([part.tensor for part in parts]))
