@@ -2,6 +2,7 @@
 
 import ast
 import gc
+import json
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -217,3 +218,28 @@ def test_a_device_is_asked_for_no_memory(name):
 
     for seen in results(RANKS, program):
         assert len(set(seen)) == 1, seen
+
+
+@pytest.mark.skipif(not HARDWARE, reason="needs a GPU: make test-gpu")
+@pytest.mark.parametrize("name", ["EF21", "signs, two phases"])
+def test_the_driver_copies_what_is_counted(name, tmp_path):
+    """And answers of a few bytes beside it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    def program(comm):
+        step = STEPS[name](comm)
+        for number in range(FIRST):
+            step(number)
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled, bus.watched() as copies:
+            for number in range(FIRST, LAST):
+                step(number)
+            torch.cuda.synchronize(TORCH_DEVICE)
+        profiled.export_chrome_trace(str(tmp_path / "trace.json"))
+        return sum(nbytes for _, nbytes in copies)
+
+    (counted,) = results(1, program)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    sizes = [event["args"]["bytes"] for event in events if event.get("cat") == "gpu_memcpy"
+             and ("HtoD" in event["name"] or "DtoH" in event["name"])]
+    assert sizes
+    assert sum(nbytes for nbytes in sizes if nbytes > 64) <= counted
