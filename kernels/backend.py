@@ -162,8 +162,12 @@ class Backend:
         """Return which entries are not zero, on the host."""
         return x != 0
 
+    def stirs(self, x: Vector, where: NDArray[np.bool_]) -> bool:
+        """Tell whether one of these entries is not zero; `where` is in the same memory."""
+        return bool(((x != 0) & where).any())
+
     def silence(self, x: Vector, where: NDArray[np.bool_]) -> None:
-        """Set entries to zero; `where` is on the host."""
+        """Set entries to zero; `where` is in the same memory."""
         np.copyto(x, 0, where=where)
 
     def concatenate(self, parts: Sequence[Vector]) -> Vector:

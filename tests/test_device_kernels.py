@@ -1,37 +1,19 @@
 """Kernels of the device side give the bits of the specification, on tensors of the CPU."""
 
-from os import environ
-
 import numpy as np
 import pytest
+from device_side import BACKENDS, DEVICE, KINDS, bits, each_dtype, host, sized, there, vector
 
 from mpi_ef.kernels import low_bits, lower_nbytes, reference, upper_nbytes
-from mpi_ef.kernels.device.array import DeviceArray, torch_dtype
-from mpi_ef.kernels.device.backend import DeviceBackend
+from mpi_ef.kernels.backend import backend
 
-BACKENDS = [DeviceBackend]
-if environ.get("TRITON_INTERPRET") == "1":  # else Triton wants a GPU
-    BACKENDS.append(pytest.importorskip("mpi_ef.kernels.device.triton_backend").TritonBackend)
-
-each_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["f32", "f64"])
-
-
-def there(array):
-    """A copy of an array on the device side."""
-    import torch
-
-    kind = torch_dtype(array.dtype)
-    return DeviceArray(torch.from_numpy(array.copy().view(np.int64) if array.dtype == np.uint64 else array.copy()).to(kind))
-
-
-def bits(array):
-    return np.ascontiguousarray(array).tobytes()
+SIZES = sized((1, 63, 64, 1000, 4096, 9001), (1, 65, 5000))
 
 
 def check_same(name, dtype, *arguments, scratch=(), host=()):
     """Run the kernel on the host and on the device side, and compare what is in all arrays afterwards."""
     for kind in BACKENDS:
-        check_backend(kind(dtype, "side:cpu"), name, *arguments, scratch=scratch, host=host)
+        check_backend(kind(dtype, DEVICE), name, *arguments, scratch=scratch, host=host)
 
 
 def check_backend(backend, name, *arguments, scratch, host):
@@ -54,30 +36,6 @@ def check_backend(backend, name, *arguments, scratch, host):
             if isinstance(mine, np.ndarray):
                 other_bits = its if isinstance(its, np.ndarray) else its.numpy()
                 assert bits(mine) == bits(other_bits), f"{name}: argument {n}"
-
-
-def vector(d, dtype, seed=0, kind="normal"):
-    rng = np.random.default_rng([seed, d])
-    x = rng.standard_normal(d)
-    if kind == "ties":
-        x = np.round(x)
-    elif kind == "zeros":
-        x = np.where(rng.random(d) < 0.5, 0.0, -0.0)
-    elif kind == "subnormal":
-        x *= np.finfo(dtype).smallest_subnormal * 7
-    elif kind == "large":
-        x = rng.choice([-1.0, 1.0], d) * float(np.finfo(dtype).max) * rng.uniform(0.5, 1.0, d)
-    elif kind == "wide":
-        x *= 10.0 ** rng.uniform(-30, 30, d)
-    with np.errstate(over="ignore"):
-        x = x.astype(dtype)
-    if kind == "broken" and d:
-        x[d // 2], x[-1] = np.nan, -np.inf
-    return x
-
-
-KINDS = ("normal", "ties", "zeros", "subnormal", "large", "wide", "broken")
-SIZES = (1, 63, 64, 1000, 4096, 9001)
 
 
 def sources(dtype, sizes=SIZES, kinds=KINDS):
@@ -186,7 +144,7 @@ def test_random_subsets(d, k):
         expected, found = np.zeros(k, np.int64), there(np.zeros(k, np.int64))
         reference.sample_indices(seed, step, rank, d, expected, None)
         key = there(np.array([step, rank], np.int64))
-        DeviceBackend(np.float32, "side:cpu").sample_indices(seed, key, d, found, None)
+        BACKENDS[0](np.float32, DEVICE).sample_indices(seed, key, d, found, None)
         assert expected.tolist() == found.tolist()
 
 
@@ -200,6 +158,18 @@ def test_low_rank(dtype):
     rows = vector(24, dtype, 4)
     rows[12:18] = rows[6:12]
     check_same("orthonormalise", dtype, rows, np.array([[0, 6]]), 4, vector(24, dtype, 5), host=(1,))
+
+
+@each_dtype
+def test_entries_that_sleep(dtype):
+    x, where = vector(100, dtype, kind="zeros"), np.arange(100) % 7 == 3
+    x[::7] = 1
+    for mask in (where, np.arange(100) % 7 == 0, np.zeros(100, bool)):
+        for kernels, array in ((backend(dtype), x.copy()), *((kind(dtype, DEVICE), there(x)) for kind in BACKENDS)):
+            placed = kernels.place(mask)
+            assert kernels.stirs(array, placed) == bool((x[mask] != 0).any())
+            kernels.silence(array, placed)
+            assert bits(host(array)) == bits(np.where(mask, 0, x))
 
 
 @each_dtype

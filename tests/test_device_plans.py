@@ -4,15 +4,15 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from device_side import DEVICE, bits, each_dtype, host, on, sized, there, vector
 
 from mpi_ef.collectives import ClientsMean, DenseMean, GatherMean, TwoPhaseMean, plan_for
 from mpi_ef.compress import Identity, Keep, LowRank, Quantize, RandK, Sign, TopK, Vote, lazy
 from mpi_ef.errors import NonFiniteError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.testing import results
-from tests.test_device_kernels import bits, each_dtype, there, vector
 
-D, STEPS = 1300, 4
+D, STEPS = sized(1300, 4200), sized(4, 2)
 PLANS = {
     "gather": lambda comm, **o: GatherMean(comm, TopK(0.05, values=Quantize("bf16")), D, **o),
     "gather RandK": lambda comm, **o: GatherMean(comm, RandK(0.05), D, **o),
@@ -24,15 +24,7 @@ PLANS = {
     "low rank": lambda comm, **o: plan_for(comm, LowRank(2), D, **o),
     "int8": lambda comm, **o: plan_for(comm, Quantize("int8"), D, **o),
 }
-WORLDS = {"devices": ("side:cpu", "side:cpu", "side:cpu"), "mixed": ("cpu", "side:cpu", "cpu"), "alone": ("side:cpu",)}
-
-
-def on(device, array):
-    return array if device == "cpu" else there(array)
-
-
-def host(array):
-    return array if isinstance(array, np.ndarray) else array.numpy()
+WORLDS = {"devices": (DEVICE, DEVICE, DEVICE), "mixed": ("cpu", DEVICE, "cpu"), "alone": (DEVICE,)}
 
 
 def exchanges(comm, build, dtype, device):
@@ -78,7 +70,7 @@ def test_plans(name, world, dtype):
 @pytest.mark.parametrize("name", PLANS)
 def test_not_finite_on_a_device(name):
     def program(comm):
-        plan = PLANS[name](comm, device="side:cpu")
+        plan = PLANS[name](comm, device=DEVICE)
         x = vector(D, np.float32, comm.Get_rank())
         x[5] = np.nan if comm.Get_rank() == 1 else 1.0
         with pytest.raises(NonFiniteError) as raised:
@@ -103,7 +95,7 @@ def test_rules(rule, dtype):
 
     def program(comm):
         runs = []
-        for device in ("cpu", "side:cpu"):
+        for device in ("cpu", DEVICE):
             feedback = ErrorFeedback(rule, plan_for(comm, compressor, D, dtype, device=device), **options)
             grads = (on(device, vector(D, dtype, 10 * comm.Get_rank() + n)) for n in range(STEPS))
             steps = [host(feedback.step(grad)).copy() for grad in grads]
@@ -122,7 +114,7 @@ def test_rules_of_clients(rule, compressor):
 
     def program(comm):
         runs = []
-        for device in ("cpu", "side:cpu"):
+        for device in ("cpu", DEVICE):
             weights = np.arange(1, clients + 1) / 15 if rule == "ef21-w" else None
             plan = ClientsMean(comm, compressor, D, np.float64, clients=clients, weights=weights, device=device)
             feedback, steps = ErrorFeedback(rule, plan), []
@@ -148,7 +140,7 @@ def test_a_state_goes_from_one_side_to_the_other():
             return [bits(host(feedback.step(on(device, vector(D, np.float32, 10 * comm.Get_rank() + n))))) for n in steps]
 
         ends = []
-        for before, after in (("cpu", "cpu"), ("cpu", "side:cpu"), ("side:cpu", "cpu"), ("side:cpu", "side:cpu")):
+        for before, after in (("cpu", "cpu"), ("cpu", DEVICE), (DEVICE, "cpu"), (DEVICE, DEVICE)):
             first, second = built(before), built(after)
             go(first, before, range(3))
             second.load_state_dict(first.state_dict())
@@ -163,8 +155,8 @@ def test_vectors_that_are_elsewhere():
     from mpi_ef.errors import DtypeError
 
     def program(comm):
-        with pytest.raises(DtypeError, match="x is a ndarray; this plan takes vectors on side:cpu"):
-            plan_for(comm, TopK(0.1), D, device="side:cpu").exchange(np.zeros(D, np.float32))
+        with pytest.raises(DtypeError, match="x is a ndarray; this plan takes vectors on " + DEVICE):
+            plan_for(comm, TopK(0.1), D, device=DEVICE).exchange(np.zeros(D, np.float32))
         with pytest.raises(DtypeError, match="x is a DeviceArray; pass a numpy array"):
             plan_for(comm, TopK(0.1), D).exchange(there(np.zeros(D, np.float32)))
 

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike
 
+from . import bus
+
 __all__ = ["DeviceArray", "torch_dtype"]
 
 _TORCH: dict[Any, torch.dtype] = {
@@ -113,7 +115,7 @@ class DeviceArray:
         elif np.ndim(value) == 0:
             place.fill_(value.item() if isinstance(value, np.generic | np.ndarray) else value)
         else:
-            place.copy_(torch.from_numpy(np.ascontiguousarray(value)).view(self.tensor.dtype))
+            bus.to_device(np.ascontiguousarray(value), place)
 
     def view(self, dtype: DTypeLike | None = None) -> "DeviceArray":
         """Return another array over the same memory, of another `dtype` if one is named."""
@@ -137,11 +139,11 @@ class DeviceArray:
 
     def numpy(self) -> np.ndarray:
         """Return a copy in the memory of the host, once the device is done with it."""
-        return np.array(self.tensor.cpu().numpy())
+        return bus.on_host(self.tensor)
 
     def tolist(self) -> Any:
         """Return the entries as Python numbers, once the device is done with them."""
-        return self.tensor.tolist()
+        return bus.on_host(self.tensor).tolist()
 
     def __add__(self, other: Any) -> "DeviceArray":
         return self._computed(torch.add, other)

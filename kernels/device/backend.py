@@ -63,22 +63,20 @@ class DeviceBackend:
         return bus.host_array(shape, dtype, self.torch_device)
 
     def to_host(self, array: DeviceArray, host: np.ndarray) -> None:
-        bus.to_host(array, host)
+        bus.to_host(array.tensor, host)
 
     def to_device(self, host: np.ndarray, array: DeviceArray) -> None:
-        bus.to_device(host, array)
+        bus.to_device(host, array.tensor)
 
     def finite(self, vectors: Sequence[DeviceArray]) -> bool:
         return not vectors or bool(torch.stack([plain.all_finite(x.tensor) for x in vectors]).all())
 
     def fetch(self, x: DeviceArray) -> np.ndarray:
-        host = np.empty(x.shape, x.dtype)
-        bus.to_host(x, host)
-        return host
+        return x.numpy()
 
     def place(self, x: np.ndarray) -> DeviceArray:
         there = self.empty(x.shape, x.dtype)
-        bus.to_device(x, there)
+        bus.to_device(x, there.tensor)
         return there
 
     def vector(self, tensor: torch.Tensor) -> DeviceArray:
@@ -102,8 +100,11 @@ class DeviceBackend:
     def nonzero(self, x: DeviceArray) -> np.ndarray:
         return self.fetch(DeviceArray(x.tensor != 0))
 
-    def silence(self, x: DeviceArray, where: np.ndarray) -> None:
-        x.tensor.masked_fill_(self.place(where).tensor, 0)
+    def stirs(self, x: DeviceArray, where: DeviceArray) -> bool:
+        return bool(((x.tensor != 0) & where.tensor).any())
+
+    def silence(self, x: DeviceArray, where: DeviceArray) -> None:
+        x.tensor.masked_fill_(where.tensor, 0)
 
     def concatenate(self, parts: Sequence[DeviceArray]) -> DeviceArray:
         return DeviceArray(torch.cat([part.tensor for part in parts]))

@@ -1,16 +1,37 @@
-"""What crosses the bus between the memory of the host and that of a device: every copy, and how long it is."""
+"""What crosses the bus between the memory of the host and that of a device: every copy, and how long it is.
 
+No other module of this folder copies between the two. Answers of one number (whether a vector is finite) are not counted.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
 
-from .array import DeviceArray
+__all__ = ["copied_nbytes", "host_array", "on_device", "on_host", "to_device", "to_host", "watched"]
 
-__all__ = ["copied_nbytes", "host_array", "to_device", "to_host"]
+copied_nbytes = {"to host": 0, "to device": 0}  # by this process so far
+_watching: list[list[tuple[str, int]]] = []
 
-copied_nbytes = {"to host": 0, "to device": 0}
+
+@contextmanager
+def watched() -> Iterator[list[tuple[str, int]]]:
+    """Return a context with a list that gets direction and bytes of every copy, of all threads. For tests."""
+    copies: list[tuple[str, int]] = []
+    _watching.append(copies)
+    try:
+        yield copies
+    finally:
+        _watching[:] = [others for others in _watching if others is not copies]
+
+
+def _count(direction: str, nbytes: int) -> None:
+    copied_nbytes[direction] += nbytes
+    for copies in _watching:
+        copies.append((direction, nbytes))
 
 
 def host_array(shape: int | tuple[int, ...], dtype: DTypeLike, device: torch.device) -> np.ndarray[Any, Any]:
@@ -21,13 +42,29 @@ def host_array(shape: int | tuple[int, ...], dtype: DTypeLike, device: torch.dev
     return torch.zeros(size, dtype=torch.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
 
 
-def to_host(array: DeviceArray, host: np.ndarray[Any, Any]) -> None:
-    """Copy `array` to `host`, of the same shape and dtype, and wait for it."""
-    copied_nbytes["to host"] += host.nbytes
-    torch.from_numpy(host).view(array.tensor.dtype).copy_(array.tensor)
+def to_host(tensor: torch.Tensor, host: np.ndarray[Any, Any]) -> None:
+    """Copy `tensor` to `host`, of the same shape and as long entries, and wait for it."""
+    _count("to host", host.nbytes)
+    torch.from_numpy(host).view(tensor.dtype).copy_(tensor)
 
 
-def to_device(host: np.ndarray[Any, Any], array: DeviceArray) -> None:
-    """Copy `host` to `array`, in order with what the device does; `host` may change once it has done that."""
-    copied_nbytes["to device"] += host.nbytes
-    array.tensor.copy_(torch.from_numpy(host).view(array.tensor.dtype), non_blocking=True)
+def to_device(host: np.ndarray[Any, Any], tensor: torch.Tensor) -> None:
+    """Copy `host` to `tensor`, in order with what the device does; `host` may change once it has done that."""
+    _count("to device", host.nbytes)
+    tensor.copy_(torch.from_numpy(host).view(tensor.dtype), non_blocking=True)
+
+
+def on_host(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Return a copy of a tensor in the memory of the host, once the device is done with it."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype)
+    _count("to host", tensor.numel() * tensor.element_size())
+    array: np.ndarray[Any, Any] = host.copy_(tensor).numpy()
+    return array
+
+
+def on_device(numbers: "np.ndarray[Any, Any] | Sequence[Any]", device: torch.device,
+              dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return a copy of an array or a list on the device, of another `dtype` if one is named."""
+    there = torch.tensor(numbers, dtype=dtype) if isinstance(numbers, list | tuple) else torch.from_numpy(np.array(numbers))
+    _count("to device", there.numel() * there.element_size())
+    return there.to(device, dtype)

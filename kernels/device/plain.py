@@ -7,12 +7,15 @@ finite is a tensor, so that nothing waits for the device.
 
 # ruff: noqa: D103
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from mpi_ef.kernels import reference
+
+from . import bus
 
 __all__ = ["add_dense", "add_low_rank", "add_quantized", "add_signs", "add_sparse", "all_finite", "clear_sparse",
            "combine", "decode_indices", "encode_indices", "encode_signs", "fingerprints", "gather", "mean_rows",
@@ -133,15 +136,20 @@ def _octets(words: Tensor) -> Tensor:
 _LITTLE, _BIG = tuple(range(8)), tuple(reversed(range(8)))
 
 
+@cache
+def _shifts(order: tuple[int, ...], device: torch.device) -> Tensor:
+    return bus.on_device(order, device, torch.uint8)
+
+
 def _packed(bits: Tensor, order: tuple[int, ...]) -> Tensor:
     """Return bytes of eight bits each; the number of bits is a multiple of eight."""
-    shifts = torch.tensor(order, dtype=torch.uint8, device=bits.device)
+    shifts = _shifts(order, bits.device)
     return (bits.view(-1, 8) << shifts).sum(1, dtype=torch.uint8)
 
 
 def _unpacked(octets: Tensor, order: tuple[int, ...]) -> Tensor:
     """Return the bits of bytes, (..., 8 m) for (..., m)."""
-    shifts = torch.tensor(order, dtype=torch.uint8, device=octets.device)
+    shifts = _shifts(order, octets.device)
     return ((octets[..., None] >> shifts) & 1).flatten(-2)
 
 
@@ -167,12 +175,12 @@ def encode_signs(terms: Terms, factors: Factors, keep: Tensor, keep_factors: Fac
 
 def _mean_magnitudes(rows: Tensor) -> Tensor:
     """Return the mean magnitude of every row, added up in the order of the specification."""
-    totals = _part_totals(rows).cpu().numpy()  # a number for every part: the rest is quicker there
+    totals = bus.on_host(_part_totals(rows))  # a number for every part: the rest is quicker there
     with np.errstate(over="ignore", invalid="ignore"):
         means = np.cumsum(totals, axis=1)[:, -1] / rows.shape[1]
     for j in np.flatnonzero(np.isinf(means)).tolist():
-        means[j] = reference._mean_magnitude(rows[j].cpu().numpy())  # noqa: SLF001
-    return torch.from_numpy(means).to(rows.device)
+        means[j] = reference._mean_magnitude(bus.on_host(rows[j]))  # noqa: SLF001
+    return bus.on_device(means, rows.device)
 
 
 def _part_totals(rows: Tensor) -> Tensor:
@@ -329,9 +337,9 @@ def sample_indices(seed: int, key: Tensor, d: int, indices: Tensor) -> None:
 
 def orthonormalise(rows: Tensor, spans: Any, rank: int, spare: Tensor) -> None:
     """Do it on the host: factors are no longer than a message, and sums go entry by entry."""
-    ours, drawn = np.array(rows.cpu().numpy()), np.array(spare.cpu().numpy())
+    ours, drawn = bus.on_host(rows), bus.on_host(spare)
     reference.orthonormalise(ours, spans, rank, drawn)
-    rows.copy_(torch.from_numpy(ours))
+    bus.to_device(ours, rows)
 
 
 def add_low_rank(left: Tensor, right: Tensor, parts: Any, rank: int, factor: float, overwrite: bool, out: Tensor) -> None:
@@ -356,9 +364,9 @@ def add_low_rank(left: Tensor, right: Tensor, parts: Any, rank: int, factor: flo
 def fingerprints(x: Tensor, starts: Any, out: Any) -> None:
     words = x.element_size() // 4
     bits = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    begins = torch.from_numpy(words * np.asarray(starts)).to(x.device)
+    begins = bus.on_device(words * np.asarray(starts), x.device)
     sizes = begins.diff()
     number = torch.arange(bits.numel(), device=x.device) - begins[:-1].repeat_interleave(sizes, output_size=bits.numel())
     sums = torch.cumsum(_mix(bits + (number + 1) * _signed(_GOLDEN)), 0)
     sums = torch.cat([sums.new_zeros(1), sums])
-    out[:] = sums[begins].diff().cpu().numpy().view(np.uint64)
+    out[:] = bus.on_host(sums[begins].diff()).view(np.uint64)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import bus
 from .plain import _part_totals
 
 __all__ = ["adam", "adam_step", "add_layers", "follow_momentum", "l1_norm", "layer_norms", "local_step",
@@ -42,7 +43,7 @@ def preconditioned_step(m: Tensor, inverse: Tensor, step: float, decay: float, x
 
 
 def l1_norm(x: Tensor) -> float:
-    totals: Any = _part_totals(x[None])[0].cpu().numpy() if x.numel() else []
+    totals: Any = bus.on_host(_part_totals(x[None]))[0] if x.numel() else []
     return float(np.cumsum([0.0, *totals])[-1])
 
 
@@ -83,7 +84,7 @@ def layer_norms(x: Tensor, starts: Any, norms: Any) -> None:
 
 def _sums_of_squares(x: Tensor, lows: list[int], sizes: list[int]) -> Any:
     """Return the sums of squares of parts of up to 4096 entries, in the order of the specification, on the host."""
-    low, size = (torch.tensor(numbers, device=x.device)[:, None] for numbers in (lows, sizes))
+    low, size = (bus.on_device(numbers, x.device)[:, None] for numbers in (lows, sizes))
     whole = size // _LANES * _LANES
 
     def squares(at: Tensor, there: Tensor) -> Tensor:
@@ -99,13 +100,13 @@ def _sums_of_squares(x: Tensor, lows: list[int], sizes: list[int]) -> Any:
         total += sums[:, one]
     for one in range(_LANES - 1):
         total += squares(whole + one, whole + one < size)[:, 0]
-    return total.cpu().numpy()
+    return bus.on_host(total)
 
 
 def _by_entry(of_layers: Any, starts: Any, like: Tensor) -> Tensor:
     """Return numbers of layers, (layers,) on the host, for every entry."""
-    numbers = torch.from_numpy(np.asarray(of_layers)).to(like.device, like.dtype)
-    sizes = torch.from_numpy(np.diff(starts)).to(like.device)
+    numbers = bus.on_device(np.asarray(of_layers), like.device, like.dtype)
+    sizes = bus.on_device(np.diff(starts), like.device)
     return numbers.repeat_interleave(sizes, output_size=like.numel())
 
 
@@ -127,5 +128,5 @@ def follow_momentum(sent: Tensor, inverse: Tensor, betas: Any, root_factor: floa
     roots = torch.maximum(_root(fresh) * root_factor, _by_entry(least, starts, m)) + eps
     quotients = torch.where(inverse > 0, 1.0 / (roots * inverse), 0.0)
     largest = [quotients[start:stop].amax() if stop > start else quotients.new_zeros(()) for start, stop in pairwise(starts)]
-    ratios[:] = torch.stack(largest).cpu().numpy() if largest else []
+    ratios[:] = bus.on_host(torch.stack(largest)) if largest else []
 

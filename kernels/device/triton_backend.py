@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 
 from mpi_ef.kernels.backend import Verdict
 
-from . import fused, fused_dense
+from . import bus, fused, fused_dense
 from .array import DeviceArray
 from .backend import DeviceBackend, _floats, _tensors
 
@@ -146,7 +146,7 @@ class TritonBackend(DeviceBackend):
             return super().select_largest(terms, factors, keep, keep_factors, bounds, counts, indices, values)
         status, first, segments = self._status(), 0, len(counts)
         found = torch.zeros(segments, dtype=torch.int32, device=self.torch_device)
-        rooms = torch.empty(segments, dtype=torch.int32)
+        rooms = np.empty(segments, np.int64)
         for s, (start, stop, k) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), counts.tolist(), strict=True)):
             d, room = stop - start, _room(stop - start, k)
             rooms[s] = room
@@ -160,11 +160,10 @@ class TritonBackend(DeviceBackend):
             indices.tensor[first : first + k] = places[chosen].clamp(start, stop - 1)
             values.tensor[first : first + k] = candidates[chosen]
             first += k
-        wanted = torch.from_numpy(np.asarray(counts)).to(torch.int32)
 
         def ask() -> bool | None:
-            seen = found.cpu()
-            return None if bool(((seen < wanted) | (seen > rooms)).any()) else not bool(status)
+            seen = bus.on_host(found)
+            return None if bool(((seen < counts) | (seen > rooms)).any()) else not bool(status)
 
         again = super().select_largest
         return Verdict(ask, lambda: again(terms, factors, keep, keep_factors, bounds, counts, indices, values))
@@ -234,4 +233,4 @@ def _sampled(d: int, device: str) -> torch.Tensor:
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     words ^= words >> np.uint64(31)
-    return torch.from_numpy((words % np.uint64(d)).astype(np.int64)).to(device)
+    return bus.on_device((words % np.uint64(d)).astype(np.int64), torch.device(device))

@@ -32,6 +32,7 @@ class Asleep:
         self._comm = comm
         self.sent_nbytes = 0  # what the last wake() has sent from this rank
         self.mask: Mask | None = None  # (d,); None where no entry sleeps. Never changed in place
+        self._placed: tuple[Mask | None, Vector] | None = None  # the same where vectors are
 
     def fall(self, mask: Mask | None) -> None:
         """Let these entries sleep, (d,), and no others. Local, alike on all ranks."""
@@ -39,7 +40,7 @@ class Asleep:
 
     def stir(self, gradients: Vector) -> bool:
         """Return whether an entry that sleeps has a gradient on this rank. Local."""
-        return self.mask is not None and bool((backend_of(gradients).nonzero(gradients) & self.mask).any())
+        return self.mask is not None and backend_of(gradients).stirs(gradients, self._where(gradients))
 
     def wake(self, stirring: Mask) -> NDArray[np.intp]:
         """Wake the entries that sleep and are `stirring`, (d,), on any rank, and return them. Collective.
@@ -63,7 +64,14 @@ class Asleep:
     def hush(self, array: Vector, start: int = 0) -> None:
         """Set the part of `array`, which begins at entry `start`, that belongs to entries that sleep to zero. Local."""
         if self.mask is not None:
-            backend_of(array).silence(array, self.mask[start : start + array.size])
+            backend_of(array).silence(array, self._where(array)[start : start + array.size])
+
+    def _where(self, like: Vector) -> Vector:
+        """Return the mask in the memory that `like` is in, to which it goes once."""
+        assert self.mask is not None  # noqa: S101
+        if self._placed is None or self._placed[0] is not self.mask:
+            self._placed = self.mask, backend_of(like).place(self.mask)
+        return self._placed[1]
 
 
 def memories(rules: Iterable[tuple[ErrorFeedback, int]]) -> list[Placed]:
