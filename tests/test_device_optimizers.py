@@ -11,6 +11,7 @@ from mpi_ef import (
     DistributedOptimizer,
     EF21Muon,
     Lion,
+    LowRank,
     OneBitAdam,
     OneBitLamb,
     Quantize,
@@ -119,3 +120,22 @@ def test_a_state_goes_on_on_the_other_side(name):
     for end in ends[1:]:
         for mine, its in zip(ends[0], end, strict=True):
             assert same(mine, its)
+
+
+@pytest.mark.parametrize("side", [nullcontext, on_device_side])
+def test_what_observers_get_of_arrays_that_stay_on_the_host(side):
+    """The factor of a low-rank plan is one; others are where the parameters are."""
+
+    def program(comm):
+        net, seen = model(torch.float32), []
+        optimizer = DistributedOptimizer(sgd(net), comm, LowRank(2, shapes="parameters"), placement="gradient")
+        optimizer.observer = seen.append
+        net(torch.ones(2, 12)).sum().backward()
+        optimizer.step()
+        (report,) = seen[0]
+        return report.norms
+
+    with side():
+        norms = results(2, program)[0]
+    assert norms["e_i"] > 0
+    assert norms["plan.Q"] == pytest.approx(6**0.5)  # two orthonormal columns for each of three matrices

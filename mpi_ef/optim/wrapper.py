@@ -19,6 +19,7 @@ from mpi_ef.errors import MpiEfError, OptionError, told
 from mpi_ef.feedback import ErrorFeedback, Rule
 from mpi_ef.feedback.state import form
 from mpi_ef.feedback.table import rule_of
+from mpi_ef.kernels.backend import backend_of
 from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, StateTree, attribute
 
 from .accounts import BucketReport
@@ -331,7 +332,7 @@ class DistributedOptimizer(FlatOptimizer):
         reports, accounts = [], self._accounts
         self._accounts = [(channel.sent_nbytes, channel.seconds) for channel in self.channels()]
         for n, (channel, old, new) in enumerate(zip(self.channels(), accounts, self._accounts, strict=True)):
-            norms = {name: self.flat.kernels.norm(a) for name, a in (channel.per_rank() | channel.replicated()).items()}
+            norms = {name: backend_of(a).norm(a) for name, a in (channel.per_rank() | channel.replicated()).items()}
             seconds = {name: spent - old[1][name] for name, spent in new[1].items()}
             traffic = channel.plan.traffic
             reports.append(BucketReport(self.steps, n, new[0] - old[0], traffic.dense_nbytes, channel.plan.lost, norms,
