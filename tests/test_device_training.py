@@ -118,3 +118,15 @@ def test_one_gpu_for_each_rank_by_default(monkeypatch):
 
     assert virtual.results(1, batch) == [["meta", "meta"]]
     assert moved == [torch.device("meta")]
+
+
+def test_a_model_that_finds_no_room(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    errors = virtual.run(2, lambda comm: train(comm, TrainConfig(**MLP, out=tmp_path)))
+    assert {str(error) for error in errors} == {
+        "train: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); take a smaller model, fewer ranks for each "
+        "device, or what keeps fewer vectors"}
+    assert all(error.everywhere for error in errors)

@@ -8,7 +8,7 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import ConfigError, counted
 from mpi_ef.kernels.backend import written_in
 
-__all__ = ["described", "device_for"]
+__all__ = ["described", "device_for", "move_to"]
 
 
 def device_for(comm: Comm, asked: str | None) -> torch.device:
@@ -35,6 +35,16 @@ def device_for(comm: Comm, asked: str | None) -> torch.device:
         if wanted.index is not None:
             return wanted
     return local_device(comm, share=True)
+
+
+def move_to(model: torch.nn.Module, device: torch.device, comm: Comm) -> None:
+    """Move a model to the device of this rank; where there is no room on one, all raise. Collective."""
+
+    def facts() -> dict[str, object]:
+        model.to(device)
+        return {}
+
+    agree(comm, "train", facts, "")
 
 
 def described(comm: Comm, device: torch.device, vectors: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ from mpi_ef.jobs.train import choices, models
 from mpi_ef.jobs.train.changes import Changes
 from mpi_ef.jobs.train.config import PHASES, TrainConfig, learning_rate
 from mpi_ef.jobs.train.datasets import Dataset, Digits, Loss, Text, batches, own_problem, shard
-from mpi_ef.jobs.train.device import described, device_for
+from mpi_ef.jobs.train.device import described, device_for, move_to
 from mpi_ef.jobs.train.optimizers import build_optimizer
 from mpi_ef.jobs.train.settings import CHANGES, SPECIFIED, rule_in
 from mpi_ef.kernels import machine_code
@@ -88,7 +88,7 @@ class Trainer:
         bounds = chunk_bounds(self.data.held_out_size, size)
         self._held_out = np.arange(bounds[rank], bounds[rank + 1])
         self.device = device_for(comm, config.device)
-        self.model.to(self.device)  # drawn on the CPU: the same numbers everywhere
+        move_to(self.model, self.device, comm)  # drawn on the CPU: the same numbers everywhere
         self.optimizer = build_optimizer(config, self.model, comm)
         self.devices = described(comm, self.device, self.optimizer.flat.device)
         self.changes: Changes | None = None

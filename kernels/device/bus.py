@@ -1,5 +1,6 @@
 """What crosses the bus between the memory of the host and that of a device: every copy, and how long it is."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from .array import DeviceArray
 
 __all__ = ["copied_nbytes", "host_array", "to_device", "to_host"]
 
+_told: list[bool] = []  # that memory was not page-locked
 copied_nbytes = {"to host": 0, "to device": 0}
 
 
@@ -18,7 +20,14 @@ def host_array(shape: int | tuple[int, ...], dtype: DTypeLike, device: torch.dev
     if device.type != "cuda":
         return np.zeros(shape, dtype)
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return torch.zeros(size, dtype=torch.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
+    try:
+        return torch.zeros(size, dtype=torch.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
+    except RuntimeError as error:  # limits of the system
+        if not _told:
+            _told.append(True)
+            text = f"memory of the host cannot be page-locked ({error}): copies from and to the device take longer"
+            warnings.warn(" ".join(text.split()), RuntimeWarning, stacklevel=2)
+        return np.zeros(shape, dtype)
 
 
 def to_host(array: DeviceArray, host: np.ndarray[Any, Any]) -> None:

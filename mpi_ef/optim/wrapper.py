@@ -122,6 +122,7 @@ class DistributedOptimizer(FlatOptimizer):
             return {"the optimizer": type(optimizer).__name__, "rule": rule, "options": options, "placement": placement,
                     "dense_steps": dense_steps, "bucket_nbytes": bucket_nbytes, "overlap": overlap}
 
+        self._exact = isinstance(compressor, Identity)
         self._lay_out(comm, facts, model)
         buckets, lane, of_buckets = [], None, comm
         if overlap:
@@ -136,12 +137,14 @@ class DistributedOptimizer(FlatOptimizer):
             buckets.append(Bucket(numbers, part, ErrorFeedback(rule, parted, dense_steps=dense_steps, **options)))
         self.buckets = Buckets(self.flat, buckets, lane)
         self.feedback, self._quiet = buckets[0].feedback, ExitStack()
-        # One rank that loses nothing need not take its update apart and put it together again, which rounds.
-        whole = placement == "gradient" or (comm.Get_size() == 1 and isinstance(compressor, Identity))
-        # What the torch optimizer makes of the parameters.
-        self._after: Vector | None = None if whole else self.flat.kernels.zeros(self.flat.d)
         self._places = None if self._after is None else self.flat.views(self._after)
         self._lends = placement == "update"
+
+    def _allocate(self) -> None:
+        # One rank that loses nothing need not take its update apart and put it together again, which rounds.
+        whole = self.placement == "gradient" or (self.comm.Get_size() == 1 and self._exact)
+        # What the torch optimizer makes of the parameters.
+        self._after: Vector | None = None if whole else self.flat.kernels.zeros(self.flat.d)
 
     def _check_arguments(self) -> None:
         optimizer = self.optimizer
