@@ -18,7 +18,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from mpi_ef import kernels
 
-__all__ = ["Backend", "Verdict", "aligned_zeros", "backend", "backend_of", "on_device_side", "side_of"]
+__all__ = ["Backend", "Verdict", "aligned_zeros", "backend", "backend_of", "borrowed", "on_device_side", "side_of",
+           "written_in"]
 
 Vector = NDArray[Any]
 _SCRATCH = max(kernels.COMBINE_SCRATCH, kernels.QUANTIZE_SCRATCH, kernels.SELECT_SCRATCH, kernels.SIGNS_SCRATCH)
@@ -258,3 +259,16 @@ def backend(dtype: DTypeLike, device: str = "cpu") -> Any:
     if device == Backend.device:
         return Backend(dtype)
     return import_module("mpi_ef.kernels.device.chosen").kernels_on(dtype, device)  # which needs torch
+
+
+def written_in(device: str) -> str:
+    """Return what the kernels on a device are written in, and where that is not Triton why. Local."""
+    if device == Backend.device:
+        return "Numba"
+    why: str = import_module("mpi_ef.kernels.device.chosen").why_not_triton_on(device)
+    return f"torch ({why})" if why else "Triton"
+
+
+def borrowed() -> Any:
+    """Return what takes arrays that other libraries have on a device. Local."""
+    return import_module("mpi_ef.kernels.device.borrowed")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
     from mpi_ef.data import ShardedSampler, generator_for, loader_context, random_state, seed_rank, set_random_state
     from mpi_ef.ddp import FeedbackHook
+    from mpi_ef.devices import local_device
     from mpi_ef.errors import MpiEfError
     from mpi_ef.feedback import ErrorFeedback
     from mpi_ef.metrics import mean_metrics, print_metrics
@@ -53,6 +54,7 @@ _HOME = {name: module for module, names in {
              "ZeroOneAdam",
     "feedback": "ErrorFeedback",
     "ddp": "FeedbackHook",
+    "devices": "local_device",
     "data": "generator_for loader_context random_state seed_rank set_random_state ShardedSampler",
     "compress": "Identity LowRank Quantize RandK Sign TopK Vote",
     "errors": "MpiEfError",
@@ -68,8 +70,8 @@ __all__ = ["EF21", "ClientsMean", "DenseMean", "DistributedOptimizer", "EControl
            "FeedbackHook", "GatherMean", "Identity", "Lion", "LowRank", "LowRankMean", "MpiEfError", "OneBitAdam",
            "OneBitLamb", "PowerSGD", "Quantize", "RandK", "ShardedSampler", "Sign", "Signum", "Stopper", "Store",
            "TopK", "Training", "TwoPhaseMean", "Vote", "ZeroOneAdam", "allgather", "allreduce", "generator_for",
-           "loader_context", "mean_metrics", "open_checkpoint", "plan_for", "print_metrics", "random_state", "seed_rank",
-           "set_random_state", "shard", "synchronize_buffers"]
+           "loader_context", "local_device", "mean_metrics", "open_checkpoint", "plan_for", "print_metrics",
+           "random_state", "seed_rank", "set_random_state", "shard", "synchronize_buffers"]
 
 
 def __getattr__(name: str) -> Any:

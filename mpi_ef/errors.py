@@ -8,8 +8,8 @@ from traceback import walk_tb
 from typing import TypeVar
 
 __all__ = ["CheckpointError", "ConfigError", "DataError", "DisagreementError", "DtypeError", "LaunchError",
-           "MpiEfError", "NonFiniteError", "OptionError", "PeerError", "ShapeError", "briefly", "counted",
-           "everywhere", "nearest", "told"]
+           "MpiEfError", "NonFiniteError", "OptionError", "OutOfMemoryError", "PeerError", "ShapeError", "briefly",
+           "counted", "everywhere", "nearest", "shortage", "told"]
 
 
 class MpiEfError(Exception):
@@ -61,6 +61,10 @@ class NonFiniteError(MpiEfError, ArithmeticError):
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.ranks = ranks
+
+
+class OutOfMemoryError(MpiEfError, MemoryError):
+    """There is no room on a rank, or on its device, for what is to be built."""
 
 
 class LaunchError(MpiEfError, RuntimeError):
@@ -115,6 +119,16 @@ def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
     lower = {name.lower(): name for name in known}
     close = get_close_matches(word.lower(), lower, n=1)
     return f"did you mean {lower[close[0]]}?" if close else otherwise
+
+
+def shortage(subject: str, error: BaseException) -> OutOfMemoryError | None:
+    """Return an error of ours for one that says that memory is short, of Python, NumPy or torch; None for others. Local."""
+    short = isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    if not short or isinstance(error, MpiEfError):
+        return None
+    said = ". ".join(" ".join(str(error).split()).split(". ")[:3]).rstrip(".")  # torch goes on with advice
+    return OutOfMemoryError(f"{subject}: out of memory{f' ({said})' if said else ''}; take a smaller model, fewer ranks for "
+                            "each device, or what keeps fewer vectors")
 
 
 def told(error: BaseException) -> str:

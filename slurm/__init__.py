@@ -14,7 +14,7 @@ __all__ = ["PROFILES", "TEMPLATES", "Profile", "full_name", "parse_profile", "pr
 TEMPLATES = {
     "train.sbatch": "train on one node",
     "train-nodes.sbatch": "train on several nodes",
-    "train-gpu.sbatch": "run a training program of yours on several nodes with GPUs",
+    "train-gpu.sbatch": "train on several nodes with GPUs, also with a program of yours",
     "sweep.sbatch": "an array: one training per line of a list of options",
     "chain.sbatch": "a long training as a chain of jobs, one after the other",
     "preemptible.sbatch": "train on nodes that others may take away",

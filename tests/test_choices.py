@@ -143,7 +143,8 @@ def test_an_option_is_refused_or_changes_what_is_built(context):
 def test_every_option_is_in_the_table_or_always_applies():
     """Those of the table have no default, the others have one; every one of the table is looked at in the test above."""
     somewhere = {f.name for f in fields(TrainConfig) if choices.owners(f.name)}
-    assert {f.name for f in fields(TrainConfig) if f.default is None} == somewhere | {"data", "tensorboard", "weight_decay"}
+    everywhere = {"data", "device", "tensorboard", "weight_decay"}
+    assert {f.name for f in fields(TrainConfig) if f.default is None} == somewhere | everywhere
     guide = (
         (Path(__file__).parents[1] / "docs" / "training.md")
         .read_text(encoding="utf-8")

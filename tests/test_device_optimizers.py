@@ -10,6 +10,7 @@ from mpi_ef import (
     DistributedOptimizer,
     EF21Muon,
     Lion,
+    LowRank,
     OneBitAdam,
     OneBitLamb,
     Quantize,
@@ -119,3 +120,22 @@ def test_a_state_goes_on_on_the_other_side(name):
     for end in ends[1:]:
         for mine, its in zip(ends[0], end, strict=True):
             assert same(mine, its, name not in INEXACT)
+
+
+@pytest.mark.parametrize("side", ["cpu", DEVICE])
+def test_what_observers_get_of_arrays_that_stay_on_the_host(side):
+    """The factor of a low-rank plan is one; others are where the parameters are."""
+
+    def program(comm):
+        torch_device = torch.device("cpu" if side.startswith("side") else side)
+        net, seen = model(torch.float32).to(torch_device), []
+        optimizer = DistributedOptimizer(sgd(net), comm, LowRank(2, shapes="parameters"), placement="gradient")
+        optimizer.observer = seen.append
+        net(torch.ones(2, 12, device=torch_device)).sum().backward()
+        optimizer.step()
+        (report,) = seen[0]
+        return report.norms
+
+    norms = on_ranks(2, side, program)[0]
+    assert norms["e_i"] > 0
+    assert norms["plan.Q"] == pytest.approx(6**0.5)  # two orthonormal columns for each of three matrices

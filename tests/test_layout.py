@@ -35,6 +35,7 @@ ROOMS = {
     "buffers": ("errors comm vectors", "numpy torch"),
     "data": ("errors ranges comm", "numpy torch"),
     "metrics": ("errors comm", ""),
+    "devices": ("errors comm", "torch mpi4py"),
     "shares": ("errors comm data", "torch"),
     "optim": ("errors ranges statetree kernels comm compress collectives feedback vectors buffers", "numpy torch"),
     "ddp": ("errors statetree kernels comm compress collectives feedback vectors", "numpy torch"),
@@ -43,8 +44,8 @@ ROOMS = {
     "integrations": ("errors comm runtime buffers data metrics vectors optim checkpoint state",
                      "torch accelerate transformers lightning"),
     "testing": ("errors comm compress collectives registry feedback optim", "numpy torch mpi4py pytest"),
-    "__init__": ("errors moved runtime compress collectives feedback buffers data metrics shares optim ddp checkpoint "
-                 "state", ""),
+    "__init__": ("errors moved runtime compress collectives feedback buffers data metrics shares devices optim ddp "
+                 "checkpoint state", ""),
     "jobs": ("__init__ errors documents ranges registry kernels comm runtime slurm compress collectives feedback checkpoint "
              "state", "numpy matplotlib mpi4py tensorboard"),
     "jobs.train": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback optim "
@@ -233,7 +234,7 @@ ABSENT = [
     ("from mpi_ef.testing import CompressorLaws, PlanLaws, RuleLaws", {"torch", "mpi4py.MPI"}),
     ("import mpi_ef.optim", {"mpi4py.MPI"}),
     ("import mpi_ef.ddp", {"mpi4py.MPI"}),
-    ("import mpi_ef.data, mpi_ef.buffers, mpi_ef.metrics, mpi_ef.shares", {"mpi4py.MPI"}),
+    ("import mpi_ef.data, mpi_ef.buffers, mpi_ef.metrics, mpi_ef.shares, mpi_ef.devices", {"mpi4py.MPI"}),
     ("import mpi_ef.integrations", {"mpi4py.MPI"}),  # loops of others are looked for when they are used
 ]
 # Before each import everything of mpi_ef is forgotten, so that it works as the first one of a process.

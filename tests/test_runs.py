@@ -237,6 +237,7 @@ ELSEWHERE = {
     "on_failure",
     "out",
     "overwrite",
+    "device",
 }  # other tests
 
 

@@ -216,7 +216,8 @@ SHORT_LIST = ["--lr 0.003", "--lr 0.006", "--lr 0.01", "--lr 0.006 --ratio 0.05"
     ("sweep.sbatch", {"CONFIGS": "a b"}, ["--sweep", "a b", "--"], ["train", "--steps", "9 x", *SHORT_LIST]),
     ("container.sbatch", {"IMAGE": "i.sif"}, ["--image", "i.sif", "--"], ["train", "--steps", "9 x"]),
     ("container.sbatch", {}, ["--image", "", "--"], ["train", "--steps", "9 x"]),
-    ("train-gpu.sbatch", {}, ["--"], ["train", "--steps", "9 x"]),
+    ("train-gpu.sbatch", {}, ["--"], ["train", "--device", "cuda", "--steps", "9 x"]),
+    ("train-gpu.sbatch", {"DEVICE": "auto"}, ["--"], ["train", "--device", "auto", "--steps", "9 x"]),
     ("train-gpu.sbatch", {"PROGRAM": "my one"}, ["--"], [*RANK, "python3", "-m", "mpi4py", "my one", "--steps", "9 x"]),
     ("train-gpu.sbatch", {"PROGRAM": "one", "PYTHON": "py"}, ["--"], [*RANK, "py", "-m", "mpi4py", "one", "--steps", "9 x"]),
     ("bench.sbatch", {}, ["--each", "nodes", "--"], ["bench", "--steps", "9 x"]),
@@ -226,11 +227,10 @@ SHORT_LIST = ["--lr 0.003", "--lr 0.006", "--lr 0.01", "--lr 0.006 --ratio 0.05"
 ])
 def test_what_every_template_starts(site, name, variables, words, after):
     arguments = ["--steps", "9 x"] if name.endswith(".sbatch") else []
-    status, said, noted = site.start(FOLDER / name, *arguments, **variables)
+    status, _, noted = site.start(FOLDER / name, *arguments, **variables)
     assert status == 0
     script = ["--script", str(FOLDER / name)] if "train" in after or name.startswith("train-gpu") else []
     assert noted == ["supervise", *(script if name != "train.lsf" else []), *words, *after]
-    assert ("GPUs of this job stay idle" in said) == (name == "train-gpu.sbatch" and not variables)
 
 
 def test_every_template_is_started():

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpi_ef.compress.combination import Vector
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.optim.flat import FlatOptimizer
 
@@ -23,7 +24,7 @@ class Changes:
 
     def __init__(self, optimizer: FlatOptimizer, rule: str, *, whole: float, seed: int) -> None:
         self._optimizer, self._rule, self.whole, self._seed = optimizer, rule, whole, seed
-        self._before = optimizer.flat.values.copy()
+        self._before: Vector = optimizer.flat.values.copy()
         self._skipped = -1  # how many steps had been skipped at the last one: the first is whole
 
     def gradient(self, step: int, batch: Callable[[], float], everything: Callable[[], float]) -> float:
@@ -43,30 +44,31 @@ class Changes:
         else:
             loss = batch()
             self._subtract_before(batch, values)
-        np.copyto(self._before, values)
+        self._before[:] = values
         for channel in channels:
             channel.tell(whole=whole) if self._rule == "marina" else channel.tell(full=whole)
         return loss
 
-    def _subtract_before(self, batch: Callable[[], float], values: np.ndarray) -> None:
+    def _subtract_before(self, batch: Callable[[], float], values: Vector) -> None:
         """Take off ``p.grad`` what it is over the same batch at the parameters before the last step."""
         now = values.copy()
         gradients = [(p, p.grad.clone()) for p in self._optimizer.flat.parameters if p.grad is not None]
         self._optimizer.zero_grad()
-        np.copyto(values, self._before)  # parameters are views of it
+        values[:] = self._before  # parameters are views of it
         try:
             batch()
         finally:
-            np.copyto(values, now)
+            values[:] = now
         with torch.no_grad():
             for p, gradient in gradients:
                 p.grad = gradient if p.grad is None else gradient - p.grad
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on. Local."""
-        return {"before": torch.from_numpy(self._before.copy()), "skipped": self._skipped}
+        before = self._optimizer.flat.kernels.fetch(self._before).copy()
+        return {"before": torch.from_numpy(before), "skipped": self._skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned. Local."""
-        np.copyto(self._before, state["before"].numpy())
+        self._before[:] = state["before"].numpy()
         self._skipped = state["skipped"]

@@ -86,6 +86,9 @@ class TrainConfig(Checked):
                               choices=choices_of.VALUES)
     dense_steps: int | None = _for("dense_steps", "first steps that exchange everything", 0)
     clip: float = option(1.0, "largest norm of a rank's own gradient, before compression; 0 for no limit", "[0, inf)")
+    device: str | None = option(
+        None, "auto is the GPU for this rank, shared where there are fewer, and the CPU without any; cuda the same, but no "
+        "CPU; cuda:0 that one on every rank", shown="auto", choices=("auto", "cpu", "cuda"), others="cuda:NUMBER")
     seed: int = option(0, "of model, shards, order and random compressors", 0)
     log_every: int = option(10, "steps between rows of metrics", 1)
     eval_every: int = option(100, "steps between validations", 1)

@@ -22,9 +22,11 @@ from mpi_ef.jobs.train import choices, models
 from mpi_ef.jobs.train.changes import Changes
 from mpi_ef.jobs.train.config import PHASES, TrainConfig, learning_rate
 from mpi_ef.jobs.train.datasets import Dataset, Digits, Loss, Text, batches, own_problem, shard
+from mpi_ef.jobs.train.device import described, device_for, move_to
 from mpi_ef.jobs.train.optimizers import build_optimizer
 from mpi_ef.jobs.train.settings import CHANGES, SPECIFIED, rule_in
 from mpi_ef.kernels import machine_code
+from mpi_ef.kernels.backend import backend_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,6 +52,10 @@ class Trainer:
     ----------
     config : TrainConfig
         All options that apply.
+    device : torch.device
+        Where this rank computes.
+    devices : dict of str to str
+        Devices and what their kernels are written in, each with its ranks.
     changes : Changes or None
         What makes the gradients of rules whose inputs are changes.
     untimed_steps, untimed_seconds : int, float
@@ -81,7 +87,10 @@ class Trainer:
         self._batches = batches(self._own, config.batch, seed=config.seed, rank=rank)
         bounds = chunk_bounds(self.data.held_out_size, size)
         self._held_out = np.arange(bounds[rank], bounds[rank + 1])
+        self.device = device_for(comm, config.device)
+        move_to(self.model, self.device, comm)  # drawn on the CPU: the same numbers everywhere
         self.optimizer = build_optimizer(config, self.model, comm)
+        self.devices = described(comm, self.device, self.optimizer.flat.device)
         self.changes: Changes | None = None
         if rule_in(config.rule) in CHANGES:
             whole = config.whole or config.batch / (config.batch + self.data.size // size)
@@ -130,7 +139,7 @@ class Trainer:
             group["lr"] = learning_rate(self.config, self.steps)
         began = perf_counter()
         indices = self._next()
-        inputs, targets = self.data.batch(indices, self.epoch)
+        inputs, targets = self._there(self.data.batch(indices, self.epoch))
         loaded = perf_counter()
         self.optimizer.zero_grad()
         if self.changes is None:
@@ -158,7 +167,8 @@ class Trainer:
     def _backward_all(self) -> float:
         """Add the gradient of the mean loss over all samples of this rank; return that. Local."""
         parts = [self._own[start : start + _EVALUATION_BATCH] for start in range(0, self._own.size, _EVALUATION_BATCH)]
-        return sum(self._backward(*self.data.batch(part, self.epoch), part.size / self._own.size) for part in parts)
+        return sum(self._backward(*self._there(self.data.batch(part, self.epoch)), part.size / self._own.size)
+                   for part in parts)
 
     def _settle(self) -> None:
         """Leave out of the times those of the latest steps in which any rank's kernels were made."""
@@ -171,6 +181,11 @@ class Trainer:
                 self.untimed_steps += 1
                 self.untimed_seconds += float(spent[0])
         self._latest.clear()
+
+    def _there(self, batch: "tuple[Tensor, Tensor]") -> "tuple[Tensor, Tensor]":
+        """Return inputs and targets where the model is. Local."""
+        inputs, targets = batch
+        return inputs.to(self.device), targets.to(self.device)
 
     def _next(self) -> "np.ndarray":
         self.epoch, indices = next(self._batches)
@@ -220,7 +235,8 @@ class Trainer:
 
     def record(self) -> TrainConfig:
         """Return the options of what was built: all that apply, also those that follow from it. Local."""
-        config, etas = replace(self.config, data=self.data.content), self._etas()
+        device = self.config.device or "auto"
+        config, etas = replace(self.config, data=self.data.content, device=device), self._etas()
         if len(etas) == 1:  # buckets may have different ones
             config = replace(config, eta=etas.pop())
         return config if self.changes is None else replace(config, whole=self.changes.whole)
@@ -298,7 +314,7 @@ class Trainer:
         """Return what the last exchange lost, mean over ranks, and norms of the state, mean square over ranks."""
         state, lost = self._state(), self.optimizer.lost
         lost = np.nan if lost is None else lost
-        means = self._all([lost, *(float(np.linalg.norm(array)) ** 2 for array in state.values())]).mean(axis=0)
+        means = self._all([lost, *(backend_of(array).norm(array) ** 2 for array in state.values())]).mean(axis=0)
         # Arrays of plans are parts of a vector: their norms add up, those of other arrays are averaged.
         parts = [self.comm.Get_size() if ".plan." in f".{name}" else 1 for name in state]
         norms = np.sqrt(parts * means[1:]).tolist()
@@ -310,7 +326,8 @@ class Trainer:
         self.model.eval()
         with torch.no_grad():
             for start in range(0, self._held_out.size, _EVALUATION_BATCH):
-                inputs, targets = self.data.held_out(self._held_out[start : start + _EVALUATION_BATCH])
+                samples = self._held_out[start : start + _EVALUATION_BATCH]
+                inputs, targets = self._there(self.data.held_out(samples))
                 logits = self.model(inputs)
                 total += float(self._loss_of(logits, targets)) * targets.numel()
                 right += 0 if self.data.labels is None else int((logits.argmax(-1) == targets).sum())
@@ -330,12 +347,15 @@ class Trainer:
 
     def fingerprints(self) -> list[int]:
         """Return a hash of the parameters of every rank. Collective."""
-        hashes: list[int] = self.comm.allgather(crc32(self.optimizer.flat.values.data))
+        flat = self.optimizer.flat
+        hashes: list[int] = self.comm.allgather(crc32(flat.kernels.fetch(flat.values).data))
         return hashes
 
     def check_replicas(self) -> None:
         """Raise `DisagreementError` on all ranks where parameters differ that are to be the same. Collective."""
-        prints = self.fingerprints() if getattr(self.optimizer, "synchronized", True) else []
+        flat, prints = self.optimizer.flat, []
+        if getattr(self.optimizer, "synchronized", True):
+            prints = self.comm.allgather(crc32(flat.fingerprints(flat.values).data))  # formed where they are
         if others := [rank for rank, of_rank in enumerate(prints) if of_rank != prints[0]]:
             raise DisagreementError(
                 f"mpi-ef train: after step {self.steps} parameters on {ranks_text(others)} are not those on rank 0; "
@@ -346,7 +366,7 @@ class Trainer:
 def _shaping(config: TrainConfig) -> dict[str, Any]:
     """Return the options that the parameters depend on, as a checkpoint can hold them; the text is known by its content."""
     apart = ("out", "overwrite", "resume", "keep", "checkpoint_every", "save_in_background", "stop_after", "on_failure",
-             "log_every", "eval_every", "tensorboard", "text", "data")
+             "log_every", "eval_every", "tensorboard", "text", "data", "device")
     return {name: value for name, value in asdict(config).items() if name not in apart and value is not None}
 
 

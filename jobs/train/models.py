@@ -23,7 +23,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits (batch, context, vocabulary) for tokens (batch, context) int64."""
-        x = self.token(tokens) + self.position(torch.arange(tokens.shape[1]))
+        x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
         logits: Tensor = F.linear(self.norm(self.blocks(x)), self.token.weight)
         return logits
 

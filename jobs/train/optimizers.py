@@ -124,18 +124,19 @@ def _rule_options(chosen: Chosen) -> dict[str, Any]:
     return found
 
 
-def _plan(chosen: Chosen) -> Callable[[Comm, Compressor, int, Any], Plan]:
+def _plan(chosen: Chosen) -> Callable[..., Plan]:
     """Return what builds the plan that the rule needs."""
 
-    def plan(comm: Comm, compressor: Compressor, d: int, dtype: Any) -> Plan:
+    def plan(comm: Comm, compressor: Compressor, d: int, dtype: Any, device: str = "cpu") -> Plan:
         if hasattr(chosen, "plan"):
-            return build_plan(chosen.plan, comm, compressor, d, dtype)
+            return build_plan(chosen.plan, comm, compressor, d, dtype, device)
         rule = rule_in(chosen.rule)
         if rule in CLIENTS:
-            return ClientsMean(comm, compressor, d, dtype, clients=comm.Get_size(), weights=_weights(chosen, comm))
+            return ClientsMean(comm, compressor, d, dtype, clients=comm.Get_size(), weights=_weights(chosen, comm),
+                               device=device)
         if rule == "ef21-bc" and compressor.plan == "two-phase":
-            return TwoPhaseMean(comm, compressor, d, dtype, reply=_reply(chosen))
-        return plan_for(comm, compressor, d, dtype, residual=rule != "lion")  # a vote leaves nothing for later
+            return TwoPhaseMean(comm, compressor, d, dtype, reply=_reply(chosen), device=device)
+        return plan_for(comm, compressor, d, dtype, residual=rule != "lion", device=device)  # a vote leaves none
 
     return plan
 

@@ -1,5 +1,6 @@
 """What the options of ``mpi-ef train`` may be, alone and together; before MPI is started."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,9 @@ def check(chosen: Mapping[str, Any]) -> None:
         check_installed()
     if chosen.get("smoothness") is not None:
         smoothness_of(chosen["smoothness"])
+    device = chosen.get("device")
+    if device is not None and not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", device, re.ASCII):
+        raise ConfigError(f"device={device!r} is no device; take auto, cpu, cuda, or cuda:0 with the number of a GPU")
     _check_combinations(chosen)
 
 

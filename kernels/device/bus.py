@@ -3,6 +3,7 @@
 No other module of this folder copies between the two. Answers of one number (whether a vector is finite) are not counted.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ __all__ = ["copied_nbytes", "host_array", "on_device", "on_host", "to_device", "
 
 copied_nbytes = {"to host": 0, "to device": 0}  # by this process so far
 _watching: list[list[tuple[str, int]]] = []
+_told: list[bool] = []  # that memory was not page-locked
 
 
 @contextmanager
@@ -39,7 +41,14 @@ def host_array(shape: int | tuple[int, ...], dtype: DTypeLike, device: torch.dev
     if device.type != "cuda":
         return np.zeros(shape, dtype)
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return torch.zeros(size, dtype=torch.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
+    try:
+        return torch.zeros(size, dtype=torch.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
+    except RuntimeError as error:  # limits of the system
+        if not _told:
+            _told.append(True)
+            text = f"memory of the host cannot be page-locked ({error}): copies from and to the device take longer"
+            warnings.warn(" ".join(text.split()), RuntimeWarning, stacklevel=2)
+        return np.zeros(shape, dtype)
 
 
 def to_host(tensor: torch.Tensor, host: np.ndarray[Any, Any]) -> None:

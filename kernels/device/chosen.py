@@ -8,7 +8,7 @@ from numpy.typing import DTypeLike
 
 from .backend import DeviceBackend
 
-__all__ = ["kernels_on", "why_not_triton"]
+__all__ = ["kernels_on", "why_not_triton", "why_not_triton_on"]
 
 _LEAST_CAPABILITY = (7, 0)  # of NVIDIA's devices, for atomics and the numbers that kernels use
 
@@ -35,9 +35,14 @@ def why_not_triton(device: torch.device) -> str:
     return ""
 
 
+def why_not_triton_on(device: str) -> str:
+    """Return the same of a device by the name that :func:`mpi_ef.kernels.backend.backend` has for it. Local."""
+    return why_not_triton(torch.device(device.removeprefix("side:")))
+
+
 def kernels_on(dtype: DTypeLike, device: str) -> Any:
     """Return the kernels for vectors of `dtype` on `device`. Local."""
-    if why_not_triton(torch.device(device.removeprefix("side:"))):
+    if why_not_triton_on(device):
         return DeviceBackend(dtype, device)
     from .triton_backend import TritonBackend
 

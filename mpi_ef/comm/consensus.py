@@ -8,12 +8,12 @@ from threading import local
 from types import MethodType
 from typing import Any, NoReturn, TypeVar
 
-from mpi_ef.errors import CheckpointError, DisagreementError, MpiEfError, OptionError, PeerError, everywhere
+from mpi_ef.errors import CheckpointError, DisagreementError, MpiEfError, OptionError, PeerError, everywhere, shortage
 
 from .protocol import Comm
 
-__all__ = ["OnAllRanks", "SharedErrors", "agree", "check_not_freed", "gather_values", "ranks_text", "shared_errors",
-           "together"]
+__all__ = ["OnAllRanks", "SharedErrors", "agree", "all_built", "check_not_freed", "gather_values", "ranks_text",
+           "shared_errors", "together"]
 
 Facts = Mapping[str, object]
 Texts = dict[str, str]
@@ -52,10 +52,12 @@ def shared_errors(comm: Comm, subject: str, call: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        problem = error
+        problem = _ours(subject, error)
         usable = hasattr(comm, "allgather") and bool(comm) and not comm.Is_inter()
         if not usable or getattr(_mine, "calls", 0) != before:
-            raise
+            if problem is error:
+                raise
+            raise problem from error
 
         def facts() -> Facts:
             raise problem
@@ -133,7 +135,8 @@ def agree(comm: Comm, subject: str, facts: Callable[[], Facts], remedy: str, val
         said = {name: str(fact) for name, fact in facts().items()}  # texts are compared; not everything can be pickled
         mine: tuple[Texts | None, str, object] = (said, "", value)
     except Exception as raised:
-        error, mine = raised, (None, str(raised) or type(raised).__name__, None)
+        error = _ours(subject, raised)
+        mine = (None, str(error) or type(error).__name__, None)
     try:
         answers: list[tuple[Texts | None, str, Any]] = gather_values(comm, call or subject, mine)
     except DisagreementError as different:
@@ -149,6 +152,23 @@ def agree(comm: Comm, subject: str, facts: Callable[[], Facts], remedy: str, val
         if listed := _differing((theirs or {}).get(name, "") for theirs, _, _ in answers):
             raise DisagreementError(f"{subject}: ranks disagree on {name}: {listed}; {remedy}")
     return [value for _, _, value in answers]
+
+
+def all_built(comm: Comm, subject: str, build: Callable[[], None], call: str) -> None:
+    """Call `build`, which agrees once itself, in the call `call` of :func:`agree`; where it fails, all raise. Collective."""
+    problem: Exception | None = None
+    try:
+        with shared_errors(comm, subject, call):
+            build()
+    except Exception as error:
+        problem = error
+
+    def facts() -> Facts:
+        if problem is not None:
+            raise problem
+        return {}
+
+    agree(comm, subject, facts, "")
 
 
 def together(comm: Comm, subject: str, action: Callable[[], T], undo: Callable[[], None] = lambda: None) -> list[T]:
@@ -169,6 +189,15 @@ def together(comm: Comm, subject: str, action: Callable[[], T], undo: Callable[[
     where = ranks_text([rank for rank in failed if answers[rank][1] == text]) if comm.Get_size() > 1 else ""
     others = f" ({where}; {len(failed)} of {len(answers)} ranks failed)" if where else ""
     raise everywhere(CheckpointError(f"{subject}: {text}{others}", damaged=answers[failed[0]][2]))
+
+
+def _ours(subject: str, error: Exception) -> Exception:
+    """Return an error, or ours in place of one that says that memory is short."""
+    short = shortage(subject, error)
+    if short is None:
+        return error
+    short.__cause__ = error
+    return short
 
 
 def _differing(texts: Iterable[str]) -> str:

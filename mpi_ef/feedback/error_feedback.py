@@ -63,10 +63,10 @@ class ErrorFeedback(OnAllRanks, Stateful):
             whole("ErrorFeedback", 0, "0 starts compressed", dense_steps=dense_steps)
             self.rule.check_names(options, "ErrorFeedback", ErrorFeedback)
             self.options = self.rule.options_for(plan.alpha, specified | options)
+            self.state = self.rule.state.zeros(plan, **self.options)
             return {"rule": self.rule.name, "dense_steps": dense_steps, "options": self.options}
 
         agree(plan.comm, "ErrorFeedback", facts, "build it from the same arguments everywhere")
-        self.state = self.rule.state.zeros(plan, **self.options)
         self._dense: Plan | None = None
         self._formed: Vector | None = None  # a combination, overwritten by the next one
         self._inputs: dict[str, Any] = {}

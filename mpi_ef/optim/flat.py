@@ -24,7 +24,7 @@ from mpi_ef.ranges import within
 from mpi_ef.vectors import FlatParameters, Mask
 
 from .accounts import Channel
-from .groups import Listed, check_options, hyper_parameters, names_of
+from .groups import Listed, check_options, described, hyper_parameters, names_of
 from .handshake import DONE, WEIGHS, Handshake, check_order
 from .line import line_for, newest_line
 from .resting import memories, momenta, silent
@@ -71,15 +71,15 @@ class FlatOptimizer(Saved):
         self._listed, self._named = Listed(self), names_of(self, model)
         self._retired_nbytes, self._retired_seconds = 0, dict.fromkeys(("encode", "communicate", "decode"), 0.0)
         parameters = [p for group in self.param_groups for p in group["params"]]
+        hashes = []
 
         def all_facts() -> Mapping[str, object]:
             more = facts()
             check_options(self)
             self.flat = FlatParameters(parameters)
-            named = {f"parameter {number}": f"{self._named.get(id(p), '')} {tuple(p.shape)} {p.dtype} "
-                     f"trained={p.requires_grad}".lstrip() for number, p in enumerate(parameters)}
-            return {"the number of parameters": len(parameters), **named,
-                    "whether a model is given": isinstance(model, nn.Module),
+            self._allocate()
+            hashes.append(self.flat.hashes())
+            return {**described(parameters, self._named), "whether a model is given": isinstance(model, nn.Module),
                     "hyper-parameters": hyper_parameters(self), **more}
 
         with newest_line(comm) as state:
@@ -89,11 +89,14 @@ class FlatOptimizer(Saved):
             line = line_for(comm, {state for _, state in answers})
         self._handshake = Handshake(comm, type(self).__name__, self._number, line)
         finalize(self, self._handshake.leave)
-        check_order(comm, type(self).__name__, self.flat.hashes(), self._name)
+        check_order(comm, type(self).__name__, hashes[0], self._name)
         self.flat.broadcast(comm)
         self._writes = Writes(self.flat)
         if isinstance(model, nn.Module):
             broadcast_buffers(model, comm)
+
+    def _allocate(self) -> None:
+        """Make further vectors as long as those of the parameters, where it fails on all ranks if on one. Local."""
 
     def slices(self) -> list[tuple[dict[str, Any], slice]]:
         """Return the groups and their parts of the vectors."""
@@ -251,11 +254,9 @@ class FlatOptimizer(Saved):
     def _staying(self) -> Iterator[None]:
         resting, layers = np.flatnonzero(~self.moving).tolist(), len(self.flat.parameters)
         saved = [
-            (array[place], array[place].copy())
-            for number in resting
+            (array[place], array[place].copy()) for number in resting
             for array in (self.flat.values, *self._kept())
-            for place in [slice(number, number + 1) if array.size == layers != self.flat.d else self.flat.place(number)]
-        ]
+            for place in [slice(number, number + 1) if array.size == layers != self.flat.d else self.flat.place(number)]]
         try:
             with self._silent(resting, *self._sent()):
                 yield

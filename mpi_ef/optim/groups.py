@@ -1,6 +1,6 @@
 """What the groups of a torch optimizer say."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from inspect import signature
 from numbers import Number
@@ -14,12 +14,19 @@ from torch.optim import Optimizer
 from mpi_ef.errors import OptionError
 from mpi_ef.ranges import within
 
-__all__ = ["Listed", "check_options", "group_sizes", "hyper_parameters", "names_of", "parameters_of"]
+__all__ = ["Listed", "check_options", "described", "group_sizes", "hyper_parameters", "names_of", "parameters_of"]
 
 
 def group_sizes(optimizer: Optimizer) -> str:
     """Return how many parameters each group has, as text."""
     return ", ".join(str(len(group["params"])) for group in optimizer.param_groups)
+
+
+def described(parameters: Sequence[Tensor], names: Mapping[int, str]) -> dict[str, object]:
+    """Return what ranks must agree on of all parameters; `names` are by `id`. Local."""
+    every = {f"parameter {number}": f"{names.get(id(p), '')} {tuple(p.shape)} {p.dtype} trained={p.requires_grad}".lstrip()
+             for number, p in enumerate(parameters)}
+    return {"the number of parameters": len(parameters), **every}
 
 
 def hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:

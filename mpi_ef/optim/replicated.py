@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch.optim import Optimizer
 
 from mpi_ef.collectives import DenseMean, Plan, PlanBuilder, build_plan, plan_for
-from mpi_ef.comm.consensus import shared_errors
+from mpi_ef.comm.consensus import all_built, shared_errors
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor
 from mpi_ef.compress.combination import Vector
@@ -69,7 +69,7 @@ class ReplicatedOptimizer(FlatOptimizer):
         self._asleep = Asleep(comm)
         with shared_errors(comm, self._kind, Plan.built):
             built = build_plan(plan, comm, compressor, self.flat.d, self.flat.dtype, self.flat.device)
-        self.build(built)
+        all_built(comm, self._kind, lambda: self.build(built), "ErrorFeedback")
         if not self.rules:
             raise OptionError(f"{self._kind}.build made no rule; set self.rules[...] = ErrorFeedback(..., plan)")
 

@@ -19,6 +19,7 @@ from mpi_ef.errors import MpiEfError, OptionError, told
 from mpi_ef.feedback import ErrorFeedback, Rule
 from mpi_ef.feedback.state import form
 from mpi_ef.feedback.table import rule_of
+from mpi_ef.kernels.backend import backend_of
 from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, StateTree, attribute
 
 from .accounts import BucketReport
@@ -121,6 +122,7 @@ class DistributedOptimizer(FlatOptimizer):
             return {"the optimizer": type(optimizer).__name__, "rule": rule, "options": options, "placement": placement,
                     "dense_steps": dense_steps, "bucket_nbytes": bucket_nbytes, "overlap": overlap}
 
+        self._exact = isinstance(compressor, Identity)
         self._lay_out(comm, facts, model)
         buckets, lane, of_buckets = [], None, comm
         if overlap:
@@ -135,12 +137,14 @@ class DistributedOptimizer(FlatOptimizer):
             buckets.append(Bucket(numbers, part, ErrorFeedback(rule, parted, dense_steps=dense_steps, **options)))
         self.buckets = Buckets(self.flat, buckets, lane)
         self.feedback, self._quiet = buckets[0].feedback, ExitStack()
-        # One rank that loses nothing need not take its update apart and put it together again, which rounds.
-        whole = placement == "gradient" or (comm.Get_size() == 1 and isinstance(compressor, Identity))
-        # What the torch optimizer makes of the parameters.
-        self._after: Vector | None = None if whole else self.flat.kernels.zeros(self.flat.d)
         self._places = None if self._after is None else self.flat.views(self._after)
         self._lends = placement == "update"
+
+    def _allocate(self) -> None:
+        # One rank that loses nothing need not take its update apart and put it together again, which rounds.
+        whole = self.placement == "gradient" or (self.comm.Get_size() == 1 and self._exact)
+        # What the torch optimizer makes of the parameters.
+        self._after: Vector | None = None if whole else self.flat.kernels.zeros(self.flat.d)
 
     def _check_arguments(self) -> None:
         optimizer = self.optimizer
@@ -331,7 +335,7 @@ class DistributedOptimizer(FlatOptimizer):
         reports, accounts = [], self._accounts
         self._accounts = [(channel.sent_nbytes, channel.seconds) for channel in self.channels()]
         for n, (channel, old, new) in enumerate(zip(self.channels(), accounts, self._accounts, strict=True)):
-            norms = {name: self.flat.kernels.norm(a) for name, a in (channel.per_rank() | channel.replicated()).items()}
+            norms = {name: backend_of(a).norm(a) for name, a in (channel.per_rank() | channel.replicated()).items()}
             seconds = {name: spent - old[1][name] for name, spent in new[1].items()}
             traffic = channel.plan.traffic
             reports.append(BucketReport(self.steps, n, new[0] - old[0], traffic.dense_nbytes, channel.plan.lost, norms,

@@ -57,7 +57,7 @@ def test_train_nodes(cluster, place):
 
 def test_train_gpu(cluster, place):
     """GPUs that are none: the ranks of a node see all of them."""
-    job = place.submit("train-gpu", *TINY, options=(*on(2, 1), "--gpus-per-node=2"))
+    job = place.submit("train-gpu", *TINY, options=(*on(2, 1), "--gpus-per-node=2"), DEVICE="auto")
     job.completes()
     one_world(place, job, 2, 1)
     assert {note["CUDA_VISIBLE_DEVICES"] for note in place.notes()} == {"0,1"}

@@ -1,0 +1,225 @@
+"""What goes wrong with devices: one line on all ranks, and nothing stays behind."""
+
+import gc
+import threading
+import warnings
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mpi_ef import DistributedOptimizer, EF21Muon, Lion, OneBitAdam, OneBitLamb, Sign, TopK, ZeroOneAdam
+from mpi_ef.collectives import Plan
+from mpi_ef.errors import DtypeError, MpiEfError, OutOfMemoryError, PeerError, ShapeError
+from mpi_ef.kernels.backend import Backend, backend, on_device_side
+from mpi_ef.kernels.device.array import DeviceArray
+from mpi_ef.kernels.device.bus import host_array
+from mpi_ef.testing import results, run
+from mpi_ef.vectors import FlatParameters
+
+SAID = (": out of memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 9 GiB of which "
+        "1 GiB is free); take a smaller model")
+here = threading.local()
+
+
+def net():
+    return nn.Sequential(nn.Linear(12, 5))
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+BUILD = {
+    "update": lambda m, comm: DistributedOptimizer(sgd(m), comm, TopK(0.1)),
+    "buckets": lambda m, comm: DistributedOptimizer(sgd(m), comm, Sign(), placement="gradient", rule="econtrol", eta=0.3,
+                                                    bucket_nbytes=100, overlap=True),
+    "Muon": lambda m, comm: EF21Muon(m.parameters(), comm, TopK(0.1)),
+    "1-bit Adam": lambda m, comm: OneBitAdam(m.parameters(), comm, lr=0.1),
+    "1-bit LAMB": lambda m, comm: OneBitLamb(m.parameters(), comm, lr=0.1),
+    "0/1 Adam": lambda m, comm: ZeroOneAdam(m.parameters(), comm, lr=0.1),
+    "Lion": lambda m, comm: Lion(m.parameters(), comm, lr=0.1),
+}
+
+
+def left_over():
+    gc.collect()
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), FlatParameters | Plan)]
+
+
+@pytest.fixture
+def scarce(monkeypatch):
+    """The memory of a rank ends after ``here.room`` arrays."""
+    kind = type(backend(np.dtype(np.float32), "side:cpu"))
+
+    def limited(method):
+        def make(self, *arguments):
+            here.room = getattr(here, "room", 10**6) - 1
+            if here.room == -1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
+                                             "9 GiB of which 1 GiB is free.\nSee the documentation for more.")
+            return method(self, *arguments)
+
+        return make
+
+    for name in ("zeros", "empty", "on_host"):
+        monkeypatch.setattr(kind, name, limited(getattr(kind, name)))
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_out_of_memory_wherever_it_happens_in_construction(scarce, name):
+    """Every allocation fails once on one rank: all raise, nothing stays, and the same communicator serves the next one."""
+    before, seen = len(left_over()), []
+
+    def program(comm):
+        told, model = [], net()
+        addresses = [p.data_ptr() for p in model.parameters()]
+        for room in range(1000):
+            here.room = room if comm.Get_rank() == 1 else 10**6
+            try:
+                optimizer = BUILD[name](model, comm)
+            except MpiEfError as error:
+                told.append((type(error), str(error)))
+                assert comm.Get_rank() == 0 or room > 1 or [p.data_ptr() for p in model.parameters()] == addresses
+                del error
+            else:
+                break
+        here.room = 10**6
+        nn.functional.cross_entropy(model(torch.ones(3, 12)), torch.zeros(3, dtype=torch.int64)).backward()
+        optimizer.step()
+        seen.append(model)
+        return told
+
+    with on_device_side():
+        first, second = results(2, program)
+    assert len(first) == len(second) > 4
+    for (kind, text), (its_kind, its_text) in zip(first, second, strict=True):
+        assert kind is PeerError, text
+        assert its_kind is OutOfMemoryError, its_text
+        assert its_text in text
+        assert "\n" not in text
+        assert SAID in its_text
+    seen.clear()
+    assert len(left_over()) == before
+
+
+def test_out_of_memory_on_the_host(monkeypatch):
+    def zeros(self, shape, dtype=None):
+        if here.full:
+            raise MemoryError("Unable to allocate 9 TiB")
+        return type(self).empty(self, shape, dtype)
+
+    monkeypatch.setattr(Backend, "zeros", zeros)
+
+    def program(comm):
+        here.full = comm.Get_rank() == 1
+        BUILD["update"](net(), comm)
+
+    first, second = run(2, program)
+    assert isinstance(first, PeerError)
+    assert isinstance(second, OutOfMemoryError)
+    assert isinstance(second, MemoryError)
+    assert str(second).startswith("DistributedOptimizer: out of memory (Unable to allocate 9 TiB); take")
+
+
+@pytest.mark.parametrize("name", ["update", "1-bit Adam"])
+def test_parameters_on_several_devices(name):
+    def program(comm):
+        model = net()
+        if comm.Get_rank():
+            model[0].bias = nn.Parameter(torch.empty(5, device="meta"))
+        BUILD[name](model, comm)
+
+    first, second = run(2, program)
+    assert isinstance(second, DtypeError)
+    assert str(second) == ("FlatParameters: parameters are torch.float32 on cpu, torch.float32 on meta; make them "
+                           "torch.float32, bfloat16 or float16, or torch.float64, all on one device")
+    assert isinstance(first, PeerError)
+
+
+class Moved:
+    """A parameter after ``model.to("cuda")``, which replaces its memory: no other device is here."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, p):
+        self.p = p
+
+    def __getattr__(self, name):
+        return getattr(self.p, name)
+
+    def data_ptr(self):
+        return 1
+
+    def detach(self):
+        return self
+
+
+@pytest.mark.parametrize("name", ["update", "buckets", "1-bit Adam"])
+@pytest.mark.parametrize("side", [nullcontext, on_device_side])
+def test_a_model_that_moves_after_the_construction(name, side):
+    def program(comm):
+        model = net()
+        optimizer = BUILD[name](model, comm)
+        model(torch.ones(3, 12)).sum().backward()
+        if comm.Get_rank():
+            part = optimizer.flat._parts[0]
+            part.p = Moved(part.p)
+        optimizer.step()
+
+    with side():
+        first, second = run(2, program)
+    assert isinstance(second, ShapeError)
+    assert str(second) == ("parameter 0 (5, 12): its memory was replaced (by model.to(...)?); build the optimizer after the "
+                           "model is in its final place")
+    assert isinstance(first, PeerError)
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_a_rank_without_a_gpu_among_ranks_with_one(monkeypatch, name):
+    """The parameters of all are the same, and those of a world without any."""
+    from mpi_ef.vectors import flat
+
+    def program(comm):
+        here.rank = comm.Get_rank()
+        torch.manual_seed(0)
+        model = net()
+        optimizer = BUILD[name](model, comm)
+        for step in range(4):
+            x = torch.from_numpy(np.random.default_rng((comm.Get_rank(), step)).normal(size=(3, 12)).astype(np.float32))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), torch.arange(3)).backward()
+            optimizer.step()
+        optimizer.synchronize()
+        return optimizer.flat.device, torch.cat([p.detach().view(-1) for p in model.parameters()])
+
+    alone = results(3, program)
+    monkeypatch.setattr(flat, "side_of", lambda *_: "cpu" if here.rank == 1 else "side:cpu")
+    mixed = results(3, program)
+    assert [device for device, _ in mixed] == ["side:cpu", "cpu", "side:cpu"]
+    for _, parameters in mixed:
+        assert torch.equal(parameters, alone[0][1])
+
+
+def test_memory_that_cannot_be_locked_is_taken_as_it_is(monkeypatch):
+    """With one warning."""
+    real = torch.zeros
+
+    def zeros(*arguments, pin_memory=False, **options):
+        if pin_memory:
+            raise RuntimeError("cudaHostAlloc: the limit of locked memory")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.warns(RuntimeWarning, match="memory of the host cannot be page-locked") as warned:
+        arrays = [host_array((2, 3), np.float32, torch.device("cuda")) for _ in range(2)]
+    assert len(warned) == 1
+    for array in arrays:
+        assert array.shape == (2, 3)
+        assert array.dtype == np.float32
+        assert not array.any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert DeviceArray(torch.ones(3)).numpy().sum() == 3
