@@ -133,10 +133,11 @@ def _phases(panel: Any, runs: Mapping[str, Rows]) -> None:
         most = max(most, *high)
         if len(runs) <= _MOST_WITH_NUMBERS:
             for place, value, end in zip(places, mean, high, strict=True):
-                panel.annotate(f"{value:.2g}", (end, place), (3, 0), textcoords="offset points", va="center",
+                text = f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+                panel.annotate(text, (end, place), (3, 0), textcoords="offset points", va="center",
                                fontsize=min(8.0, 32.0 / len(runs)))
     panel.set(xlabel="ms per step (whiskers: fastest, slowest rank)", yticks=range(len(PHASES)), yticklabels=PHASES,
-              xlim=(0.0, 1.15 * most or 1.0))
+              xlim=(0.0, 1.2 * most or 1.0))
     panel.invert_yaxis()
     panel.grid(visible=True, alpha=0.3, axis="x")
 
