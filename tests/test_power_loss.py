@@ -22,6 +22,8 @@ from mpi_ef.checkpoint.lock import Owner
 from mpi_ef.checkpoint.manifest import committed_steps
 from mpi_ef.errors import CheckpointError
 from mpi_ef.jobs.cli import main
+from mpi_ef.jobs.folder import write_whole
+from mpi_ef.jobs.metrics import Metrics
 
 INSIDE = Path("runs", "one", "checkpoints")
 PASSING = "/.probe-"  # in names of files that nobody reads
@@ -264,6 +266,27 @@ def lose_twice(tmp_path, n, *, every, drawn):
             root = tmp_path / f"disk-{number}"
             second = recorded(root, partial(saved, n=n, steps=(step,), keep=1, tag=3), loss)
             check_all(second, 1, n, torn=1, drawn=drawn, thorough=10)
+
+
+def test_a_power_loss_leaves_files_of_a_run_whole(tmp_path):
+    """A new name may reach the disk before what is in the file does: a run had an empty summary then, and went on no more."""
+    old, new, rows = "old " * 300, "new " * 300, [{"step": step, "loss": 0.5} for step in range(1, 60)]
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    with contextlib.closing(Metrics(folder, ["step", "loss"])) as metrics:
+        for row in rows:
+            metrics.write(row)
+    with Recorder(folder).recording() as recorder:
+        write_whole(folder / "summary.json", old)
+        recorder.mark("written")
+        write_whole(folder / "summary.json", new)
+        Metrics(folder, ["step", "loss"], after=len(rows)).close()
+    lost = list(losses(recorder, np.random.default_rng(0), torn=5, passing=PASSING))
+    for loss in lost:
+        found = dict(loss.disk.paths())
+        assert found.get("summary.json") in ((old.encode(), new.encode()) if loss.happened else (None, old.encode())), loss.text
+        assert [json.loads(line) for line in found["metrics.jsonl"].splitlines()] == rows, loss.text
+    assert len({len(dict(loss.disk.paths())) for loss in lost}) > 1
 
 
 def test_what_is_recorded_is_what_a_disk_has(tmp_path):

@@ -12,7 +12,9 @@ import programs
 import pytest
 import virtual
 
+from mpi_ef import registry
 from mpi_ef.checkpoint import lock
+from mpi_ef.compress import Identity
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, MpiEfError
 from mpi_ef.jobs.cli import main
 from mpi_ef.jobs.options import parse, to_toml
@@ -162,6 +164,39 @@ def test_the_same_parts_in_other_words_go_on(tmp_path, capsys):
     capsys.readouterr()
     programs.trained(2, again)
     assert "not as in the run that saved" not in capsys.readouterr().out
+
+
+class Inherits(Identity):
+    """Compared as an Identity is, whatever it has."""
+
+    def __init__(self, number, more=None):
+        object.__setattr__(self, "number", number)
+        object.__setattr__(self, "more", more)
+
+
+class Plain:
+    def __init__(self, config, *what, **options):
+        self.what, self.options = what, options
+
+
+@pytest.mark.parametrize(("kind", "first", "second", "wanted"), [
+    ("compressor", "TopK(0.1, values=test_runs:Inherits(3))", "TopK(0.1, values=test_runs:Inherits(4))", False),
+    ("compressor", "TopK(0.1, values=test_runs:Inherits(3))", "TopK(values=test_runs:Inherits(number=3),ratio=0.1)", True),
+    ("compressor", "test_runs:Inherits(1, test_runs:Inherits(3))", "test_runs:Inherits(1, test_runs:Inherits(4))", False),
+    ("compressor", "test_runs:Inherits(1, test_runs:Inherits(3))", "test_runs:Inherits(1,test_runs:Inherits(3))", True),
+    ("compressor", "TopK(0.1, values=Quantize('bf16'))", "TopK(0.1, values=Quantize('int8'))", False),
+    ("compressor", "TopK(0.1, values=Quantize('bf16'))", "TopK(0.1, values=Quantize())", True),
+    ("compressor", "TopK(1)", "TopK(1.0)", True),
+    ("model", "test_runs:Plain(1)", "test_runs:Plain(True)", False),
+    ("model", "test_runs:Plain(a=[1, 2])", "test_runs:Plain( a=[1, 2.0])", True),
+    ("model", "test_runs:Plain(a=[1, 2])", "test_runs:Plain(a=[1, 2, 3])", False),
+    ("model", "test_runs:Plain(a=[1, 2])", "test_runs:Plain(a=[True, 2])", False),
+    ("model", "test_runs:Plain('1')", "test_runs:Plain(1)", False),
+    ("rule", "econtrol(0.1)", "econtrol(0.2)", False),
+])
+def test_which_words_mean_the_same(kind, first, second, wanted):
+    """A run went on with another compressor inside of its own, whose class inherited `==`."""
+    assert registry.same(kind, first, second) is wanted
 
 
 def test_equal_runs_have_equal_checkpoints(tmp_path, capsys):

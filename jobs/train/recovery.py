@@ -75,6 +75,7 @@ class Interruptible:
         """
         config, folder = self.config, self.folder
         folder.refuse_others(FILES)
+        folder.tidy(FILES)
         if self._policy == "no":
             folder.begin(PROOF, others=tuple(FILES), overwrite=config.overwrite)
         if self._store is not None and config.checkpoint_every:  # before anything in the folder is changed
