@@ -353,7 +353,9 @@ def test_what_a_killed_run_has_left_does_not_stop_another(tmp_path):
         (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n')
         (tmp_path / "config.toml").write_text(to_toml(TrainConfig(steps=2).resolved()))
         (tmp_path / "metrics.csv").write_text("")
+        (tmp_path / ".0a1b2c3d-config.toml").write_text("half of")
     assert programs.trained(2, TrainConfig(**MLP, out=tmp_path))[0]["steps"] == 8
+    assert not list(tmp_path.glob(".*"))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
