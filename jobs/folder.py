@@ -145,8 +145,12 @@ class RunFolder:
         """Turn what a file system refuses into one line, and write nothing where the lock was lost. Local."""
         if self._lock is not None:
             self._lock.check()
-        with one_line(self.path):
-            yield
+        try:
+            with one_line(self.path):
+                yield
+        except DataError as error:
+            error.may_pass = isinstance(error.__cause__, OSError)
+            raise
 
     def close(self) -> None:
         """Release the lock. Local; also happens when the process ends."""

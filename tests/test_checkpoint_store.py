@@ -191,7 +191,7 @@ def test_one_rank_that_fails_fails_all(tmp_path, monkeypatch, rank, code, asynch
             else:
                 st.save(comm, 2, **arrays_of(2, me))
         except CheckpointError as error:
-            return str(error), st.newest(comm).step, error.everywhere
+            return str(error), st.newest(comm).step, error.everywhere and error.may_pass
         return None
 
     answers = results(3, program)
@@ -212,7 +212,7 @@ def test_rank_0_that_cannot_commit_fails_all(tmp_path, monkeypatch, name):
     module = folder if name == "write_manifest" else __import__("mpi_ef.checkpoint.manifest", fromlist=["x"])
     failing(monkeypatch, module, name, OSError(28, "No space left on device"))
     errors = run(2, lambda comm: Store(tmp_path).save(comm, 2, **arrays_of(2, comm.Get_rank())))
-    assert all("No space left" in str(error) for error in errors)
+    assert all("No space left" in str(error) and error.may_pass for error in errors)
     assert Store(tmp_path).steps() == [1]
     assert not list(tmp_path.glob(".tmp*"))
 

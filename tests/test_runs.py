@@ -1,5 +1,6 @@
 """What a run goes on with, and whose folder it is: inputs are known by content, one run at a time writes to a folder."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -15,14 +16,16 @@ import virtual
 from mpi_ef import registry
 from mpi_ef.checkpoint import lock
 from mpi_ef.compress import Identity
-from mpi_ef.errors import ConfigError, DataError, DisagreementError, MpiEfError
+from mpi_ef.errors import ConfigError, DataError, DisagreementError, MpiEfError, everywhere
 from mpi_ef.jobs.cli import main
+from mpi_ef.jobs.metrics import Metrics
 from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train import choices
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.datasets import Text
 from mpi_ef.jobs.train.loop import Trainer
 from mpi_ef.jobs.train.program import train
+from mpi_ef.runtime import launch
 
 LETTERS = "abcdefghij klmnop."
 GPT = {"context": 8, "layers": 1, "heads": 2, "width": 8, "batch": 4, "steps": 8, "warmup": 2, "log_every": 2}
@@ -374,6 +377,45 @@ def test_a_run_that_has_lost_its_folder_writes_nothing_more(tmp_path):
     assert "the lock was taken over by process " in str(errors[0])
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "LOCK").exists()  # it is the other one's
+
+
+def test_a_disk_that_fails_in_the_middle_may_have_recovered_at_the_next_start(tmp_path):
+    """Status 2 would say that options or data are wrong, and `mpi-ef supervise` would not start the job again."""
+    config, write = TrainConfig(**MLP, out=tmp_path), Metrics.write
+
+    def fails(self, row):
+        if row["step"] == 4:
+            raise OSError(errno.EIO, "Input/output error")
+        write(self, row)
+
+    with mock.patch.object(Metrics, "write", fails):
+        [error] = virtual.run(1, lambda comm: train(comm, config))
+    assert isinstance(error, DataError)
+    assert error.may_pass
+    (tmp_path / "metrics.jsonl").unlink()
+    [error] = virtual.run(1, lambda comm: train(comm, replace(config, optimizer="sgd", resume="exact", overwrite=False,
+                                                              data="mine")))
+    assert isinstance(error, MpiEfError)
+    assert not error.may_pass
+
+
+def test_which_status_errors_end_with(monkeypatch):
+    """1 where another start may succeed, else 2."""
+    comm = mock.MagicMock()
+    comm.Get_rank.return_value, comm.Get_size.return_value = 0, 1
+    monkeypatch.setitem(sys.modules, "mpi4py", mock.MagicMock(MPI=mock.MagicMock(COMM_WORLD=comm)))
+    monkeypatch.setattr(launch, "check_world", lambda _: None)
+    monkeypatch.setattr(launch, "keep_status", lambda _: None)
+    for may_pass in (False, True):
+        error = everywhere(DataError("told once"))
+        error.may_pass = may_pass
+
+        def program(_, error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as ended:
+            launch.run(program)
+        assert ended.value.code == (1 if may_pass else 2)
 
 
 @pytest.mark.parametrize("keep", [None, 1, 2, 5])
