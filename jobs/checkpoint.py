@@ -186,7 +186,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     rows: list[dict[str, Any]] = []
     for path in arguments.path:
-        for each, seen in [(each, identity(each)) for each in _checkpoints(path, "whole", "replaced", "damaged", "unreadable")]:
+        paths = _checkpoints(path, "whole", "replaced", "damaged", "unreadable")
+        for each, seen in [(each, identity(each)) for each in paths]:
             row = _verified_apart(each) if arguments.untrusted else _verified(each)
             if row["problems"] and identity(each) != seen:  # what its run has removed or replaced is not damaged
                 if not arguments.json:

@@ -183,10 +183,8 @@ def _alike(one: Any, two: Any) -> bool:
 
     ``==`` does not tell: a class that inherits it from a dataclass compares only what that one has, and 1 == True.
     """
-    if not isinstance(one, bool) and not isinstance(two, bool) and isinstance(one, int | float):
-        return isinstance(two, int | float) and one == two
     if type(one) is not type(two):
-        return False
+        return {type(one), type(two)} == {int, float} and bool(one == two)
     own = vars(type(one))
     if isinstance(one, list | tuple):
         return len(one) == len(two) and all(map(_alike, one, two))
@@ -194,9 +192,8 @@ def _alike(one: Any, two: Any) -> bool:
         return one.keys() == two.keys() and all(_alike(value, two[name]) for name, value in one.items())
     if "__dataclass_fields__" in own:
         return all(_alike(getattr(one, field.name), getattr(two, field.name)) for field in fields(one) if field.compare)
-    if "__eq__" in own or not hasattr(one, "__dict__") or isclass(one):
-        return bool(one == two)
-    return one is two or _alike(vars(one), vars(two))
+    comparable = "__eq__" in own or not hasattr(one, "__dict__") or isclass(one)
+    return bool(one == two) if comparable else one is two or _alike(vars(one), vars(two))
 
 
 def _bound(kind: str, what: Specification) -> dict[str, Any]:

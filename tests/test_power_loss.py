@@ -269,7 +269,7 @@ def lose_twice(tmp_path, n, *, every, drawn):
 
 
 def test_a_power_loss_leaves_files_of_a_run_whole(tmp_path):
-    """A new name may reach the disk before what is in the file does: a run had an empty summary then, and went on no more."""
+    """A new name may reach the disk before what is in the file does: an empty summary, and no way to go on."""
     old, new, rows = "old " * 300, "new " * 300, [{"step": step, "loss": 0.5} for step in range(1, 60)]
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -284,7 +284,8 @@ def test_a_power_loss_leaves_files_of_a_run_whole(tmp_path):
     lost = list(losses(recorder, np.random.default_rng(0), torn=5, passing=PASSING))
     for loss in lost:
         found = dict(loss.disk.paths())
-        assert found.get("summary.json") in ((old.encode(), new.encode()) if loss.happened else (None, old.encode())), loss.text
+        may_be = (old.encode(), new.encode()) if loss.happened else (None, old.encode())
+        assert found.get("summary.json") in may_be, loss.text
         assert [json.loads(line) for line in found["metrics.jsonl"].splitlines()] == rows, loss.text
     assert len({len(dict(loss.disk.paths())) for loss in lost}) > 1
 

@@ -826,7 +826,8 @@ def test_a_batch_system_that_hangs_does_not_take_the_time_of_the_job(site, monke
     monkeypatch.setattr(program, "run_command", lambda words, timeout=None, given="": (
         waits.append((words[0], timeout)), command(words, timeout, given))[1])
     site.job("--", "train", play=site.asks(1))
-    pbs = {"SLURM_JOB_ID": None, "PBS_O_WORKDIR": site.folder, "PBS_JOBID": "12.server", "PBS_NODEFILE": site.folder / "nodes"}
+    pbs = {"SLURM_JOB_ID": None, "PBS_O_WORKDIR": site.folder, "PBS_JOBID": "12.server",
+           "PBS_NODEFILE": site.folder / "nodes"}
     (site.folder / "nodes").write_text("a\n")
     site.job("--", "train", play=site.asks(2), **pbs)
     asked = {name: timeout for name, timeout in waits if name in ("squeue", "scontrol", "qstat", "qsub")}
@@ -841,7 +842,7 @@ def test_variables_and_names_that_are_no_numbers(site):
     """They ended in tracebacks."""
     (site.run / "checkpoints/step-\u00b2").mkdir(parents=True)
     (site.run / "checkpoints/step-\u00b2/COMMIT").touch()
-    odd = dict.fromkeys(("SLURM_RESTART_COUNT", "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME", "SLURM_JOB_NUM_NODES"), "\u00b2")
+    odd = dict.fromkeys(("SLURM_RESTART_COUNT", "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME", "SLURM_JOB_NUM_NODES"), "²")
     assert "requeued, restart 1 of at most 20" in site.job("--", "train", play=site.asks(1), **odd)
     site.job("--", "train", play=site.finishes, SLURM_JOB_END_TIME="9" * 30)
     said = site.job("--proof", "odd\udcff", "--", "mine", status=1)

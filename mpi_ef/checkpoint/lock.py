@@ -127,6 +127,9 @@ class FolderLock:
 
     def check(self) -> None:
         """Raise unless the lock is still this one's: a process that slept for minutes may have lost it."""
+        if not os.path.lexists(self._path):
+            raise CheckpointError(f"{self._path}: the lock is gone: somebody has removed it, or has removed or moved the "
+                                  "folder; start again, where this job may write alone")
         if not self._owner.holds(self._path):
             raise CheckpointError(f"{self._path}: the lock was taken over by {_described(Owner.read(self._path))}; let one "
                                   "job write there, or give this one another folder")
