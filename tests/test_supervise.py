@@ -15,7 +15,7 @@ import pytest
 
 from mpi_ef.jobs import slurm as slurm_program
 from mpi_ef.jobs import supervise as program
-from mpi_ef.runtime import supervise
+from mpi_ef.runtime import batch, supervise
 from mpi_ef.runtime.batch import run_command, write
 from mpi_ef.runtime.supervise import LEAD_SECONDS, Child, newest_step
 
@@ -684,6 +684,15 @@ def test_files_of_a_job_that_are_strange(site, kind):
     task = {"SLURM_ARRAY_TASK_ID": 1, "SLURM_ARRAY_JOB_ID": 5}
     strange(site.folder / "sweep", kind)
     assert "/sweep cannot be read (" in site.job("--sweep", str(site.folder / "sweep"), "--", "train", status=2, **task)
+
+
+def test_a_full_disk_does_not_stop_the_requeue_of_lsf(site, monkeypatch):
+    """It has no count then; what has made no progress ends all the same."""
+    lsf = {"SLURM_JOB_ID": None, "RUN_DIR": None, "LS_SUBCWD": site.folder, "LSB_JOBID": "12", "LSB_JOBNAME": "job",
+           "LSB_DJOB_NUMPROC": 4}
+    monkeypatch.setattr(batch, "written", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "requeued, restart 1 of at most 20" in site.job("--", "train", play=site.asks(1), **lsf)
+    assert site.called("brequeue")
 
 
 @pytest.mark.parametrize("kind", STRANGE)

@@ -298,7 +298,7 @@ class Lsf(BatchJob):
         return ["mpiexec", "-n", self.environ["LSB_DJOB_NUMPROC"]]
 
     def restart(self, run: Path) -> bool:
-        with suppress(ValueError), written(self._count(run)) as descriptor:  # it counts from 0 again then
+        with suppress(OSError, ValueError), written(self._count(run)) as descriptor:  # it counts from 0 again then
             os.write(descriptor, f"{self.restarts + 1}\n".encode())
         return self._done("brequeue", "-r", self.job)
 
