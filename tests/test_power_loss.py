@@ -177,12 +177,13 @@ def first_saves(n, keep, background, steps=(1, 2)):
 
 
 def saves_again(n, keep, background):
-    """A run saves a step again after going back; then another one saves, which does not know of the first."""
+    """A run saves a step again after going back; then others save, which do not know of it: a later step, and that again."""
 
     def work(folder, recorder):
         saved(folder, recorder, n, (1,), keep=keep, background=background)
         saved(folder, recorder, n, (1,), keep=keep, tag=1, background=background)
-        saved(folder, recorder, n, (2,), keep=keep, tag=2, background=background, resume=False)
+        for tag in (2, 3):
+            saved(folder, recorder, n, (2,), keep=keep, tag=tag, background=background, resume=False)
 
     return work
 
