@@ -91,9 +91,13 @@ def run(argv: Sequence[str], environ: MutableMapping[str, str], child: Child) ->
     config = parse(SuperviseConfig, given, prog="mpi-ef supervise", description=__doc__ or "")
     try:
         return _Job(config, child, environ, words).run()
-    except (MpiEfError, OSError) as error:
+    except MpiEfError as error:
         write(2, f"mpi-ef: {error}\n")
-        return WRONG if isinstance(error, MpiEfError) else 1
+        return WRONG
+    except OSError as error:
+        where = f"{shown(error.filename)}: " if error.filename else ""
+        write(2, f"mpi-ef: supervise: {where}{error.strerror or error}; submit the job again when that is mended\n")
+        return 1
 
 
 def _of_environment(environ: MutableMapping[str, str]) -> list[str]:

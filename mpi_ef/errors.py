@@ -20,9 +20,13 @@ class MpiEfError(Exception):
     everywhere : bool
         True when all ranks of the communicator are known to raise this error together, with the same text, so that one
         of them may print it.
+    may_pass : bool
+        True when a file system has refused to write what was right: the program may succeed when it is started again, and
+        ends with status 1 in place of 2.
     """
 
     everywhere: bool = False
+    may_pass: bool = False
 
 
 class ShapeError(MpiEfError, ValueError):

@@ -13,7 +13,7 @@ numbers, texts, True, False, None, lists and tuples of these, and specifications
 import ast
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import Parameter, Signature, isabstract, isclass, signature
@@ -173,14 +173,32 @@ def same(kind: str, first: str, second: str) -> bool:
         return True
     try:
         one, two = (specified(kind, text) for text in (first, second))
-        return bool(one.thing is two.thing and _bound(kind, one) == _bound(kind, two))
-    except (OptionError, TypeError):
+        return one.thing is two.thing and _alike(_bound(kind, one), _bound(kind, two))
+    except (OptionError, TypeError, ValueError, RecursionError):  # the last three: what authors made of comparing
         return False
+
+
+def _alike(one: Any, two: Any) -> bool:
+    """Return whether two values are the same, all that is in them included.
+
+    ``==`` does not tell: a class that inherits it from a dataclass compares only what that one has, and 1 == True.
+    """
+    if type(one) is not type(two):
+        return {type(one), type(two)} == {int, float} and bool(one == two)
+    own = vars(type(one))
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(_alike, one, two))
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(_alike(value, two[name]) for name, value in one.items())
+    if "__dataclass_fields__" in own:
+        return all(_alike(getattr(one, field.name), getattr(two, field.name)) for field in fields(one) if field.compare)
+    comparable = "__eq__" in own or not hasattr(one, "__dict__") or isclass(one)
+    return bool(one == two) if comparable else one is two or _alike(vars(one), vars(two))
 
 
 def _bound(kind: str, what: Specification) -> dict[str, Any]:
     if not callable(what.thing):  # a rule: its options have names, and defaults that follow from others
-        return what.options
+        return {"": what.arguments, **what.options}
     bound = _form(what.thing).bind_partial(*[None] * _GIVEN[kind], *what.arguments, **what.options)
     bound.apply_defaults()
     return dict(bound.arguments)

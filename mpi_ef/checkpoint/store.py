@@ -3,7 +3,8 @@
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -166,8 +167,10 @@ class Store:
             if comm.Get_rank() == 0:
                 disk.abandon(pending.place)
 
-        entries = together(comm, subject, pending.result, undo)
-        _on_root(comm, subject, lambda: disk.publish(pending.place, pending.step, self.run, pending.document, entries), undo)
+        with _may_pass():
+            entries = together(comm, subject, pending.result, undo)
+            _on_root(comm, subject, lambda: disk.publish(pending.place, pending.step, self.run, pending.document, entries),
+                     undo)
         pending.path = disk.path_of(pending.step)
         return pending.path
 
@@ -259,8 +262,9 @@ class Store:
                   "save the same replicated arrays everywhere")
         except Exception as raised:
             raise everywhere(CheckpointError(str(raised) or type(raised).__name__)) from raised
-        pending.place, self.run = _on_root(
-            comm, pending.subject, lambda: (self._on_disk.make_directory(pending.step, self.run), self.run))
+        with _may_pass():
+            pending.place, self.run = _on_root(
+                comm, pending.subject, lambda: (self._on_disk.make_directory(pending.step, self.run), self.run))
         pending.attributes = {"format": FORMAT, "version": VERSION, "rank": rank, "world_size": size, "step": pending.step,
                               "run": self.run}
         self._pending = pending
@@ -280,6 +284,16 @@ class Store:
         elif rank == 0:
             self._on_disk.mark(path, problems, seen)
         return opened[0], problems
+
+
+@contextmanager
+def _may_pass() -> Iterator[None]:
+    """Say of an error that it is of the file system, and not of what is saved. Local."""
+    try:
+        yield
+    except CheckpointError as error:
+        error.may_pass = True
+        raise
 
 
 def _on_root(comm: Comm, subject: str, action: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:

@@ -17,15 +17,21 @@ __all__ = ["BatchJob", "Chain", "Lsf", "Pbs", "Slurm", "find_job", "run_command"
 
 Command = Callable[..., tuple[int, str]]
 
+_PATIENCE = 120.0  # seconds for what is asked of a batch system: one that hangs must not take the time of the job
+
 # On each node, with $1 the scratch folder and $2 a file to copy there, or nothing.
 _PREPARE = """umask 077 && mkdir -p "$1" && [[ -O $1 ]] && if [[ -n $2 ]]; then
     cp -- "$2" "$1/text.$SLURM_NODEID" && mv -- "$1/text.$SLURM_NODEID" "$1/text"; fi"""
 
 
 def run_command(words: Sequence[str], timeout: float | None = None, given: str = "") -> tuple[int, str]:
-    """Return exit status and output of a command that reads `given`; 127 where there is none, 124 after `timeout`. Local."""
+    """Return exit status and output of a command that reads `given`; 127 where there is none, 124 after `timeout`. Local.
+
+    Bytes that are no text are shown escaped: `qstat -f` prints variables of users.
+    """
     try:
-        ended = subprocess.run(words, input=given, stdout=subprocess.PIPE, text=True, check=False, timeout=timeout)  # noqa: S603
+        ended = subprocess.run(words, input=given, stdout=subprocess.PIPE, text=True, errors="backslashreplace",  # noqa: S603
+                               check=False, timeout=timeout)
     except subprocess.TimeoutExpired:
         return 124, ""
     except OSError:
@@ -36,7 +42,12 @@ def run_command(words: Sequence[str], timeout: float | None = None, given: str =
 def write(file: int, text: str) -> None:
     """Write to a file descriptor; one that is gone or full ends nothing. Local."""
     with suppress(OSError):
-        os.write(file, text.encode())
+        os.write(file, text.encode("utf-8", "backslashreplace"))  # names of files may be no text
+
+
+def _whole(text: str | None, otherwise: int = 0) -> int:
+    """Return the number in a variable; `otherwise` where there is none."""
+    return int(text) if text and re.fullmatch("[0-9]{1,18}", text) else otherwise
 
 
 class BatchJob:
@@ -116,7 +127,7 @@ class BatchJob:
 
     def _done(self, *words: str) -> bool:
         """Run a command and show its output in the log; return whether it worked."""
-        status, output = self.command(words)
+        status, output = self.command(words, timeout=_PATIENCE)
         write(1, output)
         return status == 0
 
@@ -129,23 +140,22 @@ class Slurm(BatchJob):
 
     def __init__(self, environ: MutableMapping[str, str], command: Command = run_command) -> None:
         super().__init__(environ, command)
-        if (began := environ.get("SLURM_JOB_START_TIME", "")).isdigit():  # since 23.02
-            self.began = float(began)
+        self.began = float(_whole(environ.get("SLURM_JOB_START_TIME"))) or self.began  # since 23.02
         self.srun = True
         self.task = environ.get("SLURM_ARRAY_TASK_ID", "")
         if array := environ.get("SLURM_ARRAY_JOB_ID"):
             self.job, self.number = f"{array}_{self.task}", array
         self.threads = environ.get("SLURM_CPUS_PER_TASK") or "1"
         self.disk = environ.get("SLURM_TMPDIR") or self.disk
-        self.restarts = int(environ.get("SLURM_RESTART_COUNT") or 0)
-        self.nodes = int(environ.get("SLURM_JOB_NUM_NODES") or 1)
+        self.restarts = _whole(environ.get("SLURM_RESTART_COUNT"))
+        self.nodes = _whole(environ.get("SLURM_JOB_NUM_NODES"), 1)
         self.arguments = []
         # Since Slurm 22.05 srun does not inherit --cpus-per-task: each rank would get one core.
         environ["SRUN_CPUS_PER_TASK"] = self.threads
 
     def deadline(self) -> int | None:
-        if (known := self.environ.get("SLURM_JOB_END_TIME", "")).isdigit():
-            return int(known)
+        if known := _whole(self.environ.get("SLURM_JOB_END_TIME")):
+            return known
         ends = self._squeue("--format=%e")  # Slurm before 23.02 has no such variable
         try:
             return int(datetime.fromisoformat(ends).timestamp())
@@ -160,14 +170,14 @@ class Slurm(BatchJob):
                 text = read(self.script, MARK, follow=True).decode("utf-8", "replace")
                 found = re.findall(r"^#SBATCH\s+--signal[=\s]\s*(\S+)", text, re.MULTILINE)
                 asked = found[-1] if found else ""
-        seconds = asked.partition("@")[2] or "60"
-        return (f"--signal={asked}", int(seconds)) if asked and seconds.isdigit() else None
+        seconds = _whole(asked.partition("@")[2] or "60", -1)
+        return (f"--signal={shown(asked)}", seconds) if asked and seconds >= 0 else None
 
     def launcher(self) -> list[str]:
         return ["srun", "--kill-on-bad-exit=1"]
 
     def preempted(self) -> bool:
-        return self._squeue("--Format=PreemptTime")[:1].isdigit()
+        return self._squeue("--Format=PreemptTime")[:1].isdecimal()
 
     def ending(self) -> str:
         state = self._squeue("--format=%T %r")
@@ -194,7 +204,7 @@ class Slurm(BatchJob):
 
     def _squeue(self, *words: str) -> str:
         self.environ["SLURM_TIME_FORMAT"] = "standard"
-        status, output = self.command(["squeue", "--noheader", f"--jobs={self.job}", *words])
+        status, output = self.command(["squeue", "--noheader", f"--jobs={self.job}", *words], timeout=_PATIENCE)
         return output.strip() if status == 0 else ""
 
 
@@ -234,7 +244,7 @@ class Pbs(BatchJob):
     def __init__(self, environ: MutableMapping[str, str], command: Command = run_command) -> None:
         super().__init__(environ, command)
         self.folder = environ["PBS_O_WORKDIR"]
-        self.restarts = int(environ.get("RESTARTS") or 0)
+        self.restarts = _whole(environ.get("RESTARTS"))
         self.threads = environ.get("OMP_NUM_THREADS") or "1"  # PBS sets it to ompthreads
 
     def begin(self, run: Path) -> None:
@@ -243,7 +253,7 @@ class Pbs(BatchJob):
             shutil.copy(self.script, copy)
 
     def deadline(self) -> int | None:
-        _, output = self.command(["qstat", "-f", self.environ["PBS_JOBID"]])
+        _, output = self.command(["qstat", "-f", self.environ["PBS_JOBID"]], timeout=_PATIENCE)
         for line in output.splitlines():
             name, _, value = line.strip().partition(" = ")
             if name == "Resource_List.walltime":
@@ -288,7 +298,7 @@ class Lsf(BatchJob):
         return ["mpiexec", "-n", self.environ["LSB_DJOB_NUMPROC"]]
 
     def restart(self, run: Path) -> bool:
-        with suppress(ValueError), written(self._count(run)) as descriptor:  # it counts from 0 again then
+        with suppress(OSError, ValueError), written(self._count(run)) as descriptor:  # it counts from 0 again then
             os.write(descriptor, f"{self.restarts + 1}\n".encode())
         return self._done("brequeue", "-r", self.job)
 

@@ -59,8 +59,8 @@ def outlive(comm: MpiComm, program: Callable[[Any, int], object]) -> NoReturn:
     The program has to restore everything by itself, from a checkpoint: objects of the old communicator may be in the middle
     of a step. They are kept until the end, for MPI may still write to their memory.
 
-    The process ends here, with status 0, or 2 for an error that all ranks have together: MPI's own end may wait for the
-    dead. An error that one rank has is raised, to end all.
+    The process ends here, with status 0, or that of an error that all ranks have together (`launch.run`): MPI's own end
+    may wait for the dead. An error that one rank has is raised, to end all.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def outlive(comm: MpiComm, program: Callable[[Any, int], object]) -> NoReturn:
                 comm = left
                 continue
             if isinstance(error, MpiEfError) and error.everywhere:
-                _end(comm, f"mpi-ef: {error}", 2)
+                _end(comm, f"mpi-ef: {error}", 1 if error.may_pass else 2)
             raise
         _end(comm, "", 0)
 
