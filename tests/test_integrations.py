@@ -196,11 +196,24 @@ def test_an_accelerator_collects_over_the_ranks():
         prepare_accelerator(accelerator, comm, model=model, optimizer=optimizer)
         x = torch.tensor([r])
         return (accelerator.gather(x).tolist(), accelerator.gather_for_metrics((x,))[0].tolist(),
-                accelerator.gather_for_metrics(["a", r], use_gather_object=True),
+                accelerator.gather_for_metrics(["a"] * r), accelerator.gather_for_metrics(["a", r]),
                 accelerator.gather_for_metrics(r, use_gather_object=True), accelerator.reduce(x).tolist(),
                 accelerator.pad_across_processes(torch.ones(1 + r)).numel())
 
-    assert results(2, program) == [([0, 1], [0, 1], ["a", 0, "a", 1], [0, 1], [1], 2)] * 2
+    assert results(2, program) == [([0, 1], [0, 1], ["a"], ["a", 0, "a", 1], [0, 1], [1], 2)] * 2
+
+
+@pytest.mark.parametrize("call", ["gather", "reduce"])
+def test_what_cannot_be_gathered_is_one_line(call):
+    def program(comm):
+        model, optimizer = training(comm)
+        accelerator = Accelerator(comm)
+        prepare_accelerator(accelerator, comm, model=model, optimizer=optimizer)
+        getattr(accelerator, call)([torch.ones(1), {"x": "text"}])
+
+    for error in run(2, program):
+        assert isinstance(error, OptionError)
+        assert str(error).startswith(f"{call}: 'text' is no tensor; gather_for_metrics takes")
 
 
 def test_a_save_that_one_rank_is_not_in_is_one_line_on_all(tmp_path):

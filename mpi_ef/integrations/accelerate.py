@@ -8,9 +8,9 @@ from torch import nn
 
 from mpi_ef.comm.consensus import check_not_freed, gather_values
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, briefly
 
-from .collect import gathered, padded, reduced
+from .collect import first_that_is_no_tensor, gathered, padded, reduced
 from .first_batch import compare_first_batch
 from .saving import FOLDER, flat_optimizer, not_loading, resume_ranks, save_ranks
 
@@ -81,16 +81,24 @@ def collect_over_ranks(accelerator: Any, comm: Comm, subject: str) -> None:
                           "call one_process(comm) first, and give TrainingArguments "
                           'accelerator_config={"use_configured_state": True}')
 
+    def check(call: str, value: Any) -> None:
+        for leaf in first_that_is_no_tensor(value):
+            raise OptionError(f"{call}: {briefly(leaf)} is no tensor; gather_for_metrics takes lists of any objects")
+
     def gather(tensor: Any) -> Any:
+        check("gather", tensor)
         return gathered(tensor, comm)
 
     def gather_for_metrics(input_data: Any, use_gather_object: bool = False) -> Any:
-        if not use_gather_object:
+        del use_gather_object  # objects are known by themselves
+        nothing = isinstance(input_data, list) and not input_data  # on this rank; others may have objects
+        if not (nothing or first_that_is_no_tensor(input_data)):
             return gathered(input_data, comm)
         parts = gather_values(comm, "gather_for_metrics", input_data)
         return [entry for part in parts for entry in part] if all(isinstance(part, list) for part in parts) else parts
 
     def reduce(tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        check("reduce", tensor)
         return reduced(tensor, comm, reduction, scale)
 
     def pad_across_processes(tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
