@@ -585,6 +585,25 @@ def test_lightning_tells_ranks_that_begin_with_the_same_batch(strategy):
     assert told("no tensor", "no tensor") == []
 
 
+@pytest.mark.parametrize("apart", [0.0, 0.5])
+def test_lightning_tells_what_is_monitored_and_differs_between_ranks(strategy, apart):
+    """Else each rank would stop and keep by numbers of its own."""
+    def program(comm):
+        trainer = SimpleNamespace(model=torch.nn.Linear(2, 1), optimizers=[], should_stop=False,
+                                  callbacks=[SimpleNamespace(monitor="val_loss"), SimpleNamespace(monitor=None)],
+                                  callback_metrics={"val_loss": torch.tensor(0.25 + apart * comm.Get_rank())})
+        strategy(comm).setup(trainer)
+        trainer.callbacks[-1].on_validation_end(trainer)
+        trainer.callbacks[-1].on_validation_end(trainer)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results(2, program)
+    line = ("MpiStrategy: val_loss, which a callback monitors, is 0.25 on rank 0 and another on other ranks; "
+            "log it with sync_dist=True")
+    assert [str(warning.message) for warning in caught] == ([line] if apart else [])
+
+
 def test_torchmetrics_in_lightning_compute_over_the_ranks(strategy, monkeypatch):
     class Metric(torch.nn.Module):
         dist_sync_fn = None

@@ -1,6 +1,7 @@
 """Lightning: a strategy whose processes are MPI's ranks; importing this imports Lightning."""
 
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,6 +60,7 @@ class _SameDecision(Callback):
 
     def __init__(self, comm: Comm) -> None:
         self._comm, self._compared, self._first = comm, False, b""
+        self._told: set[str] = set()
 
     def on_train_batch_start(self, _: Any, __: Any, batch: Any, *___: Any) -> None:
         if not (self._compared or self._first):
@@ -72,6 +74,16 @@ class _SameDecision(Callback):
 
     def on_validation_end(self, trainer: Any, *_: Any) -> None:
         self._decide(trainer, "the end of a validation")
+        names = {str(name) for callback in trainer.callbacks if (name := getattr(callback, "monitor", None))}
+        mine = {name: repr(float(trainer.callback_metrics.get(name, 0.0))) for name in sorted(names)}
+        of_ranks = gather_values(self._comm, "Lightning, what callbacks monitor", mine)
+        for name in mine:
+            values = [of_rank.get(name) for of_rank in of_ranks]
+            if name not in self._told and len(set(values)) > 1 and self._comm.Get_rank() == 0:
+                self._told.add(name)
+                text = (f"MpiStrategy: {name}, which a callback monitors, is {values[0]} on rank 0 and another on other ranks; "
+                        "log it with sync_dist=True")
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
         self._decide(trainer, "the end of an epoch")
