@@ -599,7 +599,7 @@ def test_lightning_tells_what_is_monitored_and_differs_between_ranks(strategy, a
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         results(2, program)
-    line = ("MpiStrategy: val_loss, which a callback monitors, is 0.25 on rank 0 and another on other ranks; "
+    line = ("MpiStrategy: val_loss, which a callback monitors, is 0.25 on rank 0 and another on others; "
             "log it with sync_dist=True")
     assert [str(warning.message) for warning in caught] == ([line] if apart else [])
 

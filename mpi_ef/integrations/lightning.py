@@ -81,7 +81,7 @@ class _SameDecision(Callback):
             values = [of_rank.get(name) for of_rank in of_ranks]
             if name not in self._told and len(set(values)) > 1 and self._comm.Get_rank() == 0:
                 self._told.add(name)
-                text = (f"MpiStrategy: {name}, which a callback monitors, is {values[0]} on rank 0 and another on other ranks; "
+                text = (f"MpiStrategy: {name}, which a callback monitors, is {values[0]} on rank 0 and another on others; "
                         "log it with sync_dist=True")
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
 
