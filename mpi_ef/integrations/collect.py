@@ -11,7 +11,7 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import OptionError
 from mpi_ef.vectors import mean_over_ranks
 
-__all__ = ["first_of", "gathered", "padded", "reduced", "stacked"]
+__all__ = ["first_of", "first_that_is_no_tensor", "gathered", "padded", "reduced", "stacked"]
 
 
 def gathered(value: Any, comm: Comm) -> Any:
@@ -56,6 +56,17 @@ def padded(value: Any, comm: Comm, dim: int = 0, pad_index: int = 0, *, pad_firs
 def first_of(value: Any, comm: Comm, rank: int = 0) -> Any:
     """Return the object of one rank. Collective; the others need not have it."""
     return gather_values(comm, "broadcast", value if comm.Get_rank() == rank else None)[rank]
+
+
+def first_that_is_no_tensor(value: Any) -> list[Any]:
+    """Return a list of the first leaf that is no tensor, empty where there is none. Local."""
+    if isinstance(value, dict) or hasattr(value, "keys"):
+        parts = [value[name] for name in value.keys()]  # noqa: SIM118
+    elif isinstance(value, tuple | list):
+        parts = [*value]
+    else:
+        return [] if isinstance(value, Tensor) else [value]
+    return next(filter(None, map(first_that_is_no_tensor, parts)), [])
 
 
 def _rows(part: Tensor) -> Tensor:
