@@ -61,8 +61,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     try:
         sys.exit(arguments.tool(arguments))
-    except BrokenPipeError:  # of `| head`; see mpi_ef.jobs.cli
-        raise
     except (MpiEfError, OSError) as error:
         refuse(error)
     except MemoryError:

@@ -158,8 +158,12 @@ class _Job:
         launch = self._launcher()
         if (text := job.prepare(self.scratch, config.text)) is None:
             where = "set NODE_DIR to a folder on the nodes' own disks, or exclude the node"
-            report(job.job, f"a node cannot use {self.scratch}; {where}")
+            report(job.job, f"a node cannot use {self.scratch}, or it is not this user's alone; {where}")
             return 1
+        if why := job.make_private(self.scratch, launch):
+            report(job.job, f"{why}: ranks share no machine code there; set NODE_DIR to another folder")
+        else:
+            self.environ["NUMBA_CACHE_DIR"] = str(self.scratch / "numba")
         supervisor = Supervisor(self.child, job, run_dir, self.scratch, max_restarts=config.max_restarts)
         if self.slurm and config.each != "once":
             status = self._each(self.slurm, launch, text)
@@ -189,8 +193,7 @@ class _Job:
         """Set the environment of the ranks, and return the deadline of the job."""
         deadline = self.job.deadline()
         self.environ.update({"RUN_DIR": str(self.run_dir), "OMP_NUM_THREADS": self.job.threads,
-                         "NUMBA_NUM_THREADS": self.job.threads, "PYTHONUNBUFFERED": "1",
-                         "NUMBA_CACHE_DIR": str(self.scratch / "numba")})
+                         "NUMBA_NUM_THREADS": self.job.threads, "PYTHONUNBUFFERED": "1"})
         if deadline is not None:
             self.environ["SLURM_JOB_END_TIME"] = str(deadline)  # Slurm's variable, which mpi-ef reads everywhere
         return deadline

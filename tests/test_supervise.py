@@ -1,8 +1,10 @@
 """``mpi-ef supervise``: what is started, and what follows its end, in jobs of Slurm, PBS and LSF; signals."""
 
 import os
+import platform
 import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -60,6 +62,9 @@ class Site:
         if words[0] == "srun":  # what is done on the nodes is done here
             own = next(place for place, word in enumerate(words) if place and not word.startswith("--"))
             return run_command(["env", "SLURM_NODEID=0", *words[own:]], timeout)
+        if "bash" in words:  # and on ranks
+            status, output = run_command(words[words.index("bash") :], timeout)
+            return status, f"a line of {words[0]}\n[1] {output}" * 2
         return 0, ""
 
     def job(self, *words, play=lambda child: None, status=0, **variables):
@@ -224,6 +229,73 @@ def test_a_text_is_copied_to_the_nodes(site):
     said = site.job("--", "train", NODE_DIR=site.folder / "full", status=1)
     assert "set NODE_DIR to a folder on the nodes' own disks, or exclude the node" in said
     assert not site.child.commands
+
+
+ONLY_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+SYSTEMS = {
+    "Slurm": {},
+    "a launcher": {"LAUNCH": "ibrun -x"},
+    "PBS": {"SLURM_JOB_ID": None, "PBS_O_WORKDIR": ".", "PBS_JOBID": "7.server", "PBS_NODEFILE": "nodes"},
+    "LSF": {"SLURM_JOB_ID": None, "LSB_JOBID": "7", "LSB_DJOB_NUMPROC": 2},
+}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_folder_on_the_nodes_is_private(site, system, umask):
+    (site.folder / "nodes").write_text("n1\n")
+    seen = []
+
+    def play(child):
+        seen.append((site.environ["NUMBA_CACHE_DIR"], stat.filemode(site.scratch.stat().st_mode)))
+        site.finishes(child)
+
+    before = os.umask(umask)
+    try:
+        said = site.job("--", "train", play=play, **SYSTEMS[system])
+    finally:
+        os.umask(before)
+    assert seen == [(str(site.scratch / "numba"), "drwx------")]
+    assert said.count("\n") == 1  # done
+    assert not site.scratch.exists()
+
+
+@pytest.mark.parametrize("kind", ["open", "group", "link", "file", "others", pytest.param("another", marks=ONLY_ROOT)])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_folder_that_somebody_has_made_before(site, system, kind):
+    """Its name can be guessed. A run with srun, which has its text there, does not start; others share no machine code."""
+    (site.folder / "nodes").write_text("n1\n")
+    elsewhere = site.folder / "elsewhere"
+    for folder in (elsewhere, site.disk):
+        folder.mkdir()
+    if kind == "file":
+        site.scratch.touch()
+    elif kind == "link":
+        site.scratch.symlink_to(elsewhere)
+        elsewhere.chmod(0o700)
+    else:
+        site.scratch.mkdir()
+        site.scratch.chmod({"open": 0o777, "group": 0o770, "others": 0o702, "another": 0o700}[kind])
+    if kind == "another":
+        os.chown(site.scratch, 12345, 12345)
+    slurm = system == "Slurm"
+    said = site.job("--", "train", play=site.finishes, status=slurm, **SYSTEMS[system])
+    assert "NUMBA_CACHE_DIR" not in site.environ
+    line, *done = [line for line in said.splitlines() if " job 7: " in line]
+    assert str(site.scratch) in line
+    assert "not this user's alone" in line
+    assert "set NODE_DIR to" in line
+    assert slurm or f" on {platform.node()} is" in line
+    assert len(done) == len(site.child.commands) == (not slurm)
+    assert not list(elsewhere.iterdir())
+    assert os.path.lexists(site.scratch)  # it is none of this job
+
+
+def test_a_launcher_that_fails_makes_no_folder(site):
+    site.answers["ibrun"] = 124, ""
+    said = site.job("--", "train", play=site.finishes, LAUNCH="ibrun -x")
+    assert f"{site.scratch} cannot be made on the nodes (ibrun -x: status 124): ranks share no machine code there" in said
+    assert "NUMBA_CACHE_DIR" not in site.environ
 
 
 def test_a_folder_that_is_left_on_nodes_is_reported(site):

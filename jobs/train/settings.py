@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpi_ef.errors import ConfigError, OptionError, nearest
+from mpi_ef.errors import ConfigError, OptionError, briefly, nearest
 from mpi_ef.jobs.events import check_installed
 from mpi_ef.jobs.methods import check_part
 
@@ -36,7 +36,7 @@ def check_specified(kind: str, text: str, choices: Sequence[str] = ()) -> None:
     except OptionError as error:
         short = kind in ("optimizer", "model") and text.islower() and "(" not in text
         close = nearest(text, choices) if short else ""
-        raise ConfigError(f"{kind}={text}: {f'{text!r} is unknown; {close}' if close else error}") from None
+        raise ConfigError(f"{kind}={text}: {f'{briefly(text)} is unknown; {close}' if close else error}") from None
 
 
 def optimizer_in(text: str) -> "tuple[Specification, tuple[str, ...]]":

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mpi_ef.comm.consensus import agree, together
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import CheckpointError, OptionError, everywhere
+from mpi_ef.errors import CheckpointError, OptionError, briefly, everywhere
 
 from .checksum import whole_checksum
 from .dtypes import dtype_name, raw_bytes
@@ -341,7 +341,7 @@ class Pending:
                 staging: StagingBuffer | None) -> dict[str, object]:
         """Check and pack everything, in `staging` or in place; return what must be equal on all ranks. Local."""
         if type(self.step) is not int or not 0 <= self.step < 10**18:
-            raise OptionError(f"{self.subject}: step={self.step!r} is no number of a step; count from 0")
+            raise OptionError(f"{self.subject}: step={briefly(self.step)} is no number of a step; count from 0")
         shapes = [(name, dtype_name(array.dtype), array.shape) for name, array in sorted(replicated.items())]
         values = {f"the values of {name}": f"hash {whole_checksum(raw_bytes(array)):08x}"
                   for name, array in sorted(replicated.items())}

@@ -12,7 +12,7 @@ from mpi_ef.comm.consensus import agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor
 from mpi_ef.compress.compressor import check_compressor
-from mpi_ef.errors import DtypeError, OptionError, ShapeError
+from mpi_ef.errors import DtypeError, OptionError, ShapeError, briefly
 
 from .dense import DenseMean
 from .misfit import masked
@@ -65,8 +65,8 @@ def allreduce(comm: Comm, x: Any, compressor: Compressor, *, op: Literal["mean",
     """
 
     def check() -> tuple[Any, np.ndarray, np.ndarray]:
-        if op not in ("mean", "sum"):
-            raise OptionError(f"allreduce: op={op!r} is unknown; take 'mean' or 'sum'")
+        if not (isinstance(op, str) and op in ("mean", "sum")):
+            raise OptionError(f"allreduce: op={briefly(op)} is unknown; take 'mean' or 'sum'")
         return _arrays("allreduce", x, out, ())
 
     plan, (result, vector, target) = _plan("allreduce", comm, compressor, check, op)

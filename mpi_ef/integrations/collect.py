@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mpi_ef.comm.consensus import gather_values
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, briefly
 from mpi_ef.vectors import mean_over_ranks
 
 __all__ = ["first_of", "first_that_is_no_tensor", "gathered", "padded", "reduced", "stacked"]
@@ -28,8 +28,8 @@ def reduced(value: Any, comm: Comm, reduction: str = "mean", scale: float = 1.0)
     """Return the "mean", "sum", "min" or "max" over ranks, the same bits on all; with "none" this rank's own. Collective."""
     if reduction == "none":
         return value
-    if reduction not in _REDUCTIONS:
-        raise OptionError(f"reduce: reduction={reduction!r} is unknown; take one of {', '.join(_REDUCTIONS)}, none")
+    if not (isinstance(reduction, str) and reduction in _REDUCTIONS):
+        raise OptionError(f"reduce: reduction={briefly(reduction)} is unknown; take one of {', '.join(_REDUCTIONS)}, none")
     whole = _joined(gather_values(comm, "reduce", _sent(value)), _REDUCTIONS[reduction])
     return whole if scale == 1.0 else _joined([whole], lambda parts: parts[0] * scale)
 

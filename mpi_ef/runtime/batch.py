@@ -19,9 +19,14 @@ Command = Callable[..., tuple[int, str]]
 
 _PATIENCE = 120.0  # seconds for what is asked of a batch system: one that hangs must not take the time of the job
 
-# On each node, with $1 the scratch folder and $2 a file to copy there, or nothing.
-_PREPARE = """umask 077 && mkdir -p "$1" && [[ -O $1 ]] && if [[ -n $2 ]]; then
+# On each node, with $1 the scratch folder, which nobody else may have made or write to.
+_PRIVATE = """umask 077 && mkdir -p -- "$1" && [[ -O $1 && ! -L $1 && $(stat -c %a -- "$1") == *00 ]]"""
+# With $2 a file to copy there, or nothing.
+_PREPARE = f"""{_PRIVATE} && if [[ -n $2 ]]; then
     cp -- "$2" "$1/text.$SLURM_NODEID" && mv -- "$1/text.$SLURM_NODEID" "$1/text"; fi"""
+# On each rank. Launchers add lines of their own, and many where a status is not 0.
+_TELL = f"""{{ {_PRIVATE}; }} 2>/dev/null || echo "not private on:$HOSTNAME:" """
+_LAUNCH_SECONDS = 60.0
 
 
 def run_command(words: Sequence[str], timeout: float | None = None, given: str = "") -> tuple[int, str]:
@@ -117,12 +122,26 @@ class BatchJob:
         return ""
 
     def prepare(self, scratch: Path, text: str) -> str | None:
-        """Make a folder on the disks of all nodes, with a copy of `text`; return its path, None where that fails."""
+        """Make a folder on the disks of all nodes, with a copy of `text`; return its path, None where that fails.
+
+        The folder is this user's alone. Where nothing can be done on nodes it is left to :meth:`make_private`.
+        """
         return text
+
+    def make_private(self, scratch: Path, launch: Sequence[str]) -> str:
+        """Make the folder by the launcher of the ranks, where :meth:`prepare` has not; return "", or why it is of no use."""
+        status, output = self.command([*launch, "bash", "-c", _TELL, "prepare", str(scratch)], timeout=_LAUNCH_SECONDS)
+        if status:
+            return f"{scratch} cannot be made on the nodes ({shown(' '.join(launch))}: status {status})"
+        nodes = shown(", ".join(sorted(set(re.findall("not private on:(.*?):", output)))))[:80]
+        return f"{scratch} on {nodes} is not this user's alone, or cannot be made" if nodes else ""
 
     def tidy(self, scratch: Path) -> bool:
         """Remove that folder; return whether it is gone."""
-        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            status = scratch.lstat()
+            if status.st_uid == os.geteuid() and not status.st_mode & 0o077:  # or it is none of this job
+                shutil.rmtree(scratch, ignore_errors=True)
         return True
 
     def _done(self, *words: str) -> bool:
@@ -133,7 +152,7 @@ class BatchJob:
 
 
 class Slurm(BatchJob):
-    """A job of Slurm; see `BatchJob`. Without `srun`, where the site has a launcher of its own, nothing is done on nodes."""
+    """A job of Slurm; see `BatchJob`. Without `srun`, where the site has a launcher of its own, that is all there is."""
 
     variables = "SLURM_JOB_ID", "SLURM_JOB_NAME"
     more_time = "ask for more time (--time), or for a shorter lead where --signal has sent it (B:USR2@SECONDS)"
@@ -194,9 +213,12 @@ class Slurm(BatchJob):
         status, _ = self.command([*self._once_per_node(), *words])
         return (str(scratch / "text") if text else "") if status == 0 else None
 
+    def make_private(self, scratch: Path, launch: Sequence[str]) -> str:
+        return "" if self.srun else super().make_private(scratch, launch)
+
     def tidy(self, scratch: Path) -> bool:
         if not self.srun:
-            return True
+            return super().tidy(scratch)
         return self.command([*self._once_per_node(), "rm", "-rf", "--", str(scratch)], timeout=20)[0] == 0
 
     def _once_per_node(self) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.documents import shown_lines
-from mpi_ef.errors import LaunchError, MpiEfError
+from mpi_ef.errors import LaunchError, MpiEfError, say
 
 from .ending import PATIENCE_SECONDS, abort, abort_on_exception, die, keep_status
 from .timeouts import wait_until
@@ -40,8 +40,7 @@ def run(program: Callable[[Any], None]) -> None:
         if not error.everywhere:
             die(comm, f"mpi-ef: rank {comm.Get_rank()}: {shown_lines(error)}", status)
         if comm.Get_rank() == 0:
-            sys.stderr.write(f"mpi-ef: {shown_lines(error)}\n")
-            sys.stderr.flush()
+            say(sys.stderr, f"mpi-ef: {shown_lines(error)}\n")
         # A launcher may kill rank 0 before it has printed, once another rank has left with an error: leave together.
         if not wait_until(leaving.Ibarrier().Test, PATIENCE_SECONDS, rest=0.01):
             die(comm, f"mpi-ef: rank {comm.Get_rank()}: {shown_lines(error)}", status)  # some rank has not arrived

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from uuid import uuid4
 
 from mpi_ef.comm.protocol import MpiComm
-from mpi_ef.errors import LaunchError, MpiEfError
+from mpi_ef.errors import LaunchError, MpiEfError, say
 
 from .timeouts import wait_until
 
@@ -132,18 +132,17 @@ def _without_the_dead(comm: MpiComm, everyone: Any) -> Any:
     gone = MPI.Group.Difference(comm.Get_group(), left.Get_group())
     if left.Get_rank() == 0 and gone.Get_size():
         dead = sorted(MPI.Group.Translate_ranks(gone, list(range(gone.Get_size())), everyone))
-        sys.stdout.write(f"{ranks_text(dead)} died; {left.Get_size()} of {everyone.Get_size()} go on from the newest "
-                         "checkpoint\n")
-        sys.stdout.flush()
+        say(sys.stdout, f"{ranks_text(dead)} died; {left.Get_size()} of {everyone.Get_size()} go on from the newest "
+                        "checkpoint\n")
     return left
 
 
 def _end(comm: MpiComm, text: str, status: int) -> NoReturn:
     """End this process once all survivors are here, but without MPI_Finalize; rank 0 writes the text."""
     if text and comm.Get_rank() == 0:
-        sys.stderr.write(text + "\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
+        say(sys.stderr, text + "\n")
+    say(sys.stdout)
+    say(sys.stderr)
     try:
         comm.Barrier()  # a rank that ends before the others are here counts as dead
     finally:
