@@ -286,6 +286,15 @@ def test_one_panel_and_no_such_panel(runs, tmp_path, drawn):
         report.main([str(runs / "sparse"), "--panels", "byte"])
 
 
+@pytest.mark.parametrize("panels", [["bytes"], ["bytes", "steps"]])
+def test_the_legend_is_below_the_panels(runs, drawn, panels):
+    """In a picture of one panel it lay on the curves."""
+    training({"sparse": rows_of(runs / "sparse")}, "", panels)
+    (figure,) = drawn
+    assert len(figure.legends) == 1
+    assert [axes.get_legend() for axes in figure.axes] == [None] * len(panels)
+
+
 def test_legends_name_methods(runs, tmp_path, drawn, capsys):
     """And of the same methods options that differ, or at last the names of folders."""
     for name in ("dense", "again"):

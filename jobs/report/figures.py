@@ -30,7 +30,8 @@ def training(runs: Mapping[str, Rows], path: Path, panels: Sequence[str] = PANEL
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    size = (6.5, 4.2) if len(panels) == 1 else (4.33 * columns, 3.8 * rows + 0.25 * len(runs))
+    size = (6.5, 3.9) if len(panels) == 1 else (4.33 * columns, 3.8 * rows)
+    size = (size[0], size[1] + 0.25 * len(runs))
     figure, axes = figures.pyplot().subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for panel in axes.flat[len(panels) :]:
         panel.set_axis_off()
@@ -38,10 +39,8 @@ def training(runs: Mapping[str, Rows], path: Path, panels: Sequence[str] = PANEL
         _DRAW[name](panel, runs)
     handles = [figures.pyplot().matplotlib.lines.Line2D([], [], color=f"C{n % 10}", marker=".", label=name)
                for n, name in enumerate(runs)]
-    if len(panels) == 1:
-        axes[0, 0].legend(handles=handles, fontsize=8)
-    else:
-        figure.legend(handles=handles, fontsize=9, loc="outside lower center", ncols=1 if max(map(len, runs)) > 50 else 2)
+    one = len(panels) == 1 or max(map(len, runs)) > 50
+    figure.legend(handles=handles, fontsize=9, loc="outside lower center", ncols=1 if one else 2)
     figures.save(figure, path)
 
 
