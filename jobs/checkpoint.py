@@ -61,8 +61,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     try:
         sys.exit(arguments.tool(arguments))
-    except BrokenPipeError:  # of `| head`; see mpi_ef.jobs.cli
-        raise
     except (MpiEfError, OSError) as error:
         refuse(error)
     except MemoryError:
@@ -109,7 +107,9 @@ def found_in(folder: Path) -> list[Found]:
         paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
     except OSError as error:
         raise CheckpointError(f"{folder}: {error.strerror}; give a folder of checkpoints or the --out of a run") from None
-    return sorted((_found(path) for path in paths), key=lambda found: (found.step, found.path))
+    found = [(path, _found(path)) for path in paths]
+    there = [each for path, each in found if each.state == "whole" or os.path.lexists(path)]  # its run removes old ones
+    return sorted(there, key=lambda each: (each.step, each.path))
 
 
 def _found(path: Path) -> Found:
@@ -180,10 +180,18 @@ def _aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from mpi_ef.checkpoint.folder import identity
+
     rows: list[dict[str, Any]] = []
     for path in arguments.path:
-        for each in _checkpoints(path, "whole", "replaced", "damaged", "unreadable"):
-            rows.append(row := _verified_apart(each) if arguments.untrusted else _verified(each))
+        paths = _checkpoints(path, "whole", "replaced", "damaged", "unreadable")
+        for each, seen in [(each, identity(each)) for each in paths]:
+            row = _verified_apart(each) if arguments.untrusted else _verified(each)
+            if row["problems"] and identity(each) != seen:  # what its run has removed or replaced is not damaged
+                if not arguments.json:
+                    print(f"{shown(each)}: its run has removed or replaced it meanwhile", flush=True)
+                continue
+            rows.append(row)
             if arguments.json:
                 continue
             if not row["problems"]:

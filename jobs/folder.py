@@ -1,7 +1,8 @@
 """The folder of a run: one run at a time writes there, and what a finished one has left stays. Files appear whole."""
 
+import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = ["RunFolder", "by_first", "replacing", "write_whole"]
 
 T = TypeVar("T")
 
+_DRAFT = "[0-9a-f]" * 8  # before the names of drafts
 _HEAD = 1 << 20  # characters of a file that tell what it is
 # Names in a folder of checkpoints that are those of checkpoints, finished or not; and what is in one, also in a damaged one.
 _CHECKPOINTS = ("step-*", ".tmp-*", ".old-step-*")
@@ -74,6 +76,15 @@ class RunFolder:
                 if inside and not any(fnmatch(name, part) for name in inside for part in _PARTS):
                     raise DataError(f"{path}: is no checkpoint, and this run would remove it; move it, or give another "
                                     "--out")
+
+    def tidy(self, names: Iterable[str]) -> None:
+        """Remove what killed runs have left of writing these files with :func:`write_whole`. Collective."""
+        by_first(self._comm, self.path, lambda: self._tidy(names))
+
+    def _tidy(self, names: Iterable[str]) -> None:
+        for draft in [path for name in names for path in self.path.glob(f".{_DRAFT}-{name}")]:
+            with suppress(OSError):
+                draft.unlink()
 
     def begin(self, proof: str, *, others: Sequence[str] = (), overwrite: bool = False) -> None:
         """Prepare the folder for a new run. Collective.
@@ -134,8 +145,12 @@ class RunFolder:
         """Turn what a file system refuses into one line, and write nothing where the lock was lost. Local."""
         if self._lock is not None:
             self._lock.check()
-        with one_line(self.path):
-            yield
+        try:
+            with one_line(self.path):
+                yield
+        except DataError as error:
+            error.may_pass = isinstance(error.__cause__, OSError)
+            raise
 
     def close(self) -> None:
         """Release the lock. Local; also happens when the process ends."""
@@ -181,16 +196,29 @@ def write_whole(path: Path, text: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Give a name to write to; afterwards the file has its own, whole, or there is what was there before. Local.
 
-    Of several programs that write one file the last has written it, never several of them. Raises `DataError`.
+    So does a power loss. Of several programs that write one file the last has written it, never several of them. Raises
+    `DataError`.
     """
     draft = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield draft
+        _confirm(draft)  # else a file that is empty may have the name after a power loss
         draft.replace(path)
+        with suppress(OSError):  # not all file systems can say it of folders
+            _confirm(path.parent)
     except OSError as error:
         text = f"{path}: cannot be written ({error.strerror or error}); make room there, or name another file"
         raise DataError(text) from error
     finally:
         with suppress(OSError):  # there is no such folder
             draft.unlink()
+
+
+def _confirm(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

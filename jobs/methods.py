@@ -1,6 +1,6 @@
 """Methods on a command line: rules, compressors and plans as specifications."""
 
-from mpi_ef.errors import ConfigError, OptionError
+from mpi_ef.errors import ConfigError, OptionError, briefly
 
 __all__ = ["check_part", "methods_in"]
 
@@ -36,7 +36,7 @@ def methods_in(text: str | None, *, plans: bool = True) -> list[list[str]]:
         words = _words(method)
         if len(words) != 2 and not (plans and len(words) == 3):
             forms = "RULE COMPRESSOR or RULE COMPRESSOR PLAN" if plans else "RULE COMPRESSOR"
-            raise ConfigError(f"methods: {method.strip()!r} is not {forms}, such as 'econtrol(eta=0.1) TopK(0.05)'")
+            raise ConfigError(f"methods: {briefly(method.strip())} is not {forms}, such as 'econtrol(eta=0.1) TopK(0.05)'")
         try:
             for kind, word in zip(("rule", "compressor", "plan"), words, strict=False):
                 check_part(kind, word)

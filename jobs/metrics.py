@@ -40,8 +40,10 @@ class Metrics:
         self._events: Events | None = None
         for row in earlier:
             self.write({name: row.get(name) for name in columns})
-        for draft, path in zip(drafts, finals, strict=True):
-            draft.replace(path)  # the earlier rows outlive a death before this
+        for file, draft, path in zip((self._json, self._csv), drafts, finals, strict=True):
+            file.flush()
+            os.fsync(file.fileno())
+            draft.replace(path)  # the earlier rows outlive a death before this, and a power loss
         if events:
             self._events = Events(folder, earlier)
         elif not after:

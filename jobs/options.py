@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mpi_ef.documents import read_toml, shown
-from mpi_ef.errors import ConfigError, OptionError, nearest
+from mpi_ef.errors import ConfigError, OptionError, briefly, nearest
 from mpi_ef.ranges import checked
 from mpi_ef.runtime.world import first_task
 
@@ -29,7 +29,7 @@ class Checked:
         for f in fields(self):  # type: ignore[arg-type]
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and not f.metadata["others"] and value is not None and value not in choices:
-                raise ConfigError(f"{f.name}={value!r} is unknown; take one of {', '.join(choices)}")
+                raise ConfigError(f"{f.name}={briefly(value)} is unknown; take one of {', '.join(choices)}")
         try:
             checked(self, subject="")
         except OptionError as error:
@@ -163,8 +163,8 @@ def _read(path: Path, known: dict[str, Field[Any]], types: dict[str, Any]) -> di
             raise ConfigError(f"{path}: {key} is no option; {nearest(name, known, 'see --help')}")
         kind, choices = types[name], known[name].metadata["choices"]
         if choices and not known[name].metadata["others"] and value not in choices:
-            raise ConfigError(f"{path}: {key} = {value!r} is not known; take one of {', '.join(choices)}")
+            raise ConfigError(f"{path}: {key} = {briefly(value)} is not known; take one of {', '.join(choices)}")
         if type(value) is not {Path: str}.get(kind, kind) and not (kind is float and type(value) is int):
-            raise ConfigError(f"{path}: {key} = {value!r} is {type(value).__name__}; it takes {kind.__name__}")
+            raise ConfigError(f"{path}: {key} = {briefly(value)} is {type(value).__name__}; it takes {kind.__name__}")
         values[name] = kind(value)
     return values

@@ -91,9 +91,13 @@ def run(argv: Sequence[str], environ: MutableMapping[str, str], child: Child) ->
     config = parse(SuperviseConfig, given, prog="mpi-ef supervise", description=__doc__ or "")
     try:
         return _Job(config, child, environ, words).run()
-    except (MpiEfError, OSError) as error:
+    except MpiEfError as error:
         write(2, f"mpi-ef: {error}\n")
-        return WRONG if isinstance(error, MpiEfError) else 1
+        return WRONG
+    except OSError as error:
+        where = f"{shown(error.filename)}: " if error.filename else ""
+        write(2, f"mpi-ef: supervise: {where}{error.strerror or error}; submit the job again when that is mended\n")
+        return 1
 
 
 def _of_environment(environ: MutableMapping[str, str]) -> list[str]:
@@ -154,8 +158,12 @@ class _Job:
         launch = self._launcher()
         if (text := job.prepare(self.scratch, config.text)) is None:
             where = "set NODE_DIR to a folder on the nodes' own disks, or exclude the node"
-            report(job.job, f"a node cannot use {self.scratch}; {where}")
+            report(job.job, f"a node cannot use {self.scratch}, or it is not this user's alone; {where}")
             return 1
+        if why := job.make_private(self.scratch, launch):
+            report(job.job, f"{why}: ranks share no machine code there; set NODE_DIR to another folder")
+        else:
+            self.environ["NUMBA_CACHE_DIR"] = str(self.scratch / "numba")
         supervisor = Supervisor(self.child, job, run_dir, self.scratch, max_restarts=config.max_restarts)
         if self.slurm and config.each != "once":
             status = self._each(self.slurm, launch, text)
@@ -185,8 +193,7 @@ class _Job:
         """Set the environment of the ranks, and return the deadline of the job."""
         deadline = self.job.deadline()
         self.environ.update({"RUN_DIR": str(self.run_dir), "OMP_NUM_THREADS": self.job.threads,
-                         "NUMBA_NUM_THREADS": self.job.threads, "PYTHONUNBUFFERED": "1",
-                         "NUMBA_CACHE_DIR": str(self.scratch / "numba")})
+                         "NUMBA_NUM_THREADS": self.job.threads, "PYTHONUNBUFFERED": "1"})
         if deadline is not None:
             self.environ["SLURM_JOB_END_TIME"] = str(deadline)  # Slurm's variable, which mpi-ef reads everywhere
         return deadline

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from mpi_ef.comm.consensus import agree, gather_values
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import DtypeError, OptionError
+from mpi_ef.errors import DtypeError, OptionError, briefly
 from mpi_ef.vectors.flat import broadcast
 
 __all__ = ["broadcast_buffers", "synchronize_buffers"]
@@ -69,8 +69,8 @@ def synchronize_buffers(model: nn.Module, comm: Comm, *, policy: str = "mean") -
     buffers: dict[str, Tensor] = {}
 
     def facts() -> dict[str, object]:
-        if policy not in ("mean", "root"):
-            raise OptionError(f'synchronize_buffers: policy={policy!r} is unknown; pass "mean" or "root"')
+        if not (isinstance(policy, str) and policy in ("mean", "root")):
+            raise OptionError(f'synchronize_buffers: policy={briefly(policy)} is unknown; pass "mean" or "root"')
         buffers.update(_persistent(model))
         shapes = {f"buffer {i}": f"{name} {tuple(b.shape)} {b.dtype}" for i, (name, b) in enumerate(buffers.items())}
         return {"policy": policy, "the number of buffers": len(buffers), **shapes}

@@ -7,7 +7,7 @@ import torch
 
 from mpi_ef.comm.consensus import agree, check_not_freed, ranks_text
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import OptionError, counted, everywhere, told
+from mpi_ef.errors import OptionError, briefly, counted, everywhere, told
 
 __all__ = ["local_device"]
 
@@ -46,7 +46,7 @@ def local_device(comm: Comm, *, share: bool = False) -> torch.device:
     """
     check_not_freed(comm, "local_device")
     if comm.Is_inter():
-        raise OptionError(f"local_device: comm={comm!r} is not an intracommunicator; pass for example MPI.COMM_WORLD")
+        raise OptionError(f"local_device: comm={briefly(comm)} is not an intracommunicator; pass for example MPI.COMM_WORLD")
     place, beside = _on_node(comm)
     mine = ["cpu", "", beside]  # filled by facts, before it is sent
 

@@ -2,14 +2,15 @@
 
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from traceback import walk_tb
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 __all__ = ["CheckpointError", "ConfigError", "DataError", "DisagreementError", "DtypeError", "LaunchError",
            "MpiEfError", "NonFiniteError", "OptionError", "OutOfMemoryError", "PeerError", "ShapeError", "briefly",
-           "counted", "everywhere", "nearest", "shortage", "told"]
+           "counted", "everywhere", "nearest", "say", "shortage", "told"]
 
 
 class MpiEfError(Exception):
@@ -20,9 +21,16 @@ class MpiEfError(Exception):
     everywhere : bool
         True when all ranks of the communicator are known to raise this error together, with the same text, so that one
         of them may print it.
+    may_pass : bool
+        True when a file system has refused to write what was right: the program may succeed when it is started again, and
+        ends with status 1 in place of 2.
     """
 
     everywhere: bool = False
+    may_pass: bool = False
+
+    def __init__(self, *words: object) -> None:
+        super().__init__(*(_in_one_line(word) if isinstance(word, str) else word for word in words))
 
 
 class ShapeError(MpiEfError, ValueError):
@@ -104,9 +112,17 @@ def everywhere(error: Error) -> Error:
 
 
 def briefly(value: object, width: int = 60) -> str:
-    """Return the repr of a value on one line, cut off where it is long. Local."""
-    text = " ".join(repr(value).split())
+    """Return the repr of a value on one line, cut off where it is long: all that errors say of a user's object. Local."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # it is the user's, too
+        text = f"an object of {type(value).__name__}"
     return text if len(text) <= width else f"{text[: width - 4]} ..."
+
+
+def _in_one_line(text: str) -> str:
+    """Return a text, which may quote others, without ends of lines."""
+    return " ".join(filter(None, map(str.strip, lines))) if len(lines := text.splitlines()) > 1 else text
 
 
 def counted(count: int, noun: str) -> str:
@@ -129,6 +145,14 @@ def shortage(subject: str, error: BaseException) -> OutOfMemoryError | None:
     said = ". ".join(" ".join(str(error).split()).split(". ")[:3]).rstrip(".")  # torch goes on with advice
     return OutOfMemoryError(f"{subject}: out of memory{f' ({said})' if said else ''}; take a smaller model, fewer ranks for "
                             "each device, or what keeps fewer vectors")
+
+
+def say(stream: TextIO | None, text: str = "") -> None:
+    """Write a text to a standard stream, in one piece, and flush; one that is closed, gone or full ends nothing. Local."""
+    if stream is not None:
+        with suppress(OSError, ValueError):
+            stream.write(text)
+            stream.flush()
 
 
 def told(error: BaseException) -> str:

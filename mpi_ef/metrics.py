@@ -6,13 +6,14 @@
     print_metrics(f"epoch {epoch}", comm, loss=loss, accuracy=right / len(y))  # the same, and rank 0 prints it
 """
 
+import sys
 from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
 from mpi_ef.comm.consensus import agree
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import OptionError, briefly, everywhere
+from mpi_ef.errors import OptionError, briefly, everywhere, say
 
 __all__ = ["mean_metrics", "print_metrics"]
 
@@ -72,7 +73,7 @@ def mean_metrics(metrics: Mapping[str, Any], comm: Comm, *, weight: float = 1.0)
 def _number(name: str, value: Any) -> float:
     try:
         return float(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise OptionError(f"mean_metrics: {name}={briefly(value)} is no number; pass one number for each name") from None
 
 
@@ -88,5 +89,5 @@ def print_metrics(text: str, comm: Comm, *, weight: float = 1.0, **metrics: Any)
     means = mean_metrics(metrics, comm, weight=weight)
     if comm.Get_rank() == 0:
         shown = (f"{name} {value:.4g}" if abs(value) >= 1.0 else f"{name} {value:.4f}" for name, value in means.items())
-        print("  ".join([text, *shown]), flush=True)  # noqa: T201 - what it is for
+        say(sys.stdout, "  ".join([text, *shown]) + "\n")
     return means

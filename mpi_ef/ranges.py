@@ -5,7 +5,7 @@ from dataclasses import InitVar, dataclass, field, fields
 from math import inf, isfinite
 from typing import Any, TypeVar, dataclass_transform
 
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, briefly
 
 __all__ = ["checked", "is_within", "option", "whole", "with_options", "within"]
 
@@ -36,7 +36,7 @@ def within(subject: str, interval: str, hint: str, entries: int = 0, /, **values
             negative = interval == "[0, inf)" and is_within(value, "(-inf, 0)")
             plural = f"are not {'' if several else f'{entries} numbers '}in {interval}"
             text = "is negative" if negative else plural if entries else f"is not in {interval}"
-            raise OptionError(f"{subject}{': ' * bool(subject)}{name}={value!r} {text}; {hint}")
+            raise OptionError(f"{subject}{': ' * bool(subject)}{name}={briefly(value)} {text}; {hint}")
 
 
 def whole(subject: str, least: int, hint: str, *, most: float = inf, **values: Any) -> int:
@@ -57,7 +57,7 @@ def whole(subject: str, least: int, hint: str, *, most: float = inf, **values: A
             kind = {0: "non-negative", 1: "positive"}[least]
             text = "is negative" if is_within(value, "(-inf, 0)") and not least else f"is not a {kind} integer"
             limit = "" if most == inf else f" up to {most:.0f}"
-            raise OptionError(f"{subject}{': ' * bool(subject)}{name}={value!r} {text}{limit}; {hint}")
+            raise OptionError(f"{subject}{': ' * bool(subject)}{name}={briefly(value)} {text}{limit}; {hint}")
     return number
 
 

@@ -13,14 +13,14 @@ numbers, texts, True, False, None, lists and tuples of these, and specifications
 import ast
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import Parameter, Signature, isabstract, isclass, signature
 from threading import Lock
 from typing import Any
 
-from mpi_ef.errors import OptionError, nearest
+from mpi_ef.errors import OptionError, briefly, nearest
 
 __all__ = ["Specification", "built", "fitting", "found", "names", "options_of", "same", "specified"]
 
@@ -97,10 +97,10 @@ def found(kind: str, name: str) -> Any:
         for point in entry_points(group=f"mpi_ef.{kind}s", name=name):
             return point.load()
     except (ImportError, AttributeError) as error:
-        raise OptionError(f"{kind} {name!r} cannot be loaded: {error}") from error
+        raise OptionError(f"{kind} {briefly(name)} cannot be loaded: {error}") from error
     listed = ", ".join(names(kind))
     hint = nearest(name, names(kind), f"take one of {listed}, or module:name" if listed else "write module:name")
-    raise OptionError(f"there is no {kind} {name!r}; {hint}")
+    raise OptionError(f"there is no {kind} {briefly(name)}; {hint}")
 
 
 def specified(kind: str, text: str) -> Specification:
@@ -114,16 +114,16 @@ def specified(kind: str, text: str) -> Specification:
     match = _FORM.fullmatch(text)
     if match is None:
         raise OptionError(
-            f"{text!r} is no {kind}: write a name, with arguments where it takes some, such as {_example(kind)}"
+            f"{briefly(text)} is no {kind}: write a name, with arguments where it takes some, such as {_example(kind)}"
         )
     name, call = match.groups()
     try:
         with _parsing:
             tree = ast.parse(f"f{_dotted(call or '()')}", mode="eval").body
     except SyntaxError as error:
-        raise OptionError(f"{text!r} is no {kind}: {error.msg}; write for example {_example(kind)}") from None
+        raise OptionError(f"{briefly(text)} is no {kind}: {error.msg}; write for example {_example(kind)}") from None
     if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
-        raise OptionError(f"{text!r} is no {kind}; write for example {_example(kind)}")
+        raise OptionError(f"{briefly(text)} is no {kind}; write for example {_example(kind)}")
     arguments, options = _arguments(tree, text)
     return Specification(name, found(kind, name), arguments, options)
 
@@ -151,7 +151,7 @@ def built(kind: str, text: str, *given: Any, **settings: Any) -> Any:
 def fitting(what: Specification, text: str, *given: Any, **settings: Any) -> Specification:
     """Return a specification; raise `OptionError` unless :func:`built` could call it so. Local."""
     if not callable(what.thing):
-        raise OptionError(f"{text!r}: {what.name} is a {type(what.thing).__name__}, which cannot be built")
+        raise OptionError(f"{briefly(text)}: {what.name} is a {type(what.thing).__name__}, which cannot be built")
     form = _form(what.thing)
     taken = form.parameters
     theirs = [name for name in [*taken][len(given) :] if name not in settings]  # what is the caller's is no option
@@ -159,11 +159,11 @@ def fitting(what: Specification, text: str, *given: Any, **settings: Any) -> Spe
     for option in what.options:
         if option not in theirs and not (free and option not in taken):
             hint = nearest(option, theirs, f"it has: {', '.join(theirs) or 'none'}")
-            raise OptionError(f"{text!r}: {what.name} has no option {option}; {hint}")
+            raise OptionError(f"{briefly(text)}: {what.name} has no option {option}; {hint}")
     try:
         form.bind(*given, *what.arguments, **what.options, **settings)
     except TypeError as error:
-        raise OptionError(f"{text!r}: {what.name}: {error}") from None
+        raise OptionError(f"{briefly(text)}: {what.name}: {error}") from None
     return what
 
 
@@ -173,14 +173,32 @@ def same(kind: str, first: str, second: str) -> bool:
         return True
     try:
         one, two = (specified(kind, text) for text in (first, second))
-        return bool(one.thing is two.thing and _bound(kind, one) == _bound(kind, two))
-    except (OptionError, TypeError):
+        return one.thing is two.thing and _alike(_bound(kind, one), _bound(kind, two))
+    except (OptionError, TypeError, ValueError, RecursionError):  # the last three: what authors made of comparing
         return False
+
+
+def _alike(one: Any, two: Any) -> bool:
+    """Return whether two values are the same, all that is in them included.
+
+    ``==`` does not tell: a class that inherits it from a dataclass compares only what that one has, and 1 == True.
+    """
+    if type(one) is not type(two):
+        return {type(one), type(two)} == {int, float} and bool(one == two)
+    own = vars(type(one))
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(_alike, one, two))
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(_alike(value, two[name]) for name, value in one.items())
+    if "__dataclass_fields__" in own:
+        return all(_alike(getattr(one, field.name), getattr(two, field.name)) for field in fields(one) if field.compare)
+    comparable = "__eq__" in own or not hasattr(one, "__dict__") or isclass(one)
+    return bool(one == two) if comparable else one is two or _alike(vars(one), vars(two))
 
 
 def _bound(kind: str, what: Specification) -> dict[str, Any]:
     if not callable(what.thing):  # a rule: its options have names, and defaults that follow from others
-        return what.options
+        return {"": what.arguments, **what.options}
     bound = _form(what.thing).bind_partial(*[None] * _GIVEN[kind], *what.arguments, **what.options)
     bound.apply_defaults()
     return dict(bound.arguments)
@@ -207,7 +225,7 @@ def _arguments(call: ast.Call, text: str) -> tuple[tuple[Any, ...], dict[str, An
     if any(isinstance(argument, ast.Starred) for argument in call.args) or any(
         not keyword.arg for keyword in call.keywords
     ):
-        raise OptionError(f"{text!r}: * and ** mean nothing here; write the arguments")
+        raise OptionError(f"{briefly(text)}: * and ** mean nothing here; write the arguments")
     options = {keyword.arg or "": _value(keyword.value, text) for keyword in call.keywords}
     return tuple(_value(argument, text) for argument in call.args), options
 
@@ -224,8 +242,8 @@ def _value(node: ast.expr, text: str) -> Any:
         name = ":".join(ast.unparse(node.func).rsplit(".", 1))
         inner = fitting(Specification(name, found("compressor", name), *_arguments(node, text)), text)
         return inner.thing(*inner.arguments, **inner.options)
-    raise OptionError(f"{text!r}: {ast.unparse(node)} is no value: take numbers, texts, True, False, None, lists and tuples "
-                      "of these, or compressors, such as Sign()")
+    raise OptionError(f"{briefly(text)}: {ast.unparse(node)[:60]} is no value: take numbers, texts, True, False, None, "
+                      "lists and tuples of these, or compressors, such as Sign()")
 
 
 def _example(kind: str) -> str:

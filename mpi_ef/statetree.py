@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mpi_ef.errors import OptionError, ShapeError
+from mpi_ef.errors import OptionError, ShapeError, briefly
 
 __all__ = ["LOCAL", "PER_RANK", "REPLICATED", "Leaf", "Reshard", "StateTree", "Stateful", "attribute"]
 
@@ -115,7 +115,7 @@ class StateTree:
         for name, leaf in self.leaves.items():
             if leaf.kind in kinds and leaf.write:
                 if (value := values.get(name, leaf.default)) is _REQUIRED:
-                    raise OptionError(f"resume: the saved state has no {name!r}; take a whole one")
+                    raise OptionError(f"resume: the saved state has no {briefly(name)}; take a whole one")
                 leaf.write(value)
         for tree, of_part in self._parts_with(values):
             tree.write(of_part, *kinds)
@@ -161,7 +161,8 @@ class StateTree:
         needed = [n for n, leaf in self.leaves.items() if leaf.array is None and leaf.default is _REQUIRED]
         for name in [*needed, *self.parts]:
             if name not in saved:
-                raise OptionError(f"load_state_dict: the saved state has no {name!r}; load what state_dict() returned")
+                raise OptionError(f"load_state_dict: the saved state has no {briefly(name)}; load what state_dict() "
+                                  "returned")
         for name, part in self.parts.items():
             if isinstance(part, list) and len(part) != len(saved[name]):
                 raise OptionError(f"load_state_dict: the saved state has {len(saved[name])} {name}, here there are "

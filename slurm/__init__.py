@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 
-from mpi_ef.errors import ConfigError, OptionError, nearest
+from mpi_ef.errors import ConfigError, OptionError, briefly, nearest
 
 __all__ = ["PROFILES", "TEMPLATES", "Profile", "full_name", "parse_profile", "profile_text", "read_profile", "read_template",
            "render"]
@@ -68,7 +68,7 @@ def full_name(name: str) -> str:
         if known in TEMPLATES:
             return known
     short = [known.removesuffix(".sbatch") for known in TEMPLATES]
-    raise OptionError(f"slurm: there is no template {name!r}; {nearest(name, short, _ALL)}")
+    raise OptionError(f"slurm: there is no template {briefly(name)}; {nearest(name, short, _ALL)}")
 
 
 def read_template(name: str) -> str:
@@ -79,7 +79,7 @@ def read_template(name: str) -> str:
 def profile_text(name: str) -> str:
     """Return the TOML document of a site. Raises `OptionError` where there is none."""
     if name not in PROFILES:
-        raise OptionError(f"slurm: there is no profile {name!r}; {nearest(name, PROFILES, _ALL)}")
+        raise OptionError(f"slurm: there is no profile {briefly(name)}; {nearest(name, PROFILES, _ALL)}")
     return (resources.files(__name__) / "profiles" / f"{name}.toml").read_text(encoding="utf-8")
 
 
@@ -105,7 +105,7 @@ def parse_profile(name: str, text: str) -> Profile:
              "environment": dict, "lines": list}
     for key, value in document.items():
         if not isinstance(value, kinds.get(key, ())):
-            raise ConfigError(f"slurm: profile {name}: {key} = {value!r} is not known; take {', '.join(kinds)}")
+            raise ConfigError(f"slurm: profile {name}: {key} = {briefly(value)} is not known; take {', '.join(kinds)}")
     texts = {key: tuple(map(str, document.get(key, ()))) for key in ("sources", "required", "lines")}
     sbatch = {option: None if value is True else str(value) for option, value in document.get("sbatch", {}).items()}
     environment = {variable: str(value) for variable, value in document.get("environment", {}).items()}
@@ -150,9 +150,11 @@ def render(text: str, profile: Profile | None = None, options: Mapping[str, str 
 def _with_option(text: str, option: str, value: str | None) -> str:
     """Return the script with this option: on the line that has it, active or not, else below the last."""
     if not _OPTION.fullmatch(option) or len(option) < 2:
-        raise OptionError(f"slurm: {option!r} is no long option of sbatch; set for example nodes=4 or account=project")
+        raise OptionError(f"slurm: {briefly(option)} is no long option of sbatch; set for example nodes=4 or "
+                          "account=project")
     if value is not None and not re.fullmatch(r"[^\n\r\"\\]+", value):
-        raise OptionError(f"slurm: {option}={value!r} fits on no #SBATCH line; leave out quotes, backslashes, line ends")
+        raise OptionError(f"slurm: {option}={briefly(value)} fits on no #SBATCH line; leave out quotes, backslashes, "
+                          "line ends")
     line = f"#SBATCH --{option}" if value is None else f"#SBATCH --{option}={_quoted(value)}"
     for comment in ("", "#"):
         present = re.compile(rf"^{comment}#SBATCH --{option}(=.*)?$", flags=re.MULTILINE)

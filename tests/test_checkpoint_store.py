@@ -191,7 +191,7 @@ def test_one_rank_that_fails_fails_all(tmp_path, monkeypatch, rank, code, asynch
             else:
                 st.save(comm, 2, **arrays_of(2, me))
         except CheckpointError as error:
-            return str(error), st.newest(comm).step, error.everywhere
+            return str(error), st.newest(comm).step, error.everywhere and error.may_pass
         return None
 
     answers = results(3, program)
@@ -212,7 +212,7 @@ def test_rank_0_that_cannot_commit_fails_all(tmp_path, monkeypatch, name):
     module = folder if name == "write_manifest" else __import__("mpi_ef.checkpoint.manifest", fromlist=["x"])
     failing(monkeypatch, module, name, OSError(28, "No space left on device"))
     errors = run(2, lambda comm: Store(tmp_path).save(comm, 2, **arrays_of(2, comm.Get_rank())))
-    assert all("No space left" in str(error) for error in errors)
+    assert all("No space left" in str(error) and error.may_pass for error in errors)
     assert Store(tmp_path).steps() == [1]
     assert not list(tmp_path.glob(".tmp*"))
 
@@ -553,6 +553,52 @@ def test_claiming_waits_for_a_sign_of_life(tmp_path, monkeypatch, alive):
         assert "process " in str(errors[0])
 
 
+def test_a_lock_of_a_time_to_come_falls_silent_too(tmp_path, monkeypatch):
+    """The clock of a file server was set back: the age of the lock is below 0 for hours, and so long a start waited."""
+    lock_of(tmp_path, host="elsewhere", token="theirs")
+    soon, clock = time.time() + 36_000, [0.0]
+    os.utime(tmp_path / "LOCK", (soon, soon))
+
+    def sleep(seconds):
+        clock[0] += seconds
+        assert clock[0] < 200
+
+    monkeypatch.setattr(lock, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep, strftime=time.strftime))
+    mine = Store(tmp_path)
+    results(1, mine.claim)
+    assert 120 < clock[0] < 130
+    mine.close()
+
+
+def test_what_killed_processes_have_left_of_locks_is_removed(tmp_path):
+    """Not what may be in use: of the last two minutes."""
+    names = (".LOCK-ab", ".LOCK-stale-ab", ".probe-ab")
+    for number, name in enumerate([name + end for name in names for end in ("", "-new")]):
+        (tmp_path / name).touch()
+        if number % 2 == 0:
+            os.utime(tmp_path / name, (time.time() - 150, time.time() - 150))
+    (tmp_path / ".LOCK-folder").mkdir()
+    save(tmp_path, 1, 1)
+    assert {path.name for path in tmp_path.glob(".*")} == {name + "-new" for name in names} | {".LOCK-folder"}
+
+
+def test_a_stale_lock_that_another_job_has_tidied_away(tmp_path, monkeypatch):
+    """While this process looks at it under its other name."""
+    lock_of(tmp_path, **ELSEWHERE)
+    os.utime(tmp_path / "LOCK", (1, 1))
+    reads = lock.Owner.read
+
+    def read(path):
+        if path.name.startswith(".LOCK-stale-"):
+            path.unlink()
+        return reads(path)
+
+    monkeypatch.setattr(lock.Owner, "read", read)
+    mine = Store(tmp_path)
+    results(1, mine.claim)
+    assert holder_of(tmp_path)["token"] != "theirs"
+
+
 def test_file_systems_without_hard_links(tmp_path, monkeypatch):
     monkeypatch.setattr(lock.os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "not here")))
     save(tmp_path, 1, 1)
@@ -809,7 +855,7 @@ def test_a_lock_that_was_removed_stops_the_commit(tmp_path):
         st.save(comm, 1, **NOTHING)
 
     for error in run(2, program):
-        assert "the lock was taken over by nobody that can be named" in str(error)
+        assert "LOCK: the lock is gone: somebody has removed it, or has removed or moved the folder" in str(error)
 
 
 def test_a_lock_is_touched_while_it_is_ours(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from checkpoint_cases import own, save, shared
 from test_checkpoint_store import fill_all_but
 from virtual import results
 
+from mpi_ef import checkpoint
 from mpi_ef.checkpoint import BFLOAT16, Store, open_checkpoint
 from mpi_ef.compress import TopK
 from mpi_ef.errors import CheckpointError, OptionError
@@ -128,6 +130,33 @@ def test_verify_finds_a_flipped_bit(tmp_path, capsys):
     assert status == 1
     assert "step-00000003" in text
     assert call(capsys, "verify", tmp_path.parent / "empty")[0] == 2
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_what_its_run_removes_meanwhile_is_not_damaged(tmp_path, capsys, monkeypatch, replaced):
+    """`verify` of a run that trains ended with status 1, and `ls` showed what was not there any more."""
+    for step in (1, 2, 3):
+        save(tmp_path, step, 1)
+    opened, path = checkpoint.open_checkpoint, tmp_path / "step-00000002"
+
+    def late(asked):
+        if asked == path and path.exists():
+            save(tmp_path, 2, 1) if replaced else shutil.rmtree(path)
+            raise CheckpointError(f"{path}: unreadable: COMMIT: No such file or directory; use another checkpoint")
+        return opened(asked)
+
+    found = tools._checkpoints(tmp_path, "whole")
+    monkeypatch.setattr(tools, "_checkpoints", lambda *_: found)
+    monkeypatch.setattr(checkpoint, "open_checkpoint", late)
+    status, text = call(capsys, "verify", tmp_path)
+    assert (status, text.count(": good, ")) == (0, 2)
+    assert f"{path}: its run has removed or replaced it meanwhile\n" in text
+    save(tmp_path, 2, 1)
+    status, text = call(capsys, "verify", "--json", tmp_path)
+    assert (status, len(json.loads(text))) == (0, 2)
+    save(tmp_path, 2, 1)
+    if not replaced:
+        assert [each.step for each in tools.found_in(tmp_path)] == [1, 3]
 
 
 def test_inspect_tells_arrays_and_numbers(tmp_path, capsys):

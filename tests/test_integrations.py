@@ -1,6 +1,7 @@
 """Loops of other libraries with stand-ins for these; with the real ones on real ranks: tests/launch/test_loops.py."""
 
 import sys
+import warnings
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar, NamedTuple
 
@@ -41,8 +42,9 @@ class SecondOfTwo:
     def Get_size(self):
         return 2
 
-    def Barrier(self):
+    def allgather(self, value):
         self.barriers += 1
+        return [value, value]
 
 
 def partial_state(count):
@@ -53,12 +55,16 @@ def partial_state(count):
             self.__dict__ = self.shared
             self.num_processes, self.process_index, self.local_process_index = count, 0, 0
 
+        def split_between_processes(self, inputs, apply_padding=False):
+            return inputs[self.process_index :: self.num_processes]
+
     return PartialState
 
 
 def test_the_launcher_is_hidden_and_the_batch_job_is_not(monkeypatch):
     state = partial_state(1)
     stand_in(monkeypatch, "accelerate.state", PartialState=state)
+    stand_in(monkeypatch, "accelerate.accelerator", prepare_data_loader=lambda loader, **options: (loader, options))
     environment = dict.fromkeys(processes.HIDDEN, "2") | {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "9", "PMIX_RANK": "1"}
     comm = SecondOfTwo()
     one_process(comm, environment)
@@ -68,6 +74,12 @@ def test_the_launcher_is_hidden_and_the_batch_job_is_not(monkeypatch):
     anywhere.wait_for_everyone()
     assert comm.barriers == 1
     assert anywhere.on_main_process(lambda: "done")() is None
+    one_process(comm, environment)  # once more, as MpiStrategy does
+    assert anywhere.split_between_processes([5, 6, 7]) == [6]
+    with pytest.raises(OptionError, match="apply_padding=True with a tensor"):
+        anywhere.split_between_processes(torch.ones(3), apply_padding=True)
+    prepare = sys.modules["accelerate.accelerator"].prepare_data_loader
+    assert prepare("loader", dispatch_batches=None, seed=1) == ("loader", {"dispatch_batches": False, "seed": 1})
 
 
 def test_accelerate_that_has_looked_already_is_one_line(monkeypatch):
@@ -155,6 +167,9 @@ class Accelerator:
     def save_state(self, output_dir=None):
         return output_dir
 
+    def gather_for_metrics(self, input_data, use_gather_object=False):
+        return self.gather(input_data)[:1]  # as it cuts off what one process has twice
+
     def load_state(self, input_dir=None):
         self.optimizer.load_state_dict({"of": "rank 0, as accelerate reads it"})
 
@@ -181,11 +196,70 @@ def test_an_accelerator_collects_over_the_ranks():
         prepare_accelerator(accelerator, comm, model=model, optimizer=optimizer)
         x = torch.tensor([r])
         return (accelerator.gather(x).tolist(), accelerator.gather_for_metrics((x,))[0].tolist(),
-                accelerator.gather_for_metrics(["a", r], use_gather_object=True),
+                accelerator.gather_for_metrics(["a"] * r), accelerator.gather_for_metrics(["a", r]),
                 accelerator.gather_for_metrics(r, use_gather_object=True), accelerator.reduce(x).tolist(),
                 accelerator.pad_across_processes(torch.ones(1 + r)).numel())
 
-    assert results(2, program) == [([0, 1], [0, 1], ["a", 0, "a", 1], [0, 1], [1], 2)] * 2
+    assert results(2, program) == [([0, 1], [0, 1], ["a"], ["a", 0, "a", 1], [0, 1], [1], 2)] * 2
+
+
+@pytest.mark.parametrize("call", ["gather", "reduce"])
+def test_what_cannot_be_gathered_is_one_line(call):
+    def program(comm):
+        model, optimizer = training(comm)
+        accelerator = Accelerator(comm)
+        prepare_accelerator(accelerator, comm, model=model, optimizer=optimizer)
+        getattr(accelerator, call)([torch.ones(1), {"x": "text"}])
+
+    for error in run(2, program):
+        assert isinstance(error, OptionError)
+        assert str(error).startswith(f"{call}: 'text' is no tensor; gather_for_metrics takes")
+
+
+def test_a_save_that_one_rank_is_not_in_is_one_line_on_all(tmp_path):
+    """As where one rank has a batch more to evaluate: it waited for ever."""
+    def program(comm):
+        model, optimizer = training(comm)
+        accelerator = Accelerator(comm)
+        prepare_accelerator(accelerator, comm, model=model, optimizer=optimizer)
+        if comm.Get_rank() == 0:
+            accelerator.gather(torch.ones(1))
+        else:
+            accelerator.save_state(str(tmp_path))
+
+    for error in run(2, program):
+        assert isinstance(error, DisagreementError)
+        assert "gather on rank 0; save_state on rank 1" in str(error)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_ranks_that_begin_with_the_same_batch_are_told_once(alike):
+    def program(comm):
+        model, optimizer = training(comm)
+        prepare_accelerator(Accelerator(comm), comm, model=model, optimizer=optimizer)
+        if not alike:
+            take_steps(model, optimizer, comm, 2)
+        for _ in range(2):
+            model(torch.ones(6, 4)).square().mean().backward()
+            optimizer.step()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results(2, program)
+    lines = [str(warning.message) for warning in caught if "same batch" in str(warning.message)]
+    assert len(lines) == alike
+    assert all(line.startswith("accelerate: all 2 ranks began with the same batch") for line in lines)
+
+
+def test_a_rank_without_any_data_is_not_waited_for_in_the_first_step():
+    def program(comm):
+        model, optimizer = training(comm)
+        prepare_accelerator(Accelerator(comm), comm, model=model, optimizer=optimizer)
+        with optimizer.join():
+            take_steps(model, optimizer, comm, comm.Get_rank())
+        return optimizer.steps
+
+    assert results(2, program) == [1, 1]
 
 
 def test_loading_what_is_no_state_of_ranks_is_one_line_on_all(tmp_path):
@@ -239,19 +313,21 @@ class Wrapping(torch.optim.Optimizer):
 class Trainer:
     """The order of calls of Hugging Face's, and nothing else."""
 
-    def __init__(self, comm, callback=None, *, batches=4):
+    def __init__(self, comm, callback=None, *, batches=4, log_every=1):
         self.model, self.flat = training(comm)
         self.optimizer, self.accelerator, self.comm = Wrapping(self.flat), Accelerator(comm), comm
         self.callback_handler = SimpleNamespace(callbacks=[callback] if callback else [], train_dataloader=range(batches))
+        self.callback_handler.add_callback = self.callback_handler.callbacks.append
+        self.gather_function = self.accelerator.gather_for_metrics
         self.train_dataset = range(batches)
         self.args = SimpleNamespace(gradient_accumulation_steps=1, seed=3)
         self.state = SimpleNamespace(global_step=0, max_steps=8, num_train_epochs=2, log_history=[])
         self.control = SimpleNamespace(should_training_stop=False, should_epoch_stop=False, should_save=False,
                                        should_evaluate=False, should_log=False)
-        self.files = []
+        self.files, self.log_every = [], log_every
 
     def add_callback(self, callback):
-        self.callback_handler.callbacks.append(callback)
+        self.callback_handler.add_callback(callback)
 
     def tell(self, event, **more):
         for callback in self.callback_handler.callbacks:
@@ -287,9 +363,10 @@ class Trainer:
             self.optimizer.optimizer.step()
             self.state.global_step += 1
             self.tell("on_step_end")
-            logs = {"loss": float(self.comm.Get_rank()), "name": "run"}
-            self.state.log_history.append(dict(logs))
-            self.tell("on_log", logs=logs)
+            if self.state.global_step % self.log_every == 0:
+                logs = {"loss": float(self.comm.Get_rank()), "name": "run"}
+                self.state.log_history.append(dict(logs))
+                self.tell("on_log", logs=logs)
             if self.state.global_step == 4 and out:
                 self._save_optimizer_and_scheduler(out)
                 self._save_rng_state(out)
@@ -328,7 +405,8 @@ def test_logs_are_means_before_anything_sees_them_and_buffers_are_those_of_all_r
 
 
 @pytest.mark.usefixtures("transformers")
-def test_what_one_rank_decides_all_do():
+@pytest.mark.parametrize("late", [False, True])
+def test_what_one_rank_decides_all_do(late):
     class Stopping:
         def __init__(self, rank):
             self.rank = rank
@@ -338,11 +416,33 @@ def test_what_one_rank_decides_all_do():
                 control.should_training_stop = control.should_evaluate = True
 
     def program(comm):
-        trainer = prepared(comm, callback=Stopping(comm.Get_rank()))
+        trainer = prepared(comm, callback=None if late else Stopping(comm.Get_rank()), log_every=8)
+        if late:
+            trainer.add_callback(Stopping(comm.Get_rank()))
         trainer.train()
         return trainer.state.global_step, trainer.control.should_evaluate, trainer.control.should_save
 
     assert results(2, program) == [(3, True, False)] * 2
+
+
+@pytest.mark.usefixtures("transformers")
+def test_the_first_evaluation_has_the_predictions_of_all_ranks():
+    def program(comm):
+        return prepared(comm).gather_function(torch.tensor([comm.Get_rank()])).tolist()
+
+    assert results(2, program) == [[0, 1]] * 2
+
+
+@pytest.mark.usefixtures("transformers")
+def test_the_best_checkpoint_is_that_of_rank_0(tmp_path):
+    """A rank that looks before rank 0 has written it sees none, and kept other parameters."""
+    def program(comm):
+        trainer = prepared(comm)
+        trainer.state.best_model_checkpoint = "checkpoint-4" if comm.Get_rank() == 0 else None
+        trainer.train(str(tmp_path))
+        return trainer.state.best_model_checkpoint
+
+    assert results(2, program) == ["checkpoint-4"] * 2
 
 
 @pytest.mark.usefixtures("transformers")
@@ -462,6 +562,65 @@ def test_lightning_goes_on_and_stops_with_what_each_rank_has(strategy, tmp_path)
     assert first[0]
     assert first == second
     assert first[2] == []
+
+
+def test_lightning_tells_ranks_that_begin_with_the_same_batch(strategy):
+    def program(comm, batches):
+        of_ranks, model = strategy(comm), torch.nn.Linear(2, 1)
+        trainer = SimpleNamespace(model=model, optimizers=[], callbacks=[], should_stop=False)
+        of_ranks.setup(trainer)
+        for step in range(2):
+            trainer.callbacks[0].on_train_batch_start(trainer, model, batches[comm.Get_rank()], step)
+            trainer.callbacks[0].on_train_batch_end(trainer, model, None, step)
+
+    def told(first, second):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            results(2, lambda comm: program(comm, (first, second)))
+        return [str(warning.message).partition(";")[0] for warning in caught]
+
+    ones = {"x": [torch.ones(2)], "name": "a"}
+    assert told(ones, ones) == ["MpiStrategy: all 2 ranks began with the same batch, and so do the work of one"]
+    assert told(ones, {"x": [torch.zeros(2)], "name": "a"}) == []
+    assert told("no tensor", "no tensor") == []
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.5])
+def test_lightning_tells_what_is_monitored_and_differs_between_ranks(strategy, apart):
+    """Else each rank would stop and keep by numbers of its own."""
+    def program(comm):
+        trainer = SimpleNamespace(model=torch.nn.Linear(2, 1), optimizers=[], should_stop=False,
+                                  callbacks=[SimpleNamespace(monitor="val_loss"), SimpleNamespace(monitor=None)],
+                                  callback_metrics={"val_loss": torch.tensor(0.25 + apart * comm.Get_rank())})
+        strategy(comm).setup(trainer)
+        trainer.callbacks[-1].on_validation_end(trainer)
+        trainer.callbacks[-1].on_validation_end(trainer)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results(2, program)
+    line = ("MpiStrategy: val_loss, which a callback monitors, is 0.25 on rank 0 and another on others; "
+            "log it with sync_dist=True")
+    assert [str(warning.message) for warning in caught] == ([line] if apart else [])
+
+
+def test_torchmetrics_in_lightning_compute_over_the_ranks(strategy, monkeypatch):
+    class Metric(torch.nn.Module):
+        dist_sync_fn = None
+
+    stand_in(monkeypatch, "torchmetrics", Metric=Metric)
+
+    def program(comm):
+        model, own = torch.nn.ModuleList([Metric(), Metric()]), object()
+        model[1].dist_sync_fn = own
+        of_ranks = strategy(comm)
+        of_ranks.setup(SimpleNamespace(model=model, optimizers=[], callbacks=[], should_stop=False))
+        assert model[1].dist_sync_fn is own
+        count = torch.arange(1.0 + comm.Get_rank())
+        return model[0].distributed_available_fn(), [part.tolist() for part in model[0].dist_sync_fn(count, group=None)]
+
+    assert results(2, program) == [(True, [[0], [0, 1]])] * 2
+    assert results(1, program) == [(False, [[0]])]
 
 
 def test_lightning_with_an_optimizer_that_exchanges_nothing_is_one_line(strategy):

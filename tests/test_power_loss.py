@@ -22,6 +22,8 @@ from mpi_ef.checkpoint.lock import Owner
 from mpi_ef.checkpoint.manifest import committed_steps
 from mpi_ef.errors import CheckpointError
 from mpi_ef.jobs.cli import main
+from mpi_ef.jobs.folder import write_whole
+from mpi_ef.jobs.metrics import Metrics
 
 INSIDE = Path("runs", "one", "checkpoints")
 PASSING = "/.probe-"  # in names of files that nobody reads
@@ -175,12 +177,13 @@ def first_saves(n, keep, background, steps=(1, 2)):
 
 
 def saves_again(n, keep, background):
-    """A run saves a step again after going back; then another one saves, which does not know of the first."""
+    """A run saves a step again after going back; then others save, which do not know of it: a later step, and that again."""
 
     def work(folder, recorder):
         saved(folder, recorder, n, (1,), keep=keep, background=background)
         saved(folder, recorder, n, (1,), keep=keep, tag=1, background=background)
-        saved(folder, recorder, n, (2,), keep=keep, tag=2, background=background, resume=False)
+        for tag in (2, 3):
+            saved(folder, recorder, n, (2,), keep=keep, tag=tag, background=background, resume=False)
 
     return work
 
@@ -264,6 +267,28 @@ def lose_twice(tmp_path, n, *, every, drawn):
             root = tmp_path / f"disk-{number}"
             second = recorded(root, partial(saved, n=n, steps=(step,), keep=1, tag=3), loss)
             check_all(second, 1, n, torn=1, drawn=drawn, thorough=10)
+
+
+def test_a_power_loss_leaves_files_of_a_run_whole(tmp_path):
+    """A new name may reach the disk before what is in the file does: an empty summary, and no way to go on."""
+    old, new, rows = "old " * 300, "new " * 300, [{"step": step, "loss": 0.5} for step in range(1, 60)]
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    with contextlib.closing(Metrics(folder, ["step", "loss"])) as metrics:
+        for row in rows:
+            metrics.write(row)
+    with Recorder(folder).recording() as recorder:
+        write_whole(folder / "summary.json", old)
+        recorder.mark("written")
+        write_whole(folder / "summary.json", new)
+        Metrics(folder, ["step", "loss"], after=len(rows)).close()
+    lost = list(losses(recorder, np.random.default_rng(0), torn=5, passing=PASSING))
+    for loss in lost:
+        found = dict(loss.disk.paths())
+        may_be = (old.encode(), new.encode()) if loss.happened else (None, old.encode())
+        assert found.get("summary.json") in may_be, loss.text
+        assert [json.loads(line) for line in found["metrics.jsonl"].splitlines()] == rows, loss.text
+    assert len({len(dict(loss.disk.paths())) for loss in lost}) > 1
 
 
 def test_what_is_recorded_is_what_a_disk_has(tmp_path):

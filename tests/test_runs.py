@@ -1,5 +1,6 @@
 """What a run goes on with, and whose folder it is: inputs are known by content, one run at a time writes to a folder."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -12,15 +13,19 @@ import programs
 import pytest
 import virtual
 
+from mpi_ef import registry
 from mpi_ef.checkpoint import lock
-from mpi_ef.errors import ConfigError, DataError, DisagreementError, MpiEfError
+from mpi_ef.compress import Identity
+from mpi_ef.errors import ConfigError, DataError, DisagreementError, MpiEfError, everywhere
 from mpi_ef.jobs.cli import main
+from mpi_ef.jobs.metrics import Metrics
 from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train import choices
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.datasets import Text
 from mpi_ef.jobs.train.loop import Trainer
 from mpi_ef.jobs.train.program import train
+from mpi_ef.runtime import launch
 
 LETTERS = "abcdefghij klmnop."
 GPT = {"context": 8, "layers": 1, "heads": 2, "width": 8, "batch": 4, "steps": 8, "warmup": 2, "log_every": 2}
@@ -162,6 +167,39 @@ def test_the_same_parts_in_other_words_go_on(tmp_path, capsys):
     capsys.readouterr()
     programs.trained(2, again)
     assert "not as in the run that saved" not in capsys.readouterr().out
+
+
+class Inherits(Identity):
+    """Compared as an Identity is, whatever it has."""
+
+    def __init__(self, number, more=None):
+        object.__setattr__(self, "number", number)
+        object.__setattr__(self, "more", more)
+
+
+class Plain:
+    def __init__(self, config, *what, **options):
+        self.what, self.options = what, options
+
+
+@pytest.mark.parametrize(("kind", "first", "second", "wanted"), [
+    ("compressor", "TopK(0.1, values=test_runs:Inherits(3))", "TopK(0.1, values=test_runs:Inherits(4))", False),
+    ("compressor", "TopK(0.1, values=test_runs:Inherits(3))", "TopK(values=test_runs:Inherits(number=3),ratio=0.1)", True),
+    ("compressor", "test_runs:Inherits(1, test_runs:Inherits(3))", "test_runs:Inherits(1, test_runs:Inherits(4))", False),
+    ("compressor", "test_runs:Inherits(1, test_runs:Inherits(3))", "test_runs:Inherits(1,test_runs:Inherits(3))", True),
+    ("compressor", "TopK(0.1, values=Quantize('bf16'))", "TopK(0.1, values=Quantize('int8'))", False),
+    ("compressor", "TopK(0.1, values=Quantize('bf16'))", "TopK(0.1, values=Quantize())", True),
+    ("compressor", "TopK(1)", "TopK(1.0)", True),
+    ("model", "test_runs:Plain(1)", "test_runs:Plain(True)", False),
+    ("model", "test_runs:Plain(a=[1, 2])", "test_runs:Plain( a=[1, 2.0])", True),
+    ("model", "test_runs:Plain(a=[1, 2])", "test_runs:Plain(a=[1, 2, 3])", False),
+    ("model", "test_runs:Plain(a=[1, 2])", "test_runs:Plain(a=[True, 2])", False),
+    ("model", "test_runs:Plain('1')", "test_runs:Plain(1)", False),
+    ("rule", "econtrol(0.1)", "econtrol(0.2)", False),
+])
+def test_which_words_mean_the_same(kind, first, second, wanted):
+    """A run went on with another compressor inside of its own, whose class inherited `==`."""
+    assert registry.same(kind, first, second) is wanted
 
 
 def test_equal_runs_have_equal_checkpoints(tmp_path, capsys):
@@ -319,7 +357,9 @@ def test_what_a_killed_run_has_left_does_not_stop_another(tmp_path):
         (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n')
         (tmp_path / "config.toml").write_text(to_toml(TrainConfig(steps=2).resolved()))
         (tmp_path / "metrics.csv").write_text("")
+        (tmp_path / ".0a1b2c3d-config.toml").write_text("half of")
     assert programs.trained(2, TrainConfig(**MLP, out=tmp_path))[0]["steps"] == 8
+    assert not list(tmp_path.glob(".*"))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
@@ -338,6 +378,45 @@ def test_a_run_that_has_lost_its_folder_writes_nothing_more(tmp_path):
     assert "the lock was taken over by process " in str(errors[0])
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "LOCK").exists()  # it is the other one's
+
+
+def test_a_disk_that_fails_in_the_middle_may_have_recovered_at_the_next_start(tmp_path):
+    """Status 2 would say that options or data are wrong, and `mpi-ef supervise` would not start the job again."""
+    config, write = TrainConfig(**MLP, out=tmp_path), Metrics.write
+
+    def fails(self, row):
+        if row["step"] == 4:
+            raise OSError(errno.EIO, "Input/output error")
+        write(self, row)
+
+    with mock.patch.object(Metrics, "write", fails):
+        [error] = virtual.run(1, lambda comm: train(comm, config))
+    assert isinstance(error, DataError)
+    assert error.may_pass
+    (tmp_path / "metrics.jsonl").unlink()
+    [error] = virtual.run(1, lambda comm: train(comm, replace(config, optimizer="sgd", resume="exact", overwrite=False,
+                                                              data="mine")))
+    assert isinstance(error, MpiEfError)
+    assert not error.may_pass
+
+
+def test_which_status_errors_end_with(monkeypatch):
+    """1 where another start may succeed, else 2."""
+    comm = mock.MagicMock()
+    comm.Get_rank.return_value, comm.Get_size.return_value = 0, 1
+    monkeypatch.setitem(sys.modules, "mpi4py", mock.MagicMock(MPI=mock.MagicMock(COMM_WORLD=comm)))
+    monkeypatch.setattr(launch, "check_world", lambda _: None)
+    monkeypatch.setattr(launch, "keep_status", lambda _: None)
+    for may_pass in (False, True):
+        error = everywhere(DataError("told once"))
+        error.may_pass = may_pass
+
+        def program(_, error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as ended:
+            launch.run(program)
+        assert ended.value.code == (1 if may_pass else 2)
 
 
 @pytest.mark.parametrize("keep", [None, 1, 2, 5])

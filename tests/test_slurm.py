@@ -169,7 +169,8 @@ class Site:
         for path in commands.iterdir():
             path.chmod(0o755)
         ours = ("SLURM", "SBATCH", "SQUEUE", "MPI_EF", "MPI_TYPE", "RUN_DIR", "TEXT", "MAX_RESTARTS", "CHECKPOINT_EVERY",
-                "LAUNCH", "FORWARD", "NODE_DIR", "PROGRAM", "PYTHON", "SOURCE", "RANKS", "CONFIGS", "IMAGE")
+                "LAUNCH", "FORWARD", "NODE_DIR", "NUMBA_CACHE_DIR", "PROGRAM", "PYTHON", "SOURCE", "RANKS", "CONFIGS",
+                "IMAGE")
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | {
             "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "CALLS": str(self.calls_file),
             "PYTHONPATH": str(FOLDER.parent), "PYTHON_HERE": sys.executable,
@@ -231,6 +232,43 @@ def test_what_every_template_starts(site, name, variables, words, after):
     assert status == 0
     script = ["--script", str(FOLDER / name)] if "train" in after or name.startswith("train-gpu") else []
     assert noted == ["supervise", *(script if name != "train.lsf" else []), *words, *after]
+
+
+ON_A_NODE = """#!/bin/bash
+if [[ $1 == supervise ]]; then exec "$PYTHON_HERE" -m mpi_ef.jobs.cli "$@"; fi
+[[ $1 == slurm ]] && exit
+echo "${NUMBA_CACHE_DIR-none} $(stat -c %a "${NUMBA_CACHE_DIR%/numba}" 2>/dev/null)" >>"$CALLS"
+touch "$RUN_DIR/summary.json"
+"""
+RANKS = """#!/bin/bash
+while [[ $1 == -* || $1 == 1 ]]; do shift; done
+SLURM_NODEID=0 exec "$@"
+"""
+JOBS = {
+    "train.sbatch": {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "9999999999"},
+    "train.pbs": {"PBS_JOBID": "7.server", "PBS_O_WORKDIR": ".", "PBS_NODEFILE": "nodes"},
+    "train.lsf": {"LSB_JOBID": "7", "LSB_DJOB_NUMPROC": "1"},
+}
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("name", JOBS)
+def test_the_folder_of_a_job_is_private_or_not_used(site, name, first):
+    """From the script to the rank, with stand-ins for the batch system; `first`: somebody has made it before, for all."""
+    scratch = site.folder / f"mpi-ef-{os.getuid()}-7"
+    if first:
+        scratch.mkdir()
+        scratch.chmod(0o777)
+    (site.folder / "nodes").write_text("n1\n")
+    for command, text in (("mpi-ef", ON_A_NODE), ("srun", RANKS), ("mpiexec", RANKS), ("qstat", ""), ("squeue", "")):
+        (site.folder / "bin" / command).write_text(text or "#!/bin/bash\n")
+        (site.folder / "bin" / command).chmod(0o755)
+    status, said, noted = site.start(FOLDER / name, NODE_DIR=site.folder, RUN_DIR="run", MPI_TYPE="", **JOBS[name])
+    unused = first and name == "train.sbatch"
+    assert status == unused, said
+    assert noted == ([] if unused else ["none "] if first else [f"{scratch}/numba 700"])
+    assert ("this user's alone" in said) == first
+    assert scratch.exists() == first
 
 
 def test_every_template_is_started():

@@ -1,8 +1,10 @@
 """``mpi-ef supervise``: what is started, and what follows its end, in jobs of Slurm, PBS and LSF; signals."""
 
 import os
+import platform
 import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ import pytest
 
 from mpi_ef.jobs import slurm as slurm_program
 from mpi_ef.jobs import supervise as program
-from mpi_ef.runtime import supervise
+from mpi_ef.runtime import batch, supervise
 from mpi_ef.runtime.batch import run_command, write
 from mpi_ef.runtime.supervise import LEAD_SECONDS, Child, newest_step
 
@@ -60,6 +62,9 @@ class Site:
         if words[0] == "srun":  # what is done on the nodes is done here
             own = next(place for place, word in enumerate(words) if place and not word.startswith("--"))
             return run_command(["env", "SLURM_NODEID=0", *words[own:]], timeout)
+        if "bash" in words:  # and on ranks
+            status, output = run_command(words[words.index("bash") :], timeout)
+            return status, f"a line of {words[0]}\n[1] {output}" * 2
         return 0, ""
 
     def job(self, *words, play=lambda child: None, status=0, **variables):
@@ -224,6 +229,73 @@ def test_a_text_is_copied_to_the_nodes(site):
     said = site.job("--", "train", NODE_DIR=site.folder / "full", status=1)
     assert "set NODE_DIR to a folder on the nodes' own disks, or exclude the node" in said
     assert not site.child.commands
+
+
+ONLY_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+SYSTEMS = {
+    "Slurm": {},
+    "a launcher": {"LAUNCH": "ibrun -x"},
+    "PBS": {"SLURM_JOB_ID": None, "PBS_O_WORKDIR": ".", "PBS_JOBID": "7.server", "PBS_NODEFILE": "nodes"},
+    "LSF": {"SLURM_JOB_ID": None, "LSB_JOBID": "7", "LSB_DJOB_NUMPROC": 2},
+}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_folder_on_the_nodes_is_private(site, system, umask):
+    (site.folder / "nodes").write_text("n1\n")
+    seen = []
+
+    def play(child):
+        seen.append((site.environ["NUMBA_CACHE_DIR"], stat.filemode(site.scratch.stat().st_mode)))
+        site.finishes(child)
+
+    before = os.umask(umask)
+    try:
+        said = site.job("--", "train", play=play, **SYSTEMS[system])
+    finally:
+        os.umask(before)
+    assert seen == [(str(site.scratch / "numba"), "drwx------")]
+    assert said.count("\n") == 1  # done
+    assert not site.scratch.exists()
+
+
+@pytest.mark.parametrize("kind", ["open", "group", "link", "file", "others", pytest.param("another", marks=ONLY_ROOT)])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_folder_that_somebody_has_made_before(site, system, kind):
+    """Its name can be guessed. A run with srun, which has its text there, does not start; others share no machine code."""
+    (site.folder / "nodes").write_text("n1\n")
+    elsewhere = site.folder / "elsewhere"
+    for folder in (elsewhere, site.disk):
+        folder.mkdir()
+    if kind == "file":
+        site.scratch.touch()
+    elif kind == "link":
+        site.scratch.symlink_to(elsewhere)
+        elsewhere.chmod(0o700)
+    else:
+        site.scratch.mkdir()
+        site.scratch.chmod({"open": 0o777, "group": 0o770, "others": 0o702, "another": 0o700}[kind])
+    if kind == "another":
+        os.chown(site.scratch, 12345, 12345)
+    slurm = system == "Slurm"
+    said = site.job("--", "train", play=site.finishes, status=slurm, **SYSTEMS[system])
+    assert "NUMBA_CACHE_DIR" not in site.environ
+    line, *done = [line for line in said.splitlines() if " job 7: " in line]
+    assert str(site.scratch) in line
+    assert "not this user's alone" in line
+    assert "set NODE_DIR to" in line
+    assert slurm or f" on {platform.node()} is" in line
+    assert len(done) == len(site.child.commands) == (not slurm)
+    assert not list(elsewhere.iterdir())
+    assert os.path.lexists(site.scratch)  # it is none of this job
+
+
+def test_a_launcher_that_fails_makes_no_folder(site):
+    site.answers["ibrun"] = 124, ""
+    said = site.job("--", "train", play=site.finishes, LAUNCH="ibrun -x")
+    assert f"{site.scratch} cannot be made on the nodes (ibrun -x: status 124): ranks share no machine code there" in said
+    assert "NUMBA_CACHE_DIR" not in site.environ
 
 
 def test_a_folder_that_is_left_on_nodes_is_reported(site):
@@ -686,6 +758,15 @@ def test_files_of_a_job_that_are_strange(site, kind):
     assert "/sweep cannot be read (" in site.job("--sweep", str(site.folder / "sweep"), "--", "train", status=2, **task)
 
 
+def test_a_full_disk_does_not_stop_the_requeue_of_lsf(site, monkeypatch):
+    """It has no count then; what has made no progress ends all the same."""
+    lsf = {"SLURM_JOB_ID": None, "RUN_DIR": None, "LS_SUBCWD": site.folder, "LSB_JOBID": "12", "LSB_JOBNAME": "job",
+           "LSB_DJOB_NUMPROC": 4}
+    monkeypatch.setattr(batch, "written", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "requeued, restart 1 of at most 20" in site.job("--", "train", play=site.asks(1), **lsf)
+    assert site.called("brequeue")
+
+
 @pytest.mark.parametrize("kind", STRANGE)
 def test_a_mark_of_a_stranger(site, kind):
     def play(child):
@@ -705,7 +786,7 @@ def test_a_mark_of_a_stranger(site, kind):
 @pytest.fixture
 def child():
     """Handlers as they were come back."""
-    numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)
+    numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
     before = {number: signal.getsignal(number) for number in numbers}
     for number in (signal.SIGINT, signal.SIGHUP):  # which tests that run in the background may ignore
         signal.signal(number, signal.SIG_DFL)
@@ -775,7 +856,20 @@ def test_the_program_is_told_of_the_deadline(child):
     child.asked = True  # it has been told before: it may take no more signals
     assert child.run(["sleep", "0.2"], time.time() + LEAD_SECONDS + 0.05) == 0
     assert child.run(["true"], time.time() - 1) == 0
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_the_deadline_is_that_of_a_clock_that_is_set_meanwhile(child, monkeypatch):
+    """A timer would go on by the clock of the start."""
+    child.listen()
+    clock, ahead = time.time, [0.0, 0.0]
+    monkeypatch.setattr(time, "time", lambda: clock() + (ahead.pop() if ahead else 3600.0))
+    assert child.run(shell("trap 'exit 5' USR2", "while :; do idle; done"), clock() + 3600) in (5, 128 + signal.SIGUSR2)
+
+
+def test_a_status_is_not_lost_where_ends_of_children_were_ignored(child):
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    child.listen()
+    assert child.run(["sh", "-c", "exit 3"]) == 3
 
 
 @pytest.mark.parametrize("name", ["INT", "HUP"])
@@ -804,6 +898,41 @@ def test_commands_that_are_missing_or_do_not_come_back():
     assert run_command(["/none/at/all"]) == (127, "")
     assert run_command(["sleep", "1000"], 0.05) == (124, "")
     assert run_command(["cat"], given="words") == (0, "words")
+    assert run_command(["printf", "Gr\\374n"]) == (0, "Gr\\xfcn")  # what users call things, in whatever encoding
+
+
+def test_a_batch_system_that_hangs_does_not_take_the_time_of_the_job(site, monkeypatch):
+    """A command without a limit would be waited for until the job is killed, and not requeued."""
+    waits, command = [], site.command
+    monkeypatch.setattr(program, "run_command", lambda words, timeout=None, given="": (
+        waits.append((words[0], timeout)), command(words, timeout, given))[1])
+    site.job("--", "train", play=site.asks(1))
+    pbs = {"SLURM_JOB_ID": None, "PBS_O_WORKDIR": site.folder, "PBS_JOBID": "12.server",
+           "PBS_NODEFILE": site.folder / "nodes"}
+    (site.folder / "nodes").write_text("a\n")
+    site.job("--", "train", play=site.asks(2), **pbs)
+    asked = {name: timeout for name, timeout in waits if name in ("squeue", "scontrol", "qstat", "qsub")}
+    assert len(asked) == 4
+    assert all(0 < timeout <= 120 for timeout in asked.values())
+    for name, told in (("squeue", "requeued, restart 1"), ("scontrol", "cannot be requeued")):
+        site.answers = {name: (124, "")}
+        assert told in site.job("--", "train", play=site.asks({"squeue": 3, "scontrol": 4}[name]), status=name == "scontrol")
+
+
+def test_variables_and_names_that_are_no_numbers(site):
+    """They ended in tracebacks."""
+    (site.run / "checkpoints/step-\u00b2").mkdir(parents=True)
+    (site.run / "checkpoints/step-\u00b2/COMMIT").touch()
+    odd = dict.fromkeys(("SLURM_RESTART_COUNT", "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME", "SLURM_JOB_NUM_NODES"), "²")
+    assert "requeued, restart 1 of at most 20" in site.job("--", "train", play=site.asks(1), **odd)
+    site.job("--", "train", play=site.finishes, SLURM_JOB_END_TIME="9" * 30)
+    said = site.job("--proof", "odd\udcff", "--", "mine", status=1)
+    assert "and there is no " in said
+    assert "odd\\udcff" in said
+    site.run = site.folder / "nodes"
+    site.run.write_text("a file\n")
+    said = site.job("--", "train", status=1, RUN_DIR=site.run)
+    assert said == f"mpi-ef: supervise: {site.run}: File exists; submit the job again when that is mended\n"
 
 
 def test_a_log_that_is_gone_ends_nothing():

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mpi_ef.errors import DataError
+from mpi_ef.errors import DataError, briefly
 from mpi_ef.jobs.metrics import in_bytes, is_number
 
 __all__ = ["Link", "Row", "break_even", "check", "combine", "plot", "table"]
@@ -47,7 +47,7 @@ def check(result: Any) -> None:
         counts = [result[name] for name in ("ranks", "d", "repeats", "launches")]
         texts = [result["mpi"], *(text for row in rows for text in (row.name, row.kind))]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{error!r}") from None
+        raise ValueError(f"{briefly(error)}") from None
     numbers = [link.latency_seconds, *(number for row in rows for number in (
         row.min_seconds, row.max_seconds, row.sent_nbytes))]
     divisors = [*counts, link.bytes_per_second, *(row.median_seconds for row in rows)]

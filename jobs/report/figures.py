@@ -30,7 +30,8 @@ def training(runs: Mapping[str, Rows], path: Path, panels: Sequence[str] = PANEL
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    size = (6.5, 4.2) if len(panels) == 1 else (4.33 * columns, 3.8 * rows + 0.25 * len(runs))
+    size = (6.5, 3.9) if len(panels) == 1 else (4.33 * columns, 3.8 * rows)
+    size = (size[0], size[1] + 0.25 * len(runs))
     figure, axes = figures.pyplot().subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for panel in axes.flat[len(panels) :]:
         panel.set_axis_off()
@@ -38,10 +39,8 @@ def training(runs: Mapping[str, Rows], path: Path, panels: Sequence[str] = PANEL
         _DRAW[name](panel, runs)
     handles = [figures.pyplot().matplotlib.lines.Line2D([], [], color=f"C{n % 10}", marker=".", label=name)
                for n, name in enumerate(runs)]
-    if len(panels) == 1:
-        axes[0, 0].legend(handles=handles, fontsize=8)
-    else:
-        figure.legend(handles=handles, fontsize=9, loc="outside lower center", ncols=1 if max(map(len, runs)) > 50 else 2)
+    one = len(panels) == 1 or max(map(len, runs)) > 50
+    figure.legend(handles=handles, fontsize=9, loc="outside lower center", ncols=1 if one else 2)
     figures.save(figure, path)
 
 
@@ -133,10 +132,11 @@ def _phases(panel: Any, runs: Mapping[str, Rows]) -> None:
         most = max(most, *high)
         if len(runs) <= _MOST_WITH_NUMBERS:
             for place, value, end in zip(places, mean, high, strict=True):
-                panel.annotate(f"{value:.2g}", (end, place), (3, 0), textcoords="offset points", va="center",
+                text = f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+                panel.annotate(text, (end, place), (3, 0), textcoords="offset points", va="center",
                                fontsize=min(8.0, 32.0 / len(runs)))
     panel.set(xlabel="ms per step (whiskers: fastest, slowest rank)", yticks=range(len(PHASES)), yticklabels=PHASES,
-              xlim=(0.0, 1.15 * most or 1.0))
+              xlim=(0.0, 1.2 * most or 1.0))
     panel.invert_yaxis()
     panel.grid(visible=True, alpha=0.3, axis="x")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mpi_ef.documents import MARK, lines, read, read_json, shown
-from mpi_ef.errors import DataError, MpiEfError, nearest
+from mpi_ef.errors import DataError, MpiEfError, briefly, nearest
 from mpi_ef.jobs.metrics import in_bytes, is_number, made_in, row_of
 from mpi_ef.jobs.report.html import Section, write
 from mpi_ef.jobs.report.naming import method, methods
@@ -182,7 +182,7 @@ def _reproduced(path: Path) -> Section:
         for row in _rows(path):
             panels.setdefault(row["panel"], {}).setdefault(row["run"], Curve()).append_row(row)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(f"{path}: metrics.jsonl is damaged ({error!r}); run mpi-ef reproduce again") from None
+        raise DataError(f"{path}: metrics.jsonl is damaged ({briefly(error)}); run mpi-ef reproduce again") from None
 
     def draw(target: Path) -> None:
         from mpi_ef.jobs.reproduce import figures
@@ -204,7 +204,7 @@ def _benched(path: Path) -> Section:
         bench_table.check(result)
         text = bench_table.table(result)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: is no result of mpi-ef bench --json ({error!r})") from None
+        raise DataError(f"{path}: is no result of mpi-ef bench --json ({briefly(error)})") from None
     made = made_in(result, path)
     return Section(path.stem, f"Benchmark: {path.stem}", text, lambda target: bench_table.plot(result, target), made)
 

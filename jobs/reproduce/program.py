@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import DataError, nearest
+from mpi_ef.errors import DataError, briefly, nearest
 from mpi_ef.jobs.folder import RunFolder, write_whole
 from mpi_ef.jobs.metrics import announcing, made_here
 from mpi_ef.jobs.options import parse, refuse
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(ReproduceConfig, arguments, prog="mpi-ef reproduce NAME", description=__doc__ or "")
     if name is None or name not in EXPERIMENTS:
         hint = nearest(str(name), EXPERIMENTS, f"take one of {', '.join(EXPERIMENTS)}")
-        refuse(f"there is no experiment {name!r}; {hint}", "mpi-ef reproduce")
+        refuse(f"there is no experiment {briefly(name)}; {hint}", "mpi-ef reproduce")
     for option in ("data", "methods"):
         if (value := getattr(config, option)) is not None and option not in EXPERIMENTS[name].takes:
             takers = ", ".join(other for other, experiment in EXPERIMENTS.items() if option in experiment.takes)

@@ -44,14 +44,14 @@ class Interruptible:
         if attempts.last is not None and config.resume != "reset":
             self._policy = "redistribute"
         job, restart = os.environ.get("SLURM_JOB_ID", attempts.launch), os.environ.get("SLURM_RESTART_COUNT", "0")
-        restarts = (int(restart) if restart.isdigit() else 0) * _FAILURES + attempts.failures
+        restarts = (int(restart) if restart.isdecimal() else 0) * _FAILURES + attempts.failures
         if config.checkpoint_every or config.resume != "no":  # without the first nothing is saved, and nothing kept
             self._store = Store(config.out / "checkpoints", keep_last=config.keep or 1, job=job, restart=restarts)
         if config.checkpoint_every:
             end = os.environ.get("SLURM_JOB_END_TIME", "")
             # Python lets only the main thread have signals, which is where programs run.
             signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
-            self._stopper = Stopper(comm, signals=signals, deadline=float(end) if end.isdigit() else None)
+            self._stopper = Stopper(comm, signals=signals, deadline=float(end) if end.isdecimal() else None)
             if number := early_signals.pending() or attempts.asked:
                 self._stopper.request(number)
         self._training = Training(model=trainer.model, optimizer=trainer.optimizer, seed=config.seed,
@@ -75,6 +75,7 @@ class Interruptible:
         """
         config, folder = self.config, self.folder
         folder.refuse_others(FILES)
+        folder.tidy(FILES)
         if self._policy == "no":
             folder.begin(PROOF, others=tuple(FILES), overwrite=config.overwrite)
         if self._store is not None and config.checkpoint_every:  # before anything in the folder is changed

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpi_ef.errors import ConfigError, OptionError, nearest
+from mpi_ef.errors import ConfigError, OptionError, briefly, nearest
 from mpi_ef.jobs.events import check_installed
 from mpi_ef.jobs.methods import check_part
 
@@ -37,7 +37,7 @@ def check_specified(kind: str, text: str, choices: Sequence[str] = ()) -> None:
     except OptionError as error:
         short = kind in ("optimizer", "model") and text.islower() and "(" not in text
         close = nearest(text, choices) if short else ""
-        raise ConfigError(f"{kind}={text}: {f'{text!r} is unknown; {close}' if close else error}") from None
+        raise ConfigError(f"{kind}={text}: {f'{briefly(text)} is unknown; {close}' if close else error}") from None
 
 
 def optimizer_in(text: str) -> "tuple[Specification, tuple[str, ...]]":
@@ -67,7 +67,7 @@ def check(chosen: Mapping[str, Any]) -> None:
         smoothness_of(chosen["smoothness"])
     device = chosen.get("device")
     if device is not None and not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", device, re.ASCII):
-        raise ConfigError(f"device={device!r} is no device; take auto, cpu, cuda, or cuda:0 with the number of a GPU")
+        raise ConfigError(f"device={briefly(device)} is no device; take auto, cpu, cuda, or cuda:0 with the number of a GPU")
     _check_combinations(chosen)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ef.errors import CheckpointError
+from mpi_ef.errors import CheckpointError, briefly
 
 from .dtypes import DTYPES, dtype_name
 
@@ -60,7 +60,7 @@ def parse_extent(row: Any) -> Extent:
     itemsize = DTYPES[extent.dtype].itemsize
     inside = extent.begin + extent.nbytes <= extent.whole_nbytes
     if not inside or extent.begin % itemsize or extent.offset % itemsize or extent.nbytes % itemsize:
-        raise ValueError(f"the index places a piece of {extent.name!r} outside of the array")
+        raise ValueError(f"the index places a piece of {briefly(extent.name)} outside of the array")
     return extent
 
 
@@ -122,7 +122,8 @@ def check_tiles(path: Path, extents: list[Extent]) -> None:
     else:
         if end == first.whole_nbytes:
             return
-    raise CheckpointError(f"{path}: the parts of {first.name!r} do not make one array; use another checkpoint", damaged=True)
+    raise CheckpointError(f"{path}: the parts of {briefly(first.name)} do not make one array; use another checkpoint",
+                          damaged=True)
 
 
 def _aligned(nbytes: int) -> int:

@@ -97,7 +97,8 @@ class FolderLock:
     Ages are differences of times of the folder's file system, so clocks need not agree.
 
     With `wait`, a lock of another host is watched until it was touched, and is refused, or was silent for two minutes; else
-    it is refused at once: `CheckpointError`. `writes` is what the owner writes there, for messages.
+    it is refused at once: `CheckpointError`. `writes` is what the owner writes there, for messages. What dead processes have
+    left of taking locks is removed.
     """
 
     def __init__(self, folder: Path, owner: Owner, *, wait: bool = False, writes: str = "checkpoints") -> None:
@@ -118,6 +119,7 @@ class FolderLock:
         finally:
             with suppress(OSError):  # where a folder refuses that, the error that is on its way says more
                 mine.unlink()
+        self._tidy()
         ended = threading.Event()
         beat = threading.Thread(target=_beat, args=(self._path, owner, ended), daemon=True, name="folder lock")
         beat.start()
@@ -125,6 +127,9 @@ class FolderLock:
 
     def check(self) -> None:
         """Raise unless the lock is still this one's: a process that slept for minutes may have lost it."""
+        if not os.path.lexists(self._path):
+            raise CheckpointError(f"{self._path}: the lock is gone: somebody has removed it, or has removed or moved the "
+                                  "folder; start again, where this job may write alone")
         if not self._owner.holds(self._path):
             raise CheckpointError(f"{self._path}: the lock was taken over by {_described(Owner.read(self._path))}; let one "
                                   "job write there, or give this one another folder")
@@ -156,19 +161,29 @@ class FolderLock:
             self._path.rename(aside)  # of several processes that find it stale, one gets it
         except FileNotFoundError:
             return
-        if Owner.read(aside) != holder:  # another process was faster, and this is the new lock: put it back
+        if (found := Owner.read(aside)) == holder:
+            aside.unlink(missing_ok=True)
+        elif found is not None or aside.exists():  # another process was faster, and this is the new lock: put it back
             aside.rename(self._path)
-            return
-        aside.unlink()
+
+    def _tidy(self) -> None:
+        """Remove drafts of locks, and probes, that nobody has touched for two minutes: their processes were killed."""
+        with suppress(OSError):
+            now = self._path.lstat().st_mtime  # by the clock of the file system
+            for pattern in (f".{LOCK}-*", ".probe-*"):
+                for draft in self._path.parent.glob(pattern):
+                    with suppress(OSError):
+                        if now - draft.lstat().st_mtime > _SILENT_SECONDS:
+                            draft.unlink()
 
     def _falls_silent(self, holder: Owner) -> bool:
         """Watch a lock from elsewhere until its owner touches it, or two minutes have passed without."""
         if not holder.elsewhere():
             return False
-        touched = _changed(self._path)
+        touched, began = _changed(self._path), time.monotonic()
         _log.warning("%s: %s has it; waiting for a sign of life", self._path, _described(holder))
         while _changed(self._path) == touched and Owner.read(self._path) == holder:
-            if age_seconds(self._path) > _SILENT_SECONDS:
+            if max(age_seconds(self._path), time.monotonic() - began) > _SILENT_SECONDS:  # it may be of a time to come
                 return True
             time.sleep(_WATCH_SECONDS)
         return not self._path.exists()

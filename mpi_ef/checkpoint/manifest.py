@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from mpi_ef.documents import DOCUMENT, MARK, check_size, parse_json, read, shown, written
-from mpi_ef.errors import CheckpointError
+from mpi_ef.errors import CheckpointError, briefly
 
 from .rankfile import DamageError, FileEntry, check_filled, reading
 
@@ -184,7 +184,7 @@ def _parse(folder: Path, found: Any) -> Manifest:
 def _parse_file(rank: int, row: dict[str, Any], version: int) -> FileEntry:
     """Only the name that rank's file has passes: no path leads out of the directory."""
     if row["name"] != rank_name(rank):
-        raise ValueError(f"master.json names {row['name']!r} where {rank_name(rank)} belongs")
+        raise ValueError(f"master.json names {briefly(row['name'])} where {rank_name(rank)} belongs")
     data = tuple((offset, nbytes) for offset, nbytes in row["data"])
     end = 0
     for offset, nbytes in data:
@@ -209,7 +209,8 @@ def checked_json(subject: str, document: Any) -> Any:
     """Return what reading `document` back will give; refuse what JSON would change silently."""
     for value in _values(document):
         if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
-            raise CheckpointError(f"{subject}: a document has keys that are no text, {list(value)[:3]!r}; JSON needs text")
+            raise CheckpointError(f"{subject}: a document has keys that are no text, {briefly(list(value)[:3])}; JSON "
+                                  "needs text")
         if not isinstance(value, dict | list | tuple | str | int | float | bool | type(None)):
             raise CheckpointError(f"{subject}: a document holds {type(value).__name__}, which is not JSON; convert it")
     try:

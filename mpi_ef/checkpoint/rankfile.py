@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ef.documents import DOCUMENT, check_size, opened, parse_json, shown
-from mpi_ef.errors import CheckpointError
+from mpi_ef.errors import CheckpointError, briefly
 
 from .checksum import BLOCK, checksum
 from .extents import Extent, parse_extent
@@ -151,7 +151,7 @@ class RankFile:
             target = into[start : start + count] if into.nbytes >= extent.nbytes else into[:count]
             crc32 = self._checksum(_read(descriptor, place + start, target).data, crc32)
         if crc32 != extent.crc32:
-            raise DamageError(f"the bytes of {extent.kind} {extent.name!r} are not those that were written")
+            raise DamageError(f"the bytes of {extent.kind} {briefly(extent.name)} are not those that were written")
 
     def _check_places(self) -> None:
         """Extents lie inside of their buffers, and no byte belongs to two of them: no small file makes large arrays."""
@@ -159,7 +159,7 @@ class RankFile:
         for extent in sorted((extent for extent in self.extents if extent.nbytes), key=lambda extent: extent.offset):
             end = extent.offset + extent.nbytes
             if extent.offset < ends.get(extent.dtype, 0) or end > self._places.get(extent.dtype, (0, 0))[1]:
-                raise ValueError(f"the index places {extent.name!r} outside of its buffer or over another array")
+                raise ValueError(f"the index places {briefly(extent.name)} outside of its buffer or over another array")
             ends[extent.dtype] = end
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ef.errors import CheckpointError
+from mpi_ef.errors import CheckpointError, briefly
 
 from .dtypes import DTYPES
 from .extents import Extent, Kind, check_tiles
@@ -86,13 +86,13 @@ class Checkpoint:
     def replicated(self, name: str) -> NDArray[Any]:
         """Return an array that all ranks share, put together from the stripes of all files."""
         if name not in self._replicated():
-            raise CheckpointError(f"{self.path}: it has no replicated array {name!r}; see replicated_names()")
+            raise CheckpointError(f"{self.path}: it has no replicated array {briefly(name)}; see replicated_names()")
         return self._read(self._replicated()[name])
 
     def per_rank(self, name: str, rank: int) -> NDArray[Any]:
         """Return an array of `rank`."""
         if (parts := self._parts("per_rank", [rank]).get(name)) is None:
-            raise CheckpointError(f"{self.path}: rank {rank} has no array {name!r}; see per_rank_names({rank})")
+            raise CheckpointError(f"{self.path}: rank {rank} has no array {briefly(name)}; see per_rank_names({rank})")
         return self._read(parts)
 
     def verify(self) -> list[str]:

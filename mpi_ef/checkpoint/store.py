@@ -3,7 +3,8 @@
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from mpi_ef.comm.consensus import agree, together
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import CheckpointError, OptionError, everywhere
+from mpi_ef.errors import CheckpointError, OptionError, briefly, everywhere
 
 from .checksum import whole_checksum
 from .dtypes import dtype_name, raw_bytes
@@ -166,8 +167,10 @@ class Store:
             if comm.Get_rank() == 0:
                 disk.abandon(pending.place)
 
-        entries = together(comm, subject, pending.result, undo)
-        _on_root(comm, subject, lambda: disk.publish(pending.place, pending.step, self.run, pending.document, entries), undo)
+        with _may_pass():
+            entries = together(comm, subject, pending.result, undo)
+            _on_root(comm, subject, lambda: disk.publish(pending.place, pending.step, self.run, pending.document, entries),
+                     undo)
         pending.path = disk.path_of(pending.step)
         return pending.path
 
@@ -259,8 +262,9 @@ class Store:
                   "save the same replicated arrays everywhere")
         except Exception as raised:
             raise everywhere(CheckpointError(str(raised) or type(raised).__name__)) from raised
-        pending.place, self.run = _on_root(
-            comm, pending.subject, lambda: (self._on_disk.make_directory(pending.step, self.run), self.run))
+        with _may_pass():
+            pending.place, self.run = _on_root(
+                comm, pending.subject, lambda: (self._on_disk.make_directory(pending.step, self.run), self.run))
         pending.attributes = {"format": FORMAT, "version": VERSION, "rank": rank, "world_size": size, "step": pending.step,
                               "run": self.run}
         self._pending = pending
@@ -280,6 +284,16 @@ class Store:
         elif rank == 0:
             self._on_disk.mark(path, problems, seen)
         return opened[0], problems
+
+
+@contextmanager
+def _may_pass() -> Iterator[None]:
+    """Say of an error that it is of the file system, and not of what is saved. Local."""
+    try:
+        yield
+    except CheckpointError as error:
+        error.may_pass = True
+        raise
 
 
 def _on_root(comm: Comm, subject: str, action: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
@@ -327,7 +341,7 @@ class Pending:
                 staging: StagingBuffer | None) -> dict[str, object]:
         """Check and pack everything, in `staging` or in place; return what must be equal on all ranks. Local."""
         if type(self.step) is not int or not 0 <= self.step < 10**18:
-            raise OptionError(f"{self.subject}: step={self.step!r} is no number of a step; count from 0")
+            raise OptionError(f"{self.subject}: step={briefly(self.step)} is no number of a step; count from 0")
         shapes = [(name, dtype_name(array.dtype), array.shape) for name, array in sorted(replicated.items())]
         values = {f"the values of {name}": f"hash {whole_checksum(raw_bytes(array)):08x}"
                   for name, array in sorted(replicated.items())}

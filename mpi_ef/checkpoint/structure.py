@@ -7,6 +7,8 @@ from typing import Any
 import h5py
 from h5py import h5d, h5o, h5p, h5s
 
+from mpi_ef.errors import briefly
+
 from .dtypes import DTYPES, hdf5_type
 
 __all__ = ["INDEX", "Places", "check_structure", "make_structure"]
@@ -120,9 +122,9 @@ def check_structure(descriptor: int, size: int) -> Places:
         for key in group:
             name = key.decode(errors="replace")
             if group.links.get_info(key).type != h5py.h5l.TYPE_HARD:
-                raise ValueError(f"{name!r} is a link to somewhere else")
+                raise ValueError(f"{briefly(name)} is a link to somewhere else")
             if name != INDEX and name not in DTYPES:
-                raise ValueError(f"{name!r} is no dataset of a checkpoint")
+                raise ValueError(f"{briefly(name)} is no dataset of a checkpoint")
             places[name] = _extent(h5o.open(group, key), name)
     if INDEX not in places:
         raise ValueError("it has no index")
@@ -136,18 +138,18 @@ def check_structure(descriptor: int, size: int) -> Places:
 
 def _extent(dataset: Any, name: str) -> tuple[int, int]:
     if not isinstance(dataset, h5d.DatasetID):
-        raise ValueError(f"{name!r} is no dataset")  # noqa: TRY004
+        raise ValueError(f"{briefly(name)} is no dataset")  # noqa: TRY004
     creation, space, dtype = dataset.get_create_plist(), dataset.get_space(), "uint8" if name == INDEX else name
     if creation.get_external_count():
-        raise ValueError(f"{name!r} lies in another file")
+        raise ValueError(f"{briefly(name)} lies in another file")
     if creation.get_layout() != h5d.CONTIGUOUS or creation.get_nfilters():
-        raise ValueError(f"{name!r} is virtual, chunked, compact or filtered")
+        raise ValueError(f"{briefly(name)} is virtual, chunked, compact or filtered")
     if not dataset.get_type().equal(hdf5_type(dtype)):
-        raise ValueError(f"{name!r} does not hold {dtype} values")
+        raise ValueError(f"{briefly(name)} does not hold {dtype} values")
     if space.get_simple_extent_type() != h5s.SIMPLE or space.get_simple_extent_ndims() != 1:
-        raise ValueError(f"{name!r} has not one dimension")
+        raise ValueError(f"{briefly(name)} has not one dimension")
     nbytes = space.get_simple_extent_npoints() * DTYPES[dtype].itemsize
     offset = dataset.get_offset()
     if offset is None or dataset.get_storage_size() != nbytes:
-        raise ValueError(f"{name!r} declares {nbytes} bytes and stores {dataset.get_storage_size()}")
+        raise ValueError(f"{briefly(name)} declares {nbytes} bytes and stores {dataset.get_storage_size()}")
     return offset, nbytes

@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike
 from mpi_ef import registry
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, briefly
 
 from .plan import Plan
 
@@ -52,15 +52,15 @@ def build_plan(plan: PlanBuilder, comm: Comm, compressor: Compressor, d: int, dt
         There is no such plan, an option does not fit, or what was built is no plan.
     """
     if not (isinstance(plan, str) or (issubclass(plan, Plan) if isclass(plan) else callable(plan))):
-        raise OptionError(f"plan={plan!r} builds no plan; pass a class such as TwoPhaseMean, or its name")
+        raise OptionError(f"plan={briefly(plan)} builds no plan; pass a class such as TwoPhaseMean, or its name")
     build: Callable[..., Any] = plan_named(plan) if isinstance(plan, str) else plan
     where = {} if device == "cpu" else {"device": device}
     try:
         signature(build).bind(comm, compressor, d, dtype, **where)
     except (TypeError, ValueError) as error:  # or it has no signature
         wanted = "plan(comm, compressor, d, dtype, device=...)" if where else "plan(comm, compressor, d, dtype)"
-        raise OptionError(f"plan={plan!r}: {error}; pass what {wanted} builds a plan with") from None
+        raise OptionError(f"plan={briefly(plan)}: {error}; pass what {wanted} builds a plan with") from None
     built = build(comm, compressor, d, dtype, **where)
     if not isinstance(built, Plan):
-        raise OptionError(f"plan={plan!r} has built a {type(built).__name__}, which is no Plan")
+        raise OptionError(f"plan={briefly(plan)} has built a {type(built).__name__}, which is no Plan")
     return built

@@ -10,7 +10,7 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Keep, Source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.compress.compressor import words
-from mpi_ef.errors import MpiEfError, OptionError, ShapeError
+from mpi_ef.errors import MpiEfError, OptionError, ShapeError, briefly
 from mpi_ef.statetree import Reshard
 
 from .exchange import Round, Timer
@@ -61,12 +61,14 @@ class ClientsMean(Plan):
         """Build codecs and buffers, see :meth:`Plan.bind`."""
         n = self._wanted
         if not isinstance(n, int | np.integer) or n < self.size:
-            raise OptionError(f"ClientsMean: clients={n!r} on {self.size} ranks; every rank carries at least one client")
+            raise OptionError(f"ClientsMean: clients={briefly(n)} on {self.size} ranks; every rank carries at least one "
+                              "client")
         if self.weights is not None:
             try:
                 self.weights = np.asarray(self.weights, np.float64)
-            except (TypeError, ValueError) as error:
-                raise OptionError(f"ClientsMean: weights={self.weights!r}; pass one finite number a client") from error
+            except (TypeError, ValueError, OverflowError) as error:
+                raise OptionError(f"ClientsMean: weights={briefly(self.weights)}; pass one finite number a "
+                                  "client") from error
             if self.weights.shape != (n,) or not np.isfinite(self.weights).all():
                 raise OptionError(f"ClientsMean: weights of shape {self.weights.shape}; pass one finite number a client")
         self.clients, bounds = int(n), chunk_bounds(n, self.size)

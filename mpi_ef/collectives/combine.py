@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mpi_ef.compress import Codec
 from mpi_ef.compress.combination import Vector
 from mpi_ef.compress.compressor import Wires
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, briefly
 
 __all__ = ["Combine"]
 
@@ -25,7 +25,8 @@ class Combine(ABC):
     def check(cls, subject: str, combine: object) -> None:
         """Raise `OptionError` unless an option of `subject` is None or an object that combines rows. Local."""
         if not isinstance(combine, Combine | None):
-            raise OptionError(f"{subject}: combine={combine!r} is no Combine; pass an object of such a class, or None for "
+            raise OptionError(f"{subject}: combine={briefly(combine)} is no Combine; pass an object of such a class, or "
+                              "None for "
                               "the mean")
 
     @abstractmethod
@@ -45,7 +46,8 @@ class Combine(ABC):
             codec.add(wire[None], row)
         vector = np.ascontiguousarray(self(kernels.fetch(rows)), codec.dtype)
         if vector.shape != (codec.d,):
-            raise OptionError(f"{self!r} returned {vector.shape} for vectors of length {codec.d}; return one number an "
+            raise OptionError(f"{briefly(self)} returned {vector.shape} for vectors of length {codec.d}; return one "
+                              "number an "
                               "entry")
         placed: Vector = kernels.place(vector)
         return placed

@@ -8,7 +8,7 @@ from numpy.typing import DTypeLike
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, LowRank, Source, aligned_zeros, source
 from mpi_ef.compress.combination import Vector, writable
-from mpi_ef.errors import NonFiniteError, OptionError
+from mpi_ef.errors import NonFiniteError, OptionError, briefly
 from mpi_ef.kernels.backend import backend
 from mpi_ef.statetree import REPLICATED, Leaf
 
@@ -68,8 +68,8 @@ class LowRankMean(Plan, kind="low-rank"):
     def bind(self) -> dict[str, object]:
         """Build codecs and buffers, see :meth:`Plan.bind`."""
         if not isinstance(self.compressor, LowRank):
-            raise OptionError(f"LowRankMean: compressor={self.compressor} has no factors; take LowRank, or build the plan "
-                              "with plan_for")
+            raise OptionError(f"LowRankMean: compressor={briefly(self.compressor)} has no factors; take LowRank, or build "
+                              "the plan with plan_for")
         self._seed, self._factors = int(self.compressor.seed), self.compressor.factors(self.d)
         sizes = self._factors.left_size, self._factors.right_size
         # Sums, and what is made of factors entry by entry, are of the host; products are where the vectors are.

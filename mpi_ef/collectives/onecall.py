@@ -12,7 +12,7 @@ from mpi_ef.comm.consensus import agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor
 from mpi_ef.compress.compressor import check_compressor
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, briefly
 
 from .dense import DenseMean
 from .given import Given, given
@@ -68,8 +68,8 @@ def allreduce(comm: Comm, x: Any, compressor: Compressor, *, op: Literal["mean",
     """
 
     def check() -> Given:
-        if op not in ("mean", "sum"):
-            raise OptionError(f"allreduce: op={op!r} is unknown; take 'mean' or 'sum'")
+        if not (isinstance(op, str) and op in ("mean", "sum")):
+            raise OptionError(f"allreduce: op={briefly(op)} is unknown; take 'mean' or 'sum'")
         return given("allreduce", x, out, ())
 
     plan, (vector, target, _, result) = _plan("allreduce", comm, compressor, check, op)

@@ -102,7 +102,8 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         subject = type(self).__name__
         check_not_freed(comm, subject)
         if not hasattr(comm, "Iallgather") or comm.Is_inter():
-            raise OptionError(f"{subject}: comm={comm!r} is not an intracommunicator; pass for example MPI.COMM_WORLD")
+            raise OptionError(f"{subject}: comm={briefly(comm)} is not an intracommunicator; pass for example "
+                              "MPI.COMM_WORLD")
         check_alone(comm)
         end_together(comm)
         self.comm, self.size, self.rank = comm, int(comm.Get_size()), int(comm.Get_rank())
@@ -121,7 +122,7 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
             check_compressor(subject, compressor=compressor)
             codec = compressor.codec_on(device, d, dtype)
             if not isinstance(codec, Codec):
-                raise OptionError(f"{subject}: {compressor!r}.codec returned {briefly(codec)}, which is no Codec")
+                raise OptionError(f"{subject}: {briefly(compressor)}.codec returned {briefly(codec)}, which is no Codec")
             self.d, self.dtype, self._kernels = codec.d, codec.dtype, backend(codec.dtype, device)
             if not isinstance(bound := self.bind(), Mapping):
                 raise OptionError(f"{subject}.bind returned {briefly(bound)}; return a dict of what ranks must agree on")
@@ -377,6 +378,7 @@ def plan_for(comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.f
     if kind not in Plan.kinds:
         with shared_errors(comm, "plan_for", Plan.built):
             hint = nearest(kind, Plan.kinds, f"take one of {', '.join(Plan.kinds)}")
-            raise OptionError(f"plan_for: {compressor!r} wants a plan of kind {kind!r}, which there is not; {hint}")
+            raise OptionError(f"plan_for: {briefly(compressor)} wants a plan of kind {briefly(kind)}, which there is not; "
+                              f"{hint}")
     where = {} if device == "cpu" else {"device": device}
     return Plan.kinds[kind].suited(comm, compressor, d, dtype, residual=residual, **where)

@@ -4,11 +4,21 @@ from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import Signature, signature
+from os.path import commonprefix
 from threading import local
 from types import MethodType
 from typing import Any, NoReturn, TypeVar
 
-from mpi_ef.errors import CheckpointError, DisagreementError, MpiEfError, OptionError, PeerError, everywhere, shortage
+from mpi_ef.errors import (
+    CheckpointError,
+    DisagreementError,
+    MpiEfError,
+    OptionError,
+    PeerError,
+    briefly,
+    everywhere,
+    shortage,
+)
 
 from .protocol import Comm
 
@@ -18,6 +28,7 @@ __all__ = ["OnAllRanks", "SharedErrors", "agree", "all_built", "check_not_freed"
 Facts = Mapping[str, object]
 Texts = dict[str, str]
 T = TypeVar("T")
+_AROUND = 60  # characters before and after the place in which long texts differ
 _mine = local()  # how often this rank has called gather_values
 
 
@@ -79,7 +90,7 @@ class OnAllRanks:
 def check_not_freed(comm: Comm, subject: str, remedy: str = "pass another one") -> None:
     """Raise `OptionError` where `comm` was freed, is null or none. Local; communicators are freed on all ranks together."""
     if not hasattr(comm, "Get_rank"):
-        raise OptionError(f"{subject}: comm={comm!r} is not an intracommunicator; pass for example MPI.COMM_WORLD")
+        raise OptionError(f"{subject}: comm={briefly(comm)} is not an intracommunicator; pass for example MPI.COMM_WORLD")
     if not comm:
         raise OptionError(f"{subject}: its communicator was freed, or is MPI.COMM_NULL; {remedy}")
 
@@ -205,7 +216,15 @@ def _differing(texts: Iterable[str]) -> str:
     ranks: dict[str, list[int]] = {}
     for rank, text in enumerate(texts):
         ranks.setdefault(text, []).append(rank)
-    return "; ".join(f"{text} on {ranks_text(of_text)}" for text, of_text in ranks.items()) if len(ranks) > 1 else ""
+    return "; ".join(f"{text} on {ranks_text(of_text)}" for text, of_text in _shortened(ranks)) if len(ranks) > 1 else ""
+
+
+def _shortened(ranks: Mapping[str, T]) -> Iterator[tuple[str, T]]:
+    """Yield what the keys are, around the first place in which they differ where they are long."""
+    start = max(0, len(commonprefix(list(ranks))) - _AROUND)  # noqa: RUF071 - of characters
+    for text, of_text in ranks.items():
+        part = text[start : start + 2 * _AROUND] if len(text) > 4 * _AROUND else text
+        yield f"{'... ' * (start > 0 and part != text)}{part}{' ...' * (start + len(part) < len(text))}", of_text
 
 
 def ranks_text(ranks: Iterable[int]) -> str:

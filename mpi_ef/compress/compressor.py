@@ -67,12 +67,12 @@ class Codec(ABC):
 
     def __init__(self, d: int, dtype: DTypeLike, device: str = "cpu") -> None:
         if not isinstance(d, int | np.integer) or d < 0:
-            raise ShapeError(f"codec: d={d!r} is not a length; pass the number of entries of the vector")
+            raise ShapeError(f"codec: d={briefly(d)} is not a length; pass the number of entries of the vector")
         self.d = int(d)
         try:
             self.dtype: np.dtype[Any] = np.dtype(dtype)
         except (TypeError, ValueError):
-            raise DtypeError(f"codec: dtype {dtype!r} is not known; pass float32 or float64") from None
+            raise DtypeError(f"codec: dtype {briefly(dtype)} is not known; pass float32 or float64") from None
         if self.dtype not in _FLOATS:
             raise DtypeError(f"codec: dtype {self.dtype} is not supported; pass float32 or float64")
         self._kernels = backend(self.dtype, device)
@@ -245,9 +245,10 @@ def check_compressor(subject: str, hint: str = "TopK(0.01)", **options: object) 
     """Raise `OptionError` unless options of `subject` are compressors, not their classes or names. Local."""
     for name, value in options.items():
         if not isinstance(value, Compressor):
-            raise OptionError(f"{subject}: {name}={value!r} is no compressor; pass for example {hint}")
+            raise OptionError(f"{subject}: {name}={briefly(value)} is no compressor; pass for example {hint}")
         if not is_dataclass(value):
-            raise OptionError(f"{subject}: {name}={value!r} is no dataclass; put @dataclass(frozen=True, repr=False) before "
+            raise OptionError(f"{subject}: {name}={briefly(value)} is no dataclass; put @dataclass(frozen=True, "
+                              "repr=False) before "
                               f"{type(value).__name__}")
 
 

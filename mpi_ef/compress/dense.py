@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mpi_ef import kernels
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, briefly
 from mpi_ef.ranges import whole
 
 from .combination import Source, Vector, source, writable
@@ -79,8 +79,8 @@ class Quantize(Compressor):
     block: int = 256
 
     def __post_init__(self) -> None:
-        if self.format not in [*_BITS]:  # which may be what has no hash
-            raise OptionError(f"Quantize: format={self.format!r} is unknown; take one of {', '.join(_BITS)}")
+        if not (isinstance(self.format, str) and self.format in _BITS):
+            raise OptionError(f"Quantize: format={briefly(self.format)} is unknown; take one of {', '.join(_BITS)}")
         whole("Quantize", 1, "take for example 256", block=self.block)
 
     def codec(self, d: int, dtype: DTypeLike = np.float32, device: str = "cpu") -> Codec:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpi_ef.errors import OptionError, ShapeError
+from mpi_ef.errors import OptionError, ShapeError, briefly
 from mpi_ef.ranges import whole
 
 from .combination import Source, Vector, source, writable
@@ -99,7 +99,7 @@ def _checked(shapes: Sequence[Sequence[int]]) -> tuple[Shape, ...]:
     except TypeError:
         checked = ((-1,),)
     if isinstance(shapes, str) or any(size < 0 for shape in checked for size in shape):
-        raise OptionError(f"LowRank: shapes={shapes!r}; pass the shapes of the parts, as in ((64, 32), (32,)), or "
+        raise OptionError(f"LowRank: shapes={briefly(shapes)}; pass the shapes of the parts, as in ((64, 32), (32,)), or "
                           "'parameters'")
     return checked
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpi_ef import kernels
-from mpi_ef.errors import OptionError, ShapeError
+from mpi_ef.errors import OptionError, ShapeError, briefly
 from mpi_ef.ranges import whole, within
 
 from .combination import Source, Vector, source, writable
@@ -50,7 +50,7 @@ class _KeptCoordinates(Compressor):
             whole(name, 1, "keep at least one coordinate", k=self.k)
         check_compressor(name, "Quantize('bf16')", values=self.values)
         if self.values.sparse:
-            raise OptionError(f"{name}: values={self.values} is sparse itself; take Identity, Quantize or Sign")
+            raise OptionError(f"{name}: values={briefly(self.values)} is sparse itself; take Identity, Quantize or Sign")
 
     def count(self, d: int) -> int:
         """Return how many coordinates of a vector of length `d` are kept: k, or max(1, floor(ratio * d))."""
@@ -103,7 +103,7 @@ class TopK(_KeptCoordinates):
             except TypeError:
                 segments = (-1,)
             if min(segments, default=0) < 0:
-                raise OptionError(f"TopK: segments={self.segments!r}; pass the lengths of the parts, or 'parameters'")
+                raise OptionError(f"TopK: segments={briefly(self.segments)}; pass the lengths of the parts, or 'parameters'")
             object.__setattr__(self, "segments", segments)
 
     def bound_to(self, shapes: Iterable[tuple[int, ...]]) -> "TopK":

@@ -52,7 +52,8 @@ class ErrorFeedback(OnAllRanks, Stateful):
 
     def __init__(self, rule: str | Rule, plan: Plan, *, dense_steps: int = 0, **options: Any) -> None:
         if not isinstance(plan, Plan):
-            raise OptionError(f"ErrorFeedback: plan={plan!r} is no plan; pass for example GatherMean(comm, TopK(0.01), d)")
+            raise OptionError(f"ErrorFeedback: plan={briefly(plan)} is no plan; pass for example GatherMean(comm, "
+                              "TopK(0.01), d)")
         self.plan, self.dense_steps, self.steps = plan, dense_steps, 0
         self.resting: Sequence[slice] = ()
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from mpi_ef.collectives import Plan
 from mpi_ef.compress import Compressor, Identity, Keep, RandK, lazy
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, briefly
 
 from .federated import _clients, on_host, squares
 from .rules import EF21State
@@ -60,7 +60,7 @@ def marina(s: MARINAState, plan: Plan, change: Vector) -> Steps:
         whole.set_mean(s.g)
         return s.g
     if not isinstance(plan.compressor, RandK):
-        raise OptionError(f"marina: {plan.compressor} is not unbiased; take RandK")
+        raise OptionError(f"marina: {briefly(plan.compressor)} is not unbiased; take RandK")
     factor = plan.d / plan.compressor.count(plan.d)
     q = yield plan.offer(change)
     q.add_mean(s.g, factor)

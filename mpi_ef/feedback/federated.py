@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from mpi_ef.collectives import ClientsMean, Plan, TwoPhaseMean
 from mpi_ef.compress import Compressor, Identity, lazy
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, briefly
 
 from .rules import EF21State
 from .state import Reply, State, Steps, double_buffer, error, form, replicated
@@ -115,7 +115,8 @@ def ef21_bc(s: EF21BCState, plan: Plan, grad: Vector) -> Steps:
     :class:`Reply`.
     """
     if isinstance(plan, TwoPhaseMean) and s.reply not in (Identity(), plan.reply):
-        raise OptionError(f"ef21-bc: reply={s.reply} beside a TwoPhaseMean, which has a reply of its own; pass it there")
+        raise OptionError(f"ef21-bc: reply={briefly(s.reply)} beside a TwoPhaseMean, which has a reply of its own; pass "
+                          "it there")
     step = plan.exchanges
     c = yield plan.offer(lazy(grad) - s.g_i)
     c.add_own(s.g_i)

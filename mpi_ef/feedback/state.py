@@ -10,7 +10,7 @@ import numpy as np
 from mpi_ef.collectives import Offer, Plan, TwoPhaseMean
 from mpi_ef.compress import Combination, Compressor, lazy, source
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, briefly
 from mpi_ef.kernels.backend import backend_of
 from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, Reshard
 
@@ -104,7 +104,7 @@ class State:
         for f in fields(cls):
             if f.metadata.get("size", "d") not in sizes:
                 size = f.metadata["size"]
-                raise OptionError(f"{cls.__name__}: {f.name} has size {size!r}; take one of {', '.join(sizes)}")
+                raise OptionError(f"{cls.__name__}: {f.name} has size {briefly(size)}; take one of {', '.join(sizes)}")
         arrays: dict[str, Any] = {f.name: plan.zeros(sizes[f.metadata["size"]])
                                   for f in fields(cls) if "size" in f.metadata}
         return cls(**(arrays | options), late=f"0:{plan.d}" if cls.averages() else "")
@@ -119,7 +119,8 @@ class State:
         for name, mark in marks.items():
             of = mark.reshard.of if mark.reshard is not None and mark.reshard.how == "copy" else None
             if of is not None and (of not in marks or marks[of].kind != REPLICATED):
-                raise OptionError(f"{cls.__name__}: {name} is an estimate of {of!r}, and no array {of!r} is replicated(), "
+                raise OptionError(f"{cls.__name__}: {name} is an estimate of {briefly(of)}, and no array {briefly(of)} is "
+                                  "replicated(), "
                                   "which another number of ranks is to get in its place")
 
     @classmethod

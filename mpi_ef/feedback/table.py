@@ -28,7 +28,7 @@ import numpy as np
 from mpi_ef.collectives import Plan
 from mpi_ef.compress import Combination, Compressor, Identity, RandK, lazy
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import OptionError, nearest
+from mpi_ef.errors import OptionError, briefly, nearest
 from mpi_ef.ranges import is_within
 from mpi_ef.registry import specified
 
@@ -96,7 +96,8 @@ class Rule:
     def __post_init__(self) -> None:
         self.state.check_marks()
         if not callable(self.options):
-            raise OptionError(f"Rule {self.name}: options={self.options!r} is no function; pass lambda alpha: {{...}}")
+            raise OptionError(f"Rule {self.name}: options={briefly(self.options)} is no function; pass lambda alpha: "
+                              f"{{...}}")
         options = self.options(1.0)
         if unknown := sorted(options.keys() - {f.name for f in fields(self.state)}):
             raise OptionError(f"Rule {self.name}: {self.state.__name__} has no field {unknown[0]}, which is an option")
@@ -138,7 +139,7 @@ class Rule:
         for name, value in options.items():
             fits, text, hint = self.ranges.get(name, _ANYTHING)
             if not (is_within(value, fits) if isinstance(fits, str) else fits(value)):
-                raise OptionError(f"ErrorFeedback: {name}={value} is not {text}; {hint}")
+                raise OptionError(f"ErrorFeedback: {name}={briefly(value)} is not {text}; {hint}")
         return options
 
 
@@ -203,12 +204,13 @@ def rule_of(rule: "str | Rule") -> tuple[Rule, Options]:
     if isinstance(rule, Rule):
         return rule, {}
     if not isinstance(rule, str):
-        raise OptionError(f"ErrorFeedback: rule={rule!r} is neither a name nor a Rule; take one of {', '.join(RULES)}")
+        raise OptionError(f"ErrorFeedback: rule={briefly(rule)} is neither a name nor a Rule; take one of "
+                          f"{', '.join(RULES)}")
     try:
         what = specified("rule", rule)
     except OptionError as error:
         raise OptionError(f"ErrorFeedback: {error}") from error
     if what.arguments or not isinstance(what.thing, Rule):
         problem = "its arguments want names" if what.arguments else f"{what.name} is no Rule"
-        raise OptionError(f"ErrorFeedback: rule={rule!r}: {problem}, such as econtrol(eta=0.1)")
+        raise OptionError(f"ErrorFeedback: rule={briefly(rule)}: {problem}, such as econtrol(eta=0.1)")
     return what.thing, what.options

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import isfinite, sqrt
 from typing import Any
 
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, briefly
 from mpi_ef.ranges import within
 
 __all__ = ["Smoothness", "beta", "step_size", "theta", "three_point", "xi"]
@@ -173,7 +173,7 @@ def step_size(rule: str, smoothness: Smoothness, alpha: float, **options: Any) -
     """
     if rule not in _STEP_SIZES:
         why = _WITHOUT.get(rule, f"there are formulas for {', '.join(_STEP_SIZES)}")
-        raise OptionError(f"theory: no step size for {rule!r}: {why}")
+        raise OptionError(f"theory: no step size for {briefly(rule)}: {why}")
     try:
         return _STEP_SIZES[rule](smoothness, _checked("alpha", alpha), **options)
     except TypeError as error:

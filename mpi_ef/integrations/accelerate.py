@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from mpi_ef.comm.consensus import check_not_freed
+from mpi_ef.comm.consensus import check_not_freed, gather_values
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, briefly
 
-from .collect import gathered, padded, reduced
+from .collect import first_that_is_no_tensor, gathered, padded, reduced
+from .first_batch import compare_first_batch
 from .saving import FOLDER, flat_optimizer, not_loading, resume_ranks, save_ranks
 
 __all__ = ["collect_over_ranks", "prepare_accelerator"]
@@ -21,7 +22,8 @@ def prepare_accelerator(accelerator: Any, comm: Comm, *, model: nn.Module, optim
 
     ``gather``, ``gather_for_metrics``, ``reduce`` (and so ``check_trigger``) and ``pad_across_processes`` are over all ranks
     then. ``save_state`` and ``load_state`` do what they do, and write and read, in a folder ``mpi_ef`` there, what each rank
-    has: optimizer, errors, random numbers. All of these are collective.
+    has: optimizer, errors, random numbers. All of these are collective. A warning says where all ranks begin with the same
+    batch.
 
     Parameters
     ----------
@@ -41,11 +43,13 @@ def prepare_accelerator(accelerator: Any, comm: Comm, *, model: nn.Module, optim
         The accelerator has several processes; the optimizer is none of this package.
     """
     inner = flat_optimizer(optimizer, "prepare_accelerator")
+    compare_first_batch(model, inner, comm, "accelerate")
     collect_over_ranks(accelerator, comm, "prepare_accelerator")
     save, load = accelerator.save_state, accelerator.load_state
 
     @wraps(save)
     def save_state(output_dir: str | None = None, *rest: Any, **options: Any) -> Any:
+        gather_values(comm, "save_state", None)  # else one that is in another call would be waited for
         where = save(output_dir, *rest, **options)
         save_ranks(Path(where or output_dir or "") / FOLDER, comm, model, [inner])
         return where
@@ -54,6 +58,7 @@ def prepare_accelerator(accelerator: Any, comm: Comm, *, model: nn.Module, optim
     def load_state(input_dir: str | None = None, *rest: Any, **options: Any) -> None:
         if input_dir is None:
             raise OptionError("load_state: input_dir=None; name the folder, all ranks take the same then")
+        gather_values(comm, "load_state", None)
         with not_loading(inner):
             load(input_dir, *rest, **options)
         resume_ranks(Path(input_dir) / FOLDER, comm, model, [inner], policy)
@@ -76,16 +81,24 @@ def collect_over_ranks(accelerator: Any, comm: Comm, subject: str) -> None:
                           "call one_process(comm) first, and give TrainingArguments "
                           'accelerator_config={"use_configured_state": True}')
 
+    def check(call: str, value: Any) -> None:
+        for leaf in first_that_is_no_tensor(value):
+            raise OptionError(f"{call}: {briefly(leaf)} is no tensor; gather_for_metrics takes lists of any objects")
+
     def gather(tensor: Any) -> Any:
+        check("gather", tensor)
         return gathered(tensor, comm)
 
     def gather_for_metrics(input_data: Any, use_gather_object: bool = False) -> Any:
-        if not use_gather_object:
+        del use_gather_object  # objects are known by themselves
+        nothing = isinstance(input_data, list) and not input_data  # on this rank; others may have objects
+        if not (nothing or first_that_is_no_tensor(input_data)):
             return gathered(input_data, comm)
-        parts = comm.allgather(input_data)
+        parts = gather_values(comm, "gather_for_metrics", input_data)
         return [entry for part in parts for entry in part] if all(isinstance(part, list) for part in parts) else parts
 
     def reduce(tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        check("reduce", tensor)
         return reduced(tensor, comm, reduction, scale)
 
     def pad_across_processes(tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:

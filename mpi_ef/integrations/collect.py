@@ -8,10 +8,10 @@ from torch import Tensor
 
 from mpi_ef.comm.consensus import gather_values
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, briefly
 from mpi_ef.vectors import mean_over_ranks
 
-__all__ = ["first_of", "gathered", "padded", "reduced", "stacked"]
+__all__ = ["first_of", "first_that_is_no_tensor", "gathered", "padded", "reduced", "stacked"]
 
 
 def gathered(value: Any, comm: Comm) -> Any:
@@ -28,8 +28,8 @@ def reduced(value: Any, comm: Comm, reduction: str = "mean", scale: float = 1.0)
     """Return the "mean", "sum", "min" or "max" over ranks, the same bits on all; with "none" this rank's own. Collective."""
     if reduction == "none":
         return value
-    if reduction not in _REDUCTIONS:
-        raise OptionError(f"reduce: reduction={reduction!r} is unknown; take one of {', '.join(_REDUCTIONS)}, none")
+    if not (isinstance(reduction, str) and reduction in _REDUCTIONS):
+        raise OptionError(f"reduce: reduction={briefly(reduction)} is unknown; take one of {', '.join(_REDUCTIONS)}, none")
     whole = _joined(gather_values(comm, "reduce", _sent(value)), _REDUCTIONS[reduction])
     return whole if scale == 1.0 else _joined([whole], lambda parts: parts[0] * scale)
 
@@ -56,6 +56,17 @@ def padded(value: Any, comm: Comm, dim: int = 0, pad_index: int = 0, *, pad_firs
 def first_of(value: Any, comm: Comm, rank: int = 0) -> Any:
     """Return the object of one rank. Collective; the others need not have it."""
     return gather_values(comm, "broadcast", value if comm.Get_rank() == rank else None)[rank]
+
+
+def first_that_is_no_tensor(value: Any) -> list[Any]:
+    """Return a list of the first leaf that is no tensor, empty where there is none. Local."""
+    if isinstance(value, dict) or hasattr(value, "keys"):
+        parts = [value[name] for name in value.keys()]  # noqa: SIM118
+    elif isinstance(value, tuple | list):
+        parts = [*value]
+    else:
+        return [] if isinstance(value, Tensor) else [value]
+    return next(filter(None, map(first_that_is_no_tensor, parts)), [])
 
 
 def _rows(part: Tensor) -> Tensor:

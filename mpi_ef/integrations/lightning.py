@@ -1,5 +1,7 @@
 """Lightning: a strategy whose processes are MPI's ranks; importing this imports Lightning."""
 
+import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +13,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from mpi_ef.buffers import synchronize_buffers
+from mpi_ef.comm.consensus import gather_values
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.optim.flat import FlatOptimizer
 
 from .collect import first_of, reduced, stacked
+from .first_batch import digest, warn_of_the_same
 from .processes import one_process
 from .saving import flat_optimizer, remove_ranks, resume_ranks, save_ranks
 
@@ -55,12 +59,40 @@ class _SameDecision(Callback):
     """Comes last: where a callback or a step has set ``trainer.should_stop`` on one rank, it is set on all."""
 
     def __init__(self, comm: Comm) -> None:
-        self._comm = comm
+        self._comm, self._compared, self._first = comm, False, b""
+        self._told: set[str] = set()
+
+    def on_train_batch_start(self, _: Any, __: Any, batch: Any, *___: Any) -> None:
+        if not (self._compared or self._first):
+            self._first = digest(batch)
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        trainer.should_stop = any(self._comm.allgather(bool(trainer.should_stop)))
+        digests = self._decide(trainer, "the end of a batch")
+        if not self._compared:
+            self._compared = True
+            warn_of_the_same(digests, int(self._comm.Get_rank()), "MpiStrategy")
 
-    on_validation_end = on_train_epoch_end = on_train_batch_end
+    def on_validation_end(self, trainer: Any, *_: Any) -> None:
+        self._decide(trainer, "the end of a validation")
+        names = {str(name) for callback in trainer.callbacks if (name := getattr(callback, "monitor", None))}
+        mine = {name: repr(float(trainer.callback_metrics.get(name, 0.0))) for name in sorted(names)}
+        of_ranks = gather_values(self._comm, "Lightning, what callbacks monitor", mine)
+        for name in mine:
+            values = [of_rank.get(name) for of_rank in of_ranks]
+            if name not in self._told and len(set(values)) > 1 and self._comm.Get_rank() == 0:
+                self._told.add(name)
+                text = (f"MpiStrategy: {name}, which a callback monitors, is {values[0]} on rank 0 and another on others; "
+                        "log it with sync_dist=True")
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+        self._decide(trainer, "the end of an epoch")
+
+    def _decide(self, trainer: Any, event: str) -> list[bytes]:
+        mine = (bool(trainer.should_stop), self._first)
+        answers = gather_values(self._comm, f"Lightning, {event}", mine)
+        trainer.should_stop, self._first = any(stop for stop, _ in answers), b""
+        return [first for _, first in answers]
 
 
 class MpiStrategy(ParallelStrategy):
@@ -69,8 +101,10 @@ class MpiStrategy(ParallelStrategy):
     ``configure_optimizers`` returns optimizers of this package, on `comm`. Lightning deals the data to the ranks (its
     ``DistributedSampler``), takes means for what is logged with ``sync_dist=True``, stops on all ranks together, and logs
     and saves on rank 0; the strategy does for it what `DDPStrategy` does elsewhere, but for gradients. Buffers (BatchNorm)
-    become those of all ranks before validations, tests and saves. A checkpoint has a folder beside it, ``NAME.ckpt.ranks``,
-    with what each rank has, optimizer, errors, random numbers, and ``fit(ckpt_path=...)`` puts that back.
+    become those of all ranks before validations, tests and saves. What torchmetrics in the module compute is that of all
+    ranks. A warning says where all ranks begin with the same batch. A checkpoint has a folder beside it,
+    ``NAME.ckpt.ranks``, with what each rank has, optimizer, errors, random numbers, and ``fit(ckpt_path=...)`` puts that
+    back.
 
     Parameters
     ----------
@@ -114,16 +148,29 @@ class MpiStrategy(ParallelStrategy):
         """Set everything up; check the optimizers. Collective."""
         super().setup(trainer)
         self._flat()
+        self._connect_metrics(self.lightning_module)
         if not any(isinstance(callback, _SameDecision) for callback in trainer.callbacks):
             trainer.callbacks.append(_SameDecision(self.comm))
 
     def _flat(self) -> list[FlatOptimizer]:
         return [flat_optimizer(optimizer, "MpiStrategy") for optimizer in self.optimizers]
 
+    def _connect_metrics(self, model: Any) -> None:
+        """Let torchmetrics ask the ranks where they would ask torch.distributed. Local."""
+        kind, size = getattr(sys.modules.get("torchmetrics"), "Metric", ()), self.world_size
+
+        def gather(state: Tensor, group: Any = None) -> list[Tensor]:
+            del group
+            return gather_values(self.comm, "torchmetrics", state.detach().clone())
+
+        for metric in (part for part in model.modules() if isinstance(part, kind)):
+            metric.distributed_available_fn = lambda: size > 1
+            if metric.dist_sync_fn is None:
+                metric.dist_sync_fn = gather
+
     def barrier(self, name: str | None = None) -> None:
         """Return when all ranks have come here. Collective."""
-        del name
-        self.comm.Barrier()
+        gather_values(self.comm, f"Lightning, barrier {name or ''}".rstrip(), None)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Return the object of one rank. Collective."""

@@ -3,10 +3,12 @@
 import os
 import sys
 from collections.abc import MutableMapping
+from functools import wraps
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from mpi_ef.comm.consensus import check_not_freed
+from mpi_ef.comm.consensus import check_not_freed, gather_values
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import OptionError
 from mpi_ef.runtime.world import check_alone
@@ -30,7 +32,8 @@ def one_process(comm: Comm, environment: MutableMapping[str, str] = os.environ) 
     Call it on all ranks, once, before a ``TrainingArguments``, an ``Accelerator`` or a Lightning ``Trainer`` is built, and
     after MPI has started. It removes :data:`HIDDEN` from the environment. Where `accelerate` is installed, it is told that
     there is one process, on the CPU, that has the number of this rank: what it does on the main process alone (printing,
-    logging, saving) is done on rank 0, and its barriers are those of `comm`.
+    logging, saving) is done on rank 0, its barriers are those of `comm`, ``split_between_processes`` splits between the
+    ranks, and each rank reads its own loaders, those of iterables as well.
 
     Parameters
     ----------
@@ -70,13 +73,42 @@ def _number_process(comm: Comm) -> None:
     shared["process_index"] = shared["local_process_index"] = rank
 
     def wait_for_everyone(_: Any) -> None:
-        comm.Barrier()
+        gather_values(comm, "wait_for_everyone", None)
 
     def on_main_process(_: Any, function: Any = None) -> Any:
         return function if rank == 0 else _nothing
 
     PartialState.wait_for_everyone = wait_for_everyone
     PartialState.on_main_process = PartialState.on_local_main_process = on_main_process
+    _split_between_ranks(PartialState, rank, int(comm.Get_size()))
+    _read_on_each_rank(import_module("accelerate.accelerator"))
+
+
+def _split_between_ranks(states: Any, rank: int, ranks: int) -> None:
+    split = getattr(states.split_between_processes, "_of_one", states.split_between_processes)
+
+    class OfRank:  # what the call asks of the state
+        process_index, num_processes, device = rank, ranks, "cpu"
+
+    def split_between_processes(_: Any, inputs: Any, apply_padding: bool = False) -> Any:
+        if apply_padding and hasattr(inputs, "dim"):
+            raise OptionError("split_between_processes: apply_padding=True with a tensor; pass apply_padding=False, gather "
+                              "takes parts of any length")
+        return split(OfRank, inputs, apply_padding)
+
+    split_between_processes._of_one = split  # type: ignore[attr-defined]  # noqa: SLF001
+    states.split_between_processes = split_between_processes
+
+
+def _read_on_each_rank(module: Any) -> None:
+    """Let no loader be read by process 0 for the others, as those of iterables are by default."""
+    prepare = module.prepare_data_loader
+
+    @wraps(prepare)
+    def prepare_data_loader(dataloader: Any, *rest: Any, **options: Any) -> Any:
+        return prepare(dataloader, *rest, **options | {"dispatch_batches": False})
+
+    module.prepare_data_loader = prepare_data_loader
 
 
 def _nothing(*_: Any, **__: Any) -> None:

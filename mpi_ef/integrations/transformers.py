@@ -1,21 +1,24 @@
 """Hugging Face `Trainer`: means over ranks, the same decisions on all of them, and checkpoints that have all of them."""
 
-from functools import wraps
+from functools import partial, partialmethod, wraps
 from pathlib import Path
 from typing import Any
 
 from mpi_ef.buffers import synchronize_buffers
-from mpi_ef.comm.consensus import agree
+from mpi_ef.comm.consensus import agree, gather_values
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.data import random_state, seed_rank, set_random_state
 from mpi_ef.metrics import mean_metrics
 from mpi_ef.optim.flat import FlatOptimizer
 
 from .accelerate import collect_over_ranks
+from .collect import first_of
+from .first_batch import compare_first_batch
 from .saving import FOLDER, flat_optimizer, not_loading, resume_ranks, save_ranks
 
 __all__ = ["prepare_trainer"]
 
+_BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
 _FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
 
 
@@ -24,13 +27,14 @@ def prepare_trainer(trainer: Any, comm: Comm, *, policy: str = "exact") -> None:
 
     * Numbers in logs and of evaluations are means over the ranks. Predictions that are evaluated are those of all ranks. So
       early stopping and the best checkpoint are the same everywhere.
-    * What a callback decides on one rank (to stop, evaluate, save, log) is done on all ranks, after the same step.
+    * What a callback decides on one rank (to stop, evaluate, save, log) is done on all ranks, after the same step. The best
+      checkpoint is rank 0's.
     * Buffers (BatchNorm) become those of all ranks before evaluations, saves, and at the end.
     * Random numbers differ between ranks (dropout), from ``args.seed``.
     * Rank 0 alone reports, prints and saves; beside what it saves, each checkpoint has a folder ``mpi_ef`` with what each
       rank has, and ``train(resume_from_checkpoint=...)`` puts that back.
 
-    ``train``, ``evaluate`` and ``predict`` are collective then.
+    ``train``, ``evaluate`` and ``predict`` are collective then. A warning says where all ranks begin with the same batch.
 
     Parameters
     ----------
@@ -50,10 +54,13 @@ def prepare_trainer(trainer: Any, comm: Comm, *, policy: str = "exact") -> None:
     """
     collect_over_ranks(trainer.accelerator, comm, "prepare_trainer")
     optimizer = flat_optimizer(trainer.optimizer, "prepare_trainer")
-    first, last = _callbacks(_Ranks(trainer, comm, optimizer))
-    trainer.callback_handler.callbacks.insert(0, first)  # before those that report
-    trainer.add_callback(last)
+    # What it has kept of the accelerator's at its first evaluation, which cuts the last batch to this rank's samples.
+    gather, objects = trainer.accelerator.gather_for_metrics, getattr(trainer.args, "eval_use_gather_object", False)
+    trainer.gather_function = partial(gather, use_gather_object=objects)
+    _add_callbacks(trainer.callback_handler, *_callbacks(_Ranks(trainer, comm, optimizer)))
+    compare_first_batch(trainer.model, optimizer, comm, "Trainer")
     _save_all_ranks(trainer, comm, optimizer, policy)
+    _return_mean_loss(trainer)
 
 
 class _Ranks:
@@ -83,12 +90,18 @@ class _Ranks:
         if state.log_history:
             state.log_history[-1].update(numbers)
 
-    def decide(self, control: Any) -> Any:
+    def decide(self, control: Any, event: str) -> Any:
         """Let all do what any wants."""
-        wanted = self._comm.allgather(sum(bool(getattr(control, name)) << bit for bit, name in enumerate(_FLAGS)))
+        mine = sum(bool(getattr(control, name)) << bit for bit, name in enumerate(_FLAGS))
+        wanted = gather_values(self._comm, f"Trainer, {event}", mine)
         for bit, name in enumerate(_FLAGS):
             setattr(control, name, any(of_rank >> bit & 1 for of_rank in wanted))
         return control
+
+    def choose(self, state: Any) -> None:
+        """Let the best checkpoint be rank 0's: the others may have looked before it was written."""
+        for name, value in first_of({name: getattr(state, name, None) for name in _BEST}, self._comm).items():
+            setattr(state, name, value)
 
     def settle(self) -> None:
         """Make the models equal, with their buffers."""
@@ -111,23 +124,56 @@ def _callbacks(ranks: _Ranks) -> tuple[Any, Any]:
     class SameDecisions(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Comes last: what one rank wants, all do."""
 
-        def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> Any:
-            ranks.decide(control)
+        def on_step_end(self, _: Any, __: Any, control: Any, *, event: str = "a step", **___: Any) -> Any:
+            ranks.decide(control, event)
             if control.should_evaluate or control.should_save:
                 ranks.settle()
             return control
 
-        on_epoch_end = on_step_end
+        on_epoch_end = partialmethod(on_step_end, event="the end of an epoch")
 
-        def on_substep_end(self, _: Any, __: Any, control: Any, **___: Any) -> Any:
-            return ranks.decide(control)
+        def on_substep_end(self, _: Any, __: Any, control: Any, *, event: str = "a batch", **___: Any) -> Any:
+            return ranks.decide(control, event)
 
-        on_evaluate = on_log = on_save = on_substep_end  # no rank is past a save before rank 0 is
+        on_evaluate = partialmethod(on_substep_end, event="an evaluation")
+        on_log = partialmethod(on_substep_end, event="a log")
+
+        def on_save(self, _: Any, state: Any, control: Any, **__: Any) -> Any:
+            ranks.decide(control, "a save")  # no rank is past a save before rank 0 is
+            ranks.choose(state)
+            return control
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
             ranks.settle()
 
     return MeanOverRanks(), SameDecisions()
+
+
+def _add_callbacks(handler: Any, first: Any, last: Any) -> None:
+    """Put one before all callbacks, which report, and one after all, also those that are added later. Local."""
+    callbacks, add = handler.callbacks, handler.add_callback
+    callbacks.insert(0, first)
+    callbacks.append(last)
+
+    @wraps(add)
+    def add_callback(callback: Any) -> None:
+        add(callback)
+        callbacks.remove(last)
+        callbacks.append(last)
+
+    handler.add_callback = add_callback
+
+
+def _return_mean_loss(trainer: Any) -> None:
+    train = trainer.train
+
+    @wraps(train)
+    def mean_loss(*rest: Any, **options: Any) -> Any:
+        output = train(*rest, **options)
+        mean = getattr(output, "metrics", {}).get("train_loss")
+        return output if mean is None else output._replace(training_loss=mean)
+
+    trainer.train = mean_loss
 
 
 def _is_number(value: Any) -> bool:

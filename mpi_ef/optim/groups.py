@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, briefly
 from mpi_ef.ranges import within
 
 __all__ = ["Listed", "check_options", "described", "group_sizes", "hyper_parameters", "names_of", "parameters_of"]
@@ -81,10 +81,10 @@ def check_options(optimizer: Optimizer) -> None:
     refused = _options(kind)
     for name, value in ((name, group.get(name)) for group in optimizer.param_groups for name in ("lr", "weight_decay")):
         if isinstance(value, str):
-            raise OptionError(f"{kind.__name__}: {name}={value!r} is a text; pass a number")
+            raise OptionError(f"{kind.__name__}: {name}={briefly(value)} is a text; pass a number")
     for key in (key for group in optimizer.param_groups for key in group if key in refused):
         if key not in optimizer.defaults:
-            raise OptionError(f"{kind.__name__}: {key!r} in a group of parameters has no effect, groups have "
+            raise OptionError(f"{kind.__name__}: {briefly(key)} in a group of parameters has no effect, groups have "
                               f"{', '.join(optimizer.defaults)}; leave it out, or pass it to the constructor, for all "
                               "parameters, where that has it")
     for group in optimizer.param_groups:

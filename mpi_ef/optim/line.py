@@ -15,6 +15,7 @@ from mpi_ef.collectives.in_flight import landed, took_off
 from mpi_ef.comm.attributes import kept_with
 from mpi_ef.comm.consensus import gather_values, ranks_text
 from mpi_ef.comm.protocol import Comm
+from mpi_ef.errors import say
 
 __all__ = ["Lane", "Line", "line_for", "newest_line"]
 
@@ -84,9 +85,8 @@ class Line:
                 comm.Recv(np.zeros(1, np.uint8), status.Get_source(), _TAG)
                 missing.discard(status.Get_source())
         if missing:
-            sys.stderr.write(f"mpi-ef: rank {own} has waited for {PATIENCE_SECONDS:.0f} s in {what} for "
-                             f"{ranks_text(sorted(missing))}\n")
-            sys.stderr.flush()
+            say(sys.stderr, f"mpi-ef: rank {own} has waited for {PATIENCE_SECONDS:.0f} s in {what} for "
+                            f"{ranks_text(sorted(missing))}\n")
 
     @contextmanager
     def held(self) -> Iterator[str]:

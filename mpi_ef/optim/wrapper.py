@@ -15,7 +15,7 @@ from mpi_ef.comm.consensus import shared_errors
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Identity, for_parameters, lazy
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import MpiEfError, OptionError, told
+from mpi_ef.errors import MpiEfError, OptionError, briefly, told
 from mpi_ef.feedback import ErrorFeedback, Rule
 from mpi_ef.feedback.state import form
 from mpi_ef.feedback.table import rule_of
@@ -109,7 +109,8 @@ class DistributedOptimizer(FlatOptimizer):
             raise OptionError(f"DistributedOptimizer: optimizer is {type(optimizer).__name__}, which exchanges already; use "
                               "it as it is, or pass a torch optimizer")
         if not isinstance(optimizer, Optimizer):
-            raise OptionError(f"DistributedOptimizer: optimizer={optimizer!r} is no torch optimizer; pass an object, for "
+            raise OptionError(f"DistributedOptimizer: optimizer={briefly(optimizer)} is no torch optimizer; pass an "
+                              "object, for "
                               "example SGD(model.parameters(), lr=0.1)")
         self.optimizer, self.placement, self.overlaps = optimizer, placement, overlap
         self.__setstate__({})  # torch's own construction, but for groups and state, which the torch optimizer has
@@ -148,8 +149,9 @@ class DistributedOptimizer(FlatOptimizer):
 
     def _check_arguments(self) -> None:
         optimizer = self.optimizer
-        if self.placement not in ("update", "gradient"):
-            raise OptionError(f"DistributedOptimizer: placement={self.placement!r} is unknown; take 'update' or 'gradient'")
+        if not (isinstance(self.placement, str) and self.placement in ("update", "gradient")):
+            raise OptionError(f"DistributedOptimizer: placement={briefly(self.placement)} is unknown; take 'update' or "
+                              "'gradient'")
         if self.overlaps and self.placement == "update":
             raise OptionError("DistributedOptimizer: overlap=True with placement='update', whose updates exist only after "
                               "the backward pass; take placement='gradient', or overlap=False")

@@ -17,15 +17,26 @@ __all__ = ["BatchJob", "Chain", "Lsf", "Pbs", "Slurm", "find_job", "run_command"
 
 Command = Callable[..., tuple[int, str]]
 
-# On each node, with $1 the scratch folder and $2 a file to copy there, or nothing.
-_PREPARE = """umask 077 && mkdir -p "$1" && [[ -O $1 ]] && if [[ -n $2 ]]; then
+_PATIENCE = 120.0  # seconds for what is asked of a batch system: one that hangs must not take the time of the job
+
+# On each node, with $1 the scratch folder, which nobody else may have made or write to.
+_PRIVATE = """umask 077 && mkdir -p -- "$1" && [[ -O $1 && ! -L $1 && $(stat -c %a -- "$1") == *00 ]]"""
+# With $2 a file to copy there, or nothing.
+_PREPARE = f"""{_PRIVATE} && if [[ -n $2 ]]; then
     cp -- "$2" "$1/text.$SLURM_NODEID" && mv -- "$1/text.$SLURM_NODEID" "$1/text"; fi"""
+# On each rank. Launchers add lines of their own, and many where a status is not 0.
+_TELL = f"""{{ {_PRIVATE}; }} 2>/dev/null || echo "not private on:$HOSTNAME:" """
+_LAUNCH_SECONDS = 60.0
 
 
 def run_command(words: Sequence[str], timeout: float | None = None, given: str = "") -> tuple[int, str]:
-    """Return exit status and output of a command that reads `given`; 127 where there is none, 124 after `timeout`. Local."""
+    """Return exit status and output of a command that reads `given`; 127 where there is none, 124 after `timeout`. Local.
+
+    Bytes that are no text are shown escaped: `qstat -f` prints variables of users.
+    """
     try:
-        ended = subprocess.run(words, input=given, stdout=subprocess.PIPE, text=True, check=False, timeout=timeout)  # noqa: S603
+        ended = subprocess.run(words, input=given, stdout=subprocess.PIPE, text=True, errors="backslashreplace",  # noqa: S603
+                               check=False, timeout=timeout)
     except subprocess.TimeoutExpired:
         return 124, ""
     except OSError:
@@ -36,7 +47,12 @@ def run_command(words: Sequence[str], timeout: float | None = None, given: str =
 def write(file: int, text: str) -> None:
     """Write to a file descriptor; one that is gone or full ends nothing. Local."""
     with suppress(OSError):
-        os.write(file, text.encode())
+        os.write(file, text.encode("utf-8", "backslashreplace"))  # names of files may be no text
+
+
+def _whole(text: str | None, otherwise: int = 0) -> int:
+    """Return the number in a variable; `otherwise` where there is none."""
+    return int(text) if text and re.fullmatch("[0-9]{1,18}", text) else otherwise
 
 
 class BatchJob:
@@ -106,46 +122,59 @@ class BatchJob:
         return ""
 
     def prepare(self, scratch: Path, text: str) -> str | None:
-        """Make a folder on the disks of all nodes, with a copy of `text`; return its path, None where that fails."""
+        """Make a folder on the disks of all nodes, with a copy of `text`; return its path, None where that fails.
+
+        The folder is this user's alone. Where nothing can be done on nodes it is left to :meth:`make_private`.
+        """
         return text
+
+    def make_private(self, scratch: Path, launch: Sequence[str]) -> str:
+        """Make the folder by the launcher of the ranks, where :meth:`prepare` has not; return "", or why it is of no use."""
+        status, output = self.command([*launch, "bash", "-c", _TELL, "prepare", str(scratch)], timeout=_LAUNCH_SECONDS)
+        if status:
+            return f"{scratch} cannot be made on the nodes ({shown(' '.join(launch))}: status {status})"
+        nodes = shown(", ".join(sorted(set(re.findall("not private on:(.*?):", output)))))[:80]
+        return f"{scratch} on {nodes} is not this user's alone, or cannot be made" if nodes else ""
 
     def tidy(self, scratch: Path) -> bool:
         """Remove that folder; return whether it is gone."""
-        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            status = scratch.lstat()
+            if status.st_uid == os.geteuid() and not status.st_mode & 0o077:  # or it is none of this job
+                shutil.rmtree(scratch, ignore_errors=True)
         return True
 
     def _done(self, *words: str) -> bool:
         """Run a command and show its output in the log; return whether it worked."""
-        status, output = self.command(words)
+        status, output = self.command(words, timeout=_PATIENCE)
         write(1, output)
         return status == 0
 
 
 class Slurm(BatchJob):
-    """A job of Slurm; see `BatchJob`. Without `srun`, where the site has a launcher of its own, nothing is done on nodes."""
+    """A job of Slurm; see `BatchJob`. Without `srun`, where the site has a launcher of its own, that is all there is."""
 
     variables = "SLURM_JOB_ID", "SLURM_JOB_NAME"
     more_time = "ask for more time (--time), or for a shorter lead where --signal has sent it (B:USR2@SECONDS)"
 
     def __init__(self, environ: MutableMapping[str, str], command: Command = run_command) -> None:
         super().__init__(environ, command)
-        if (began := environ.get("SLURM_JOB_START_TIME", "")).isdigit():  # since 23.02
-            self.began = float(began)
+        self.began = float(_whole(environ.get("SLURM_JOB_START_TIME"))) or self.began  # since 23.02
         self.srun = True
         self.task = environ.get("SLURM_ARRAY_TASK_ID", "")
         if array := environ.get("SLURM_ARRAY_JOB_ID"):
             self.job, self.number = f"{array}_{self.task}", array
         self.threads = environ.get("SLURM_CPUS_PER_TASK") or "1"
         self.disk = environ.get("SLURM_TMPDIR") or self.disk
-        self.restarts = int(environ.get("SLURM_RESTART_COUNT") or 0)
-        self.nodes = int(environ.get("SLURM_JOB_NUM_NODES") or 1)
+        self.restarts = _whole(environ.get("SLURM_RESTART_COUNT"))
+        self.nodes = _whole(environ.get("SLURM_JOB_NUM_NODES"), 1)
         self.arguments = []
         # Since Slurm 22.05 srun does not inherit --cpus-per-task: each rank would get one core.
         environ["SRUN_CPUS_PER_TASK"] = self.threads
 
     def deadline(self) -> int | None:
-        if (known := self.environ.get("SLURM_JOB_END_TIME", "")).isdigit():
-            return int(known)
+        if known := _whole(self.environ.get("SLURM_JOB_END_TIME")):
+            return known
         ends = self._squeue("--format=%e")  # Slurm before 23.02 has no such variable
         try:
             return int(datetime.fromisoformat(ends).timestamp())
@@ -160,14 +189,14 @@ class Slurm(BatchJob):
                 text = read(self.script, MARK, follow=True).decode("utf-8", "replace")
                 found = re.findall(r"^#SBATCH\s+--signal[=\s]\s*(\S+)", text, re.MULTILINE)
                 asked = found[-1] if found else ""
-        seconds = asked.partition("@")[2] or "60"
-        return (f"--signal={asked}", int(seconds)) if asked and seconds.isdigit() else None
+        seconds = _whole(asked.partition("@")[2] or "60", -1)
+        return (f"--signal={shown(asked)}", seconds) if asked and seconds >= 0 else None
 
     def launcher(self) -> list[str]:
         return ["srun", "--kill-on-bad-exit=1"]
 
     def preempted(self) -> bool:
-        return self._squeue("--Format=PreemptTime")[:1].isdigit()
+        return self._squeue("--Format=PreemptTime")[:1].isdecimal()
 
     def ending(self) -> str:
         state = self._squeue("--format=%T %r")
@@ -184,9 +213,12 @@ class Slurm(BatchJob):
         status, _ = self.command([*self._once_per_node(), *words])
         return (str(scratch / "text") if text else "") if status == 0 else None
 
+    def make_private(self, scratch: Path, launch: Sequence[str]) -> str:
+        return "" if self.srun else super().make_private(scratch, launch)
+
     def tidy(self, scratch: Path) -> bool:
         if not self.srun:
-            return True
+            return super().tidy(scratch)
         return self.command([*self._once_per_node(), "rm", "-rf", "--", str(scratch)], timeout=20)[0] == 0
 
     def _once_per_node(self) -> list[str]:
@@ -194,7 +226,7 @@ class Slurm(BatchJob):
 
     def _squeue(self, *words: str) -> str:
         self.environ["SLURM_TIME_FORMAT"] = "standard"
-        status, output = self.command(["squeue", "--noheader", f"--jobs={self.job}", *words])
+        status, output = self.command(["squeue", "--noheader", f"--jobs={self.job}", *words], timeout=_PATIENCE)
         return output.strip() if status == 0 else ""
 
 
@@ -234,7 +266,7 @@ class Pbs(BatchJob):
     def __init__(self, environ: MutableMapping[str, str], command: Command = run_command) -> None:
         super().__init__(environ, command)
         self.folder = environ["PBS_O_WORKDIR"]
-        self.restarts = int(environ.get("RESTARTS") or 0)
+        self.restarts = _whole(environ.get("RESTARTS"))
         self.threads = environ.get("OMP_NUM_THREADS") or "1"  # PBS sets it to ompthreads
 
     def begin(self, run: Path) -> None:
@@ -243,7 +275,7 @@ class Pbs(BatchJob):
             shutil.copy(self.script, copy)
 
     def deadline(self) -> int | None:
-        _, output = self.command(["qstat", "-f", self.environ["PBS_JOBID"]])
+        _, output = self.command(["qstat", "-f", self.environ["PBS_JOBID"]], timeout=_PATIENCE)
         for line in output.splitlines():
             name, _, value = line.strip().partition(" = ")
             if name == "Resource_List.walltime":
@@ -288,7 +320,7 @@ class Lsf(BatchJob):
         return ["mpiexec", "-n", self.environ["LSB_DJOB_NUMPROC"]]
 
     def restart(self, run: Path) -> bool:
-        with suppress(ValueError), written(self._count(run)) as descriptor:  # it counts from 0 again then
+        with suppress(OSError, ValueError), written(self._count(run)) as descriptor:  # it counts from 0 again then
             os.write(descriptor, f"{self.restarts + 1}\n".encode())
         return self._done("brequeue", "-r", self.job)
 

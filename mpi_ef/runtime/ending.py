@@ -9,6 +9,8 @@ from threading import current_thread, main_thread
 from time import sleep
 from typing import Any, NoReturn
 
+from mpi_ef.errors import say
+
 __all__ = ["CATCHES", "abort", "abort_on_exception", "die", "end_together", "keep_status"]
 
 PATIENCE_SECONDS = 5.0
@@ -63,7 +65,7 @@ def abort(comm: Any, status: int, *, seconds: float = FORWARDING_SECONDS) -> NoR
     A launcher may end before it has forwarded what was printed. And MPICH's ``MPI_Abort`` may return before the launcher's
     signal arrives: the program would go on.
     """
-    sys.stdout.flush()
+    say(sys.stdout)
     keep_status(status)
     sleep(seconds)
     comm.Abort(status)
@@ -82,6 +84,5 @@ def keep_status(status: int) -> None:
 
 def die(comm: Any, text: str, status: int, *, seconds: float = FORWARDING_SECONDS) -> NoReturn:
     """Print `text` and end all ranks of `comm`. Local."""
-    sys.stderr.write(text + "\n")  # in one piece: under PYTHONUNBUFFERED print() writes the end apart, and lines mix
-    sys.stderr.flush()
+    say(sys.stderr, text + "\n")  # under PYTHONUNBUFFERED print() writes the end apart, and lines mix
     abort(comm, status, seconds=seconds)

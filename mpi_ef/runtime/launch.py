@@ -8,7 +8,7 @@ from typing import Any
 
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.documents import shown_lines
-from mpi_ef.errors import LaunchError, MpiEfError
+from mpi_ef.errors import LaunchError, MpiEfError, say
 
 from .ending import PATIENCE_SECONDS, abort, abort_on_exception, die, keep_status
 from .timeouts import wait_until
@@ -21,7 +21,8 @@ def run(program: Callable[[Any], None]) -> None:
     """Call ``program(COMM_WORLD)``; whatever goes wrong on one rank ends all of them, with its message. Collective.
 
     An error that all ranks raise together is printed once, by rank 0, and exits with status 2. Any other error is
-    printed by the rank that has it, which then aborts the world: status 2 for an `MpiEfError`, else 1.
+    printed by the rank that has it, which then aborts the world: status 2 for an `MpiEfError`, else 1; 1 also where one
+    may pass, such as a disk that is full.
     """
     from mpi4py import MPI
 
@@ -35,16 +36,16 @@ def run(program: Callable[[Any], None]) -> None:
     try:
         program(comm)
     except MpiEfError as error:
+        status = 1 if error.may_pass else 2
         if not error.everywhere:
-            die(comm, f"mpi-ef: rank {comm.Get_rank()}: {shown_lines(error)}", 2)
+            die(comm, f"mpi-ef: rank {comm.Get_rank()}: {shown_lines(error)}", status)
         if comm.Get_rank() == 0:
-            sys.stderr.write(f"mpi-ef: {shown_lines(error)}\n")
-            sys.stderr.flush()
-        # A launcher may kill rank 0 before it has printed, once another rank has left with status 2: leave together.
+            say(sys.stderr, f"mpi-ef: {shown_lines(error)}\n")
+        # A launcher may kill rank 0 before it has printed, once another rank has left with an error: leave together.
         if not wait_until(leaving.Ibarrier().Test, PATIENCE_SECONDS, rest=0.01):
-            die(comm, f"mpi-ef: rank {comm.Get_rank()}: {shown_lines(error)}", 2)  # some rank has not arrived
-        keep_status(2)
-        sys.exit(2)
+            die(comm, f"mpi-ef: rank {comm.Get_rank()}: {shown_lines(error)}", status)  # some rank has not arrived
+        keep_status(status)
+        sys.exit(status)
     except Exception:
         die(comm, f"mpi-ef: rank {comm.Get_rank()} failed:\n{traceback.format_exc()}", 1)
 

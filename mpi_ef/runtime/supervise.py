@@ -52,7 +52,7 @@ class Child:
         """Handle signals from now on, also those that were blocked and have arrived before."""
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
-        signal.signal(signal.SIGALRM, self._on_deadline)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, the status of a program is lost
         for number in (signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
                 signal.signal(number, self._on_interrupt)
@@ -68,16 +68,18 @@ class Child:
         self._pid = process.pid
         if self._pending:
             self._deliver()
-        if deadline is not None and (seconds := deadline - LEAD_SECONDS - time.time()) > 0:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+        due = None if deadline is None or deadline - LEAD_SECONDS <= time.time() else deadline - LEAD_SECONDS
         # The process stays a zombie until _pid is forgotten: no signal goes to another one with its number.
         # A call that blocks until the end would not see a signal that comes just before it.
         pause = 0.001
         while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+            if due is not None and time.time() >= due:  # by the clock, which may be set meanwhile
+                due = None
+                if not self.asked:  # it may be saving, and take no more signals
+                    self._deliver()
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
         self._pid = None
-        signal.setitimer(signal.ITIMER_REAL, 0)
         status = process.wait()
         return status if status >= 0 else 128 - status
 
@@ -89,10 +91,6 @@ class Child:
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self.ask()
         self._deliver()
-
-    def _on_deadline(self, _number: int, _frame: FrameType | None) -> None:
-        if not self.asked:  # it may be saving, and take no more signals
-            self._deliver()
 
     def _on_interrupt(self, _number: int, _frame: FrameType | None) -> None:
         self.interrupted = True
@@ -108,7 +106,7 @@ def newest_step(run: Path) -> int:
     """Return the step of the newest whole checkpoint of a run; 0 without one. Local."""
     whole = [path for path in run.glob("checkpoints/step-*") if (path / "COMMIT").exists()]
     steps = [path.name.removeprefix("step-") for path in whole if not (path / "BAD").exists()]
-    return max((int(step) for step in steps if step.isdigit()), default=0)
+    return max((int(step) for step in steps if step.isdecimal()), default=0)
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,8 @@ class _Times:
         return self.hasty or (self.first_step is None and self.signalled and left)
 
     def __str__(self) -> str:
-        text = f"{'the signal came' if self.signalled else 'it stopped'} {self.stopped - self.began:.0f} s after the start"
+        came = "the signal came" if self.signalled else "it stopped"
+        text = f"{came} {max(0.0, self.stopped - self.began):.0f} s after the start"  # clocks may be set
         if self.deadline is not None:
             left, limit = max(0.0, self.deadline - self.stopped), self.deadline - self.began
             text += f" and {left:.0f} s before the end of a job of {limit:.0f} s"

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from uuid import uuid4
 
 from mpi_ef.comm.protocol import MpiComm
-from mpi_ef.errors import LaunchError, MpiEfError
+from mpi_ef.errors import LaunchError, MpiEfError, say
 
 from .timeouts import wait_until
 
@@ -59,8 +59,8 @@ def outlive(comm: MpiComm, program: Callable[[Any, int], object]) -> NoReturn:
     The program has to restore everything by itself, from a checkpoint: objects of the old communicator may be in the middle
     of a step. They are kept until the end, for MPI may still write to their memory.
 
-    The process ends here, with status 0, or 2 for an error that all ranks have together: MPI's own end may wait for the
-    dead. An error that one rank has is raised, to end all.
+    The process ends here, with status 0, or that of an error that all ranks have together (`launch.run`): MPI's own end
+    may wait for the dead. An error that one rank has is raised, to end all.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def outlive(comm: MpiComm, program: Callable[[Any, int], object]) -> NoReturn:
                 comm = left
                 continue
             if isinstance(error, MpiEfError) and error.everywhere:
-                _end(comm, f"mpi-ef: {error}", 2)
+                _end(comm, f"mpi-ef: {error}", 1 if error.may_pass else 2)
             raise
         _end(comm, "", 0)
 
@@ -132,18 +132,17 @@ def _without_the_dead(comm: MpiComm, everyone: Any) -> Any:
     gone = MPI.Group.Difference(comm.Get_group(), left.Get_group())
     if left.Get_rank() == 0 and gone.Get_size():
         dead = sorted(MPI.Group.Translate_ranks(gone, list(range(gone.Get_size())), everyone))
-        sys.stdout.write(f"{ranks_text(dead)} died; {left.Get_size()} of {everyone.Get_size()} go on from the newest "
-                         "checkpoint\n")
-        sys.stdout.flush()
+        say(sys.stdout, f"{ranks_text(dead)} died; {left.Get_size()} of {everyone.Get_size()} go on from the newest "
+                        "checkpoint\n")
     return left
 
 
 def _end(comm: MpiComm, text: str, status: int) -> NoReturn:
     """End this process once all survivors are here, but without MPI_Finalize; rank 0 writes the text."""
     if text and comm.Get_rank() == 0:
-        sys.stderr.write(text + "\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
+        say(sys.stderr, text + "\n")
+    say(sys.stdout)
+    say(sys.stderr)
     try:
         comm.Barrier()  # a rank that ends before the others are here counts as dead
     finally:

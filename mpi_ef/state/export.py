@@ -18,7 +18,7 @@ from mpi_ef.checkpoint.compare import brain_floats
 from mpi_ef.checkpoint.dtypes import BFLOAT16, dtype_name
 from mpi_ef.checkpoint.manifest import sync_folder
 from mpi_ef.checkpoint.reader import Checkpoint
-from mpi_ef.errors import CheckpointError, MpiEfError, OptionError
+from mpi_ef.errors import CheckpointError, MpiEfError, OptionError, briefly
 
 from .reshard import RestoreView
 from .tree import Array, tensor_of
@@ -60,7 +60,7 @@ def export(checkpoint: Checkpoint, path: str | Path, *, everything: bool = False
     """
     path = Path(path)
     if path.suffix not in _HDF5 + _SAFETENSORS:
-        raise OptionError(f"export: {path.name!r} does not say what to write; end it in .safetensors or .h5")
+        raise OptionError(f"export: {briefly(path.name)} does not say what to write; end it in .safetensors or .h5")
     arrays = _all_arrays(checkpoint) if everything else iter(model_state(checkpoint).items())
     with _replacing(path) as draft:
         if path.suffix in _HDF5:

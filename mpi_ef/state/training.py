@@ -15,7 +15,7 @@ from mpi_ef.checkpoint.manifest import versions
 from mpi_ef.comm.consensus import agree, gather_values
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.documents import shown
-from mpi_ef.errors import CheckpointError, DisagreementError, MpiEfError, OptionError, counted, told
+from mpi_ef.errors import CheckpointError, DisagreementError, MpiEfError, OptionError, briefly, counted, told
 from mpi_ef.optim.flat import FlatOptimizer
 from mpi_ef.statetree import PER_RANK, REPLICATED
 
@@ -184,8 +184,8 @@ class Training:
         parts, held = dict[str, Component](), list[_Held | None]()
 
         def facts() -> dict[str, object]:
-            if policy not in POLICIES:
-                raise OptionError(f"Training.resume: policy={policy!r} is unknown; take one of {', '.join(POLICIES)}")
+            if not (isinstance(policy, str) and policy in POLICIES):
+                raise OptionError(f"Training.resume: policy={briefly(policy)} is unknown; take one of {', '.join(POLICIES)}")
             if past is None:
                 return {"policy": policy}
             parts.update(self._parts(comm))

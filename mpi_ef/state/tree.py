@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpi_ef.checkpoint.dtypes import BFLOAT16
-from mpi_ef.errors import DtypeError, OptionError
+from mpi_ef.errors import DtypeError, OptionError, briefly
 
 __all__ = ["Array", "decoded", "encoded", "plain_array", "tensor_of"]
 
@@ -155,7 +155,7 @@ def decoded(tree: Any, tensor: Callable[[Leaf], Tensor], array: Callable[[str], 
             numbers = np.array(array(part["name"])).reshape(part["shape"])
             return numbers if kind == "array" else numbers[()]
         if kind not in _DECODERS:
-            raise OptionError(f"checkpoint: a value of kind {kind!r} is unknown; it was written by a newer version")
+            raise OptionError(f"checkpoint: a value of kind {briefly(kind)} is unknown; it was written by a newer version")
         return _DECODERS[kind](inside(part["value"]))
 
     return inside(tree)

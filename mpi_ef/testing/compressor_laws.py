@@ -10,6 +10,7 @@ import numpy as np
 from mpi_ef.collectives import Plan
 from mpi_ef.compress import Compressor, Keep, PlainCodec, lazy, source
 from mpi_ef.compress.combination import Vector
+from mpi_ef.errors import briefly
 
 from .law import Laws, law
 from .vectors import gaussian, hard
@@ -200,6 +201,6 @@ class CompressorLaws(Laws):
         self._law(equal, "comparison", "a copy is not equal")
         self._law(str(copy) == str(self.compressor), "comparison", "a copy prints something else")
         plan = self.compressor.plan
-        self._law(plan in Plan.kinds, "plans", f"plan = {plan!r} is no kind of a plan")
+        self._law(plan in Plan.kinds, "plans", f"plan = {briefly(plan, 200)} is no kind of a plan")
         bound = self.compressor.bound_to(((2, 3), (4,)))
         self._law(isinstance(bound, Compressor), "binding", f"bound_to returns a {type(bound).__name__}")

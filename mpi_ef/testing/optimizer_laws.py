@@ -11,7 +11,7 @@ from torch import nn
 
 from mpi_ef import registry
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import DisagreementError, MpiEfError, OptionError
+from mpi_ef.errors import DisagreementError, MpiEfError, OptionError, briefly
 from mpi_ef.optim.flat import FlatOptimizer
 
 from .faults import CommunicationError, FaultyComm
@@ -191,7 +191,7 @@ class OptimizerLaws(Laws):
         """All ranks raise `OptionError`, with one line."""
         for options, words in self.bad:
             for outcome in run(2, lambda comm, options=options: self._built(net_of(), comm, **options)):  # type: ignore[misc]
-                must(isinstance(outcome, OptionError), f"{options} give {outcome!r}")
+                must(isinstance(outcome, OptionError), f"{options} give {briefly(outcome, 200)}")
                 must(words in str(outcome) and "\n" not in str(outcome), f"{options} say {outcome} and not {words}")
 
     @law("options that differ")
@@ -201,7 +201,7 @@ class OptimizerLaws(Laws):
         def disagree(build: Callable[[VirtualComm], object], words: str) -> None:
             for outcome in run(2, build):
                 raised = isinstance(outcome, DisagreementError) and words in str(outcome)
-                must(raised, f"ranks that disagree on {words.partition(':')[0]} give {outcome!r}")
+                must(raised, f"ranks that disagree on {words.partition(':')[0]} give {briefly(outcome, 200)}")
 
         if self.differing is not None:
             name, *values = self.differing

@@ -14,7 +14,7 @@ from mpi_ef.collectives import Plan, PlanBuilder, build_plan
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity, Keep, Quantize, RandK, Sign, TopK, lazy
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, PeerError, ShapeError
+from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, NonFiniteError, PeerError, ShapeError, briefly
 from mpi_ef.feedback import ErrorFeedback
 
 from .faults import CommunicationError, Fault, FaultyComm
@@ -197,7 +197,7 @@ class PlanLaws(Laws):
                     x = of(mine) if plan.rank == last else mine
                     error = self._raised(plan, x, split=split)
                     kind = NonFiniteError if not finite else (ShapeError, DtypeError) if plan.rank == last else PeerError
-                    must(isinstance(error, kind), f"{name} on rank {last} gives {error!r} on rank {plan.rank}")
+                    must(isinstance(error, kind), f"{name} on rank {last} gives {briefly(error, 200)} on rank {plan.rank}")
                     named = getattr(error, "ranks", None)
                     must(finite or named == (last,), f"{name} on rank {last}: the error names ranks {named}")
                     twin.exchanges = plan.exchanges  # the key of random compressors
@@ -326,7 +326,7 @@ class PlanLaws(Laws):
                 build_plan(*((builder, comm, *arguments) if comm.Get_rank() else (how, comm, first, D, np.float32)))
 
             for outcome in run(max(2, *self.ranks), differs):
-                must(isinstance(outcome, DisagreementError), f"another {name} on rank 1 gives {outcome!r}")
+                must(isinstance(outcome, DisagreementError), f"another {name} on rank 1 gives {briefly(outcome, 200)}")
 
     @law("accounts")
     def test_exchanges_are_counted(self) -> None:
@@ -376,11 +376,12 @@ class PlanLaws(Laws):
             error = self._raised(plan, self._mine(plan, 1), split=split)
             if plan.rank == 0:  # ends the others, which may be in a further call
                 must(error is not None, f"a call that is to {fault} raises nothing on that rank")
-                must(fault == "corrupt", f"a call that is to {fault} raises {error!r}")
+                must(fault == "corrupt", f"a call that is to {fault} raises {briefly(error, 200)}")
                 raise CommunicationError(fault) from error
 
         faults: tuple[Fault, ...] = ("raise", "corrupt")
         for fault, split in product(faults, (False, True)):
             outcome = run(max(2, *self.ranks), partial(program, fault=fault, split=split), virtual=True)[0]
-            told = str(outcome) if isinstance(outcome, AssertionError) else f"a call that is to {fault} raises {outcome!r}"
+            told = f"a call that is to {fault} raises {briefly(outcome, 200)}"
+            told = str(outcome) if isinstance(outcome, AssertionError) else told
             must(isinstance(outcome, CommunicationError), told)

@@ -185,7 +185,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on(whole, tmp_path):
     try:
         out = disk / "run"
         ended = run(2, *arguments(out, *options, "--checkpoint-every", 4, "--keep", 1000), within=LIMIT)
-        assert ended.status == 2, ended.text
+        assert ended.status == 1, ended.text  # it may have passed at the next start
         assert len(ended.lines_with("No space left on device")) == 1, ended.text
         assert "Traceback" not in ended.text
         assert len(list(out.glob("checkpoints/step-*"))) >= 2

@@ -70,6 +70,12 @@ def test_what_one_rank_decides_all_do(tmp_path, library):
     assert int(steps[0]) <= 32  # an epoch, at the end of which Lightning looks
 
 
+def test_data_and_metrics_are_those_of_all_ranks(tmp_path, library):
+    """And ranks that all have the same are told so, once."""
+    text = trained(2, PROGRAM, library, "data", tmp_path)
+    assert text.count("all 2 ranks began with the same batch") == 1, text
+
+
 def test_a_rank_that_raises_ends_all(tmp_path, library):
     ended = run(2, "-m", "mpi4py", PROGRAM, library, "raises", tmp_path, within=120, real=True, HF_HUB_OFFLINE="1")
     assert ended.status != 0
