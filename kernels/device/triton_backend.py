@@ -116,7 +116,7 @@ class TritonBackend(DeviceBackend):
             self._run(fused_dense.part_sums, parts, x.tensor, x.tensor, x.tensor, nothing, 0, x.tensor, 0, 0, 1, 0, x.size,
                       parts, x.size, sums, rest, self._status(), *words, NT=1, F64=self._wide)
             self._launch(fused_dense.part_totals, parts, sums, rest, parts, totals)
-        return float(np.cumsum([0.0, *totals.tolist()])[-1])
+        return float(np.cumsum([0.0, *bus.on_host(totals)])[-1])
 
     def add_signs(self, bits: Any, scales: Any, block: int, factor: float, overwrite: bool, out: Any) -> None:
         self._launch(fused_dense.add_signs, out.size, bits.tensor, _stride(bits), scales.tensor, _stride(scales), len(bits),
