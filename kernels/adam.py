@@ -7,6 +7,8 @@ from ._vector import GROUP, Vector, sum_magnitudes
 
 __all__ = ["adam", "adam_step", "l1_norm", "preconditioned_step", "sign_step", "update_moments"]
 
+_PART = 4096
+
 
 @jit
 def update_moments(grad: Vector, beta1: np.floating, beta2: np.floating, m: Vector, v: Vector) -> None:
@@ -49,13 +51,18 @@ def preconditioned_step(m: Vector, inverse: Vector, step: np.floating, decay: np
 def l1_norm(x: Vector) -> float:
     """Return the sum of magnitudes of `x`, (d,) float32 or float64; the same bits on every machine.
 
-    Groups of 64 are added in the dtype of x, halves upon halves; they, and what follows the last one, in order in float64.
+    Groups of 64 are added in the dtype of x, halves upon halves; those of a part of 4096 entries, and what follows the last
+    group, in order in float64, and so are the parts.
     """
-    total, whole = 0.0, x.size // GROUP * GROUP
-    for g in range(0, whole, GROUP):
-        total += sum_magnitudes(x, g)
-    for i in range(whole, x.size):
-        total += abs(x[i])
+    total = 0.0
+    for low in range(0, x.size, _PART):
+        stop = min(low + _PART, x.size)
+        whole, of_part = low + (stop - low) // GROUP * GROUP, 0.0
+        for g in range(low, whole, GROUP):
+            of_part += sum_magnitudes(x, g)
+        for i in range(whole, stop):
+            of_part += abs(x[i])
+        total += of_part
     return total
 
 

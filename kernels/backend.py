@@ -107,7 +107,9 @@ class Backend:
         self._memory = _Memory(self.dtype)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(kernels, name)
+        kernel = getattr(kernels, name)
+        setattr(self, name, kernel)  # found at once the next time
+        return kernel
 
     def empty(self, shape: int | tuple[int, ...], dtype: DTypeLike | None = None) -> Vector:
         """Return an array of any content, of the vectors' dtype unless another one is named."""
@@ -120,6 +122,10 @@ class Backend:
     def on_host(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Vector:
         """Return an array of zeros that MPI may read and write."""
         return aligned_zeros(shape, dtype)
+
+    def finite(self, vectors: Sequence[Vector]) -> bool:
+        """Tell whether all entries of several vectors are finite."""
+        return all(map(kernels.all_finite, vectors))
 
     def fetch(self, x: Vector) -> Vector:
         """Return `x` as an array of the host: itself."""

@@ -302,7 +302,8 @@ def preconditioned_step(m: Vector, inverse: Vector, step: np.floating, decay: np
 
 
 def l1_norm(x: Vector) -> float:
-    return _sum_magnitudes(np.abs(x))
+    totals = [_sum_magnitudes(np.abs(x[low : low + 4096])) for low in range(0, x.size, 4096)]
+    return float(np.cumsum([0.0, *totals])[-1])
 
 
 def sign_step(direction: Vector, step: np.floating, decay: np.floating, x: Vector) -> None:

@@ -37,7 +37,10 @@ class DeviceBackend:
     def __init__(self, dtype: DTypeLike, device: str) -> None:
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         self.device = device
-        self.torch_device = torch.device(device.removeprefix("side:"))
+        where = torch.device(device.removeprefix("side:"))
+        if where.type == "cuda" and where.index is None:
+            where = torch.device("cuda", torch.cuda.current_device())
+        self.torch_device = where
         self._how = _How()
 
     def __getattr__(self, name: str) -> Any:
@@ -64,6 +67,9 @@ class DeviceBackend:
 
     def to_device(self, host: np.ndarray, array: DeviceArray) -> None:
         bus.to_device(host, array.tensor)
+
+    def finite(self, vectors: Sequence[DeviceArray]) -> bool:
+        return not vectors or bool(torch.stack([plain.all_finite(x.tensor) for x in vectors]).all())
 
     def fetch(self, x: DeviceArray) -> np.ndarray:
         return x.numpy()

@@ -1,7 +1,8 @@
 """Triton kernels: what :mod:`mpi_ef.kernels.device.plain` does in many passes, in one or two, with the same bits.
 
 Factors are passed as the bits of the number: what Triton makes of a Python float is a float32. Products and sums stay apart,
-so kernels are compiled with ``enable_fp_fusion=False``. Magnitudes are compared as integers, without the sign bit.
+so kernels are compiled with ``enable_fp_fusion=False``. Magnitudes are compared as integers, without the sign bit. Nothing
+is compiled anew for special values of such bits.
 """
 
 # ruff: noqa: N803, SIM108 (constants of compilation are written large, as in Triton's own code, and decide by `if`)
@@ -56,7 +57,7 @@ def _note_broken(status, magnitude, there, F64: tl.constexpr):
         tl.store(status, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["f0", "f1", "f2"])
 def combine(a, b, c, out, status, d, f0, f1, f2, NT: tl.constexpr, WRITES: tl.constexpr, F64: tl.constexpr,
             BLOCK: tl.constexpr):
     """Write what is formed of the terms to `out`, (d,), if it `WRITES`, and note whether it is broken."""
@@ -68,7 +69,7 @@ def combine(a, b, c, out, status, d, f0, f1, f2, NT: tl.constexpr, WRITES: tl.co
     _note_broken(status, _magnitude(x, F64), there, F64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["f0", "f1", "f2", "k0", "k1", "k2"])
 def collect(a, b, c, keep, threshold, found, status, places, values, start, d, room, f0, f1, f2, k0, k1, k2,
             NT: tl.constexpr, KEEPS: tl.constexpr, F64: tl.constexpr, BLOCK: tl.constexpr):
     """Write place and value of every entry from `start` on, `d` of them, of a magnitude of at least ``threshold[0]``.
@@ -140,7 +141,7 @@ def emit_indices(upper, before, lower, words, k, low, indices, BLOCK: tl.constex
         j += marked.to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["factor"])
 def scatter_add(indices, values, k, factor, out, F64: tl.constexpr, BLOCK: tl.constexpr):
     """Add ``factor * values[j]`` to ``out[indices[j]]``; no index comes twice."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -159,7 +160,7 @@ def clear_at(indices, k, out, BLOCK: tl.constexpr):
     tl.store(out + index, 0.0, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["f0", "f1", "f2"])
 def gather_at(a, b, c, indices, values, k, f0, f1, f2, NT: tl.constexpr, F64: tl.constexpr, BLOCK: tl.constexpr):
     """Write what is formed of the terms at these places to `values`, (k,)."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -34,7 +34,7 @@ def _halved(x, WIDTH: tl.constexpr):
     return low + high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_factor", "f0", "f1", "f2"])
 def part_sums(a, b, c, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor, block, parts, d,
               sums, rest, status, f0, f1, f2, NT: tl.constexpr, F64: tl.constexpr):
     """Write the sums of magnitudes of the whole groups of a part, and the magnitudes of what follows the last of them.
@@ -96,7 +96,7 @@ def scales_of_blocks(totals, parts, blocks, block, d, scales, doubt, F64: tl.con
         tl.store(scales + j, mean.to(tl.float32), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_factor", "f0", "f1", "f2", "k0", "k1", "k2"])
 def write_signs(a, b, c, keep, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor, block, d,
                 bits, scales, f0, f1, f2, k0, k1, k2, NT: tl.constexpr, KEEPS: tl.constexpr, LESS: tl.constexpr,
                 F64: tl.constexpr):
@@ -121,7 +121,7 @@ def write_signs(a, b, c, keep, row_bits, bits_stride, row_scales, scales_stride,
         tl.store(keep + at, kept, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["factor"])
 def add_signs(bits, bits_stride, scales, scales_stride, rows, block, factor, out, d, STARTS: tl.constexpr,
               F64: tl.constexpr, BLOCK: tl.constexpr):
     """Add what is decoded of all rows, times a factor, to `out`, or to zero where it `STARTS`."""
@@ -135,7 +135,7 @@ def add_signs(bits, bits_stride, scales, scales_stride, rows, block, factor, out
     tl.store(out + at, x, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["f0", "f1", "f2"])
 def block_maxima(a, b, c, maxima, d, block, f0, f1, f2, NT: tl.constexpr, F64: tl.constexpr, RUN: tl.constexpr,
                  BLOCK: tl.constexpr):
     """Raise, for every block, its entry of `maxima`, zeros at first, to its largest magnitude; `RUN` divides `block`."""
@@ -179,7 +179,7 @@ def _decoded(code, exponent, FORMAT: tl.constexpr, F64: tl.constexpr):
     return tl.where(broken, float("nan"), number)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["f0", "f1", "f2", "k0", "k1", "k2"])
 def write_codes(a, b, c, keep, maxima, d, block, exponents, codes, status, f0, f1, f2, k0, k1, k2, NT: tl.constexpr,
                 KEEPS: tl.constexpr, LESS: tl.constexpr, FORMAT: tl.constexpr, HEADROOM: tl.constexpr, F64: tl.constexpr,
                 BLOCK: tl.constexpr):
@@ -222,7 +222,7 @@ def write_codes(a, b, c, keep, maxima, d, block, exponents, codes, status, f0, f
         tl.store(keep + at, kept, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["factor"])
 def add_codes(exponents, codes, block, factor, out, d, FORMAT: tl.constexpr, STARTS: tl.constexpr, F64: tl.constexpr,
               BLOCK: tl.constexpr):
     """Add what codes stand for, times a factor, to `out`, or to zero where it `STARTS`."""

@@ -42,7 +42,8 @@ class TritonBackend(DeviceBackend):
 
     def _run(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         if programs:
-            with np.errstate(all="ignore"):  # the interpreter computes with NumPy
+            # The interpreter computes with NumPy; on GPUs Triton takes the current one.
+            with torch.cuda.device(self.torch_device) if self.torch_device.type == "cuda" else np.errstate(all="ignore"):
                 kernel[(programs,)](*arguments, **constants, enable_fp_fusion=False)
 
     def _status(self) -> torch.Tensor:
@@ -106,6 +107,16 @@ class TritonBackend(DeviceBackend):
         return Verdict(lambda: None if bool(doubt) else not bool(status),
                        lambda: again(terms, factors, keep, keep_factors, less_decoded, row_bits, row_scales, row_block,
                                      row_factor, block, bits, scales))
+
+    def l1_norm(self, x: Any) -> float:
+        parts, words = -(-x.size // fused_dense.PART), self._words((1.0, 0.0, 0.0))
+        sums, rest = (self.empty((parts, fused_dense.GROUP)).tensor for _ in range(2))
+        totals, nothing = self.empty(parts, np.float64).tensor, self.empty(0, np.uint8).tensor
+        if parts:
+            self._run(fused_dense.part_sums, parts, x.tensor, x.tensor, x.tensor, nothing, 0, x.tensor, 0, 0, 1, 0, x.size,
+                      parts, x.size, sums, rest, self._status(), *words, NT=1, F64=self._wide)
+            self._launch(fused_dense.part_totals, parts, sums, rest, parts, totals)
+        return float(np.cumsum([0.0, *bus.on_host(totals)])[-1])
 
     def add_signs(self, bits: Any, scales: Any, block: int, factor: float, overwrite: bool, out: Any) -> None:
         self._launch(fused_dense.add_signs, out.size, bits.tensor, _stride(bits), scales.tensor, _stride(scales), len(bits),

@@ -14,7 +14,10 @@ def misfit(x: Any, d: int, dtype: np.dtype[Any], subject: str, name: str, kernel
 
     It is to be where the vectors of the `kernels` are, on the CPU by default.
     """
-    if problem := _elsewhere(x, subject, name, kernels):
+    on_host = kernels is None or kernels.device == "cpu"
+    if on_host and type(x) is np.ndarray and x.dtype == dtype and x.shape == (d,) and x.flags.c_contiguous:
+        return None
+    if problem := _elsewhere(x, subject, name, None if on_host else kernels):
         return problem
     if x.dtype != dtype:
         return DtypeError(f"{subject}: {name} has dtype {x.dtype}; this plan takes {dtype}")
@@ -26,7 +29,7 @@ def misfit(x: Any, d: int, dtype: np.dtype[Any], subject: str, name: str, kernel
 
 
 def _elsewhere(x: Any, subject: str, name: str, kernels: Any) -> MpiEfError | None:
-    if kernels is not None and kernels.device != "cpu":
+    if kernels is not None:
         where = kernels.foreign(x)
         return DtypeError(f"{subject}: {name} is {where}; this plan takes vectors on {kernels.device}") if where else None
     if not isinstance(x, np.ndarray):

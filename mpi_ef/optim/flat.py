@@ -300,7 +300,7 @@ class FlatOptimizer(Saved):
         """
         gradients, looks, self.weight = self.flat.gradients, self.steps < Handshake.LOOKS, 1.0
         overflow = getattr(self, "found_inf", None)  # set by GradScaler, which may have seen it before it was clipped
-        fine = not overflow and all(map(self.flat.kernels.all_finite, self.flat.collected()))
+        fine = not overflow and self.flat.kernels.finite(self.flat.collected())
         status = REJECTED if problem else OK if fine else NON_FINITE
         words: dict[str, float] = {"values": 0, "gradient": 0}
         if problem is None:

@@ -112,7 +112,10 @@ class FlatParameters:
         ShapeError
             A parameter's memory was replaced by some of another shape or dtype, for example by ``model.to(...)``.
         """
-        found = ((part.number, part.written()) for part in self._parts)
+        answers = {part.number: kept for part in self._halves if (kept := part.is_kept()) is not None}
+        known = torch.stack([*answers.values()]).tolist() if answers else []  # one answer to wait for
+        same = {number for number, kept in zip(answers, known, strict=True) if kept}
+        found = ((part.number, part.written()) for part in self._parts if part.number not in same)
         return {number: written for number, written in found if written is not None}
 
     def adopt(self) -> bool:

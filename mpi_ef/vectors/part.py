@@ -124,8 +124,16 @@ class Part:
                              "the optimizer after the model is in its final place")
         if not self.half:
             return None if self.apart and torch.equal(p, self.value) else p
-        kept = p.view(torch.int16) == value.to(p.dtype).view(torch.int16)
-        return None if bool(kept.all()) else torch.where(kept, value, p)
+        return torch.where(self._kept(), value, p)
+
+    def _kept(self) -> Tensor:
+        """Return which entries of a parameter in 16 bits are still what `value` was rounded to."""
+        return self.p.detach().view(torch.int16) == self.value.to(self.p.dtype).view(torch.int16)
+
+    def is_kept(self) -> Tensor | None:
+        """Return whether all of them are, as a tensor, which a device may not know yet; None where :meth:`written` tells."""
+        alike = self.half and self.p.shape == self.value.shape and self.p.device == self.value.device
+        return self._kept().all() if alike and self.p.dtype == self._dtype else None
 
     def lay(self, value: Tensor) -> None:
         """Take `value`, in another vector, as its place."""
