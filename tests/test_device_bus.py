@@ -11,6 +11,7 @@ import pytest
 import torch
 from device_side import (
     BACKENDS,
+    BLOCK,
     DEVICE,
     HARDWARE,
     TORCH_DEVICE,
@@ -69,7 +70,7 @@ STEPS = {
     "EF21, bf16 values": lambda comm: Step(comm, "ef21", TopK(0.01, values=Quantize())),
     "EF14, random entries": lambda comm: Step(comm, "ef14", RandK(0.01)),
     "EControl": lambda comm: Step(comm, "econtrol(eta=0.1)", TopK(0.01), dense_steps=1),
-    "signs, two phases": lambda comm: Step(comm, "ef14", Sign(block=64)),
+    "signs, two phases": lambda comm: Step(comm, "ef14", Sign(block=BLOCK)),
     "one scale, two phases": lambda comm: Step(comm, "ef14", Sign()),
     "AdamW, update": lambda comm: Training(comm, lambda net, comm: DistributedOptimizer(adamw(net), comm, TopK(0.01))),
     "gradients, EF21": lambda comm: Training(comm, lambda net, comm: DistributedOptimizer(
