@@ -33,11 +33,12 @@ class Recorder(TritonBackend):
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
         assert sorted(given) == sorted(kernel.arg_names)
         signature, values = {}, {}
+        general = {one.name for one in kernel.params if one.do_not_specialize}
         for name in kernel.arg_names:
             value = given[name]
             if isinstance(value, torch.Tensor):
                 signature[name] = POINTERS[value.dtype]
-            elif name in constants or value == 1:
+            elif name in constants or (value == 1 and name not in general):
                 signature[name], values[name] = "constexpr", value
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -67,6 +68,7 @@ def call_all(dtype):
     for rows in (1, 3):
         signs, scales = there(np.zeros((rows, -(-d // 8)), np.uint8)), there(np.zeros((rows, 1), dtype))
         backend.add_signs(signs, scales, d, 0.3, rows == 1, terms[0])
+    backend.l1_norm(terms[0])
     backend.add_sparse(indices, values, 0.3, terms[0])
     backend.clear_sparse(indices, terms[0])
     for d, k in ((1000, 10), (10, 10), (3, 1), (2**40, 50)):

@@ -34,6 +34,9 @@ def sized(usual, interpreted):
     return interpreted if INTERPRETED else usual
 
 
+BLOCK = sized(64, 1024)  # of signs: a program of the interpreter for each, which takes milliseconds
+
+
 def others(*values):
     """Return parameters that are left to runs of everything."""
     return [pytest.param(value, marks=pytest.mark.exhaustive) for value in sorted(values)]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from device_side import (
     BACKENDS,
+    BLOCK,
     DEVICE,
     HARDWARE,
     TORCH_DEVICE,
@@ -69,7 +70,7 @@ STEPS = {
     "EF21, bf16 values": lambda comm: Step(comm, "ef21", TopK(0.01, values=Quantize())),
     "EF14, random entries": lambda comm: Step(comm, "ef14", RandK(0.01)),
     "EControl": lambda comm: Step(comm, "econtrol(eta=0.1)", TopK(0.01), dense_steps=1),
-    "signs, two phases": lambda comm: Step(comm, "ef14", Sign(block=64)),
+    "signs, two phases": lambda comm: Step(comm, "ef14", Sign(block=BLOCK)),
     "one scale, two phases": lambda comm: Step(comm, "ef14", Sign()),
     "AdamW, update": lambda comm: Training(comm, lambda net, comm: DistributedOptimizer(adamw(net), comm, TopK(0.01))),
     "gradients, EF21": lambda comm: Training(comm, lambda net, comm: DistributedOptimizer(
@@ -125,7 +126,7 @@ def test_what_does_cross_is_counted():
         x[:1].tolist()
     assert copies == [("to host", 4 * D), ("to device", 8), ("to host", 4)]
     with bus.watched() as copies:
-        BACKENDS[0](np.float32, DEVICE).l1_norm(x)  # a number for every part
+        BACKENDS[0](np.float32, DEVICE).l1_norm(x)
     assert copies == [("to host", 8 * -(-D // 4096))]
 
 

@@ -36,7 +36,7 @@ FORMS = [  # what a rule may send, and keep of it
 @each_dtype
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
 def test_the_same_bytes_and_bits(compressor, dtype):
-    for d in sized((1, 77, 1000, 4500), (77, 4500)):
+    for d in sized((1, 77, 1000, 4500), (4500,)):
         ours, its = codecs(compressor, d, dtype)
         assert ours.nbytes == its.nbytes
         for n, kind in enumerate(sized(KINDS, ("ties", "broken"))):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from device_side import DEVICE, HARDWARE, INTERPRETED, adamw, backward, device_side, moved, sgd, sized
+from device_side import BLOCK, DEVICE, HARDWARE, INTERPRETED, adamw, backward, device_side, moved, sgd, sized
 from torch import nn
 
 from mpi_ef import (
@@ -67,7 +67,7 @@ OPTIMIZERS = {
     "SGD, EF21": lambda net, comm: DistributedOptimizer(sgd(net), comm, TopK(0.05), placement="gradient", rule="ef21",
                                                         dense_steps=1),
     "SGD, EControl, two phases": lambda net, comm: DistributedOptimizer(
-        sgd(net), comm, Sign(block=64), placement="gradient", rule="econtrol", eta=0.3),
+        sgd(net), comm, Sign(block=BLOCK), placement="gradient", rule="econtrol", eta=0.3),
     "SGD, overlap": lambda net, comm: DistributedOptimizer(sgd(net), comm, TopK(0.1), placement="gradient", rule="ef14",
                                                            bucket_nbytes=1000, overlap=True),
     "1-bit Adam": lambda net, comm: OneBitAdam(net.parameters(), comm, lr=0.01, freeze_step=2, weight_decay=0.1),

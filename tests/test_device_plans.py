@@ -4,7 +4,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from device_side import DEVICE, bits, each_dtype, host, on, sized, there, vector
+from device_side import BLOCK, DEVICE, INTERPRETED, bits, host, on, sized, there, vector
 
 from mpi_ef.collectives import ClientsMean, DenseMean, GatherMean, TwoPhaseMean, plan_for
 from mpi_ef.compress import Identity, Keep, LowRank, Quantize, RandK, Sign, TopK, Vote, lazy
@@ -16,7 +16,7 @@ D, STEPS = sized(1300, 4200), sized(4, 2)
 PLANS = {
     "gather": lambda comm, **o: GatherMean(comm, TopK(0.05, values=Quantize("bf16")), D, **o),
     "gather RandK": lambda comm, **o: GatherMean(comm, RandK(0.05), D, **o),
-    "two-phase": lambda comm, **o: TwoPhaseMean(comm, Sign(block=64), D, **o),
+    "two-phase": lambda comm, **o: TwoPhaseMean(comm, Sign(block=BLOCK), D, **o),
     "two-phase whole": lambda comm, **o: TwoPhaseMean(comm, Sign(), D, **o),
     "two-phase TopK": lambda comm, **o: TwoPhaseMean(comm, TopK(0.1), D, **o),
     "vote": lambda comm, **o: TwoPhaseMean(comm, Vote(), D, residual=False, **o),
@@ -47,8 +47,9 @@ def exchanges(comm, build, dtype, device):
     return seen, plan.sent_nbytes, {name: host(a).copy() for name, a in plan.state().items()}
 
 
-@each_dtype
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(("world", "dtype"), [
+    pytest.param(world, dtype, marks=[pytest.mark.exhaustive] * (INTERPRETED and (world, dtype) != ("mixed", np.float32)))
+    for world in WORLDS for dtype in (np.float32, np.float64)])
 @pytest.mark.parametrize("name", PLANS)
 def test_plans(name, world, dtype):
     devices = WORLDS[world]
@@ -87,7 +88,8 @@ RULES = {
 }
 
 
-@each_dtype
+@pytest.mark.parametrize("dtype", [
+    np.float32, pytest.param(np.float64, marks=[pytest.mark.exhaustive] * INTERPRETED)], ids=["f32", "f64"])
 @pytest.mark.parametrize("rule", RULES)
 def test_rules(rule, dtype):
     options = dict(RULES[rule])

@@ -43,7 +43,7 @@ def preconditioned_step(m: Tensor, inverse: Tensor, step: float, decay: float, x
 
 
 def l1_norm(x: Tensor) -> float:
-    totals: Any = bus.on_host(_part_totals(x[None]))[0] if x.numel() else []
+    totals: Any = bus.on_host(_part_totals(x[None])[0]) if x.numel() else []
     return float(np.cumsum([0.0, *totals])[-1])
 
 

@@ -16,7 +16,7 @@ from mpi_ef.collectives import TwoPhaseMean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from device_side import HARDWARE, adamw, backward, on_side, sgd, sized
+from device_side import BLOCK, HARDWARE, adamw, backward, on_side, sgd, sized
 
 COMM, RANK = MPI.COMM_WORLD, MPI.COMM_WORLD.Get_rank()
 FOLDER = Path(sys.argv[1])
@@ -51,7 +51,7 @@ OPTIMIZERS = {
     "EControl": lambda net: DistributedOptimizer(sgd(net), COMM, TopK(0.1, values=Quantize()), placement="gradient",
                                                  rule="econtrol", dense_steps=1, model=net),
     "AdamW, update": lambda net: DistributedOptimizer(adamw(net), COMM, TopK(0.1)),
-    "overlap": lambda net: DistributedOptimizer(sgd(net), COMM, Sign(block=64), placement="gradient", plan=TwoPhaseMean,
+    "overlap": lambda net: DistributedOptimizer(sgd(net), COMM, Sign(block=BLOCK), placement="gradient", plan=TwoPhaseMean,
                                                 overlap=True, bucket_nbytes=1000),
     "1-bit Adam": lambda net: OneBitAdam(net.parameters(), COMM, lr=0.01, freeze_step=3),
 }
