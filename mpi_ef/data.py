@@ -312,22 +312,25 @@ def seed_rank(comm: Comm, seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the states of the global generators of torch (CPU), numpy and python. Local; differs between ranks.
+    """Return the states of the global generators of torch, numpy and python. Local; differs between ranks.
 
-    Tensors, numbers, strings and dictionaries only: ``torch.load(..., weights_only=True)`` reads it.
+    Those of GPUs, by their numbers, are part of it once the program has used one. Tensors, numbers, strings and dictionaries
+    only: ``torch.load(..., weights_only=True)`` reads it.
     """
     version, words, spare = random.getstate()
+    used = torch.cuda.default_generators if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     return {
         "torch": torch.get_rng_state(),
         # As signed numbers with the same bits, which every torch can store.
         "numpy": _mapped(np.random.get_state(legacy=False), np.ndarray,  # noqa: NPY002
                          lambda words: torch.from_numpy(words.view(f"i{words.itemsize}").copy())),
         "python": {"version": version, "words": torch.tensor(words), "spare": spare},
+        **({"cuda": {str(number): generator.get_state() for number, generator in enumerate(used)}} if used else {}),
     }
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put the global generators of torch (CPU), numpy and python where they were. Local.
+    """Put the global generators of torch, numpy and python where they were; those of GPUs that are here too. Local.
 
     Parameters
     ----------
@@ -346,6 +349,11 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     np.random.set_state(_mapped(state["numpy"], torch.Tensor,  # noqa: NPY002
                                 lambda words: words.cpu().numpy().view(f"u{words.itemsize}")))
+    if state.get("cuda") and torch.cuda.is_available():
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        for number, generator in enumerate(torch.cuda.default_generators):
+            if str(number) in state["cuda"]:
+                generator.set_state(state["cuda"][str(number)].cpu())
     random.setstate((python["version"], tuple(python["words"].tolist()), python["spare"]))
 
 
