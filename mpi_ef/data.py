@@ -312,24 +312,25 @@ def seed_rank(comm: Comm, seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the states of the generators of torch (CPU and current GPU), numpy and python. Local; differs between ranks.
+    """Return the states of the global generators of torch, numpy and python. Local; differs between ranks.
 
-    Tensors, numbers, strings and dictionaries only: ``torch.load(..., weights_only=True)`` reads it.
+    Those of GPUs, by their numbers, are part of it once the program has used one. Tensors, numbers, strings and dictionaries
+    only: ``torch.load(..., weights_only=True)`` reads it.
     """
     version, words, spare = random.getstate()
-    on_device = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}  # type: ignore[no-untyped-call]
+    used = torch.cuda.default_generators if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     return {
-        **on_device,
         "torch": torch.get_rng_state(),
         # As signed numbers with the same bits, which every torch can store.
         "numpy": _mapped(np.random.get_state(legacy=False), np.ndarray,  # noqa: NPY002
                          lambda words: torch.from_numpy(words.view(f"i{words.itemsize}").copy())),
         "python": {"version": version, "words": torch.tensor(words), "spare": spare},
+        **({"cuda": {str(number): generator.get_state() for number, generator in enumerate(used)}} if used else {}),
     }
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put the global generators of torch (CPU), numpy and python where they were. Local.
+    """Put the global generators of torch, numpy and python where they were; those of GPUs that are here too. Local.
 
     Parameters
     ----------
@@ -346,10 +347,13 @@ def set_random_state(state: Mapping[str, Any]) -> None:
             raise OptionError(f"set_random_state: the state has no part {name}; pass what random_state() returned")
     python = state["python"]
     torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available():  # what was saved on a GPU may go on without one
-        torch.cuda.set_rng_state(state["cuda"].cpu())
     np.random.set_state(_mapped(state["numpy"], torch.Tensor,  # noqa: NPY002
                                 lambda words: words.cpu().numpy().view(f"u{words.itemsize}")))
+    if state.get("cuda") and torch.cuda.is_available():
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        for number, generator in enumerate(torch.cuda.default_generators):
+            if str(number) in state["cuda"]:
+                generator.set_state(state["cuda"][str(number)].cpu())
     random.setstate((python["version"], tuple(python["words"].tolist()), python["spare"]))
 
 

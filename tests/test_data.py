@@ -410,3 +410,24 @@ def test_random_states_come_back_from_a_file():
     assert (*draws(), np.random.standard_normal(), random.gauss(0.0, 1.0)) == expected
     with pytest.raises(OptionError, match="the state has no part numpy"):
         set_random_state({"torch": torch.get_rng_state(), "python": {}})
+
+
+@pytest.mark.usefixtures("_generators_as_they_were")
+def test_random_states_of_gpus_come_back_where_these_are(monkeypatch):
+    """GPUs that are none: their generators are of the CPU here."""
+    gpus = [torch.Generator().manual_seed(n) for n in range(2)]
+    monkeypatch.setattr(torch.cuda, "default_generators", tuple(gpus))
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    assert "cuda" not in random_state()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    file = io.BytesIO()
+    torch.save(random_state(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    expected = [torch.rand(3, generator=generator).tolist() for generator in gpus]
+    set_random_state(state)  # on a machine without one
+    assert [torch.rand(3, generator=generator).tolist() for generator in gpus] != expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "default_generators", (*gpus, torch.Generator()))
+    set_random_state(state)
+    assert [torch.rand(3, generator=generator).tolist() for generator in gpus] == expected

@@ -320,6 +320,10 @@ def test_legends_of_what_an_earlier_version_has_written():
     assert naming.method({"config": {"compressor": "identity"}, "optimizer": "x"}) == "dense"
     one, other = ({"ranks": n, "config": {"compressor": "Mine(3)", "out": str(n)}} for n in (2, 4))
     assert naming.methods([one, other], ["a", "b"]) == ["Mine(3), ranks=2", "Mine(3), ranks=4"]
+    devices = ({}, {"device": "auto"}, {"device": "cuda"})
+    one, other, third = ({"config": {"compressor": "Mine(3)", **device}} for device in devices)
+    assert naming.methods([one, other], ["a", "b"]) == ["Mine(3) (a)", "Mine(3) (b)"]
+    assert naming.methods([one, third], ["a", "b"]) == ["Mine(3), device=auto", "Mine(3), device=cuda"]
 
 
 @pytest.mark.parametrize(("count", "means"), [

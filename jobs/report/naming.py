@@ -35,9 +35,13 @@ def methods(summaries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
 
 def _differing(summary: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     """Return the options of a run that are not the same in all of the others, as ", lr=0.01"."""
-    options = [{"ranks": other.get("ranks")} | dict(other["config"]) for other in others]
-    mine = {"ranks": summary.get("ranks")} | dict(summary["config"])
+    options = [_options(other) for other in others]
+    mine = _options(summary)
     names = [name for name in sorted({*(name for option in options for name in option)} - _ASIDE - _IN_NAME)
              if any(option.get(name) != mine.get(name) for option in options)]
     shown_ones = [f", {name.replace('_', '-')}={shown(str(mine[name]))[:20]}" for name in names[:_MOST] if name in mine]
     return "".join(shown_ones)
+
+
+def _options(summary: Mapping[str, Any]) -> dict[str, Any]:
+    return {"ranks": summary.get("ranks"), "device": "auto"} | dict(summary["config"])  # earlier runs have no device

@@ -119,7 +119,7 @@ def resolve(given: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
     ConfigError
         When an option was given that has no effect with the others: with what it goes.
     """
-    chosen = {"weight_decay": DECAY} | {name: value for name, value in given.items() if not owners(name)}
+    chosen = {"weight_decay": DECAY, "device": "auto"} | {name: value for name, value in given.items() if not owners(name)}
     for chooser, table in CHOOSERS.items():
         for name, default in _taken(chooser, table, chosen).items():
             if isinstance(default, Only):

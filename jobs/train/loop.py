@@ -235,8 +235,7 @@ class Trainer:
 
     def record(self) -> TrainConfig:
         """Return the options of what was built: all that apply, also those that follow from it. Local."""
-        device = self.config.device or "auto"
-        config, etas = replace(self.config, data=self.data.content, device=device), self._etas()
+        config, etas = replace(self.config, data=self.data.content), self._etas()
         if len(etas) == 1:  # buckets may have different ones
             config = replace(config, eta=etas.pop())
         return config if self.changes is None else replace(config, whole=self.changes.whole)

@@ -39,7 +39,7 @@ _numbers = count(1)
 class FlatOptimizer(Saved):
     """A torch optimizer whose parameters are one vector, the same on all ranks. Construction and `step` are collective.
 
-    With ``torch.amp.GradScaler`` on the CPU: ``scaler.step(optimizer)`` divides by the scale here, and an overflow on one
+    With ``torch.amp.GradScaler``: ``scaler.step(optimizer)`` divides by the scale here, and an overflow on one
     rank makes all of them skip. A rank without an overflow keeps its scale; gradients are unscaled before anything travels.
 
     Attributes

@@ -88,7 +88,7 @@ class DistributedOptimizer(FlatOptimizer):
     DisagreementError
         On all ranks, when parameters, optimizers or options differ between them.
     DtypeError, OptionError
-        When the parameters are of a dtype that is not supported or not on the CPU, or an option is out of range.
+        When the parameters are of a dtype that is not supported or on several devices, or an option is out of range.
 
     Notes
     -----
