@@ -114,7 +114,7 @@ def test_ranks_may_have_theirs_in_different_places(side, call):
         kept = []
         for turn in range(4):
             x = tensors(comm)
-            there = (comm.Get_rank() + turn) % 2 == 0
+            there = turn % (comm.Get_rank() + 1) == 0
             got = call(comm, x if there else x.numpy(), TopK(0.1))
             kept.append(got.numpy() if there else got)
         return kept

@@ -4,6 +4,7 @@ import json
 import tomllib
 from contextlib import nullcontext
 from dataclasses import replace
+from unittest import mock
 
 import programs
 import pytest
@@ -14,6 +15,7 @@ from mpi_ef.errors import ConfigError
 from mpi_ef.jobs.cli import main
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.loop import Trainer
+from mpi_ef.jobs.train.models import GPT
 from mpi_ef.jobs.train.program import train
 from mpi_ef.kernels.backend import on_device_side
 
@@ -130,3 +132,11 @@ def test_a_model_that_finds_no_room(tmp_path, monkeypatch):
         "train: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); take a smaller model, fewer ranks for each "
         "device, or what keeps fewer vectors"}
     assert all(error.everywhere for error in errors)
+
+
+def test_a_gpt_computes_where_its_tokens_are():
+    """No other device is here: positions are asked for on theirs."""
+    with mock.patch.object(torch, "arange", wraps=torch.arange) as positions:
+        net = GPT(10, context=8, layers=1, heads=2, width=8).to("meta")
+        assert net(torch.zeros(2, 8, dtype=torch.int64, device="meta")).device.type == "meta"
+    assert positions.call_args.kwargs["device"] == torch.device("meta")
