@@ -150,7 +150,7 @@ def held():
     """Bytes of all tensors on the device that there are in this process."""
     gc.collect()
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects()
-                if type(x) in (torch.Tensor, nn.Parameter) and x.device == TORCH_DEVICE}
+                if type(x) in (torch.Tensor, nn.Parameter) and x.device == TORCH_DEVICE and x.layout is torch.strided}
     return sum(storages.values())
 
 
