@@ -45,11 +45,20 @@ class Verdict:
     ----------
     ask : callable
         Returns the answer, or None where it is in doubt.
+    send : callable, optional
+        Lets the device send what it has to say, and does not wait: whoever asks later waits for that alone.
     """
 
-    def __init__(self, ask: "Callable[[], bool | None]", again: "Callable[[], Any] | None" = None) -> None:
+    def __init__(self, ask: "Callable[[], bool | None]", again: "Callable[[], Any] | None" = None,
+                 send: "Callable[[], None] | None" = None) -> None:
         self.ask, self.again = ask, again
         self.repaired = False
+        self._send = send
+
+    def send(self) -> None:
+        """Let the device send what it has to say. Local, does not wait."""
+        if self._send is not None:
+            self._send()
 
     def __and__(self, other: "Verdict | bool") -> "Verdict | bool":
         if isinstance(other, Verdict):
@@ -74,7 +83,11 @@ class _Both(Verdict):
             answers = one.ask(), other.ask()
             return None if None in answers else all(answers)
 
-        super().__init__(ask)
+        def send() -> None:
+            one.send()
+            other.send()
+
+        super().__init__(ask, send=send)
         self._two = one, other
 
     def __bool__(self) -> bool:

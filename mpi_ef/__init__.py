@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         allgather,
         allreduce,
         plan_for,
+        use_gpu_aware_mpi,
     )
     from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
     from mpi_ef.data import ShardedSampler, generator_for, loader_context, random_state, seed_rank, set_random_state
@@ -49,7 +50,8 @@ __version__ = "0.1.0"
 find_moved()
 
 _HOME = {name: module for module, names in {
-    "collectives": "allgather allreduce ClientsMean DenseMean GatherMean LowRankMean plan_for TwoPhaseMean",
+    "collectives": "allgather allreduce ClientsMean DenseMean GatherMean LowRankMean plan_for TwoPhaseMean "
+                   "use_gpu_aware_mpi",
     "optim": "DistributedOptimizer EControl EF21 EF21Muon Lion OneBitAdam OneBitLamb PowerSGD Signum "
              "ZeroOneAdam",
     "feedback": "ErrorFeedback",
@@ -71,7 +73,7 @@ __all__ = ["EF21", "ClientsMean", "DenseMean", "DistributedOptimizer", "EControl
            "OneBitLamb", "PowerSGD", "Quantize", "RandK", "ShardedSampler", "Sign", "Signum", "Stopper", "Store",
            "TopK", "Training", "TwoPhaseMean", "Vote", "ZeroOneAdam", "allgather", "allreduce", "generator_for",
            "loader_context", "local_device", "mean_metrics", "open_checkpoint", "plan_for", "print_metrics",
-           "random_state", "seed_rank", "set_random_state", "shard", "synchronize_buffers"]
+           "random_state", "seed_rank", "set_random_state", "shard", "synchronize_buffers", "use_gpu_aware_mpi"]
 
 
 def __getattr__(name: str) -> Any:

@@ -76,6 +76,21 @@ def test_a_run_goes_on_on_the_other_side(tmp_path, first, capsys):
     assert "not as in the run" not in capsys.readouterr().out
 
 
+def test_gpu_aware_mpi_is_asked_for_and_absent(capsys, tmp_path):
+    """Without a GPU a run says so in one line; with what is taken for one it ends with the same numbers."""
+    asked = ["train", "--model", "mlp", "--steps", "2", "--gpu-aware-mpi", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as ended:
+        main([*asked, "--device", "cpu"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "use_gpu_aware_mpi: no rank has its vectors on a device; leave" in line
+    main([*asked[:-3], "--device", "cpu", "--out", str(tmp_path / "plain")])
+    with on_device_side():
+        main([*asked, "--device", "cpu"])
+    ends = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("plain", "run")]
+    assert ends[0]["parameters_crc32"] == ends[1]["parameters_crc32"]
+
+
 def test_a_device_that_is_none(capsys):
     for text in ("gpu", "cuda:", "cuda:-1", "cpu:0", "cuda:01", ""):
         with pytest.raises(ConfigError, match="device=.* is no device; take auto, cpu, cuda, or cuda:0"):

@@ -89,6 +89,7 @@ class TrainConfig(Checked):
     device: str | None = option(
         None, "auto is the GPU for this rank, shared where there are fewer, and the CPU without any; cuda the same, but no "
         "CPU; cuda:0 that one on every rank", shown="auto", choices=("auto", "cpu", "cuda"), others="cuda:NUMBER")
+    gpu_aware_mpi: bool = option(False, "give MPI memory of GPUs, after data have shown that it can; no twins on the host")
     seed: int = option(0, "of model, shards, order and random compressors", 0)
     log_every: int = option(10, "steps between rows of metrics", 1)
     eval_every: int = option(100, "steps between validations", 1)

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from mpi_ef import registry
-from mpi_ef.collectives import chunk_bounds
+from mpi_ef.collectives import chunk_bounds, use_gpu_aware_mpi
 from mpi_ef.comm.consensus import agree, ranks_text
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, counted, everywhere
@@ -89,6 +89,8 @@ class Trainer:
         self._held_out = np.arange(bounds[rank], bounds[rank + 1])
         self.device = device_for(comm, config.device)
         move_to(self.model, self.device, comm)  # drawn on the CPU: the same numbers everywhere
+        if config.gpu_aware_mpi:
+            use_gpu_aware_mpi(comm, self.device)
         self.optimizer = build_optimizer(config, self.model, comm)
         self.devices = described(comm, self.device, self.optimizer.flat.device)
         self.changes: Changes | None = None
@@ -365,7 +367,7 @@ class Trainer:
 def _shaping(config: TrainConfig) -> dict[str, Any]:
     """Return the options that the parameters depend on, as a checkpoint can hold them; the text is known by its content."""
     apart = ("out", "overwrite", "resume", "keep", "checkpoint_every", "save_in_background", "stop_after", "on_failure",
-             "log_every", "eval_every", "tensorboard", "text", "data", "device")
+             "log_every", "eval_every", "tensorboard", "text", "data", "device", "gpu_aware_mpi")
     return {name: value for name, value in asdict(config).items() if name not in apart and value is not None}
 
 

@@ -65,6 +65,20 @@ class DeviceBackend:
     def to_host(self, array: DeviceArray, host: np.ndarray) -> None:
         bus.to_host(array.tensor, host)
 
+    def sending(self, array: DeviceArray, host: np.ndarray) -> bus.Arrival:
+        arrival = bus.Arrival(array.tensor, host)
+        arrival.send()
+        return arrival
+
+    def settled(self) -> bus.Arrival:
+        return bus.settled(self.torch_device)
+
+    def exchange_now(self, host: np.ndarray, array: DeviceArray, *, to_device: bool) -> None:
+        bus.exchange_now(host, array.tensor, to_device=to_device)
+
+    def message(self, array: DeviceArray) -> torch.Tensor:
+        return array.tensor
+
     def to_device(self, host: np.ndarray, array: DeviceArray) -> None:
         bus.to_device(host, array.tensor)
 
@@ -148,7 +162,7 @@ class DeviceBackend:
         return _verdict(kernel(_tensors(terms), _floats(factors), keep.tensor, _floats(keep_factors), *map(_plain, rest)))
 
     def checked(self, finite: Verdict, again: Callable[[], Any]) -> Verdict:
-        return Verdict(finite.ask, again)
+        return Verdict(finite.ask, again, finite.send)
 
     @contextmanager
     def exactly(self) -> Iterator[None]:
@@ -165,7 +179,8 @@ class _How(local):
 
 
 def _verdict(answer: torch.Tensor) -> Verdict:
-    return Verdict(lambda: bool(answer))
+    said = bus.Arrival(answer)
+    return Verdict(lambda: bool(said.wait()), send=said.send)
 
 
 def _over_arrays(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """What crosses the bus between the memory of the host and that of a device: every copy, and how long it is.
 
-No other module of this folder copies between the two. Answers of one number (whether a vector is finite) are not counted.
+No other module of this folder copies between the two.
 """
 
 import warnings
@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike
 
-__all__ = ["copied_nbytes", "host_array", "on_device", "on_host", "to_device", "to_host", "watched"]
+__all__ = ["Arrival", "copied_nbytes", "exchange_now", "host_array", "on_device", "on_host", "settled", "to_device",
+           "to_host", "watched"]
 
 copied_nbytes = {"to host": 0, "to device": 0}  # by this process so far
 _watching: list[list[tuple[str, int]]] = []
+_beside: dict[torch.device, Any] = {}  # a stream for copies that wait for nothing else
 _told: list[bool] = []  # that memory was not page-locked
 
 
@@ -55,6 +57,69 @@ def to_host(tensor: torch.Tensor, host: np.ndarray[Any, Any]) -> None:
     """Copy `tensor` to `host`, of the same shape and as long entries, and wait for it."""
     _count("to host", host.nbytes)
     torch.from_numpy(host).view(tensor.dtype).copy_(tensor)
+
+
+class Arrival:
+    """A copy of a tensor to the host, which neither side waits for until it is asked.
+
+    Parameters
+    ----------
+    host : array, optional
+        Of the tensor's shape, with as long entries; a new one otherwise.
+    """
+
+    def __init__(self, tensor: torch.Tensor, host: "np.ndarray[Any, Any] | None" = None) -> None:
+        self._tensor, self._host = tensor, host
+        self._event: Any = None  # of the device, after the copy
+        self._sent = False
+
+    def send(self) -> None:
+        """Let the device copy when it has done what it was asked for so far. The first call alone counts."""
+        if self._sent:
+            return
+        tensor, self._sent = self._tensor, True
+        if self._host is None:
+            entries = torch.empty(0, dtype=tensor.dtype).numpy().dtype
+            self._host = host_array(tuple(tensor.shape), entries, tensor.device)
+        _count("to host", self._host.nbytes)
+        torch.from_numpy(self._host).view(tensor.dtype).copy_(tensor, non_blocking=True)
+        if tensor.device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def here(self) -> bool:
+        """Tell whether it has been made. Does not wait."""
+        return self._sent and (self._event is None or bool(self._event.query()))
+
+    def wait(self) -> "np.ndarray[Any, Any]":
+        """Return the array of the host, once the copy has been made."""
+        self.send()
+        if self._event is not None:
+            self._event.synchronize()
+        assert self._host is not None  # noqa: S101
+        return self._host
+
+
+def exchange_now(host: np.ndarray[Any, Any], tensor: torch.Tensor, *, to_device: bool) -> None:
+    """Copy a few bytes between `host` and memory that nothing else of the device is at work on, and wait for that alone."""
+    _count("to device" if to_device else "to host", host.nbytes)
+    there = torch.from_numpy(host).view(tensor.dtype)
+    target, source = (tensor, there) if to_device else (there, tensor)
+    if tensor.device.type != "cuda":
+        target.copy_(source)
+        return
+    if tensor.device not in _beside:
+        _beside[tensor.device] = torch.cuda.Stream(tensor.device)
+    with torch.cuda.stream(_beside[tensor.device]):
+        target.copy_(source)
+        _beside[tensor.device].synchronize()
+
+
+def settled(device: torch.device) -> Arrival:
+    """Return what arrives when the device has done what it was asked for so far, and brings nothing."""
+    arrival = Arrival(torch.empty(0, dtype=torch.uint8, device=device))
+    arrival.send()
+    return arrival
 
 
 def to_device(host: np.ndarray[Any, Any], tensor: torch.Tensor) -> None:

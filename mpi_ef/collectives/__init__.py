@@ -10,6 +10,7 @@ from .chosen import PlanBuilder, build_plan
 from .clients import ClientsMean
 from .combine import Combine
 from .dense import DenseMean
+from .direct import use_gpu_aware_mpi
 from .exchange import Round
 from .frames import Frames
 from .lowrank import LowRankMean
@@ -19,4 +20,4 @@ from .plans import GatherMean, TwoPhaseMean, chunk_bounds
 
 __all__ = ["ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LowRankMean", "Offer", "Plan",
            "PlanBuilder", "Round", "Traffic", "TwoPhaseMean", "allgather", "allreduce", "build_plan", "chunk_bounds",
-           "plan_for"]
+           "plan_for", "use_gpu_aware_mpi"]

@@ -76,8 +76,10 @@ class ClientsMean(Plan):
         self.first, self.own = bounds[self.rank], int(self._counts[self.rank])
         self._codec = self.compressor.codec_on(self.device, self.d, self.dtype)
         nbytes = self._codec.nbytes
-        self._sent, self._arrived = (Twin(self._kernels, (rows, nbytes), np.uint8) for rows in (self.own, n))
-        self._send, self._received = self._sent.there, self._arrived.there
+        self._sent, self._arrived = (Twin(self._kernels, rows * nbytes, np.uint8, direct=self._direct)
+                                     for rows in (self.own, n))
+        self._send, self._received = (twin.there.reshape(rows, nbytes)
+                                      for twin, rows in ((self._sent, self.own), (self._arrived, n)))
         most = words(int(self._counts.max()))
         self._word, self._words = Frames(1, most), Frames(self.size, most)
         self._participates, self._tags = np.ones(self.own, np.bool_), np.zeros(self.own, np.uint8)
@@ -158,9 +160,9 @@ class ClientsMean(Plan):
         nbytes = self._codec.nbytes * np.array(sums)
         places = np.concatenate([[0], np.cumsum(nbytes)[:-1]])
         self._sent.push()
-        mine = self._sent.host.reshape(-1)[: nbytes[self.rank]]
+        mine = self._sent.message[: nbytes[self.rank]]
         with Timer(self.seconds, "communicate"):
-            self.comm.Allgatherv(mine, [self._arrived.host.reshape(-1), (nbytes, places)])
+            self.comm.Allgatherv(mine, [self._arrived.message, (nbytes, places)])
         self._arrived.pull()
         self.message_nbytes += int(nbytes.sum())
         self._last_nbytes = (self.size - 1) * (self._word.frame_nbytes + int(nbytes[self.rank]))

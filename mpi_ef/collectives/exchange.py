@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError, PeerError, briefly
+from mpi_ef.kernels.backend import Verdict
 
 from .frames import NON_FINITE, OK, REJECTED, Frames, header_of, misunderstanding, status_of, what_is_wrong
 from .in_flight import landed, took_off
+from .ways import ways_of
 
 __all__ = ["Exchange", "Round", "Timer"]
 
@@ -56,6 +58,7 @@ class Exchange:
     def __init__(self, comm: Comm, name: str, timer: Timer) -> None:
         self._comm, self._rank, self._timer = comm, int(comm.Get_rank()), timer
         self._plan, self._subject = name, f"{name}.exchange"
+        self._queue = ways_of(comm).queue
         self.number = 0  # of the plan, in every header
         self.refusal: MpiEfError | None = None  # why this rank cannot take part; all raise it, or what follows, in round 1
         self._rounds: Iterator[Round] | None = None
@@ -75,11 +78,33 @@ class Exchange:
         self._rounds, self._step, self.refusal, self._finite = rounds, step, refusal, finite
 
     def launch(self) -> None:
-        """Start the first round without waiting for it. Collective."""
+        """Start the first round without waiting for it, nor where nothing else may come first for a device. Collective."""
         assert self._rounds is not None  # noqa: S101
         if (sent := next(self._rounds, None)) is None:
             raise self._nothing()
         self._first = sent
+        self._send(sent)
+        if self._queue is None:
+            self.depart()
+        else:
+            self._queue.append(self)
+            self.let_depart(wait=False)
+
+    def let_depart(self, *, wait: bool) -> None:
+        """Start the first rounds on this communicator that a device had to send, in order; `wait` for it or not."""
+        while self._queue and (wait or self._queue[0].has_been_sent()):
+            self._queue.pop(0).depart()
+
+    def has_been_sent(self) -> bool:
+        """Tell whether MPI can be given the first round. Local."""
+        assert self._first is not None  # noqa: S101
+        sent: bool = self._first.send.sent()
+        return sent
+
+    def depart(self) -> None:
+        """Give the first round to MPI, once a device has sent it. Collective."""
+        sent = self._first
+        assert sent is not None  # noqa: S101
         self._mark(sent)
         sent.receive.expect()
         start = self._comm.Ialltoall if sent.scatter else self._comm.Iallgather
@@ -88,12 +113,14 @@ class Exchange:
 
     def progress(self) -> None:
         """Let MPI work on what :meth:`launch` has started. Local."""
+        self.let_depart(wait=False)
         if self._request is not None:
             self._request.Test()
 
     def complete(self) -> None:
         """Do all rounds, or what is left of them. Collective."""
         assert self._rounds is not None  # noqa: S101
+        self.let_depart(wait=True)  # before anything else on this communicator, on all ranks
         rounds, self._rounds = self._rounds, None
         if self._request is not None:
             assert self._first is not None  # noqa: S101
@@ -108,6 +135,7 @@ class Exchange:
         else:
             rounds = chain([first], rounds)
         for sent in rounds:
+            self._send(sent)
             self._mark(sent)
             with self._timer:
                 sent.receive.expect()
@@ -119,10 +147,17 @@ class Exchange:
         self._rounds = None
         return OptionError(f"{self._plan}.communicate yields no Round; what is wrong on a rank travels with the first one")
 
-    def _mark(self, sent: Round) -> None:
-        """Write the headers of frames that leave this rank."""
+    def _send(self, sent: Round) -> None:
+        """Let a device send what leaves this rank, and what it has to say of it."""
         if not isinstance(sent, Round):
             raise OptionError(f"{self._plan}.communicate yields {briefly(sent)}; yield Round(send, receive)")
+        for finite in (sent.finite, self._finite):
+            if isinstance(finite, Verdict):
+                finite.send()
+        sent.send.send()
+
+    def _mark(self, sent: Round) -> None:
+        """Write the headers of frames that leave this rank, and wait for a device."""
         sent.send.push()
         finite = bool(sent.finite)  # a device is asked when what it has encoded has come
         if self.refusal is None and not self._finite:
@@ -132,11 +167,11 @@ class Exchange:
         self._finite = True
         broken = not finite or isinstance(self.refusal, NonFiniteError)
         status = NON_FINITE if broken else OK if self.refusal is None else REJECTED
-        sent.send.headers.fill(header_of(self._step, status, self.number))
+        sent.send.mark(header_of(self._step, status, self.number))
 
     def _inspect(self, sent: Round) -> None:
         """Raise, on all ranks, what the headers of the frames of all ranks say."""
-        headers = sent.receive.headers.tolist()  # quicker than a comparison of arrays for up to 200 ranks
+        headers = sent.receive.look().tolist()  # quicker than a comparison of arrays for up to 200 ranks
         if not sent.inspect or headers.count(header_of(self._step, OK, self.number)) == len(headers):
             sent.receive.pull()
             return

@@ -36,65 +36,92 @@ UNIT_NBYTES = 2**20
 class Twin:
     """An array where the vectors of `kernels` are, and its twin on the host, which MPI sees. On the CPU they are one.
 
+    With `direct` there is no twin: MPI sees the memory of the device.
+
     Attributes
     ----------
     there, host : the two arrays, of one shape and dtype
+    message : what MPI is given
     """
 
-    def __init__(self, kernels: Any, shape: int | tuple[int, ...], dtype: DTypeLike) -> None:
-        self._kernels = kernels
-        self.host: NDArray[Any] = kernels.on_host(shape, dtype)
+    def __init__(self, kernels: Any, shape: int | tuple[int, ...], dtype: DTypeLike, *, direct: bool = False) -> None:
+        self._kernels, self._direct = kernels, direct
+        self.host: NDArray[Any] = kernels.on_host(0 if direct else shape, dtype)
         self.there: NDArray[Any] = self.host if kernels.device == "cpu" else kernels.zeros(shape, dtype)
+        self.message: Any = kernels.message(self.there) if direct else self.host
+        self._sending: Any = None
+
+    def send(self) -> None:
+        """Let the host have what is on the device, without waiting for it."""
+        if self.there is not self.host:
+            self._sending = self._kernels.settled() if self._direct else self._kernels.sending(self.there, self.host)
+
+    def sent(self) -> bool:
+        """Tell whether what :meth:`send` has begun is done. Does not wait."""
+        return self._sending is None or bool(self._sending.here())
 
     def push(self) -> None:
-        """Let the host have what is on the device."""
+        """Let the host have what is on the device, and wait for it; the device has done then what it was asked for."""
         if self.there is not self.host:
-            self._kernels.to_host(self.there, self.host)
+            if self._sending is None:
+                self.send()
+            self._sending.wait()
+            self._sending = None
 
     def pull(self) -> None:
         """Let the device have what is on the host."""
-        if self.there is not self.host:
+        if self.there is not self.host and not self._direct:
             self._kernels.to_device(self.host, self.there)
 
 
 class Frames:
-    """Memory for `rows` frames, contiguous, also on the device of the `kernels`.
+    """Memory for `rows` frames, contiguous, also on the device of the `kernels`, which is what MPI sees with `direct`.
 
     Attributes
     ----------
-    bytes : (rows, frame_nbytes) uint8
-    header : (rows,) structured array with the fields ``step``, ``status``, ``version`` and ``plan``
+    header : (rows,) structured array with the fields ``step``, ``status``, ``version`` and ``plan``, on the host
     headers : (rows,) uint64, the same 8 bytes as one number, for quick comparison
     wires : (rows, wire_nbytes) uint8, a view, where vectors are
     message : buffer specification for an MPI collective in which every rank has one row
     """
 
-    def __init__(self, rows: int, wire_nbytes: int, kernels: Any = None) -> None:
+    def __init__(self, rows: int, wire_nbytes: int, kernels: Any = None, *, direct: bool = False) -> None:
         start = _HEADER.itemsize
         nbytes = start + wire_nbytes
         if nbytes > LARGEST_COUNT:
             nbytes = -(-nbytes // UNIT_NBYTES) * UNIT_NBYTES
-        self._twin = Twin(backend(np.float32) if kernels is None else kernels, (rows, nbytes), np.uint8)
-        self.push, self.pull = self._twin.push, self._twin.pull
-        self.bytes: NDArray[np.uint8] = self._twin.host
-        self.header = self.bytes[:, :start].view(_HEADER)[:, 0]
-        self.headers = self.bytes[:, :start].view("<u8")[:, 0]
+        self.frame_nbytes = nbytes
+        self._kernels = backend(np.float32) if kernels is None else kernels
+        self._twin = Twin(self._kernels, (rows, nbytes), np.uint8, direct=direct)
+        self.send, self.sent, self.push, self.pull = (getattr(self._twin, name) for name in ("send", "sent", "push", "pull"))
+        # What the host writes and reads of frames that are on the device alone.
+        self._apart = self._twin.there[:, :start] if direct else None
+        heads = self._kernels.on_host((rows, start), np.uint8) if direct else self._twin.host[:, :start]
+        self.header, self.headers = heads.view(_HEADER)[:, 0], heads.view("<u8")[:, 0]
+        self._heads: NDArray[np.uint8] = heads
         self.wires = self._twin.there[:, start : start + wire_nbytes]
-        self.message: Any = self.bytes
+        self.message: Any = self._twin.message
         if nbytes > LARGEST_COUNT:
             from mpi4py import MPI
 
             unit = MPI.BYTE.Create_contiguous(UNIT_NBYTES).Commit()
-            self.message = [self.bytes, nbytes // UNIT_NBYTES, unit]
-
-    @property
-    def frame_nbytes(self) -> int:
-        """Size of one frame in bytes."""
-        return int(self.bytes.shape[1])
+            self.message = [self._twin.message, nbytes // UNIT_NBYTES, unit]
 
     def expect(self) -> None:
         """Let no header look like that of a message, before messages arrive in these frames."""
-        self.headers.fill(0xFFFFFFFFFFFFFFFF)
+        self.mark(0xFFFFFFFFFFFFFFFF)
+
+    def mark(self, header: int) -> None:
+        """Write a header into all frames, where MPI sees it."""
+        self.headers.fill(header)
+        if self._apart is not None:
+            self._kernels.exchange_now(self._heads, self._apart, to_device=True)
+
+    def look(self) -> NDArray[np.uint64]:
+        """Return the headers of the frames that MPI has written."""
+        if self._apart is not None:
+            self._kernels.exchange_now(self._heads, self._apart, to_device=False)
+        return self.headers
 
     def wire(self, row: int, codec: Codec) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the wire in `row` for `codec`, whose messages may be shorter than the row."""

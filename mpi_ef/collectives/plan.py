@@ -20,10 +20,11 @@ from mpi_ef.runtime.world import check_alone
 from mpi_ef.statetree import Leaf, Reshard
 
 from .exchange import Exchange, Round, Timer
-from .frames import WIRE_VERSION
+from .frames import WIRE_VERSION, Frames
 from .misfit import misfit, unwritable
 from .offer import Offer
 from .traffic import Traffic
+from .ways import ways_of
 
 __all__ = ["Offer", "Plan", "Traffic", "plan_for"]
 
@@ -114,6 +115,8 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         self.watched, self.lost = False, cast("float | None", None)
         self._encoding, communicating, self._decoding = (Timer(self.seconds, name) for name in self.seconds)
         self._exchange = Exchange(comm, subject, communicating)
+        self._exchange.let_depart(wait=True)  # what follows is collective
+        self._direct = device != "cpu" and ways_of(comm).direct
         self._refuses: MpiEfError | None = None  # of the next exchange
         self._every_time: int | None = None  # bytes that an exchange sends
         self._companions: dict[Compressor, Plan] = {}
@@ -188,6 +191,10 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
     def zeros(self, size: int, dtype: DTypeLike | None = None) -> Any:
         """Return an array of zeros where the vectors of this rank are, of their dtype unless another one is named. Local."""
         return self._kernels.zeros(size, dtype)
+
+    def frames(self, rows: int, wire_nbytes: int) -> Frames:
+        """Return memory for frames, where the vectors of this rank are and where MPI sees it. Local."""
+        return Frames(rows, wire_nbytes, self._kernels, direct=self._direct)
 
     def array(self, x: Any) -> Any:
         """Return `x`, or the array over the memory of a tensor on the plan's device. Local."""

@@ -59,8 +59,8 @@ class GatherMean(Plan, kind="gather"):
         """Build codecs and buffers, see :meth:`Plan.bind`."""
         Combine.check("GatherMean", self.combine)
         self._codec = self.compressor.codec_on(self.device, self.d, self.dtype)
-        self._send = Frames(1, self._codec.nbytes, self._kernels)
-        self._received = Frames(self.size, self._codec.nbytes, self._kernels)
+        self._send = self.frames(1, self._codec.nbytes)
+        self._received = self.frames(self.size, self._codec.nbytes)
         self._earlier: Frames | None = None  # the messages before those, for set_mean(again=True)
         self._written: tuple[Vector, int] | None = None  # what that has written to, after which turn
         self._turns = 0
@@ -95,7 +95,7 @@ class GatherMean(Plan, kind="gather"):
         out = self._kernels.array(out)
         written, self._written = self._written, (out, self._turns)
         if self._earlier is None:
-            self._earlier = Frames(self.size, self._codec.nbytes, self._kernels)
+            self._earlier = self.frames(self.size, self._codec.nbytes)
         if written is not None and written[0] is out and written[1] == self._turns - 1:
             with self._decoding:
                 self._codec.clear(self._earlier.wires, out)
@@ -176,8 +176,8 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         self._outward, self._back = [outward[size] for size in sizes], [back[size] for size in sizes]
         outward_nbytes = max(codec.nbytes for codec in self._outward)
         back_nbytes = max(codec.nbytes for codec in self._back)
-        self._send, self._arrived = (Frames(self.size, outward_nbytes, self._kernels) for _ in range(2))
-        self._answer, self._result = (Frames(n, back_nbytes, self._kernels) for n in (1, self.size))
+        self._send, self._arrived = (self.frames(self.size, outward_nbytes) for _ in range(2))
+        self._answer, self._result = (self.frames(n, back_nbytes) for n in (1, self.size))
         self._send_wires = [self._send.wire(j, codec) for j, codec in enumerate(self._outward)]
         self._send_parts = [wire[None] for wire in self._send_wires]
         self._result_parts = [self._result.wire(j, codec)[None] for j, codec in enumerate(self._back)]

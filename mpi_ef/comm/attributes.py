@@ -1,10 +1,11 @@
 """What is kept with a communicator, and goes when it is freed; calls that follow from others."""
 
+import sys
 from collections.abc import Callable
 from itertools import count
 from typing import Any, TypeVar
 
-__all__ = ["DerivedCalls", "kept_with"]
+__all__ = ["DerivedCalls", "kept_with", "mpi_of"]
 
 Kept = TypeVar("Kept")
 _keyvals: dict[tuple[type, object], int] = {}  # by kind of communicator, and what is kept with it
@@ -19,6 +20,12 @@ def kept_with(comm: Any, new: Callable[[], Kept]) -> Kept:
     if there is None:
         comm.Set_attr(_keyvals[kind, new], there := new())
     return there
+
+
+def mpi_of(comm: Any) -> Any:
+    """Return the module of MPI's communicators, None where `comm` is something else. Local."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi if mpi is not None and isinstance(comm, mpi.Comm) else None
 
 
 class DerivedCalls:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ef.collectives.in_flight import landed, took_off
-from mpi_ef.comm.attributes import kept_with
+from mpi_ef.collectives.ways import ways_of
+from mpi_ef.comm.attributes import kept_with, mpi_of
 from mpi_ef.comm.consensus import gather_values, ranks_text
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import say
@@ -118,12 +119,6 @@ class Line:
         took_off(self, self._left)
 
 
-def mpi_of(comm: Comm) -> Any:
-    """Return the module of MPI's communicators, None where `comm` is something else. Local."""
-    mpi = sys.modules.get("mpi4py.MPI")
-    return mpi if mpi is not None and isinstance(comm, mpi.Comm) else None
-
-
 class _Lines(list[Line]):
     """The lines made for a communicator so far, in the same order on all ranks."""
 
@@ -182,11 +177,15 @@ class Lane:
         if not alike:
             mpi_comm: Any = comm
             lanes.comms.append(mpi_comm.Dup())
+            ways_of(lanes.comms[-1]).queue = []
         self._number, _ = min(alike, default=(len(lanes.comms) - 1, 0))
         lanes.closed.pop(self._number, None)
         self.comm, self._lanes = lanes.comms[self._number], lanes
+        ways_of(self.comm).direct = ways_of(comm).direct
 
     def close(self) -> None:
         """Leave it to later optimizers, as it is. Local."""
         self.closed = True
-        self._lanes.closed[self._number] = self.started
+        waiting = ways_of(self.comm).queue or []
+        self._lanes.closed[self._number] = self.started - len(waiting)
+        waiting.clear()
