@@ -12,10 +12,11 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
+from mpi_ef.collectives.ways import ways_of
 from mpi_ef.comm.consensus import OnAllRanks, agree, ranks_text, shared_errors
 from mpi_ef.compress import Compressor, for_parameters
 from mpi_ef.compress.compressor import check_compressor
-from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError
+from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError, everywhere
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.table import Rule, rule_of
 from mpi_ef.kernels.backend import side_of
@@ -27,11 +28,24 @@ from .process_group import ProcessGroupComm
 __all__ = ["FeedbackHook"]
 
 
-def _on_hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Return a group of the same ranks that moves CPU memory: this one, or a new one with gloo. Collective in the group."""
+def _on_hosts(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """Return a group of the same ranks that moves CPU memory: this one, or a new one with gloo. Collective in the group.
+
+    Where ranks of the world are not in it, torch names the new one by the number of groups that a process is in, and ranks
+    that are in different numbers of them would wait for each other: they raise.
+    """
     if "cpu:" in dist.get_backend_config(group):
         return group
-    beside: Any = dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
+    ranks = dist.get_process_group_ranks(group)
+    if part := len(ranks) < dist.get_world_size():
+        mine = torch.tensor([len(dist.distributed_c10d._world.pg_names)], device=device)  # noqa: SLF001
+        gathered = [torch.empty_like(mine) for _ in ranks]
+        dist.all_gather(gathered, mine, group)
+        if len(numbers := {int(number) for number in gathered}) > 1:
+            raise everywhere(OptionError(f"FeedbackHook: the ranks {ranks} are in different numbers of process groups, from "
+                                         f"{min(numbers)} to {max(numbers)}, and torch can make none for them beside NCCL; "
+                                         "pass process_group=dist.new_group(ranks, backend='gloo'), built by all processes"))
+    beside: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=part)
     return beside  # type: ignore[no-any-return]
 
 
@@ -106,7 +120,10 @@ class FeedbackHook(OnAllRanks):
                  **options: Any) -> None:
         if not isinstance(model, DistributedDataParallel):
             raise OptionError(f"FeedbackHook: model is a {type(model).__name__}; pass DistributedDataParallel(model)")
-        self.comm = ProcessGroupComm(_on_hosts(model.process_group if process_group is None else process_group))
+        group = model.process_group if process_group is None else process_group
+        self.comm = ProcessGroupComm(on_hosts := _on_hosts(group, next(model.parameters()).device))
+        if on_hosts is not group:  # nobody else's: a bucket need not have left a device when backward goes on
+            ways_of(self.comm).queue = []
         self.compressor, self.rule, self.dense_steps, self.options = compressor, rule, dense_steps, options
         self.steps = self.skipped_steps = 0
         self._plan = plan
@@ -155,6 +172,7 @@ class FeedbackHook(OnAllRanks):
         known, future = self._buckets[names], _future(buffer)
         known.feedback.start(known.vector(buffer))
         self._under_way.append((known, buffer, future))
+        known.feedback.progress()
         if bucket.is_last():
             self._commit()
         return future

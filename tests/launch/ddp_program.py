@@ -11,8 +11,10 @@ import warnings
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar
+from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -39,6 +41,8 @@ from mpi_ef import (
 from mpi_ef.collectives import ClientsMean, TwoPhaseMean
 from mpi_ef.ddp import FeedbackHook, ProcessGroupComm
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, OptionError, PeerError, ShapeError
+from mpi_ef.kernels.backend import on_device_side
+from mpi_ef.kernels.device import bus
 
 SMALL_BUCKETS = 0.002  # MB
 ONE_BUCKET = {"ef21": TopK(0.1, values=Quantize("bf16")), "econtrol": TopK(0.1), "ef14": Sign(block=64)}
@@ -551,10 +555,77 @@ def part_of_the_world(folder):
     dist.barrier()
 
 
+class PatientHook(WatchedHook):
+    """Remembers for which buckets somebody has waited for a device."""
+
+    waits: ClassVar = []
+
+    def run(self, bucket):
+        before = len(self.waits)
+        future = super().run(bucket)
+        self.waited = [*getattr(self, "waited", []), (len(self.layouts), bucket.is_last(), len(self.waits) > before)]
+        return future
+
+
+def moves_no_memory_of_hosts(which):
+    """Return a context in which a group is taken for one with NCCL."""
+    told = dist.get_backend_config
+    return mock.patch.object(dist, "get_backend_config", lambda group=None: "cuda:nccl" if group is which else told(group))
+
+
+def beside_a_group_of_devices(folder):
+    """A group that moves no memory of the host has one beside it, where buckets wait for devices of any speed.
+
+    Nothing waits for a device before the last bucket; the bits are those of a group that serves both.
+    """
+    chance = np.random.default_rng(dist.get_rank())
+    wait = bus.Arrival.wait
+
+    def waiting(arrival):
+        PatientHook.waits.append(arrival)
+        return wait(arrival)
+
+    def trained(compressor, rule, plan):
+        model = DDP(network(), bucket_cap_mb=SMALL_BUCKETS)
+        hook = PatientHook(model, compressor, rule=rule, plan=plan)
+        train(model, range(5))
+        return hook, bits(model.parameters())
+
+    for compressor, rule, plan in ((TopK(0.1), "ef21", plan_for), (Sign(block=64), "ef14", TwoPhaseMean)):
+        _, plain = trained(compressor, rule, plan)
+        for here in (lambda _: bool(chance.integers(3) == 0), lambda _: False):
+            with (on_device_side(), moves_no_memory_of_hosts(dist.group.WORLD), mock.patch.object(bus.Arrival, "here", here),
+                  mock.patch.object(bus.Arrival, "wait", waiting)):
+                hook, beside = trained(compressor, rule, plan)
+            assert beside == plain
+            assert_rebuilt(hook)
+        assert all(waited == last for step, last, waited in hook.waited if step > 2)
+
+
+def beside_a_part_of_the_world(folder):
+    """Ranks that are in as many groups get one beside that with NCCL; others are told, where torch would hang."""
+    n, rank = dist.get_world_size(), dist.get_rank()
+    group, alone = dist.new_group(range(n - 1)), [dist.new_group([0]) for _ in range(4)]
+    if rank < n - 1:
+        model = DDP(network(), process_group=group, bucket_cap_mb=SMALL_BUCKETS)
+        with moves_no_memory_of_hosts(group):
+            if n == 2:
+                hook = FeedbackHook(model, TopK(0.1))
+                train(model, range(3))
+                assert hook.comm.Get_size() == 1
+            else:
+                with pytest.raises(OptionError, match="are in different numbers of process groups, from") as told:
+                    FeedbackHook(model, TopK(0.1))
+                assert told.value.everywhere
+    dist.barrier()
+    del alone
+
+
 PROGRAMS = (same_plans_as_over_mpi, communicator, communicator_refuses, identity_is_ddp, ef21_trains, one_bucket,
             state_follows_parameters, residuals_follow_parameters, save_and_load,
             load_before_the_first_backward_keeps_the_invariant, loading_is_checked, loading_on_one_rank_only,
-            nan_on_one_rank, grad_scaler_skips_everywhere, no_sync, ways_of_ddp, refusals, part_of_the_world)
+            nan_on_one_rank, grad_scaler_skips_everywhere, no_sync, ways_of_ddp, refusals, part_of_the_world,
+            beside_a_group_of_devices, beside_a_part_of_the_world)
 
 
 def rank_main(rank, n, folder):
