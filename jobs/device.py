@@ -1,4 +1,4 @@
-"""On which device a rank of ``mpi-ef train`` computes."""
+"""On which device a rank of a program computes."""
 
 import torch
 
@@ -11,8 +11,8 @@ from mpi_ef.kernels.backend import written_in
 __all__ = ["described", "device_for", "move_to"]
 
 
-def device_for(comm: Comm, asked: str | None) -> torch.device:
-    """Return the device that an option asks for on this rank, see :class:`TrainConfig`. Collective.
+def device_for(comm: Comm, asked: str | None, program: str) -> torch.device:
+    """Return the device that the option ``--device`` of a program asks for on this rank; None is auto. Collective.
 
     Raises
     ------
@@ -31,20 +31,20 @@ def device_for(comm: Comm, asked: str | None) -> torch.device:
                                   "device=auto or cpu")
             return {}
 
-        agree(comm, "train", facts, "")
+        agree(comm, program, facts, "")
         if wanted.index is not None:
             return wanted
     return local_device(comm, share=True)
 
 
-def move_to(model: torch.nn.Module, device: torch.device, comm: Comm) -> None:
+def move_to(model: torch.nn.Module, device: torch.device, comm: Comm, program: str) -> None:
     """Move a model to the device of this rank; where there is no room on one, all raise. Collective."""
 
     def facts() -> dict[str, object]:
         model.to(device)
         return {}
 
-    agree(comm, "train", facts, "")
+    agree(comm, program, facts, "")
 
 
 def described(comm: Comm, device: torch.device, vectors: str) -> dict[str, str]:
