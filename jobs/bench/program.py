@@ -6,6 +6,7 @@ which each method beats the fastest dense one. With --device the vectors are on 
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from mpi_ef.jobs.link_fit import fit_line
 from mpi_ef.jobs.methods import methods_in
 from mpi_ef.jobs.metrics import announcing, made_here
 from mpi_ef.jobs.options import Checked, check_device, option, parse
+from mpi_ef.jobs.visible import count_once
 from mpi_ef.runtime import launch
 
 __all__ = ["BenchConfig", "main", "measure"]
@@ -82,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except MpiEfError as error:
             raise SystemExit(f"mpi-ef: {shown(error)}") from None
     else:
+        count_once(os.environ)
         launch.run(lambda comm: run(comm, config))
 
 
