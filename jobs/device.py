@@ -8,7 +8,7 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import ConfigError, counted
 from mpi_ef.kernels.backend import written_in
 
-__all__ = ["described", "device_for", "move_to"]
+__all__ = ["described", "device_for", "move_to", "told_of"]
 
 
 def device_for(comm: Comm, asked: str | None, program: str) -> torch.device:
@@ -47,13 +47,21 @@ def move_to(model: torch.nn.Module, device: torch.device, comm: Comm, program: s
     agree(comm, program, facts, "")
 
 
+def told_of(device: torch.device, vectors: str) -> str:
+    """Return the name of a device, and what its kernels are written in; where that is not Triton, why. Local.
+
+    `vectors` is as for :func:`described`.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, kernels in {written_in(vectors)}"
+
+
 def described(comm: Comm, device: torch.device, vectors: str) -> dict[str, str]:
     """Return devices and what their kernels are written in, each with its ranks. Collective.
 
     `vectors` is what :func:`mpi_ef.kernels.backend.backend` calls the place of the vectors of this rank.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     ranks: dict[str, list[int]] = {}
-    for rank, text in enumerate(comm.allgather(f"{name}, kernels in {written_in(vectors)}")):
+    for rank, text in enumerate(comm.allgather(told_of(device, vectors))):
         ranks.setdefault(text, []).append(rank)
     return {text: ranks_text(found) for text, found in ranks.items()}
