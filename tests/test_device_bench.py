@@ -1,6 +1,7 @@
 """``mpi-ef bench`` with vectors on a device: the same steps, times until it is done, and what the document says."""
 
 import json
+import threading
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from device_side import sized
 from mpi4py import MPI
 
 from mpi_ef.errors import ConfigError, DataError
+from mpi_ef.jobs.bench import place
 from mpi_ef.jobs.bench import program as bench
 from mpi_ef.jobs.bench.methods import methods
 from mpi_ef.jobs.bench.place import Place
@@ -69,13 +71,15 @@ def test_the_steps_are_those_of_the_host():
 
     def program(comm):
         vectors = [np.random.default_rng([n, comm.Get_rank()]).standard_normal(D, dtype=np.float32) for n in range(3)]
+        copied = next(methods(comm, D, 0.1, place=Place(CPU)))  # of a rank without a device among others
+        np.testing.assert_array_equal(copied.call(vectors[0]), sum(comm.allgather(vectors[0])))
         ours = {method.name: [host(method.call(x)).copy() for x in vectors]
                 for method in methods(comm, D, 0.1) if method.kind in ("compressed", "alternative")}
         with on_device_side():
-            place = Place(CPU)
-            for method in methods(comm, D, 0.1, place=place):
+            there = Place(CPU)
+            for method in methods(comm, D, 0.1, place=there):
                 for number, x in enumerate(vectors):
-                    result = method.call(place.kernels.place(x))
+                    result = method.call(there.kernels.place(x))
                     if method.name in ours:
                         np.testing.assert_array_equal(host(result), ours[method.name][number], method.name)
                     elif method.name == COPIED:
@@ -89,7 +93,7 @@ def test_the_steps_are_those_of_the_host():
 def test_what_is_measured_on_a_device(tmp_path, monkeypatch, capsys):
     """And that medians of several launches and the report read it."""
     memory = defaultdict(lambda: iter([0, 4 * D]))
-    monkeypatch.setattr(Place, "allocated", lambda place: next(memory[place]))
+    monkeypatch.setattr(Place, "allocated", lambda there: next(memory[there]))
     with on_device_side():
         said = written_in("side:cpu")
         result = measured(monkeypatch, tmp_path / "device.json")
@@ -136,28 +140,28 @@ def test_times_end_when_the_device_is_done(monkeypatch):
 
 
 def test_a_device_is_asked_by_its_number(monkeypatch):
-    place, asked = Place(CPU), []
-    assert place.allocated() is None
-    place.device = torch.device("cuda:1")
+    there, asked = Place(CPU), []
+    assert there.allocated() is None
+    there.device = torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: asked.append(device) or 7)
-    assert place.allocated() == 7
+    assert there.allocated() == 7
     assert asked == [torch.device("cuda:1")] * 2
 
 
-def test_ranks_with_and_without_a_device():
+def test_ranks_with_and_without_a_device(monkeypatch):
     """They measure the same methods."""
+    here = threading.local()
+    monkeypatch.setattr(place, "side_of", lambda *_: ("cpu", "side:cpu")[here.rank])
 
     def program(comm):
-        place = Place(CPU)
-        if comm.Get_rank():
-            with on_device_side():
-                place = Place(CPU)
-        x = place.kernels.place(np.linspace(-1, 1 + comm.Get_rank(), D, dtype=np.float32))
-        return [(method.name, method.call(x) is None) for method in methods(comm, D, 0.1, place=place)]
+        here.rank = comm.Get_rank()
+        return bench.measure(comm, BenchConfig(d=D, ratio=0.1, repeats=1))
 
     first, second = results(2, program)
-    assert first == second
+    assert first["devices"] == {"cpu, kernels in Numba": "rank 0", f"cpu, kernels in {written_in('side:cpu')}": "rank 1"}
+    assert [row["name"] for row in first["rows"]] == [row["name"] for row in second["rows"]]
+    assert (first["rows"][0]["name"], first["rows"][-5]["name"]) == (COPIED, EF21_ENCODE)
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):
