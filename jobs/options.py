@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import Field, field, fields
@@ -15,7 +16,7 @@ from mpi_ef.errors import ConfigError, OptionError, briefly, nearest
 from mpi_ef.ranges import checked
 from mpi_ef.runtime.world import first_task
 
-__all__ = ["Checked", "divided", "option", "parse", "refuse", "to_toml"]
+__all__ = ["Checked", "check_device", "divided", "option", "parse", "refuse", "to_toml"]
 
 T = TypeVar("T")
 _LATER_SECONDS = 1.0
@@ -86,6 +87,12 @@ def parse(config: type[T], argv: Sequence[str] | None, *, prog: str, description
         return config(**of_file(_read(path, known, types) if path else {}, flags) | flags)
     except ConfigError as error:
         parser.error(str(error))
+
+
+def check_device(device: str | None) -> None:
+    """Raise `ConfigError` for a name that is none of a device: auto, cpu, cuda, or cuda with the number of a GPU."""
+    if device is not None and not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", device, re.ASCII):
+        raise ConfigError(f"device={briefly(device)} is no device; take auto, cpu, cuda, or cuda:0 with the number of a GPU")
 
 
 def refuse(text: object, prog: str = "mpi-ef") -> NoReturn:

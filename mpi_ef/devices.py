@@ -15,9 +15,11 @@ __all__ = ["local_device"]
 def local_device(comm: Comm, *, share: bool = False) -> torch.device:
     """Return the GPU for this rank, one for each rank of a node; the CPU where torch sees no GPU. Collective.
 
-    It is the GPU, of those that this rank sees, whose number is that of the rank on its node, modulo how many it sees: the
-    only one where Slurm shows each task its own (``--gpus-per-task``), the next one where all tasks of a node see all
-    (``--gpus-per-node``). Nothing is changed: no ``torch.cuda.set_device``, no memory on a GPU.
+    The first rank of a node takes the first GPU that it sees, every next one the first that is left of those which it sees:
+    the only one where Slurm shows each task its own (``--gpus-per-task``), the next one where all tasks of a node see all
+    (``--gpus-per-node``). Where ranks see some of them each (``--gpu-bind=closest``), they get different ones if possible.
+    A rank for which none is left takes one that it sees by its number on the node. Nothing is changed: no
+    ``torch.cuda.set_device``, no memory on a GPU.
 
     Parameters
     ----------
@@ -47,22 +49,27 @@ def local_device(comm: Comm, *, share: bool = False) -> torch.device:
     check_not_freed(comm, "local_device")
     if comm.Is_inter():
         raise OptionError(f"local_device: comm={briefly(comm)} is not an intracommunicator; pass for example MPI.COMM_WORLD")
-    place, beside = _on_node(comm)
-    mine = ["cpu", "", beside]  # filled by facts, before it is sent
+    mine: list[Any] = [_first_on_node(comm)]  # facts add what this rank sees, before it is sent
 
     def facts() -> dict[str, object]:
-        if torch.cuda.is_available():
-            mine[:2] = _chosen(place)
+        mine.append(_visible() if torch.cuda.is_available() else [])
         return {"share": share}
 
     answers = agree(comm, "local_device", facts, "pass the same on all ranks", value=mine)
+    nodes: dict[int, dict[int, list[str]]] = {}
+    for rank, (node, visible) in enumerate(answers):
+        if visible:
+            nodes.setdefault(node, {})[rank] = visible
+    chosen = {rank: index for ranks in nodes.values()
+              for rank, index in zip(ranks, _apart(list(ranks.values())), strict=True)}
     if not share:
-        _check_apart(answers)
-    return torch.device(str(mine[0]))
+        _check_apart(nodes, chosen)
+    index = chosen.get(int(comm.Get_rank()))
+    return torch.device("cpu" if index is None else f"cuda:{index}")
 
 
-def _on_node(comm: Any) -> tuple[int, int]:
-    """Return the number of this rank on its node, and the first rank there. Collective."""
+def _first_on_node(comm: Any) -> int:
+    """Return the first rank on the node of this one. Collective."""
     rank = int(comm.Get_rank())
     if not hasattr(comm, "Split_type"):
         hosts = comm.allgather(gethostname())
@@ -73,30 +80,61 @@ def _on_node(comm: Any) -> tuple[int, int]:
         node = comm.Split_type(MPI.COMM_TYPE_SHARED, rank)
         beside = node.allgather(rank)
         node.Free()
-    return beside.index(rank), beside[0]
+    return int(beside[0])
 
 
-def _chosen(place: int) -> tuple[str, str]:
-    """Return the device for the rank with that number on its node, and what tells its hardware from any other. Local."""
+def _visible() -> list[str]:
+    """Return what tells the hardware of each GPU that this rank sees from any other. Local."""
     try:
-        index = place % torch.cuda.device_count()
-        asked = torch.cuda.get_device_properties(index)
+        every = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"local_device: the GPUs here cannot be asked ({told(error)}); look at nvidia-smi or rocminfo, or "
                           "hide them with CUDA_VISIBLE_DEVICES= to compute on the CPU") from error
-    bus = [getattr(asked, f"pci_{name}_id", 0) for name in ("domain", "bus", "device")]
-    return f"cuda:{index}", f"{getattr(asked, 'uuid', '')} at {bus[0]:04x}:{bus[1]:02x}:{bus[2]:02x}".strip()
+    found = []
+    for asked in every:
+        bus = [getattr(asked, f"pci_{name}_id", 0) for name in ("domain", "bus", "device")]
+        found.append(f"{getattr(asked, 'uuid', '')} at {bus[0]:04x}:{bus[1]:02x}:{bus[2]:02x}".strip())
+    return found
 
 
-def _check_apart(answers: list[tuple[str, str, int]]) -> None:
-    """Raise where ranks of a node have the same GPU, by what :func:`local_device` knows of all ranks. Local."""
-    ranks: dict[tuple[str, int], list[int]] = {}
-    for rank, (_, hardware, node) in enumerate(answers):
-        if hardware:
-            ranks.setdefault((hardware, node), []).append(rank)
-    shared = [there for there in ranks.values() if len(there) > 1]
+def _apart(ranks: list[list[str]]) -> list[int]:
+    """Return which of the GPUs that it sees each rank of a node takes: as many different ones as there can be. Local."""
+    owners: dict[str, int] = {}
+
+    def give(rank: int, refused: set[str]) -> bool:
+        """Give a rank a GPU that is free, or one whose owner can take another one."""
+        for gpu in ranks[rank]:
+            if gpu not in owners:
+                owners[gpu] = rank
+                return True
+        for gpu in ranks[rank]:
+            if gpu not in refused:
+                refused.add(gpu)
+                if give(owners[gpu], refused):
+                    owners[gpu] = rank
+                    return True
+        return False
+
+    for rank in range(len(ranks)):
+        give(rank, set())
+    taken = {rank: gpu for gpu, rank in owners.items()}
+    return [seen.index(taken[rank]) if rank in taken else rank % len(seen) for rank, seen in enumerate(ranks)]
+
+
+def _check_apart(nodes: dict[int, dict[int, list[str]]], chosen: dict[int, int]) -> None:
+    """Raise where ranks of a node have the same GPU, of those that they see. Local."""
+    shared: list[list[int]] = []
+    named = "", ""
+    for seen in nodes.values():
+        ranks: dict[str, list[int]] = {}
+        for rank, visible in seen.items():
+            ranks.setdefault(visible[chosen[rank]], []).append(rank)
+        for hardware, several in ranks.items():
+            if len(several) > 1:
+                named = named if shared else (f"cuda:{chosen[several[0]]}", hardware)
+                shared.append(several)
     if shared:
-        device, hardware, _ = answers[shared[0][0]]
+        device, hardware = named
         more = f", and others share {counted(len(shared) - 1, 'more GPU')}" if len(shared) > 1 else ""
         raise everywhere(OptionError(f"local_device: {ranks_text(shared[0])} would share one GPU ({device}, {hardware})"
                                      f"{more}; start as many ranks a node as it has GPUs, or pass share=True"))

@@ -114,7 +114,8 @@ def test_a_device_that_is_not_there(tmp_path, monkeypatch, device):
 
 def test_one_gpu_for_each_rank_by_default(monkeypatch):
     """As far as there is none: what the model and its data would be moved to."""
-    from mpi_ef.jobs.train import device, loop
+    from mpi_ef.jobs import device
+    from mpi_ef.jobs.train import loop
 
     seen = []
     monkeypatch.setattr(device, "local_device", lambda comm, **options: seen.append(options) or torch.device("cpu"))

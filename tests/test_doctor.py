@@ -90,6 +90,10 @@ EACH = [rank([core], omp="1") for core in range(4)]
 FULL = [rank([0, 1], 2, omp="1")] * 16
 NO_GPU = of(import_seconds=1.0, available=False, count=0, names=[], built="", torch="2.9+cpu", hardware=0)
 GPUS = NO_GPU | of(available=True, count=4, names=["A100"], built="12.8", hardware=4, aware="yes")
+GPUS |= of(kernels=["A100, kernels in Triton"], nodes=2, triton_path="/tmp/t", triton_kind="ext4", unpinned="")
+GPUS |= of(memory_lock=-1)
+AMD = NO_GPU | of(built="6.4", hip=True, hardware=1, ROCR_VISIBLE_DEVICES="1", CUDA_VISIBLE_DEVICES="1")
+OLD = "P100, kernels in torch (compute capability 6.0 is below 7.0)"
 WORKER = of(default="fork", mpi_here=True, mpi_in_worker=False, seconds=0.3)
 CACHE = of(right=True, path="/tmp/numba", kind="ext4", open=False, write="", there=30, total=30, nodes=2, warm_up=False)
 FOLDER = dict.fromkeys(("write", "fsync", "link", "rename", "lock", "hdf5_write", "locking"), "")
@@ -154,7 +158,25 @@ CASES = [
     (torch, [NO_GPU | of(hardware=2)], {"gpu-torch": "note"}),
     (torch, [NO_GPU | of(hardware=2, built="12.8")], {"gpu-hidden": "note|nvidia-smi"}),
     (torch, [NO_GPU | of(hardware=2, built="12.8", CUDA_VISIBLE_DEVICES="")], {"gpu-hidden": "note|unset CUDA"}),
-    (torch, [GPUS] * 4, {"gpu": "ok|4 GPUs for 4 ranks", "gpu-aware": "ok|arrived"}),
+    (torch, [GPUS] * 4, {"gpu": "ok|4 GPUs for 4 ranks", "gpu-aware": "ok|arrived",
+                         "gpu-kernels": "ok|'A100, kernels in Triton'"}),
+    (torch, [GPUS, GPUS | of(kernels=["H200, kernels in Triton"])],
+     {"gpu-kernels": "ok|'A100, kernels in Triton on rank 0 (n0); H200, kernels in Triton on rank 1 (n0)'"}),
+    (torch, [GPUS, GPUS | of(kernels=[OLD])], {"gpu-kernels": f"warning|{OLD} on rank 1 (n0): the bits|newer|(1,)"}),
+    (torch, [GPUS | of(kernels=["A100, kernels in torch (triton cannot be imported (No module named 'triton'))"])] * 4,
+     {"gpu-kernels": "warning|cannot be imported|install the Triton"}),
+    (torch, [GPUS | of(kernels=["A100, kernels in torch (MPI_EF_DEVICE_KERNELS=torch is set)"])] * 4,
+     {"gpu-kernels": "note|unset MPI_EF"}),
+    (torch, [GPUS | of(unpinned="out of memory", memory_lock=65536), GPUS | of(unpinned=None)],
+     {"gpu-page-locked": "warning|on rank 0 (n0) (out of memory; ulimit -l is 65.5 kB)|(0,)"}),
+    (torch, [GPUS | of(unpinned="busy")], {"gpu-page-locked": "warning|(busy; ulimit -l is unlimited)"}),
+    (torch, [GPUS | of(triton_kind="nfs4", triton_path="/home/t")] * 4,
+     {"triton-cache-network": "warning|in /home/t (nfs4), which|export TRITON_CACHE_DIR=${SLURM_TMPDIR:-/tmp}"}),
+    (torch, [GPUS | of(triton_kind="nfs4", nodes=1)], {}),
+    (torch, [AMD], {"gpu-hidden": "warning|ROCR_VISIBLE_DEVICES=1 leaves some, and CUDA_VISIBLE_DEVICES=1|unset CUDA"}),
+    (torch, [AMD | of(CUDA_VISIBLE_DEVICES=None)], {"gpu-hidden": "note|rocminfo"}),
+    (torch, [GPUS | of(count=1), AMD | of(HIP_VISIBLE_DEVICES="0")],
+     {"gpu-hidden": "warning|HIP_VISIBLE_DEVICES=0|rank 1 (n0)|(1,)", "gpu-differs": "warning", "gpu-shared": "note"}),
     (torch, [GPUS] * 8, {"gpu-shared": "note|8 ranks on a node share 4 GPUs"}),
     (torch, [GPUS | of(count=1, CUDA_VISIBLE_DEVICES=str(n)) for n in range(4)], {}),
     (torch, [GPUS, GPUS | of(count=3)], {"gpu-differs": "warning|3 on rank 1 (n0)"}),
@@ -499,11 +521,18 @@ def test_gpus_that_torch_sees(monkeypatch, rank):
     from torch import cuda
 
     names = {0: "H200", 1: "A100", 2: "H200"}
-    for name, value in {"is_available": lambda: True, "device_count": lambda: 3, "get_device_name": names.get}.items():
+    made_up = {"is_available": lambda: True, "device_count": lambda: 3, "get_device_capability": lambda _: (6, 1),
+               "get_device_name": lambda device: names[getattr(device, "index", device)]}
+    for name, value in made_up.items():
         monkeypatch.setattr(cuda, name, value)
     monkeypatch.setattr(torch, "_MESSAGE", "print('gpu_data True')")
     facts = torch.collect(context(os.environ, placement=Placement(rank)))
     assert (facts["count"], facts["names"], facts.get("aware")) == (3, ["A100", "H200"], None if rank else "yes")
+    why = "kernels in torch (compute capability 6.1 is below 7.0)"
+    assert facts["kernels"] == [f"A100, {why}", f"H200, {why}"]
+    assert "triton_path" not in facts
+    assert facts["unpinned"].startswith("pin_memory=True requires")  # torch for CPUs cannot
+    assert json.loads(json.dumps(facts)) == facts
 
 
 @pytest.mark.parametrize(("alive", "status", "problem"),

@@ -240,7 +240,8 @@ SUMMARY = {"val_loss": 0.5, "sent_nbytes": 5, "dense_nbytes": 9, "seconds_per_st
 BENCHED = {"name": "MPI_Allreduce", "kind": "dense", "median_seconds": 2.0, "min_seconds": 1.0, "max_seconds": 3.0,
            "sent_nbytes": 10, "entry_bits": None, "index_bits": None, "local_seconds": None, "touched_bytes": None}
 BENCH = {"ranks": 2, "d": 5, "ratio": 0.1, "repeats": 3, "launches": 1, "mpi": "Some MPI", "rows": [BENCHED],
-         "link": {"latency_seconds": 1e-6, "bytes_per_second": 1e9}}
+         "link": {"latency_seconds": 1e-6, "bytes_per_second": 1e9}, "devices": {"H100, kernels in Triton": "ranks 0,1"},
+         "ef21_memory_vectors": 2.1}
 WRONG = [None, [], {}, "x", 10**400, True, "\ud800", ESCAPE]
 DEEP = '{"a":' * 100_000
 

@@ -47,7 +47,7 @@ ROOMS = {
     "__init__": ("errors moved runtime compress collectives feedback buffers data metrics shares devices optim ddp "
                  "checkpoint state", ""),
     "jobs": ("__init__ errors documents ranges registry kernels comm runtime slurm compress collectives feedback checkpoint "
-             "state", "numpy matplotlib mpi4py tensorboard"),
+             "state", "numpy torch matplotlib mpi4py tensorboard"),
     "jobs.train": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback optim "
                    "checkpoint state jobs", "numpy torch sklearn"),
     "jobs.bench": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback "

@@ -23,7 +23,8 @@ def made_up(monkeypatch):
     def properties(index):
         if here.gpus[index] is None:
             raise RuntimeError("CUDA error: invalid device")
-        return SimpleNamespace(uuid=here.gpus[index], pci_bus_id=index, pci_domain_id=0, pci_device_id=0)
+        uuid = here.gpus[index]
+        return SimpleNamespace(uuid=uuid, pci_bus_id=ord(uuid) - ord("a"), pci_domain_id=0, pci_device_id=0)
 
     monkeypatch.setattr(devices, "gethostname", lambda: here.node)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(here.gpus))
@@ -48,6 +49,18 @@ def test_one_gpu_for_each_rank_of_a_node(made_up):
     assert chosen(("n1", every), ("n0", every), ("n1", every), ("n0", every)) == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
     # Slurm's --gpus-per-task: index 0 is other hardware in every task.
     assert chosen(("n0", ["a"]), ("n0", ["b"]), ("n0", ["c"])) == ["cuda:0"] * 3
+
+
+@pytest.mark.parametrize(("seen", "gets"), [
+    (["ab", "cd", "ab", "cd"], "acbd"),  # closest, tasks dealt to the sockets in turn
+    (["ab", "a"], "ba"),  # closest where no GPU is: the first of all
+    (["abc", "ab", "a"], "cba"),
+    (["ba", "ba"], "ba"),
+    (["ab", "c", "ab", "ab", "c"], "acbbc"),  # more ranks than GPUs
+])
+def test_ranks_that_see_different_ones(made_up, seen, gets):
+    found = chosen(*[("n0", list(gpus)) for gpus in seen], share=len(set(gets)) < len(gets))
+    assert "".join(gpus[int(device.removeprefix("cuda:"))] for gpus, device in zip(seen, found, strict=True)) == gets
 
 
 def test_the_cpu_where_there_is_none(made_up):

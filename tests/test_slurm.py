@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import patience
@@ -14,6 +15,7 @@ from mpi_ef import slurm
 from mpi_ef.errors import ConfigError, OptionError
 from mpi_ef.jobs import cli
 from mpi_ef.jobs import slurm as slurm_program
+from mpi_ef.jobs.visible import count_once
 from mpi_ef.slurm.mpi_types import choose, offered_by
 
 FOLDER = Path(__file__).resolve().parents[1] / "slurm"
@@ -21,8 +23,8 @@ SBATCH = [name for name in slurm.TEMPLATES if name.endswith(".sbatch")]
 TRAINING = [name for name in SBATCH if name not in ("bench.sbatch", "tests.sbatch")]
 # Options of sbatch, all that templates and profiles use.
 KNOWN = {
-    "account", "array", "constraint", "cpus-per-task", "exclusive", "gpus-per-node", "job-name", "mail-type", "mail-user",
-    "mem", "nodes", "ntasks-per-node", "open-mode", "output", "partition", "qos", "requeue", "signal", "time",
+    "account", "array", "constraint", "cpus-per-task", "exclusive", "gpu-bind", "gpus-per-node", "job-name", "mail-type",
+    "mail-user", "mem", "nodes", "ntasks-per-node", "open-mode", "output", "partition", "qos", "requeue", "signal", "time",
 }
 
 
@@ -191,7 +193,10 @@ def site(tmp_path):
     return Site(tmp_path)
 
 
-RANK = ["bash", "-c", 'export LOCAL_RANK=$SLURM_LOCALID; exec "$@"', "rank"]
+EACH = ('export LOCAL_RANK=$SLURM_LOCALID; '
+        '[[ -e /dev/kfd && ! -e /dev/nvidiactl && ${CUDA_VISIBLE_DEVICES:-} == "${ROCR_VISIBLE_DEVICES:-}" ]] && '
+        'unset CUDA_VISIBLE_DEVICES GPU_DEVICE_ORDINAL; exec "$@"')
+RANK = ["bash", "-c", EACH, "rank"]
 TESTED = ["bash", "-c", 'MPI_EF_TEST_RANKS=$SLURM_STEP_NUM_TASKS exec "$@"', "rank"]
 PYTEST = [
     "-m",
@@ -232,6 +237,39 @@ def test_what_every_template_starts(site, name, variables, words, after):
     assert status == 0
     script = ["--script", str(FOLDER / name)] if "train" in after or name.startswith("train-gpu") else []
     assert noted == ["supervise", *(script if name != "train.lsf" else []), *words, *after]
+
+
+@pytest.mark.parametrize(("there", "variables", "left"), [
+    (["kfd"], {"ROCR": "2,3", "CUDA": "2,3", "ORDINAL": "2,3"}, {"ROCR": "2,3"}),
+    (["kfd"], {"ROCR": "2,3", "CUDA": "0"}, {"ROCR": "2,3", "CUDA": "0"}),  # somebody wants one of them
+    (["kfd"], {"CUDA": "1"}, {"CUDA": "1"}),
+    (["kfd", "nvidiactl"], {"ROCR": "1", "CUDA": "1"}, {"ROCR": "1", "CUDA": "1"}),
+    ([], {"ROCR": "1", "CUDA": "1", "ORDINAL": "1"}, {"ROCR": "1", "CUDA": "1", "ORDINAL": "1"}),
+])
+def test_gpus_of_amd_are_not_hidden_twice(tmp_path, there, variables, left):
+    """By mpi-ef train, and by the template for other programs."""
+    names = {"ROCR": "ROCR_VISIBLE_DEVICES", "CUDA": "CUDA_VISIBLE_DEVICES", "ORDINAL": "GPU_DEVICE_ORDINAL"}
+    environ = {names[name]: value for name, value in variables.items()}
+    for name in there:
+        (tmp_path / name).touch()
+    ended = subprocess.run(["bash", "-c", EACH.replace("/dev/", f"{tmp_path}/"), "rank", "env"], text=True, timeout=60,
+                           env=environ | {"PATH": os.environ["PATH"], "SLURM_LOCALID": "3"}, stdout=subprocess.PIPE,
+                           check=True)
+    seen = dict(line.split("=", 1) for line in ended.stdout.splitlines())
+    assert seen["LOCAL_RANK"] == "3"
+    count_once(environ, tmp_path)
+    for name, variable in names.items():
+        assert seen.get(variable) == environ.get(variable) == left.get(name)
+
+
+@pytest.mark.parametrize("program", ["train", "bench"])
+def test_programs_look_at_that_first(monkeypatch, program):
+    seen = []
+    module = import_module(f"mpi_ef.jobs.{program}.program")
+    monkeypatch.setattr(module, "count_once", seen.append)
+    monkeypatch.setattr(module.launch, "run", lambda _: seen.append("run"))
+    module.main([])
+    assert seen == [os.environ, "run"]
 
 
 ON_A_NODE = """#!/bin/bash

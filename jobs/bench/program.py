@@ -1,10 +1,12 @@
 """Measure every plan and rule against dense allreduce on this machine, alternating: ``mpiexec -n 2 mpi-ef bench``.
 
 Says where compression pays: it fits latency and bandwidth of the link between the ranks, and prints the bandwidth below
-which each method beats the fastest dense one. ``mpi-ef bench checkpoint`` measures saving and loading.
+which each method beats the fastest dense one. With --device the vectors are on the GPU of each rank.
+``mpi-ef bench checkpoint`` measures saving and loading.
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +23,8 @@ from mpi_ef.jobs.folder import write_whole
 from mpi_ef.jobs.link_fit import fit_line
 from mpi_ef.jobs.methods import methods_in
 from mpi_ef.jobs.metrics import announcing, made_here
-from mpi_ef.jobs.options import Checked, option, parse
+from mpi_ef.jobs.options import Checked, check_device, option, parse
+from mpi_ef.jobs.visible import count_once
 from mpi_ef.runtime import launch
 
 __all__ = ["BenchConfig", "main", "measure"]
@@ -43,13 +46,17 @@ class BenchConfig(Checked):
         None, "measure these beside dense ones: RULE COMPRESSOR, or RULE COMPRESSOR PLAN, separated by semicolons, such as "
         "'econtrol(eta=0.1) TopK(0.05); ef14 my_module:Mine(3) TwoPhaseMean'", shown="the list that --only is about"
     )
+    device: str | None = option(
+        None, "where vectors are: auto is the GPU for this rank, shared where there are fewer, and the CPU without any; "
+        "cuda the same, but no CPU; cuda:0 that one on every rank", shown="cpu", choices=("auto", "cpu", "cuda"),
+        others="cuda:NUMBER")
     json: Path | None = option(None, "write all figures to this file")
     plot: Path | None = option(None, "draw them to this picture, .png, .svg, .pdf or .jpg")
     combine: str = option("", "no measurement: medians over the launches in these JSON files, separated by commas")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        measuring = {name: getattr(self, name) for name in ("d", "ratio", "repeats", "only", "methods")}
+        measuring = {name: getattr(self, name) for name in ("d", "ratio", "repeats", "only", "methods", "device")}
         for name, value in measuring.items():
             if self.combine and value is not None:
                 raise ConfigError(f"{name}={value} has no effect with combine, which measures nothing")
@@ -57,6 +64,7 @@ class BenchConfig(Checked):
             if self.methods is not None and measuring[name] is not None:
                 raise ConfigError(f"{name}={measuring[name]} has no effect with methods, which says what is measured")
         methods_in(self.methods)
+        check_device(self.device)
         if self.plot is not None and self.plot.suffix.lower() not in PICTURES:
             raise ConfigError(f"plot={self.plot} is no name of a picture; take one that ends in {', '.join(PICTURES)}")
 
@@ -76,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except MpiEfError as error:
             raise SystemExit(f"mpi-ef: {shown(error)}") from None
     else:
+        count_once(os.environ)
         launch.run(lambda comm: run(comm, config))
 
 
@@ -110,43 +119,52 @@ def measure(comm: MpiComm, config: BenchConfig) -> dict[str, Any]:
     """Return all figures as a JSON document; times are those of the slowest rank. Collective.
 
     Every method is called once in each round, with the same vector in all of a round, after a barrier; the first two
-    rounds do not count.
+    rounds do not count. A device has done everything before a call, and after it, when the time is taken.
     """
     import numpy as np
     from mpi4py import MPI
 
-    from mpi_ef.jobs.bench.methods import methods
+    from mpi_ef.jobs.bench.methods import memory_of_ef21, methods
+    from mpi_ef.jobs.bench.place import Place
     from mpi_ef.jobs.bench.traffic import Counting, counted
+    from mpi_ef.jobs.device import described, device_for
 
     d, ratio, repeats = config.d or 25_000_000, config.ratio or 0.01, config.repeats or 9
+    place = Place(device_for(comm, config.device or "cpu", "bench"))
+    devices = described(comm, place.device, place.name)
+    on_host = comm.allreduce(int(place.on_host), MPI.MIN)  # of all ranks: they measure the same
     rng = np.random.default_rng(comm.Get_rank())
-    vectors = [rng.standard_normal(d, dtype=np.float32) for _ in range(VECTORS)]
+    vectors = [place.kernels.place(rng.standard_normal(d, dtype=np.float32)) for _ in range(VECTORS)]
     wanted = [word.strip() for word in (config.only or "").split(",") if word.strip()]
     counting = Counting(comm)
-    every = list(methods(counting, d, ratio, methods_in(config.methods)))
+    added = None if on_host or config.methods else memory_of_ef21(comm, d, ratio, place, vectors)
+    every = list(methods(counting, d, ratio, methods_in(config.methods), None if on_host else place))
     _check_words(wanted, [m.name for m in every])
     chosen = [m for m in every if not wanted or m.kind == "dense" or any(word in m.name for word in wanted)]
     seconds, messages = np.zeros((len(chosen), repeats + 2)), [0] * len(chosen)
     for turn in range(repeats + 2):
         x = vectors[turn % VECTORS]
         for number, method in enumerate(chosen):
-            if turn == 2 and method.plan is not None:
-                method.plan.seconds.update(dict.fromkeys(method.plan.seconds, 0.0))
+            if turn == 2:
+                method.clock.update(dict.fromkeys(method.clock, 0.0))
             before = counting.messages
+            place.synchronise()
             comm.Barrier()
             began = perf_counter()
             method.call(x)
+            place.synchronise()
             seconds[number, turn] = perf_counter() - began
             messages[number] = counting.messages - before
+    mine = seconds[:, 2:].sum(axis=1).tolist()
     comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
     link = fit_link(comm)
     rows = []
-    for method, times, sent in zip(chosen, seconds[:, 2:].tolist(), messages, strict=True):
+    for method, whole, times, sent in zip(chosen, mine, seconds[:, 2:].tolist(), messages, strict=True):
         local = touched = None
-        if method.plan is not None:
-            spent = method.plan.seconds["encode"] + method.plan.seconds["decode"]
+        if method.clock:  # a device computes while the host goes on: all that is not communication
+            spent = method.clock["encode"] + method.clock["decode"] if on_host else whole - method.clock["communicate"]
             local = comm.allreduce(spent / repeats, MPI.MAX)
-        if method.plan is not None and method.kind == "compressed":
+        if on_host and method.plan is not None and method.kind == "compressed":
             with counted() as traffic:
                 method.call(vectors[0])
             touched = traffic.total() / d
@@ -155,8 +173,15 @@ def measure(comm: MpiComm, config: BenchConfig) -> dict[str, Any]:
     return {
         "ranks": comm.Get_size(), "d": d, "ratio": ratio, "repeats": repeats, "launches": 1,
         "mpi": " ".join(MPI.Get_library_version().split("\x00")[0].splitlines()[0].split(",")[0].split()),
-        **made_here(comm), "link": asdict(link), "rows": [asdict(row) for row in rows],
+        **made_here(comm), "devices": devices, **_memory(comm, added), "link": asdict(link),
+        "rows": [asdict(row) for row in rows],
     }
+
+
+def _memory(comm: MpiComm, added: float | None) -> dict[str, float]:
+    """Return what EF21 adds on the device where it takes most, for the document; nothing where it was not measured."""
+    most = max((vectors for vectors in comm.allgather(added) if vectors is not None), default=None)
+    return {} if most is None else {"ef21_memory_vectors": most}
 
 
 def _check_words(wanted: Sequence[str], names: Sequence[str]) -> None:

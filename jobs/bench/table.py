@@ -8,7 +8,17 @@ from typing import Any
 from mpi_ef.errors import DataError, briefly
 from mpi_ef.jobs.metrics import in_bytes, is_number
 
-__all__ = ["Link", "Row", "break_even", "check", "combine", "plot", "table"]
+__all__ = ["COPIED", "EF21_ENCODE", "SIGNS_ENCODE", "TORCH_ADD", "TORCH_SUB", "TORCH_TOPK", "Link", "Row", "break_even",
+           "check", "combine", "plot", "table"]
+
+# Methods with vectors on a device.
+COPIED = "MPI_Allreduce and copies"  # to the host before, to the device afterwards
+EF21_ENCODE, SIGNS_ENCODE = "EF21: select from a - b and code", "signs: code a - b, keep the rest"
+TORCH_SUB, TORCH_TOPK, TORCH_ADD = "torch.sub(a, b, out=c)", "torch.topk(c.abs(), k)", "torch.add(a, b, out=c)"
+# What beside what, and how much of its time it should take at most: on an H100, 25 million entries, 1 % of them kept.
+GOALS = ((EF21_ENCODE, TORCH_SUB, 6.0), (EF21_ENCODE, TORCH_TOPK, 0.25), (SIGNS_ENCODE, TORCH_ADD, 3.0),
+         ("ef21 TopK(", COPIED, 0.1))
+MEMORY_GOAL = 2.2  # vectors: g_i, g, wires, candidates
 
 
 @dataclass(frozen=True)
@@ -45,14 +55,16 @@ def check(result: Any) -> None:
     try:
         rows, link = [Row(**row) for row in result["rows"]], Link(**result["link"])
         counts = [result[name] for name in ("ranks", "d", "repeats", "launches")]
-        texts = [result["mpi"], *(text for row in rows for text in (row.name, row.kind))]
-    except (KeyError, TypeError) as error:
+        devices = result.get("devices", {"": ""})
+        texts = [result["mpi"], *(text for row in rows for text in (row.name, row.kind)), *devices, *devices.values()]
+        added = result.get("ef21_memory_vectors", 0.0)
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{briefly(error)}") from None
-    numbers = [link.latency_seconds, *(number for row in rows for number in (
+    numbers = [added, link.latency_seconds, *(number for row in rows for number in (
         row.min_seconds, row.max_seconds, row.sent_nbytes))]
     divisors = [*counts, link.bytes_per_second, *(row.median_seconds for row in rows)]
     open_ones = [number for row in rows for number in (row.entry_bits, row.index_bits, row.local_seconds, row.touched_bytes)]
-    if not all(isinstance(text, str) for text in texts) or not all(type(count) is int for count in counts):
+    if not all(isinstance(text, str) for text in texts) or not all(type(count) is int for count in counts) or devices == {}:
         raise ValueError("names or counts are of wrong types")
     if not all(map(is_number, numbers)) or not all(is_number(number) and number > 0 for number in divisors):
         raise ValueError("figures are no numbers above zero")
@@ -97,6 +109,7 @@ def table(result: dict[str, Any]) -> str:
     speed = f"{1e6 * link.latency_seconds:.1f} us + {link.bytes_per_second / 1e9:.2f} GB/s"
     lines = [
         f"{title} rounds: medians, slowest rank",
+        *(f"vectors on {text} ({ranks})" for text, ranks in result.get("devices", {}).items()),
         f"link: {speed}",
         "",
         f"  {'':<{width}}     ms     min     max  against  against  against  reads                         bytes    pays",
@@ -122,6 +135,7 @@ def table(result: dict[str, Any]) -> str:
             line += f" {_verdict(break_even(row, best, link)):>12}"
         lines.append(line.rstrip())
     lines += [
+        *_beside(rows, result.get("ef21_memory_vectors")),
         "",
         "against: how many times faster than MPI_Allreduce, than the faster of MPI's two, than the fastest dense one;",
         "reads of x: the time as a multiple of reading the vector once; bits/entry: on the wire (of these for the index);",
@@ -130,6 +144,20 @@ def table(result: dict[str, Any]) -> str:
         "times latency, and bytes over bandwidth; on this link as measured",
     ]
     return "\n".join(lines)
+
+
+def _beside(rows: list[Row], added: float | None) -> list[str]:
+    """Return lines on what is measured on a device beside something else, and on its memory."""
+    lines = []
+    for name, other, goal in GOALS:
+        one, another = (next((row for row in rows if row.name.startswith(start)), None) for start in (name, other))
+        if one is not None and another is not None:
+            ratio = one.median_seconds / another.median_seconds
+            lines.append(f"  {one.name}: {ratio:.2f} of the time of {other}; goal: {goal}")
+    if added is not None:
+        lines.append(f"  EF21 adds {added:.2f} vectors in memory of the device; goal: {MEMORY_GOAL}")
+    heading = "on the device (goals are for an H100, 25 million entries, 1 %)"
+    return ["", heading, *lines] if lines else []
 
 
 def _milliseconds(seconds: float) -> str:
@@ -153,8 +181,8 @@ def combine(results: list[dict[str, Any]]) -> dict[str, Any]:
     for number, other in enumerate(results[1:], 1):
         if other in results[:number]:
             raise DataError("bench: one launch is there twice, in one file or in two; combine different ones")
-        for key in ("ranks", "d", "ratio", "repeats", "mpi"):
-            if other[key] != first[key]:
+        for key in ("ranks", "d", "ratio", "repeats", "mpi", "devices"):
+            if key in other and key in first and other[key] != first[key]:  # earlier versions have not recorded devices
                 raise DataError(f"bench: launches differ in {key}: {first[key]} and {other[key]}; combine equal ones")
         if [row["name"] for row in other["rows"]] != [row["name"] for row in first["rows"]]:
             raise DataError("bench: launches measured different methods; combine those with the same --only")

@@ -17,12 +17,12 @@ from mpi_ef.comm.consensus import agree, ranks_text
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, counted, everywhere
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.jobs.device import described, device_for, move_to
 from mpi_ef.jobs.metrics import in_bytes
 from mpi_ef.jobs.train import choices, models
 from mpi_ef.jobs.train.changes import Changes
 from mpi_ef.jobs.train.config import PHASES, TrainConfig, learning_rate
 from mpi_ef.jobs.train.datasets import Dataset, Digits, Loss, Text, batches, own_problem, shard
-from mpi_ef.jobs.train.device import described, device_for, move_to
 from mpi_ef.jobs.train.optimizers import build_optimizer
 from mpi_ef.jobs.train.settings import CHANGES, SPECIFIED, rule_in
 from mpi_ef.kernels import machine_code
@@ -87,8 +87,8 @@ class Trainer:
         self._batches = batches(self._own, config.batch, seed=config.seed, rank=rank)
         bounds = chunk_bounds(self.data.held_out_size, size)
         self._held_out = np.arange(bounds[rank], bounds[rank + 1])
-        self.device = device_for(comm, config.device)
-        move_to(self.model, self.device, comm)  # drawn on the CPU: the same numbers everywhere
+        self.device = device_for(comm, config.device, "train")
+        move_to(self.model, self.device, comm, "train")  # drawn on the CPU: the same numbers everywhere
         if config.gpu_aware_mpi:
             use_gpu_aware_mpi(comm, self.device)
         self.optimizer = build_optimizer(config, self.model, comm)

@@ -1,6 +1,7 @@
 """Train a real model over MPI with compressed communication: ``mpiexec -n 2 mpi-ef train``."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -14,6 +15,7 @@ from mpi_ef.jobs.folder import write_whole
 from mpi_ef.jobs.metrics import Metrics, Progress, announcing, in_bytes, made_here
 from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train.config import PHASES, PROOF, TrainConfig
+from mpi_ef.jobs.visible import count_once
 from mpi_ef.runtime import early_signals, launch, ulfm
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ __all__ = ["main", "train"]
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, before MPI is started, then train on COMM_WORLD."""
     config = parse(TrainConfig, argv, prog="mpi-ef train", description=__doc__ or "")
+    count_once(os.environ)
     if config.checkpoint_every:
         early_signals.record()
 

@@ -1,12 +1,12 @@
 """What the options of ``mpi-ef train`` may be, alone and together; before MPI is started."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpi_ef.errors import ConfigError, OptionError, briefly, nearest
 from mpi_ef.jobs.events import check_installed
 from mpi_ef.jobs.methods import check_part
+from mpi_ef.jobs.options import check_device
 
 if TYPE_CHECKING:
     from mpi_ef.registry import Specification
@@ -65,9 +65,7 @@ def check(chosen: Mapping[str, Any]) -> None:
         check_installed()
     if chosen.get("smoothness") is not None:
         smoothness_of(chosen["smoothness"])
-    device = chosen.get("device")
-    if device is not None and not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", device, re.ASCII):
-        raise ConfigError(f"device={briefly(device)} is no device; take auto, cpu, cuda, or cuda:0 with the number of a GPU")
+    check_device(chosen.get("device"))
     _check_combinations(chosen)
 
 

@@ -53,10 +53,13 @@ class Timer:
 
 
 class Exchange:
-    """The rounds of one exchange after the other, of a plan with that name; `timer` sees what MPI takes."""
+    """The rounds of one exchange after the other, of a plan with that name.
 
-    def __init__(self, comm: Comm, name: str, timer: Timer) -> None:
-        self._comm, self._rank, self._timer = comm, int(comm.Get_rank()), timer
+    `timer` sees what MPI takes, `encoding` how long a device is waited for that encodes.
+    """
+
+    def __init__(self, comm: Comm, name: str, timer: Timer, encoding: Timer) -> None:
+        self._comm, self._rank, self._timer, self._encoding = comm, int(comm.Get_rank()), timer, encoding
         self._plan, self._subject = name, f"{name}.exchange"
         self._queue = ways_of(comm).queue
         self.number = 0  # of the plan, in every header
@@ -158,12 +161,13 @@ class Exchange:
 
     def _mark(self, sent: Round) -> None:
         """Write the headers of frames that leave this rank, and wait for a device."""
-        sent.send.push()
-        finite = bool(sent.finite)  # a device is asked when what it has encoded has come
-        if self.refusal is None and not self._finite:
-            self.refusal = NonFiniteError("", (self._rank,))
-        if any(getattr(verdict, "repaired", False) for verdict in (sent.finite, self._finite)):
+        with self._encoding:
             sent.send.push()
+            finite = bool(sent.finite)  # a device is asked when what it has encoded has come
+            if self.refusal is None and not self._finite:
+                self.refusal = NonFiniteError("", (self._rank,))
+            if any(getattr(verdict, "repaired", False) for verdict in (sent.finite, self._finite)):
+                sent.send.push()
         self._finite = True
         broken = not finite or isinstance(self.refusal, NonFiniteError)
         status = NON_FINITE if broken else OK if self.refusal is None else REJECTED

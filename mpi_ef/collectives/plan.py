@@ -114,7 +114,7 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         self.seconds = {"encode": 0.0, "communicate": 0.0, "decode": 0.0}
         self.watched, self.lost = False, cast("float | None", None)
         self._encoding, communicating, self._decoding = (Timer(self.seconds, name) for name in self.seconds)
-        self._exchange = Exchange(comm, subject, communicating)
+        self._exchange = Exchange(comm, subject, communicating, self._encoding)
         self._exchange.let_depart(wait=True)  # what follows is collective
         self._direct = device != "cpu" and ways_of(comm).direct
         self._refuses: MpiEfError | None = None  # of the next exchange

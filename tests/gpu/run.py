@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT / "runs" / "test-gpu"
+PROGRAMS = ("-m", "mpi_ef.jobs.cli")
 NO_GPU = 77  # what test programs return that could not run
-LAWS = ("kernels", "codecs", "plans", "optimizers", "bus", "compile")  # as make test-device
+LAWS = ("kernels", "codecs", "plans", "optimizers", "bus", "compile")  # of make test-device
 LAWS_SECONDS, SPEED_SECONDS, TRAINING_SECONDS = 360, 120, 100
 TRAINING = ("--model", "gpt", "--layers", "8", "--width", "768", "--heads", "12", "--batch", "8", "--steps", "30")
 
@@ -52,9 +53,9 @@ def main():
     files = [*(f"tests/test_device_{of}.py" for of in LAWS), "tests/launch/test_devices.py"]
     pytest = [sys.executable, "-m", "pytest", "-q", "--durations=10", "-n", "4", "--dist", "loadgroup", *files]
     ends = {"laws": run(pytest, LAWS_SECONDS, environment),
-            "speed": run([*mpiexec(), HERE / "speed.py"], SPEED_SECONDS, environment)}
-    train = [*mpiexec(), "-m", "mpi_ef.jobs.cli", "train", "--device", device, *TRAINING, "--overwrite", "--out",
-             ROOT / "runs" / "test-gpu"]
+            "speed": run([*mpiexec(), *PROGRAMS, "bench", "--device", device, "--json", OUT / "bench.json"], SPEED_SECONDS,
+                         environment)}
+    train = [*mpiexec(), *PROGRAMS, "train", "--device", device, *TRAINING, "--overwrite", "--out", OUT / "train"]
     show("\nmpi-ef train, a GPT of 57 million parameters, 2 ranks on one GPU; goal: encode, communicate and decode are at "
          "most 10 % of a step")
     ends["training"] = run(train, TRAINING_SECONDS, environment)

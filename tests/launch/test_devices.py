@@ -21,14 +21,6 @@ def test_both_sides_end_with_the_same_bits(tmp_path):
     assert ended.lines_with("the same bits on both sides"), ended.text
 
 
-@pytest.mark.skipif(HARDWARE, reason="make test-gpu runs it")
-def test_speeds_are_measured_without_a_device_too(tmp_path):
-    """Of which the figures mean nothing: the program works."""
-    ended = run(2, GPU / "speed.py", within=120, real=INTERPRETED, D="20000")
-    assert ended.status == 0, ended.text
-    assert len(ended.lines_with("| EF21")) == 2, ended.text
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(HARDWARE, reason="there is one")
 def test_where_there_is_no_gpu_one_line_says_so():

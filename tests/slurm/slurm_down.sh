@@ -33,6 +33,7 @@ for _ in 1 2 3 4 5 6; do
     left=()
     for d in /proc/[0-9]*; do
         p=${d##*/}
+        [ "$p" = $$ ] && continue
         grep -qzs "SLURM_CONF=$S/" "$d/environ" || continue
         { grep -qzsE "^(SLURM_JOB_ID|MPI_EF_TEST_LAB)=" "$d/environ" || grep -qs "^slurm" "$d/comm"; } && left+=("$p")
     done

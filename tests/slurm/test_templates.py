@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+import pytest
 from cluster import STEPS, TEMPLATES, TINY, assert_same, summary
 
 SAVING = [*TINY, "--checkpoint-every", 5]
@@ -65,11 +66,21 @@ def test_train_gpu(cluster, place):
     nothing_left(cluster, job)
 
 
+# Which of the pretended GPUs a rank takes, as torch would number those that Slurm lets it see.
 GPU_PROGRAM = """
 import os, sys
+from types import SimpleNamespace
 from mpi4py import MPI
-variables = [os.environ.get(name) for name in ("LOCAL_RANK", "CUDA_VISIBLE_DEVICES")]
-seen = MPI.COMM_WORLD.gather((MPI.Get_processor_name(), *variables))
+taken = None
+if "CUDA_VISIBLE_DEVICES" in os.environ:
+    import mpi_ef, torch
+    visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: len(visible)
+    torch.cuda.get_device_properties = lambda index: SimpleNamespace(uuid=visible[index])
+    taken = visible[mpi_ef.local_device(MPI.COMM_WORLD).index]
+variables = [os.environ.get(name) for name in ("LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")]
+seen = MPI.COMM_WORLD.gather((MPI.Get_processor_name(), *variables, taken))
 if seen:
     print("seen", sorted(seen), sys.argv[1:], flush=True)
 """
@@ -80,10 +91,19 @@ def test_a_program_of_ones_own(place):
     job = place.submit("train-gpu", "--some", "option", options=(*on(2, 2), "--gpus-per-node=2"), PROGRAM="program.py")
     other = place.submit("train-nodes", "--other", options=on(2, 1), PROGRAM="program.py")
     job.completes()
-    seen = [(node, local, "0,1") for node in job.nodes for local in ("0", "1")]
+    seen = [(node, local, "0,1", "0,1", local) for node in job.nodes for local in ("0", "1")]
     assert f"seen {seen} ['--some', 'option']" in job.log
     other.completes()
-    assert f"seen {[(node, None, None) for node in other.nodes]} ['--other']" in other.log
+    assert f"seen {[(node, None, None, None, None) for node in other.nodes]} ['--other']" in other.log
+
+
+@pytest.mark.parametrize("option", ["--gpus-per-task=1", "--gpu-bind=single:1"])
+def test_every_task_sees_a_gpu_of_its_own(place, option):
+    """And takes it: number 0 of those that it sees."""
+    (place.folder / "program.py").write_text(GPU_PROGRAM)
+    job = place.submit("train-gpu", options=(*on(1, 2), option), PROGRAM="program.py")
+    job.completes()
+    assert f"seen {[(*job.nodes, local, local, local, local) for local in ('0', '1')]} []" in job.log
 
 
 def test_sweep(cluster, place):

@@ -6,7 +6,8 @@ from pathlib import Path
 from time import perf_counter
 
 from mpi_ef.errors import counted
-from mpi_ef.jobs.doctor.finding import Facts, Findings, Ranks, finding
+from mpi_ef.jobs.doctor.checks import on_gpu
+from mpi_ef.jobs.doctor.finding import Facts, Findings, RankFacts, Ranks, finding
 from mpi_ef.jobs.doctor.registry import Context
 from mpi_ef.jobs.doctor.watchdog import run_python
 
@@ -42,6 +43,7 @@ def collect(context: Context) -> Facts:
         "count": 0,
         "names": [],
         "built": torch.version.cuda or getattr(torch.version, "hip", None) or "",
+        "hip": bool(getattr(torch.version, "hip", None)),
         "torch": torch.__version__,
         "hardware": len([*Path("/dev").glob("nvidia[0-9]*")]) or int(Path("/dev/kfd").exists()),
         **{name: context.environment.get(name) for name in _VISIBLE},
@@ -49,6 +51,7 @@ def collect(context: Context) -> Facts:
     if facts["available"]:
         facts["count"] = torch.cuda.device_count()
         facts["names"] = sorted({torch.cuda.get_device_name(i) for i in range(facts["count"])})
+        facts |= on_gpu.collect(context)
         if context.placement.rank == 0:
             facts["aware"] = gpu_aware(context.environment)
     return facts
@@ -71,7 +74,12 @@ def judge(ranks: Ranks) -> Findings:
     if slowest["import_seconds"] > _SLOW_IMPORT_SECONDS:
         place = f"rank {slowest.rank} ({slowest.node})"
         yield finding("slow-import", [slowest.rank], seconds=slowest["import_seconds"], place=place)
+    if twice := ranks.which(_hidden_twice):
+        hiding = "CUDA_VISIBLE_DEVICES" if twice[0]["HIP_VISIBLE_DEVICES"] is None else "HIP_VISIBLE_DEVICES"
+        yield finding("gpu-hidden.twice", twice, variable=hiding, numbers=twice[0][hiding])
     if not ranks.which("available"):
+        if twice:
+            return
         hidden = [name for name in _VISIBLE if first[name] in ("", "-1", "NoDevFiles")]
         key = "gpu-hidden.empty" if hidden else "gpu-hidden"
         if not (first["built"] and first["hardware"]):
@@ -86,8 +94,16 @@ def judge(ranks: Ranks) -> Findings:
     yield finding("gpu", gpus=gpus, ranks=sharing, names=", ".join(first["names"]))
     if count < here:
         yield finding("gpu-shared", gpus=gpus, ranks=sharing)
+    yield from on_gpu.judge(ranks)
     aware = first["aware"]
     yield finding(f"gpu-aware.{aware}" if aware in ("yes", "no") else "gpu-aware", reason=aware)
+
+
+def _hidden_twice(one: RankFacts) -> bool:
+    """Return whether HIP is left with no GPU, as it counts among those that ROCR_VISIBLE_DEVICES has left."""
+    left, numbers = (one[name] for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"))
+    numbers = one["CUDA_VISIBLE_DEVICES"] if numbers is None else numbers
+    return bool(one["hip"] and not one["available"] and left and numbers)
 
 
 def _gpus_of(ranks: Ranks) -> int:

@@ -1,4 +1,4 @@
-"""On which device a rank of ``mpi-ef train`` computes."""
+"""On which device a rank of a program computes."""
 
 import torch
 
@@ -8,11 +8,11 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import ConfigError, counted
 from mpi_ef.kernels.backend import written_in
 
-__all__ = ["described", "device_for", "move_to"]
+__all__ = ["described", "device_for", "move_to", "told_of"]
 
 
-def device_for(comm: Comm, asked: str | None) -> torch.device:
-    """Return the device that an option asks for on this rank, see :class:`TrainConfig`. Collective.
+def device_for(comm: Comm, asked: str | None, program: str) -> torch.device:
+    """Return the device that the option ``--device`` of a program asks for on this rank; None is auto. Collective.
 
     Raises
     ------
@@ -31,20 +31,29 @@ def device_for(comm: Comm, asked: str | None) -> torch.device:
                                   "device=auto or cpu")
             return {}
 
-        agree(comm, "train", facts, "")
+        agree(comm, program, facts, "")
         if wanted.index is not None:
             return wanted
     return local_device(comm, share=True)
 
 
-def move_to(model: torch.nn.Module, device: torch.device, comm: Comm) -> None:
+def move_to(model: torch.nn.Module, device: torch.device, comm: Comm, program: str) -> None:
     """Move a model to the device of this rank; where there is no room on one, all raise. Collective."""
 
     def facts() -> dict[str, object]:
         model.to(device)
         return {}
 
-    agree(comm, "train", facts, "")
+    agree(comm, program, facts, "")
+
+
+def told_of(device: torch.device, vectors: str) -> str:
+    """Return the name of a device, and what its kernels are written in; where that is not Triton, why. Local.
+
+    `vectors` is as for :func:`described`.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, kernels in {written_in(vectors)}"
 
 
 def described(comm: Comm, device: torch.device, vectors: str) -> dict[str, str]:
@@ -52,8 +61,7 @@ def described(comm: Comm, device: torch.device, vectors: str) -> dict[str, str]:
 
     `vectors` is what :func:`mpi_ef.kernels.backend.backend` calls the place of the vectors of this rank.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     ranks: dict[str, list[int]] = {}
-    for rank, text in enumerate(comm.allgather(f"{name}, kernels in {written_in(vectors)}")):
+    for rank, text in enumerate(comm.allgather(told_of(device, vectors))):
         ranks.setdefault(text, []).append(rank)
     return {text: ranks_text(found) for text, found in ranks.items()}
