@@ -56,6 +56,7 @@ def call_all(dtype):
         indices, values = there(np.arange(50)), there(np.zeros(50, dtype))
         backend.gather(terms, factors, indices, values)
         backend.select_largest(terms, factors, keep, factors, np.array([0, d]), np.array([50]), indices, values)
+        backend.select_largest(terms, factors, keep, factors, np.array([0, 1, d]), np.array([1, 49]), indices, values)
         block = d if number else 1
         rows = there(np.zeros((2 * number, -(-d // 8)), np.uint8)), there(np.zeros((2 * number, -(-d // 64)), dtype))
         backend.encode_signs(terms, factors, keep, factors, number == 1, *rows, 64, 0.5, block,

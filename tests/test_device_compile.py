@@ -17,7 +17,7 @@ KERNELS = Path(device.__file__).parent
 TARGETS = (("sm_80", "sm_90"), ("gfx90a", "gfx942"))
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("device_compile"), pytest.mark.timeout(900)]
 # AMD's processors divide so: 64-bit integers by way of float32, and float64.
-DIVIDE = {"part_sums", "write_signs", "add_signs", "scales_of_blocks"}
+DIVIDE = {"sample_magnitudes", "part_sums", "write_signs", "add_signs", "scales_of_blocks"}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_every_kernel_compiles_for_every_processor(compiled):
     made = {(one["kernel"], one["target"]) for one in compiled if one["nbytes"] > 0}
     assert made == {(name, target) for name in kernels() for targets in TARGETS for target in targets}
     by_dtype = {kernel: {one["dtype"] for one in compiled if one["kernel"] == kernel} for kernel in kernels()}
-    of_indices = {"mark_indices", "emit_indices"}  # have no vectors: one of the two dtypes is enough
+    of_indices = {"mark_indices", "emit_indices", "mark_chosen"}  # have no vectors: one of the two dtypes is enough
     assert {kernel for kernel, dtypes in by_dtype.items() if dtypes != vectors} == of_indices
 
 

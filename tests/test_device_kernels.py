@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from device_side import BACKENDS, DEVICE, KINDS, bits, each_dtype, host, sized, there, vector
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from mpi_ef.kernels import low_bits, lower_nbytes, reference, upper_nbytes
 from mpi_ef.kernels.backend import backend
+from mpi_ef.kernels.device import bus
 
 SIZES = sized((1, 63, 64, 1000, 4096, 9001), (65, 5000))
 
@@ -67,6 +69,59 @@ def test_select_largest(dtype):
         check_same("select_largest", dtype, terms, factors, keep, keep_factors, np.array([0, 10, 10, 700, d]),
                    np.array([3, 0, 69, 300]), np.zeros(d, np.int64), np.zeros(d, dtype), scratch=[None, None],
                    host=(1, 3, 4, 5))
+
+
+SEGMENTS = ((0, 10, 10, 700, 5000, 5001, 10_300, 10_301, 14_500), (3, 0, 69, 300, 1, 90, 0, 4150))
+
+
+@each_dtype
+def test_segments_of_any_length(dtype):
+    """Empty, of one entry, without a choice, short, sampled, and nearly whole; blocks of the kernel lie across them."""
+    bounds, counts = map(np.array, SEGMENTS)
+    for terms, factors, keep, keep_factors, d in sources(dtype, (bounds[-1],)):
+        check_same("select_largest", dtype, terms, factors, keep, keep_factors, bounds, counts, np.zeros(d, np.int64),
+                   np.zeros(d, dtype), scratch=[None, None], host=(1, 3, 4, 5))
+
+
+class Launches(TorchDispatchMode):
+    """What is launched: operations of torch on the device and kernels, those of a sort apart."""
+
+    def __init__(self, backend):
+        super().__init__()
+        self.names, self.run = [], backend._run
+        backend._run = self._run
+
+    def _run(self, kernel, *arguments, **constants):
+        self.names.append(kernel.__name__)
+        with _disable_current_modes():  # the interpreter reads arguments with torch
+            self.run(kernel, *arguments, **constants)
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.names.append(str(operation))
+        return operation(*arguments, **(options or {}))
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1, reason="of kernels in Triton: make test-device")
+@each_dtype
+def test_segments_take_no_launches_of_their_own(dtype):
+    """Nor a second look: the guess of a threshold holds for a vector of the usual kind; the host asks once."""
+    counted = []
+    for bounds in ([0, 9000], [*range(0, 390, 10), 2000, 9000]):
+        starts, k = np.array(bounds), np.full(len(bounds) - 1, 5)
+        backend, size = BACKENDS[1](dtype, DEVICE), bounds[-1]
+        x, keep, indices, values = map(there, (vector(size, dtype), np.zeros(size, dtype), np.zeros(k.sum(), np.int64),
+                                               np.zeros(k.sum(), dtype)))
+        call = (x, x, x[:0]), (1.0, 0.5, 0.0), keep, (1.0, 1.0, 0.0), starts, k, indices, values
+        backend.select_largest(*call)  # what is known of segments goes to the device once
+        with bus.watched() as copies, Launches(backend) as launches:
+            answer = backend.checked(backend.select_largest(*call), lambda: pytest.fail("a threshold was wrong"))
+            assert not copies
+            assert bool(answer)
+        assert copies == [("to host", 4 * len(starts))]
+        counted.append(len(launches.names))
+        assert sum(name.startswith("aten.sort") for name in launches.names) <= (2 if dtype == np.float32 else 3)
+    assert max(counted) <= 25, counted
+    assert counted[1] - counted[0] <= (1 if dtype == np.float32 else 6)
 
 
 @each_dtype
