@@ -66,6 +66,9 @@ def call_all(dtype):
             codes = there(np.zeros(d, np.int8 if form == "int8" else np.int16))
             backend.quantize(terms, factors, keep, factors, number == 1, form, block, exponents, codes)
             backend.add_quantized(exponents, codes, form, block, 0.3, number == 1, terms[0])
+    for block in (64, 100, 4096):
+        backend.encode_signs(terms, factors, keep, factors, True, *rows, 64, 0.5, block,
+                             there(np.zeros(-(-d // 8), np.uint8)), there(np.zeros(-(-d // block), dtype)))
     for rows in (1, 3):
         signs, scales = there(np.zeros((rows, -(-d // 8)), np.uint8)), there(np.zeros((rows, 1), dtype))
         backend.add_signs(signs, scales, d, 0.3, rows == 1, terms[0])

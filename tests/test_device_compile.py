@@ -17,7 +17,7 @@ KERNELS = Path(device.__file__).parent
 TARGETS = (("sm_80", "sm_90"), ("gfx90a", "gfx942"))
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("device_compile"), pytest.mark.timeout(900)]
 # AMD's processors divide so: 64-bit integers by way of float32, and float64.
-DIVIDE = {"sample_magnitudes", "part_sums", "write_signs", "add_signs", "scales_of_blocks"}
+DIVIDE = {"sample_magnitudes", "part_sums", "part_totals", "write_signs", "add_signs", "scales_of_blocks"}
 
 
 @pytest.fixture(scope="module")

@@ -127,7 +127,7 @@ def test_segments_take_no_launches_of_their_own(dtype):
 @each_dtype
 def test_signs(dtype):
     for n, (terms, factors, keep, keep_factors, d) in enumerate(sources(dtype)):
-        for block in sized({d, 64, 100, 4096, 5000}, {d, 100}):
+        for block in sized({d, 64, 100, 4096, 5000}, {d, 5000 if n % 3 else 100, (7, 64, 130, 1000)[n % 4]}):
             rows = n % 3
             row_bits = np.random.default_rng(n).integers(0, 256, (rows, -(-d // 8))).astype(np.uint8)
             row_scales = np.abs(vector(rows * -(-d // 64), dtype, n)).reshape(rows, -(-d // 64))
@@ -136,6 +136,20 @@ def test_signs(dtype):
                        dtype(0.25), block, np.zeros(-(-d // 8), np.uint8), scales, scratch=[None], host=(1, 3))
             check_same("add_signs", dtype, row_bits, row_scales, 64, dtype(0.3), n % 2 == 0, vector(d, dtype, 5),
                        scratch=[None])
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1, reason="of kernels in Triton: make test-device")
+@pytest.mark.parametrize(("block", "most"), [(7, 64 / 7), (64, 1), (100, 1.28), (1025, 2), (2048, 1), (5000, 2),
+                                              (10**6, 1)])
+def test_lanes_of_short_blocks_are_not_idle(block, most):
+    """A program of 4096 lanes takes as many blocks as it has room for."""
+    d, lanes = 150_000, []
+    backend, nothing = BACKENDS[1](np.float32, DEVICE), there(np.empty(0, np.float32))
+    backend._run = lambda kernel, programs, *_, **__: lanes.append((kernel.__name__, 4096 * programs))
+    backend.encode_signs((there(vector(d, np.float32)), nothing, nothing), (1.0, 0.0, 0.0), nothing,
+                         (1.0, 0.0, 0.0), False, there(np.zeros((0, 1), np.uint8)), there(np.zeros((0, 1), np.float32)), 64,
+                         1.0, block, there(np.zeros(-(-d // 8), np.uint8)), there(np.zeros(-(-d // block), np.float32)))
+    assert dict(lanes)["part_sums"] <= most * d + 4096 + (block > 4096) * 4096
 
 
 @each_dtype

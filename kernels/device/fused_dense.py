@@ -11,7 +11,7 @@ from .fused import _form, _magnitude, _note_broken, _number
 __all__ = ["GROUP", "PART", "add_codes", "add_signs", "block_maxima", "part_sums", "part_totals", "scales_of_blocks",
            "write_codes", "write_signs"]
 
-PART, GROUP = 4096, 64  # entries whose magnitudes are added up for themselves, and of those that are added by halves
+PART, GROUP = 4096, 64  # entries of a program, or of blocks in one, and of those whose magnitudes are added by halves
 
 
 @triton.jit
@@ -36,60 +36,69 @@ def _halved(x, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["row_factor", "f0", "f1", "f2"])
 def part_sums(a, b, c, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor, block, parts, d,
-              sums, rest, status, f0, f1, f2, NT: tl.constexpr, F64: tl.constexpr):
-    """Write the sums of magnitudes of the whole groups of a part, and the magnitudes of what follows the last of them.
+              sums, status, f0, f1, f2, NT: tl.constexpr, F64: tl.constexpr, WIDTH: tl.constexpr):
+    """Write the sums of magnitudes of the whole groups of parts of blocks, `WIDTH` / 64 for a part, zeros beyond.
 
-    A program has one part of a block, which has so many `parts`; both are (64,) for a part, zeros where there is nothing.
+    A part is `WIDTH` entries long, or a block where that is shorter; a block has so many `parts`, a program 4096 / `WIDTH`.
     """
-    part = tl.program_id(0).to(tl.int64)
-    start = part // parts * block + part % parts * 4096
-    stop = tl.minimum(tl.minimum(start + 4096, (part // parts + 1) * block), d)
-    within = tl.arange(0, 4096)
-    at = start + within
-    there = at < stop
+    program = tl.program_id(0).to(tl.int64)
+    part = program * (4096 // WIDTH) + tl.arange(0, 4096 // WIDTH)
+    start = part // parts * block + part % parts * WIDTH
+    size = tl.minimum(tl.minimum(start + WIDTH, (part // parts + 1) * block), d) - start
+    within = tl.arange(0, WIDTH)
+    at = tl.reshape(start[:, None] + within[None, :], (4096,))
+    there = tl.reshape(within[None, :] < size[:, None], (4096,))
     x = _form(a, b, c, at, there, f0, f1, f2, NT, F64)
     x = _with_rows(x, at, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor, F64)
     _note_broken(status, _magnitude(x, F64), there, F64)
-    whole = (tl.maximum(stop - start, 0) // 64) * 64
-    groups = tl.reshape(tl.where(within < whole, tl.abs(x), 0.0), (64, 64))
+    whole = tl.reshape(within[None, :] < (size // 64 * 64)[:, None], (4096,))
+    groups = tl.reshape(tl.where(there & whole, tl.abs(x), 0.0), (64, 64))
     groups = _halved(_halved(_halved(groups, 64), 32), 16)
     groups = _halved(_halved(_halved(groups, 8), 4), 2)
-    tl.store(sums + part * 64 + tl.arange(0, 64), tl.reshape(groups, (64,)))
-    follows = tl.arange(0, 64)
-    left = start + whole + follows
-    some = left < stop
-    y = _form(a, b, c, left, some, f0, f1, f2, NT, F64)
-    y = _with_rows(y, left, some, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor, F64)
-    tl.store(rest + part * 64 + follows, tl.where(some, tl.abs(y), 0.0))
+    tl.store(sums + program * 64 + tl.arange(0, 64), tl.reshape(groups, (64,)))
 
 
-@triton.jit
-def part_totals(sums, rest, parts, totals, BLOCK: tl.constexpr):
-    """Add up the sums of every part, then what follows them, entry by entry in float64."""
+@triton.jit(do_not_specialize=["row_factor", "f0", "f1", "f2"])
+def part_totals(a, b, c, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor, block, parts, d,
+                sums, number, most, totals, f0, f1, f2, NT: tl.constexpr, F64: tl.constexpr, WIDTH: tl.constexpr,
+                BLOCK: tl.constexpr):
+    """Add up in float64, for every part, the sums of its groups, then the magnitudes of what follows, `most` at most."""
     part = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = part < parts
+    there = part < number
     total = tl.zeros((BLOCK,), tl.float64)
-    for j in range(64):
-        total += tl.load(sums + part * 64 + j, mask=there, other=0.0).to(tl.float64)
-    for j in range(64):
-        total += tl.load(rest + part * 64 + j, mask=there, other=0.0).to(tl.float64)
+    for first in range(0, WIDTH // 64, min(WIDTH // 64, 16)):
+        for q in tl.static_range(min(WIDTH // 64, 16)):
+            total += tl.load(sums + part * (WIDTH // 64) + first + q, mask=there, other=0.0).to(tl.float64)
+    start = part // parts * block + part % parts * WIDTH
+    stop = tl.minimum(tl.minimum(start + WIDTH, (part // parts + 1) * block), d)
+    follows = start + tl.maximum(stop - start, 0) // 64 * 64
+    for _ in range(most):
+        some = there & (follows < stop)
+        x = _form(a, b, c, follows, some, f0, f1, f2, NT, F64)
+        x = _with_rows(x, follows, some, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor, F64)
+        total += tl.where(some, tl.abs(x), 0.0).to(tl.float64)
+        follows += 1
     tl.store(totals + part, total, mask=there)
 
 
 @triton.jit
-def scales_of_blocks(totals, parts, blocks, block, d, scales, doubt, F64: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the mean magnitude of every block of so many `parts`; where a sum overflows, 1 to `doubt`."""
+def scales_of_blocks(totals, parts, blocks, block, d, scales, status, F64: tl.constexpr, RUN: tl.constexpr,
+                     BLOCK: tl.constexpr):
+    """Write the mean magnitude of every block of so many `parts`; where a sum overflows, 1 to ``status[1]``.
+
+    Totals are added one after the other; `RUN` of them are loaded at once.
+    """
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = j < blocks
     total = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, parts, 16):
-        for q in tl.static_range(16):
+    for first in range(0, parts, RUN):
+        for q in tl.static_range(RUN):
             mine = there & (j * 0 + first + q < parts)
             total += tl.load(totals + j * parts + first + q, mask=mine, other=0.0)
     size = tl.minimum(d - j * block, block).to(tl.float64)
     mean = total / tl.where(there, size, 1.0)
     if tl.max((there & (total == float("inf"))).to(tl.int32), 0) > 0:
-        tl.store(doubt, 1)
+        tl.store(status + 1, 1)
     if F64:
         tl.store(scales + j, mean, mask=there)
     else:

@@ -18,6 +18,7 @@ from .backend import DeviceBackend, _floats, _tensors
 __all__ = ["TritonBackend"]
 
 _SAMPLE = 16384  # entries that are looked at for a threshold
+_LANES = 128  # of programs that add up in order: few of them have much to do
 _LONG = 4096  # a shorter segment is sorted whole
 
 
@@ -85,36 +86,49 @@ class TritonBackend(DeviceBackend):
         if self._how.exact:
             return super().encode_signs(terms, factors, keep, keep_factors, less_decoded, row_bits, row_scales, row_block,
                                         row_factor, block, bits, scales)
-        d = terms[0].size
+        d, blocks = terms[0].size, scales.size
         rows = (row_bits.tensor, _stride(row_bits), row_scales.tensor, _stride(row_scales), len(row_bits), row_block,
                 self._word(row_factor))
-        formed = {"NT": _count(terms), "F64": self._wide}
-        parts, blocks = -(-block // fused_dense.PART), scales.size
-        sums, rest = (self.empty((blocks * parts, fused_dense.GROUP)).tensor for _ in range(2))
-        totals = self.empty(blocks * parts, np.float64).tensor
-        status, doubt = self._status(), self._status()
+        words, formed = self._words(factors), {"NT": _count(terms), "F64": self._wide}
+        status = torch.zeros(2, dtype=torch.int32, device=self.torch_device)
         if d:
-            self._run(fused_dense.part_sums, blocks * parts, *_tensors(terms), *rows, block, parts, d, sums, rest, status,
-                      *self._words(factors), **formed)
-            self._launch(fused_dense.part_totals, blocks * parts, sums, rest, blocks * parts, totals)
-            self._launch(fused_dense.scales_of_blocks, blocks, totals, parts, blocks, block, d, scales.tensor, doubt,
-                         F64=self._wide)
+            totals = self._totals(_tensors(terms), rows, block, d, blocks, status, words, formed)
+            parts = totals.numel() // blocks
+            lanes, run = (fused.BLOCK, 16) if parts <= 16 else (32, 64)
+            self._run(fused_dense.scales_of_blocks, -(-blocks // lanes), totals, parts, blocks, block, d, scales.tensor,
+                      status, F64=self._wide, RUN=run, BLOCK=lanes)
             self._run(fused_dense.write_signs, -(-d // fused_dense.PART), *_tensors(terms), keep.tensor, *rows, block, d,
-                      bits.tensor, scales.tensor, *self._words(factors), *self._words(keep_factors), **formed,
-                      KEEPS=keep.size > 0, LESS=less_decoded)
+                      bits.tensor, scales.tensor, *words, *self._words(keep_factors), **formed, KEEPS=keep.size > 0,
+                      LESS=less_decoded)
+
+        def ask() -> bool | None:
+            broken, doubt = bus.on_host(status).tolist()
+            return None if doubt else not broken
+
         again = super().encode_signs
-        return Verdict(lambda: None if bool(doubt) else not bool(status),
-                       lambda: again(terms, factors, keep, keep_factors, less_decoded, row_bits, row_scales, row_block,
-                                     row_factor, block, bits, scales))
+        return Verdict(ask, lambda: again(terms, factors, keep, keep_factors, less_decoded, row_bits, row_scales, row_block,
+                                          row_factor, block, bits, scales))
+
+    def _totals(self, terms: Any, rows: Any, block: int, d: int, blocks: int, status: torch.Tensor, words: list[int],
+                formed: dict[str, Any]) -> torch.Tensor:
+        """Return the sums of magnitudes of the parts of all blocks, one block after the other, float64."""
+        block = min(block, d)
+        width = max(fused_dense.GROUP, min(fused_dense.PART, 1 << (block - 1).bit_length()))
+        parts, programs = -(-block // width), -(-blocks * -(-block // width) * width // fused_dense.PART)
+        sums, totals = self.empty(programs * fused_dense.GROUP).tensor, self.empty(blocks * parts, np.float64).tensor
+        most = max(block % fused_dense.GROUP, d % block % fused_dense.GROUP)  # entries of a part behind its last group
+        self._run(fused_dense.part_sums, programs, *terms, *rows, block, parts, d, sums, status, *words, **formed,
+                  WIDTH=width)
+        self._run(fused_dense.part_totals, -(-blocks * parts // _LANES), *terms, *rows, block, parts, d, sums,
+                  blocks * parts, most, totals, *words, **formed, WIDTH=width, BLOCK=_LANES)
+        return totals
 
     def l1_norm(self, x: Any) -> float:
-        parts, words = -(-x.size // fused_dense.PART), self._words((1.0, 0.0, 0.0))
-        sums, rest = (self.empty((parts, fused_dense.GROUP)).tensor for _ in range(2))
-        totals, nothing = self.empty(parts, np.float64).tensor, self.empty(0, np.uint8).tensor
-        if parts:
-            self._run(fused_dense.part_sums, parts, x.tensor, x.tensor, x.tensor, nothing, 0, x.tensor, 0, 0, 1, 0, x.size,
-                      parts, x.size, sums, rest, self._status(), *words, NT=1, F64=self._wide)
-            self._launch(fused_dense.part_totals, parts, sums, rest, parts, totals)
+        if not x.size:
+            return 0.0
+        nothing, words = self.empty(0, np.uint8).tensor, self._words((1.0, 0.0, 0.0))
+        rows = nothing, 0, x.tensor, 0, 0, 1, 0
+        totals = self._totals((x.tensor,) * 3, rows, x.size, x.size, 1, self._status(), words, {"NT": 1, "F64": self._wide})
         return float(np.cumsum([0.0, *bus.on_host(totals)])[-1])
 
     def add_signs(self, bits: Any, scales: Any, block: int, factor: float, overwrite: bool, out: Any) -> None:
