@@ -73,6 +73,7 @@ def call_all(dtype):
         signs, scales = there(np.zeros((rows, -(-d // 8)), np.uint8)), there(np.zeros((rows, 1), dtype))
         backend.add_signs(signs, scales, d, 0.3, rows == 1, terms[0])
     backend.l1_norm(terms[0])
+    call_optimizers(backend, dtype)
     backend.add_sparse(indices, values, 0.3, terms[0])
     backend.clear_sparse(indices, terms[0])
     for d, k in ((1000, 10), (10, 10), (3, 1), (2**40, 50)):
@@ -80,6 +81,24 @@ def call_all(dtype):
         parts = [there(np.zeros(n // 8, np.uint64)) for n in (lower_nbytes(k, low), upper_nbytes(d, k, low))]
         backend.encode_indices(there(np.arange(k)), low, *parts)
         backend.decode_indices(*parts, low, there(np.zeros(k, np.int64)))
+
+
+def call_optimizers(backend, dtype):
+    """Call what optimizers do with vectors, of one layer and of two."""
+    a, b, c, e, f, x = (there(vector(5000, dtype, n)) for n in range(6))
+    backend.update_moments(a, 0.9, 0.99, b, c)
+    backend.adam(a, 0.9, 0.99, 1e-3, 1.1, 1e-8, 0.999, b, c, x)
+    backend.adam_step(a, b, 1e-3, 1.1, 1e-8, 0.999, x)
+    backend.preconditioned_step(a, b, 1e-3, 0.999, x)
+    backend.sign_step(a, 1e-3, 0.999, x)
+    backend.momentum_step(a, b, 0.9, 1e-3, 0.999, c, x)
+    backend.local_step(a, b, c, 0.9, 0.3, 1e-3, 0.999, e, f, x)
+    for starts in (np.array([0, 5000]), np.array([0, 10, 5000])):
+        numbers = np.ones(starts.size - 1, dtype)
+        backend.add_layers(a, numbers, starts, x)
+        backend.scaled_momentum(a, b, 0.9, numbers, starts, x)
+        backend.follow_momentum(a, b, np.array([0.9, 0.99], dtype), 1.1, 1e-8, numbers, numbers, starts, c, e,
+                                numbers.copy())
 
 
 def main(only):
@@ -96,6 +115,8 @@ def main(only):
                 "fused": found(r"\bfma[.]\S*|\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f\S*", code),
                 "may be fused": found(r"llvm[.]fm\w+|\bf(?:add|sub|mul) (?:\w+ )*(?:contract|fast|reassoc)\b", between)
                 + found(r"\b(?:mul|add|sub)[.]f(?:32|64)", code),  # ptxas leaves those alone that are rounded: mul.rn.f32
+                "approximate": found(r"\b(?:sqrt|div|rcp|rsqrt)[.](?:approx|full)\S*", code)
+                + found(r"!fpmath|llvm[.]amdgcn[.](?:rcp|rsq|sqrt|fdiv)\S*", between),
                 "flushes": found(r"\S*[.]ftz\S*|float_denorm_mode_\w+ [012]", code),
                 "nbytes": len(made.asm["cubin" if of_nvidia else "hsaco"]),
             }), flush=True)

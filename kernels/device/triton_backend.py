@@ -13,7 +13,8 @@ from numpy.typing import DTypeLike
 from mpi_ef.kernels.backend import Verdict
 
 from . import bus, fused, fused_dense
-from .backend import DeviceBackend, _floats, _tensors
+from .backend import _floats, _tensors
+from .triton_optim import TritonOptimizers
 
 __all__ = ["TritonBackend"]
 
@@ -22,8 +23,8 @@ _LANES = 128  # of programs that add up in order: few of them have much to do
 _LONG = 4096  # a shorter segment is sorted whole
 
 
-class TritonBackend(DeviceBackend):
-    """Kernels of :mod:`mpi_ef.kernels.device.fused`, and those in torch operations for the rest."""
+class TritonBackend(TritonOptimizers):
+    """Kernels of :mod:`mpi_ef.kernels.device.fused` and of its siblings, and those in torch operations for the rest."""
 
     def __init__(self, dtype: DTypeLike, device: str) -> None:
         super().__init__(dtype, device)
