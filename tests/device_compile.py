@@ -73,6 +73,7 @@ def call_all(dtype):
         signs, scales = there(np.zeros((rows, -(-d // 8)), np.uint8)), there(np.zeros((rows, 1), dtype))
         backend.add_signs(signs, scales, d, 0.3, rows == 1, terms[0])
     backend.l1_norm(terms[0])
+    backend.layer_norms(there(vector(10, dtype)), np.array([0, 10]), np.zeros(1))
     call_optimizers(backend, dtype)
     backend.add_sparse(indices, values, 0.3, terms[0])
     backend.clear_sparse(indices, terms[0])
@@ -95,6 +96,8 @@ def call_optimizers(backend, dtype):
     backend.local_step(a, b, c, 0.9, 0.3, 1e-3, 0.999, e, f, x)
     for starts in (np.array([0, 5000]), np.array([0, 10, 5000])):
         numbers = np.ones(starts.size - 1, dtype)
+        backend.layer_norms(a, starts, np.zeros(starts.size - 1))
+        backend.fingerprints(a, starts, np.zeros(starts.size - 1, np.uint64))
         backend.add_layers(a, numbers, starts, x)
         backend.scaled_momentum(a, b, 0.9, numbers, starts, x)
         backend.follow_momentum(a, b, np.array([0.9, 0.99], dtype), 1.1, 1e-8, numbers, numbers, starts, c, e,

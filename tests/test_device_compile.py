@@ -68,7 +68,8 @@ def test_every_kernel_compiles_for_every_processor(compiled):
     made = {(one["kernel"], one["target"]) for one in compiled if one["nbytes"] > 0}
     assert made == {(name, target) for name in kernels() for targets in TARGETS for target in targets}
     by_dtype = {kernel: {one["dtype"] for one in compiled if one["kernel"] == kernel} for kernel in kernels()}
-    of_indices = {"mark_indices", "emit_indices", "mark_chosen"}  # have no vectors: one of the two dtypes is enough
+    # These have no vectors, or look at words of them: one of the two dtypes is enough.
+    of_indices = {"mark_indices", "emit_indices", "mark_chosen", "add_fingerprints"}
     assert {kernel for kernel, dtypes in by_dtype.items() if dtypes != vectors} == of_indices
 
 

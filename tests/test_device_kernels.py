@@ -295,3 +295,19 @@ def test_a_step_of_an_optimizer_is_one_pass(dtype):
         backend._run = launches.run
         assert [kernel for kernel in launches.names if not kernel.startswith("aten.")] == [name]
         assert sum(nbytes for _, nbytes in copies) <= 100
+    for name, kernels, out in [("layer_norms", ["part_squares", "square_totals"], np.zeros(2)),
+                               ("fingerprints", ["add_fingerprints"], np.zeros(2, np.uint64))]:
+        with Launches(backend) as launches:
+            getattr(backend, name)(a, starts, out)
+        backend._run = launches.run
+        assert [kernel for kernel in launches.names if not kernel.startswith("aten.")] == kernels
+
+
+@each_dtype
+def test_norms_and_hashes_of_layers_of_any_length(dtype):
+    """Empty, of one entry, of several parts; blocks of kernels lie across them."""
+    starts = np.array([0, 0, 1, 64, 200, 1300, 1300, 10_000])
+    for kind in KINDS:
+        x = vector(10_000, dtype, 1, kind)
+        check_same("layer_norms", dtype, x, starts, np.zeros(7), host=(1, 2))
+        check_same("fingerprints", dtype, x, starts, np.zeros(7, np.uint64), host=(1, 2))

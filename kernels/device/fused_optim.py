@@ -10,10 +10,10 @@ be empty; a block of entries may lie across several.
 import triton
 import triton.language as tl
 
-from .fused import _magnitude, _number, _segment_of
+from .fused import _magnitude, _mixed, _number, _segment_of
 
-__all__ = ["adam", "adam_step", "add_layers", "follow_momentum", "local_step", "momentum_step", "preconditioned_step",
-           "scaled_momentum", "sign_step", "update_moments"]
+__all__ = ["adam", "adam_step", "add_fingerprints", "add_layers", "follow_momentum", "local_step", "momentum_step",
+           "part_squares", "preconditioned_step", "scaled_momentum", "sign_step", "square_totals", "update_moments"]
 
 
 @triton.jit
@@ -177,3 +177,51 @@ def follow_momentum(sent, inverse, backs, least, starts, layers, m, fresh, ratio
         tl.atomic_max(ratios + p, tl.max(ratio, 0))
     else:
         tl.atomic_max(ratios + _segment_of(starts, layers, at), ratio, mask=counts)
+
+
+@triton.jit
+def part_squares(x, lows, sizes, parts, sums):
+    """Write 64 sums of squares for every part: of its entries i, i + 64, ..., in this order, in whole groups of 64."""
+    part = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)
+    there, lane = part < parts, tl.arange(0, 64)
+    low, size = tl.load(lows + part, mask=there, other=0), tl.load(sizes + part, mask=there, other=0)
+    at, whole = low[:, None] + lane[None, :], size // 64 * 64
+    sum_ = tl.zeros((16, 64), tl.float64)
+    for group in range(0, tl.max(whole, 0), 64):
+        value = tl.load(x + at + group, mask=(group < whole)[:, None] & (lane >= 0)[None, :], other=0.0).to(tl.float64)
+        sum_ += value * value
+    tl.store(sums + part[:, None] * 64 + lane[None, :], sum_, mask=there[:, None] & (lane >= 0)[None, :])
+
+
+@triton.jit
+def square_totals(x, lows, sizes, parts, sums, totals, BLOCK: tl.constexpr):
+    """Add up the 64 sums of every part in order, then the squares of what follows its last group."""
+    part = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = part < parts
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, 64, 16):
+        for q in tl.static_range(16):
+            total += tl.load(sums + part * 64 + first + q, mask=there, other=0.0)
+    size = tl.load(sizes + part, mask=there, other=0)
+    whole = size // 64 * 64
+    low = tl.load(lows + part, mask=there, other=0) + whole
+    for i in range(tl.max(size - whole, 0)):
+        value = tl.load(x + low + i, mask=i < size - whole, other=0.0).to(tl.float64)
+        total += value * value
+    tl.store(totals + part, total, mask=there)
+
+
+@triton.jit
+def add_fingerprints(words, starts, layers, d, sums, BLOCK: tl.constexpr):
+    """Add to ``sums[p]`` what is made of every word of 32 bits of layer p and of its number there."""
+    at, there = _entries(d, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    p = _segment_of(starts, layers, first)
+    word = tl.load(words + at, mask=there, other=0).to(tl.int64) & 0xFFFFFFFF
+    if tl.load(starts + p + 1) >= tl.minimum(first + BLOCK, d):
+        mixed = _mixed(word + (at - tl.load(starts + p) + 1) * -7046029254386353131)
+        tl.atomic_add(sums + p, tl.sum(tl.where(there, mixed, 0), 0))
+    else:
+        of = _segment_of(starts, layers, at)
+        number = at - tl.load(starts + of, mask=there, other=0) + 1
+        tl.atomic_add(sums + of, _mixed(word + number * -7046029254386353131), mask=there)

@@ -3,6 +3,7 @@
 # ruff: noqa: D102 (the methods are described by the functions of the same names)
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,15 @@ from .backend import DeviceBackend
 
 __all__ = ["TritonOptimizers"]
 
+_PART = 4096  # entries whose squares are added up for themselves
+_LANES = 128
+
 
 class TritonOptimizers(DeviceBackend):
     """Kernels of :mod:`mpi_ef.kernels.device.fused_optim`; who has this class says how they are launched."""
 
     _launch: Any
+    _run: Any
     _word: Any
 
     def _pass(self, kernel: Any, vectors: Any, *reals: float, **constants: Any) -> None:
@@ -76,6 +81,28 @@ class TritonOptimizers(DeviceBackend):
                      F64=self.dtype.itemsize == 8)
         ratios[:] = bus.on_host(largest).view(self.dtype)
 
+    def layer_norms(self, x: Any, starts: Any, norms: Any) -> None:
+        lows, sizes, ends = _parts(np.asarray(starts, np.int64).tobytes(), str(self.torch_device))
+        parts = lows.numel()
+        sums, totals = self.empty((parts, 64), np.float64).tensor, self.empty(parts, np.float64).tensor
+        self._run(fused_optim.part_squares, -(-parts // 16), x.tensor, lows, sizes, parts, sums)
+        self._run(fused_optim.square_totals, -(-parts // _LANES), x.tensor, lows, sizes, parts, sums, totals, BLOCK=_LANES)
+        of_parts = bus.on_host(totals)
+        norms[:] = [np.sqrt(np.cumsum([0.0, *of_parts[one:other]])[-1]) for one, other in pairwise(ends)]
+
+    def norm(self, x: Any) -> float:
+        norms = np.empty(1)
+        self.layer_norms(x, np.array([0, x.size]), norms)
+        return float(norms[0])
+
+    def fingerprints(self, x: Any, starts: Any, out: Any) -> None:
+        words = x.itemsize // 4
+        begins, layers = self._layers(words * np.asarray(starts))
+        sums = self.zeros(layers, np.int64).tensor
+        self._launch(fused_optim.add_fingerprints, words * x.size, x.tensor.view(torch.int32), begins, layers,
+                     words * x.size, sums)
+        out[:] = bus.on_host(sums).view(np.uint64)
+
     def _layers(self, starts: Any) -> tuple[torch.Tensor, int]:
         begins = np.asarray(starts, np.int64)
         return _placed(begins.tobytes(), str(self.torch_device)), begins.size - 1
@@ -87,3 +114,14 @@ class TritonOptimizers(DeviceBackend):
 @lru_cache(maxsize=256)  # a number for each layer
 def _placed(starts: bytes, device: str) -> torch.Tensor:
     return bus.on_device(np.frombuffer(starts, np.int64), torch.device(device))
+
+
+@lru_cache(maxsize=64)  # two numbers for 4096 entries and for each layer
+def _parts(starts: bytes, device: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Return where parts of up to 4096 entries of layers begin, their sizes, and which are the first ones of layers."""
+    layers = list(pairwise(np.frombuffer(starts, np.int64).tolist()))
+    lows = [low for start, stop in layers for low in range(start, stop, _PART)]
+    sizes = [min(_PART, stop - low) for start, stop in layers for low in range(start, stop, _PART)]
+    ends: list[int] = np.cumsum([0, *(len(range(start, stop, _PART)) for start, stop in layers)]).tolist()
+    where = torch.device(device)
+    return bus.on_device(np.array(lows, np.int64), where), bus.on_device(np.array(sizes, np.int64), where), ends
