@@ -128,13 +128,13 @@ def test_segments_take_no_launches_of_their_own(dtype):
 def test_signs(dtype):
     for n, (terms, factors, keep, keep_factors, d) in enumerate(sources(dtype)):
         for block in sized({d, 64, 100, 4096, 5000}, {d, 5000 if n % 3 else 100, (7, 64, 130, 1000)[n % 4]}):
-            rows = n % 3
+            rows, row_block = n % 3, (64, 4100, 7)[n // 3 % 3]
             row_bits = np.random.default_rng(n).integers(0, 256, (rows, -(-d // 8))).astype(np.uint8)
-            row_scales = np.abs(vector(rows * -(-d // 64), dtype, n)).reshape(rows, -(-d // 64))
+            row_scales = np.abs(vector(rows * -(-d // row_block), dtype, n)).reshape(rows, -(-d // row_block))
             scales = np.zeros(-(-d // block), dtype)
-            check_same("encode_signs", dtype, terms, factors, keep, keep_factors, n % 2 == 0, row_bits, row_scales, 64,
-                       dtype(0.25), block, np.zeros(-(-d // 8), np.uint8), scales, scratch=[None], host=(1, 3))
-            check_same("add_signs", dtype, row_bits, row_scales, 64, dtype(0.3), n % 2 == 0, vector(d, dtype, 5),
+            check_same("encode_signs", dtype, terms, factors, keep, keep_factors, n % 2 == 0, row_bits, row_scales,
+                       row_block, dtype(0.25), block, np.zeros(-(-d // 8), np.uint8), scales, scratch=[None], host=(1, 3))
+            check_same("add_signs", dtype, row_bits, row_scales, row_block, dtype(0.3), n % 2 == 0, vector(d, dtype, 5),
                        scratch=[None])
 
 
@@ -156,7 +156,7 @@ def test_lanes_of_short_blocks_are_not_idle(block, most):
 @pytest.mark.parametrize("format", ["bf16", "fp16", "int8"])
 def test_quantize(dtype, format):
     for n, (terms, factors, keep, keep_factors, d) in enumerate(sources(dtype)):
-        for block in sized((1, 7, 256, 10_000), (7, 256)):
+        for block in sized((1, 7, 256, 10_000), (7, 256, 4999)):
             count = -(-d // block)
             codes = np.zeros(d, np.int8 if format == "int8" else np.int16)
             check_same("quantize", dtype, terms, factors, keep, keep_factors, n % 2 == 0, format, block,

@@ -15,13 +15,24 @@ PART, GROUP = 4096, 64  # entries of a program, or of blocks in one, and of thos
 
 
 @triton.jit
-def _with_rows(x, at, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor,
-               F64: tl.constexpr):
-    """Add to `x` what is decoded of some rows of signs, in their order."""
+def _blocks_of(first, lanes, block):
+    """Return in which blocks entries ``first + lanes`` are, 4096 lanes at most: only `first` is divided in 64 bits."""
+    number = first // block
+    within = first - number * block + lanes
+    if block >= 4096:
+        further = (within >= block).to(tl.int32)
+    else:
+        further = within.to(tl.int32) // (number * 0 + block).to(tl.int32)
+    return number + further
+
+
+@triton.jit
+def _with_rows(x, at, of, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_factor, F64: tl.constexpr):
+    """Add to `x` what is decoded of some rows of signs, in their order; `of` says in which of their blocks entries are."""
     factor = _number(row_factor, F64)
     for r in range(rows):
         octet = tl.load(row_bits + r * bits_stride + (at >> 3), mask=there, other=0).to(tl.int32)
-        step = tl.load(row_scales + r * scales_stride + at // row_block, mask=there, other=0.0) * factor
+        step = tl.load(row_scales + r * scales_stride + of, mask=there, other=0.0) * factor
         up = ((octet >> (7 - (at & 7)).to(tl.int32)) & 1) == 1
         x = x + tl.where(up, step, -step)
     return x
@@ -48,8 +59,11 @@ def part_sums(a, b, c, row_bits, bits_stride, row_scales, scales_stride, rows, r
     within = tl.arange(0, WIDTH)
     at = tl.reshape(start[:, None] + within[None, :], (4096,))
     there = tl.reshape(within[None, :] < size[:, None], (4096,))
+    of = at
+    if rows > 0:
+        of = tl.reshape(_blocks_of(start[:, None], within[None, :], row_block), (4096,))
     x = _form(a, b, c, at, there, f0, f1, f2, NT, F64)
-    x = _with_rows(x, at, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor, F64)
+    x = _with_rows(x, at, of, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_factor, F64)
     _note_broken(status, _magnitude(x, F64), there, F64)
     whole = tl.reshape(within[None, :] < (size // 64 * 64)[:, None], (4096,))
     groups = tl.reshape(tl.where(there & whole, tl.abs(x), 0.0), (64, 64))
@@ -75,7 +89,8 @@ def part_totals(a, b, c, row_bits, bits_stride, row_scales, scales_stride, rows,
     for _ in range(most):
         some = there & (follows < stop)
         x = _form(a, b, c, follows, some, f0, f1, f2, NT, F64)
-        x = _with_rows(x, follows, some, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor, F64)
+        x = _with_rows(x, follows, follows // row_block, some, row_bits, bits_stride, row_scales, scales_stride, rows,
+                       row_factor, F64)
         total += tl.where(some, tl.abs(x), 0.0).to(tl.float64)
         follows += 1
     tl.store(totals + part, total, mask=there)
@@ -111,10 +126,13 @@ def write_signs(a, b, c, keep, row_bits, bits_stride, row_scales, scales_stride,
                 F64: tl.constexpr):
     """Write the signs of what is formed of the terms and rows, eight to a byte, and what is kept."""
     program = tl.program_id(0).to(tl.int64)
-    at = program * 4096 + tl.arange(0, 4096)
-    there = at < d
+    lanes = tl.arange(0, 4096)
+    at = program * 4096 + lanes
+    there, of = at < d, at
+    if rows > 0:
+        of = _blocks_of(program * 4096, lanes, row_block)
     x = _form(a, b, c, at, there, f0, f1, f2, NT, F64)
-    x = _with_rows(x, at, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor, F64)
+    x = _with_rows(x, at, of, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_factor, F64)
     up = there & (x >= 0)
     weights = 1 << (7 - tl.arange(0, 8))
     octets = tl.sum(tl.reshape(up.to(tl.int32), (512, 8)) * weights[None, :], 1)
@@ -122,10 +140,9 @@ def write_signs(a, b, c, keep, row_bits, bits_stride, row_scales, scales_stride,
     tl.store(bits + place, octets.to(tl.uint8), mask=place < (d + 7) // 8)
     if KEEPS:
         kept = _form(a, b, c, at, there, k0, k1, k2, NT, F64)
-        kept = _with_rows(kept, at, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor,
-                          F64)
+        kept = _with_rows(kept, at, of, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_factor, F64)
         if LESS:
-            scale = tl.load(scales + at // block, mask=there, other=0.0)
+            scale = tl.load(scales + _blocks_of(program * 4096, lanes, block), mask=there, other=0.0)
             kept = kept + tl.where(up, -scale, scale)
         tl.store(keep + at, kept, mask=there)
 
@@ -134,13 +151,15 @@ def write_signs(a, b, c, keep, row_bits, bits_stride, row_scales, scales_stride,
 def add_signs(bits, bits_stride, scales, scales_stride, rows, block, factor, out, d, STARTS: tl.constexpr,
               F64: tl.constexpr, BLOCK: tl.constexpr):
     """Add what is decoded of all rows, times a factor, to `out`, or to zero where it `STARTS`."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    at = first + tl.arange(0, BLOCK)
     there = at < d
     if STARTS:
         x = tl.zeros((BLOCK,), out.dtype.element_ty)
     else:
         x = tl.load(out + at, mask=there, other=0.0)
-    x = _with_rows(x, at, there, bits, bits_stride, scales, scales_stride, rows, block, factor, F64)
+    of = _blocks_of(first, tl.arange(0, BLOCK), block)
+    x = _with_rows(x, at, of, there, bits, bits_stride, scales, scales_stride, rows, factor, F64)
     tl.store(out + at, x, mask=there)
 
 
@@ -193,9 +212,10 @@ def write_codes(a, b, c, keep, maxima, d, block, exponents, codes, status, f0, f
                 KEEPS: tl.constexpr, LESS: tl.constexpr, FORMAT: tl.constexpr, HEADROOM: tl.constexpr, F64: tl.constexpr,
                 BLOCK: tl.constexpr):
     """Write exponents of blocks and codes of entries, and what is kept."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    at = first + tl.arange(0, BLOCK)
     there = at < d
-    number = at // block
+    number = _blocks_of(first, tl.arange(0, BLOCK), block)
     largest = tl.load(maxima + number, mask=there, other=0)
     if F64:
         broken = largest >= 0x7FF0000000000000
@@ -223,7 +243,7 @@ def write_codes(a, b, c, keep, maxima, d, block, exponents, codes, status, f0, f
         code = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
     tl.store(codes + at, code, mask=there)
     exponent = tl.where(broken, 32767, exponent)
-    tl.store(exponents + number, exponent.to(tl.int16), mask=there & (at % block == 0))
+    tl.store(exponents + number, exponent.to(tl.int16), mask=there & (at == number * block))
     if KEEPS:
         kept = _form(a, b, c, at, there, k0, k1, k2, NT, F64)
         if LESS:
@@ -235,13 +255,14 @@ def write_codes(a, b, c, keep, maxima, d, block, exponents, codes, status, f0, f
 def add_codes(exponents, codes, block, factor, out, d, FORMAT: tl.constexpr, STARTS: tl.constexpr, F64: tl.constexpr,
               BLOCK: tl.constexpr):
     """Add what codes stand for, times a factor, to `out`, or to zero where it `STARTS`."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    at = first + tl.arange(0, BLOCK)
     there = at < d
     if STARTS:
         x = tl.zeros((BLOCK,), out.dtype.element_ty)
     else:
         x = tl.load(out + at, mask=there, other=0.0)
     code = tl.load(codes + at, mask=there, other=0)
-    exponent = tl.load(exponents + at // block, mask=there, other=0).to(tl.int32)
+    exponent = tl.load(exponents + _blocks_of(first, tl.arange(0, BLOCK), block), mask=there, other=0).to(tl.int32)
     x = x + _decoded(code, exponent, FORMAT, F64) * _number(factor, F64)
     tl.store(out + at, x, mask=there)
