@@ -15,9 +15,11 @@ from mpi_ef.kernels import device
 HERE = Path(__file__).parent
 KERNELS = Path(device.__file__).parent
 TARGETS = (("sm_80", "sm_90"), ("gfx90a", "gfx942"))
+MODULES, BACKENDS = ("fused", "fused_dense", "fused_optim"), ("triton_backend", "triton_optim")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("device_compile"), pytest.mark.timeout(900)]
-# AMD's processors divide so: 64-bit integers by way of float32, and float64.
-DIVIDE = {"part_sums", "write_signs", "add_signs", "scales_of_blocks"}
+# AMD's processors divide so: 64-bit integers by way of float32, and floats; and take square roots.
+DIVIDE = {"sample_magnitudes", "part_sums", "part_totals", "write_signs", "add_signs", "scales_of_blocks", "adam",
+          "adam_step", "follow_momentum"}
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +49,17 @@ def jitted(name):
 
 def kernels():
     """Those that are launched: others are called by them and have names with an underscore."""
-    return {name for module in ("fused", "fused_dense") for name in jitted(module) if not name.startswith("_")}
+    return {name for module in MODULES for name in jitted(module) if not name.startswith("_")}
 
 
 def test_what_is_launched_is_what_modules_offer():
-    offered = {name for module in ("fused", "fused_dense") for node in tree_of(module).body if isinstance(node, ast.Assign)
+    offered = {name for module in MODULES for node in tree_of(module).body if isinstance(node, ast.Assign)
                and ast.unparse(node.targets[0]) == "__all__" for name in ast.literal_eval(node.value)}
-    launched = {node.attr for node in ast.walk(tree_of("triton_backend")) if isinstance(node, ast.Attribute)
-                and isinstance(node.value, ast.Name) and node.value.id in ("fused", "fused_dense")}
+    launched = {node.attr for module in BACKENDS for node in ast.walk(tree_of(module)) if isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name) and node.value.id in MODULES}
     assert kernels() == {name for name in offered if not name.isupper()}
     assert kernels() == {name for name in launched if not name.isupper()}
-    others = {path.stem for path in KERNELS.glob("*.py")} - {"fused", "fused_dense"}
+    others = {path.stem for path in KERNELS.glob("*.py")} - set(MODULES)
     assert not any(jitted(name) for name in others)
 
 
@@ -66,7 +68,8 @@ def test_every_kernel_compiles_for_every_processor(compiled):
     made = {(one["kernel"], one["target"]) for one in compiled if one["nbytes"] > 0}
     assert made == {(name, target) for name in kernels() for targets in TARGETS for target in targets}
     by_dtype = {kernel: {one["dtype"] for one in compiled if one["kernel"] == kernel} for kernel in kernels()}
-    of_indices = {"mark_indices", "emit_indices"}  # have no vectors: one of the two dtypes is enough
+    # These have no vectors, or look at words of them: one of the two dtypes is enough.
+    of_indices = {"mark_indices", "emit_indices", "mark_chosen", "add_fingerprints"}
     assert {kernel for kernel, dtypes in by_dtype.items() if dtypes != vectors} == of_indices
 
 
@@ -74,6 +77,11 @@ def test_no_product_is_fused_with_a_sum(compiled):
     """Also where it is fused on another processor, the bits would not be those of the host."""
     wrong = [one for one in compiled if one["may be fused"]
              or (one["fused"] and not (one["target"].startswith("gfx") and one["kernel"] in DIVIDE))]
+    assert not wrong, wrong
+
+
+def test_quotients_and_roots_are_rounded_to_nearest(compiled):
+    wrong = [one for one in compiled if one["approximate"]]
     assert not wrong, wrong
 
 

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from device_side import BACKENDS, DEVICE, KINDS, bits, each_dtype, host, sized, there, vector
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from mpi_ef.kernels import low_bits, lower_nbytes, reference, upper_nbytes
 from mpi_ef.kernels.backend import backend
+from mpi_ef.kernels.device import bus
 
 SIZES = sized((1, 63, 64, 1000, 4096, 9001), (65, 5000))
 
@@ -69,25 +71,92 @@ def test_select_largest(dtype):
                    host=(1, 3, 4, 5))
 
 
+SEGMENTS = ((0, 10, 10, 700, 5000, 5001, 10_300, 10_301, 14_500), (3, 0, 69, 300, 1, 90, 0, 4150))
+
+
+@each_dtype
+def test_segments_of_any_length(dtype):
+    """Empty, of one entry, without a choice, short, sampled, and nearly whole; blocks of the kernel lie across them."""
+    bounds, counts = map(np.array, SEGMENTS)
+    for terms, factors, keep, keep_factors, d in sources(dtype, (bounds[-1],)):
+        check_same("select_largest", dtype, terms, factors, keep, keep_factors, bounds, counts, np.zeros(d, np.int64),
+                   np.zeros(d, dtype), scratch=[None, None], host=(1, 3, 4, 5))
+
+
+class Launches(TorchDispatchMode):
+    """What is launched: operations of torch on the device and kernels, those of a sort apart."""
+
+    def __init__(self, backend):
+        super().__init__()
+        self.names, self.run = [], backend._run
+        backend._run = self._run
+
+    def _run(self, kernel, *arguments, **constants):
+        self.names.append(kernel.__name__)
+        with _disable_current_modes():  # the interpreter reads arguments with torch
+            self.run(kernel, *arguments, **constants)
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.names.append(str(operation))
+        return operation(*arguments, **(options or {}))
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1, reason="of kernels in Triton: make test-device")
+@each_dtype
+def test_segments_take_no_launches_of_their_own(dtype):
+    """Nor a second look: the guess of a threshold holds for a vector of the usual kind; the host asks once."""
+    counted = []
+    for bounds in ([0, 9000], [*range(0, 390, 10), 2000, 9000]):
+        starts, k = np.array(bounds), np.full(len(bounds) - 1, 5)
+        backend, size = BACKENDS[1](dtype, DEVICE), bounds[-1]
+        x, keep, indices, values = map(there, (vector(size, dtype), np.zeros(size, dtype), np.zeros(k.sum(), np.int64),
+                                               np.zeros(k.sum(), dtype)))
+        call = (x, x, x[:0]), (1.0, 0.5, 0.0), keep, (1.0, 1.0, 0.0), starts, k, indices, values
+        backend.select_largest(*call)  # what is known of segments goes to the device once
+        with bus.watched() as copies, Launches(backend) as launches:
+            answer = backend.checked(backend.select_largest(*call), lambda: pytest.fail("a threshold was wrong"))
+            assert not copies
+            assert bool(answer)
+        assert copies == [("to host", 4 * len(starts))]
+        counted.append(len(launches.names))
+        assert sum(name.startswith("aten.sort") for name in launches.names) <= (2 if dtype == np.float32 else 3)
+    assert max(counted) <= 25, counted
+    assert counted[1] - counted[0] <= (1 if dtype == np.float32 else 6)
+
+
 @each_dtype
 def test_signs(dtype):
     for n, (terms, factors, keep, keep_factors, d) in enumerate(sources(dtype)):
-        for block in sized({d, 64, 100, 4096, 5000}, {d, 100}):
-            rows = n % 3
+        for block in sized({d, 64, 100, 4096, 5000}, {d, 5000 if n % 3 else 100, (7, 64, 130, 1000)[n % 4]}):
+            rows, row_block = n % 3, (64, 4100, 7)[n // 3 % 3]
             row_bits = np.random.default_rng(n).integers(0, 256, (rows, -(-d // 8))).astype(np.uint8)
-            row_scales = np.abs(vector(rows * -(-d // 64), dtype, n)).reshape(rows, -(-d // 64))
+            row_scales = np.abs(vector(rows * -(-d // row_block), dtype, n)).reshape(rows, -(-d // row_block))
             scales = np.zeros(-(-d // block), dtype)
-            check_same("encode_signs", dtype, terms, factors, keep, keep_factors, n % 2 == 0, row_bits, row_scales, 64,
-                       dtype(0.25), block, np.zeros(-(-d // 8), np.uint8), scales, scratch=[None], host=(1, 3))
-            check_same("add_signs", dtype, row_bits, row_scales, 64, dtype(0.3), n % 2 == 0, vector(d, dtype, 5),
+            check_same("encode_signs", dtype, terms, factors, keep, keep_factors, n % 2 == 0, row_bits, row_scales,
+                       row_block, dtype(0.25), block, np.zeros(-(-d // 8), np.uint8), scales, scratch=[None], host=(1, 3))
+            check_same("add_signs", dtype, row_bits, row_scales, row_block, dtype(0.3), n % 2 == 0, vector(d, dtype, 5),
                        scratch=[None])
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1, reason="of kernels in Triton: make test-device")
+@pytest.mark.parametrize(("block", "most"), [(7, 64 / 7), (64, 1), (100, 1.28), (1025, 2), (2048, 1), (5000, 2),
+                                              (10**6, 1)])
+def test_lanes_of_short_blocks_are_not_idle(block, most):
+    """A program of 4096 lanes takes as many blocks as it has room for."""
+    d, lanes = 150_000, []
+    backend, nothing = BACKENDS[1](np.float32, DEVICE), there(np.empty(0, np.float32))
+    backend._run = lambda kernel, programs, *_, **__: lanes.append((kernel.__name__, 4096 * programs))
+    backend.encode_signs((there(vector(d, np.float32)), nothing, nothing), (1.0, 0.0, 0.0), nothing,
+                         (1.0, 0.0, 0.0), False, there(np.zeros((0, 1), np.uint8)), there(np.zeros((0, 1), np.float32)), 64,
+                         1.0, block, there(np.zeros(-(-d // 8), np.uint8)), there(np.zeros(-(-d // block), np.float32)))
+    assert dict(lanes)["part_sums"] <= most * d + 4096 + (block > 4096) * 4096
 
 
 @each_dtype
 @pytest.mark.parametrize("format", ["bf16", "fp16", "int8"])
 def test_quantize(dtype, format):
     for n, (terms, factors, keep, keep_factors, d) in enumerate(sources(dtype)):
-        for block in sized((1, 7, 256, 10_000), (7, 256)):
+        for block in sized((1, 7, 256, 10_000), (7, 256, 4999)):
             count = -(-d // block)
             codes = np.zeros(d, np.int8 if format == "int8" else np.int16)
             check_same("quantize", dtype, terms, factors, keep, keep_factors, n % 2 == 0, format, block,
@@ -183,11 +252,11 @@ def test_optimizers(dtype):
             check_same("adam", dtype, a, *real, b, v, x)
             check_same("adam_step", dtype, a, v, *real[2:], x)
             check_same("preconditioned_step", dtype, a, inverse, real[2], real[5], x)
-            check_same("sign_step", dtype, a * (np.arange(d) % 3 > 0), real[2], real[5], x)
+            check_same("sign_step", dtype, a * (np.arange(d) % 3 > 0), real[2], real[5], x * (np.arange(d) % 2))
             check_same("momentum_step", dtype, a, inverse, real[0], real[2], real[5], b, x)
             check_same("local_step", dtype, a, inverse, c, real[0], dtype(0.3), real[2], real[5], b, e, x)
             check_same("l1_norm", dtype, a)
-        starts = np.unique([0, d // 3, d // 2, d])
+        starts = np.array([0, 0, d // 3, d // 2, d // 2, d])
         layers = starts.size - 1
         scales, least = np.abs(vector(layers, dtype, n)) + dtype(0.1), np.full(layers, 1e-3, dtype)
         check_same("layer_norms", dtype, a, starts, np.zeros(layers), host=(1, 2))
@@ -196,3 +265,49 @@ def test_optimizers(dtype):
         check_same("scaled_momentum", dtype, a, c, real[0], scales, starts, x, host=(3, 4))
         check_same("follow_momentum", dtype, a, inverse, np.array([0.9, 0.99], dtype), *real[3:5], scales, least, starts, c,
                    v.copy(), np.zeros(layers, dtype), host=(2, 5, 6, 7, 10))
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1, reason="of kernels in Triton: make test-device")
+@each_dtype
+def test_a_step_of_an_optimizer_is_one_pass(dtype):
+    """One kernel, and no operation of torch but what brings numbers of layers to the device and back."""
+    d, real = 1000, dtype(0.9)
+    a, b, c, m, x = (there(vector(d, dtype, n)) for n in range(5))
+    starts, two = np.array([0, 10, d]), np.ones(2, dtype)
+    backend = BACKENDS[1](dtype, DEVICE)
+    with bus.watched() as copies:
+        for name, *arguments in [
+            ("update_moments", a, real, real, m, x), ("adam", a, *[real] * 6, m, b, x), ("adam_step", m, b, *[real] * 4, x),
+            ("preconditioned_step", m, b, real, real, x), ("sign_step", m, real, real, x),
+            ("momentum_step", a, b, real, real, real, m, x), ("local_step", a, b, c, *[real] * 4, m, c, x),
+        ]:
+            with Launches(backend) as launches:
+                getattr(backend, name)(*arguments)
+            backend._run = launches.run
+            assert launches.names == [name]
+    assert not copies
+    for name, *arguments in [
+        ("add_layers", a, two, starts, x), ("scaled_momentum", a, m, real, two, starts, x),
+        ("follow_momentum", a, b, np.array([real, real]), real, real, two, two, starts, m, c, two.copy()),
+    ]:
+        with Launches(backend) as launches, bus.watched() as copies:
+            getattr(backend, name)(*arguments)
+        backend._run = launches.run
+        assert [kernel for kernel in launches.names if not kernel.startswith("aten.")] == [name]
+        assert sum(nbytes for _, nbytes in copies) <= 100
+    for name, kernels, out in [("layer_norms", ["part_squares", "square_totals"], np.zeros(2)),
+                               ("fingerprints", ["add_fingerprints"], np.zeros(2, np.uint64))]:
+        with Launches(backend) as launches:
+            getattr(backend, name)(a, starts, out)
+        backend._run = launches.run
+        assert [kernel for kernel in launches.names if not kernel.startswith("aten.")] == kernels
+
+
+@each_dtype
+def test_norms_and_hashes_of_layers_of_any_length(dtype):
+    """Empty, of one entry, of several parts; blocks of kernels lie across them."""
+    starts = np.array([0, 0, 1, 64, 200, 1300, 1300, 10_000])
+    for kind in KINDS:
+        x = vector(10_000, dtype, 1, kind)
+        check_same("layer_norms", dtype, x, starts, np.zeros(7), host=(1, 2))
+        check_same("fingerprints", dtype, x, starts, np.zeros(7, np.uint64), host=(1, 2))

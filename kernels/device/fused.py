@@ -11,7 +11,8 @@ is compiled anew for special values of such bits.
 import triton
 import triton.language as tl
 
-__all__ = ["BLOCK", "clear_at", "collect", "combine", "emit_indices", "gather_at", "mark_indices", "scatter_add"]
+__all__ = ["BLOCK", "clear_at", "collect", "combine", "emit_indices", "gather_at", "make_room", "mark_chosen",
+           "mark_indices", "sample_magnitudes", "scatter_add", "write_chosen", "write_keys"]
 
 BLOCK = 1024
 
@@ -69,30 +70,128 @@ def combine(a, b, c, out, status, d, f0, f1, f2, NT: tl.constexpr, WRITES: tl.co
     _note_broken(status, _magnitude(x, F64), there, F64)
 
 
-@triton.jit(do_not_specialize=["f0", "f1", "f2", "k0", "k1", "k2"])
-def collect(a, b, c, keep, threshold, found, status, places, values, start, d, room, f0, f1, f2, k0, k1, k2,
-            NT: tl.constexpr, KEEPS: tl.constexpr, F64: tl.constexpr, BLOCK: tl.constexpr):
-    """Write place and value of every entry from `start` on, `d` of them, of a magnitude of at least ``threshold[0]``.
+@triton.jit
+def _segment_of(bounds, segments, at):
+    """Return in which part of a vector places are; parts, some of them empty, begin at ``bounds[0]``, ``bounds[1]``, ..."""
+    low = at * 0
+    high = low + segments
+    left = segments
+    while left > 1:
+        middle = (low + high) // 2
+        above = tl.load(bounds + middle) <= at
+        low = tl.where(above, middle, low)
+        high = tl.where(above, high, middle)
+        left = left - left // 2
+    return low
 
-    In any order, after ``found[0]`` earlier ones, which it counts on; those beyond `room` are counted alone. What is kept is
-    written in the same pass.
+
+@triton.jit
+def _mixed(word):
+    """Return the last step of SplitMix64."""
+    word = (word ^ ((word >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    word = (word ^ ((word >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return word ^ ((word >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit(do_not_specialize=["f0", "f1", "f2"])
+def sample_magnitudes(a, b, c, starts, sizes, sample, entries, magnitudes, f0, f1, f2, NT: tl.constexpr, F64: tl.constexpr,
+                      BLOCK: tl.constexpr):
+    """Write magnitudes at pseudo-random places, `sample` of every part of the vector, in all so many `entries`."""
+    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = j < entries
+    part = j // sample
+    number = j - part * sample + 1
+    drawn = _mixed(number * -7046029254386353131) & 0x7FFFFFFFFFFFFFFF
+    at = tl.load(starts + part, mask=there, other=0) + drawn % tl.load(sizes + part, mask=there, other=1)
+    tl.store(magnitudes + j, _magnitude(_form(a, b, c, at, there, f0, f1, f2, NT, F64), F64), mask=there)
+
+
+@triton.jit
+def make_room(bounds, segments, rooms, room, places, values, BLOCK: tl.constexpr):
+    """Write, where candidates will be, a place behind all of the segment, and zero."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = i < room
+    of = _segment_of(rooms, segments, i)
+    tl.store(places + i, tl.load(bounds + of + 1, mask=there, other=0) + of, mask=there)
+    tl.store(values + i, tl.zeros((BLOCK,), values.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def write_keys(values, by_place, rooms, segments, room, keys, F64: tl.constexpr, BLOCK: tl.constexpr):
+    """Write what sorts candidates, which are read by place, from the largest on, and, but for float64, by segment before."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = i < room
+    magnitude = _magnitude(tl.load(values + tl.load(by_place + i, mask=there, other=0), mask=there, other=0.0), F64)
+    if F64:
+        key = 0x7FFFFFFFFFFFFFFF - magnitude
+    else:
+        key = (_segment_of(rooms, segments, i) << 31) | (0x7FFFFFFF - magnitude).to(tl.int64)
+    tl.store(keys + i, key, mask=there)
+
+
+@triton.jit
+def mark_chosen(order, starts, rooms, segments, k, chosen, BLOCK: tl.constexpr):
+    """Mark the first candidates of every segment by their `order`, from ``starts[s]`` to ``starts[s + 1]`` of `k` in all."""
+    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = j < k
+    of = _segment_of(starts, segments, j)
+    i = tl.load(rooms + of, mask=there, other=0) + j - tl.load(starts + of, mask=there, other=0)
+    tl.store(chosen + tl.load(order + i, mask=there, other=0), 1, mask=there)
+
+
+@triton.jit
+def write_chosen(chosen, before, places, values, by_place, rooms, segments, room, d, indices, selected,
+                 BLOCK: tl.constexpr):
+    """Write place and value of candidates that are chosen; ``before[i]`` says how many there are up to and with i."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = i < room
+    marked = tl.load(chosen + i, mask=there, other=0) > 0
+    j = tl.load(before + i, mask=marked, other=1) - 1
+    place = tl.load(places + i, mask=marked, other=0) - _segment_of(rooms, segments, i)
+    tl.store(indices + j, tl.minimum(place, d - 1), mask=marked)
+    value = tl.load(values + tl.load(by_place + i, mask=marked, other=0), mask=marked, other=0.0)
+    tl.store(selected + j, value, mask=marked)
+
+
+@triton.jit(do_not_specialize=["f0", "f1", "f2", "k0", "k1", "k2"])
+def collect(a, b, c, keep, d, bounds, segments, tops, ranks, rooms, status, places, values, f0, f1, f2, k0, k1, k2,
+            NT: tl.constexpr, KEEPS: tl.constexpr, F64: tl.constexpr, BLOCK: tl.constexpr):
+    """Write place and value of every entry of a magnitude of at least the threshold of its segment, ``tops[ranks[s]]``.
+
+    Where the rank is -1, that is zero, and where it is -2, there is nothing to select. Those of segment s are in any order
+    from ``rooms[s]`` to ``rooms[s + 1]``, and `s` is added to their places; they are counted in ``status[s + 1]``, also
+    where there is no room. ``status[0]`` says whether an entry is broken. What is kept is written in the same pass.
     """
-    within = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = within < d
-    at = within + start
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    at = first + tl.arange(0, BLOCK)
+    there = at < d
     x = _form(a, b, c, at, there, f0, f1, f2, NT, F64)
     if KEEPS:
         tl.store(keep + at, _form(a, b, c, at, there, k0, k1, k2, NT, F64), mask=there)
     magnitude = _magnitude(x, F64)
     _note_broken(status, magnitude, there, F64)
-    chosen = there & (magnitude >= tl.load(threshold))
-    count = tl.sum(chosen.to(tl.int32), 0)
-    if count > 0:
-        first = tl.atomic_add(found, count)
-        place = first + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        fits = chosen & (place < room)
-        tl.store(places + place, at, mask=fits)
-        tl.store(values + place, x, mask=fits)
+    s = _segment_of(bounds, segments, first)
+    if tl.load(bounds + s + 1) >= tl.minimum(first + BLOCK, d):
+        rank = tl.load(ranks + s)
+        if rank > -2:
+            threshold = tl.where(rank < 0, 0, tl.load(tops + tl.maximum(rank, 0)))
+            chosen = there & (magnitude >= threshold)
+            count = tl.sum(chosen.to(tl.int32), 0)
+            if count > 0:
+                begins = tl.load(rooms + s)
+                number = tl.atomic_add(status + 1 + s, count) + tl.cumsum(chosen.to(tl.int32), 0) - 1
+                fits = chosen & (begins + number < tl.load(rooms + s + 1))
+                tl.store(places + begins + number, at + s, mask=fits)
+                tl.store(values + begins + number, x, mask=fits)
+    else:
+        of = _segment_of(bounds, segments, at)
+        theirs = tl.load(ranks + of, mask=there, other=-2)
+        some = (theirs >= -1) & (magnitude >= tl.load(tops + theirs, mask=theirs >= 0, other=0))
+        one = tl.atomic_add(status + 1 + of, 1, mask=some)
+        place = tl.load(rooms + of, mask=some, other=0) + one
+        has_room = some & (place < tl.load(rooms + of + 1, mask=some, other=0))
+        tl.store(places + place, at + of, mask=has_room)
+        tl.store(values + place, x, mask=has_room)
 
 
 @triton.jit

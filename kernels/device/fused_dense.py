@@ -11,17 +11,28 @@ from .fused import _form, _magnitude, _note_broken, _number
 __all__ = ["GROUP", "PART", "add_codes", "add_signs", "block_maxima", "part_sums", "part_totals", "scales_of_blocks",
            "write_codes", "write_signs"]
 
-PART, GROUP = 4096, 64  # entries whose magnitudes are added up for themselves, and of those that are added by halves
+PART, GROUP = 4096, 64  # entries of a program, or of blocks in one, and of those whose magnitudes are added by halves
 
 
 @triton.jit
-def _with_rows(x, at, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor,
-               F64: tl.constexpr):
-    """Add to `x` what is decoded of some rows of signs, in their order."""
+def _blocks_of(first, lanes, block):
+    """Return in which blocks entries ``first + lanes`` are, 4096 lanes at most: only `first` is divided in 64 bits."""
+    number = first // block
+    within = first - number * block + lanes
+    if block >= 4096:
+        further = (within >= block).to(tl.int32)
+    else:
+        further = within.to(tl.int32) // (number * 0 + block).to(tl.int32)
+    return number + further
+
+
+@triton.jit
+def _with_rows(x, at, of, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_factor, F64: tl.constexpr):
+    """Add to `x` what is decoded of some rows of signs, in their order; `of` says in which of their blocks entries are."""
     factor = _number(row_factor, F64)
     for r in range(rows):
         octet = tl.load(row_bits + r * bits_stride + (at >> 3), mask=there, other=0).to(tl.int32)
-        step = tl.load(row_scales + r * scales_stride + at // row_block, mask=there, other=0.0) * factor
+        step = tl.load(row_scales + r * scales_stride + of, mask=there, other=0.0) * factor
         up = ((octet >> (7 - (at & 7)).to(tl.int32)) & 1) == 1
         x = x + tl.where(up, step, -step)
     return x
@@ -36,60 +47,73 @@ def _halved(x, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["row_factor", "f0", "f1", "f2"])
 def part_sums(a, b, c, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor, block, parts, d,
-              sums, rest, status, f0, f1, f2, NT: tl.constexpr, F64: tl.constexpr):
-    """Write the sums of magnitudes of the whole groups of a part, and the magnitudes of what follows the last of them.
+              sums, status, f0, f1, f2, NT: tl.constexpr, F64: tl.constexpr, WIDTH: tl.constexpr):
+    """Write the sums of magnitudes of the whole groups of parts of blocks, `WIDTH` / 64 for a part, zeros beyond.
 
-    A program has one part of a block, which has so many `parts`; both are (64,) for a part, zeros where there is nothing.
+    A part is `WIDTH` entries long, or a block where that is shorter; a block has so many `parts`, a program 4096 / `WIDTH`.
     """
-    part = tl.program_id(0).to(tl.int64)
-    start = part // parts * block + part % parts * 4096
-    stop = tl.minimum(tl.minimum(start + 4096, (part // parts + 1) * block), d)
-    within = tl.arange(0, 4096)
-    at = start + within
-    there = at < stop
+    program = tl.program_id(0).to(tl.int64)
+    part = program * (4096 // WIDTH) + tl.arange(0, 4096 // WIDTH)
+    start = part // parts * block + part % parts * WIDTH
+    size = tl.minimum(tl.minimum(start + WIDTH, (part // parts + 1) * block), d) - start
+    within = tl.arange(0, WIDTH)
+    at = tl.reshape(start[:, None] + within[None, :], (4096,))
+    there = tl.reshape(within[None, :] < size[:, None], (4096,))
+    of = at
+    if rows > 0:
+        of = tl.reshape(_blocks_of(start[:, None], within[None, :], row_block), (4096,))
     x = _form(a, b, c, at, there, f0, f1, f2, NT, F64)
-    x = _with_rows(x, at, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor, F64)
+    x = _with_rows(x, at, of, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_factor, F64)
     _note_broken(status, _magnitude(x, F64), there, F64)
-    whole = (tl.maximum(stop - start, 0) // 64) * 64
-    groups = tl.reshape(tl.where(within < whole, tl.abs(x), 0.0), (64, 64))
+    whole = tl.reshape(within[None, :] < (size // 64 * 64)[:, None], (4096,))
+    groups = tl.reshape(tl.where(there & whole, tl.abs(x), 0.0), (64, 64))
     groups = _halved(_halved(_halved(groups, 64), 32), 16)
     groups = _halved(_halved(_halved(groups, 8), 4), 2)
-    tl.store(sums + part * 64 + tl.arange(0, 64), tl.reshape(groups, (64,)))
-    follows = tl.arange(0, 64)
-    left = start + whole + follows
-    some = left < stop
-    y = _form(a, b, c, left, some, f0, f1, f2, NT, F64)
-    y = _with_rows(y, left, some, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor, F64)
-    tl.store(rest + part * 64 + follows, tl.where(some, tl.abs(y), 0.0))
+    tl.store(sums + program * 64 + tl.arange(0, 64), tl.reshape(groups, (64,)))
 
 
-@triton.jit
-def part_totals(sums, rest, parts, totals, BLOCK: tl.constexpr):
-    """Add up the sums of every part, then what follows them, entry by entry in float64."""
+@triton.jit(do_not_specialize=["row_factor", "f0", "f1", "f2"])
+def part_totals(a, b, c, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor, block, parts, d,
+                sums, number, most, totals, f0, f1, f2, NT: tl.constexpr, F64: tl.constexpr, WIDTH: tl.constexpr,
+                BLOCK: tl.constexpr):
+    """Add up in float64, for every part, the sums of its groups, then the magnitudes of what follows, `most` at most."""
     part = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = part < parts
+    there = part < number
     total = tl.zeros((BLOCK,), tl.float64)
-    for j in range(64):
-        total += tl.load(sums + part * 64 + j, mask=there, other=0.0).to(tl.float64)
-    for j in range(64):
-        total += tl.load(rest + part * 64 + j, mask=there, other=0.0).to(tl.float64)
+    for first in range(0, WIDTH // 64, min(WIDTH // 64, 16)):
+        for q in tl.static_range(min(WIDTH // 64, 16)):
+            total += tl.load(sums + part * (WIDTH // 64) + first + q, mask=there, other=0.0).to(tl.float64)
+    start = part // parts * block + part % parts * WIDTH
+    stop = tl.minimum(tl.minimum(start + WIDTH, (part // parts + 1) * block), d)
+    follows = start + tl.maximum(stop - start, 0) // 64 * 64
+    for _ in range(most):
+        some = there & (follows < stop)
+        x = _form(a, b, c, follows, some, f0, f1, f2, NT, F64)
+        x = _with_rows(x, follows, follows // row_block, some, row_bits, bits_stride, row_scales, scales_stride, rows,
+                       row_factor, F64)
+        total += tl.where(some, tl.abs(x), 0.0).to(tl.float64)
+        follows += 1
     tl.store(totals + part, total, mask=there)
 
 
 @triton.jit
-def scales_of_blocks(totals, parts, blocks, block, d, scales, doubt, F64: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the mean magnitude of every block of so many `parts`; where a sum overflows, 1 to `doubt`."""
+def scales_of_blocks(totals, parts, blocks, block, d, scales, status, F64: tl.constexpr, RUN: tl.constexpr,
+                     BLOCK: tl.constexpr):
+    """Write the mean magnitude of every block of so many `parts`; where a sum overflows, 1 to ``status[1]``.
+
+    Totals are added one after the other; `RUN` of them are loaded at once.
+    """
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = j < blocks
     total = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, parts, 16):
-        for q in tl.static_range(16):
+    for first in range(0, parts, RUN):
+        for q in tl.static_range(RUN):
             mine = there & (j * 0 + first + q < parts)
             total += tl.load(totals + j * parts + first + q, mask=mine, other=0.0)
     size = tl.minimum(d - j * block, block).to(tl.float64)
     mean = total / tl.where(there, size, 1.0)
     if tl.max((there & (total == float("inf"))).to(tl.int32), 0) > 0:
-        tl.store(doubt, 1)
+        tl.store(status + 1, 1)
     if F64:
         tl.store(scales + j, mean, mask=there)
     else:
@@ -102,10 +126,13 @@ def write_signs(a, b, c, keep, row_bits, bits_stride, row_scales, scales_stride,
                 F64: tl.constexpr):
     """Write the signs of what is formed of the terms and rows, eight to a byte, and what is kept."""
     program = tl.program_id(0).to(tl.int64)
-    at = program * 4096 + tl.arange(0, 4096)
-    there = at < d
+    lanes = tl.arange(0, 4096)
+    at = program * 4096 + lanes
+    there, of = at < d, at
+    if rows > 0:
+        of = _blocks_of(program * 4096, lanes, row_block)
     x = _form(a, b, c, at, there, f0, f1, f2, NT, F64)
-    x = _with_rows(x, at, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor, F64)
+    x = _with_rows(x, at, of, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_factor, F64)
     up = there & (x >= 0)
     weights = 1 << (7 - tl.arange(0, 8))
     octets = tl.sum(tl.reshape(up.to(tl.int32), (512, 8)) * weights[None, :], 1)
@@ -113,10 +140,9 @@ def write_signs(a, b, c, keep, row_bits, bits_stride, row_scales, scales_stride,
     tl.store(bits + place, octets.to(tl.uint8), mask=place < (d + 7) // 8)
     if KEEPS:
         kept = _form(a, b, c, at, there, k0, k1, k2, NT, F64)
-        kept = _with_rows(kept, at, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_block, row_factor,
-                          F64)
+        kept = _with_rows(kept, at, of, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_factor, F64)
         if LESS:
-            scale = tl.load(scales + at // block, mask=there, other=0.0)
+            scale = tl.load(scales + _blocks_of(program * 4096, lanes, block), mask=there, other=0.0)
             kept = kept + tl.where(up, -scale, scale)
         tl.store(keep + at, kept, mask=there)
 
@@ -125,13 +151,15 @@ def write_signs(a, b, c, keep, row_bits, bits_stride, row_scales, scales_stride,
 def add_signs(bits, bits_stride, scales, scales_stride, rows, block, factor, out, d, STARTS: tl.constexpr,
               F64: tl.constexpr, BLOCK: tl.constexpr):
     """Add what is decoded of all rows, times a factor, to `out`, or to zero where it `STARTS`."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    at = first + tl.arange(0, BLOCK)
     there = at < d
     if STARTS:
         x = tl.zeros((BLOCK,), out.dtype.element_ty)
     else:
         x = tl.load(out + at, mask=there, other=0.0)
-    x = _with_rows(x, at, there, bits, bits_stride, scales, scales_stride, rows, block, factor, F64)
+    of = _blocks_of(first, tl.arange(0, BLOCK), block)
+    x = _with_rows(x, at, of, there, bits, bits_stride, scales, scales_stride, rows, factor, F64)
     tl.store(out + at, x, mask=there)
 
 
@@ -184,9 +212,10 @@ def write_codes(a, b, c, keep, maxima, d, block, exponents, codes, status, f0, f
                 KEEPS: tl.constexpr, LESS: tl.constexpr, FORMAT: tl.constexpr, HEADROOM: tl.constexpr, F64: tl.constexpr,
                 BLOCK: tl.constexpr):
     """Write exponents of blocks and codes of entries, and what is kept."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    at = first + tl.arange(0, BLOCK)
     there = at < d
-    number = at // block
+    number = _blocks_of(first, tl.arange(0, BLOCK), block)
     largest = tl.load(maxima + number, mask=there, other=0)
     if F64:
         broken = largest >= 0x7FF0000000000000
@@ -214,7 +243,7 @@ def write_codes(a, b, c, keep, maxima, d, block, exponents, codes, status, f0, f
         code = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
     tl.store(codes + at, code, mask=there)
     exponent = tl.where(broken, 32767, exponent)
-    tl.store(exponents + number, exponent.to(tl.int16), mask=there & (at % block == 0))
+    tl.store(exponents + number, exponent.to(tl.int16), mask=there & (at == number * block))
     if KEEPS:
         kept = _form(a, b, c, at, there, k0, k1, k2, NT, F64)
         if LESS:
@@ -226,13 +255,14 @@ def write_codes(a, b, c, keep, maxima, d, block, exponents, codes, status, f0, f
 def add_codes(exponents, codes, block, factor, out, d, FORMAT: tl.constexpr, STARTS: tl.constexpr, F64: tl.constexpr,
               BLOCK: tl.constexpr):
     """Add what codes stand for, times a factor, to `out`, or to zero where it `STARTS`."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    at = first + tl.arange(0, BLOCK)
     there = at < d
     if STARTS:
         x = tl.zeros((BLOCK,), out.dtype.element_ty)
     else:
         x = tl.load(out + at, mask=there, other=0.0)
     code = tl.load(codes + at, mask=there, other=0)
-    exponent = tl.load(exponents + at // block, mask=there, other=0).to(tl.int32)
+    exponent = tl.load(exponents + _blocks_of(first, tl.arange(0, BLOCK), block), mask=there, other=0).to(tl.int32)
     x = x + _decoded(code, exponent, FORMAT, F64) * _number(factor, F64)
     tl.store(out + at, x, mask=there)

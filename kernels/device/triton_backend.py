@@ -2,7 +2,7 @@
 
 # ruff: noqa: D102 (the methods are described by the functions of the same names)
 
-from functools import cache
+from functools import lru_cache
 from math import sqrt
 from typing import Any
 
@@ -13,17 +13,18 @@ from numpy.typing import DTypeLike
 from mpi_ef.kernels.backend import Verdict
 
 from . import bus, fused, fused_dense
-from .array import DeviceArray
-from .backend import DeviceBackend, _floats, _tensors
+from .backend import _floats, _tensors
+from .triton_optim import TritonOptimizers
 
 __all__ = ["TritonBackend"]
 
 _SAMPLE = 16384  # entries that are looked at for a threshold
-_LONG = 4096  # a shorter vector is sorted whole
+_LANES = 128  # of programs that add up in order: few of them have much to do
+_LONG = 4096  # a shorter segment is sorted whole
 
 
-class TritonBackend(DeviceBackend):
-    """Kernels of :mod:`mpi_ef.kernels.device.fused`, and those in torch operations for the rest."""
+class TritonBackend(TritonOptimizers):
+    """Kernels of :mod:`mpi_ef.kernels.device.fused` and of its siblings, and those in torch operations for the rest."""
 
     def __init__(self, dtype: DTypeLike, device: str) -> None:
         super().__init__(dtype, device)
@@ -53,7 +54,7 @@ class TritonBackend(DeviceBackend):
         status, (a, b, c), size = self._status(), _tensors(terms), terms[0].size
         self._launch(fused.combine, size, a, b, c, out.tensor, status, size, *self._words(factors), NT=_count(terms),
                      WRITES=out.size > 0, F64=self._wide)
-        return Verdict(lambda: not bool(status))
+        return _sound(status)
 
     def gather(self, terms: Any, factors: Any, indices: Any, values: Any) -> None:
         self._launch(fused.gather_at, indices.size, *_tensors(terms), indices.tensor, values.tensor, indices.size,
@@ -86,36 +87,51 @@ class TritonBackend(DeviceBackend):
         if self._how.exact:
             return super().encode_signs(terms, factors, keep, keep_factors, less_decoded, row_bits, row_scales, row_block,
                                         row_factor, block, bits, scales)
-        d = terms[0].size
+        d, blocks = terms[0].size, scales.size
         rows = (row_bits.tensor, _stride(row_bits), row_scales.tensor, _stride(row_scales), len(row_bits), row_block,
                 self._word(row_factor))
-        formed = {"NT": _count(terms), "F64": self._wide}
-        parts, blocks = -(-block // fused_dense.PART), scales.size
-        sums, rest = (self.empty((blocks * parts, fused_dense.GROUP)).tensor for _ in range(2))
-        totals = self.empty(blocks * parts, np.float64).tensor
-        status, doubt = self._status(), self._status()
+        words, formed = self._words(factors), {"NT": _count(terms), "F64": self._wide}
+        status = torch.zeros(2, dtype=torch.int32, device=self.torch_device)
         if d:
-            self._run(fused_dense.part_sums, blocks * parts, *_tensors(terms), *rows, block, parts, d, sums, rest, status,
-                      *self._words(factors), **formed)
-            self._launch(fused_dense.part_totals, blocks * parts, sums, rest, blocks * parts, totals)
-            self._launch(fused_dense.scales_of_blocks, blocks, totals, parts, blocks, block, d, scales.tensor, doubt,
-                         F64=self._wide)
+            totals = self._totals(_tensors(terms), rows, block, d, blocks, status, words, formed)
+            parts = totals.numel() // blocks
+            lanes, run = (fused.BLOCK, 16) if parts <= 16 else (32, 64)
+            self._run(fused_dense.scales_of_blocks, -(-blocks // lanes), totals, parts, blocks, block, d, scales.tensor,
+                      status, F64=self._wide, RUN=run, BLOCK=lanes)
             self._run(fused_dense.write_signs, -(-d // fused_dense.PART), *_tensors(terms), keep.tensor, *rows, block, d,
-                      bits.tensor, scales.tensor, *self._words(factors), *self._words(keep_factors), **formed,
-                      KEEPS=keep.size > 0, LESS=less_decoded)
+                      bits.tensor, scales.tensor, *words, *self._words(keep_factors), **formed, KEEPS=keep.size > 0,
+                      LESS=less_decoded)
+
+        said = bus.Arrival(status)
+
+        def ask() -> bool | None:
+            broken, doubt = said.wait().tolist()
+            return None if doubt else not broken
+
         again = super().encode_signs
-        return Verdict(lambda: None if bool(doubt) else not bool(status),
-                       lambda: again(terms, factors, keep, keep_factors, less_decoded, row_bits, row_scales, row_block,
-                                     row_factor, block, bits, scales))
+        return Verdict(ask, lambda: again(terms, factors, keep, keep_factors, less_decoded, row_bits, row_scales, row_block,
+                                          row_factor, block, bits, scales), said.send)
+
+    def _totals(self, terms: Any, rows: Any, block: int, d: int, blocks: int, status: torch.Tensor, words: list[int],
+                formed: dict[str, Any]) -> torch.Tensor:
+        """Return the sums of magnitudes of the parts of all blocks, one block after the other, float64."""
+        block = min(block, d)
+        width = max(fused_dense.GROUP, min(fused_dense.PART, 1 << (block - 1).bit_length()))
+        parts, programs = -(-block // width), -(-blocks * -(-block // width) * width // fused_dense.PART)
+        sums, totals = self.empty(programs * fused_dense.GROUP).tensor, self.empty(blocks * parts, np.float64).tensor
+        most = max(block % fused_dense.GROUP, d % block % fused_dense.GROUP)  # entries of a part behind its last group
+        self._run(fused_dense.part_sums, programs, *terms, *rows, block, parts, d, sums, status, *words, **formed,
+                  WIDTH=width)
+        self._run(fused_dense.part_totals, -(-blocks * parts // _LANES), *terms, *rows, block, parts, d, sums,
+                  blocks * parts, most, totals, *words, **formed, WIDTH=width, BLOCK=_LANES)
+        return totals
 
     def l1_norm(self, x: Any) -> float:
-        parts, words = -(-x.size // fused_dense.PART), self._words((1.0, 0.0, 0.0))
-        sums, rest = (self.empty((parts, fused_dense.GROUP)).tensor for _ in range(2))
-        totals, nothing = self.empty(parts, np.float64).tensor, self.empty(0, np.uint8).tensor
-        if parts:
-            self._run(fused_dense.part_sums, parts, x.tensor, x.tensor, x.tensor, nothing, 0, x.tensor, 0, 0, 1, 0, x.size,
-                      parts, x.size, sums, rest, self._status(), *words, NT=1, F64=self._wide)
-            self._launch(fused_dense.part_totals, parts, sums, rest, parts, totals)
+        if not x.size:
+            return 0.0
+        nothing, words = self.empty(0, np.uint8).tensor, self._words((1.0, 0.0, 0.0))
+        rows = nothing, 0, x.tensor, 0, 0, 1, 0
+        totals = self._totals((x.tensor,) * 3, rows, x.size, x.size, 1, self._status(), words, {"NT": 1, "F64": self._wide})
         return float(np.cumsum([0.0, *bus.on_host(totals)])[-1])
 
     def add_signs(self, bits: Any, scales: Any, block: int, factor: float, overwrite: bool, out: Any) -> None:
@@ -133,7 +149,7 @@ class TritonBackend(DeviceBackend):
         self._launch(fused_dense.write_codes, d, *_tensors(terms), keep.tensor, maxima, d, block, exponents.tensor,
                      codes.tensor, status, *words, *self._words(keep_factors), **formed, KEEPS=keep.size > 0,
                      LESS=less_decoded, FORMAT=number, HEADROOM=(0, 15, 7)[number])
-        return Verdict(lambda: not bool(status))
+        return _sound(status)
 
     def add_quantized(self, exponents: Any, codes: Any, format: str, block: int, factor: float, overwrite: bool,
                       out: Any) -> None:
@@ -142,47 +158,56 @@ class TritonBackend(DeviceBackend):
 
     def select_largest(self, terms: Any, factors: Any, keep: Any, keep_factors: Any, bounds: Any, counts: Any, indices: Any,
                        values: Any) -> Verdict:
-        if self._how.exact or any(_is_short(d, k) for d, k in zip(np.diff(bounds).tolist(), counts.tolist(), strict=True)):
+        if self._how.exact:
             return super().select_largest(terms, factors, keep, keep_factors, bounds, counts, indices, values)
-        status, first, segments = self._status(), 0, len(counts)
-        found = torch.zeros(segments, dtype=torch.int32, device=self.torch_device)
-        rooms = np.empty(segments, np.int64)
-        for s, (start, stop, k) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), counts.tolist(), strict=True)):
-            d, room = stop - start, _room(stop - start, k)
-            rooms[s] = room
-            threshold = self._threshold(terms, factors, start, d, k)
-            places = torch.empty(room, dtype=torch.int64, device=self.torch_device)
-            candidates = torch.empty(room, dtype=terms[0].tensor.dtype, device=self.torch_device)
-            self._launch(fused.collect, d, *_tensors(terms), keep.tensor, threshold, found[s:], status, places, candidates,
-                         start, d, room, *self._words(factors), *self._words(keep_factors), NT=_count(terms),
-                         KEEPS=keep.size > 0, F64=self._wide)
-            chosen = self._choose(places, candidates, found[s], k)
-            indices.tensor[first : first + k] = places[chosen].clamp(start, stop - 1)
-            values.tensor[first : first + k] = candidates[chosen]
-            first += k
+        what = _segments(np.asarray(bounds).tobytes(), np.asarray(counts).tobytes(), str(self.torch_device))
+        size, words, formed = terms[0].size, self._words(factors), {"NT": _count(terms), "F64": self._wide}
+        status = torch.zeros(1 + what.number, dtype=torch.int32, device=self.torch_device)
+        places, candidates = self.empty(what.room, np.int64).tensor, self.empty(what.room).tensor
+        rooms = what.rooms, what.number
+        self._launch(fused.make_room, what.room, what.bounds, what.number, what.rooms, what.room, places, candidates)
+        tops = self._tops(what, terms, words)
+        self._launch(fused.collect, size, *_tensors(terms), keep.tensor, size, what.bounds, what.number, tops, what.ranks,
+                     what.rooms, status, places, candidates, *words, *self._words(keep_factors), **formed,
+                     KEEPS=keep.size > 0)
+        if what.k:
+            # Sorts are stable: of equal magnitudes those at lower places come first, and last where nothing was found.
+            places, by_place = torch.sort(places)
+            keys = torch.empty_like(places)
+            self._launch(fused.write_keys, what.room, candidates, by_place, *rooms, what.room, keys, F64=self._wide)
+            order = torch.sort(keys, stable=True).indices
+            if self._wide and what.number > 1:  # two numbers of 64 bits are sorted one after the other
+                of = torch.searchsorted(what.rooms[1:], order, right=True)
+                order = order[torch.sort(of, stable=True).indices]
+            chosen = torch.zeros(what.room, dtype=torch.int32, device=self.torch_device)
+            self._launch(fused.mark_chosen, what.k, order, what.firsts, *rooms, what.k, chosen)
+            self._launch(fused.write_chosen, what.room, chosen, torch.cumsum(chosen, 0), places, candidates, by_place,
+                         *rooms, what.room, size, indices.tensor, values.tensor)
+
+        said = bus.Arrival(status)
 
         def ask() -> bool | None:
-            seen = bus.on_host(found)
-            return None if bool(((seen < counts) | (seen > rooms)).any()) else not bool(status)
+            broken, *found = said.wait().tolist()
+            right = all(map(what.fits, found, range(what.number)))
+            return not broken if right else None
 
         again = super().select_largest
-        return Verdict(ask, lambda: again(terms, factors, keep, keep_factors, bounds, counts, indices, values))
+        return Verdict(ask, lambda: again(terms, factors, keep, keep_factors, bounds, counts, indices, values), said.send)
 
-    def _threshold(self, terms: Any, factors: Any, start: int, d: int, k: int) -> torch.Tensor:
-        """Return a magnitude, (1,), that slightly more than `k` of these entries are expected to reach."""
-        places = _sampled(d, str(self.torch_device)) + start
-        seen = torch.empty(places.numel(), dtype=terms[0].tensor.dtype, device=self.torch_device)
-        self.gather(terms, factors, DeviceArray(places), DeviceArray(seen))
-        magnitudes = seen.view(self._bits) & (0x7FFFFFFFFFFFFFFF if self._wide else 0x7FFFFFFF)
-        return torch.topk(magnitudes, _rank(d, k)).values[-1:]
+    def _tops(self, what: "_Segments", terms: Any, words: list[int]) -> torch.Tensor:
+        """Return the largest magnitudes of samples of segments, descending, one sample after the other."""
+        seen = torch.empty(max(1, what.sampled), what.sample, dtype=self._bits, device=self.torch_device)
+        if not what.sampled:
+            return seen  # of any content
+        self._launch(fused.sample_magnitudes, seen.numel(), *_tensors(terms), what.starts, what.sizes, what.sample,
+                     seen.numel(), seen, *words, NT=_count(terms), F64=self._wide)
+        return torch.topk(seen, what.most, 1).values
 
-    def _choose(self, places: torch.Tensor, candidates: torch.Tensor, found: torch.Tensor, k: int) -> torch.Tensor:
-        """Return which of the candidates are the `k` largest, those at lower places first among equals, by place."""
-        magnitudes = candidates.view(self._bits).to(torch.int64) & (0x7FFFFFFFFFFFFFFF if self._wide else 0x7FFFFFFF)
-        magnitudes = torch.where(torch.arange(places.numel(), device=places.device) < found, magnitudes, -1)
-        by_place = torch.argsort(places)
-        largest = torch.sort(magnitudes[by_place], descending=True, stable=True).indices[:k]
-        return by_place[torch.sort(largest).values]
+
+def _sound(status: torch.Tensor) -> Verdict:
+    """Return that a vector is finite where its `status`, (1,), is zero."""
+    said = bus.Arrival(status)
+    return Verdict(lambda: not int(said.wait()[0]), send=said.send)
 
 
 _FORMATS = {"bf16": 0, "fp16": 1, "int8": 2}
@@ -210,27 +235,58 @@ def _population(words: torch.Tensor) -> torch.Tensor:
     return ((words * 0x01010101) >> 24) & 0xFF
 
 
-def _rank(d: int, k: int) -> int:
+class _Segments:
+    """What is known of segments before a vector is: which are looked at whole, where the others are sampled, and rooms.
+
+    Attributes
+    ----------
+    number, k, room : int
+        Of segments; of entries that are selected, and of candidates that there may be, in all.
+    bounds, firsts, rooms : (segments + 1,) int64 on the device
+        Where segments begin, where in what is selected, and where in their candidates, before a threshold counts as too low.
+    sampled, sample, most : int
+        Of so many segments so many entries are looked at, and so many of these are sorted; of the others all are candidates.
+    starts, sizes : (sampled,) int64 on the device
+        Of these segments.
+    ranks : (segments,) int64 on the device
+        Which of what is sorted is the threshold; -1 where all entries are candidates, -2 where none is.
+    """
+
+    def __init__(self, bounds: Any, counts: Any, device: torch.device) -> None:
+        def there(numbers: Any) -> torch.Tensor:
+            return bus.on_device(np.asarray(numbers, np.int64), device)
+
+        sizes, self._counts = np.diff(bounds), counts.tolist()
+        long = (sizes > _LONG) & (counts > 0) & (2 * counts <= sizes)
+        shared = int(sizes[long].sum()) // (8 * max(1, int(long.sum())))
+        self.sample = min(_SAMPLE, max(_LONG, shared))
+        ranks = np.array([_rank(self.sample, d, k) for d, k in zip(sizes.tolist(), self._counts, strict=True)], np.int64)
+        long &= ranks <= self.sample
+        wanted = [_room(self.sample, d, rank) for d, rank in zip(sizes.tolist(), ranks.tolist(), strict=True)]
+        candidates = np.where(long, np.minimum(sizes, wanted), np.where(counts > 0, sizes, 0))
+        rooms, self._rooms = np.cumsum([0, *candidates]), candidates.tolist()
+        self.number, self.k, self.room = len(counts), int(counts.sum()), int(rooms[-1])
+        self.bounds, self.firsts, self.rooms = there(bounds), there(np.cumsum([0, *counts])), there(rooms)
+        self.sampled, self.most = int(long.sum()), int(ranks[long].max(initial=0))
+        self.starts, self.sizes = there(bounds[:-1][long]), there(sizes[long])
+        within = self.most * (np.cumsum(long) - 1) + ranks - 1
+        self.ranks = there(np.where(long, within, np.where(counts > 0, -1, -2)))
+
+    def fits(self, found: int, segment: int) -> bool:
+        return bool(self._counts[segment] <= found <= self._rooms[segment])
+
+
+@lru_cache(maxsize=256)  # some numbers for each segment
+def _segments(bounds: bytes, counts: bytes, device: str) -> _Segments:
+    return _Segments(np.frombuffer(bounds, np.int64), np.frombuffer(counts, np.int64), torch.device(device))
+
+
+def _rank(sample: int, d: int, k: int) -> int:
     """Return how far from the top of the sample the threshold lies: three standard deviations below the k-th largest."""
-    expected = min(_SAMPLE, d) * k / d
+    expected = sample * k / max(d, 1)
     return int(expected + 3 * sqrt(expected) + 4)
 
 
-def _room(d: int, k: int) -> int:
+def _room(sample: int, d: int, rank: int) -> int:
     """Return how many candidates there may be before the threshold counts as too low."""
-    rank = _rank(d, k)
-    return min(d, int((rank + 6 * sqrt(rank) + 16) * d / min(_SAMPLE, d)))
-
-
-def _is_short(d: int, k: int) -> bool:
-    return k == 0 or d <= _LONG or _rank(d, k) > min(_SAMPLE, d) or 2 * k > d
-
-
-@cache
-def _sampled(d: int, device: str) -> torch.Tensor:
-    """Return the places of a sample, pseudo-random, the same for all vectors of a length."""
-    words = np.arange(1, min(_SAMPLE, d) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    words ^= words >> np.uint64(31)
-    return bus.on_device((words % np.uint64(d)).astype(np.int64), torch.device(device))
+    return int((rank + 6 * sqrt(rank) + 16) * d / sample)
