@@ -21,7 +21,7 @@ from mpi_ef.statetree import PER_RANK, REPLICATED
 
 from .components import Component, Finish, ModelComponent, RandomComponent, component_of
 from .reshard import EITHER, RestoreView, Snapshot, Stored
-from .tree import Array
+from .tree import Array, Filed
 
 __all__ = ["POLICIES", "Storage", "Training"]
 
@@ -34,11 +34,11 @@ _OTHER = "build the training as it was, or start from nothing in another directo
 class Storage(Protocol):
     """The part of :class:`mpi_ef.checkpoint.Store` that :class:`Training` needs."""
 
-    def save(self, comm: Comm, step: int, *, replicated: Mapping[str, Array], per_rank: Mapping[str, Array], document: Any,
+    def save(self, comm: Comm, step: int, *, replicated: Mapping[str, Filed], per_rank: Mapping[str, Filed], document: Any,
              rank_document: Any) -> Any:
         """Write a checkpoint. Collective."""
 
-    def save_async(self, comm: Comm, step: int, *, replicated: Mapping[str, Array], per_rank: Mapping[str, Array],
+    def save_async(self, comm: Comm, step: int, *, replicated: Mapping[str, Filed], per_rank: Mapping[str, Filed],
                    document: Any, rank_document: Any) -> Any:
         """Copy, and write in the background. Collective."""
 

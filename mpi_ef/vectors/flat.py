@@ -252,7 +252,7 @@ class FlatParameters:
     def load_masters(self, masters: dict[int, Tensor]) -> None:
         """Overwrite masters; parameters that are not their rounded copies in the next step win over them. Local."""
         for number, master in masters.items():
-            self._parts[number].value.copy_(master)
+            overwrite(self._parts[number].value, master)
 
     def broadcast(self, comm: Comm, root: int = 0) -> None:
         """Overwrite the parameters, frozen ones too, on all ranks with those of rank `root`. Collective."""

@@ -1,6 +1,7 @@
 """Tensors of any dtype that are wherever the program has them: hashes of them, and what goes to the host and back."""
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from mpi_ef.kernels.backend import backend, side_of
 from mpi_ef.kernels.device import bus
 
-__all__ = ["fingerprints", "is_on_device", "on_host", "overwrite"]
+__all__ = ["fingerprints", "host_copy", "is_on_device", "on_host", "overwrite"]
 
 _TOGETHER = 2**24  # bytes of tensors that are hashed in one call: a device is waited for once in each
 
@@ -28,12 +29,25 @@ def on_host(tensor: Tensor) -> Tensor:
     return bus.tensor_on_host(tensor) if is_on_device(tensor) else tensor
 
 
+def host_copy(value: Any) -> Any:
+    """Return a deep copy of plain containers, of which tensors are in the memory of the host. Local."""
+    return deepcopy(value, {id(tensor): on_host(tensor) for tensor in _tensors_in(value) if is_on_device(tensor)})
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(part)
+
+
 @torch.no_grad()
 def overwrite(tensor: Tensor, values: Tensor) -> None:
-    """Overwrite a tensor, wherever it is, with `values` of the same shape and dtype. Local."""
+    """Overwrite a tensor, wherever it is, with `values` of the same shape. Local."""
     if is_on_device(tensor) and values.device.type == "cpu":
         there = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        bus.to_device(_bytes(values.contiguous()).numpy(), _bytes(there))
+        bus.to_device(_bytes(values.to(tensor.dtype).contiguous()).numpy(), _bytes(there))
         values = there
     tensor.copy_(values)
 
