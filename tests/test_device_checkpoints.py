@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from device_side import TORCH_DEVICE, adamw, backward, device_side, moved, on_side, others, sgd
+from device_side import INTERPRETED, TORCH_DEVICE, adamw, backward, device_side, moved, on_side, others, sgd
 from torch import nn
 
 from mpi_ef import DistributedOptimizer, OneBitAdam, Sign, Store, TopK, Training
@@ -62,6 +62,10 @@ def test_another_number_of_ranks_goes_on_on_either_side(tmp_path, name, goes_on)
     for end in ends:
         for parameters in end:
             assert torch.equal(parameters, ends[0][0])
+
+
+# Of files: there is no kernel in it that others do not try, and for vectors as long as that the interpreter takes minutes.
+long = pytest.mark.skipif(INTERPRETED, reason="in torch operations: make test")
 
 
 class Long(nn.Module):
@@ -135,6 +139,7 @@ def contents(folder):
                           for rank in range(2)]
 
 
+@long
 @pytest.mark.parametrize("name", ["AdamW, update", *others("EF21", "1-bit Adam")])
 @pytest.mark.parametrize("background", [False, True])
 def test_a_checkpoint_is_written_in_pieces(tmp_path, small_pieces, name, background):
@@ -146,6 +151,7 @@ def test_a_checkpoint_is_written_in_pieces(tmp_path, small_pieces, name, backgro
     assert {to for to, _ in copies} == {"to host"}
 
 
+@long
 @pytest.mark.parametrize("name", ["AdamW, update", *others("EF21", "1-bit Adam")])
 @pytest.mark.parametrize("first", ["host", "device"])
 def test_a_checkpoint_is_read_in_pieces(tmp_path, small_pieces, name, first):
@@ -181,6 +187,7 @@ def test_a_checkpoint_is_read_in_pieces(tmp_path, small_pieces, name, first):
     assert sum(nbytes for to, nbytes in copies if to == "to device") >= 2 * (4 * 700_001 + 2 * 600_007 + 8 * 150_003)
 
 
+@long
 def test_damage_that_shows_after_the_last_piece_changes_nothing(tmp_path, small_pieces):
     """A rank compares the checksums of files that another one has verified when it reads them."""
     saved("EF21", tmp_path, "device")
