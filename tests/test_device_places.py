@@ -1,11 +1,15 @@
 """Tensors of any dtype on a device: frozen parameters and buffers have the host's hashes and bits; copies are counted."""
 
+import ast
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from device_side import TORCH_DEVICE, device_side
 from torch import nn
 
+import mpi_ef
 from mpi_ef import DistributedOptimizer, TopK, synchronize_buffers
 from mpi_ef.buffers import broadcast_buffers
 from mpi_ef.errors import DisagreementError
@@ -160,3 +164,19 @@ def test_a_buffer_that_fails_on_a_device_fails_everywhere():
         errors = run(2, program)
     assert "running_mean has no values yet" in str(errors[0])
     assert "running_mean has no values yet" in str(errors[1])
+
+
+def test_nothing_else_brings_tensors_to_the_host():
+    """Where they may be on a device, `places` and `pieces` do; the rest are small, or states that were loaded."""
+    root, found = Path(mpi_ef.__file__).parent, set()
+    for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0] not in ("kernels", "jobs", "slurm"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            calls = {node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call)
+                     and isinstance(node.func, ast.Attribute)}
+            if "cpu" in calls:
+                found.add(str(path.relative_to(root)))
+    assert found == {
+        "data.py", "optim/signs.py", "statetree.py",  # generators and bits; states that are loaded
+        "state/tree.py",  # of what is on the host
+    }

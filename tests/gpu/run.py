@@ -13,7 +13,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 NO_GPU = 77  # what test programs return that could not run
-LAWS = ("kernels", "codecs", "plans", "optimizers", "bus", "compile")  # as make test-device
+LAWS = ("kernels", "codecs", "plans", "optimizers", "bus", "compile", "checkpoints", "places")  # the rest has no kernels
 LAWS_SECONDS, SPEED_SECONDS, TRAINING_SECONDS = 360, 120, 100
 TRAINING = ("--model", "gpt", "--layers", "8", "--width", "768", "--heads", "12", "--batch", "8", "--steps", "30")
 
