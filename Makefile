@@ -102,7 +102,7 @@ test-loops: $(VENV)/test $(VENV)/loops/packages kernels
 
 # The tests of devices with kernels in Triton on tensors of the CPU, in its interpreter, and what it compiles without a GPU.
 DEVICE := $(VENV)/device/bin
-DEVICE_TESTS := $(foreach of,kernels codecs plans optimizers bus waiting compile bench,tests/test_device_$(of).py) tests/launch/test_devices.py
+DEVICE_TESTS := $(wildcard tests/test_device_*.py) tests/launch/test_devices.py
 test-device: $(VENV)/test $(VENV)/device/packages kernels
 	TRITON_INTERPRET=1 $(DEVICE)/python -m pytest -q --durations=20 -m "not exhaustive" $(PARALLEL) $(DEVICE_TESTS)
 

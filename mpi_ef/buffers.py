@@ -13,6 +13,7 @@ from mpi_ef.comm.consensus import agree, gather_values
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DtypeError, OptionError, briefly
 from mpi_ef.vectors.flat import broadcast
+from mpi_ef.vectors.places import on_host, overwrite
 
 __all__ = ["broadcast_buffers", "synchronize_buffers"]
 
@@ -140,8 +141,7 @@ def _take_from_root(comm: Comm, buffers: list[Tensor]) -> None:
 
 
 def _bytes(buffer: Tensor) -> Tensor:
-    packed = buffer.detach().cpu().resolve_conj().clone(memory_format=torch.contiguous_format)
-    return packed.view(-1).view(torch.uint8)
+    return on_host(buffer).clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 def _take_mean(comm: Comm, buffers: Mapping[str, Tensor], mean_of: Mapping[str, str]) -> None:
@@ -159,7 +159,7 @@ def _take_mean(comm: Comm, buffers: Mapping[str, Tensor], mean_of: Mapping[str, 
 
 
 def _packed(buffers: Iterable[Tensor]) -> Numbers:
-    parts = [b.detach().cpu().double().reshape(-1) for b in buffers]
+    parts = [on_host(b).double().reshape(-1) for b in buffers]
     return torch.cat(parts).numpy() if parts else np.empty(0)
 
 
@@ -188,6 +188,6 @@ def _mean_over_ranks(comm: Comm, x: Numbers) -> Numbers:
 @torch.no_grad()
 def _write(buffer: Tensor, value: Tensor) -> None:
     """Overwrite a buffer unless it has these bits: constants that share memory with themselves cannot be written."""
-    value = value.view(buffer.shape).to(buffer.device, buffer.dtype)
+    value = value.view(buffer.shape).to(buffer.dtype)
     if not torch.equal(_bytes(buffer), _bytes(value)):
-        buffer.copy_(value)
+        overwrite(buffer, value)

@@ -129,11 +129,13 @@ class StateTree:
                 elif leaf.resets and leaf.write:
                     leaf.write(0)
 
-    def state_dict(self, of_array: Callable[[Any], Any] = lambda array: array) -> dict[str, Any]:
-        """Return copies of everything; `of_array` makes of a copied array what the dict has."""
+    def state_dict(self, of_array: Callable[[Any], Any] = lambda array: array,
+                   of_value: Callable[[Any], Any] = deepcopy) -> dict[str, Any]:
+        """Return copies of everything; `of_array` makes of a copied array what the dict has, `of_value` copies a value."""
         arrays = {name: of_array(_copy_on_host(leaf.array)) for name, leaf in self.leaves.items() if leaf.array is not None}
-        values = {name: deepcopy(leaf.read()) for name, leaf in self.leaves.items() if leaf.read}
-        parts = {name: [tree.state_dict(of_array) for tree in part] if isinstance(part, list) else part.state_dict(of_array)
+        values = {name: of_value(leaf.read()) for name, leaf in self.leaves.items() if leaf.read}
+        how = of_array, of_value
+        parts = {name: [tree.state_dict(*how) for tree in part] if isinstance(part, list) else part.state_dict(*how)
                  for name, part in self.parts.items()}
         return {**self.identity, **self.place, **values, **({"arrays": arrays} if self.identity else {}), **parts}
 
@@ -178,7 +180,8 @@ class StateTree:
         """Write the arrays of what :meth:`state_dict` has returned."""
         for name, leaf in self.leaves.items():
             if leaf.array is not None:
-                leaf.array[...] = np.asarray(saved["arrays"][name])
+                array = saved["arrays"][name]  # a tensor may have been loaded to a device
+                leaf.array[...] = np.asarray(array.cpu() if hasattr(array, "cpu") else array)
         for tree, of_part in self._parts_with(saved):
             tree.load_arrays(of_part)
 

@@ -11,7 +11,19 @@ import pytest
 import torch
 from torch import nn
 
-from mpi_ef import DistributedOptimizer, EF21Muon, Lion, OneBitAdam, OneBitLamb, Sign, TopK, ZeroOneAdam
+from mpi_ef import (
+    DistributedOptimizer,
+    EF21Muon,
+    Lion,
+    OneBitAdam,
+    OneBitLamb,
+    Sign,
+    Store,
+    TopK,
+    Training,
+    ZeroOneAdam,
+)
+from mpi_ef.checkpoint import reader
 from mpi_ef.errors import DtypeError, MpiEfError, OutOfMemoryError, PeerError, ShapeError
 from mpi_ef.kernels.backend import Backend, backend, on_device_side
 from mpi_ef.kernels.device.array import DeviceArray
@@ -22,6 +34,11 @@ SAID = (": out of memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 
         "1 GiB is free); take a smaller model")
 QUICK = ("update", "buckets", "1-bit LAMB")
 here = threading.local()
+
+
+def no_room():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 9 GiB of "
+                                 "which 1 GiB is free.\nSee the documentation for more.")
 
 
 def net():
@@ -54,8 +71,7 @@ def scarce(monkeypatch):
         def make(self, *arguments):
             here.room = getattr(here, "room", 10**6) - 1
             if here.room == -1:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
-                                             "9 GiB of which 1 GiB is free.\nSee the documentation for more.")
+                no_room()
             array = method(self, *arguments)
             there.append(ref(array.tensor if isinstance(array, DeviceArray) else array))
             return array
@@ -122,7 +138,103 @@ def test_out_of_memory_on_the_host(monkeypatch):
     assert str(second).startswith("DistributedOptimizer: out of memory (Unable to allocate 9 TiB); take")
 
 
-@pytest.mark.parametrize("name", ["update", "1-bit Adam"])
+FIRST = {
+    "update": lambda m, comm: DistributedOptimizer(torch.optim.AdamW(m.parameters()), comm, TopK(0.1)),
+    "gradient": lambda m, comm: DistributedOptimizer(torch.optim.AdamW(m.parameters()), comm, TopK(0.1), rule="ef21",
+                                                     placement="gradient"),
+    "overlap": lambda m, comm: DistributedOptimizer(torch.optim.AdamW(m.parameters()), comm, TopK(0.1), rule="ef21",
+                                                    placement="gradient", overlap=True),
+}
+
+
+@pytest.mark.parametrize("loads", [False, True])
+@pytest.mark.parametrize("name", FIRST)
+def test_out_of_memory_in_the_first_step(scarce, monkeypatch, name, loads):
+    """Where torch makes the moments of its optimizers; also the first one after a state without them was loaded."""
+    real = torch.zeros_like
+
+    def zeros_like(*arguments, **options):
+        return no_room() if getattr(here, "full", False) else real(*arguments, **options)
+
+    monkeypatch.setattr(torch, "zeros_like", zeros_like)
+
+    def program(comm):
+        model = net()
+        optimizer = FIRST[name](model, comm)
+        start = optimizer.state_dict()
+        for number in range(2 if loads else 0):
+            backward(model, number + comm.Get_rank())
+            optimizer.step()
+        if loads:
+            optimizer.load_state_dict(start)
+        backward(model, 2)
+        here.full = comm.Get_rank() == 1
+        try:
+            optimizer.step()
+        except MpiEfError as error:
+            return type(error), str(error)
+        finally:
+            here.full = False
+
+    def backward(model, number):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(torch.full((3, 12), 1.0 + number)), torch.zeros(3, dtype=torch.int64)).backward()
+
+    with on_device_side():
+        (kind, text), (its_kind, its_text) = results(2, program)
+    assert (kind, its_kind) == (PeerError, OutOfMemoryError)
+    assert its_text.startswith("DistributedOptimizer" + SAID)
+    assert its_text in text
+    assert "\n" not in text
+    gc.collect()
+    assert scarce
+    assert not [array for array in scarce if array() is not None]
+
+
+@pytest.mark.parametrize("side", [nullcontext, on_device_side])
+def test_out_of_memory_in_a_resume(tmp_path, monkeypatch, side):
+    """All raise, all is as it was before, and the next one goes on."""
+    def limited(real):
+        def read(*arguments):
+            return no_room() if getattr(here, "full", False) else real(*arguments)
+
+        return read
+
+    for name in ("pieces", "replicated"):
+        monkeypatch.setattr(reader.Checkpoint, name, limited(getattr(reader.Checkpoint, name)))
+
+    def program(comm):
+        torch.manual_seed(0)
+        model = net()
+        optimizer = FIRST["gradient"](model, comm)
+        training, files = Training(model=model, optimizer=optimizer, random=False), Store(tmp_path)
+        saved = []
+        for number in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(3, 12) * (1 + number + comm.Get_rank())).square().sum().backward()
+            optimizer.step()
+            saved.append([p.detach().clone() for p in model.parameters()])
+            if number == 0:
+                training.save(files, comm, 1)
+        here.full = comm.Get_rank() == 1
+        with pytest.raises(MpiEfError) as raised:
+            training.resume(files, comm)
+        here.full = False
+        assert all(map(torch.equal, model.parameters(), saved[1]))
+        assert training.resume(files, comm) == 1
+        assert all(map(torch.equal, model.parameters(), saved[0]))
+        files.close()
+        return raised.type, str(raised.value)
+
+    with side():
+        (kind, text), (its_kind, its_text) = results(2, program)
+    assert (kind, its_kind) == (PeerError, OutOfMemoryError)
+    assert its_text.startswith("resume" + SAID)
+    assert its_text in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("name", ["update", "buckets", "Muon", "1-bit Adam", "Lion"])
 def test_parameters_on_several_devices(name):
     def program(comm):
         model = net()

@@ -30,7 +30,7 @@ ROOMS = {
     "registry": ("errors", ""),  # the modules of what it finds are loaded by name
     "collectives": ("errors kernels comm runtime compress registry statetree", "numpy mpi4py"),
     "feedback": ("errors ranges kernels comm compress collectives registry statetree", "numpy"),
-    "vectors": ("errors kernels comm compress", "numpy torch"),
+    "vectors": ("errors kernels kernels.device comm compress", "numpy torch"),
     "reference": ("", "numpy torch"),
     "buffers": ("errors comm vectors", "numpy torch"),
     "data": ("errors ranges comm", "numpy torch"),

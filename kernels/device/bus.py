@@ -6,14 +6,18 @@ No other module of this folder copies between the two.
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import local
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
 
-__all__ = ["Arrival", "copied_nbytes", "exchange_now", "host_array", "on_device", "on_host", "settled", "to_device",
-           "to_host", "watched"]
+__all__ = ["PIECE", "Arrival", "copied_nbytes", "exchange_now", "host_array", "on_device", "on_host", "room_for", "settled",
+           "tensor_on_host", "to_device", "to_host", "wait_for", "watched"]
+
+PIECE = 32 << 20
+"""Bytes of what files get of a device, and give it, at a time; a multiple of a checksum's block, 1 MiB."""
 
 copied_nbytes = {"to host": 0, "to device": 0}  # by this process so far
 _watching: list[list[tuple[str, int]]] = []
@@ -128,12 +132,42 @@ def to_device(host: np.ndarray[Any, Any], tensor: torch.Tensor) -> None:
     tensor.copy_(torch.from_numpy(host).view(tensor.dtype), non_blocking=True)
 
 
-def on_host(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """Return a copy of a tensor in the memory of the host, once the device is done with it."""
+def tensor_on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a tensor, of any dtype, in the memory of the host, once the device is done with it."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype)
     _count("to host", tensor.numel() * tensor.element_size())
-    array: np.ndarray[Any, Any] = host.copy_(tensor).numpy()
+    return host.copy_(tensor)
+
+
+def on_host(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Return a copy of a tensor as an array in the memory of the host, once the device is done with it."""
+    array: np.ndarray[Any, Any] = tensor_on_host(tensor).numpy()
     return array
+
+
+class _Rooms(local):
+    """Of a thread: page-locked memory for a piece, by device."""
+
+    def __init__(self) -> None:
+        self.of: dict[torch.device, np.ndarray[Any, Any]] = {}
+
+
+_rooms = _Rooms()
+
+
+def room_for(nbytes: int, device: torch.device) -> np.ndarray[Any, Any]:
+    """Return memory of the host, bytes, for a piece of so many; the next call of this thread returns the same memory."""
+    wanted = min(PIECE, nbytes)
+    if (there := _rooms.of.get(device)) is None or there.nbytes < wanted:
+        _rooms.of.pop(device, None)  # freed before the larger one is made
+        there = _rooms.of[device] = host_array(wanted, np.uint8, device)
+    return there[:wanted]
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device is done with what was copied from the host, which may change then."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def on_device(numbers: "np.ndarray[Any, Any] | Sequence[Any]", device: torch.device,

@@ -1,6 +1,7 @@
 """The checksum of arrays in memory, and in files of version 1: as fast as memory, with NumPy alone."""
 
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -34,9 +35,10 @@ def checksum(block: memoryview, value: int = 0) -> int:
     return value
 
 
-def whole_checksum(raw: memoryview) -> int:
-    """Return the checksum of all bytes of an array. Local."""
+def whole_checksum(pieces: Iterable[memoryview]) -> int:
+    """Return the checksum of all bytes of an array, in pieces of which all but the last are multiples of `BLOCK`. Local."""
     value = 0
-    for start in range(0, raw.nbytes, BLOCK):
-        value = checksum(raw[start : start + BLOCK], value)
+    for raw in pieces:
+        for start in range(0, raw.nbytes, BLOCK):
+            value = checksum(raw[start : start + BLOCK], value)
     return value

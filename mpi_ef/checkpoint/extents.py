@@ -1,17 +1,17 @@
 """Where the bytes of every array lie: stripes over the ranks, and packed buffers inside a file."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mpi_ef.errors import CheckpointError, briefly
 
 from .dtypes import DTYPES, dtype_name
+from .source import Array
 
 __all__ = ["ALIGNMENT", "Extent", "StagingBuffer", "check_tiles", "layout", "parse_extent"]
 
@@ -64,8 +64,8 @@ def parse_extent(row: Any) -> Extent:
     return extent
 
 
-def layout(replicated: Mapping[str, NDArray[Any]], per_rank: Mapping[str, NDArray[Any]], rank: int,
-           size: int) -> Iterator[tuple[Extent, NDArray[Any]]]:
+def layout(replicated: Mapping[str, Array], per_rank: Mapping[str, Array], rank: int,
+           size: int) -> Iterator[tuple[Extent, Array]]:
     """Yield what `rank` of `size` writes: its stripe of the replicated arrays, and all of its own arrays.
 
     The replicated arrays lie one after the other in one space of bytes, ordered by name, which is cut into `size`
@@ -73,7 +73,7 @@ def layout(replicated: Mapping[str, NDArray[Any]], per_rank: Mapping[str, NDArra
     """
     ends: dict[str, int] = {}
 
-    def placed(kind: Kind, name: str, array: NDArray[Any], begin: int, nbytes: int) -> tuple[Extent, NDArray[Any]]:
+    def placed(kind: Kind, name: str, array: Array, begin: int, nbytes: int) -> tuple[Extent, Array]:
         dtype = dtype_name(array.dtype)
         offset = _aligned(ends.get(dtype, 0)) if nbytes else 0
         ends[dtype] = max(ends.get(dtype, 0), offset + nbytes)
@@ -104,12 +104,13 @@ class StagingBuffer:
             self._memory = np.empty(nbytes, np.uint8)
         self._used = 0
 
-    def copy(self, data: memoryview) -> memoryview:
-        """Return a copy of `data`."""
-        target = self._memory[self._used : self._used + data.nbytes]
-        target[:] = np.frombuffer(data, np.uint8)
-        self._used += data.nbytes
-        return target.data
+    def copy(self, pieces: Iterable[memoryview]) -> memoryview:
+        """Return a copy of the bytes of all pieces."""
+        begin = self._used
+        for data in pieces:
+            self._memory[self._used : self._used + data.nbytes] = np.frombuffer(data, np.uint8)
+            self._used += data.nbytes
+        return self._memory[begin : self._used].data
 
 
 def check_tiles(path: Path, extents: list[Extent]) -> None:

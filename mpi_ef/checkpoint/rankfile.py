@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,13 +60,13 @@ def reading(path: Path) -> Iterator[None]:
         raise CheckpointError(text, damaged=damaged) from raised
 
 
-def write_rank_file(path: Path, packed: Sequence[tuple[Extent, memoryview]], attributes: dict[str, str | int],
+def write_rank_file(path: Path, packed: Sequence[tuple[Extent, Iterable[memoryview]]], attributes: dict[str, str | int],
                     document: Any) -> FileEntry:
     """Write one rank's file and wait until the disk has it. Makes no MPI call.
 
     All space is reserved first: a full disk is an `OSError` before anything is written. `packed` is in the order of
-    :func:`mpi_ef.checkpoint.extents.layout`; `attributes` (rank, world size, step, run) go to the index, and to the root
-    group for other programs.
+    :func:`mpi_ef.checkpoint.extents.layout`, with bytes in pieces that are asked for one by one; `attributes` (rank, world
+    size, step, run) go to the index, and to the root group for other programs.
     """
 
     def index(extents: Sequence[Extent]) -> bytes:
@@ -84,11 +84,11 @@ def write_rank_file(path: Path, packed: Sequence[tuple[Extent, memoryview]], att
         descriptor = file.fileno()
         _reserve(descriptor, size)
         for place, page in structure:
-            _write(descriptor, memoryview(page), place)
+            _write(descriptor, [memoryview(page)], place)
         for i, (extent, data) in enumerate(packed):
             place = places[extent.dtype][0] + extent.offset if extent.nbytes else 0
             extents[i] = replace(extent, crc32=_write(descriptor, data, place))
-        _write(descriptor, memoryview(index(extents)), places[INDEX][0])
+        _write(descriptor, [memoryview(index(extents))], places[INDEX][0])
         data_places = tuple(sorted(place for name, place in places.items() if name != INDEX))
         entry = FileEntry(path.name, size, _structure_crc32(descriptor, size, data_places), data_places)
         os.fsync(descriptor)
@@ -125,6 +125,22 @@ class RankFile:
                 _read(descriptor, self._place(extent), into)
             else:
                 self._compare(descriptor, extent, into)
+
+    def pieces(self, extent: Extent, room: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+        """Yield the bytes of `extent` in pieces, each in `room`, which the next one overwrites.
+
+        `CheckpointError` after the last one when they are not those that were written, as :meth:`read`.
+        """
+        with reading(self.path), opened(self.path) as descriptor:
+            known, place, crc32 = self._verified == _signature(descriptor), self._place(extent), 0
+            for start in range(0, extent.nbytes, room.nbytes):
+                piece = _read(descriptor, place + start, room[: min(room.nbytes, extent.nbytes - start)])
+                if not known:
+                    for block in range(0, piece.nbytes, BLOCK):
+                        crc32 = self._checksum(piece[block : block + BLOCK].data, crc32)
+                yield piece
+            if not known and crc32 != extent.crc32:
+                raise DamageError(f"the bytes of {extent.kind} {briefly(extent.name)} are not those that were written")
 
     def verify(self) -> list[str]:
         """Read everything and return what is wrong with it."""
@@ -214,15 +230,17 @@ def _reserve(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)  # a file system that cannot reserve: writes may fail
 
 
-def _write(descriptor: int, data: memoryview, place: int) -> int:
-    """Write `data` at `place` and return its checksum."""
+def _write(descriptor: int, pieces: Iterable[memoryview], place: int) -> int:
+    """Write pieces one after the other, the first one at `place`, and return the checksum of all."""
     crc32 = 0
-    for start in range(0, data.nbytes, BLOCK):
-        block = data[start : start + BLOCK]
-        crc32 = zlib.crc32(block, crc32)
-        done = 0
-        while done < block.nbytes:
-            done += os.pwrite(descriptor, block[done:], place + start + done)
+    for data in pieces:
+        for start in range(0, data.nbytes, BLOCK):
+            block = data[start : start + BLOCK]
+            crc32 = zlib.crc32(block, crc32)
+            done = 0
+            while done < block.nbytes:
+                done += os.pwrite(descriptor, block[done:], place + done)
+            place += done
     return crc32
 
 

@@ -85,15 +85,45 @@ class Checkpoint:
 
     def replicated(self, name: str) -> NDArray[Any]:
         """Return an array that all ranks share, put together from the stripes of all files."""
-        if name not in self._replicated():
-            raise CheckpointError(f"{self.path}: it has no replicated array {briefly(name)}; see replicated_names()")
-        return self._read(self._replicated()[name])
+        return self._read(self._found(name, None))
 
     def per_rank(self, name: str, rank: int) -> NDArray[Any]:
         """Return an array of `rank`."""
-        if (parts := self._parts("per_rank", [rank]).get(name)) is None:
-            raise CheckpointError(f"{self.path}: rank {rank} has no array {briefly(name)}; see per_rank_names({rank})")
-        return self._read(parts)
+        return self._read(self._found(name, rank))
+
+    def described(self, name: str, rank: int | None = None) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Return shape and dtype of an array that all ranks share, or of one of `rank`. Reads no data."""
+        first = self._found(name, rank)[0][1]
+        return first.shape, DTYPES[first.dtype]
+
+    def pieces(self, name: str, rank: int | None, room: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Read an array that all ranks share, or one of `rank`, without having all of it in memory.
+
+        Parameters
+        ----------
+        name : str
+        rank : int or None
+            None for an array that all ranks share.
+        room : (n,) uint8
+            Memory for a piece: 1 MiB, or a multiple of that; or as long as the array.
+
+        Yields
+        ------
+        begin : int
+            Where in the array's bytes this piece begins.
+        piece : (at most n,) uint8
+            A part of `room`, which the next piece overwrites.
+
+        Raises
+        ------
+        CheckpointError
+            It cannot be read; or, after its last piece, it is not what was written.
+        """
+        for file, extent in self._found(name, rank):
+            begin = extent.begin
+            for piece in file.pieces(extent, room):
+                yield begin, piece
+                begin += piece.nbytes
 
     def verify(self) -> list[str]:
         """Read all files and return what is wrong, one line each; an empty list when nothing is."""
@@ -114,6 +144,16 @@ class Checkpoint:
                 if not error.damaged:
                     raise
                 yield str(error)
+
+    def _found(self, name: str, rank: int | None) -> list[tuple[RankFile, Extent]]:
+        """Return the extents of an array that all ranks share, or of one of `rank`, in order and complete."""
+        parts = (self._replicated() if rank is None else self._parts("per_rank", [rank])).get(name)
+        if parts is None:
+            lacks = f"it has no replicated array {briefly(name)}; see replicated_names()"
+            of_rank = f"rank {rank} has no array {briefly(name)}; see per_rank_names({rank})"
+            raise CheckpointError(f"{self.path}: {lacks if rank is None else of_rank}")
+        check_tiles(self.path, [extent for _, extent in parts])
+        return parts
 
     def _file(self, rank: int) -> RankFile:
         if not 0 <= rank < self.world_size:
@@ -143,7 +183,6 @@ class Checkpoint:
         return found
 
     def _read(self, parts: list[tuple[RankFile, Extent]]) -> NDArray[Any]:
-        check_tiles(self.path, [extent for _, extent in parts])
         first = parts[0][1]
         with reading(self.path):
             array = np.empty(first.whole_nbytes, np.uint8)

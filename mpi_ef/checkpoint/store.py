@@ -3,30 +3,30 @@
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mpi_ef.comm.consensus import agree, together
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import CheckpointError, OptionError, briefly, everywhere
 
 from .checksum import whole_checksum
-from .dtypes import dtype_name, raw_bytes
+from .dtypes import dtype_name
 from .extents import Extent, StagingBuffer, layout
 from .folder import Folder, identity
 from .manifest import FORMAT, VERSION, checked_json, committed_steps, damaged_steps, rank_name
 from .rankfile import FileEntry, write_rank_file
 from .reader import Checkpoint
+from .source import Array, pieces_of
 
 __all__ = ["Pending", "Store"]
 
-Arrays = Mapping[str, NDArray[Any]]
+Arrays = Mapping[str, Array]
 T = TypeVar("T")
 _log = logging.getLogger("mpi_ef.checkpoint")
 
@@ -106,7 +106,8 @@ class Store:
         step : int
             A checkpoint of the same step is replaced.
         replicated : mapping of str to array
-            The same on all ranks, bit for bit, which is compared; every rank writes a part. Any layout in memory.
+            The same on all ranks, bit for bit, which is compared; every rank writes a part. Any layout in memory; or
+            :class:`mpi_ef.checkpoint.source.Pieced`, of which two passes are made, one of them over the part.
         per_rank : mapping of str to array
             This rank's own; names and shapes may differ.
         document : JSON
@@ -319,7 +320,7 @@ class Pending:
         self.place = ""
         self.attributes: dict[str, str | int] = {}
         self._store, self._rank_document = store, rank_document
-        self._packed: list[tuple[Extent, memoryview]] = []
+        self._packed: list[tuple[Extent, Iterable[memoryview]]] = []
         self._entry: FileEntry | None = None
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -343,7 +344,7 @@ class Pending:
         if type(self.step) is not int or not 0 <= self.step < 10**18:
             raise OptionError(f"{self.subject}: step={briefly(self.step)} is no number of a step; count from 0")
         shapes = [(name, dtype_name(array.dtype), array.shape) for name, array in sorted(replicated.items())]
-        values = {f"the values of {name}": f"hash {whole_checksum(raw_bytes(array)):08x}"
+        values = {f"the values of {name}": f"hash {whole_checksum(pieces_of(array)):08x}"
                   for name, array in sorted(replicated.items())}
         self.document = checked_json(self.subject, self.document) if rank == 0 else None
         self._rank_document = checked_json(self.subject, self._rank_document)
@@ -351,8 +352,8 @@ class Pending:
         if staging is not None:
             staging.clear(sum(extent.nbytes for extent, _ in extents))
         for extent, array in extents:
-            data = raw_bytes(array)[extent.begin : extent.begin + extent.nbytes]
-            self._packed.append((extent, data if staging is None else staging.copy(data)))
+            data = pieces_of(array, extent.begin, extent.begin + extent.nbytes)
+            self._packed.append((extent, data if staging is None else [staging.copy(data)]))
         nbytes = sum(array.nbytes for array in replicated.values())
         digest = sha256(repr(shapes).encode("utf-8", "backslashreplace")).hexdigest()
         return {"step": self.step,

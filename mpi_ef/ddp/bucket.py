@@ -17,6 +17,7 @@ from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.table import Rule, rule_of
 from mpi_ef.kernels.backend import backend, backend_of
 from mpi_ef.vectors import mean_over_ranks
+from mpi_ef.vectors.places import on_host, overwrite
 
 __all__ = ["FeedbackBucket", "Place", "Saved", "reset", "resharded"]
 
@@ -83,14 +84,14 @@ class FeedbackBucket:
         if self.feedback.state.averages():
             counters["late"] = int(bool(self.feedback.state.late))
         form = torch.contiguous_format
-        return {place.name: counters | {"arrays": {name: place.view(vector).clone(memory_format=form).cpu()
+        return {place.name: counters | {"arrays": {name: on_host(place.view(vector)).clone(memory_format=form)
                                                    for name, vector in whole.items()}}
                 for place in self.places}
 
     def plan_state(self) -> dict[str, Tensor]:
         """Return a copy of what belongs to no parameter. Local."""
         kept = {} if self._bounds.size else self.feedback.plan.state()
-        return {name: _tensor(array).clone().cpu() for name, array in kept.items()}
+        return {name: on_host(_tensor(array)).clone() for name, array in kept.items()}
 
     def fill(self, saved: Mapping[str, Saved], plan: Mapping[str, Tensor]) -> None:
         """Overwrite the state with what :meth:`state` of other buckets has returned for these parameters. Collective.
@@ -105,11 +106,11 @@ class FeedbackBucket:
         for name, array in arrays.items():
             whole = self._spread(name, array)
             for place in self.places:
-                place.view(whole).copy_(saved[place.name]["arrays"][name])
+                overwrite(place.view(whole), saved[place.name]["arrays"][name])
             if name == _RESIDUAL:
                 self._sum_chunk(whole, array)
         for name, tensor in plan.items():
-            _tensor(self.feedback.plan.state()[name]).copy_(tensor)
+            overwrite(_tensor(self.feedback.plan.state()[name]), tensor)
         counters = {key: max(saved[place.name][key] for place in self.places) for key in ("steps", "exchanges")}
         late = f"0:{self.feedback.plan.d}" if any(saved[place.name].get("late", 0) for place in self.places) else ""
         self.feedback.load_state_dict(self.feedback.state_dict() | counters | {"late": late})

@@ -8,6 +8,7 @@ import torch
 from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.statetree import Stateful
+from mpi_ef.vectors.places import host_copy, on_host
 
 from .accounts import Communicating
 
@@ -32,14 +33,15 @@ class Saved(Communicating, Stateful):
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all state of this rank: arrays, rules, counters, groups. Local; save it per rank.
 
-        Of a wrapped optimizer too. Hooks that were registered for it are called as torch calls them.
+        Of a wrapped optimizer too. Tensors are in the memory of the host, also those of a device: they can be loaded where
+        there is none. Hooks that were registered for it are called as torch calls them.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         self.before_save()
-        state_dict = self._packed(self.state_tree().state_dict(torch.from_numpy))
+        state_dict = self._packed(self.state_tree().state_dict(torch.from_numpy, host_copy))
         if self.flat.mixed:  # a model's state has parameters in 16 bits rounded
-            state_dict["masters"] = self.flat.masters()
+            state_dict["masters"] = {number: on_host(master) for number, master in self.flat.masters().items()}
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state_dict)
             state_dict = state_dict if changed is None else changed

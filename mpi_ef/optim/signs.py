@@ -79,7 +79,7 @@ class Lion(ReplicatedOptimizer):
     def asleep(self, bits: Tensor | None) -> None:
         self._knows, mask = bits is not None, None
         if bits is not None and bits.numel():
-            mask = np.unpackbits(bits.numpy(), count=self.flat.d).astype(bool)
+            mask = np.unpackbits(bits.cpu().numpy(), count=self.flat.d).astype(bool)
         self._asleep.fall(mask)
 
     def _ready(self, problem: Exception | None) -> tuple[int, ...]:

@@ -11,11 +11,11 @@ import torch
 from torch.optim import Optimizer
 
 from mpi_ef.collectives import Plan, PlanBuilder, build_plan, plan_for
-from mpi_ef.comm.consensus import shared_errors
+from mpi_ef.comm.consensus import agree, shared_errors
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Identity, for_parameters, lazy
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import MpiEfError, OptionError, briefly, told
+from mpi_ef.errors import MpiEfError, OptionError, briefly, shortage, told
 from mpi_ef.feedback import ErrorFeedback, Rule
 from mpi_ef.feedback.state import form
 from mpi_ef.feedback.table import rule_of
@@ -123,7 +123,7 @@ class DistributedOptimizer(FlatOptimizer):
             return {"the optimizer": type(optimizer).__name__, "rule": rule, "options": options, "placement": placement,
                     "dense_steps": dense_steps, "bucket_nbytes": bucket_nbytes, "overlap": overlap}
 
-        self._exact = isinstance(compressor, Identity)
+        self._exact, self._first = isinstance(compressor, Identity), 0  # the step in which torch makes its memory
         self._lay_out(comm, facts, model)
         buckets, lane, of_buckets = [], None, comm
         if overlap:
@@ -280,7 +280,20 @@ class DistributedOptimizer(FlatOptimizer):
                 self.buckets.commit(self._take_mean)
             else:
                 self.buckets.step(self.flat.gradients, self._take_mean)
-            self._step_inside()
+            if self.steps == self._first:
+                agree(self.comm, type(self).__name__, self._step_first, "call the same")
+            else:
+                self._step_inside()
+
+    def _step_first(self) -> dict[str, object]:
+        """Do :meth:`_step_inside` where the torch optimizer makes its memory: where there is none on a rank, all raise."""
+        self._step_inside()
+        return {}
+
+    def loaded(self) -> None:
+        """Derive again what follows from what was written, see :meth:`FlatOptimizer.loaded`. Local."""
+        super().loaded()
+        self._first = self.steps
 
     def _take_mean(self, part: slice, mean: Vector) -> None:
         self.flat.gradients[part] = mean
@@ -290,10 +303,13 @@ class DistributedOptimizer(FlatOptimizer):
         try:
             self._step_inside()
         except Exception as error:
-            said = OptionError(f"{type(self.optimizer).__name__}.step: {told(error)}")
+            short = shortage(type(self).__name__, error)
+            said = short or OptionError(f"{type(self.optimizer).__name__}.step: {told(error)}")
             for bucket in self.buckets:
                 bucket.feedback.refuse(said)
-            return error
+            if short is not None:
+                short.__cause__ = error
+            return short or error
         return None
 
     def _exchange_updates(self, after: Vector) -> None:
@@ -314,7 +330,7 @@ class DistributedOptimizer(FlatOptimizer):
             self.buckets.step(update, take)
         except MpiEfError:
             if problem is not None:
-                raise problem from None
+                raise problem from problem.__cause__
             raise
 
     @property

@@ -11,7 +11,9 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.data import random_state, rank_seed, seed_rank, set_random_state
 from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.optim.flat import FlatOptimizer
+from mpi_ef.optim.wrapper import DistributedOptimizer
 from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Stateful
+from mpi_ef.vectors.places import is_on_device
 
 from .reshard import EITHER, RestoreView, Snapshot, read
 
@@ -98,10 +100,11 @@ class StateComponent(Component):
         """Write values, then arrays, which may follow from them, then derive what follows from all."""
         owner, name = self.owner, self.name
         tree = owner.state_tree()
-        tree.write(past.value(f"{name}:settings"), REPLICATED)
+        home = _home_of(owner)
+        tree.write(past.value(f"{name}:settings", home), REPLICATED)
         tree.write(past.value(f"{name}:account") if past.same_world else {}, LOCAL)
         if past.kind(f"{name}:own"):
-            tree.write(past.mean(f"{name}:own"), PER_RANK)
+            tree.write(past.mean(f"{name}:own", home), PER_RANK)
         for key, leaf in owner.state_tree().arrays().items():
             past.write(f"{name}.{key}", leaf.array, leaf.reshard)
         owner.loaded()
@@ -145,7 +148,7 @@ class ModelComponent(Component):
         for name, (optimizer, number, shape) in self._flat.items():
             value = optimizer.shared_values[optimizer.flat.place(number)].reshape(shape)
             if number in written[id(optimizer)]:
-                value = np.ascontiguousarray(written[id(optimizer)][number].cpu().numpy())
+                value = optimizer.flat.kernels.vector(written[id(optimizer)][number].contiguous()).reshape(shape)
             into.add(name, value, REPLICATED)
         for name, tensor in self._named.items():
             into.add(name, tensor, EITHER)
@@ -168,11 +171,21 @@ class ModelComponent(Component):
         for name, tensor in self._named.items():
             if past.kind(name) == PER_RANK and not past.same_world:
                 past.notes.append(f"{name} differed between ranks: averaged")
-            tensor.copy_(past.merged(name))
+            past.overwrite(name, tensor)
         if self._extra and self.model is not None:
             self.model.load_state_dict(past.value("model:extra"), strict=False)
         for optimizer in self.optimizers.values():
             optimizer.flat.write_back()
+
+
+def _home_of(owner: object) -> torch.device | None:
+    """Return the device to which a torch optimizer moves what it loads, where there is one."""
+    optimizer = owner.optimizer if isinstance(owner, DistributedOptimizer) else owner
+    if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, FlatOptimizer):
+        return None
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    one = len({p.device for p in parameters}) == 1 and is_on_device(parameters[0])
+    return parameters[0].device if one else None
 
 
 def _described(tensor: Tensor) -> str:
@@ -200,7 +213,7 @@ class ObjectComponent(Component):
             if past.kind(self.name) == PER_RANK and not past.same_world:
                 past.notes.append(f"{self.name} differed between ranks: rank r takes that of old rank r mod "
                                   f"{past.found.world_size}")
-            state = past.value(self.name)
+            state = past.value(self.name, _home_of(self.owner))
         return lambda: self.owner.load_state_dict(state)
 
     def forget(self) -> Finish | None:

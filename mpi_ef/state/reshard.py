@@ -1,20 +1,24 @@
 """What was saved by one world, read by a rank of another: as it was, or moved so that the means over the ranks stay."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mpi_ef.checkpoint.source import pieces_of
 from mpi_ef.errors import DtypeError, OptionError, ShapeError
 from mpi_ef.statetree import PER_RANK, REPLICATED, Reshard
 from mpi_ef.vectors import mean_over_ranks
+from mpi_ef.vectors.pieces import TensorPieces, fill
+from mpi_ef.vectors.places import is_on_device, overwrite
 
-from .tree import _MARK, Array, decoded, encoded, tensor_of
+from .tree import _MARK, Array, Arrays, decoded, encoded, filed, tensor_of
 
 __all__ = ["LazyDict", "RestoreView", "Snapshot", "Stored", "mean_over_ranks", "read"]
 
@@ -39,19 +43,30 @@ class Stored(Protocol):
         """Return an array of a rank."""
 
 
+@runtime_checkable
+class InPieces(Protocol):
+    """A checkpoint of which arrays can be read in pieces, as :class:`mpi_ef.checkpoint.Checkpoint`."""
+
+    def described(self, name: str, rank: int | None = None) -> tuple[tuple[int, ...], "np.dtype[Any]"]:
+        """Return shape and dtype of an array that was the same on all ranks, or of one of a rank."""
+
+    def pieces(self, name: str, rank: int | None, room: Array) -> Iterator[tuple[int, Array]]:
+        """Yield where a piece of the array's bytes begins, and the part of `room` that has it."""
+
+
 @dataclass
 class Snapshot:
     """What one rank gives to a checkpoint, by kind (until :meth:`decide` also "either") and name, as JSON and arrays."""
 
     trees: dict[str, dict[str, Any]] = field(default_factory=lambda: {REPLICATED: {}, PER_RANK: {}, EITHER: {}})
-    arrays: dict[str, dict[str, Array]] = field(default_factory=lambda: {REPLICATED: {}, PER_RANK: {}})
-    _open: dict[str, dict[str, Array]] = field(default_factory=dict)
+    arrays: dict[str, Arrays] = field(default_factory=lambda: {REPLICATED: {}, PER_RANK: {}})
+    _open: dict[str, Arrays] = field(default_factory=dict)
 
     def add(self, name: str, value: Any, kind: str) -> None:
         """Add a value: "replicated", "per rank", or "either", which is decided by whether it is the same on all ranks."""
         arrays = self._open.setdefault(name, {}) if kind == EITHER else self.arrays[kind]
-        if hasattr(value, "tensor"):  # an array on a device: files have what is in it
-            value = value.numpy()
+        if hasattr(value, "tensor"):  # an array on a device
+            value = TensorPieces(value.tensor, value.dtype)
         self.trees[kind][name] = encoded(value, name, arrays)
 
     def undecided(self) -> dict[str, bytes]:
@@ -67,10 +82,11 @@ class Snapshot:
         self.trees[EITHER].clear()
 
 
-def _hash(tree: Any, arrays: Mapping[str, Array]) -> bytes:
+def _hash(tree: Any, arrays: Arrays) -> bytes:
     digest = sha256(repr(tree).encode())
     for array in arrays.values():
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        for piece in pieces_of(array):
+            digest.update(piece)
     return digest.digest()
 
 
@@ -145,25 +161,36 @@ class RestoreView:
     def _array(self, name: str, kind: str | None, rank: int) -> Array:
         return self.found.replicated(name) if kind == REPLICATED else self.found.per_rank(name, rank)
 
-    def value(self, name: str) -> Any:
-        """Return a value as it was: the one of this rank's old rank where ranks differ."""
-        return self._decoded(self.tree(name), self.kind(name), self.old_rank)
+    def value(self, name: str, home: torch.device | None = None) -> Any:
+        """Return a value as it was: the one of this rank's old rank where ranks differ.
+
+        With `home`, its tensors of more than one entry are there: those of a torch optimizer, which would move them there.
+        """
+        return self._decoded(self.tree(name), self.kind(name), self.old_rank, home)
 
     def values(self, name: str) -> list[Any]:
         """Return a value as it was on each old rank, in rank order; plain dicts in it are :class:`LazyDict`."""
         ranks, kind = range(self.found.world_size), self.kind(name)
         return [_unread(self.tree(name, rank), partial(self._decoded, kind=kind, rank=rank)) for rank in ranks]
 
-    def _decoded(self, tree: Any, kind: str | None, rank: int) -> Any:
+    def _decoded(self, tree: Any, kind: str | None, rank: int, home: torch.device | None = None) -> Any:
         def tensor(leaf: TensorLeaf) -> Tensor:
-            return tensor_of(self._array(leaf["name"], kind, rank), leaf["dtype"], leaf["shape"])
+            dtype = getattr(torch, leaf["dtype"], None)
+            if home is None or math.prod(leaf["shape"]) < 2 or not isinstance(dtype, torch.dtype):
+                return tensor_of(self._array(leaf["name"], kind, rank), leaf["dtype"], leaf["shape"])
+            there = torch.empty(leaf["shape"], dtype=dtype, device=home)
+            if isinstance(self.found, InPieces):
+                self._fill(there, leaf["name"], None if kind == REPLICATED else rank, filed(there, leaf["name"])[0])
+            else:
+                overwrite(there, tensor_of(self._array(leaf["name"], kind, rank), leaf["dtype"], leaf["shape"]))
+            return there
 
         return decoded(tree, tensor, lambda leaf: self._array(leaf, kind, rank))
 
-    def mean(self, name: str) -> Any:
+    def mean(self, name: str, home: torch.device | None = None) -> Any:
         """Return a value with the mean over the old ranks of every tensor; `OptionError` where anything else differed."""
-        if self.same_world or self.kind(name) == REPLICATED:
-            return self.value(name)
+        if self._stays(name):
+            return self.value(name, home)
         old = range(self.found.world_size)
         trees = [self.tree(name, rank) for rank in old]
         if any(tree != trees[0] for tree in trees):
@@ -202,11 +229,33 @@ class RestoreView:
 
     def write(self, name: str, out: Array, move: Reshard | None = None) -> None:
         """Overwrite `out` with what :meth:`resharded` returns; `ShapeError` where that has another shape or dtype."""
+        tensor: Tensor | None = getattr(out, "tensor", None)
+        if tensor is not None and (self._stays(name) or move is None) and isinstance(self.found, InPieces):
+            self._fill(tensor, name, None if self.kind(name) == REPLICATED else self.old_rank, out)
+            return
         array = self.resharded(name, move)
-        if array.shape != out.shape or array.dtype != out.dtype:
-            raise ShapeError(f"resume: {name} was read as {array.shape} {array.dtype}, here it is {out.shape} {out.dtype}; "
-                             "the checkpoint is damaged, resume from another one")
+        _check_read(name, array.shape, array.dtype, out)
         out[...] = array
+
+    @torch.no_grad()
+    def overwrite(self, name: str, tensor: Tensor) -> None:
+        """Overwrite a tensor of the same dtype and shape with what :meth:`merged` returns."""
+        stays = self._stays(name) and isinstance(self.found, InPieces)
+        if stays and is_on_device(tensor) and tensor.is_contiguous():
+            rank = None if self.kind(name) == REPLICATED else self.old_rank
+            self._fill(tensor, self.tree(name)["name"], rank, filed(tensor, name)[0])
+        else:
+            overwrite(tensor, self.merged(name))
+
+    def _stays(self, name: str) -> bool:
+        return self.kind(name) == REPLICATED or self.same_world
+
+    def _fill(self, tensor: Tensor, name: str, rank: int | None, like: Any) -> None:
+        """Overwrite a tensor on a device, which is `like` an array of that name, of all ranks or of one, piece by piece."""
+        found: Any = self.found
+        shape, dtype = found.described(name, rank)
+        _check_read(name, shape, dtype, like)
+        fill(tensor, lambda room: found.pieces(name, rank, room))
 
     def check_array(self, name: str, array: Array, move: Reshard | None) -> None:
         """Raise unless the array of that name has dtype and shape of `array`, as far as they stay. Reads no data."""
@@ -223,6 +272,12 @@ class RestoreView:
         elif shape != array.shape:
             raise ShapeError(f"resume: {name} is {shape} in the checkpoint and {array.shape} here; build the model as it "
                              "was")
+
+
+def _check_read(name: str, shape: tuple[int, ...], dtype: "np.dtype[Any]", out: Any) -> None:
+    if shape != out.shape or dtype != out.dtype:
+        raise ShapeError(f"resume: {name} was read as {shape} {dtype}, here it is {out.shape} {out.dtype}; the checkpoint "
+                         "is damaged, resume from another one")
 
 
 def _cut(parts: Iterable[Array], start: int, stop: int, name: str) -> Array:

@@ -15,13 +15,13 @@ from mpi_ef.checkpoint.manifest import versions
 from mpi_ef.comm.consensus import agree, gather_values
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.documents import shown
-from mpi_ef.errors import CheckpointError, DisagreementError, MpiEfError, OptionError, briefly, counted, told
+from mpi_ef.errors import CheckpointError, DisagreementError, MpiEfError, OptionError, briefly, counted, shortage, told
 from mpi_ef.optim.flat import FlatOptimizer
 from mpi_ef.statetree import PER_RANK, REPLICATED
 
 from .components import Component, Finish, ModelComponent, RandomComponent, component_of
 from .reshard import EITHER, RestoreView, Snapshot, Stored
-from .tree import Array
+from .tree import Array, Filed
 
 __all__ = ["POLICIES", "Storage", "Training"]
 
@@ -34,11 +34,11 @@ _OTHER = "build the training as it was, or start from nothing in another directo
 class Storage(Protocol):
     """The part of :class:`mpi_ef.checkpoint.Store` that :class:`Training` needs."""
 
-    def save(self, comm: Comm, step: int, *, replicated: Mapping[str, Array], per_rank: Mapping[str, Array], document: Any,
+    def save(self, comm: Comm, step: int, *, replicated: Mapping[str, Filed], per_rank: Mapping[str, Filed], document: Any,
              rank_document: Any) -> Any:
         """Write a checkpoint. Collective."""
 
-    def save_async(self, comm: Comm, step: int, *, replicated: Mapping[str, Array], per_rank: Mapping[str, Array],
+    def save_async(self, comm: Comm, step: int, *, replicated: Mapping[str, Filed], per_rank: Mapping[str, Filed],
                    document: Any, rank_document: Any) -> Any:
         """Copy, and write in the background. Collective."""
 
@@ -175,7 +175,7 @@ class Training:
         ------
         OptionError, ShapeError, DtypeError
             On all ranks, when the checkpoint is of another training or number of ranks; nothing was changed.
-        CheckpointError
+        CheckpointError, OutOfMemoryError
             When something in it could not be read or put back; ranks where all could be raise `PeerError`. Everything is as
             it was before then: until the end of the call there is a copy of it, in as much memory as this rank's parts have.
         """
@@ -289,6 +289,8 @@ def _readable(past: RestoreView) -> Iterator[None]:
         error.args = (shown(error), *error.args[1:])
         raise
     except Exception as error:
+        if short := shortage("resume", error):
+            raise short from error
         raise CheckpointError(f"resume: the checkpoint at step {past.found.step} cannot be put back: "
                               f"{type(error).__name__}: {shown(error)}; resume from another one") from error
 

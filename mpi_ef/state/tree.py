@@ -12,11 +12,14 @@ from torch import Tensor
 
 from mpi_ef.checkpoint.dtypes import BFLOAT16
 from mpi_ef.errors import DtypeError, OptionError, briefly
+from mpi_ef.vectors.pieces import TensorPieces
+from mpi_ef.vectors.places import is_on_device
 
-__all__ = ["Array", "decoded", "encoded", "plain_array", "tensor_of"]
+__all__ = ["Array", "Arrays", "Filed", "decoded", "encoded", "filed", "plain_array", "tensor_of"]
 
 Array = NDArray[Any]
-Arrays = dict[str, Array]
+Filed = Array | TensorPieces
+Arrays = dict[str, Filed]
 Leaf = Mapping[str, Any]
 
 
@@ -37,10 +40,11 @@ _FLOATS = (torch.float16, torch.float32, torch.float64)
 def encoded(value: Any, name: str, arrays: Arrays) -> Any:
     """Return `value` as JSON, and add its tensors and arrays to `arrays`.
 
-    `value` is None, a bool, int, float, complex, str, bytes, tensor, NumPy array or number, or a tuple, list, dict,
-    OrderedDict or Counter of such, and not of a subclass: `OptionError`; nor is a tensor sparse or quantised: `DtypeError`.
-    Names of arrays, which are views of the tensors' memory where possible, begin with `name`. A tensor that is there several
-    times, such as a learning rate of several groups, has one array, and is one again in :func:`decoded`, as with torch.save.
+    `value` is None, a bool, int, float, complex, str, bytes, tensor, NumPy array or number, `TensorPieces`, or a tuple,
+    list, dict, OrderedDict or Counter of such, and not of a subclass: `OptionError`; nor is a tensor sparse or quantised:
+    `DtypeError`. Names of arrays, which are views of the tensors' memory where possible and of those on a device
+    `TensorPieces`, begin with `name`. A tensor that is there several times, such as a learning rate of several groups, has
+    one array, and is one again in :func:`decoded`, as with torch.save.
     """
     return _encoded(value, name, Found(arrays, {}))
 
@@ -53,6 +57,8 @@ def _encoded(value: Any, name: str, found: Found) -> Any:
         return {_MARK: kind.__name__, "value": _TEXTS[kind](value)}
     if isinstance(value, Tensor):
         return _tensor(value, name, found)
+    if isinstance(value, TensorPieces):
+        return _pieces(value, name, found)
     if isinstance(value, np.ndarray | np.generic):
         return _array(value, name, found)
     if kind not in _CONTAINERS:
@@ -70,9 +76,15 @@ _TEXTS: dict[type, Callable[[Any], Any]] = {
 def _tensor(value: Tensor, name: str, found: Found) -> Any:
     if id(value) not in found.leaves:
         name = _free(name, found)
-        found.arrays[name], dtype = plain_array(value, name)
+        found.arrays[name], dtype = filed(value, name)
         found.leaves[id(value)] = {_MARK: "tensor", "name": name, "dtype": dtype, "shape": list(value.shape)}
     return found.leaves[id(value)]
+
+
+def _pieces(value: TensorPieces, name: str, found: Found) -> Any:
+    name = _free(name, found)
+    found.arrays[name] = value
+    return {_MARK: "array", "name": name, "dtype": value.dtype.name, "shape": list(value.shape)}
 
 
 def _array(value: Any, name: str, found: Found) -> Any:
@@ -109,6 +121,14 @@ def _dict(value: Any, name: str, found: Found) -> Any:
 _CONTAINERS: dict[type, Callable[[Any, str, Found], Any]] = {
     list: _sequence, tuple: _sequence, dict: _dict, OrderedDict: _dict, Counter: _dict,
 }
+
+
+def filed(tensor: Tensor, name: str) -> tuple[Filed, str]:
+    """Do what :func:`plain_array` does; of a tensor on a device return what gets its bytes when they are written."""
+    if not is_on_device(tensor) or tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided:
+        return plain_array(tensor, name)
+    numbers, dtype = plain_array(torch.empty(0, dtype=tensor.dtype), name)
+    return TensorPieces(tensor.detach().resolve_conj().resolve_neg(), numbers.dtype), dtype
 
 
 def plain_array(tensor: Tensor, name: str) -> tuple[Array, str]:

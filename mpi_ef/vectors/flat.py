@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from mpi_ef.errors import DtypeError, OptionError
 from mpi_ef.kernels.backend import backend, side_of
 
 from .part import HALVES, Part
+from .places import fingerprints, on_host, overwrite
 
 __all__ = ["FlatParameters", "Mask", "broadcast"]
 
@@ -157,8 +157,7 @@ class FlatParameters:
 
     def hashes(self) -> NDArray[np.uint32]:
         """Return a hash of every parameter, and of every frozen one. Local."""
-        frozen = [crc32(_bytes(p).numpy().data) for p in self.frozen]
-        return np.array([*self.fingerprints(self.values), *frozen], np.uint32)
+        return np.concatenate([self.fingerprints(self.values), fingerprints(self.frozen)])
 
     def fingerprints(self, vector: Vector) -> NDArray[np.uint32]:
         """Return a hash of what every parameter has in a vector, (d,), the same on any device. Local."""
@@ -253,7 +252,7 @@ class FlatParameters:
     def load_masters(self, masters: dict[int, Tensor]) -> None:
         """Overwrite masters; parameters that are not their rounded copies in the next step win over them. Local."""
         for number, master in masters.items():
-            self._parts[number].value.copy_(master)
+            overwrite(self._parts[number].value, master)
 
     def broadcast(self, comm: Comm, root: int = 0) -> None:
         """Overwrite the parameters, frozen ones too, on all ranks with those of rank `root`. Collective."""
@@ -263,15 +262,10 @@ class FlatParameters:
             self.values[:] = sent
         self.write_back()
         for p in self.frozen:  # of any dtype and layout
-            copied = _bytes(p)
-            broadcast(comm, copied.numpy(), root)
-            with torch.no_grad():
-                p.copy_(copied.view(p.dtype).view(p.shape))
-
-
-def _bytes(p: Tensor) -> Tensor:
-    """Return a copy of the entries of a parameter, of any dtype and layout, on any device, as bytes; or a view of them."""
-    return p.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            copied = on_host(p).contiguous()
+            broadcast(comm, copied.view(-1).view(torch.uint8).numpy(), root)
+            if comm.Get_rank() != root:
+                overwrite(p, copied)
 
 
 def _view(flat: Vector, place: slice, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "runs" / "test-gpu"
 PROGRAMS = ("-m", "mpi_ef.jobs.cli")
 NO_GPU = 77  # what test programs return that could not run
-LAWS = ("kernels", "codecs", "plans", "optimizers", "bus", "waiting", "compile")  # of make test-device
+LAWS = ("kernels", "codecs", "plans", "optimizers", "bus", "waiting", "compile", "checkpoints", "places")  # with kernels
 LAWS_SECONDS, SPEED_SECONDS, TRAINING_SECONDS = 360, 120, 100
 TRAINING = ("--model", "gpt", "--layers", "8", "--width", "768", "--heads", "12", "--batch", "8", "--steps", "30")
 
