@@ -14,6 +14,7 @@ from torch import nn
 from mpi_ef import (
     DistributedOptimizer,
     EF21Muon,
+    Identity,
     Lion,
     OneBitAdam,
     OneBitLamb,
@@ -22,11 +23,14 @@ from mpi_ef import (
     TopK,
     Training,
     ZeroOneAdam,
+    plan_for,
 )
 from mpi_ef.checkpoint import reader
+from mpi_ef.compress import lazy
 from mpi_ef.errors import DtypeError, MpiEfError, OutOfMemoryError, PeerError, ShapeError
 from mpi_ef.kernels.backend import Backend, backend, on_device_side
 from mpi_ef.kernels.device.array import DeviceArray
+from mpi_ef.kernels.device.backend import DeviceBackend
 from mpi_ef.kernels.device.bus import host_array
 from mpi_ef.testing import results, run
 
@@ -189,6 +193,32 @@ def test_out_of_memory_in_the_first_step(scarce, monkeypatch, name, loads):
     gc.collect()
     assert scarce
     assert not [array for array in scarce if array() is not None]
+
+
+def test_out_of_memory_while_it_encodes(monkeypatch):
+    """In an exchange, where the others are on their way: all raise, and the next one goes on."""
+    real = DeviceBackend.combine
+
+    def combine(*arguments):
+        return no_room() if getattr(here, "full", False) else real(*arguments)
+
+    monkeypatch.setattr(DeviceBackend, "combine", combine)
+
+    def program(comm):
+        plan = plan_for(comm, Identity(), 3, device="side:cpu")
+        x, y = (DeviceArray(torch.ones(3)) for _ in range(2))
+        here.full = comm.Get_rank() == 1
+        with pytest.raises(MpiEfError) as raised:
+            plan.exchange(lazy(x) - y)
+        here.full = False
+        plan.exchange(lazy(x) - y)
+        return raised.type, str(raised.value)
+
+    with on_device_side():
+        (kind, text), (its_kind, its_text) = results(2, program)
+    assert (kind, its_kind) == (PeerError, OutOfMemoryError)
+    assert its_text.startswith("DenseMean.exchange" + SAID)
+    assert its_text in text
 
 
 @pytest.mark.parametrize("side", [nullcontext, on_device_side])

@@ -13,7 +13,7 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Codec, Combination, Compressor, Identity, Keep, Source, source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.compress.compressor import check_compressor, said_finite
-from mpi_ef.errors import MpiEfError, OptionError, briefly, nearest, told
+from mpi_ef.errors import MpiEfError, OptionError, briefly, nearest, shortage, told
 from mpi_ef.kernels.backend import backend
 from mpi_ef.runtime.ending import end_together
 from mpi_ef.runtime.world import check_alone
@@ -308,7 +308,8 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
                 except MpiEfError as error:
                     refusal = error
                 except Exception as error:  # the other ranks are on their way into the exchange
-                    refusal = OptionError(f"{type(self).__name__}.exchange: {told(error)}")
+                    subject = f"{type(self).__name__}.exchange"
+                    refusal = shortage(subject, error) or OptionError(f"{subject}: {told(error)}")
                     refusal.__cause__ = error
         self._exchange.begin(self.communicate(), self.exchanges, refusal, finite)
         if self.watched and refusal is None:
