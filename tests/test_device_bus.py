@@ -188,6 +188,31 @@ def test_a_step_leaves_no_memory_behind(name):
     assert seen[0] >= 4 * D
 
 
+@pytest.mark.parametrize(("rule", "vectors"), [("ef14", 3), ("ef21", 2), ("econtrol(eta=0.1)", 4)])
+def test_what_a_rule_adds_in_memory(rule, vectors):
+    """Vectors of its state, and a few percent of one for messages and what is selected."""
+    d, seen = 400_000, []
+
+    def program(comm):
+        comm.Barrier()
+        if not comm.Get_rank():
+            seen.append(held())
+        comm.Barrier()
+        step = Step(comm, d, rule, TopK(0.01))
+        for number in range(2):
+            step(number)
+        comm.Barrier()
+        if not comm.Get_rank():
+            seen.append(held())
+        comm.Barrier()
+
+    with device_side():
+        results(RANKS, program)
+    before, after = seen
+    added = (after - before) / RANKS / (4 * d) - 3  # gradients of the test
+    assert vectors <= added < vectors + 0.15, added
+
+
 @pytest.mark.skipif(len(BACKENDS) == 1, reason="torch operations make a vector for what is in between: make test-device")
 @pytest.mark.parametrize("name", ["EF21", "EControl", "signs, two phases", *others(
     "EF21, bf16 values", "EF14, random entries", "one scale, two phases")])

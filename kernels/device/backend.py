@@ -148,6 +148,9 @@ class DeviceBackend:
     def gather(self, terms: Any, factors: Any, indices: Any, values: Any) -> None:
         plain.gather(_tensors(terms), _floats(factors), indices.tensor, values.tensor)
 
+    def select_candidates(self, bounds: Any, counts: Any) -> int:  # noqa: ARG002
+        return int(counts.sum())  # those that are not selected are elsewhere, during a selection
+
     def select_largest(self, terms: Any, factors: Any, keep: Any, keep_factors: Any, *rest: Any) -> Verdict:
         return self._encode(plain.select_largest, terms, factors, keep, keep_factors, *rest)
 

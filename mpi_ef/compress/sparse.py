@@ -250,7 +250,8 @@ class _TopKCodec(_SparseCodec):
     def _room(self, k: int, what: _KeptCoordinates) -> int:
         assert isinstance(what, TopK)  # noqa: S101
         self._bounds, self._counts = what.segment_bounds(self.d), what.segment_counts(self.d)
-        return max(k, kernels.select_candidates(self._bounds, self._counts))
+        candidates: int = self._kernels.select_candidates(self._bounds, self._counts)
+        return max(k, candidates)
 
     def _head_nbytes(self, k: int) -> int:
         self._low = kernels.low_bits(self.d, k)
