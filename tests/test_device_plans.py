@@ -4,13 +4,14 @@ from itertools import chain
 
 import numpy as np
 import pytest
+import torch
 from device_side import BLOCK, DEVICE, INTERPRETED, bits, host, on, sized, there, vector
 
 from mpi_ef.collectives import ClientsMean, DenseMean, GatherMean, TwoPhaseMean, plan_for
 from mpi_ef.compress import Identity, Keep, LowRank, Quantize, RandK, Sign, TopK, Vote, lazy
-from mpi_ef.errors import NonFiniteError
+from mpi_ef.errors import NonFiniteError, OptionError, PeerError
 from mpi_ef.feedback import ErrorFeedback
-from mpi_ef.testing import results
+from mpi_ef.testing import results, run
 
 D, STEPS = sized(1300, 4200), sized(4, 2)
 PLANS = {
@@ -163,3 +164,46 @@ def test_vectors_that_are_elsewhere():
             plan_for(comm, TopK(0.1), D).exchange(there(np.zeros(D, np.float32)))
 
     results(2, program)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cuda:x", "", torch.device("mps")])
+def test_a_device_that_is_not_there(device):
+    """One line, on all ranks; no rank waits for another."""
+    def program(comm):
+        mine = device if comm.Get_rank() else DEVICE
+        plan_for(comm, TopK(0.1), D, device=mine)
+
+    first, second = run(2, program)
+    assert isinstance(first, PeerError)
+    assert isinstance(second, OptionError)
+    assert str(second).startswith(f"GatherMean: device={str(device)!r} cannot be used (")
+    assert str(second).endswith("); pass that of this rank's tensors, for example 'cuda:0', or 'cpu'")
+    assert len(str(second).splitlines()) == 1
+
+
+def test_a_device_of_torch_is_taken():
+    def program(comm):
+        return plan_for(comm, TopK(0.1), D, device=torch.device("cpu")).device
+
+    assert results(2, program) == ["cpu", "cpu"]
+
+
+@pytest.mark.parametrize("less_message", [False, True])
+def test_tensors_are_taken_as_arrays_are(less_message):
+    """Alone, in combinations, and what is kept of these."""
+    def program(comm):
+        plan, seen = plan_for(comm, TopK(0.1), D, device=DEVICE), []
+        for as_given in (lambda array: array, lambda array: array.tensor):
+            x, y, kept, out = (as_given(there(vector(D, np.float32, 4 * comm.Get_rank() + n))) for n in range(4))
+            form = lazy(x) - y
+            plan.exchange(form, keep=Keep(form, kept, less_message=less_message))
+            plan.set_mean(out)
+            seen.append([bits(np.array(a.tolist(), np.float32)) for a in (kept, out)])
+            plan.exchange(form, keep=Keep(lazy(x) * 2.0, kept, less_message=less_message))
+            plan.exchange(x)
+            plan.add_mean(out)
+            seen[-1] += [bits(np.array(a.tolist(), np.float32)) for a in (kept, out)]
+        return seen
+
+    for ours, theirs in results(2, program):
+        assert ours == theirs

@@ -512,7 +512,7 @@ def test_a_tensor_that_numpy_does_not_know_is_refused():
     for error in virtual.run(2, lambda comm: allreduce(comm, x, TopK(0.1))):
         assert isinstance(error, MpiEfError)
         assert "allreduce: x cannot be seen as a numpy array" in str(error)
-        assert "pass a CPU tensor" in str(error)
+        assert "pass a tensor in memory of the CPU or of a GPU" in str(error)
 
 
 def test_process_groups_that_move_no_memory_of_cpus_are_refused(monkeypatch):

@@ -87,7 +87,8 @@ def _flat(call: str, name: str, array: Any) -> tuple[Any, str]:
         try:
             array = array.detach().numpy()
         except (TypeError, RuntimeError) as error:
-            raise DtypeError(f"{call}: {name} cannot be seen as a numpy array ({error}); pass a CPU tensor") from None
+            raise DtypeError(f"{call}: {name} cannot be seen as a numpy array ({error}); pass a tensor in memory of the CPU "
+                             "or of a GPU") from None
     if isinstance(array, np.ma.MaskedArray):
         raise masked(call, name)
     if array.dtype not in (np.float32, np.float64):

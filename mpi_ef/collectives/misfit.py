@@ -4,9 +4,24 @@ from typing import Any
 
 import numpy as np
 
-from mpi_ef.errors import DtypeError, MpiEfError, ShapeError
+from mpi_ef.errors import DtypeError, MpiEfError, OptionError, ShapeError, briefly, shortage, told
+from mpi_ef.kernels.backend import backend
 
-__all__ = ["masked", "misfit", "unwritable"]
+__all__ = ["check_device", "masked", "misfit", "unwritable"]
+
+
+def check_device(subject: str, device: str) -> None:
+    """Raise `OptionError` where this rank can have no vectors on `device`, as kernels call it. Local."""
+    if device == "cpu":
+        return
+    try:
+        backend(np.dtype(np.float32), device).zeros(1)
+    except Exception as error:
+        if shortage(subject, error) is not None:
+            raise
+        said = told(error).splitlines()[0].partition(". ")[0]  # what is wrong, without torch's advice
+        raise OptionError(f"{subject}: device={briefly(device)} cannot be used ({said}); pass that of this rank's tensors, "
+                          "for example 'cuda:0', or 'cpu'") from error
 
 
 def misfit(x: Any, d: int, dtype: np.dtype[Any], subject: str, name: str, kernels: Any = None) -> MpiEfError | None:

@@ -21,7 +21,7 @@ from mpi_ef.statetree import Leaf, Reshard
 
 from .exchange import Exchange, Round, Timer
 from .frames import WIRE_VERSION, Frames
-from .misfit import misfit, unwritable
+from .misfit import check_device, misfit, unwritable
 from .offer import Offer
 from .traffic import Traffic
 from .ways import ways_of
@@ -50,9 +50,9 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         Length of the vectors.
     dtype : numpy dtype
         float32 or float64.
-    device : str
-        Where the vectors of this rank are: "cpu", or a device of torch. Other ranks may have theirs elsewhere: messages are
-        the same bytes.
+    device : str or torch.device
+        Where the vectors of this rank are: "cpu", arrays of NumPy, or a device of torch, "cuda:0", tensors there. Other
+        ranks may have theirs elsewhere: messages are the same bytes.
 
     Attributes
     ----------
@@ -109,24 +109,25 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         end_together(comm)
         self.comm, self.size, self.rank = comm, int(comm.Get_size()), int(comm.Get_rank())
         self.clients = self.size
-        self.compressor, self.device = compressor, device
+        self.compressor, self.device = compressor, str(device)
         self.exchanges = self.sent_nbytes = 0
         self.seconds = {"encode": 0.0, "communicate": 0.0, "decode": 0.0}
         self.watched, self.lost = False, cast("float | None", None)
         self._encoding, communicating, self._decoding = (Timer(self.seconds, name) for name in self.seconds)
         self._exchange = Exchange(comm, subject, communicating, self._encoding)
         self._exchange.let_depart(wait=True)  # what follows is collective
-        self._direct = device != "cpu" and ways_of(comm).direct
+        self._direct = self.device != "cpu" and ways_of(comm).direct
         self._refuses: MpiEfError | None = None  # of the next exchange
         self._every_time: int | None = None  # bytes that an exchange sends
         self._companions: dict[Compressor, Plan] = {}
 
         def facts() -> dict[str, object]:
             check_compressor(subject, compressor=compressor)
-            codec = compressor.codec_on(device, d, dtype)
+            check_device(subject, self.device)
+            codec = compressor.codec_on(self.device, d, dtype)
             if not isinstance(codec, Codec):
                 raise OptionError(f"{subject}: {briefly(compressor)}.codec returned {briefly(codec)}, which is no Codec")
-            self.d, self.dtype, self._kernels = codec.d, codec.dtype, backend(codec.dtype, device)
+            self.d, self.dtype, self._kernels = codec.d, codec.dtype, backend(codec.dtype, self.device)
             if not isinstance(bound := self.bind(), Mapping):
                 raise OptionError(f"{subject}.bind returned {briefly(bound)}; return a dict of what ranks must agree on")
             return {"plan": subject, "compressor": compressor, "d": self.d, "dtype": self.dtype,
@@ -300,7 +301,7 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         check_not_freed(self.comm, type(self).__name__, "build the plan again, on another one")
         finite = True
         with self._encoding:
-            x = self._kernels.array(x)
+            x, keep = self._taken(x, keep)
             refusal, self._refuses = self._refuses or self._problem(x, keep), None  # all ranks raise it
             if refusal is None:
                 try:
@@ -338,6 +339,23 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         if self._every_time is None:
             self._every_time = self.traffic.sent_nbytes
         return self._every_time
+
+    def _taken(self, x: Vector | Combination, keep: Keep | None) -> tuple[Vector | Combination, Keep | None]:
+        """Return what is sent and what is kept, with arrays in the place of tensors on the plan's device. Local."""
+        if self.device == "cpu":
+            return x, keep
+        arrays: dict[int, Any] = {}
+
+        def of(one: Any) -> Any:
+            if not isinstance(one, Combination):
+                return self._kernels.array(one)
+            return Combination(*((factor, arrays.setdefault(id(vector), self._kernels.array(vector)))
+                                 for factor, vector in one.terms))
+
+        sent = of(x)
+        if keep is None:
+            return sent, None
+        return sent, Keep(sent if keep.of is x else of(keep.of), self._kernels.array(keep.into), keep.less_message)
 
     def _problem(self, x: Vector | Combination, keep: Keep | None) -> MpiEfError | None:
         subject = f"{type(self).__name__}.exchange"
