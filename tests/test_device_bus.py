@@ -14,6 +14,7 @@ from device_side import (
     BLOCK,
     DEVICE,
     HARDWARE,
+    INTERPRETED,
     TORCH_DEVICE,
     adamw,
     backward,
@@ -26,6 +27,7 @@ from device_side import (
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mpi_ef
 from mpi_ef import DistributedOptimizer, ErrorFeedback, OneBitAdam, plan_for
 from mpi_ef.collectives import TwoPhaseMean
 from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK
@@ -211,6 +213,45 @@ def test_what_a_rule_adds_in_memory(rule, vectors):
     before, after = seen
     added = (after - before) / RANKS / (4 * d) - 3  # gradients of the test
     assert vectors <= added < vectors + 0.15, added
+
+
+BYTES = {
+    "`DistributedOptimizer(AdamW)`, 1 %": lambda net, comm: DistributedOptimizer(adamw(net), comm, TopK(0.01)),
+    "the same, signs": lambda net, comm: DistributedOptimizer(adamw(net), comm, Sign(block=1024)),
+    "`EF21`, 1 %": lambda net, comm: mpi_ef.EF21(net.parameters(), comm, TopK(0.01), lr=0.1),
+    "`EControl`, 1 %": lambda net, comm: mpi_ef.EControl(net.parameters(), comm, TopK(0.01), lr=0.1),
+    "`OneBitAdam`": lambda net, comm: OneBitAdam(net.parameters(), comm, lr=1e-3, freeze_step=2),
+    "`Lion`": lambda net, comm: mpi_ef.Lion(net.parameters(), comm, lr=1e-3),
+    "`EF21Muon`, 10 %": lambda net, comm: mpi_ef.EF21Muon(net.parameters(), comm, TopK(0.1), lr=1e-3),
+    "`PowerSGD`, rank 4": lambda net, comm: mpi_ef.PowerSGD(net.parameters(), comm, lr=1e-3),
+}
+
+
+@pytest.mark.skipif(HARDWARE or INTERPRETED, reason="counted once; other kernels keep no more")
+@pytest.mark.parametrize("name", ["`EF21`, 1 %", *others(*(set(BYTES) - {"`EF21`, 1 %"}))])
+def test_the_bytes_for_a_parameter_are_those_of_the_guide(name):
+    guide = (Path(__file__).resolve().parents[1] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    wanted = int(guide.split(f"\n| {name} | ")[1].split(" |")[0])
+    ranks, seen = 4, []
+
+    def program(comm):
+        net = moved(nn.Sequential(nn.Linear(700, 700), nn.ReLU(), nn.Linear(700, 700)))
+        optimizer = BYTES[name](net, comm)
+        x = torch.from_numpy(np.random.default_rng(comm.Get_rank()).normal(size=(4, 700)).astype(np.float32))
+        for _ in range(4):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+        comm.Barrier()
+        if not comm.Get_rank():
+            seen.append(held())
+        comm.Barrier()
+        return sum(p.numel() for p in net.parameters())
+
+    before = held()
+    with device_side():
+        d = results(ranks, program)[0]
+    assert round((seen[0] - before) / ranks / d) == wanted
 
 
 @pytest.mark.skipif(len(BACKENDS) == 1, reason="torch operations make a vector for what is in between: make test-device")

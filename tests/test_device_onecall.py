@@ -1,12 +1,16 @@
 """Calls in one line with what torch and other libraries have on a device, on the device side."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from device_side import DEVICE, TORCH_DEVICE, device_side
 from vectors_for_tests import gaussian
 
+import mpi_ef
 from mpi_ef import Identity, LowRank, Sign, TopK, allgather, allreduce
 from mpi_ef.errors import DtypeError, PeerError, ShapeError
 from mpi_ef.kernels.backend import on_device_side
@@ -168,3 +172,23 @@ def test_arrays_on_the_host_are_left_to_numpy():
         assert isinstance(error, DtypeError)
         assert str(error) == ("allreduce: x is a Standard; pass a numpy array, a tensor, or an array on a device with "
                               "__dlpack__")
+
+
+def test_the_lines_of_the_guide():
+    """Of docs/gpu.md, on the device side; the whole program there is run by tests/launch/test_readme.py."""
+    text = (Path(__file__).resolve().parents[1] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    (lines,) = (body for body in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if "plan_for" in body)
+    assert lines.count("10_000, device=device)") == 2
+    lines = lines.replace("TopK(0.01), 10_000, device=device)", "TopK(0.01), 10_000, device=DEVICE)")
+
+    def program(comm):
+        names = {"comm": comm, "device": TORCH_DEVICE, "DEVICE": DEVICE, "torch": torch, "mpi_ef": mpi_ef}
+        exec(lines, names)
+        return {name: names[name] for name in ("mean", "rows", "estimate")}
+
+    with device_side():
+        for found in results(2, program):
+            assert {type(one) for one in found.values()} == {torch.Tensor}
+            assert {one.device for one in found.values()} == {TORCH_DEVICE}
+            assert found["rows"].shape == (2, 10_000)
+            assert torch.equal(found["mean"], found["rows"].sum(0) * 0.5)
