@@ -98,7 +98,8 @@ class ErrorFeedback(OnAllRanks, Stateful):
         Returns
         -------
         (d,) array
-            Owned by the rule, valid until the next step; read only.
+            Owned by the rule, valid until the next step; read only. On a device a `DeviceArray`: its attribute
+            ``tensor`` is a tensor over the same memory.
 
         Raises
         ------

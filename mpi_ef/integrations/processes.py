@@ -56,7 +56,7 @@ def one_process(comm: Comm, environment: MutableMapping[str, str] = os.environ) 
                           "Accelerator are built, or take mpi_ef.FeedbackHook, which goes with torch.distributed")
     for name in HIDDEN:
         environment.pop(name, None)
-    environment["ACCELERATE_USE_CPU"] = "true"  # where this package keeps parameters
+    environment["ACCELERATE_USE_CPU"] = "true"  # where these loops keep parameters
     if "accelerate" in sys.modules or find_spec("accelerate") is not None:
         _number_process(comm)
 

@@ -62,7 +62,7 @@ class Training:
     model : torch.nn.Module, optional
         Parameters, buffers and extra state.
     random : bool
-        Whether the global generators of torch (CPU), numpy and python belong to it.
+        Whether the global generators of torch, numpy and python belong to it; those of GPUs once one was used.
     seed : int
         Of random numbers on ranks that a run did not have before.
     **parts
