@@ -13,7 +13,7 @@ from training import assert_resumes, assert_skips_broken_gradients, parameters_o
 
 from mpi_ef.collectives import TwoPhaseMean, plan_for
 from mpi_ef.compress import Identity, LowRank, Quantize, Sign, TopK
-from mpi_ef.errors import DisagreementError, MpiEfError, OptionError
+from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, OptionError, PeerError
 from mpi_ef.optim import EF21, DistributedOptimizer
 
 WAYS = {
@@ -230,6 +230,33 @@ def test_ranks_that_drift_apart_are_told_although_buckets_are_under_way():
         assert same_bits((parameters_of(net), optimizer.per_rank()), before)
         optimizer.param_groups[0]["lr"] = 0.1
         run(net, optimizer, comm.Get_rank(), [3])
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_fails_on_one_rank_before_its_message_is_told_on_all(overlap):
+    """Whatever it is: a sparse gradient in place of one that was sent, a device that has no memory left for a norm."""
+    def program(comm):
+        net = model()
+        optimizer = build(net, comm, "ef21 topk", overlap=overlap)
+        run(net, optimizer, comm.Get_rank(), range(2))
+        loss_of(net, comm.Get_rank(), 2).backward()
+        if last := comm.Get_rank() == comm.Get_size() - 1:
+            weight = net.get_parameter(next(name for name, p in net.named_parameters() if p.ndim == 2))
+            weight.grad = weight.grad.to_sparse()
+        with pytest.raises(OptionError if last and overlap else DtypeError if last else PeerError):
+            optimizer.step()
+        optimizer.zero_grad()
+        loss_of(net, comm.Get_rank(), 2).backward()
+        collected = optimizer.flat.collected
+        if last:
+            optimizer.flat.collected = lambda: 1 / 0
+        with pytest.raises(ZeroDivisionError if last else PeerError, match="division by zero"):
+            optimizer.step()
+        optimizer.flat.collected = collected
+        run(net, optimizer, comm.Get_rank(), [2])
+        assert optimizer.steps == 3
 
     virtual.results(2, program)
 

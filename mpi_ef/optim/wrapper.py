@@ -219,10 +219,10 @@ class DistributedOptimizer(FlatOptimizer):
         finally:
             self.buckets.paused = False
 
-    def _ready(self, problem: Exception | None) -> tuple[int, ...]:
+    def _ready(self, prepare: Callable[[], None]) -> tuple[int, ...]:
         self._broken: tuple[int, ...] | None = None  # until buckets that are under way have arrived
         try:
-            broken = tuple(sorted({*super()._ready(problem), *(self._broken or ())}))
+            broken = tuple(sorted({*super()._ready(prepare), *(self._broken or ())}))
         except BaseException:
             self._rollback()
             raise
@@ -260,16 +260,16 @@ class DistributedOptimizer(FlatOptimizer):
         if self.placement == "gradient":
             super()._weigh()
 
-    def _collect(self) -> Exception | None:
+    def _collect(self) -> None:
         if self.overlaps and hasattr(self, "found_inf"):  # set by GradScaler while it calls step
-            return OptionError("DistributedOptimizer: GradScaler with overlap=True: scaled gradients have left already; "
-                               "take overlap=False")
+            raise OptionError("DistributedOptimizer: GradScaler with overlap=True: scaled gradients have left already; "
+                              "take overlap=False")
         if self.buckets.problem is not None:  # raised in the backward pass already, by this rank alone
-            return self.buckets.problem
+            raise self.buckets.problem
         if self.overlaps and (number := self.buckets.changed()) is not None:
-            return OptionError(f"DistributedOptimizer: the gradient of {self._name(number)} was changed after it had been "
-                               "sent, in the backward pass; take overlap=False to clip or clear gradients")
-        return super()._collect()
+            raise OptionError(f"DistributedOptimizer: the gradient of {self._name(number)} was changed after it had been "
+                              "sent, in the backward pass; take overlap=False to clip or clear gradients")
+        super()._collect()
 
     def update(self) -> None:
         """Take the step, see :meth:`FlatOptimizer.update`. Collective."""
