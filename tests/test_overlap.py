@@ -2,6 +2,7 @@
 
 import gc
 from contextlib import nullcontext
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -196,6 +197,49 @@ def test_a_layer_that_one_rank_does_not_use_in_dense_steps_hangs_nobody(forgets)
             early.append(optimizers[1].buckets.early)
         assert any(early)  # in other steps they travel during the backward pass
         assert same_bits(*map(parameters_of, nets))
+
+    virtual.results(2, program)
+
+
+def test_a_whole_step_that_is_told_builds_nothing_in_a_backward_pass():
+    """As MARINA's: its dense plan is built where all ranks come, also those that do not use a layer."""
+    def program(comm):
+        nets = [model() for _ in range(2)]
+        optimizers = [build(net, comm, "ef21 topk", overlap=overlap, dense_steps=0)
+                      for net, overlap in zip(nets, (False, True), strict=True)]
+        for step in range(4):
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                optimizer.zero_grad()
+                for channel in optimizer.channels():
+                    channel.tell(whole=step % 2 == 1)
+                if comm.Get_rank():
+                    loss_of(net, comm.Get_rank(), step).backward()
+                else:
+                    net.first(torch.full((2, 7), 2.0)).square().mean().backward()
+                optimizer.step()
+        assert same_bits(*map(parameters_of, nets))
+
+    virtual.results(2, program)
+
+
+def test_no_state_is_loaded_between_a_backward_pass_and_its_step():
+    """What was sent has been made of the state before: ranks that have sent less would build and send something else."""
+    def program(comm):
+        net = model()
+        optimizer = build(net, comm, "ef21 topk", overlap=True, dense_steps=3)
+        run(net, optimizer, comm.Get_rank(), range(2))
+        saved, before = optimizer.state_dict(), deepcopy(net.state_dict())
+        optimizer.zero_grad()
+        loss_of(net, comm.Get_rank(), 2).backward()
+        for act in (lambda: optimizer.load_state_dict(saved), optimizer.forget):
+            with pytest.raises(OptionError, match="a step is under way"):
+                act()
+        optimizer.step()
+        after = parameters_of(net)
+        optimizer.load_state_dict(saved)
+        net.load_state_dict(before)
+        run(net, optimizer, comm.Get_rank(), [2])
+        assert same_bits(parameters_of(net), after)
 
     virtual.results(2, program)
 

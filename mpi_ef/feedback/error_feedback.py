@@ -124,7 +124,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
     @property
     def prepared(self) -> bool:
         """Whether the next step builds nothing, which would be collective. The same on all ranks."""
-        return self._dense is not None or self.steps >= self.dense_steps
+        return self._dense is not None or not (self._inputs.get("whole") or self.steps < self.dense_steps)
 
     def start(self, vector: Vector | Combination) -> None:
         """Begin a step: the vector may be changed as soon as this returns. :meth:`wait` and :meth:`commit` follow.
@@ -306,6 +306,12 @@ class ErrorFeedback(OnAllRanks, Stateful):
     def _set_dense_nbytes(self, nbytes: int) -> None:
         self._dense, self._dense_sent_nbytes = None, nbytes
 
+    def before_load(self) -> None:
+        """Raise while a step is under way, which has been sent with the state that there is. Local."""
+        if self._under_way is not None:
+            raise OptionError("ErrorFeedback: a step is under way, sent with the state that there is (with overlap=True in "
+                              "the backward pass); load or forget after step(), or before the backward pass")
+
     def loaded(self) -> None:
         """Let the next step write its result afresh: the arrays are others. Local."""
         self.plan.forget()
@@ -316,6 +322,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
 
         A rule with estimates does its dense steps again.
         """
+        self.before_load()
         self.state_tree().reset()
         self.loaded()
 
@@ -329,10 +336,12 @@ class ErrorFeedback(OnAllRanks, Stateful):
         Raises
         ------
         OptionError
-            When it belongs to another rule, plan, compressor, rank or world size; nothing is changed then.
+            When it belongs to another rule, plan, compressor, rank or world size, or a step is under way; nothing is changed
+            then.
         ShapeError
             When an array has another shape or dtype; nothing is changed then.
         """
+        self.before_load()
         tree = self.state_tree()
         tree.check(saved)
         tree.load_values(saved)
