@@ -9,7 +9,7 @@ from mpi_ef.comm.consensus import agree, check_not_freed, ranks_text
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import OptionError, briefly, counted, everywhere, told
 
-__all__ = ["local_device"]
+__all__ = ["local_device", "visible_gpus"]
 
 
 def local_device(comm: Comm, *, share: bool = False) -> torch.device:
@@ -52,7 +52,7 @@ def local_device(comm: Comm, *, share: bool = False) -> torch.device:
     mine: list[Any] = [_first_on_node(comm)]  # facts add what this rank sees, before it is sent
 
     def facts() -> dict[str, object]:
-        mine.append(_visible() if torch.cuda.is_available() else [])
+        mine.append(visible_gpus("local_device"))
         return {"share": share}
 
     answers = agree(comm, "local_device", facts, "pass the same on all ranks", value=mine)
@@ -83,18 +83,26 @@ def _first_on_node(comm: Any) -> int:
     return int(beside[0])
 
 
-def _visible() -> list[str]:
-    """Return what tells the hardware of each GPU that this rank sees from any other. Local."""
+def visible_gpus(subject: str) -> list[str]:
+    """Return what tells the hardware of each GPU that this rank sees from any other. Local.
+
+    Raises
+    ------
+    OptionError
+        From `subject`, whatever torch raises: the kinds differ between its versions and builds.
+    """
     try:
-        every = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"local_device: the GPUs here cannot be asked ({told(error)}); look at nvidia-smi or rocminfo, or "
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        every = [torch.cuda.get_device_properties(index) for index in range(count)]
+    except Exception as error:
+        raise OptionError(f"{subject}: the GPUs here cannot be asked ({told(error)}); look at nvidia-smi or rocminfo, or "
                           "hide them with CUDA_VISIBLE_DEVICES= to compute on the CPU") from error
     found = []
     for asked in every:
         bus = [getattr(asked, f"pci_{name}_id", 0) for name in ("domain", "bus", "device")]
         found.append(f"{getattr(asked, 'uuid', '')} at {bus[0]:04x}:{bus[1]:02x}:{bus[2]:02x}".strip())
-    return found
+    alike = len(set(found)) < len(found)  # torch that says neither; what one rank sees several times is several
+    return [f"{name} number {index}" for index, name in enumerate(found)] if alike else found
 
 
 def _apart(ranks: list[list[str]]) -> list[int]:
