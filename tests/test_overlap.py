@@ -305,6 +305,40 @@ def test_what_fails_on_one_rank_before_its_message_is_told_on_all(overlap):
     virtual.results(2, program)
 
 
+def test_ranks_that_step_different_optimizers_are_told_although_buckets_are_under_way():
+    """Of which not all ranks have sent the same: a layer is not used on one. It goes on after one more failed step."""
+    def program(comm):
+        nets, rank = [model() for _ in range(2)], comm.Get_rank()
+        optimizers = [build(net, comm, "ef21 topk", overlap=True) for net in nets]
+
+        def backward(step):
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                optimizer.zero_grad()
+                if rank and net is nets[0]:
+                    net.first(torch.full((2, 7), 2.0)).square().mean().backward()
+                else:
+                    loss_of(net, rank, step).backward()
+
+        for step in range(2):
+            backward(step)
+            for optimizer in optimizers:
+                optimizer.step()
+        backward(2)
+        with pytest.raises(DisagreementError, match="the optimizer that takes a step"):
+            optimizers[rank].step()
+        with pytest.raises(OptionError, match="a second backward pass"):
+            backward(3)
+        for optimizer in optimizers:
+            with pytest.raises(MpiEfError, match="a second backward pass"):
+                optimizer.step()
+        backward(3)
+        for optimizer in optimizers:
+            optimizer.step()
+            assert optimizer.steps == 3
+
+    virtual.results(2, program)
+
+
 @pytest.mark.parametrize(("options", "text"), [
     ({"placement": "update", "overlap": True}, "overlap=True with placement='update'"),
     ({"placement": "gradient", "bucket_nbytes": 0}, "bucket_nbytes=0 is not a positive integer"),

@@ -232,8 +232,9 @@ class DistributedOptimizer(FlatOptimizer):
 
     def _wait(self) -> None:
         # Buckets are under way already, and all ranks have to take part in all of them before any can raise.
-        # Those of parameters at rest, of which no gradient was made, have not left yet.
-        if self.overlaps:
+        # Those of parameters at rest, of which no gradient was made, have not left yet. Where ranks are in steps of
+        # different optimizers, none comes for what this one has not sent: its next backward pass tells.
+        if self.overlaps and self._handshake.same("number"):
             if resting := np.flatnonzero(~self.moving).tolist():
                 self._quiet.enter_context(self._silent(resting, *self._sent()))
             self._broken = self.buckets.wait(self.flat.gradients)
