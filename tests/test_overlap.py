@@ -231,7 +231,7 @@ def test_no_state_is_loaded_between_a_backward_pass_and_its_step():
         saved, before = optimizer.state_dict(), deepcopy(net.state_dict())
         optimizer.zero_grad()
         loss_of(net, comm.Get_rank(), 2).backward()
-        for act in (lambda: optimizer.load_state_dict(saved), optimizer.forget):
+        for act in (lambda: optimizer.load_state_dict(saved), optimizer.forget, lambda: optimizer.feedback.tell(whole=True)):
             with pytest.raises(OptionError, match="a step is under way"):
                 act()
         optimizer.step()

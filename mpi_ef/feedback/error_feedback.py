@@ -113,8 +113,14 @@ class ErrorFeedback(OnAllRanks, Stateful):
     def tell(self, *, whole: bool = False, **inputs: Any) -> None:
         """Say what the next step is to know besides the vector, where something else makes it, an optimizer for example.
 
-        Parameters and inputs of :meth:`step`, for one step. Local; alike on all ranks.
+        Parameters and inputs of :meth:`step`, for one step. Local; alike on all ranks; with overlap before its backward.
+
+        Raises
+        ------
+        OptionError
+            A step is under way.
         """
+        self.before_load()
         self._inputs = {"whole": whole, **inputs}
 
     def refuse(self, error: MpiEfError) -> None:
@@ -307,10 +313,10 @@ class ErrorFeedback(OnAllRanks, Stateful):
         self._dense, self._dense_sent_nbytes = None, nbytes
 
     def before_load(self) -> None:
-        """Raise while a step is under way, which has been sent with the state that there is. Local."""
+        """Raise while a step is under way, which has been sent with what there was. Local."""
         if self._under_way is not None:
-            raise OptionError("ErrorFeedback: a step is under way, sent with the state that there is (with overlap=True in "
-                              "the backward pass); load or forget after step(), or before the backward pass")
+            raise OptionError("ErrorFeedback: a step is under way, sent with what there was (with overlap=True in the "
+                              "backward pass); load, forget or tell after step(), or before the backward pass")
 
     def loaded(self) -> None:
         """Let the next step write its result afresh: the arrays are others. Local."""
