@@ -5,7 +5,7 @@ import torch
 from mpi_ef import local_device
 from mpi_ef.comm.consensus import agree, ranks_text
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.devices import visible_gpus
+from mpi_ef.devices import count_gpus
 from mpi_ef.errors import ConfigError, counted
 from mpi_ef.kernels.backend import written_in
 
@@ -26,7 +26,7 @@ def device_for(comm: Comm, asked: str | None, program: str) -> torch.device:
         wanted = torch.device(str(asked))
 
         def facts() -> dict[str, object]:
-            count = len(visible_gpus(f"device={asked}"))
+            count = count_gpus(f"device={asked}")
             if (wanted.index or 0) >= count:
                 raise ConfigError(f"device={asked}: torch sees {counted(count, 'GPU')} here; ask for more of them, or take "
                                   "device=auto or cpu")
