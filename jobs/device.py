@@ -5,6 +5,7 @@ import torch
 from mpi_ef import local_device
 from mpi_ef.comm.consensus import agree, ranks_text
 from mpi_ef.comm.protocol import Comm
+from mpi_ef.devices import count_gpus
 from mpi_ef.errors import ConfigError, counted
 from mpi_ef.kernels.backend import written_in
 
@@ -25,7 +26,7 @@ def device_for(comm: Comm, asked: str | None, program: str) -> torch.device:
         wanted = torch.device(str(asked))
 
         def facts() -> dict[str, object]:
-            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            count = count_gpus(f"device={asked}")
             if (wanted.index or 0) >= count:
                 raise ConfigError(f"device={asked}: torch sees {counted(count, 'GPU')} here; ask for more of them, or take "
                                   "device=auto or cpu")

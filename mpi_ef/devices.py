@@ -1,5 +1,7 @@
 """Which GPU a rank computes on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from socket import gethostname
 from typing import Any
 
@@ -9,7 +11,7 @@ from mpi_ef.comm.consensus import agree, check_not_freed, ranks_text
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import OptionError, briefly, counted, everywhere, told
 
-__all__ = ["local_device"]
+__all__ = ["count_gpus", "local_device"]
 
 
 def local_device(comm: Comm, *, share: bool = False) -> torch.device:
@@ -52,7 +54,7 @@ def local_device(comm: Comm, *, share: bool = False) -> torch.device:
     mine: list[Any] = [_first_on_node(comm)]  # facts add what this rank sees, before it is sent
 
     def facts() -> dict[str, object]:
-        mine.append(_visible() if torch.cuda.is_available() else [])
+        mine.append(_visible())
         return {"share": share}
 
     answers = agree(comm, "local_device", facts, "pass the same on all ranks", value=mine)
@@ -83,18 +85,38 @@ def _first_on_node(comm: Any) -> int:
     return int(beside[0])
 
 
+def count_gpus(subject: str) -> int:
+    """Return how many GPUs torch sees on this rank. Local.
+
+    Raises
+    ------
+    OptionError
+        From `subject`, whatever torch raises: the kinds differ between its versions and builds.
+    """
+    with _asked(subject):
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@contextmanager
+def _asked(subject: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise OptionError(f"{subject}: the GPUs here cannot be asked ({told(error)}); look at nvidia-smi or rocminfo, or "
+                          "hide them with CUDA_VISIBLE_DEVICES= to compute on the CPU") from error
+
+
 def _visible() -> list[str]:
     """Return what tells the hardware of each GPU that this rank sees from any other. Local."""
-    try:
-        every = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"local_device: the GPUs here cannot be asked ({told(error)}); look at nvidia-smi or rocminfo, or "
-                          "hide them with CUDA_VISIBLE_DEVICES= to compute on the CPU") from error
+    count = count_gpus("local_device")
+    with _asked("local_device"):
+        every = [torch.cuda.get_device_properties(index) for index in range(count)]
     found = []
     for asked in every:
         bus = [getattr(asked, f"pci_{name}_id", 0) for name in ("domain", "bus", "device")]
         found.append(f"{getattr(asked, 'uuid', '')} at {bus[0]:04x}:{bus[1]:02x}:{bus[2]:02x}".strip())
-    return found
+    alike = len(set(found)) < len(found)  # torch that says neither; what one rank sees several times is several
+    return [f"{name} number {index}" for index, name in enumerate(found)] if alike else found
 
 
 def _apart(ranks: list[list[str]]) -> list[int]:

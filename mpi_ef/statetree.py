@@ -214,6 +214,9 @@ class Stateful:
     def before_save(self) -> None:
         """Raise where the state of this moment would not come back. Local."""
 
+    def before_load(self) -> None:
+        """Raise where state cannot be written now. Local."""
+
     def per_rank(self) -> dict[str, Any]:
         """Return the named arrays that differ between ranks. Not copies. Local."""
         return {name: leaf.array for name, leaf in self.state_tree().arrays(PER_RANK).items()}

@@ -46,8 +46,8 @@ ROOMS = {
     "testing": ("errors comm compress collectives registry feedback optim", "numpy torch mpi4py pytest"),
     "__init__": ("errors moved runtime compress collectives feedback buffers data metrics shares devices optim ddp "
                  "checkpoint state", ""),
-    "jobs": ("__init__ errors documents ranges registry kernels comm runtime slurm compress collectives feedback checkpoint "
-             "state", "numpy torch matplotlib mpi4py tensorboard"),
+    "jobs": ("__init__ errors documents ranges registry kernels comm devices runtime slurm compress collectives feedback "
+             "checkpoint state", "numpy torch matplotlib mpi4py tensorboard"),
     "jobs.train": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback optim "
                    "checkpoint state jobs", "numpy torch sklearn"),
     "jobs.bench": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback "

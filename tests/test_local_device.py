@@ -1,6 +1,7 @@
 """Which GPU a rank computes on, with nodes and GPUs that are made up."""
 
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from mpi_ef import devices, local_device
 from mpi_ef.errors import DisagreementError, OptionError, PeerError
+from mpi_ef.jobs.device import device_for
 from mpi_ef.testing import results, run
 
 here = threading.local()  # the node of a virtual rank, and the UUIDs of the GPUs that it sees there
@@ -79,6 +81,37 @@ def test_ranks_that_would_share_one(made_up):
                               "node as it has GPUs, or pass share=True")
     assert chosen(*three, share=True) == ["cuda:0", "cuda:1", "cuda:0"]
     assert "and others share 1 more GPU" in str(chosen(*three, three[0], call=run)[0])
+
+
+class Unasked(Exception):
+    """As torch.cuda.DeferredCudaCallError, which is no RuntimeError."""
+
+
+@pytest.mark.parametrize("call", ["is_available", "device_count", "get_device_properties"])
+def test_whatever_torch_raises_is_one_line_on_all_ranks(made_up, monkeypatch, call):
+    usual = getattr(torch.cuda, call)
+
+    def raising(*arguments):
+        if here.node == "broken":
+            raise Unasked("a driver\n\n  File")
+        return usual(*arguments)
+
+    monkeypatch.setattr(torch.cuda, call, raising)
+
+    def program(comm, asked):
+        here.node, here.gpus = "broken" if comm.Get_rank() else "n0", ["a", "b"]
+        return local_device(comm) if asked is None else device_for(comm, asked, "bench")
+
+    for asked in (None, "auto", *(["cuda:1"] if call != "get_device_properties" else [])):
+        first, second = run(2, partial(program, asked=asked), virtual=True)
+        assert isinstance(first, PeerError)
+        assert isinstance(second, OptionError)
+        assert len(str(second).splitlines()) == 1
+        assert str(second).count("the GPUs here cannot be asked (Unasked: a driver") == 1
+
+
+def test_gpus_that_torch_cannot_tell_apart(made_up):
+    assert chosen(("n0", ["a", "a"]), ("n0", ["a", "a"])) == ["cuda:0", "cuda:1"]
 
 
 def test_what_goes_wrong_goes_wrong_on_all_ranks(made_up):

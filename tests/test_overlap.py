@@ -2,6 +2,7 @@
 
 import gc
 from contextlib import nullcontext
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from training import assert_resumes, assert_skips_broken_gradients, parameters_o
 
 from mpi_ef.collectives import TwoPhaseMean, plan_for
 from mpi_ef.compress import Identity, LowRank, Quantize, Sign, TopK
-from mpi_ef.errors import DisagreementError, MpiEfError, OptionError
+from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, OptionError, PeerError
 from mpi_ef.optim import EF21, DistributedOptimizer
 
 WAYS = {
@@ -200,6 +201,49 @@ def test_a_layer_that_one_rank_does_not_use_in_dense_steps_hangs_nobody(forgets)
     virtual.results(2, program)
 
 
+def test_a_whole_step_that_is_told_builds_nothing_in_a_backward_pass():
+    """As MARINA's: its dense plan is built where all ranks come, also those that do not use a layer."""
+    def program(comm):
+        nets = [model() for _ in range(2)]
+        optimizers = [build(net, comm, "ef21 topk", overlap=overlap, dense_steps=0)
+                      for net, overlap in zip(nets, (False, True), strict=True)]
+        for step in range(4):
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                optimizer.zero_grad()
+                for channel in optimizer.channels():
+                    channel.tell(whole=step % 2 == 1)
+                if comm.Get_rank():
+                    loss_of(net, comm.Get_rank(), step).backward()
+                else:
+                    net.first(torch.full((2, 7), 2.0)).square().mean().backward()
+                optimizer.step()
+        assert same_bits(*map(parameters_of, nets))
+
+    virtual.results(2, program)
+
+
+def test_no_state_is_loaded_between_a_backward_pass_and_its_step():
+    """What was sent has been made of the state before: ranks that have sent less would build and send something else."""
+    def program(comm):
+        net = model()
+        optimizer = build(net, comm, "ef21 topk", overlap=True, dense_steps=3)
+        run(net, optimizer, comm.Get_rank(), range(2))
+        saved, before = optimizer.state_dict(), deepcopy(net.state_dict())
+        optimizer.zero_grad()
+        loss_of(net, comm.Get_rank(), 2).backward()
+        for act in (lambda: optimizer.load_state_dict(saved), optimizer.forget, lambda: optimizer.feedback.tell(whole=True)):
+            with pytest.raises(OptionError, match="a step is under way"):
+                act()
+        optimizer.step()
+        after = parameters_of(net)
+        optimizer.load_state_dict(saved)
+        net.load_state_dict(before)
+        run(net, optimizer, comm.Get_rank(), [2])
+        assert same_bits(parameters_of(net), after)
+
+    virtual.results(2, program)
+
+
 def test_nothing_is_sent_for_an_optimizer_that_is_gone():
     """Its hooks stay with the parameters: the model is trained on without ranks, or evaluated."""
 
@@ -230,6 +274,67 @@ def test_ranks_that_drift_apart_are_told_although_buckets_are_under_way():
         assert same_bits((parameters_of(net), optimizer.per_rank()), before)
         optimizer.param_groups[0]["lr"] = 0.1
         run(net, optimizer, comm.Get_rank(), [3])
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_fails_on_one_rank_before_its_message_is_told_on_all(overlap):
+    """Whatever it is: a sparse gradient in place of one that was sent, a device that has no memory left for a norm."""
+    def program(comm):
+        net = model()
+        optimizer = build(net, comm, "ef21 topk", overlap=overlap)
+        run(net, optimizer, comm.Get_rank(), range(2))
+        loss_of(net, comm.Get_rank(), 2).backward()
+        if last := comm.Get_rank() == comm.Get_size() - 1:
+            weight = net.get_parameter(next(name for name, p in net.named_parameters() if p.ndim == 2))
+            weight.grad = weight.grad.to_sparse()
+        with pytest.raises(OptionError if last and overlap else DtypeError if last else PeerError):
+            optimizer.step()
+        optimizer.zero_grad()
+        loss_of(net, comm.Get_rank(), 2).backward()
+        collected = optimizer.flat.collected
+        if last:
+            optimizer.flat.collected = lambda: 1 / 0
+        with pytest.raises(ZeroDivisionError if last else PeerError, match="division by zero"):
+            optimizer.step()
+        optimizer.flat.collected = collected
+        run(net, optimizer, comm.Get_rank(), [2])
+        assert optimizer.steps == 3
+
+    virtual.results(2, program)
+
+
+def test_ranks_that_step_different_optimizers_are_told_although_buckets_are_under_way():
+    """Of which not all ranks have sent the same: a layer is not used on one. It goes on after one more failed step."""
+    def program(comm):
+        nets, rank = [model() for _ in range(2)], comm.Get_rank()
+        optimizers = [build(net, comm, "ef21 topk", overlap=True) for net in nets]
+
+        def backward(step):
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                optimizer.zero_grad()
+                if rank and net is nets[0]:
+                    net.first(torch.full((2, 7), 2.0)).square().mean().backward()
+                else:
+                    loss_of(net, rank, step).backward()
+
+        for step in range(2):
+            backward(step)
+            for optimizer in optimizers:
+                optimizer.step()
+        backward(2)
+        with pytest.raises(DisagreementError, match="the optimizer that takes a step"):
+            optimizers[rank].step()
+        with pytest.raises(OptionError, match="a second backward pass"):
+            backward(3)
+        for optimizer in optimizers:
+            with pytest.raises(MpiEfError, match="a second backward pass"):
+                optimizer.step()
+        backward(3)
+        for optimizer in optimizers:
+            optimizer.step()
+            assert optimizer.steps == 3
 
     virtual.results(2, program)
 

@@ -51,14 +51,16 @@ def use_gpu_aware_mpi(comm: Comm, device: Any) -> None:
         raise OptionError(f"use_gpu_aware_mpi: comm={briefly(comm)} is not an intracommunicator of MPI; pass for example "
                           "MPI.COMM_WORLD")
     trial: list[Trial] = []
+    side: list[str] = []  # facts add that of this rank, before it is sent
 
     def facts() -> dict[str, object]:
         trial.append(Trial(comm, device))
+        side.append(trial[0].side)
         trial[0].offer(mpi)
         return {}
 
-    there = agree(comm, "use_gpu_aware_mpi", facts, "", value=[side_of_device(device)])
-    if all(side == ["cpu"] for side in there):
+    there = agree(comm, "use_gpu_aware_mpi", facts, "", value=side)
+    if all(theirs == ["cpu"] for theirs in there):
         raise everywhere(OptionError("use_gpu_aware_mpi: no rank has its vectors on a device; leave the call out"))
     problems = gather_values(comm, "use_gpu_aware_mpi", trial[0].problem())
     for rank, problem in enumerate(problems):
@@ -68,22 +70,28 @@ def use_gpu_aware_mpi(comm: Comm, device: Any) -> None:
     ways_of(comm).direct = True
 
 
-def side_of_device(device: Any) -> str:
-    """Return what :func:`mpi_ef.kernels.backend.backend` calls a device of torch, or its name. Local."""
-    kind, _, index = str(device).partition(":")
-    return side_of(kind, int(index) if index else None)
-
-
 class Trial:
-    """Bytes of this rank that travel through every call that plans make."""
+    """Bytes of this rank that travel through every call that plans make; all memory is there before the first one.
+
+    Raises
+    ------
+    OptionError
+        `device` is none.
+    """
 
     def __init__(self, comm: Any, device: Any) -> None:
         self._comm, self._n, self._rank = comm, int(comm.Get_size()), int(comm.Get_rank())
-        self._side = side_of_device(device)
-        self._kernels = backend(np.float32, self._side)
+        kind, _, index = str(device).partition(":")
+        try:
+            self.side = side_of(kind, int(index) if index else None)
+            self._kernels = backend(np.float32, self.side)
+            self._memory = [self._kernels.zeros(self._n * SIZES[-1], np.uint8) for _ in range(2)]
+        except Exception as error:
+            raise OptionError(f"use_gpu_aware_mpi: device={briefly(device)} cannot be used ({told(error)}); pass that of "
+                              "this rank's parameters, cuda:0, or cpu on a rank without one") from error
 
     def _message(self, array: Any) -> Any:
-        return array if self._side == "cpu" else self._kernels.message(array)
+        return array if self.side == "cpu" else self._kernels.message(array)
 
     def offer(self, mpi: Any) -> None:
         """Raise `OptionError` where MPI's library for Python does not take an array of the device."""
@@ -91,7 +99,7 @@ class Trial:
         try:
             mpi.buffer.frombuffer(self._message(array))
         except Exception as error:
-            raise OptionError(f"use_gpu_aware_mpi: mpi4py does not take memory of {self._side} ({told(error)}); "
+            raise OptionError(f"use_gpu_aware_mpi: mpi4py does not take memory of {self.side} ({told(error)}); "
                               f"{_REMEDY}") from error
 
     def problem(self) -> str:
@@ -99,9 +107,12 @@ class Trial:
         problems = []
         for size in SIZES:
             for call, send, expected in self._calls(size):
+                out, received = (memory[: like.size].reshape(like.shape)
+                                 for memory, like in zip(self._memory, (send, expected), strict=True))
                 try:
-                    received = self._kernels.place(np.full(expected.shape, 0xA5, np.uint8))
-                    self._travel(call, self._kernels.place(send), received)
+                    out[...] = send
+                    received.fill(0xA5)
+                    self._travel(call, out, received)
                     if not np.array_equal(self._kernels.fetch(received), expected):
                         problems.append(f"{call} of {size} bytes brought other bytes than were sent")
                 except Exception as error:
@@ -110,16 +121,19 @@ class Trial:
 
     def _calls(self, size: int) -> "Iterator[tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]]":
         n, mine = self._n, self._rank
-        rows = np.arange(n)[:, None] * 37 + np.arange(size)[None] * 11
+        ranks, along = np.arange(n).astype(np.uint8)[:, None], np.arange(size).astype(np.uint8)[None] * np.uint8(11)
+
+        def rows(first: int, second: int) -> "np.ndarray[Any, Any]":
+            return ranks * np.uint8(first) + along + np.uint8(second % 256)
+
         for number, call in enumerate(("Allgather", "Iallgather", "Allgatherv")):
-            of_all = (rows + number).astype(np.uint8)
+            of_all = rows(37, number)
             yield call, of_all[mine], of_all
         for number, call in enumerate(("Alltoall", "Ialltoall")):
-            yield (call, (rows + 101 * mine + number).astype(np.uint8),
-                   (101 * np.arange(n)[:, None] + 37 * mine + np.arange(size)[None] * 11 + number).astype(np.uint8))
+            yield call, rows(37, 101 * mine + number), rows(101, 37 * mine + number)
 
     def _travel(self, call: str, send: Any, received: Any) -> None:
-        if self._side != "cpu":
+        if self.side != "cpu":
             self._kernels.settled().wait()
         out, into = self._message(send), self._message(received)
         if call == "Allgatherv":

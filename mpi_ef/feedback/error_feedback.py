@@ -114,8 +114,14 @@ class ErrorFeedback(OnAllRanks, Stateful):
     def tell(self, *, whole: bool = False, **inputs: Any) -> None:
         """Say what the next step is to know besides the vector, where something else makes it, an optimizer for example.
 
-        Parameters and inputs of :meth:`step`, for one step. Local; alike on all ranks.
+        Parameters and inputs of :meth:`step`, for one step. Local; alike on all ranks; with overlap before its backward.
+
+        Raises
+        ------
+        OptionError
+            A step is under way.
         """
+        self.before_load()
         self._inputs = {"whole": whole, **inputs}
 
     def refuse(self, error: MpiEfError) -> None:
@@ -125,7 +131,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
     @property
     def prepared(self) -> bool:
         """Whether the next step builds nothing, which would be collective. The same on all ranks."""
-        return self._dense is not None or self.steps >= self.dense_steps
+        return self._dense is not None or not (self._inputs.get("whole") or self.steps < self.dense_steps)
 
     def start(self, vector: Vector | Combination) -> None:
         """Begin a step: the vector may be changed as soon as this returns. :meth:`wait` and :meth:`commit` follow.
@@ -307,6 +313,12 @@ class ErrorFeedback(OnAllRanks, Stateful):
     def _set_dense_nbytes(self, nbytes: int) -> None:
         self._dense, self._dense_sent_nbytes = None, nbytes
 
+    def before_load(self) -> None:
+        """Raise while a step is under way, which has been sent with what there was. Local."""
+        if self._under_way is not None:
+            raise OptionError("ErrorFeedback: a step is under way, sent with what there was (with overlap=True in the "
+                              "backward pass); load, forget or tell after step(), or before the backward pass")
+
     def loaded(self) -> None:
         """Let the next step write its result afresh: the arrays are others. Local."""
         self.plan.forget()
@@ -317,6 +329,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
 
         A rule with estimates does its dense steps again.
         """
+        self.before_load()
         self.state_tree().reset()
         self.loaded()
 
@@ -330,10 +343,12 @@ class ErrorFeedback(OnAllRanks, Stateful):
         Raises
         ------
         OptionError
-            When it belongs to another rule, plan, compressor, rank or world size; nothing is changed then.
+            When it belongs to another rule, plan, compressor, rank or world size, or a step is under way; nothing is changed
+            then.
         ShapeError
             When an array has another shape or dtype; nothing is changed then.
         """
+        self.before_load()
         tree = self.state_tree()
         tree.check(saved)
         tree.load_values(saved)

@@ -166,15 +166,16 @@ class FlatOptimizer(Saved):
     step.hooked = True  # type: ignore[attr-defined]  # so that torch does not record every step, a tenth of a short one
 
     def _step_of(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss, problem = None, None
-        if closure is not None:
-            try:
+        losses = []
+
+        def prepare() -> None:
+            if closure is not None:
                 with torch.enable_grad():
-                    loss = closure()
-            except Exception as error:  # the other ranks are on their way into the step
-                problem = error
-        self._step(self._ready(self._collect() if problem is None else problem))
-        return loss
+                    losses.append(closure())
+            self._collect()
+
+        self._step(self._ready(prepare))
+        return losses[0] if losses else None
 
     _step_seen = Optimizer.profile_hook_step(_step_of)  # as torch makes it: with hooks, and for the profiler
 
@@ -225,26 +226,37 @@ class FlatOptimizer(Saved):
         """Take part in a step of the others with nothing; tell whether there was one. Collective."""
         self.flat.zero_gradients()
         with silent([slice(0, self.flat.d)], lambda: momenta(self._rules())):
-            broken = self._ready(self._collect())
+            broken = self._ready(self._collect)
             if self._handshake.at_work.size == 0:
                 self._rollback()
                 return False
             self._step(broken)
         return True
 
-    def _collect(self) -> Exception | None:
-        """Make the vectors of parameters and gradients ready; return what is wrong with them."""
-        try:
-            self._writes.adopt()
-            scale = getattr(self, "grad_scale", None)  # set by GradScaler while it calls step
-            self.flat.collect_gradients(lend=self._lends and scale is None and self.steps >= Handshake.LOOKS)
-            self.flat.spend_gradients()
-            self._listed.check(self)
-        except Exception as error:  # the other ranks are on their way into the step
-            return error
+    def _collect(self) -> None:
+        """Make the vectors of parameters and gradients ready; raise what is wrong with them. Local."""
+        self._writes.adopt()
+        scale = getattr(self, "grad_scale", None)  # set by GradScaler while it calls step
+        self.flat.collect_gradients(lend=self._lends and scale is None and self.steps >= Handshake.LOOKS)
+        self.flat.spend_gradients()
+        self._listed.check(self)
         if scale is not None:
             self.flat.gradients *= self.flat.dtype.type(1.0 / float(scale))
-        return None
+
+    def _looked(self) -> dict[str, float]:
+        """Return what this rank has to say of its parameters and gradients before a step. Local."""
+        groups = crc32(repr((hyper_parameters(self), self.check_replicas_every, self._loads)).encode())
+        overflow = getattr(self, "found_inf", None)  # set by GradScaler, which may have seen it before it was clipped
+        fine = not overflow and self.flat.kernels.finite(self.flat.collected())
+        words: dict[str, float] = {"groups": groups, "status": OK if fine else NON_FINITE}
+        self._compares = self._writes.compares() or self._compares
+        if self._compares:
+            words["values"] = self._writes.hash(self.shared_values)
+        if self.steps < Handshake.LOOKS and self.flat.kernels.any(self.flat.gradients):
+            words["gradient"] = crc32(self.flat.fingerprints(self.flat.gradients).data)
+        if self.clip:
+            words["squared_norm"] = self.flat.kernels.norm(self.flat.gradients) ** 2
+        return words
 
     def _resting(self) -> AbstractContextManager[None]:
         """Return a context in which parameters that have a gradient on no rank stay, and what is kept for them."""
@@ -292,29 +304,21 @@ class FlatOptimizer(Saved):
         """Return arrays, (d,) or of an entry for every parameter, in which what rests does not change. Local."""
         return []
 
-    def _ready(self, problem: Exception | None) -> tuple[int, ...]:
+    def _ready(self, prepare: Callable[[], None]) -> tuple[int, ...]:
         """Return the ranks with a NaN or Inf in their gradient, before any state has seen it; raise what else is wrong.
 
         Collective. Cost: one allgather of 40 bytes, which also tells whether the ranks still agree, and the norm of their
         gradients where `clip` wants it; a second one of a byte for each parameter in steps in which not the same ones have a
         gradient on all ranks.
         """
-        gradients, looks, self.weight = self.flat.gradients, self.steps < Handshake.LOOKS, 1.0
-        overflow = getattr(self, "found_inf", None)  # set by GradScaler, which may have seen it before it was clipped
-        fine = not overflow and self.flat.kernels.finite(self.flat.collected())
-        status = REJECTED if problem else OK if fine else NON_FINITE
-        words: dict[str, float] = {"values": 0, "gradient": 0}
-        if problem is None:
-            self._compares = self._writes.compares() or self._compares
-            if self._compares:
-                words["values"] = self._writes.hash(self.shared_values)
-            if looks and self.flat.kernels.any(gradients):
-                words["gradient"] = crc32(self.flat.fingerprints(gradients).data)
-            if self.clip:
-                words["squared_norm"] = self.flat.kernels.norm(gradients) ** 2
-        words["groups"] = crc32(repr((hyper_parameters(self), self.check_replicas_every, self._loads)).encode())
-        words["present"], words["joins"] = crc32(self.flat.present.data), DONE * self.done | WEIGHS * self.weighs
-        answers = self._handshake.ask(status=status, steps=self.steps, **words)
+        problem, self.weight, words = None, 1.0, dict[str, float](status=REJECTED, values=0, gradient=0)
+        try:
+            prepare()
+            words |= self._looked()
+        except Exception as error:  # the other ranks are on their way into the step
+            problem = error
+        words |= {"present": crc32(self.flat.present.data), "joins": DONE * self.done | WEIGHS * self.weighs}
+        answers = self._handshake.ask(steps=self.steps, **words)
         agreed = self._handshake.agreed()
         self.moving: Mask = self._handshake.anywhere(self.flat.present) if agreed else np.ones_like(self.flat.present)
         self._wait()
@@ -326,8 +330,7 @@ class FlatOptimizer(Saved):
             self.check_replicas()
         if not self._handshake.all_at_work and not self._keep_up():
             return ()
-        if looks:
-            self._handshake.look_at_gradients()
+        self._handshake.look_at_gradients()
         if self.clip:
             self._clip(answers["squared_norm"])
         return ()
@@ -365,8 +368,7 @@ class FlatOptimizer(Saved):
 
     def _clip(self, squared_norms: np.ndarray) -> None:
         """Scale the gradients of all ranks alike, so that the mean of their squared norms is at most ``clip^2``."""
-        norm = float(np.sqrt(squared_norms.mean()))
-        if norm > self.clip:
+        if (norm := float(np.sqrt(squared_norms.mean()))) > self.clip:
             self.flat.gradients *= self.flat.dtype.type(self.clip / norm)
 
     def clip_gradients(self, most: float) -> float:
@@ -376,8 +378,7 @@ class FlatOptimizer(Saved):
         """
         within("clip_gradients", "(0, inf)", "1.0 is usual", most=most)
         self.flat.collect_gradients()
-        norm: float = self.flat.kernels.norm(self.flat.gradients)
-        if norm > most:
+        if (norm := float(self.flat.kernels.norm(self.flat.gradients))) > most:
             self.flat.scale_gradients(most / norm)
         return norm
 
@@ -400,10 +401,9 @@ class FlatOptimizer(Saved):
         if different.any():
             number = int(different.argmax())
             ranks = np.flatnonzero(answers[:, number] != answers[0, number]).tolist()
-            raise DisagreementError(
-                f"{type(self).__name__}: after step {self.steps} {self._name(number)} is not on {ranks_text(ranks)} what it "
-                "is on rank 0; do not change parameters by hand, nor on some ranks only"
-            )
+            raise DisagreementError(f"{type(self).__name__}: after step {self.steps} {self._name(number)} is not on "
+                                    f"{ranks_text(ranks)} what it is on rank 0; do not change parameters by hand, nor on "
+                                    "some ranks only")
 
     def _name(self, number: int) -> str:
         p = (self.flat.parameters + self.flat.frozen)[number]

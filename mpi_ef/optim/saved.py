@@ -56,12 +56,14 @@ class Saved(Communicating, Stateful):
         Raises
         ------
         OptionError, ShapeError
-            When it belongs to another optimizer, placement, rule, rank, world size or model; nothing is changed then.
+            When it belongs to another optimizer, placement, rule, rank, world size or model, or with overlap a backward pass
+            has begun the next step; nothing is changed then.
         """
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        self.before_load()
         self._check_kind(state_dict)
         saved = self._unpacked(state_dict)
         self.state_tree().check(saved)
@@ -76,6 +78,11 @@ class Saved(Communicating, Stateful):
     def _rules(self) -> Sequence[tuple[ErrorFeedback, int]]:
         """Return the rules at work, each with the entry at which its vector begins. Local."""
         return [(channel, 0) for channel in self.channels() if isinstance(channel, ErrorFeedback)]
+
+    def before_load(self) -> None:
+        """Raise while exchanges of a backward pass are under way. Local."""
+        for rule, _ in self._rules():
+            rule.before_load()
 
     def forget(self) -> None:
         """Let every rule start with errors and estimates of zero, see :meth:`ErrorFeedback.forget`. Local."""

@@ -1,6 +1,6 @@
 """Optimizers that only know directions: Signum and Lion by majority vote, one bit per entry both ways."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import InitVar
 from typing import Any, ClassVar
 
@@ -82,14 +82,16 @@ class Lion(ReplicatedOptimizer):
             mask = np.unpackbits(bits.cpu().numpy(), count=self.flat.d).astype(bool)
         self._asleep.fall(mask)
 
-    def _ready(self, problem: Exception | None) -> tuple[int, ...]:
-        word = QUIET
-        if problem is None and not self._knows:
-            word = AWAKE if self._stirring().all() else ASKS
-        elif problem is None and self._asleep.stir(self.flat.gradients):
-            word = STIRS
-        self._handshake.note(sleepers=word)
-        broken, answers = super()._ready(problem), self._handshake.answers("sleepers")
+    def _collect(self) -> None:
+        self._handshake.note(sleepers=QUIET)
+        super()._collect()
+        if not self._knows:
+            self._handshake.note(sleepers=AWAKE if self._stirring().all() else ASKS)
+        elif self._asleep.stir(self.flat.gradients):
+            self._handshake.note(sleepers=STIRS)
+
+    def _ready(self, prepare: Callable[[], None]) -> tuple[int, ...]:
+        broken, answers = super()._ready(prepare), self._handshake.answers("sleepers")
         if not broken and (answers == AWAKE).any():
             self._asleep.fall(None)
         elif not broken and answers.any():  # a rank does not know which entries sleep, or has a gradient of one that does

@@ -138,11 +138,11 @@ class VarianceOptimizer(ReplicatedOptimizer):
         del numbers
         self._derive()
 
-    def _ready(self, problem: Exception | None) -> tuple[int, ...]:
-        if self._asleep.mask is not None:
-            stirs = problem is None and self._asleep.stir(self.flat.gradients)
-            self._handshake.note(sleepers=STIRS if stirs else QUIET)
-        return super()._ready(problem)
+    def _collect(self) -> None:
+        self._handshake.note(sleepers=QUIET)
+        super()._collect()
+        if self._asleep.mask is not None and self._asleep.stir(self.flat.gradients):
+            self._handshake.note(sleepers=STIRS)
 
     @contextmanager
     def _resting(self) -> Iterator[None]:

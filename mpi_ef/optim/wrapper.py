@@ -219,10 +219,10 @@ class DistributedOptimizer(FlatOptimizer):
         finally:
             self.buckets.paused = False
 
-    def _ready(self, problem: Exception | None) -> tuple[int, ...]:
+    def _ready(self, prepare: Callable[[], None]) -> tuple[int, ...]:
         self._broken: tuple[int, ...] | None = None  # until buckets that are under way have arrived
         try:
-            broken = tuple(sorted({*super()._ready(problem), *(self._broken or ())}))
+            broken = tuple(sorted({*super()._ready(prepare), *(self._broken or ())}))
         except BaseException:
             self._rollback()
             raise
@@ -232,8 +232,9 @@ class DistributedOptimizer(FlatOptimizer):
 
     def _wait(self) -> None:
         # Buckets are under way already, and all ranks have to take part in all of them before any can raise.
-        # Those of parameters at rest, of which no gradient was made, have not left yet.
-        if self.overlaps:
+        # Those of parameters at rest, of which no gradient was made, have not left yet. Where ranks are in steps of
+        # different optimizers, none comes for what this one has not sent: its next backward pass tells.
+        if self.overlaps and self._handshake.same("number"):
             if resting := np.flatnonzero(~self.moving).tolist():
                 self._quiet.enter_context(self._silent(resting, *self._sent()))
             self._broken = self.buckets.wait(self.flat.gradients)
@@ -260,16 +261,16 @@ class DistributedOptimizer(FlatOptimizer):
         if self.placement == "gradient":
             super()._weigh()
 
-    def _collect(self) -> Exception | None:
+    def _collect(self) -> None:
         if self.overlaps and hasattr(self, "found_inf"):  # set by GradScaler while it calls step
-            return OptionError("DistributedOptimizer: GradScaler with overlap=True: scaled gradients have left already; "
-                               "take overlap=False")
+            raise OptionError("DistributedOptimizer: GradScaler with overlap=True: scaled gradients have left already; "
+                              "take overlap=False")
         if self.buckets.problem is not None:  # raised in the backward pass already, by this rank alone
-            return self.buckets.problem
+            raise self.buckets.problem
         if self.overlaps and (number := self.buckets.changed()) is not None:
-            return OptionError(f"DistributedOptimizer: the gradient of {self._name(number)} was changed after it had been "
-                               "sent, in the backward pass; take overlap=False to clip or clear gradients")
-        return super()._collect()
+            raise OptionError(f"DistributedOptimizer: the gradient of {self._name(number)} was changed after it had been "
+                              "sent, in the backward pass; take overlap=False to clip or clear gradients")
+        super()._collect()
 
     def update(self) -> None:
         """Take the step, see :meth:`FlatOptimizer.update`. Collective."""

@@ -141,14 +141,13 @@ class ZeroOneAdam(VarianceOptimizer):
             tree.leaves.update({n: Leaf(PER_RANK, self.arrays[n], reshard=Reshard("mean")) for n in ("m", "u")})
         return tree
 
-    def _collect(self) -> Exception | None:
-        problem = super()._collect()
-        if problem is None and self.frozen_step is not None:
+    def _collect(self) -> None:
+        super()._collect()
+        if self.frozen_step is not None:
             if self.synchronized:
                 self.arrays["x"][:] = self.flat.values  # where something has been written to them
-            else:
-                return self._displaced("step", self.flat.values)
-        return problem
+            elif problem := self._displaced("step", self.flat.values):
+                raise problem
 
     def before_save(self) -> None:
         """Raise where a save would not have the parameters of this moment: it has x and u. Local."""

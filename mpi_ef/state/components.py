@@ -88,6 +88,7 @@ class StateComponent(Component):
 
     def check(self, past: RestoreView) -> None:
         """Compare the names, shapes and dtypes of all arrays."""
+        self.owner.before_load()
         mine, start = self.owner.state_tree().arrays(), f"{self.name}."
         theirs = {name.removeprefix(start) for name in past.names() if name.startswith(start)}
         if different := sorted(mine.keys() ^ theirs):

@@ -200,5 +200,7 @@ def _while_there(part: Part, act: Callable[[Part, Any], None]) -> Callable[[Any]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one dtype have the same entries; NaN is as NaN."""
+    """Whether two tensors of one dtype have the same entries, in the same place; NaN is as NaN."""
+    if a.layout is not b.layout or a.device != b.device or a.shape != b.shape:
+        return False
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124

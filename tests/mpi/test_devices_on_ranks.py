@@ -126,6 +126,16 @@ def test_memory_that_mpi4py_does_not_take(monkeypatch):
         use_gpu_aware_mpi(comm, DEVICE.removeprefix("side:"))
 
 
+@pytest.mark.parametrize("device", ["cuda:x", "nonsense", "cuda:99", None])
+def test_what_is_no_device(device):
+    comm = MPI.COMM_WORLD
+    wrong = comm.rank == comm.size - 1
+    error, text = OptionError if wrong else PeerError, f"device={device!r} cannot be used"
+    with device_side(), pytest.raises(error, match=text) as raised:
+        use_gpu_aware_mpi(comm, device if wrong else "cpu")
+    assert len(str(raised.value).splitlines()) == 1
+
+
 def test_no_rank_with_a_device():
     with pytest.raises(OptionError, match="no rank has its vectors on a device; leave the call out"):
         use_gpu_aware_mpi(MPI.COMM_WORLD, "cpu")
