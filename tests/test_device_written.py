@@ -7,6 +7,8 @@ import pytest
 import torch
 import virtual
 
+from mpi_ef import TopK, plan_for
+from mpi_ef.errors import MpiEfError
 from mpi_ef.jobs import device
 from mpi_ef.jobs.bench import program as bench
 from mpi_ef.jobs.bench.program import BenchConfig
@@ -15,7 +17,7 @@ from mpi_ef.jobs.doctor.finding import Placement
 from mpi_ef.jobs.doctor.registry import Context, DoctorConfig
 from mpi_ef.jobs.train import loop
 from mpi_ef.jobs.train.config import TrainConfig
-from mpi_ef.kernels.backend import written_in
+from mpi_ef.kernels.backend import backend, written_in
 
 GPU = torch.device("cuda:0")
 OLD = "P100, kernels in torch (compute capability 6.0 is below 7.0)"
@@ -94,3 +96,31 @@ def test_where_triton_keeps_what_it_has_compiled(old, monkeypatch, variables, pa
     assert facts["triton_path"] == place
     assert facts["triton_kind"] == f"of {on_gpu.existing(on_gpu.triton_cache(context))}"
     assert "unpinned" not in facts  # the first rank of a node tries
+
+
+def test_kernels_that_there_are_not(monkeypatch):
+    """A word in the variable that means nothing is told where vectors are taken; nobody would see that it had no effect."""
+    monkeypatch.setenv("MPI_EF_DEVICE_KERNELS", "Torch\n")
+    backend.cache_clear()
+
+    def program(comm):
+        with pytest.raises(MpiEfError) as raised:
+            plan_for(comm, TopK(0.1), 50, device="side:cpu")
+        return str(raised.value)
+
+    (line,) = set(virtual.results(2, program))
+    assert line == "MPI_EF_DEVICE_KERNELS='Torch\\n' names no kernels; set it to torch, or not at all"
+    backend.cache_clear()
+
+
+def test_a_triton_that_is_broken(monkeypatch):
+    class Broken:
+        def find_spec(self, name, *_):
+            if name == "triton":
+                raise RuntimeError("no ptxas\nfor this system")
+
+    monkeypatch.delenv("MPI_EF_DEVICE_KERNELS", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert written_in("side:cpu") == "torch (triton cannot be imported (no ptxas for this system))"

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from numpy.typing import DTypeLike
 
+from mpi_ef.errors import OptionError, briefly
+
 from .backend import DeviceBackend
 
 __all__ = ["kernels_on", "why_not_triton", "why_not_triton_on"]
@@ -16,9 +18,13 @@ _LEAST_CAPABILITY = (7, 0)  # of NVIDIA's devices, for atomics and the numbers t
 def why_not_triton(device: torch.device) -> str:
     """Return why the kernels of a device are not those in Triton; "" where they are. Local.
 
+    Raises `OptionError` where MPI_EF_DEVICE_KERNELS asks for kernels that there are not.
+
     On tensors of the CPU they run in Triton's interpreter, for tests, where TRITON_INTERPRET=1 is set.
     """
-    if environ.get("MPI_EF_DEVICE_KERNELS", "") == "torch":
+    if wanted := environ.get("MPI_EF_DEVICE_KERNELS", ""):
+        if wanted != "torch":
+            raise OptionError(f"MPI_EF_DEVICE_KERNELS={briefly(wanted)} names no kernels; set it to torch, or not at all")
         return "MPI_EF_DEVICE_KERNELS=torch is set"
     if device.type == "cpu" and environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are on the CPU"
@@ -30,8 +36,8 @@ def why_not_triton(device: torch.device) -> str:
             return f"compute capability {capability[0]}.{capability[1]} is below 7.0"
     try:
         import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
+    except Exception as error:  # of a broken one, whatever it raises
+        return f"triton cannot be imported ({' '.join(str(error).split())})"
     return ""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.consensus import agree, check_not_freed, gather_values
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import OptionError, briefly, everywhere, told
+from mpi_ef.errors import MpiEfError, OptionError, briefly, everywhere, told
 from mpi_ef.kernels.backend import backend, side_of
 
 from .ways import ways_of
@@ -86,6 +86,8 @@ class Trial:
             self.side = side_of(kind, int(index) if index else None)
             self._kernels = backend(np.float32, self.side)
             self._memory = [self._kernels.zeros(self._n * SIZES[-1], np.uint8) for _ in range(2)]
+        except MpiEfError:
+            raise
         except Exception as error:
             raise OptionError(f"use_gpu_aware_mpi: device={briefly(device)} cannot be used ({told(error)}); pass that of "
                               "this rank's parameters, cuda:0, or cpu on a rank without one") from error

@@ -17,7 +17,7 @@ def check_device(subject: str, device: str) -> None:
     try:
         backend(np.dtype(np.float32), device).zeros(1)
     except Exception as error:
-        if shortage(subject, error) is not None:
+        if isinstance(error, MpiEfError) or shortage(subject, error) is not None:
             raise
         said = told(error).splitlines()[0].partition(". ")[0]  # what is wrong, without torch's advice
         raise OptionError(f"{subject}: device={briefly(device)} cannot be used ({said}); pass that of this rank's tensors, "
