@@ -1,13 +1,20 @@
 """Kernels of the device side give the bits of the specification, on tensors of the CPU."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
-from device_side import BACKENDS, DEVICE, KINDS, bits, each_dtype, host, sized, there, vector
+import torch
+from device_side import BACKENDS, DEVICE, HARDWARE, KINDS, bits, each_dtype, host, sized, there, vector
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from mpi_ef.kernels import low_bits, lower_nbytes, reference, upper_nbytes
 from mpi_ef.kernels.backend import backend
 from mpi_ef.kernels.device import bus
+from mpi_ef.kernels.device.array import DeviceArray
+
+if len(BACKENDS) > 1:
+    from mpi_ef.kernels.device import fused_dense
 
 SIZES = sized((1, 63, 64, 1000, 4096, 9001), (65, 5000))
 
@@ -117,7 +124,7 @@ def test_segments_take_no_launches_of_their_own(dtype):
             answer = backend.checked(backend.select_largest(*call), lambda: pytest.fail("a threshold was wrong"))
             assert not copies
             assert bool(answer)
-        assert copies == [("to host", 4 * len(starts))]
+        assert copies == [("to host", 8 * len(starts))]
         counted.append(len(launches.names))
         assert sum(name.startswith("aten.sort") for name in launches.names) <= (2 if dtype == np.float32 else 3)
     assert max(counted) <= 25, counted
@@ -161,6 +168,44 @@ def test_quantize(dtype, format):
             codes = np.zeros(d, np.int8 if format == "int8" else np.int16)
             check_same("quantize", dtype, terms, factors, keep, keep_factors, n % 2 == 0, format, block,
                        np.zeros(count, np.int16), codes, scratch=[None], host=(1, 3))
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1 or HARDWARE, reason="of Triton's interpreter: make test-device")
+def test_rows_may_lie_further_apart_than_32_bits_count():
+    """64 ranks that send signs of 300 million entries: the number of a row times its stride is above 2^31."""
+    d, far = 100, 2**30
+    memory = torch.empty(2 * 2**31 + 64, dtype=torch.uint8)  # of the system until it is written to
+    rows = memory.as_strided((3, 13), (far, 1), 2**31)
+    memory[:13].zero_()  # where a number that is too large for 32 bits leads
+    rows.copy_(torch.from_numpy(np.random.default_rng(1).integers(1, 256, (3, 13)).astype(np.uint8)))
+    scales, expected, found = vector(6, np.float32).reshape(3, 2), np.zeros(d, np.float32), there(np.zeros(d, np.float32))
+    reference.add_signs(rows.numpy(), scales, 64, np.float32(1), True, expected, None)
+    BACKENDS[1](np.float32, DEVICE).add_signs(DeviceArray(rows), there(scales), 64, 1.0, True, found)
+    assert bits(expected) == bits(found.numpy())
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1 or HARDWARE, reason="of Triton's interpreter: make test-device")
+def test_signs_of_a_vector_of_nearly_two_to_the_31_entries():
+    """The first of its programs alone: the last bytes are reckoned in the 32 bits in which such a length is passed."""
+    x, empty, zeros = vector(4096, np.float32), there(np.empty(0, np.float32)).tensor, there(np.zeros(512, np.uint8))
+    a, backend = there(x).tensor, BACKENDS[1](np.float32, DEVICE)
+    backend._run(fused_dense.write_signs, 1, a, a, a, empty, zeros.tensor, 0, empty, 0, 0, 1, 0, 4096, 2**31 - 1,
+                 zeros.tensor, a, *backend._words((1.0, 0.0, 0.0)), *backend._words((1.0, 0.0, 0.0)), NT=1, F64=False,
+                 KEEPS=False, LESS=False)
+    assert bits(np.packbits(x >= 0)) == bits(zeros.numpy())
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1, reason="of kernels in Triton: make test-device")
+def test_entries_are_counted_in_64_bits():
+    """More than 2^31 candidates, in a vector of zeros, or marks would count as less than none, and lie before all memory."""
+    backend, given = BACKENDS[1](np.float32, DEVICE), {}
+    x, indices, values = map(there, (np.zeros(5000, np.float32), np.zeros(50, np.int64), np.zeros(50, np.float32)))
+    backend._run = lambda kernel, _, *arguments, **__: given.update({kernel.__name__: dict(zip(kernel.arg_names, arguments,
+                                                                                              strict=False))})
+    backend.select_largest((x, x[:0], x[:0]), (1.0, 0.0, 0.0), x[:0], (1.0, 0.0, 0.0), np.array([0, 5000]), np.array([50]),
+                           indices, values)
+    backend.decode_indices(there(np.zeros(1, np.uint64)), there(np.zeros(1, np.uint64)), 1, indices)
+    assert given["collect"]["status"].dtype == given["emit_indices"]["before"].dtype == torch.int64
 
 
 @each_dtype

@@ -78,7 +78,8 @@ class TritonBackend(TritonOptimizers):
             return
         words = _halves(upper.tensor)
         marks = _population(words)
-        before = torch.cumsum(marks, 0, dtype=torch.int32) - marks
+        before = torch.cumsum(marks, 0)
+        before -= marks
         self._launch(fused.emit_indices, words.numel(), words, before, _halves(lower.tensor), words.numel(), indices.size,
                      low, indices.tensor)
 
@@ -162,7 +163,7 @@ class TritonBackend(TritonOptimizers):
             return super().select_largest(terms, factors, keep, keep_factors, bounds, counts, indices, values)
         what = _segments(np.asarray(bounds).tobytes(), np.asarray(counts).tobytes(), str(self.torch_device))
         size, words, formed = terms[0].size, self._words(factors), {"NT": _count(terms), "F64": self._wide}
-        status = torch.zeros(1 + what.number, dtype=torch.int32, device=self.torch_device)
+        status = torch.zeros(1 + what.number, dtype=torch.int64, device=self.torch_device)
         places, candidates = self.empty(what.room, np.int64).tensor, self.empty(what.room).tensor
         rooms = what.rooms, what.number
         self._launch(fused.make_room, what.room, what.bounds, what.number, what.rooms, what.room, places, candidates)
