@@ -39,6 +39,11 @@ def _sum(terms: Terms, factors: Factors) -> Tensor:
     return x
 
 
+def _quotient(x: Tensor, by: float) -> Tensor:
+    """Return ``x / by``, rounded once: torch multiplies tensors of a GPU by the reciprocal of a number of the host."""
+    return x / x.new_full((), by)
+
+
 def combine(terms: Terms, factors: Factors, out: Tensor) -> Tensor:
     x = _sum(terms, factors)
     if out.numel():
