@@ -316,6 +316,7 @@ def test_optimizers(dtype):
             check_same("adam_step", dtype, a, v, *real[2:], x)
             check_same("preconditioned_step", dtype, a, inverse, real[2], real[5], x)
             check_same("sign_step", dtype, a * (np.arange(d) % 3 > 0), real[2], real[5], x * (np.arange(d) % 2))
+            check_same("sign_step", dtype, vector(d, dtype, n, "broken"), real[2], real[5], x)
             check_same("momentum_step", dtype, a, inverse, real[0], real[2], real[5], b, x)
             check_same("local_step", dtype, a, inverse, c, real[0], dtype(0.3), real[2], real[5], b, e, x)
             check_same("l1_norm", dtype, a)

@@ -48,7 +48,8 @@ def l1_norm(x: Tensor) -> float:
 
 
 def sign_step(direction: Tensor, step: float, decay: float, x: Tensor) -> None:
-    x.copy_(x * decay - torch.sign(direction) * step)
+    signs = torch.where(direction.isnan(), direction, torch.sign(direction))  # torch takes that of NaN for zero
+    x.copy_(x * decay - signs * step)
 
 
 def _rest(beta: float, x: Tensor) -> float:
