@@ -177,17 +177,6 @@ def test_lanes_of_short_blocks_are_not_idle(block, most):
     assert dict(lanes)["part_sums"] <= most * d + 4096 + (block > 4096) * 4096
 
 
-@each_dtype
-@pytest.mark.parametrize("format", ["bf16", "fp16", "int8"])
-def test_quantize(dtype, format):
-    for n, (terms, factors, keep, keep_factors, d) in enumerate(sources(dtype)):
-        for block in sized((1, 7, 256, 10_000), (7, 256, 4999)):
-            count = -(-d // block)
-            codes = np.zeros(d, np.int8 if format == "int8" else np.int16)
-            check_same("quantize", dtype, terms, factors, keep, keep_factors, n % 2 == 0, format, block,
-                       np.zeros(count, np.int16), codes, scratch=[None], host=(1, 3))
-
-
 @pytest.mark.skipif(len(BACKENDS) == 1 or HARDWARE, reason="of Triton's interpreter: make test-device")
 def test_rows_may_lie_further_apart_than_32_bits_count():
     """64 ranks that send signs of 300 million entries: the number of a row times its stride is above 2^31."""
@@ -224,6 +213,17 @@ def test_entries_are_counted_in_64_bits():
                            indices, values)
     backend.decode_indices(there(np.zeros(1, np.uint64)), there(np.zeros(1, np.uint64)), 1, indices)
     assert given["collect"]["status"].dtype == given["emit_indices"]["before"].dtype == torch.int64
+
+
+@each_dtype
+@pytest.mark.parametrize("format", ["bf16", "fp16", "int8"])
+def test_quantize(dtype, format):
+    for n, (terms, factors, keep, keep_factors, d) in enumerate(sources(dtype)):
+        for block in sized((1, 7, 256, 10_000), (7, 256, 4999)):
+            count = -(-d // block)
+            codes = np.zeros(d, np.int8 if format == "int8" else np.int16)
+            check_same("quantize", dtype, terms, factors, keep, keep_factors, n % 2 == 0, format, block,
+                       np.zeros(count, np.int16), codes, scratch=[None], host=(1, 3))
 
 
 @each_dtype

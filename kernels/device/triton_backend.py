@@ -109,9 +109,13 @@ class TritonBackend(TritonOptimizers):
             broken, doubt = said.wait().tolist()
             return None if doubt else not broken
 
-        again = super().encode_signs
-        return Verdict(ask, lambda: again(terms, factors, keep, keep_factors, less_decoded, row_bits, row_scales, row_block,
-                                          row_factor, block, bits, scales), said.send)
+        again, less = super().encode_signs, keep if less_decoded else keep[:0]
+
+        def scales_again() -> Verdict:  # signs are right, and may have been turned around since
+            return again(terms, factors, less, keep_factors, less_decoded, row_bits, row_scales, row_block, row_factor, block,
+                         self.empty(bits.size, np.uint8), scales)
+
+        return Verdict(ask, scales_again, said.send)
 
     def _totals(self, terms: Any, rows: Any, block: int, d: int, blocks: int, status: torch.Tensor, words: list[int],
                 formed: dict[str, Any]) -> torch.Tensor:
