@@ -109,6 +109,28 @@ def test_quotients_are_rounded_once(dtype):
     assert (there(np.arange(3)) / 2.5).tolist() == pytest.approx([0.0, 0.4, 0.8])
 
 
+class Waiting(TorchDispatchMode):
+    """Whether copies are waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        if operation is torch.ops.aten.copy_.default:
+            self.waits.append(not (arguments[2:] or [False])[0])
+        return operation(*arguments, **(options or {}))
+
+
+def test_copies_are_waited_for_where_nothing_tells_when_they_are_made():
+    """That is on all devices but NVIDIA's and AMD's: of others the answer would be read before it is there."""
+    x, host_array = there(np.arange(3)), np.zeros(3, np.int64)
+    with Waiting() as copies:
+        bus.Arrival(x.tensor).wait()
+        bus.to_device(host_array, x.tensor)
+    assert copies.waits == [not HARDWARE] * 2
+
+
 NO_LAUNCH = tuple(f"aten.{name}." for name in ("detach", "empty", "empty_like", "lift_fresh", "select", "slice", "view"))
 
 
