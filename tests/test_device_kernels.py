@@ -431,6 +431,8 @@ def test_a_step_of_an_optimizer_is_one_pass(dtype):
 @each_dtype
 def test_norms_and_hashes_of_layers_of_any_length(dtype):
     """Empty, of one entry, of several parts; blocks of kernels lie across them."""
+    check_same("layer_norms", dtype, np.zeros(0, dtype), np.array([0, 0]), np.zeros(1), host=(1, 2))
+    check_same("fingerprints", dtype, np.zeros(0, dtype), np.array([0, 0]), np.ones(1, np.uint64), host=(1, 2))
     starts = np.array([0, 0, 1, 64, 200, 1300, 1300, 10_000])
     for kind in KINDS:
         x = vector(10_000, dtype, 1, kind)
