@@ -175,6 +175,25 @@ def test_segments_take_no_launches_of_their_own(dtype):
     assert counted[1] - counted[0] <= (2 if dtype == np.float32 else 6)
 
 
+@pytest.mark.skipif(len(BACKENDS) == 1, reason="of kernels in Triton: make test-device")
+@each_dtype
+def test_vectors_of_zeros_need_no_second_look(dtype):
+    """Nor those of which fewer entries are not zero than are selected: gradients of embeddings, for example."""
+    for share in (0.0, 0.005):
+        for bounds, counts in (([0, 10_000], [100]), ([0, 9000, 9010, 15_000], [90, 1, 60])):
+            d, k = bounds[-1], sum(counts)
+            x = np.where(np.random.default_rng(1).random(d) < share, vector(d, dtype), dtype(0))
+            nothing, factors = np.empty(0, dtype), np.array([1.0, 0.0, 0.0], dtype)
+            arguments = ((x, nothing, nothing), factors, nothing, factors, np.array(bounds), np.array(counts),
+                         np.zeros(k, np.int64), np.zeros(k, dtype))
+            check_same("select_largest", dtype, *arguments, scratch=[None, None], host=(1, 3, 4, 5))
+            terms, *rest = arguments
+            found = BACKENDS[1](dtype, DEVICE).select_largest(tuple(map(there, terms)), factors, there(nothing), factors,
+                                                              *rest[3:5], *map(there, rest[5:]))
+            assert bool(found)
+            assert not found.repaired
+
+
 class Held(Launches):
     """How much memory of results of operations there has been at a time."""
 

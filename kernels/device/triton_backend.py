@@ -175,7 +175,7 @@ class TritonBackend(TritonOptimizers):
         if not packed:
             self._launch(fused.make_room, what.room, what.bounds, what.number, what.rooms, what.room, places, candidates)
         self._launch(fused.collect, size, *_tensors(terms), keep.tensor, size, what.bounds, what.number,
-                     self._tops(what, terms, words), what.ranks, what.rooms, status, places, candidates, *words,
+                     self._tops(what, terms, words), what.ranks, what.firsts, what.rooms, status, places, candidates, *words,
                      *self._words(keep_factors), **formed, KEEPS=keep.size > 0, PACKED=packed)
         if packed and what.k:
             largest = torch.topk(places, what.k, sorted=False).values.view(torch.int32).view(-1, 2)[:, 0]
