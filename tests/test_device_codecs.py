@@ -68,6 +68,23 @@ def compare_decoding(ours, its, wire, its_wire, d, dtype):
 
 
 @each_dtype
+@pytest.mark.parametrize("compressor", [Vote(), Sign(block=100), Sign(block=5000)], ids=str)
+def test_signs_whose_magnitudes_sum_to_more_than_there_is(compressor, dtype):
+    """A second look at scales leaves signs, which `Vote` has turned around by then, and what it keeps, alone."""
+    d = 4500
+    ours, its = codecs(compressor, d, dtype)
+    for form in FORMS:
+        (*mine, kept), (*theirs, its_kept) = sides(d, dtype, "large", 1)
+        mine[1][:] = theirs[1].tensor.zero_().cpu().numpy()
+        wire, its_wire = np.zeros(ours.nbytes, np.uint8), there(np.zeros(ours.nbytes, np.uint8))
+        with np.errstate(all="ignore"):
+            assert ours.encode(source(*form(*mine, kept)), wire, step=6, rank=0)
+        assert bool(its.encode(source(*form(*theirs, its_kept)), its_wire, step=6, rank=0))
+        assert bits(wire) == bits(its_wire.numpy())
+        assert bits(kept) == bits(its_kept.numpy())
+
+
+@each_dtype
 def test_two_messages_at_once(dtype):
     """The sum of decoded signs is encoded without being formed, and several wires are added in their order."""
     d = 1000

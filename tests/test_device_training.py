@@ -76,8 +76,9 @@ def test_a_run_goes_on_on_the_other_side(tmp_path, first, capsys):
     assert "not as in the run" not in capsys.readouterr().out
 
 
-def test_gpu_aware_mpi_is_asked_for_and_absent(capsys, tmp_path):
+def test_gpu_aware_mpi_is_asked_for_and_absent(capsys, tmp_path, monkeypatch):
     """Without a GPU a run says so in one line; with what is taken for one it ends with the same numbers."""
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda _: None)  # of a whole process, which has other tests as well
     asked = ["train", "--model", "mlp", "--steps", "2", "--gpu-aware-mpi", "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as ended:
         main([*asked, "--device", "cpu"])

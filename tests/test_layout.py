@@ -21,7 +21,7 @@ ROOMS = {
     "workers": ("", "mpi4py"),
     "slurm": ("errors", ""),
     "kernels": ("", "numpy numba llvmlite"),
-    "kernels.device": ("kernels", "numpy torch triton"),
+    "kernels.device": ("kernels errors", "numpy torch triton"),
     "comm": ("errors", "mpi4py"),  # for types alone
     "ranges": ("errors", ""),
     "statetree": ("errors", "numpy"),

@@ -158,6 +158,9 @@ class DeviceArray:
     __radd__ = __add__
 
     def __truediv__(self, other: Any) -> "DeviceArray":
+        if isinstance(other, int | float | np.number) and self.tensor.is_floating_point():
+            # torch multiplies tensors of a GPU by the reciprocal of a number of the host
+            other = DeviceArray(self.tensor.new_full((), float(other)))
         return self._computed(torch.div, other)
 
     def __iadd__(self, other: Any) -> Self:

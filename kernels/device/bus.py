@@ -63,6 +63,11 @@ def to_host(tensor: torch.Tensor, host: np.ndarray[Any, Any]) -> None:
     torch.from_numpy(host).view(tensor.dtype).copy_(tensor)
 
 
+def _has_events(tensor: torch.Tensor) -> bool:
+    """Tell whether it can be known when a copy has been made that nobody has waited for."""
+    return tensor.device.type == "cuda"
+
+
 class Arrival:
     """A copy of a tensor to the host, which neither side waits for until it is asked.
 
@@ -86,8 +91,8 @@ class Arrival:
             entries = torch.empty(0, dtype=tensor.dtype).numpy().dtype
             self._host = host_array(tuple(tensor.shape), entries, tensor.device)
         _count("to host", self._host.nbytes)
-        torch.from_numpy(self._host).view(tensor.dtype).copy_(tensor, non_blocking=True)
-        if tensor.device.type == "cuda":
+        torch.from_numpy(self._host).view(tensor.dtype).copy_(tensor, non_blocking=_has_events(tensor))
+        if _has_events(tensor):
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(tensor.device))
 
@@ -129,7 +134,7 @@ def settled(device: torch.device) -> Arrival:
 def to_device(host: np.ndarray[Any, Any], tensor: torch.Tensor) -> None:
     """Copy `host` to `tensor`, in order with what the device does; `host` may change once it has done that."""
     _count("to device", host.nbytes)
-    tensor.copy_(torch.from_numpy(host).view(tensor.dtype), non_blocking=True)
+    tensor.copy_(torch.from_numpy(host).view(tensor.dtype), non_blocking=_has_events(tensor))
 
 
 def tensor_on_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -153,14 +153,26 @@ def write_chosen(chosen, before, places, values, by_place, rooms, segments, room
     tl.store(selected + j, value, mask=marked)
 
 
+@triton.jit
+def _put(places, values, to, at, s, x, magnitude, mask, PACKED: tl.constexpr):
+    """Write a candidate: its place and value, or one number that is the larger, the more it is to be selected."""
+    if PACKED:
+        tl.store(places + to, (magnitude.to(tl.int64) << 32) | (0x7FFFFFFF - at), mask=mask)
+    else:
+        tl.store(places + to, at + s, mask=mask)
+        tl.store(values + to, x, mask=mask)
+
+
 @triton.jit(do_not_specialize=["f0", "f1", "f2", "k0", "k1", "k2"])
-def collect(a, b, c, keep, d, bounds, segments, tops, ranks, rooms, status, places, values, f0, f1, f2, k0, k1, k2,
-            NT: tl.constexpr, KEEPS: tl.constexpr, F64: tl.constexpr, BLOCK: tl.constexpr):
+def collect(a, b, c, keep, d, bounds, segments, tops, ranks, starts, rooms, status, places, values, f0, f1, f2, k0, k1,
+            k2, NT: tl.constexpr, KEEPS: tl.constexpr, PACKED: tl.constexpr, F64: tl.constexpr, BLOCK: tl.constexpr):
     """Write place and value of every entry of a magnitude of at least the threshold of its segment, ``tops[ranks[s]]``.
 
     Where the rank is -1, that is zero, and where it is -2, there is nothing to select. Those of segment s are in any order
     from ``rooms[s]`` to ``rooms[s + 1]``, and `s` is added to their places; they are counted in ``status[s + 1]``, also
-    where there is no room. ``status[0]`` says whether an entry is broken. What is kept is written in the same pass.
+    where there is no room. Zeros behind as many entries as are selected, ``starts[s + 1] - starts[s]``, are none: there are
+    enough before. ``status[0]`` says whether an entry is broken. What is kept is written in the same pass.
+    `PACKED` are float32 of a vector of less than 2^31 entries and one segment: there are no values, see :func:`_put`.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK
     at = first + tl.arange(0, BLOCK)
@@ -175,23 +187,24 @@ def collect(a, b, c, keep, d, bounds, segments, tops, ranks, rooms, status, plac
         rank = tl.load(ranks + s)
         if rank > -2:
             threshold = tl.where(rank < 0, 0, tl.load(tops + tl.maximum(rank, 0)))
-            chosen = there & (magnitude >= threshold)
+            zeros_to = tl.where(rank < 0, d, tl.load(bounds + s) + tl.load(starts + s + 1) - tl.load(starts + s))
+            chosen = there & (magnitude >= threshold) & ((magnitude > 0) | (at < zeros_to))
             count = tl.sum(chosen.to(tl.int32), 0)
             if count > 0:
                 begins = tl.load(rooms + s)
                 number = tl.atomic_add(status + 1 + s, count) + tl.cumsum(chosen.to(tl.int32), 0) - 1
                 fits = chosen & (begins + number < tl.load(rooms + s + 1))
-                tl.store(places + begins + number, at + s, mask=fits)
-                tl.store(values + begins + number, x, mask=fits)
+                _put(places, values, begins + number, at, s, x, magnitude, fits, PACKED)
     else:
         of = _segment_of(bounds, segments, at)
         theirs = tl.load(ranks + of, mask=there, other=-2)
         some = (theirs >= -1) & (magnitude >= tl.load(tops + theirs, mask=theirs >= 0, other=0))
+        zeros_to = tl.where(theirs < 0, d, tl.load(bounds + of) + tl.load(starts + of + 1) - tl.load(starts + of))
+        some = some & ((magnitude > 0) | (at < zeros_to))
         one = tl.atomic_add(status + 1 + of, 1, mask=some)
         place = tl.load(rooms + of, mask=some, other=0) + one
         has_room = some & (place < tl.load(rooms + of + 1, mask=some, other=0))
-        tl.store(places + place, at + of, mask=has_room)
-        tl.store(values + place, x, mask=has_room)
+        _put(places, values, place, at, of, x, magnitude, has_room, PACKED)
 
 
 @triton.jit

@@ -30,11 +30,13 @@ def _blocks_of(first, lanes, block):
 def _with_rows(x, at, of, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_factor, F64: tl.constexpr):
     """Add to `x` what is decoded of some rows of signs, in their order; `of` says in which of their blocks entries are."""
     factor = _number(row_factor, F64)
-    for r in range(rows):
-        octet = tl.load(row_bits + r * bits_stride + (at >> 3), mask=there, other=0).to(tl.int32)
-        step = tl.load(row_scales + r * scales_stride + of, mask=there, other=0.0) * factor
+    for _ in range(rows):
+        octet = tl.load(row_bits + (at >> 3), mask=there, other=0).to(tl.int32)
+        step = tl.load(row_scales + of, mask=there, other=0.0) * factor
         up = ((octet >> (7 - (at & 7)).to(tl.int32)) & 1) == 1
         x = x + tl.where(up, step, -step)
+        row_bits += bits_stride  # number times stride, of 32 bits both, may be too large for 32
+        row_scales += scales_stride
     return x
 
 
@@ -137,7 +139,7 @@ def write_signs(a, b, c, keep, row_bits, bits_stride, row_scales, scales_stride,
     weights = 1 << (7 - tl.arange(0, 8))
     octets = tl.sum(tl.reshape(up.to(tl.int32), (512, 8)) * weights[None, :], 1)
     place = program * 512 + tl.arange(0, 512)
-    tl.store(bits + place, octets.to(tl.uint8), mask=place < (d + 7) // 8)
+    tl.store(bits + place, octets.to(tl.uint8), mask=place * 8 < d)
     if KEEPS:
         kept = _form(a, b, c, at, there, k0, k1, k2, NT, F64)
         kept = _with_rows(kept, at, of, there, row_bits, bits_stride, row_scales, scales_stride, rows, row_factor, F64)

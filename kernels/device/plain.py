@@ -39,6 +39,11 @@ def _sum(terms: Terms, factors: Factors) -> Tensor:
     return x
 
 
+def _quotient(x: Tensor, by: float) -> Tensor:
+    """Return ``x / by``, rounded once: torch multiplies tensors of a GPU by the reciprocal of a number of the host."""
+    return x / x.new_full((), by)
+
+
 def combine(terms: Terms, factors: Factors, out: Tensor) -> Tensor:
     x = _sum(terms, factors)
     if out.numel():
@@ -363,6 +368,9 @@ def add_low_rank(left: Tensor, right: Tensor, parts: Any, rank: int, factor: flo
 
 def fingerprints(x: Tensor, starts: Any, out: Any) -> None:
     words = x.element_size() // 4
+    if not x.numel():
+        out[:] = 0
+        return
     bits = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     begins = bus.on_device(words * np.asarray(starts), x.device)
     sizes = begins.diff()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from . import bus
-from .plain import _part_totals
+from .plain import _part_totals, _quotient
 
 __all__ = ["adam", "adam_step", "add_layers", "follow_momentum", "l1_norm", "layer_norms", "local_step",
            "momentum_step", "preconditioned_step", "scaled_momentum", "sign_step", "update_moments"]
@@ -48,7 +48,8 @@ def l1_norm(x: Tensor) -> float:
 
 
 def sign_step(direction: Tensor, step: float, decay: float, x: Tensor) -> None:
-    x.copy_(x * decay - torch.sign(direction) * step)
+    signs = torch.where(direction.isnan(), direction, torch.sign(direction))  # torch takes that of NaN for zero
+    x.copy_(x * decay - signs * step)
 
 
 def _rest(beta: float, x: Tensor) -> float:
@@ -122,7 +123,7 @@ def follow_momentum(sent: Tensor, inverse: Tensor, betas: Any, root_factor: floa
                     starts: Any, m: Tensor, fresh: Tensor, ratios: Any) -> None:
     beta1, beta2 = (float(beta) for beta in betas)
     new = _by_entry(_real(m)(1) / scales, starts, m) * sent
-    grad = (new - m * beta1) / _rest(beta1, m)
+    grad = _quotient(new - m * beta1, _rest(beta1, m))
     m.copy_(new)
     fresh.copy_(fresh * beta2 + (grad * grad) * _rest(beta2, m))
     roots = torch.maximum(_root(fresh) * root_factor, _by_entry(least, starts, m)) + eps

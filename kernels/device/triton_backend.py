@@ -78,7 +78,8 @@ class TritonBackend(TritonOptimizers):
             return
         words = _halves(upper.tensor)
         marks = _population(words)
-        before = torch.cumsum(marks, 0, dtype=torch.int32) - marks
+        before = torch.cumsum(marks, 0)
+        before -= marks
         self._launch(fused.emit_indices, words.numel(), words, before, _halves(lower.tensor), words.numel(), indices.size,
                      low, indices.tensor)
 
@@ -108,9 +109,14 @@ class TritonBackend(TritonOptimizers):
             broken, doubt = said.wait().tolist()
             return None if doubt else not broken
 
-        again = super().encode_signs
-        return Verdict(ask, lambda: again(terms, factors, keep, keep_factors, less_decoded, row_bits, row_scales, row_block,
-                                          row_factor, block, bits, scales), said.send)
+        again, less = super().encode_signs, keep if less_decoded else keep[:0]
+
+        def scales_again() -> Verdict:  # signs are right, and may have been turned around since
+            spare = self.empty(bits.size, np.uint8)
+            return again(terms, factors, less, keep_factors, less_decoded, row_bits, row_scales, row_block, row_factor,
+                         block, spare, scales)
+
+        return Verdict(ask, scales_again, said.send)
 
     def _totals(self, terms: Any, rows: Any, block: int, d: int, blocks: int, status: torch.Tensor, words: list[int],
                 formed: dict[str, Any]) -> torch.Tensor:
@@ -162,27 +168,26 @@ class TritonBackend(TritonOptimizers):
             return super().select_largest(terms, factors, keep, keep_factors, bounds, counts, indices, values)
         what = _segments(np.asarray(bounds).tobytes(), np.asarray(counts).tobytes(), str(self.torch_device))
         size, words, formed = terms[0].size, self._words(factors), {"NT": _count(terms), "F64": self._wide}
-        status = torch.zeros(1 + what.number, dtype=torch.int32, device=self.torch_device)
-        places, candidates = self.empty(what.room, np.int64).tensor, self.empty(what.room).tensor
-        rooms = what.rooms, what.number
-        self._launch(fused.make_room, what.room, what.bounds, what.number, what.rooms, what.room, places, candidates)
-        tops = self._tops(what, terms, words)
-        self._launch(fused.collect, size, *_tensors(terms), keep.tensor, size, what.bounds, what.number, tops, what.ranks,
-                     what.rooms, status, places, candidates, *words, *self._words(keep_factors), **formed,
-                     KEEPS=keep.size > 0)
-        if what.k:
+        status = torch.zeros(1 + what.number, dtype=torch.int64, device=self.torch_device)
+        packed = what.number == 1 and not self._wide and size < 2**31
+        places = torch.zeros(what.room, dtype=torch.int64, device=self.torch_device)
+        candidates = self.empty(0 if packed else what.room).tensor
+        if not packed:
+            self._launch(fused.make_room, what.room, what.bounds, what.number, what.rooms, what.room, places, candidates)
+        self._launch(fused.collect, size, *_tensors(terms), keep.tensor, size, what.bounds, what.number,
+                     self._tops(what, terms, words), what.ranks, what.firsts, what.rooms, status, places, candidates, *words,
+                     *self._words(keep_factors), **formed, KEEPS=keep.size > 0, PACKED=packed)
+        if packed and what.k:
+            largest = torch.topk(places, what.k, sorted=False).values.view(torch.int32).view(-1, 2)[:, 0]
+            del places
+            places = (largest ^ 0x7FFFFFFF).clamp_(max=size - 1)  # there are less than k where the threshold was wrong
+            del largest
+            indices.tensor[: what.k] = torch.sort(places).values
+            self.gather(terms, factors, indices[: what.k], values)
+        elif what.k:
             # Sorts are stable: of equal magnitudes those at lower places come first, and last where nothing was found.
             places, by_place = torch.sort(places)
-            keys = torch.empty_like(places)
-            self._launch(fused.write_keys, what.room, candidates, by_place, *rooms, what.room, keys, F64=self._wide)
-            order = torch.sort(keys, stable=True).indices
-            if self._wide and what.number > 1:  # two numbers of 64 bits are sorted one after the other
-                of = torch.searchsorted(what.rooms[1:], order, right=True)
-                order = order[torch.sort(of, stable=True).indices]
-            chosen = torch.zeros(what.room, dtype=torch.int32, device=self.torch_device)
-            self._launch(fused.mark_chosen, what.k, order, what.firsts, *rooms, what.k, chosen)
-            self._launch(fused.write_chosen, what.room, chosen, torch.cumsum(chosen, 0), places, candidates, by_place,
-                         *rooms, what.room, size, indices.tensor, values.tensor)
+            self._choose(what, size, places, by_place, candidates, indices.tensor, values.tensor)
 
         said = bus.Arrival(status)
 
@@ -193,6 +198,24 @@ class TritonBackend(TritonOptimizers):
 
         again = super().select_largest
         return Verdict(ask, lambda: again(terms, factors, keep, keep_factors, bounds, counts, indices, values), said.send)
+
+    def _choose(self, what: "_Segments", d: int, places: torch.Tensor, by_place: torch.Tensor, candidates: torch.Tensor,
+                indices: torch.Tensor, values: torch.Tensor) -> None:
+        """Write place and value of the largest candidates of every segment; their places are sorted."""
+        rooms = what.rooms, what.number
+        keys = torch.empty_like(places)
+        self._launch(fused.write_keys, what.room, candidates, by_place, *rooms, what.room, keys, F64=self._wide)
+        order = torch.sort(keys, stable=True).indices
+        del keys
+        if self._wide and what.number > 1:  # two numbers of 64 bits are sorted one after the other
+            of = torch.searchsorted(what.rooms[1:], order, right=True)
+            order = order[torch.sort(of, stable=True).indices]
+            del of
+        chosen = torch.zeros(what.room, dtype=torch.int32, device=self.torch_device)
+        self._launch(fused.mark_chosen, what.k, order, what.firsts, *rooms, what.k, chosen)
+        del order
+        self._launch(fused.write_chosen, what.room, chosen, torch.cumsum(chosen, 0), places, candidates, by_place, *rooms,
+                     what.room, d, indices, values)
 
     def _tops(self, what: "_Segments", terms: Any, words: list[int]) -> torch.Tensor:
         """Return the largest magnitudes of samples of segments, descending, one sample after the other."""

@@ -99,7 +99,7 @@ class TritonOptimizers(DeviceBackend):
         words = x.itemsize // 4
         begins, layers = self._layers(words * np.asarray(starts))
         sums = self.zeros(layers, np.int64).tensor
-        self._launch(fused_optim.add_fingerprints, words * x.size, x.tensor.view(torch.int32), begins, layers,
+        self._launch(fused_optim.add_fingerprints, words * x.size, x.view(np.int32).tensor, begins, layers,
                      words * x.size, sums)
         out[:] = bus.on_host(sums).view(np.uint64)
 
