@@ -276,6 +276,7 @@ ELSEWHERE = {
     "out",
     "overwrite",
     "device",
+    "gpu_aware_mpi",
 }  # other tests
 
 
