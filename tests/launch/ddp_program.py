@@ -605,8 +605,8 @@ def beside_a_group_of_devices(folder):
 def beside_a_part_of_the_world(folder):
     """Ranks that are in as many groups get one beside that with NCCL; others are told, where torch would hang."""
     n, rank = dist.get_world_size(), dist.get_rank()
-    group, alone = dist.new_group(range(n - 1)), [dist.new_group([0]) for _ in range(4)]
-    if rank < n - 1:
+    group, alone = dist.new_group(range(max(1, n - 1))), [dist.new_group([0]) for _ in range(4)]
+    if rank < n - 1:  # with one rank there is no part of the world
         model = DDP(network(), process_group=group, bucket_cap_mb=SMALL_BUCKETS)
         with moves_no_memory_of_hosts(group):
             if n == 2:
