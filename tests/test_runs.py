@@ -512,3 +512,16 @@ def test_the_record_of_a_run_that_went_on_runs_anew(tmp_path):
     again = parse(TrainConfig, ["--config", str(tmp_path / "config.toml"), "--overwrite"], prog="", description="")
     assert again.resume == "no"
     assert programs.trained(2, again)[0]["parameters_crc32"] == ended["parameters_crc32"]
+
+
+def test_a_run_of_a_version_with_fewer_options_is_known(tmp_path):
+    """Whatever options have been added since: it goes on, and another run may take its place."""
+    config = TrainConfig(**MLP, out=tmp_path, checkpoint_every=4)
+    programs.trained(2, replace(config, stop_after=4))
+    record, then = tmp_path / "config.toml", {
+        "model", "steps", "batch", "optimizer", "clip", "seed", "log_every", "eval_every", "checkpoint_every", "out"}
+    record.write_text("".join(line for line in record.read_text().splitlines(keepends=True) if line.split()[0] in then))
+    assert len(record.read_text().splitlines()) == len(then)
+    assert programs.trained(2, replace(config, resume="exact"))[0]["steps"] == 8
+    record.write_text("".join(line for line in record.read_text().splitlines(keepends=True) if line.split()[0] in then))
+    assert programs.trained(2, replace(config, overwrite=True))[0]["steps"] == 8

@@ -138,14 +138,18 @@ class TrainConfig(Checked):
         return replace(self, **self.chosen())
 
 
+# Options of every run of every version: one that is added later is not among them.
+_IN_EVERY_RECORD = {"model", "steps", "batch", "optimizer", "clip", "seed", "log_every", "eval_every", "checkpoint_every",
+                    "out"}
+
+
 def _is_record(text: str) -> bool:
-    """Return whether this can be a config.toml of a run: it has all options that always apply, and no comments."""
+    """Return whether this can be a config.toml of a run, of any version: it has these options, and no comments."""
     try:
         names = tomllib.loads(text).keys()
     except (ValueError, RecursionError):
         return False
-    always = {f.name for f in fields(TrainConfig) if f.default is not None and f.metadata["recorded"]}
-    return always <= names and not any(line.startswith("#") for line in text.splitlines())
+    return names >= _IN_EVERY_RECORD and not any(line.startswith("#") for line in text.splitlines())
 
 
 # What a run writes besides checkpoints, and what tells it from other files of the same names.
