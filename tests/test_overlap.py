@@ -3,6 +3,7 @@
 import gc
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from training import assert_resumes, assert_skips_broken_gradients, parameters_o
 from mpi_ef.collectives import TwoPhaseMean, plan_for
 from mpi_ef.compress import Identity, LowRank, Quantize, Sign, TopK
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, OptionError, PeerError
+from mpi_ef.feedback import RULES
 from mpi_ef.optim import EF21, DistributedOptimizer
 
 WAYS = {
@@ -303,6 +305,45 @@ def test_what_fails_on_one_rank_before_its_message_is_told_on_all(overlap):
         assert optimizer.steps == 3
 
     virtual.results(2, program)
+
+
+@pytest.mark.parametrize("ranks", [(1,), (0, 1)], ids=["one", "all"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_rule_that_fails_before_its_message_is_told_on_all(overlap, ranks):
+    """Also on all ranks, of which some come to the bucket in the backward pass, others in the step."""
+    broken = set()
+
+    def failing(s, plan, grad):
+        if plan.rank in broken:
+            raise KeyError("nothing by that name")
+        return (yield from RULES["ef21"].step(s, plan, grad))
+
+    def program(comm):
+        rank, net = comm.Get_rank(), model()
+        sgd = torch.optim.SGD(net.parameters(), lr=0.05)
+        optimizer = DistributedOptimizer(sgd, comm, TopK(0.2), placement="gradient", overlap=overlap, bucket_nbytes=100,
+                                         rule=replace(RULES["ef21"], step=failing))
+        run(net, optimizer, rank, range(2))
+        before = parameters_of(net), {k: v.copy() for k, v in optimizer.per_rank().items()}
+        for step in range(2):
+            optimizer.zero_grad()
+            if rank:
+                net.first(torch.full((2, 7), 2.0)).square().mean().backward()
+            comm.Barrier()
+            if rank in ranks:
+                broken.add(rank)
+            if not rank:
+                loss_of(net, rank, step).backward()
+            error = OptionError if rank in ranks else PeerError
+            with pytest.raises(error, match="rule failing: KeyError: 'nothing by that"):
+                optimizer.step()
+            broken.discard(rank)
+        assert same_bits((parameters_of(net), optimizer.per_rank()), before)
+        run(net, optimizer, rank, [2])
+        return parameters_of(net)
+
+    one, other = virtual.results(2, program)
+    assert same_bits(one, other)
 
 
 def test_ranks_that_step_different_optimizers_are_told_although_buckets_are_under_way():

@@ -16,7 +16,7 @@ from .ways import ways_of
 __all__ = ["use_gpu_aware_mpi"]
 
 SIZES = (64, 1 << 18)  # bytes for each rank: MPI sends short and long messages in different ways
-_REMEDY = "leave the call out, and messages go through memory of the host, or load an MPI that is (mpi-ef doctor tries it)"
+_REMEDY = "leave it out, and messages go through memory of the host, or load an MPI that is (mpi-ef doctor tries it)"
 
 
 def use_gpu_aware_mpi(comm: Comm, device: Any) -> None:
@@ -61,7 +61,7 @@ def use_gpu_aware_mpi(comm: Comm, device: Any) -> None:
 
     there = agree(comm, "use_gpu_aware_mpi", facts, "", value=side)
     if all(theirs == ["cpu"] for theirs in there):
-        raise everywhere(OptionError("use_gpu_aware_mpi: no rank has its vectors on a device; leave the call out"))
+        raise everywhere(OptionError("use_gpu_aware_mpi: no rank has its vectors on a device; leave it out"))
     problems = gather_values(comm, "use_gpu_aware_mpi", trial[0].problem())
     for rank, problem in enumerate(problems):
         if problem:

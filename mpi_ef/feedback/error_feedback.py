@@ -8,7 +8,7 @@ from typing import Any
 from mpi_ef.collectives import Offer, Plan
 from mpi_ef.comm.consensus import OnAllRanks, agree
 from mpi_ef.compress.combination import Combination, Vector
-from mpi_ef.errors import MpiEfError, OptionError, briefly, counted
+from mpi_ef.errors import MpiEfError, OptionError, briefly, counted, shortage, told
 from mpi_ef.ranges import whole
 from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Leaf, Stateful, StateTree, attribute
 
@@ -16,6 +16,12 @@ from .state import Steps, form
 from .table import RULES, Rule, rule_of, with_momentum
 
 __all__ = ["ErrorFeedback"]
+
+
+def _offered(plan: Plan, vector: Vector | Combination) -> Steps:
+    """Return a step whose message the plan refuses."""
+    yield plan.offer(vector)
+    raise AssertionError
 
 
 class ErrorFeedback(OnAllRanks, Stateful):
@@ -108,8 +114,8 @@ class ErrorFeedback(OnAllRanks, Stateful):
         ShapeError, DtypeError
             On a rank whose vector does not fit; all other ranks raise `PeerError`.
         """
-        steps = self._steps(vector, whole, inputs)
-        return self._commit(steps, self._asked(steps).exchange())
+        steps, offer = self._begun(vector, whole, inputs)
+        return self._commit(steps, offer.exchange())
 
     def tell(self, *, whole: bool = False, **inputs: Any) -> None:
         """Say what the next step is to know besides the vector, where something else makes it, an optimizer for example.
@@ -138,8 +144,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
 
         Collective; all ranks split a step, or none does. See :meth:`Plan.start`.
         """
-        steps = self._steps(vector, whole=False, inputs={})
-        offer = self._asked(steps)
+        steps, offer = self._begun(vector, whole=False, inputs={})
         offer.start()
         self._under_way = steps, offer.plan
 
@@ -182,14 +187,28 @@ class ErrorFeedback(OnAllRanks, Stateful):
         (steps, plan), self._under_way = self._under_way, None
         return self._commit(steps, plan)
 
-    def _steps(self, vector: Vector | Combination, whole: bool, inputs: dict[str, Any]) -> Steps:
+    def _begun(self, vector: Vector | Combination, whole: bool, inputs: dict[str, Any]) -> tuple[Steps, Offer]:
+        """Return a step and its first message; where this rank fails before that, one that says so to all ranks."""
         inputs, self._inputs = self._inputs | inputs, {}
         plan = self._current(inputs.pop("whole", False) or whole)
+        try:
+            steps = self._steps(plan, vector, inputs)
+            return steps, self._asked(steps)
+        except Exception as error:
+            if isinstance(error, MpiEfError):
+                plan.refuse(error)
+            else:
+                refusal = shortage(self._subject, error) or OptionError(f"{self._subject}: {told(error)}")
+                refusal.__cause__ = error
+                plan.refuse(refusal)
+        return _offered(plan, vector), plan.offer(vector)
+
+    def _steps(self, plan: Plan, vector: Vector | Combination, inputs: dict[str, Any]) -> Steps:
         self.state.whole, self.state.draw = plan is self._dense, self.plan.exchanges + self.dense_steps
         self._late = self.state.begin(plan, self.resting)
         if isinstance(vector, Combination):
             if not all(term.shape == (plan.own_d,) and term.dtype == plan.dtype for _, term in vector.terms):
-                plan.exchange(vector)  # raises, as below
+                return _offered(plan, vector)  # which raises, as below
             if len(vector.terms) > self.rule.most_terms:
                 if self._formed is None:
                     self._formed = plan.zeros(plan.own_d)
@@ -199,8 +218,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
         if getattr(x, "shape", None) == (plan.own, plan.d) and hasattr(x, "flags") and x.flags.c_contiguous:
             x = x.reshape(-1)
         if plan.misfit(x, "", ""):
-            # Raises here what is wrong, and PeerError on all other ranks.
-            plan.exchange(x)
+            return _offered(plan, x)  # raises here what is wrong, and PeerError on all other ranks
         return self.rule.step(self.state, plan, x, **inputs)
 
     def _asked(self, steps: Steps) -> Offer:

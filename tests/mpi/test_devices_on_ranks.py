@@ -99,7 +99,7 @@ class Raising(MPI.Intracomm):
 
 
 @pytest.mark.parametrize(("kind", "text"), [
-    (Wrong, "on rank 0 Iallgather of 262144 bytes brought other bytes than were sent; leave the call out"),
+    (Wrong, "on rank 0 Iallgather of 262144 bytes brought other bytes than were sent; leave it out"),
     (Raising, "on rank 0 Ialltoall of 64 bytes raised RuntimeError: "),
 ])
 def test_an_mpi_that_cannot(kind, text):
@@ -135,7 +135,7 @@ def test_what_is_no_device(device):
 
 
 def test_no_rank_with_a_device():
-    with pytest.raises(OptionError, match="no rank has its vectors on a device; leave the call out"):
+    with pytest.raises(OptionError, match="no rank has its vectors on a device; leave it out"):
         use_gpu_aware_mpi(MPI.COMM_WORLD, "cpu")
     with pytest.raises(OptionError, match="comm=None is not an intracommunicator"):
         use_gpu_aware_mpi(None, "cpu")
