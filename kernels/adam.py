@@ -70,4 +70,4 @@ def l1_norm(x: Vector) -> float:
 def sign_step(direction: Vector, step: np.floating, decay: np.floating, x: Vector) -> None:
     """Take a step of equal length in every entry: ``x = decay x - step sign(direction)``, where sign(0) = 0."""
     for i in range(x.size):
-        x[i] = decay * x[i] - step * np.sign(direction[i])
+        x[i] = decay * x[i] - step * (np.sign(direction[i]) + 0)  # of which -0 becomes 0, as in NumPy

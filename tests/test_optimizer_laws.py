@@ -228,6 +228,7 @@ def test_kernels_are_their_twins(dtype):
         grad, start, m, x, u = (rng.normal(size=d).astype(dtype) for _ in range(5))
         grad.flags.writeable = False  # as in a step; other types are other machine code
         v, inverse = (rng.random(d).astype(dtype) ** power for power in (8, 4))
+        zeros = np.where(rng.random(d) < 0.5, dtype(0), dtype(-0.0))
         gaps = inverse.copy()
         gaps[rng.random(d) < 0.3] = 0
         gaps[: sizes[0]] = 0
@@ -237,7 +238,8 @@ def test_kernels_are_their_twins(dtype):
         for name, inputs, outputs in (
             ("update_moments", (grad, *scalars[:2]), (m, v)), ("adam_step", (m, v, *scalars[:4]), (x,)),
             ("adam", (grad, *scalars), (m, v, x)), ("preconditioned_step", (m, v, *scalars[:2]), (x,)),
-            ("sign_step", (grad, *scalars[:2]), (x,)), ("momentum_step", (grad, inverse, *scalars[:3]), (m, x)),
+            ("sign_step", (grad, *scalars[:2]), (x,)), ("sign_step", (zeros, *scalars[:2]), (zeros[::-1].copy(),)),
+            ("momentum_step", (grad, inverse, *scalars[:3]), (m, x)),
             ("local_step", (grad, inverse, start, *scalars[:4]), (m, u, x)),
             ("layer_norms", (x, starts), (np.empty(layers),)), ("add_layers", (x, factors, starts), (u,)),
             ("scaled_momentum", (x, m, dtype(0.9), factors, starts), (u,)),
