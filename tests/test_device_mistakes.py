@@ -14,6 +14,7 @@ from torch import nn
 from mpi_ef import (
     DistributedOptimizer,
     EF21Muon,
+    ErrorFeedback,
     Identity,
     Lion,
     OneBitAdam,
@@ -219,6 +220,23 @@ def test_out_of_memory_while_it_encodes(monkeypatch):
     assert (kind, its_kind) == (PeerError, OutOfMemoryError)
     assert its_text.startswith("DenseMean.exchange" + SAID)
     assert its_text in text
+
+
+def test_out_of_memory_for_the_messages_of_the_step_before():
+    """Which rules keep from their second step on."""
+    def program(comm):
+        feedback = ErrorFeedback("ef14", plan_for(comm, TopK(0.1), 50, device="side:cpu"))
+        x, frames = DeviceArray(torch.arange(50.0) + comm.Get_rank()), feedback.plan.frames
+        feedback.step(x)
+        if comm.Get_rank():
+            feedback.plan.frames = lambda *_: no_room()
+        with pytest.raises(MpiEfError) as raised:
+            feedback.step(x)
+        feedback.plan.frames = frames
+        feedback.step(x)
+        return raised.type
+
+    assert results(2, program) == [PeerError, OutOfMemoryError]
 
 
 @pytest.mark.parametrize("side", [nullcontext, on_device_side])

@@ -74,6 +74,8 @@ class GatherMean(Plan, kind="gather"):
 
     def encode(self, x: Source, *, split: bool) -> bool:  # noqa: ARG002
         """Encode `x` into one frame, see :meth:`Plan.encode`."""
+        if self._written is not None and self._earlier is None:  # here all ranks are told where there is no memory
+            self._earlier = self.frames(self.size, self._codec.nbytes)
         return self._codec.encode(x, self._send.wires[0], step=self.exchanges, rank=self.rank)
 
     def communicate(self) -> Iterator[Round]:
@@ -94,9 +96,7 @@ class GatherMean(Plan, kind="gather"):
             return
         out = self._kernels.array(out)
         written, self._written = self._written, (out, self._turns)
-        if self._earlier is None:
-            self._earlier = self.frames(self.size, self._codec.nbytes)
-        if written is not None and written[0] is out and written[1] == self._turns - 1:
+        if self._earlier is not None and written is not None and written[0] is out and written[1] == self._turns - 1:
             with self._decoding:
                 self._codec.clear(self._earlier.wires, out)
         else:
