@@ -594,3 +594,49 @@ def test_a_matrix_is_its_entries():
     for of_matrix, wanted in virtual.results(2, program):
         assert type(of_matrix) is np.ndarray
         np.testing.assert_array_equal(of_matrix, wanted)
+
+
+@pytest.mark.parametrize("plan", [GatherMean, TwoPhaseMean])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_sparse_mean_replaces_the_one_before_entry_by_entry(plan, n):
+    """What neither has is not written to, from the second exchange on; bits are those of a mean written whole."""
+    def program(comm):
+        one, other = (plan(comm, TopK(0.01), d) for _ in range(2))
+        out, whole = np.zeros(d, np.float32), np.zeros(d, np.float32)
+        for step in range(6):
+            x, empty = gaussian(comm.Get_rank(), d, step=step), whole == 0
+            if spoilt := step % 2:
+                out[empty] = 7.0  # which the caller has promised not to do
+            one.exchange(x)
+            one.set_mean(out, 0.5, again=True)
+            other.exchange(x)
+            other.set_mean(whole, 0.5)
+            if spoilt:
+                untouched = empty & (whole == 0)
+                assert untouched.sum() > d / 2
+                assert (out[untouched] == 7.0).all()
+                one.forget()
+                one.set_mean(out, 0.5, again=True)
+            assert out.tobytes() == whole.tobytes()
+
+    d = 2000
+    virtual.results(n, program)
+
+
+@pytest.mark.parametrize("plan", [GatherMean, TwoPhaseMean])
+def test_a_mean_that_was_rolled_back_is_not_replaced(plan):
+    """Messages that nobody has taken are between what was written and the next."""
+    d = 500
+
+    def program(comm):
+        one, out, whole = plan(comm, TopK(0.02), d), np.zeros(d, np.float32), np.zeros(d, np.float32)
+        for step in range(8):
+            one.exchange(gaussian(comm.Get_rank(), d, step=step))
+            if step % 3 == 1:
+                one.undo()
+                continue
+            one.set_mean(out, again=True)
+            one.set_mean(whole)
+            assert out.tobytes() == whole.tobytes()
+
+    virtual.results(2, program)

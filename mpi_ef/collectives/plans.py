@@ -1,7 +1,8 @@
 """The compressed plans: gathered mean and two-phase mean."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -9,7 +10,7 @@ from numpy.typing import DTypeLike
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Keep, Source, lazy, source
 from mpi_ef.compress.combination import Vector, writable
-from mpi_ef.compress.compressor import check_compressor
+from mpi_ef.compress.compressor import Wires, check_compressor
 from mpi_ef.statetree import PER_RANK, Leaf, Reshard
 
 from .combine import Combine
@@ -32,6 +33,36 @@ def _aligned_chunk_bounds(d: int, n: int) -> list[int]:
     if d // n < 16 * _ALIGNED:
         return chunk_bounds(d, n)
     return [*(r * d // n // _ALIGNED * _ALIGNED for r in range(n)), d]
+
+
+class _Turns:
+    """Messages of the last exchange and, where :meth:`Plan.set_mean` replaces them entry by entry, of the one before."""
+
+    def __init__(self, build: Callable[[], Any]) -> None:
+        self._build, self.now = build, build()
+        self.before: Any = None
+        self._written: tuple[Vector, int] | None = None  # what was last written to, after which turn
+        self._turn = 0
+
+    def prepare(self) -> None:
+        """Take the memory for two of them, if it is wanted: where an exchange can tell all ranks that there is none."""
+        if self._written is not None and self.before is None:
+            self.before = self._build()
+
+    def next(self) -> Any:
+        """Return where the next messages go."""
+        self._turn += 1
+        if self.before is not None:
+            self.now, self.before = self.before, self.now
+        return self.now
+
+    def forget(self) -> None:
+        self._written = None
+
+    def follows(self, out: Vector) -> bool:
+        """Tell whether `out` was last written to, and holds what the messages :attr:`before` say; it is written to now."""
+        written, self._written = self._written, (out, self._turn)
+        return self.before is not None and written is not None and written[0] is out and written[1] == self._turn - 1
 
 
 class GatherMean(Plan, kind="gather"):
@@ -60,10 +91,7 @@ class GatherMean(Plan, kind="gather"):
         Combine.check("GatherMean", self.combine)
         self._codec = self.compressor.codec_on(self.device, self.d, self.dtype)
         self._send = self.frames(1, self._codec.nbytes)
-        self._received = self.frames(self.size, self._codec.nbytes)
-        self._earlier: Frames | None = None  # the messages before those, for set_mean(again=True)
-        self._written: tuple[Vector, int] | None = None  # what that has written to, after which turn
-        self._turns = 0
+        self._turns = _Turns(lambda: self.frames(self.size, self._codec.nbytes))
         return {"combine": self.combine}
 
     def like(self, compressor: Compressor) -> Plan:
@@ -74,20 +102,16 @@ class GatherMean(Plan, kind="gather"):
 
     def encode(self, x: Source, *, split: bool) -> bool:  # noqa: ARG002
         """Encode `x` into one frame, see :meth:`Plan.encode`."""
-        if self._written is not None and self._earlier is None:  # here all ranks are told where there is no memory
-            self._earlier = self.frames(self.size, self._codec.nbytes)
+        self._turns.prepare()
         return self._codec.encode(x, self._send.wires[0], step=self.exchanges, rank=self.rank)
 
     def communicate(self) -> Iterator[Round]:
         """Gather the frames, see :meth:`Plan.communicate`."""
-        self._turns += 1
-        if self._earlier is not None:
-            self._received, self._earlier = self._earlier, self._received
-        yield Round(self._send, self._received)
+        yield Round(self._send, self._turns.next())
 
     def forget(self) -> None:
         """Forget what :meth:`set_mean` has written, see :meth:`Plan.forget`."""
-        self._written = None
+        self._turns.forget()
 
     def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:
         """Overwrite `out` with ``scale * mean_r C(x_r)``, see :meth:`Plan.set_mean`."""
@@ -95,10 +119,9 @@ class GatherMean(Plan, kind="gather"):
             super().set_mean(out, scale)
             return
         out = self._kernels.array(out)
-        written, self._written = self._written, (out, self._turns)
-        if self._earlier is not None and written is not None and written[0] is out and written[1] == self._turns - 1:
+        if self._turns.follows(out):
             with self._decoding:
-                self._codec.clear(self._earlier.wires, out)
+                self._codec.clear(self._turns.before.wires, out)
         else:
             out.fill(0)
         self.add_mean(out, scale)
@@ -106,11 +129,11 @@ class GatherMean(Plan, kind="gather"):
     def add_message(self, rank: int, out: Vector, scale: float = 1.0) -> None:
         """Add ``scale`` times the decoded message of `rank` to `out` (d,). Local."""
         with self._decoding:
-            self._codec.add(self._received.wires[rank : rank + 1], self._kernels.array(out), scale)
+            self._codec.add(self._turns.now.wires[rank : rank + 1], self._kernels.array(out), scale)
 
     def decode(self, out: Vector, scale: float, *, own: bool = False, overwrite: bool = False) -> None:
         """Add or write ``scale * C(x_r)``, or ``scale / n * C(x_r)`` for r = 0 ... n-1, see :meth:`Plan.decode`."""
-        codec, mine, wires = self._codec, self._send.wires[0], self._received.wires
+        codec, mine, wires = self._codec, self._send.wires[0], self._turns.now.wires
         if own:
             codec.add_encoded(mine, out, scale)
         elif self.combine is not None:
@@ -177,10 +200,10 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         outward_nbytes = max(codec.nbytes for codec in self._outward)
         back_nbytes = max(codec.nbytes for codec in self._back)
         self._send, self._arrived = (self.frames(self.size, outward_nbytes) for _ in range(2))
-        self._answer, self._result = (self.frames(n, back_nbytes) for n in (1, self.size))
+        self._answer = self.frames(1, back_nbytes)
+        self._turns = _Turns(lambda: self._replies(self.frames(self.size, back_nbytes)))
         self._send_wires = [self._send.wire(j, codec) for j, codec in enumerate(self._outward)]
         self._send_parts = [wire[None] for wire in self._send_wires]
-        self._result_parts = [self._result.wire(j, codec)[None] for j, codec in enumerate(self._back)]
         self._arrived_wires = self._arrived.wires[:, : self._outward[self.rank].nbytes]
         self._answer_wire = self._answer.wire(0, self._back[self.rank])
         chunk = sizes[self.rank]
@@ -202,6 +225,7 @@ class TwoPhaseMean(Plan, kind="two-phase"):
 
     def encode(self, x: Source, *, split: bool) -> bool:  # noqa: ARG002
         """Encode every chunk of `x`, see :meth:`Plan.encode`."""
+        self._turns.prepare()
         finite = True
         for codec, (start, stop), wire in zip(self._outward, self._chunks, self._send_wires, strict=True):
             finite &= codec.encode(x.part(start, stop), wire, step=2 * self.exchanges, rank=self.rank)
@@ -212,7 +236,7 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         yield Round(self._send, self._arrived, scatter=True)
         with self._encoding:
             finite = self._encode_average()
-        yield Round(self._answer, self._result, finite=finite)
+        yield Round(self._answer, self._turns.next()[0], finite=finite)
         self._turn()  # only now: a rank whose average overflowed makes all ranks raise, with nothing changed
 
     def _encode_average(self) -> bool:
@@ -233,9 +257,31 @@ class TwoPhaseMean(Plan, kind="two-phase"):
 
     def decode(self, out: Vector, scale: float, *, own: bool = False, overwrite: bool = False) -> None:
         """Add or write ``scale`` times the second-phase result, or ``scale * C(x_r)``, see :meth:`Plan.decode`."""
-        codecs, wires = (self._outward, self._send_parts) if own else (self._back, self._result_parts)
+        codecs, wires = (self._outward, self._send_parts) if own else (self._back, self._turns.now[1])
         for codec, (start, stop), wire in zip(codecs, self._chunks, wires, strict=True):
             codec.add(wire, out[start:stop], scale, overwrite=overwrite)
+
+    def _replies(self, frames: Frames) -> tuple[Frames, list[Wires]]:
+        """Return frames of all ranks, and the replies in them, one for each chunk."""
+        return frames, [frames.wire(j, codec)[None] for j, codec in enumerate(self._back)]
+
+    def forget(self) -> None:
+        """Forget what :meth:`set_mean` has written, see :meth:`Plan.forget`."""
+        self._turns.forget()
+
+    def set_mean(self, out: Vector, scale: float = 1.0, *, again: bool = False) -> None:
+        """Overwrite `out` with ``scale`` times the second-phase result, see :meth:`Plan.set_mean`."""
+        if not again or not self.reply.sparse:
+            super().set_mean(out, scale)
+            return
+        out = self._kernels.array(out)
+        if self._turns.follows(out):
+            with self._decoding:
+                for codec, (start, stop), wire in zip(self._back, self._chunks, self._turns.before[1], strict=True):
+                    codec.clear(wire, out[start:stop])
+        else:
+            out.fill(0)
+        self.add_mean(out, scale)
 
     @property
     def alpha(self) -> float:
