@@ -233,6 +233,17 @@ class Backend:
         real = self.dtype.type(factor)
         kernels.add_low_rank(left, right, parts, rank, real, overwrite, out, self._memory.scratch)
 
+    def write_messages(self, *arguments: Any) -> bool:
+        return bool(kernels.write_messages(*arguments, self._memory.scratch))
+
+    def read_values(self, *arguments: Any) -> None:
+        kernels.read_values(*arguments, self._memory.scratch)
+
+    def add_messages(self, layout: Vector, headroom: int, block: int, memory: Vector, places: Vector, factor: float,
+                     out: Vector, indices: Vector, values: Vector) -> None:
+        real = self.dtype.type(factor)
+        kernels.add_messages(layout, headroom, block, memory, places, real, out, indices, values, self._memory.scratch)
+
     def add_dense(self, values: Vector, factor: float, out: Vector) -> None:
         kernels.add_dense(values, self.dtype.type(factor), out)
 

@@ -5,16 +5,19 @@ What functions do, and with which arguments, is documented at the kernels of the
 
 # ruff: noqa: D103, ARG001
 
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["adam", "adam_step", "add_dense", "add_layers", "add_low_rank", "add_quantized", "add_signs", "add_sparse",
-           "all_finite", "clear_sparse", "combine", "decode_indices", "encode_indices", "encode_signs", "fingerprints",
-           "follow_momentum", "gather", "l1_norm", "layer_norms", "local_step", "mean_rows", "momentum_step",
-           "orthonormalise", "preconditioned_step", "quantize", "sample_indices", "scaled_momentum", "select_largest",
-           "sign_step", "subtract", "update_moments"]
+__all__ = ["adam", "adam_step", "add_dense", "add_layers", "add_low_rank", "add_messages", "add_quantized",
+           "add_signs", "add_sparse", "all_finite", "clear_messages", "clear_sparse", "combine", "decode_indices",
+           "encode_indices", "encode_signs", "fingerprints", "follow_momentum", "gather", "l1_norm", "layer_norms",
+           "local_step", "mean_rows", "momentum_step", "orthonormalise", "preconditioned_step", "quantize",
+           "read_values", "sample_indices", "scaled_momentum", "select_largest", "sign_step", "subtract",
+           "update_moments", "write_messages"]
 
 Vector = NDArray[np.floating]
 Terms = tuple[Vector, Vector, Vector]
@@ -97,6 +100,71 @@ def decode_indices(lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: in
     high = np.flatnonzero(np.unpackbits(upper.view(np.uint8), bitorder="little"))[:k] - np.arange(k)
     parts = np.unpackbits(lower.view(np.uint8), bitorder="little")[: k * low].reshape(k, low).astype(np.int64)
     indices[:] = (high << low) | (parts << np.arange(low)).sum(axis=1)
+
+
+def _messages(layout: NDArray[np.int64], memory: NDArray[np.uint8],
+              places: Places) -> Iterator[tuple[int, int, int, NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint8]]]:
+    """Yield of each message: where its chunk begins, k, low bits of an index, low bits, bitmap, values."""
+    rows = layout if len(layout) == len(places) else layout.repeat(len(places), 0)
+    for (start, k, low, lower, head, nbytes), place in zip(rows.tolist(), places.tolist(), strict=True):
+        wire = memory[place : place + nbytes]
+        yield start, k, low, wire[:lower].view(np.uint64), wire[lower:head].view(np.uint64), wire[head:]
+
+
+def _coded(body: NDArray[np.uint8], k: int, headroom: int, block: int) -> tuple[str, NDArray[np.int16], Any]:
+    name = {0: "bf16", 7: "int8", 15: "fp16"}[headroom]
+    code = np.dtype(np.int8 if name == "int8" else np.int16)
+    size = 2 * -(-k // block)
+    begin = -(-size // 8) * 8
+    return name, body[:size].view(np.int16), body[begin : begin + k * code.itemsize].view(code)
+
+
+def write_messages(layout: NDArray[np.int64], headroom: int, block: int, indices: Places, values: Vector,
+                   memory: NDArray[np.uint8], places: Places, scratch: Vector) -> bool:
+    first, finite = 0, True
+    for start, k, low, lower, upper, body in _messages(layout, memory, places):
+        kept = values[first : first + k]
+        encode_indices(indices[first : first + k] - start, low, lower, upper)
+        first += k
+        body[:] = 0
+        if headroom < 0:
+            body[: kept.nbytes].view(values.dtype)[:] = kept
+        else:
+            name, exponents, codes = _coded(body, k, headroom, block)
+            none, one = kept[:0], np.ones(3, values.dtype)
+            finite &= quantize((kept, none, none), one, none, one, False, name, block, exponents, codes, scratch)
+    return finite
+
+
+def _read(body: NDArray[np.uint8], values: Vector, headroom: int, block: int, scratch: Vector) -> None:
+    if headroom < 0:
+        values[:] = body[: values.nbytes].view(values.dtype)
+        return
+    name, exponents, codes = _coded(body, values.size, headroom, block)
+    add_quantized(exponents, codes, name, block, values.dtype.type(1), True, values, scratch)
+
+
+def read_values(layout: NDArray[np.int64], headroom: int, block: int, memory: NDArray[np.uint8], places: Places,
+                values: Vector, scratch: Vector) -> None:
+    first = 0
+    for _, k, _, _, _, body in _messages(layout, memory, places):
+        _read(body, values[first : first + k], headroom, block, scratch)
+        first += k
+
+
+def add_messages(layout: NDArray[np.int64], headroom: int, block: int, memory: NDArray[np.uint8], places: Places,
+                 factor: np.floating, out: Vector, indices: Places, values: Vector, scratch: Vector) -> None:
+    for start, k, low, lower, upper, body in _messages(layout, memory, places):
+        decode_indices(lower, upper, low, indices[:k])
+        _read(body, values[:k], headroom, block, scratch)
+        add_sparse(indices[:k], values[:k], factor, out[start:])
+
+
+def clear_messages(layout: NDArray[np.int64], memory: NDArray[np.uint8], places: Places, out: Vector,
+                   indices: Places) -> None:
+    for start, k, low, lower, upper, _ in _messages(layout, memory, places):
+        decode_indices(lower, upper, low, indices[:k])
+        clear_sparse(indices[:k], out[start:])
 
 
 def encode_signs(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vector, less_decoded: bool,

@@ -75,6 +75,12 @@ def _nbytes(kernel: str, given: dict[str, Any]) -> int:
     if kernel == "select_largest":  # its arrays have room for candidates that come and go
         k = int(given["counts"].sum())
         given = given | {"indices": given["indices"][:k], "values": given["values"][:k]}
+    if kernel.endswith(("_messages", "_values")):  # what they say: memory has room for headers, layouts are short
+        layout, places = given["layout"], given["places"]
+        rows = layout if len(layout) == len(places) else layout[:1].repeat(len(places), 0)
+        k, wires = int(rows[:, 1].sum()), int(rows[:, 5 if kernel != "clear_messages" else 4].sum())
+        entries = {"write_messages": 1, "read_values": 1, "add_messages": 2, "clear_messages": 1}[kernel]
+        return wires + entries * k * int(given["out" if "out" in given else "values"].itemsize)
     arrays = {name: value for name, value in given.items() if hasattr(value, "nbytes") and value.ndim}
     total: int = sum(value.nbytes for name, value in arrays.items() if name not in _CACHED and name != "out")
     total += _passes_over_terms(kernel, given) * sum(term.nbytes for term in given.get("terms", ()))

@@ -13,10 +13,11 @@ from .dense import DenseMean
 from .direct import use_gpu_aware_mpi
 from .exchange import Round
 from .frames import Frames
+from .gather import GatherMean
 from .lowrank import LowRankMean
 from .onecall import allgather, allreduce
 from .plan import Offer, Plan, Traffic, plan_for
-from .plans import GatherMean, TwoPhaseMean, chunk_bounds
+from .two_phase import TwoPhaseMean, chunk_bounds
 
 __all__ = ["ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LowRankMean", "Offer", "Plan",
            "PlanBuilder", "Round", "Traffic", "TwoPhaseMean", "allgather", "allreduce", "build_plan", "chunk_bounds",

@@ -13,7 +13,7 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor
 from mpi_ef.errors import OptionError, briefly
 
-from .plan import Plan
+from .plan import Plan, plan_for
 
 __all__ = ["PlanBuilder", "build_plan", "plan_named"]
 
@@ -36,7 +36,8 @@ def plan_named(text: str) -> Callable[[Comm, Compressor, int, Any], Plan]:
                                                                   **what.options, **where)
 
 
-def build_plan(plan: PlanBuilder, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, device: str = "cpu") -> Plan:
+def build_plan(plan: PlanBuilder, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, device: str = "cpu", *,
+               gather: bool = False) -> Plan:
     """Return the plan that was asked for. Collective.
 
     Parameters
@@ -45,6 +46,8 @@ def build_plan(plan: PlanBuilder, comm: Comm, compressor: Compressor, d: int, dt
         ``plan(comm, compressor, d, dtype)`` builds it, for example a class; or a specification, ``"TwoPhaseMean"``,
         ``"my_plan:TrimmedMean(trim=1)"``, see :mod:`mpi_ef.registry`. The other arguments are those of :class:`Plan`;
         where vectors are on a device it takes ``device=`` as well.
+    gather : bool
+        Of :func:`plan_for`, where that is the plan.
 
     Raises
     ------
@@ -54,7 +57,9 @@ def build_plan(plan: PlanBuilder, comm: Comm, compressor: Compressor, d: int, dt
     if not (isinstance(plan, str) or (issubclass(plan, Plan) if isclass(plan) else callable(plan))):
         raise OptionError(f"plan={briefly(plan)} builds no plan; pass a class such as TwoPhaseMean, or its name")
     build: Callable[..., Any] = plan_named(plan) if isinstance(plan, str) else plan
-    where = {} if device == "cpu" else {"device": device}
+    where: dict[str, Any] = {} if device == "cpu" else {"device": device}
+    if gather and build is plan_for:
+        where["gather"] = True
     try:
         signature(build).bind(comm, compressor, d, dtype, **where)
     except (TypeError, ValueError) as error:  # or it has no signature

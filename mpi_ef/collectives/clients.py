@@ -16,7 +16,7 @@ from mpi_ef.statetree import Reshard
 from .exchange import Round, Timer
 from .frames import Frames, Twin
 from .plan import Plan, Traffic
-from .plans import chunk_bounds
+from .two_phase import chunk_bounds
 
 __all__ = ["ClientsMean"]
 

@@ -15,9 +15,9 @@ from mpi_ef.compress.compressor import check_compressor
 from mpi_ef.errors import OptionError, briefly
 
 from .dense import DenseMean
+from .gather import GatherMean
 from .given import Given, given
 from .plan import Plan, plan_for
-from .plans import GatherMean
 
 __all__ = ["allgather", "allreduce"]
 

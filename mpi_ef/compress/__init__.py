@@ -5,6 +5,7 @@ dtype it becomes a :class:`Codec` with a fixed wire size, one method that encode
 What is encoded may be a combination of vectors that is only formed while it is encoded: ``lazy(grad) - g_i``.
 """
 
+from .chunks import Chunks
 from .combination import Combination, Keep, Source, aligned_zeros, lazy, source
 from .compressor import Codec, Compressor, for_parameters
 from .dense import Identity, Quantize, Sign, Vote
@@ -12,5 +13,5 @@ from .lowrank import LowRank
 from .plain import PlainCodec
 from .sparse import RandK, TopK
 
-__all__ = ["Codec", "Combination", "Compressor", "Identity", "Keep", "LowRank", "PlainCodec", "Quantize", "RandK",
+__all__ = ["Chunks", "Codec", "Combination", "Compressor", "Identity", "Keep", "LowRank", "PlainCodec", "Quantize", "RandK",
            "Sign", "Source", "TopK", "Vote", "aligned_zeros", "for_parameters", "lazy", "source"]

@@ -8,6 +8,7 @@ from inspect import signature
 from typing import Any, cast
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import DTypeLike, NDArray
 
 from mpi_ef.errors import DtypeError, OptionError, ShapeError, briefly
@@ -15,7 +16,7 @@ from mpi_ef.kernels.backend import Verdict, backend
 
 from .combination import Source, Vector, source
 
-__all__ = ["Codec", "Compressor", "Vector", "Wires", "check_compressor", "for_parameters", "words"]
+__all__ = ["Codec", "Compressor", "Vector", "Wires", "check_compressor", "flat", "for_parameters", "words"]
 
 Wires = NDArray[np.uint8]
 
@@ -25,6 +26,13 @@ _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 def words(nbytes: int) -> int:
     """Round `nbytes` up to whole 64-bit words, so that every part of a wire is aligned."""
     return -(-nbytes // 8) * 8
+
+
+def flat(wires: Wires) -> tuple[Wires, NDArray[np.int64]]:
+    """Return rows of bytes as one array, and where in it they begin. Not a copy."""
+    stride = wires.strides[0]
+    nbytes = (len(wires) - 1) * stride + wires.shape[1] if len(wires) else 0
+    return as_strided(wires, (nbytes,), (1,)), np.arange(len(wires)) * stride
 
 
 def said_finite(answer: Any, subject: str) -> bool:
@@ -64,6 +72,7 @@ class Codec(ABC):
     """
 
     nbytes: int  # of every wire, a multiple of 8, known before data flow
+    form: tuple[int, int] | None = None  # headroom and block, where the wire is one that kernels.messages knows as values
 
     def __init__(self, d: int, dtype: DTypeLike, device: str = "cpu") -> None:
         if not isinstance(d, int | np.integer) or d < 0:
@@ -173,6 +182,20 @@ class Compressor(ABC):
         """Return the options that are set, so that ``TopK(0.01)`` says nothing of k."""
         options: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)} if is_dataclass(self) else {}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items() if v is not None)})"
+
+    def grown(self, times: int, d: int) -> "Compressor":  # noqa: ARG002
+        """Return what answers the mean of messages for vectors of length `d`, with so many `times` the entries. Local.
+
+        The same one, unless it keeps few entries.
+        """
+        return self
+
+    def part(self, start: int, stop: int, d: int) -> "Compressor":  # noqa: ARG002
+        """Return the compressor for the entries from `start` to `stop` of vectors of length `d`. Local.
+
+        The same one, unless an option counts entries of the whole vector.
+        """
+        return self
 
     @abstractmethod
     def codec(self, d: int, dtype: DTypeLike = np.float32) -> Codec:

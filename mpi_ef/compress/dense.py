@@ -32,6 +32,8 @@ class Identity(Compressor):
 
 
 class _IdentityCodec(Codec):
+    form = -1, 1
+
     def __init__(self, d: int, dtype: DTypeLike, device: str) -> None:
         super().__init__(d, dtype, device)
         self._used = self.d * self.dtype.itemsize
@@ -99,6 +101,7 @@ class _QuantizeCodec(Codec):
     def __init__(self, d: int, dtype: DTypeLike, what: Quantize, device: str) -> None:
         super().__init__(d, dtype, device)
         self._format, self._block = what.format, what.block
+        self.form = kernels.FORMATS[what.format], what.block
         self._code = np.dtype(np.int8 if what.format == "int8" else np.int16)
         self._exponents_nbytes = 2 * -(-self.d // what.block)
         self._start = words(self._exponents_nbytes)

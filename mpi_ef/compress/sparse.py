@@ -24,10 +24,10 @@ from mpi_ef.errors import OptionError, ShapeError, briefly
 from mpi_ef.ranges import whole, within
 
 from .combination import Source, Vector, source, writable
-from .compressor import Codec, Compressor, Wires, check_compressor
+from .compressor import Codec, Compressor, Wires, check_compressor, flat
 from .dense import Identity
 
-__all__ = ["RandK", "TopK"]
+__all__ = ["RandK", "TopK", "TopKCodec"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,6 +60,17 @@ class _KeptCoordinates(Compressor):
         if self.k > d:
             raise OptionError(f"{type(self).__name__}: k={self.k} exceeds d={d}; take k <= d, or a ratio")
         return self.k
+
+    def _share(self, d: int) -> float:
+        return self.count(d) / max(1, d) if self.ratio is None else self.ratio
+
+    def grown(self, times: int, d: int) -> Compressor:
+        """Return TopK with so many times the share, see :meth:`Compressor.grown`."""
+        return TopK(min(1.0, times * self._share(d)) or 1.0, values=self.values)
+
+    def part(self, start: int, stop: int, d: int) -> Compressor:  # noqa: ARG002
+        """Return the same ratio, also where a count was given, see :meth:`Compressor.part`."""
+        return self if self.k is None else replace(self, k=None, ratio=self._share(d) or 1.0)
 
     def alpha(self, d: int) -> float:
         """Return k / d times the contraction constant of `values` at length k."""
@@ -129,6 +140,17 @@ class TopK(_KeptCoordinates):
         return np.array([super(TopK, self).count(int(n)) if n else 0 for n in np.diff(self.segment_bounds(d))],
                         np.int64)
 
+    def grown(self, times: int, d: int) -> Compressor:
+        """Return the same with so many times the share, of each segment, see :meth:`Compressor.grown`."""
+        return replace(self, k=None, ratio=min(1.0, times * self._share(d)) or 1.0)
+
+    def part(self, start: int, stop: int, d: int) -> Compressor:
+        """Return the same ratio of each segment, as far as it lies in the part, see :meth:`Compressor.part`."""
+        if self.segments is None:
+            return super().part(start, stop, d)
+        sizes = np.diff(np.clip(self.segment_bounds(d), start, stop))
+        return replace(self, segments=tuple(sizes[sizes > 0].tolist()))
+
     def count(self, d: int) -> int:
         """Return how many coordinates of a vector of length `d` are kept, over all segments."""
         return super().count(d) if self.segments is None else int(self.segment_counts(d).sum())
@@ -142,7 +164,7 @@ class TopK(_KeptCoordinates):
 
     def codec(self, d: int, dtype: DTypeLike = np.float32, device: str = "cpu") -> Codec:
         """Return a codec for k coordinates of d."""
-        return _TopKCodec(d, dtype, self, device)
+        return TopKCodec(d, dtype, self, device)
 
 
 @dataclass(frozen=True, repr=False)
@@ -246,11 +268,35 @@ class _SparseCodec(Codec):
             self._kernels.clear_sparse(self._decoded, out)
 
 
-class _TopKCodec(_SparseCodec):
+class TopKCodec(_SparseCodec):
+    """What :meth:`TopK.codec` returns, and :class:`Chunks` puts together.
+
+    Attributes
+    ----------
+    bounds, counts : of the segments, see :meth:`TopK.segment_bounds`
+    form : how values travel, as the kernels for many messages know it, else None: headroom and block
+    layout : (1, 6) int64, of a message, see :mod:`mpi_ef.kernels.messages`
+    """
+
+    def __init__(self, d: int, dtype: DTypeLike, what: TopK, device: str) -> None:
+        super().__init__(d, dtype, what, device)
+        self.form = self._values.form if device == "cpu" else None
+        self.layout = np.array([[0, self._kept.size, self._low, self._lower, self._head, self.nbytes]])
+
+    def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
+        """Add what all wires say in one call, see :meth:`Codec.add`."""
+        if self.form is None:
+            super().add(wires, out, factor, overwrite=overwrite)
+            return
+        if overwrite:
+            out.fill(0)
+        self._kernels.add_messages(self.layout, *self.form, *flat(wires), factor, writable(out), self._decoded,
+                                   self._kept)
+
     def _room(self, k: int, what: _KeptCoordinates) -> int:
         assert isinstance(what, TopK)  # noqa: S101
-        self._bounds, self._counts = what.segment_bounds(self.d), what.segment_counts(self.d)
-        candidates: int = self._kernels.select_candidates(self._bounds, self._counts)
+        self.bounds, self.counts = what.segment_bounds(self.d), what.segment_counts(self.d)
+        candidates: int = self._kernels.select_candidates(self.bounds, self.counts)
         return max(k, candidates)
 
     def _head_nbytes(self, k: int) -> int:
@@ -259,7 +305,7 @@ class _TopKCodec(_SparseCodec):
         return self._lower + kernels.upper_nbytes(self.d, k, self._low)
 
     def _choose(self, x: Source, head: Wires, step: int, rank: int) -> bool:  # noqa: ARG002
-        finite: bool = self._kernels.select_largest(x.terms, x.factors, x.keep, x.keep_factors, self._bounds, self._counts,
+        finite: bool = self._kernels.select_largest(x.terms, x.factors, x.keep, x.keep_factors, self.bounds, self.counts,
                                                     self._places, self._candidates)
         self._kernels.encode_indices(self._indices, self._low, *self._halves(head))
         return finite

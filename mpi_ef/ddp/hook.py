@@ -195,7 +195,8 @@ class FeedbackHook(OnAllRanks):
         with shared_errors(self.comm, "FeedbackHook", Plan.built):
             dtype = np.dtype(str(buffer.dtype).removeprefix("torch."))
             device = side_of(buffer.device.type, buffer.device.index)
-            plan = build_plan(self._plan, self.comm, compressor, buffer.numel(), dtype, device)
+            plan = build_plan(self._plan, self.comm, compressor, buffer.numel(), dtype, device,
+                              gather=rule_of(self.rule)[0].gathers)
         feedback = ErrorFeedback(self.rule, plan, dense_steps=self.dense_steps, **self.options)
         places = [Place.of_parameter(name, self._parameters[name], int(g.storage_offset() - buffer.storage_offset()))
                   for name, g in zip(names, gradients, strict=True)]

@@ -84,6 +84,8 @@ class Rule:
         Of how many vectors that of a step may be a combination without being formed beforehand.
     ranges : mapping of str to (str or callable, str, str)
         By the name of an option: an interval such as "[0, 1)", or whether a value fits; what fits, and what to try.
+    gathers : bool
+        Sparse messages are gathered on any number of ranks unless a plan is named: the rule has a way back of its own.
     """
 
     step: Callable[..., Steps]
@@ -92,6 +94,7 @@ class Rule:
     least_alpha: float = 0.0
     most_terms: int = 1
     ranges: Mapping[str, Range] = field(default_factory=lambda: _RANGES)
+    gathers: bool = False
 
     def __post_init__(self) -> None:
         self.state.check_marks()
@@ -156,7 +159,7 @@ RULES: Mapping[str, Rule] = {
         Rule(ef21_hb, EF21HBState, lambda _: {"eta": 0.5}),
         Rule(ef21_pp, EF21PPState, lambda _: {"participation": 0.5, "seed": 0}),
         Rule(ef21_w, EF21WState, lambda _: {"participation": 1.0, "seed": 0}),
-        Rule(ef21_bc, EF21BCState, lambda _: {"reply": Identity()}),
+        Rule(ef21_bc, EF21BCState, lambda _: {"reply": Identity()}, gathers=True),
         Rule(ef21_plus, EF21PlusState),
         Rule(ef21_page, EF21PAGEState),
         Rule(marina, MARINAState),

@@ -134,7 +134,8 @@ class DistributedOptimizer(FlatOptimizer):
             shapes = tuple(tuple(self.flat.parameters[number].shape) for number in numbers)
             with shared_errors(of_buckets, type(self).__name__, Plan.built):
                 bound, d = for_parameters(compressor, shapes), part.stop - part.start
-                parted = build_plan(plan, of_buckets, bound, d, self.flat.dtype, self.flat.device)
+                parted = build_plan(plan, of_buckets, bound, d, self.flat.dtype, self.flat.device,
+                                    gather=rule_of(rule)[0].gathers)
             buckets.append(Bucket(numbers, part, ErrorFeedback(rule, parted, dense_steps=dense_steps, **options)))
         self.buckets = Buckets(self.flat, buckets, lane)
         self.feedback, self._quiet = buckets[0].feedback, ExitStack()
