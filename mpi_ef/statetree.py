@@ -51,7 +51,11 @@ class Leaf:
     resets : bool
         Whether a reset sets it to zero.
     default : object
-        Where the state of an earlier version lacks it; without one, that state is refused.
+        Where the state of an earlier version lacks it; without one, that state is refused. 0 of an array: it begins with
+        zeros where a checkpoint lacks it.
+    inherits : str
+        The array of a checkpoint that is added to this one, its parts on the old ranks one after the other, where nothing
+        here has its name.
     """
 
     kind: Kind
@@ -61,6 +65,12 @@ class Leaf:
     reshard: Reshard | None = None
     resets: bool = False
     default: Any = _REQUIRED
+    inherits: str = ""
+
+    @property
+    def optional(self) -> bool:
+        """Whether a checkpoint may lack it."""
+        return self.default is not _REQUIRED
 
 
 def attribute(owner: object, name: str, kind: Kind = REPLICATED, *, resets: bool = False,

@@ -766,6 +766,48 @@ def test_reset_says_so():
     assert same_bits(rows[0][1], rows[1][1])
 
 
+@pytest.mark.parametrize("rule", ["ef14", "ef21", "econtrol", "ef21-sgdm"])
+def test_nothing_is_lost_where_another_number_of_ranks_gathers(rule):
+    """Messages go through owners on 8 ranks, and are gathered on 3; also where the same ranks take the other plan."""
+    d, options = 12_000, {"eta": 0.1} if rule == "econtrol" else {}
+    store, told, meant, kinds = MemoryStore(), np.zeros(d), np.zeros(d), []
+
+    def program(comm, start, plan):
+        feedback = ErrorFeedback(rule, plan(comm, TopK(0.02), d, np.float64), **options)
+        training = Training(rule=feedback, random=False)
+        assert training.resume(store, comm, policy="redistribute") == start
+        loaded = {key: a.copy() for key, a in (feedback.per_rank() | feedback.replicated()).items()}
+        results = [feedback.step(gaussian(comm.Get_rank(), d, np.float64, step=step)).copy()
+                   for step in range(start, start + 3)]
+        training.save(store, comm, start + 3)
+        return loaded, feedback.per_rank() | feedback.replicated(), sum(results), type(feedback.plan)
+
+    worlds = ((3, plan_for), (8, plan_for), (3, plan_for), (3, TwoPhaseMean), (3, plan_for), (7, plan_for), (7, GatherMean))
+    owed = np.zeros(d)
+    for start, (n, plan) in enumerate(worlds):
+        rows = quiet(n, functools.partial(program, start=3 * start, plan=plan))
+        kinds.append(rows[0][3])
+        for moment, states in ((0, [row[0] for row in rows]), (1, [row[1] for row in rows])):
+            parts = [state["plan.residual"] for state in states if "plan.residual" in state]
+            residual = np.concatenate(parts) if parts else np.zeros(d)
+            assert parts == [] if kinds[-1] is GatherMean else n < 7 or residual.any() or not moment
+            if rule == "ef14":
+                debt = np.mean([state["e_i"] for state in states], axis=0) + residual
+                if not moment:
+                    np.testing.assert_allclose(debt, owed, rtol=0, atol=1e-12)
+                owed = debt
+            else:
+                of = "h" if rule == "econtrol" else "g"
+                mean = np.mean([state[f"{of}_i"] for state in states], axis=0)
+                np.testing.assert_allclose(states[0][of] + residual, mean, rtol=0, atol=1e-12)
+        told += rows[0][2]
+        meant += sum(np.mean([gaussian(r, d, np.float64, step=s) for r in range(n)], axis=0)
+                     for s in range(3 * start, 3 * start + 3))
+        if rule == "ef14":
+            np.testing.assert_allclose(told + owed, meant, rtol=0, atol=1e-11)
+    assert kinds == [GatherMean, TwoPhaseMean, GatherMean, TwoPhaseMean, GatherMean, TwoPhaseMean, GatherMean]
+
+
 SPARSE = TopK(0.2)
 
 
@@ -786,7 +828,8 @@ def sgd_with(
     [
         (sgd_with(rule="ef21"), "has optimizer: rule ef14, here it is ef21;"),
         (sgd_with(compressor=TopK(0.3)), "has optimizer: compressor TopK(ratio=0.2"),
-        (sgd_with(plan=TwoPhaseMean), "has optimizer: plan GatherMean, here it is TwoPhaseMean;"),
+        (sgd_with(plan=lambda comm, *of: ClientsMean(comm, *of, clients=4)),
+         "has optimizer: plan GatherMean, here it is ClientsMean;"),
         (sgd_with(nbytes=100), "has optimizer: number of buckets 1, here it is"),
         (
             sgd_with(torch_optimizer=torch.optim.Adam),

@@ -212,4 +212,4 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         """
         start, stop = self._chunks[self.rank]
         cut = Reshard("cut", start=start, stop=stop)
-        return {"residual": Leaf(PER_RANK, self._residual, reshard=cut)} if self._remember else {}
+        return {"residual": Leaf(PER_RANK, self._residual, reshard=cut, default=0)} if self._remember else {}

@@ -298,8 +298,10 @@ class ErrorFeedback(OnAllRanks, Stateful):
         own = self.state.leaves()
         for name, leaf in own.items():
             if (move := leaf.reshard) is not None:
-                owed = f"plan.{move.owed}" if move.owed in of_plan else ""
+                owed = f"plan.{move.owed}" if move.owed else ""
                 own[name] = replace(leaf, reshard=share or replace(move, owed=owed))
+        if "residual" not in of_plan and share is None and (heir := self.state.heir()):
+            own[heir] = replace(own[heir], inherits="plan.residual")
         resets = any(leaf.resets for leaf in own.values())
         of_plan = {f"plan.{k}": replace(leaf, resets=resets and leaf.kind == PER_RANK) for k, leaf in of_plan.items()}
         values = {

@@ -160,6 +160,13 @@ class State:
         return {name: replace(mark, array=getattr(self, name)) for name, mark in self.marks().items()}
 
     @classmethod
+    def heir(cls) -> str:
+        """Return the array that gets what a plan owed that keeps it no more: the aggregate of estimates, else errors."""
+        marks = {name: mark.reshard for name, mark in cls.marks().items() if mark.reshard is not None and mark.resets}
+        aggregates = [move.of for move in marks.values() if move.how == "copy" and move.owed]
+        return next(iter([*aggregates, *(name for name, move in marks.items() if move.how == "mean")]), "")
+
+    @classmethod
     def estimates(cls) -> bool:
         """Tell whether the rule follows gradients by estimates, which a restart has to begin with a whole vector."""
         return any(mark.kind == REPLICATED and mark.resets for mark in cls.marks().values())

@@ -12,7 +12,7 @@ from mpi_ef.data import random_state, rank_seed, seed_rank, set_random_state
 from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.optim.flat import FlatOptimizer
 from mpi_ef.optim.wrapper import DistributedOptimizer
-from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Stateful
+from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Leaf, Stateful
 from mpi_ef.vectors.places import is_on_device
 
 from .reshard import EITHER, RestoreView, Snapshot, read
@@ -91,11 +91,14 @@ class StateComponent(Component):
         self.owner.before_load()
         mine, start = self.owner.state_tree().arrays(), f"{self.name}."
         theirs = {name.removeprefix(start) for name in past.names() if name.startswith(start)}
-        if different := sorted(mine.keys() ^ theirs):
+        heirs = {_inherited(key, leaf) for key, leaf in mine.items()}
+        needed = {key for key, leaf in mine.items() if not leaf.optional}
+        if different := sorted((needed - theirs) | (theirs - mine.keys() - heirs)):
             where = "here" if different[0] in mine else "in the checkpoint"
             raise ShapeError(f"resume: {start}{different[0]} is only {where}; build the training as it was")
         for key, leaf in mine.items():
-            past.check_array(start + key, leaf.array, leaf.reshard)
+            if key in theirs:
+                past.check_array(start + key, leaf.array, leaf.reshard)
 
     def restore(self, past: RestoreView) -> None:
         """Write values, then arrays, which may follow from them, then derive what follows from all."""
@@ -107,11 +110,19 @@ class StateComponent(Component):
         if past.kind(f"{name}:own"):
             tree.write(past.mean(f"{name}:own", home), PER_RANK)
         for key, leaf in owner.state_tree().arrays().items():
-            past.write(f"{name}.{key}", leaf.array, leaf.reshard)
+            if leaf.optional and past.kind(f"{name}.{key}") is None:
+                leaf.array.fill(0)
+            else:
+                past.write(f"{name}.{key}", leaf.array, leaf.reshard, f"{name}.{_inherited(key, leaf)}")
         owner.loaded()
 
     def forget(self) -> Finish | None:
         return getattr(self.owner, "forget", None)
+
+
+def _inherited(key: str, leaf: Leaf) -> str:
+    """Return the name of what an array inherits, which begins as its own does; "" for nothing."""
+    return key[: key.rfind(".") + 1] + leaf.inherits if leaf.inherits else ""
 
 
 class ModelComponent(Component):

@@ -219,16 +219,27 @@ class RestoreView:
         if move.how == "copy":
             prefix = name[: name.rindex(".") + 1]
             aggregate = self.found.replicated(prefix + move.of)
-            if move.owed:
-                aggregate = aggregate + np.concatenate([self.found.per_rank(prefix + move.owed, r) for r in worlds])
-            return aggregate
+            return self._with_owed(aggregate, prefix + move.owed) if move.owed else aggregate
         if move.how == "cut":
             return _cut((self.found.per_rank(name, rank) for rank in worlds), move.start, move.stop, name)
         parts = (torch.from_numpy(np.array(self.found.per_rank(name, rank))) for rank in worlds)
         return mean_over_ranks(parts, name).numpy()
 
-    def write(self, name: str, out: Array, move: Reshard | None = None) -> None:
-        """Overwrite `out` with what :meth:`resharded` returns; `ShapeError` where that has another shape or dtype."""
+    def _with_owed(self, array: Array, name: str) -> Array:
+        """Return an array plus that of the name, whose parts on the old ranks follow each other, if there is one."""
+        if self.kind(name) is None:
+            return array
+        owed: Array = np.concatenate([self._array(name, self.kind(name), r) for r in range(self.found.world_size)])
+        return array + owed
+
+    def write(self, name: str, out: Array, move: Reshard | None = None, inherits: str = "") -> None:
+        """Overwrite `out` with what :meth:`resharded` returns; `ShapeError` where that has another shape or dtype.
+
+        `inherits`: the name of what is added to it, one after the other of all old ranks, if there is such an array.
+        """
+        if inherits and self.kind(inherits) is not None:
+            out[...] = self._with_owed(self.resharded(name, move), inherits)
+            return
         tensor: Tensor | None = getattr(out, "tensor", None)
         if tensor is not None and (self._stays(name) or move is None) and isinstance(self.found, InPieces):
             self._fill(tensor, name, None if self.kind(name) == REPLICATED else self.old_rank, out)

@@ -28,6 +28,7 @@ __all__ = ["POLICIES", "Storage", "Training"]
 _log = logging.getLogger("mpi_ef.state")
 FORMAT = 1
 POLICIES = ("exact", "redistribute", "reset")
+_SPARSE_MEANS = {"GatherMean", "TwoPhaseMean"}  # which of them follows from the number of ranks, and nothing is lost between
 _OTHER = "build the training as it was, or start from nothing in another directory"
 
 
@@ -317,7 +318,7 @@ def _check(parts: Mapping[str, Component], past: RestoreView, policy: str) -> No
     for name, part in parts.items():
         theirs, mine = saved[name], part.identity()
         for fact in [*mine, *(theirs.keys() - mine.keys())]:
-            if theirs.get(fact) != mine.get(fact):
+            if theirs.get(fact) != mine.get(fact) and not {theirs.get(fact), mine.get(fact)} <= _SPARSE_MEANS:
                 subject = fact if name == "model" else f"{name}: {fact}"
                 raise OptionError(f"resume: {at} has {subject} {theirs.get(fact, 'not at all')}, here it is "
                                   f"{mine.get(fact, 'not there')}; {_OTHER}")
