@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpi_ef.collectives import TwoPhaseMean
+from mpi_ef.collectives import GatherMean, TwoPhaseMean, chunk_bounds
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 from mpi_ef.feedback import ErrorFeedback
@@ -98,22 +98,47 @@ class FeedbackBucket:
 
         `plan` is what :meth:`plan_state` of a bucket of the same parameters has returned, or empty.
         """
-        arrays = self._arrays()
-        for place in self.places:
-            if (seen := saved[place.name]["arrays"].keys()) != arrays.keys():
-                raise OptionError(f"FeedbackHook: the saved state of {place.name} is {', '.join(seen)}, here it is "
+        arrays, plan_here = self._arrays(), self.feedback.plan
+        either = {_RESIDUAL} if isinstance(plan_here, GatherMean | TwoPhaseMean) else set()
+        kept = {place.name: saved[place.name]["arrays"] for place in self.places}
+        for name, of_place in kept.items():
+            if not (of_place.keys() ^ arrays.keys()) <= either:
+                raise OptionError(f"FeedbackHook: the saved state of {name} is {', '.join(of_place)}, here it is "
                                   f"{', '.join(arrays)}; build the hook as it was when saved")
         for name, array in arrays.items():
             whole = self._spread(name, array)
-            for place in self.places:
-                overwrite(place.view(whole), saved[place.name]["arrays"][name])
+            self._write(whole, name, kept)
             if name == _RESIDUAL:
-                self._sum_chunk(whole, array)
+                self._sum_chunk(whole, array, self._bounds)
+        if _RESIDUAL not in arrays and any(_RESIDUAL in of_place for of_place in kept.values()):
+            self._inherit(kept)
         for name, tensor in plan.items():
             overwrite(_tensor(self.feedback.plan.state()[name]), tensor)
         counters = {key: max(saved[place.name][key] for place in self.places) for key in ("steps", "exchanges")}
         late = f"0:{self.feedback.plan.d}" if any(saved[place.name].get("late", 0) for place in self.places) else ""
         self.feedback.load_state_dict(self.feedback.state_dict() | counters | {"late": late})
+
+    def _write(self, whole: Vector, name: str, kept: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Overwrite `whole`, (d,), with an array by parameter; with zeros where it is missing."""
+        for place in self.places:
+            view, tensor = place.view(whole), kept[place.name].get(name)
+            if tensor is None:
+                view.zero_()
+            else:
+                overwrite(view, tensor)
+
+    def _inherit(self, kept: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Add what other plans have not sent yet to what a plan without a residual will send. Collective."""
+        plan = self.feedback.plan
+        if not (heir := self.feedback.state.heir()):
+            return
+        whole, bounds = plan.zeros(plan.d), np.array(chunk_bounds(plan.d, plan.size))
+        self._write(whole, _RESIDUAL, kept)
+        chunk, owed = np.empty(np.diff(bounds)[plan.rank], plan.dtype), np.empty(plan.d, plan.dtype)
+        self._sum_chunk(whole, chunk, bounds)
+        plan.comm.Allgatherv(chunk, [owed, (np.diff(bounds), bounds[:-1])])
+        array = self._arrays()[heir]
+        array += backend_of(array).place(owed)
 
     def _spread(self, name: str, array: Vector) -> Vector:
         """Return an array of length d: this one, or a new one with this rank's chunk in its place."""
@@ -123,11 +148,11 @@ class FeedbackBucket:
         whole[self._bounds[self.feedback.plan.rank] :][: array.size] = array
         return whole
 
-    def _sum_chunk(self, whole: Vector, chunk: Vector) -> None:
+    def _sum_chunk(self, whole: Vector, chunk: Vector, bounds: NDArray[np.int64]) -> None:
         """Overwrite `chunk` with the sum over the ranks of this rank's chunk of `whole`. Collective."""
         n, size = self.feedback.plan.size, chunk.size
         whole, arrived = backend_of(whole).fetch(whole), np.empty((n, size), chunk.dtype)
-        outward, inward = (np.diff(self._bounds), self._bounds[:-1]), (np.full(n, size), np.arange(n) * size)
+        outward, inward = (np.diff(bounds), bounds[:-1]), (np.full(n, size), np.arange(n) * size)
         self.feedback.plan.comm.Alltoallv([whole, outward], [arrived, inward])
         chunk[:] = arrived.sum(axis=0)
 
