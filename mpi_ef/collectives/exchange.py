@@ -61,13 +61,16 @@ class Exchange:
     def __init__(self, comm: Comm, name: str, timer: Timer, encoding: Timer) -> None:
         self._comm, self._rank, self._timer, self._encoding = comm, int(comm.Get_rank()), timer, encoding
         self._plan, self._subject = name, f"{name}.exchange"
-        self._queue = ways_of(comm).queue
+        self._ways = ways_of(comm)
+        self.goes_on = False  # second rounds begin while the program computes, as far as the communicator has a way for them
         self.number = 0  # of the plan, in every header
         self.refusal: MpiEfError | None = None  # why this rank cannot take part; all raise it, or what follows, in round 1
         self._rounds: Iterator[Round] | None = None
         self._first: Round | None = None
         self._request: Any = None
         self._step, self._finite = 0, True
+        self._arrived = False  # the round of the last request, at which nobody has looked
+        self._failed: BaseException | None = None  # what a second round has raised outside of :meth:`complete`
 
     @property
     def is_open(self) -> bool:
@@ -87,16 +90,18 @@ class Exchange:
             raise self._nothing()
         self._first = sent
         self._send(sent)
-        if self._queue is None:
+        if self._ways.queue is None:
             self.depart()
         else:
-            self._queue.append(self)
+            self._ways.queue.append(self)
             self.let_depart(wait=False)
+        if self.goes_on and self._ways.second is not None:
+            self._ways.later.append(self)
 
     def let_depart(self, *, wait: bool) -> None:
         """Start the first rounds on this communicator that a device had to send, in order; `wait` for it or not."""
-        while self._queue and (wait or self._queue[0].has_been_sent()):
-            self._queue.pop(0).depart()
+        while self._ways.queue and (wait or self._ways.queue[0].has_been_sent()):
+            self._ways.queue.pop(0).depart()
 
     def has_been_sent(self) -> bool:
         """Tell whether MPI can be given the first round. Local."""
@@ -115,22 +120,69 @@ class Exchange:
         took_off(self, self._request)
 
     def progress(self) -> None:
-        """Let MPI work on what :meth:`launch` has started. Local."""
+        """Let MPI work on what :meth:`launch` has started, and begin second rounds whose turn it is. Local."""
         self.let_depart(wait=False)
+        later = self._ways.later
+        while later and later[0].go_on(wait=False):
+            later.pop(0)
         if self._request is not None:
             self._request.Test()
+
+    def go_on(self, *, wait: bool) -> bool:
+        """Begin the second round when the first has arrived, see :class:`Departing`.
+
+        Where something is wrong nothing begins, on any rank, as all see the same headers: :meth:`complete` tells.
+        """
+        assert self._rounds is not None  # noqa: S101
+        assert self._first is not None  # noqa: S101
+        assert self._ways.second is not None  # noqa: S101
+        if self._request is None:  # a device has not sent it yet
+            return False
+        if wait:
+            self._await()
+        elif not self._request.Test():
+            return False
+        self._request, self._arrived = None, True
+        landed(self)
+        headers = self._first.receive.look().tolist()
+        if headers.count(header_of(self._step, OK, self.number)) < len(headers):
+            return True
+        self._first.receive.pull()
+        self._arrived = False
+        try:
+            if (sent := next(self._rounds, None)) is not None:
+                self._send(sent)
+                self._mark(sent)
+                sent.receive.expect()
+                start = self._ways.second.Ialltoall if sent.scatter else self._ways.second.Iallgather
+                self._request = start(sent.send.message, sent.receive.message)
+                self._ways.begun += 1
+                took_off(self, self._request)
+            self._first = sent
+        except BaseException as error:  # not in a backward pass, or where another plan is waited for
+            self._failed = error
+        return True
+
+    def _await(self) -> None:
+        with self._timer:
+            self._request.Wait()
 
     def complete(self) -> None:
         """Do all rounds, or what is left of them. Collective."""
         assert self._rounds is not None  # noqa: S101
         self.let_depart(wait=True)  # before anything else on this communicator, on all ranks
-        rounds, self._rounds = self._rounds, None
-        if self._request is not None:
+        later = self._ways.later
+        while self in later:
+            later.pop(0).go_on(wait=True)
+        (rounds, self._rounds), (failed, self._failed) = (self._rounds, None), (self._failed, None)
+        if failed is not None:
+            raise failed
+        if self._request is not None or self._arrived:
             assert self._first is not None  # noqa: S101
-            with self._timer:
-                self._request.Wait()
-            self._request = None
-            landed(self)
+            if self._request is not None:
+                self._await()
+                landed(self)
+            self._request, self._arrived = None, False
             self._inspect(self._first)
             self._first = None
         elif (first := next(rounds, None)) is None:

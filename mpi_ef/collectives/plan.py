@@ -82,6 +82,7 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
     own = 1
     saved_by = "state()"
     built = "the building of a plan"
+    goes_on: ClassVar[bool] = False  # whether what it does between two rounds is of this rank alone, and may happen early
     keeps: ClassVar[str] = ""  # the option that says whether anything is kept from one exchange to the next
     kinds: ClassVar[dict[str, type[Self]]] = {}  # those of which compressors say by name that they suit them
 
@@ -120,6 +121,7 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         self.watched, self.lost = False, cast("float | None", None)
         self._encoding, communicating, self._decoding = (Timer(self.seconds, name) for name in self.seconds)
         self._exchange = Exchange(comm, subject, communicating, self._encoding)
+        self._exchange.goes_on = self.goes_on and self.device == "cpu"
         self._exchange.let_depart(wait=True)  # what follows is collective
         self._direct = self.device != "cpu" and ways_of(comm).direct
         self._refuses: MpiEfError | None = None  # of the next exchange

@@ -71,7 +71,7 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         What to take in place of the mean, entry by entry; n vectors of the length of a chunk then.
     """
 
-    keeps = "residual"
+    keeps, goes_on = "residual", True
 
     @classmethod
     def pays(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike) -> bool:

@@ -17,6 +17,9 @@ class Departing(Protocol):
     def depart(self) -> None:
         """Give its first round to MPI, after waiting for the device. Collective."""
 
+    def go_on(self, *, wait: bool) -> bool:
+        """Begin its second round when the first has arrived, waiting for that or not; tell whether it has been seen to."""
+
 
 class Ways:
     """What plans look up when they are built on a communicator.
@@ -28,11 +31,21 @@ class Ways:
     queue : list, or None
         Nothing but exchanges of plans happens on this communicator, which can therefore be begun when the device has done
         its part: those that wait for that, in the order in which all ranks begin them. None: every one begins at once.
+    second : communicator, or None
+        Of the same ranks, for second rounds that begin while first ones of others are under way: when a first round has
+        arrived differs between ranks, and MPI wants one order on all of them on a communicator.
+    later : list
+        Exchanges whose second round has not begun, in the order in which all ranks begin these.
+    begun : int
+        Second rounds that this rank has begun there.
     """
 
     def __init__(self) -> None:
         self.direct = False
         self.queue: list[Departing] | None = None
+        self.second: Comm | None = None
+        self.later: list[Departing] = []
+        self.begun = 0
 
 
 def ways_of(comm: Comm) -> Ways:

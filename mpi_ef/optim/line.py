@@ -151,7 +151,7 @@ class _Lanes:
 
     def __init__(self) -> None:
         self.comms: list[Comm] = []
-        self.closed: dict[int, int] = {}  # how many exchanges were started on those that no optimizer has
+        self.closed: dict[int, tuple[int, int]] = {}  # of those that no optimizer has: exchanges started, second rounds
 
 
 class Lane:
@@ -177,7 +177,8 @@ class Lane:
         if not alike:
             mpi_comm: Any = comm
             lanes.comms.append(mpi_comm.Dup())
-            ways_of(lanes.comms[-1]).queue = []
+            ways = ways_of(lanes.comms[-1])
+            ways.queue, ways.second = [], mpi_comm.Dup()
         self._number, _ = min(alike, default=(len(lanes.comms) - 1, 0))
         lanes.closed.pop(self._number, None)
         self.comm, self._lanes = lanes.comms[self._number], lanes
@@ -186,6 +187,8 @@ class Lane:
     def close(self) -> None:
         """Leave it to later optimizers, as it is. Local."""
         self.closed = True
-        waiting = ways_of(self.comm).queue or []
-        self._lanes.closed[self._number] = self.started - len(waiting)
+        ways = ways_of(self.comm)
+        waiting = ways.queue or []
+        self._lanes.closed[self._number] = self.started - len(waiting), ways.begun
         waiting.clear()
+        ways.later.clear()

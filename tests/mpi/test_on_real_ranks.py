@@ -2,6 +2,7 @@
 
 import gc
 import os
+from time import monotonic
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import virtual
 from mpi4py import MPI
 from optimizer_table import ROWS
+from patience import limit
 from programs import CLIENT_RULES, OPTIMIZERS, PLANS, RULES, client_steps, exchanges, rule_steps, same_bits, training
 from training import net_with_more, parameters_of, train
 from vectors_for_tests import gaussian
@@ -17,10 +19,12 @@ from vectors_for_tests import gaussian
 from mpi_ef import ShardedSampler, Stopper, Store, Training, local_device, seed_rank, synchronize_buffers
 from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, allgather, allreduce
 from mpi_ef.collectives import frames as frames_module
+from mpi_ef.collectives.ways import ways_of
 from mpi_ef.compress import Identity, Sign, TopK
 from mpi_ef.data import generator_for
 from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError, PeerError, ShapeError
 from mpi_ef.optim import EF21, DistributedOptimizer, EControl, OneBitAdam, flat
+from mpi_ef.optim.line import Lane
 
 pytestmark = pytest.mark.mpi
 on_two_ranks = pytest.mark.exhaustive if os.environ.get("MPI_EF_TEST_RANKS") != "2" else lambda test: test
@@ -102,6 +106,40 @@ def test_split_phases_of_several_plans_overlap(comm):
         alone = np.zeros(1001, np.float32)
         PLANS[name](comm, 1001, np.float32).exchange(gaussian(comm.rank, 1001)).add_mean(alone)
         assert alone.tobytes() == out.tobytes()
+
+
+@pytest.mark.parametrize("compressor", [TopK(0.05), Sign(block=64)], ids=str)
+def test_second_rounds_begin_while_ranks_compute(comm, compressor):
+    """In one order on all ranks, whichever of them comes late; a NaN is told in the exchange that has it."""
+    d, lane = 3001, Lane(comm)
+    plans, alone = ([TwoPhaseMean(on, compressor, d) for _ in range(3)] for on in (lane.comm, comm))
+    ways = ways_of(lane.comm)
+    for turn in range(2 * comm.size):
+        vectors = [gaussian(comm.rank, d, step=3 * turn + number) for number in range(3)]
+        broken = turn == comm.size
+        if broken and comm.rank == comm.size - 1:
+            vectors[1][7] = np.nan
+        before, late = ways.begun, turn % comm.size == comm.rank and comm.size > 1
+        for plan, x in zip(plans, vectors, strict=True):
+            plan.start(x)
+        deadline = monotonic() + limit(60)
+        while not late and ways.begun < before + 3 - broken and monotonic() < deadline:
+            plans[(turn + comm.rank) % 3].progress()
+        assert late or ways.begun == before + 3 - broken
+        for number, (plan, other, x) in enumerate(zip(plans, alone, vectors, strict=True)):
+            if broken and number == 1:
+                for one in (plan.wait, lambda x=x, other=other: other.exchange(x)):
+                    with pytest.raises(NonFiniteError) as error:
+                        one()
+                    assert error.value.ranks == (comm.size - 1,)
+                continue
+            means = np.empty((2, d), np.float32)
+            plan.wait().set_mean(means[0])
+            other.exchange(x).set_mean(means[1])
+            assert means[0].tobytes() == means[1].tobytes()
+            assert plan.state()["residual"].tobytes() == other.state()["residual"].tobytes()
+        assert not ways.later
+    lane.close()
 
 
 def test_sub_communicators_and_a_world_of_one(comm):
