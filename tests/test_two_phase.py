@@ -2,6 +2,7 @@
 
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from vectors_for_tests import DTYPES, gaussian
 
 from mpi_ef import DistributedOptimizer, ErrorFeedback, kernels
-from mpi_ef.collectives import GatherMean, TwoPhaseMean, plan_for
+from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, plan_for
 from mpi_ef.compress import Chunks, Identity, Keep, Quantize, RandK, Sign, TopK, lazy, source
 from mpi_ef.compress.compressor import flat
 from mpi_ef.kernels import reference
@@ -287,3 +288,14 @@ def test_a_rule_with_a_way_back_of_its_own_gathers():
         return [type(optimizer.feedback.plan) for optimizer in built]
 
     assert virtual.results(8, program)[0] == [GatherMean, TwoPhaseMean]
+
+
+def test_the_guide_says_what_ranks_send():
+    d, what = 10_000_000, TopK(0.01, values=Quantize("bf16"))
+    text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8").splitlines()
+    start = text.index(next(line for line in text if line.startswith("| ranks | 2 | 4 |")))
+    ranks, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in (text[start], *text[start + 2 :]))
+    for plan, row in zip((GatherMean, TwoPhaseMean, lambda comm, _, d: DenseMean(comm, d)), rows[:3], strict=True):
+        for n in (2, 7, 16):
+            nbytes = virtual.results(n, lambda comm, plan=plan: plan(comm, what, d).traffic.sent_nbytes)[0]
+            assert row[ranks.index(str(n))] == f"{nbytes / 1e6:.2f} MB"

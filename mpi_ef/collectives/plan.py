@@ -92,11 +92,6 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
             Plan.kinds[kind] = cls
 
     @classmethod
-    def pays(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike) -> bool:  # noqa: ARG003
-        """Tell whether sparse messages go through this plan with fewer bytes than are gathered. Local, alike everywhere."""
-        return False
-
-    @classmethod
     def suited(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, *, residual: bool,
                device: str = "cpu") -> "Plan":
         """Return a plan of this kind for :func:`plan_for`. Collective."""
@@ -209,7 +204,7 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         return self._kernels.array(x)
 
     def misfit(self, x: Any, subject: str, name: str, d: int | None = None) -> MpiEfError | None:
-        """Return what is wrong with a vector of this rank, (own_d,) or (`d`,); None if nothing is. Local."""
+        """Return what is wrong with a vector of this rank, (own_d,) or (`d`,), or None. Local."""
         return misfit(x, self.own_d if d is None else d, self.dtype, subject, name, self._kernels)
 
     def loaded(self) -> None:
@@ -402,13 +397,12 @@ def plan_for(comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.f
              residual: bool = True, gather: bool = False, device: str = "cpu") -> Plan:
     """Return the plan that suits a compressor, by what its attribute ``plan`` says, and the number of ranks. Collective.
 
-    Sparse messages are gathered on few ranks; where n - 1 of them are more bytes than two phases of chunks with a larger
-    reply, for long vectors from 7 ranks on, they go through two phases, so that neither the bytes nor the memory of a rank
-    grow with n. :class:`DenseMean` for Identity, :class:`LowRankMean` for LowRank, else two phases.
+    Sparse messages are gathered on few ranks; where two phases with a larger reply are fewer bytes than n - 1 messages, for
+    long vectors from 7 ranks on, they go through two phases, so that neither bytes nor memory of a rank grow with n.
+    :class:`DenseMean` for Identity, :class:`LowRankMean` for LowRank, else two phases.
 
     `residual`: whether the plan keeps something from one exchange to the next, a two-phase plan the error of its second
-    phase, a low-rank one the factor it begins with. Without it sparse messages are gathered, as with `gather`: whoever needs
-    the exact mean of the messages, or those of single ranks, asks for that. For the rest see :class:`Plan`.
+    phase, a low-rank one the factor it begins with. Without it, or with `gather`, any number of ranks gathers.
     """
     kind = compressor.plan if isinstance(compressor, Compressor) else "gather"  # which refuses it, on all ranks
     if kind not in Plan.kinds:
@@ -417,6 +411,7 @@ def plan_for(comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.f
             raise OptionError(f"plan_for: {briefly(compressor)} wants a plan of kind {briefly(kind)}, which there is not; "
                               f"{hint}")
     where = {} if device == "cpu" else {"device": device}
-    if kind == "gather" and residual and not gather and Plan.kinds["two-phase"].pays(comm, compressor, d, dtype):
+    owners: Any = Plan.kinds["two-phase"]
+    if kind == "gather" and residual and not gather and owners.pays(comm, compressor, d, dtype):
         kind = "two-phase"
     return Plan.kinds[kind].suited(comm, compressor, d, dtype, residual=residual, **where)

@@ -75,7 +75,7 @@ class TwoPhaseMean(Plan, kind="two-phase"):
 
     @classmethod
     def pays(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike) -> bool:
-        """Tell whether two phases of chunks are fewer bytes than n - 1 messages, see :meth:`Plan.pays`."""
+        """Tell whether sparse messages are fewer bytes through this plan than gathered. Local, alike on all ranks."""
         n = int(comm.Get_size()) if hasattr(comm, "Get_size") else 1
         try:
             if compressor.grown(_growth(n), d) == compressor:
