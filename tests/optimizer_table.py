@@ -182,7 +182,8 @@ ROWS = {
             "own": {"g_i", "v_i"}, "calls": GATHERS, "learning": {"compressor": TopK(0.2, values=Quantize("bf16"))},
         },
         "EF21Muon in two phases": _muon | {
-            "own": {"g_i", "v_i", "plan.residual"}, "calls": TWO_PHASES, "options": {"plan": TwoPhaseMean},
+            "own": {"g_i", "v_i", "plan.residual"}, "calls": TWO_PHASES, "saves": 2,
+            "options": {"plan": TwoPhaseMean},
             "learning": {"compressor": TopK(0.2, values=Quantize("bf16"))},
         },
         "Lion": _votes | {
