@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed, shared_errors
+from mpi_ef.comm.nodes import Nodes, node_name
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Codec, Combination, Compressor, Identity, Keep, Source, source
 from mpi_ef.compress.combination import Vector
@@ -60,6 +61,8 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         How many vectors this rank gives to a mean, 1 except for :class:`ClientsMean`; their length one after the other.
     clients : int
         Of how many vectors it is the mean.
+    nodes : Nodes
+        Which rank is on which node, see :mod:`mpi_ef.comm.nodes`.
     exchanges : int
         Number of completed exchanges; also the key of random compressors.
     sent_nbytes : int
@@ -133,10 +136,10 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
             return {"plan": subject, "compressor": compressor, "d": self.d, "dtype": self.dtype,
                     "bytes of a message": codec.nbytes, "wire version": WIRE_VERSION, **bound}
 
-        numbers = agree(comm, subject, facts, "build the plan from the same arguments everywhere", value=next(_numbers),
-                     call=self.built)
-        self.own_d = self.own * self.d
-        self._exchange.number = numbers[0]  # of rank 0, which has all plans of this communicator; in every header
+        answers = agree(comm, subject, facts, "build the plan from the same arguments everywhere",
+                        value=(next(_numbers), node_name(comm)), call=self.built)
+        self.own_d, self.nodes = self.own * self.d, Nodes.named(name for _, name in answers)
+        self._exchange.number = answers[0][0]  # of rank 0, which has all plans of this communicator; in every header
 
     @abstractmethod
     def bind(self) -> dict[str, object]:
@@ -229,6 +232,11 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
     def like(self, compressor: Compressor) -> "Plan":
         """Return a new plan for the same vectors, through which dense steps and second messages go. Collective."""
         return plan_for(self.comm, compressor, self.d, self.dtype, device=self.device)
+
+    @property
+    def between_hosts(self) -> bool:
+        """Whether ranks are on several nodes, and can send to one another: the same on all of them."""
+        return self.nodes.count > 1 and hasattr(self.comm, "Isend")
 
     @property
     def all_sent_nbytes(self) -> int:
