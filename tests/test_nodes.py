@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 import virtual
+from programs import PLANS as OF_RANKS
 from vectors_for_tests import gaussian
 
-from mpi_ef.collectives import DenseMean, LowRankMean, pairwise
+from mpi_ef.collectives import ClientsMean, DenseMean, LowRankMean, pairwise
 from mpi_ef.comm.nodes import RANKS_PER_NODE, Nodes, node_name, nodes_of
-from mpi_ef.compress import LowRank
+from mpi_ef.compress import LowRank, TopK
 from mpi_ef.errors import OptionError, PeerError
 from mpi_ef.testing.faults import CommunicationError, FaultyComm
 from mpi_ef.testing.virtual import DeadlockError
+
+PLANS = OF_RANKS | {"clients": lambda comm, d, dtype: ClientsMean(comm, TopK(0.1), d, dtype, clients=comm.Get_size() + 2)}
 
 
 def test_nodes_are_numbered_by_their_first_ranks():
@@ -158,6 +161,51 @@ def test_each_step_has_other_pairs_and_few_messages_are_under_way(monkeypatch):
     for steps, most in virtual.results(n, program):
         assert steps == 2 * one_way + 4 * both + 2 * one_way
         assert most == 2 * pairwise.UNDER_WAY
+
+
+class Links(FaultyComm):
+    """Counts the bytes that this rank sends to each other one."""
+
+    def __init__(self, comm):
+        super().__init__(comm)
+        self.sent = np.zeros(comm.Get_size(), int)
+
+    def __getattr__(self, name):
+        found = super().__getattr__(name)
+        if name not in ("Allgather", "Allgatherv", "Alltoall", "Alltoallv", "Isend"):
+            return found
+
+        def call(send, *others):
+            if name == "Isend":
+                self.sent[others[0]] += send.nbytes
+            elif name == "Alltoallv":
+                self.sent += send[0].itemsize * np.asarray(send[1][0])
+            else:
+                self.sent += send.nbytes // (self.comm.Get_size() if name == "Alltoall" else 1)
+            return found(send, *others)
+
+        return call
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("n", "s"), [(1, 1), (4, 1), (6, 2), (5, 3), (4, 4)])
+def test_bytes_on_the_link_of_a_node(plan, n, s, monkeypatch):
+    """Counted: what leaves a node, of the one that sends most; the last node has what is left."""
+    monkeypatch.setattr(pairwise, "MESSAGE_NBYTES", 256)
+
+    def program(comm):
+        links = Links(comm)
+        made = PLANS[plan](links, 1001, np.float32)
+        links.sent[:] = 0
+        made.exchange(gaussian(comm.Get_rank(), made.own_d))
+        link = made.link_traffic
+        assert link.dense_nbytes == 2 * (-(-n // s) - 1) * 4004 // -(-n // s)
+        return links.sent, link.sent_nbytes, made.nodes
+
+    rows = virtual.results(n, program, ranks_per_node=s)
+    on = np.array(rows[0][2].numbers)
+    crossing = [int(sum(rows[r][0][on != on[r]].sum() for r in range(n) if on[r] == node)) for node in range(on.max() + 1)]
+    assert {said for _, said, _ in rows} == {max(crossing)}
 
 
 def test_memory_of_many_ranks_is_limited(monkeypatch):

@@ -15,9 +15,9 @@ from .exchange import Round
 from .frames import Frames
 from .lowrank import LowRankMean
 from .onecall import allgather, allreduce
-from .plan import Offer, Plan, Traffic, plan_for
+from .plan import LinkTraffic, Offer, Plan, Traffic, plan_for
 from .plans import GatherMean, TwoPhaseMean, chunk_bounds
 
-__all__ = ["ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LowRankMean", "Offer", "Plan",
-           "PlanBuilder", "Round", "Traffic", "TwoPhaseMean", "allgather", "allreduce", "build_plan", "chunk_bounds",
+__all__ = ["ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LinkTraffic", "LowRankMean", "Offer",
+           "Plan", "PlanBuilder", "Round", "Traffic", "TwoPhaseMean", "allgather", "allreduce", "build_plan", "chunk_bounds",
            "plan_for", "use_gpu_aware_mpi"]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mpi_ef.comm.nodes import Nodes
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity, Source, lazy, source
 from mpi_ef.compress.combination import Combination, Keep, Vector, writable
@@ -17,7 +18,7 @@ from .exchange import Round
 from .frames import NON_FINITE, Frames, status_of
 from .misfit import unwritable
 from .pairwise import PairwiseMean
-from .plan import Plan, Traffic
+from .plan import LinkTraffic, Plan, Traffic
 
 __all__ = ["DenseMean", "RankOrderMean"]
 
@@ -58,7 +59,7 @@ class RankOrderMean:
     """
 
     def __init__(self, comm: Comm, d: int, dtype: DTypeLike, seconds: dict[str, float]) -> None:
-        self._comm, self._seconds = comm, seconds
+        self._comm, self._seconds, self._d = comm, seconds, d
         self._dtype: np.dtype[Any] = np.dtype(dtype)
         self._size, self._rank = n, rank = int(comm.Get_size()), int(comm.Get_rank())
         itemsize, self._kernels = self._dtype.itemsize, backend(self._dtype)
@@ -72,6 +73,16 @@ class RankOrderMean:
         """Return how many bytes leave this rank, and come to it, each time. Local."""
         blocks = sum(block.size for block in self._blocks)
         return self._pairs.nbytes if pairwise else 2 * (self._size - 1) * self._dtype.itemsize * blocks
+
+    def leaving(self, nodes: Nodes, *, pairwise: bool) -> int:
+        """Return how many bytes leave the node that sends most. Local."""
+        if not pairwise:
+            return nodes.leaving(self.nbytes(pairwise=False))
+        n, most = self._size, 0
+        for node, size in enumerate(nodes.sizes):
+            added = sum(share for share, on in zip(self._pairs.shares, nodes.numbers, strict=True) if on == node)
+            most = max(most, size * (self._d - added) + (n - size) * added)
+        return most * self._dtype.itemsize
 
     def form(self, x: Vector, factor: float, out: Vector, *, pairwise: bool) -> bool:
         """Write ``factor`` times the sum over the ranks of `x` to `out`; tell if this rank's share is finite. Collective.
@@ -234,3 +245,10 @@ class DenseMean(Plan, kind="dense"):
         """Bytes of one exchange."""
         nbytes = self._rank_order.nbytes(pairwise=self.between_hosts) + 2 * (self.size - 1) * self._ready.frame_nbytes
         return Traffic.both_ways(nbytes, self.size, self.d * self.dtype.itemsize)
+
+    @property
+    def link_traffic(self) -> LinkTraffic:
+        """Bytes of one exchange on the link of a node."""
+        sent_nbytes = self.nodes.leaving(2 * (self.size - 1) * self._ready.frame_nbytes)
+        sent_nbytes += self._rank_order.leaving(self.nodes, pairwise=self.between_hosts)
+        return LinkTraffic.of(self.nodes, sent_nbytes, self.d * self.dtype.itemsize)

@@ -15,7 +15,7 @@ from mpi_ef.statetree import REPLICATED, Leaf
 from .dense import RankOrderMean
 from .exchange import Round
 from .frames import Frames, Twin
-from .plan import Plan, Traffic
+from .plan import LinkTraffic, Plan, Traffic
 
 __all__ = ["LowRankMean"]
 
@@ -186,6 +186,14 @@ class LowRankMean(Plan, kind="low-rank"):
         status = (self.size - 1) * self._ready.frame_nbytes
         nbytes = status + sum(mean.nbytes(pairwise=self.between_hosts) for mean in (self._mean_left, self._mean_right))
         return Traffic.both_ways(nbytes, self.size, self.d * self.dtype.itemsize)
+
+    @property
+    def link_traffic(self) -> LinkTraffic:
+        """Bytes of one exchange on the link of a node."""
+        sent_nbytes = self.nodes.leaving((self.size - 1) * self._ready.frame_nbytes)
+        means = self._mean_left, self._mean_right
+        sent_nbytes += sum(mean.leaving(self.nodes, pairwise=self.between_hosts) for mean in means)
+        return LinkTraffic.of(self.nodes, sent_nbytes, self.d * self.dtype.itemsize)
 
     def undo(self) -> None:
         """Begin the next exchange with the Q with which the last one began, see :meth:`Plan.undo`."""

@@ -6,6 +6,7 @@ both directions of every link busy, and do not meet.
 """
 
 from collections import deque
+from itertools import pairwise
 from time import perf_counter
 from typing import Any, Self
 
@@ -61,9 +62,9 @@ class PairwiseMean:
         self._width = n * longest
         self._blocks = -(-d // self._width)
         self._arrived = np.zeros((2, self._width), kernels.dtype)
-        ends = self._ends(max(self._blocks - 1, 0))
-        mine = max(self._blocks - 1, 0) * longest + ends[rank + 1] - ends[rank]
-        self.nbytes = int(d + (n - 2) * mine) * itemsize  # out of this rank, and into it
+        ends, whole = self._ends(max(self._blocks - 1, 0)), max(self._blocks - 1, 0)
+        shares = self.shares = [whole * longest + high - low for low, high in pairwise(ends)]  # entries that each rank adds
+        self.nbytes = int(d + (n - 2) * shares[rank]) * itemsize  # out of this rank, and into it
 
     def _ends(self, b: int) -> list[int]:
         """Return where slices of block `b` begin and end: that of rank r from entry r of the list to entry r + 1."""

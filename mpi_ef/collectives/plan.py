@@ -24,10 +24,10 @@ from .exchange import Exchange, Round, Timer
 from .frames import WIRE_VERSION, Frames
 from .misfit import check_device, misfit, unwritable
 from .offer import Offer
-from .traffic import Traffic
+from .traffic import LinkTraffic, Traffic
 from .ways import ways_of
 
-__all__ = ["Offer", "Plan", "Traffic", "plan_for"]
+__all__ = ["LinkTraffic", "Offer", "Plan", "Traffic", "plan_for"]
 
 _numbers = count(1)
 
@@ -139,6 +139,7 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         answers = agree(comm, subject, facts, "build the plan from the same arguments everywhere",
                         value=(next(_numbers), node_name(comm)), call=self.built)
         self.own_d, self.nodes = self.own * self.d, Nodes.named(name for _, name in answers)
+        self.between_hosts = self.nodes.count > 1 and hasattr(comm, "Isend")  # and each rank can send to any other
         self._exchange.number = answers[0][0]  # of rank 0, which has all plans of this communicator; in every header
 
     @abstractmethod
@@ -234,11 +235,6 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         return plan_for(self.comm, compressor, self.d, self.dtype, device=self.device)
 
     @property
-    def between_hosts(self) -> bool:
-        """Whether ranks are on several nodes, and can send to one another: the same on all of them."""
-        return self.nodes.count > 1 and hasattr(self.comm, "Isend")
-
-    @property
     def all_sent_nbytes(self) -> int:
         """Bytes that have left this rank through this plan and its companions."""
         return self.sent_nbytes + sum(companion.sent_nbytes for companion in self._companions.values())
@@ -247,6 +243,11 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
     @abstractmethod
     def traffic(self) -> Traffic:
         """Bytes of one exchange."""
+
+    @property
+    def link_traffic(self) -> LinkTraffic:
+        """Bytes of one exchange on the link of a node; here what each rank sends goes to all others alike."""
+        return LinkTraffic.of(self.nodes, self.nodes.leaving(self.traffic.sent_nbytes), self.d * self.dtype.itemsize)
 
     @property
     def alpha(self) -> float:

@@ -57,6 +57,14 @@ class Nodes:
         """The most ranks that one of them has."""
         return max(self.sizes)
 
+    def leaving(self, sent_nbytes: int) -> int:
+        """Return how many bytes leave the node that sends most, of all its ranks, each of which sends so many. Local.
+
+        What a rank sends is spread evenly over all others.
+        """
+        n = len(self.numbers)
+        return sent_nbytes * max(s * (n - s) for s in self.sizes) // max(1, n - 1)
+
     def beside(self, rank: int) -> list[int]:
         """Return the ranks on the node of `rank`, with it. Local."""
         return [other for other, node in enumerate(self.numbers) if node == self.numbers[rank]]
