@@ -26,6 +26,7 @@ from mpi_ef.jobs.bench.methods import methods
 from mpi_ef.jobs.bench.table import Link, Row, break_even, combine, table
 from mpi_ef.jobs.bench.traffic import Counting
 from mpi_ef.jobs.folder import replacing
+from mpi_ef.jobs.link_fit import of_ends
 from mpi_ef.jobs.metrics import Metrics, Progress, announcing, in_bytes
 from mpi_ef.jobs.options import option, parse, to_toml
 from mpi_ef.jobs.train import loop as trainer
@@ -460,6 +461,32 @@ def test_latency_is_charged_to_whom_it_belongs():
     assert break_even(few, dense, link) is None
 
 
+def test_a_link_is_measured_at_its_ends():
+    """100 Mbit/s that let the first 128 KiB pass, and a busy machine in the middle: a line through all is above both."""
+    sizes = [1 << power for power in range(10, 25, 2)]
+    seconds = [1e-4 + max(0, size - (1 << 17)) / 12.5e6 for size in sizes]
+    seconds[3] += 0.02
+    latency, speed = of_ends(sizes, seconds)
+    assert latency == pytest.approx(1e-4, rel=0.9)
+    assert speed == pytest.approx(12.5e6)
+    assert of_ends([1, 2], [1.0, 1.0])[1] == pytest.approx(1e15)
+
+
+def test_a_method_with_more_computation_does_not_pay_on_any_link():
+    """Of four ranks: a dense mean needs the latency of two messages, one in pairs not that of each of its thousands."""
+    link = Link(1e-4, 12.5e6)
+    counting = Counting(mock.Mock(**{"Get_size.return_value": 4}))
+    for _ in range(3000):
+        counting.Isend(1, 2)
+    assert counting.messages == 375
+    reduced = Counting(mock.Mock(**{"Get_size.return_value": 4}))
+    reduced.Allreduce(1, 2)
+    assert reduced.messages == 2
+    dense = on_link(link, "dense", None, 6_000_000, reduced.messages)
+    limit = break_even(on_link(link, "compressed", 2, 92_400, 3), dense, link)
+    assert limit == pytest.approx(5_907_600 / 2.1e-3)
+
+
 @pytest.mark.parametrize("own", [0.1, 5, 40, 57])
 def test_what_no_link_explains_is_computation_of_neither(own):
     """Beside "0.58x": of the dense mean 48 of 58 ms are beyond the fit, and of the method all but its own 5, 40, 57."""
@@ -488,14 +515,14 @@ def test_messages_are_counted():
                 found[method.name.partition("(")[0]] = counting.messages - before
         return found
 
-    assert virtual.results(3, program)[1] == {
+    assert virtual.results(3, program, ranks_per_node=3)[1] == {
         "DenseMean": 8, "ef21 TopK": 2, "ef14 TopK": 2, "econtrol TopK": 2, "ef14 RandK": 2, "ef14 Sign": 4,
         "ef14 Quantize": 4, "ef21 by torch.topk + Allgather": 4, "signs by np.packbits + Allgather": 4,
     }
     mpi = Counting(mock.Mock(**{"Get_size.return_value": 3}))
     mpi.Allreduce(1, 2)
     mpi.Iallreduce(1, 2).Wait()
-    assert mpi.messages == 8
+    assert mpi.messages == 4
     assert Row(**{name: value for name, value in asdict(bench_row("x", "dense", 1, 8)).items() if name != "messages"})
 
 

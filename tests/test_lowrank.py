@@ -424,7 +424,7 @@ def test_plan_for_takes_it_and_relatives_are_of_the_right_kind(n):
         assert compressor.wire_nbytes(8100) == 4 * (2 * 180 + 100)
         assert all(spent > 0 for spent in plan.seconds.values())
 
-    virtual.results(n, program)
+    virtual.results(n, program, ranks_per_node=n)
 
 
 def test_one_call_forms():

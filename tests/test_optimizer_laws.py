@@ -191,7 +191,7 @@ def test_a_step_takes_few_collectives_and_few_bytes(row):
         assert optimizer.dense_nbytes > row.saves * (optimizer.sent_nbytes - before)
         return tuple(sorted(calls))
 
-    assert virtual.results(2, program) == [row.calls] * 2
+    assert virtual.results(2, program, ranks_per_node=2) == [row.calls] * 2
 
 
 # Does not hold yet: that wrappers refuse states of the others (KeyError 'placement'), that these refuse states of wrappers

@@ -30,6 +30,11 @@ class Method:
     plan: Plan | None = None
     clock: dict[str, float] = field(default_factory=dict)  # seconds of its parts so far, as of :attr:`Plan.seconds`
 
+    @property
+    def link_nbytes(self) -> int | None:
+        """Bytes that leave a node, of all its ranks; None where that is not known."""
+        return None if self.plan is None else self.plan.link_traffic.sent_nbytes
+
     def __post_init__(self) -> None:
         self.clock = self.clock if self.plan is None else self.plan.seconds
 

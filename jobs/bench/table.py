@@ -44,6 +44,7 @@ class Row:
     local_seconds: float | None  # of computation, as measured: outside of communication
     touched_bytes: float | None  # memory that the kernels of a step stream through, per entry, by :mod:`.traffic`
     messages: int = 0  # that a rank sends one after the other; files of earlier versions do not say
+    link_nbytes: int | None = None  # that leave a node; None for what no plan sends, and in such files
 
     def on(self, link: Link) -> float:
         """Return its seconds on a link by the model: computation, messages times latency, bytes over bandwidth."""
@@ -54,7 +55,7 @@ def check(result: Any) -> None:
     """Raise `ValueError` unless a document is a result of the benchmark, of one launch or of several. Local."""
     try:
         rows, link = [Row(**row) for row in result["rows"]], Link(**result["link"])
-        counts = [result[name] for name in ("ranks", "d", "repeats", "launches")]
+        counts = [*(result[name] for name in ("ranks", "d", "repeats", "launches")), result.get("nodes", 1)]
         devices = result.get("devices", {"": ""})
         texts = [result["mpi"], *(text for row in rows for text in (row.name, row.kind)), *devices, *devices.values()]
         added = result.get("ef21_memory_vectors", 0.0)
@@ -63,7 +64,8 @@ def check(result: Any) -> None:
     numbers = [added, link.latency_seconds, *(number for row in rows for number in (
         row.min_seconds, row.max_seconds, row.sent_nbytes))]
     divisors = [*counts, link.bytes_per_second, *(row.median_seconds for row in rows)]
-    open_ones = [number for row in rows for number in (row.entry_bits, row.index_bits, row.local_seconds, row.touched_bytes)]
+    open_ones = [number for row in rows for number in (row.entry_bits, row.index_bits, row.local_seconds,
+                                                            row.touched_bytes, row.link_nbytes)]
     if not all(isinstance(text, str) for text in texts) or not all(type(count) is int for count in counts) or devices == {}:
         raise ValueError("names or counts are of wrong types")
     if not all(map(is_number, numbers)) or not all(is_number(number) and number > 0 for number in divisors):
@@ -105,15 +107,17 @@ def table(result: dict[str, Any]) -> str:
     reading = next((row.median_seconds for row in rows if row.name.startswith("read the vector")), None)
     width = max(len(row.name) for row in rows)
     launches = f"{result['launches']} launches" if result["launches"] > 1 else "1 launch"
-    title = f"{result['mpi']}, {result['ranks']} ranks, d = {result['d']:,} float32, {launches} of {result['repeats']}"
+    ranks = f"{result['ranks']} ranks" + (f" on {result['nodes']} nodes" if result.get("nodes", 1) > 1 else "")
+    title = f"{result['mpi']}, {ranks}, d = {result['d']:,} float32, {launches} of {result['repeats']}"
     speed = f"{1e6 * link.latency_seconds:.1f} us + {link.bytes_per_second / 1e9:.2f} GB/s"
+    edge = f"  {'':<{width}}"
     lines = [
         f"{title} rounds: medians, slowest rank",
         *(f"vectors on {text} ({ranks})" for text, ranks in result.get("devices", {}).items()),
         f"link: {speed}",
         "",
-        f"  {'':<{width}}     ms     min     max  against  against  against  reads                         bytes    pays",
-        f"  {'':<{width}}                      Allreduce best MPI  fastest  of x     sent  bits/entry   touched   below",
+        f"{edge}     ms     min     max  against  against  against  reads                                  bytes    pays",
+        f"{edge}                      Allreduce best MPI  fastest  of x     sent   a node  bits/entry   touched   below",
     ]
     kind = ""
     for row in rows:
@@ -126,7 +130,7 @@ def table(result: dict[str, Any]) -> str:
         line += f"{'':27}" if kind == "local" else ratios
         line += f"{row.median_seconds / reading:7.1f}" if reading else f"{'':7}"
         if kind != "local":
-            line += f"{in_bytes(row.sent_nbytes):>9}"
+            line += f"{in_bytes(row.sent_nbytes):>9}{'-' if row.link_nbytes is None else in_bytes(row.link_nbytes):>9}"
         if row.entry_bits is not None:
             line += f"  {row.entry_bits:5.1f}" + (f" ({row.index_bits:4.1f})" if row.index_bits else f"{'':7}")
         if row.touched_bytes is not None:
@@ -138,7 +142,8 @@ def table(result: dict[str, Any]) -> str:
         *_beside(rows, result.get("ef21_memory_vectors")),
         "",
         "against: how many times faster than MPI_Allreduce, than the faster of MPI's two, than the fastest dense one;",
-        "reads of x: the time as a multiple of reading the vector once; bits/entry: on the wire (of these for the index);",
+        "reads of x: the time as a multiple of reading the vector once; sent: by a rank; a node: by all its ranks, to other",
+        "nodes; bits/entry: on the wire (of these for the index);",
         "bytes touched per entry of the vector (share of the time that only reading them would take);",
         f"pays below: on links of this latency and less bandwidth it beats {best.name}: each by its computation, messages",
         "times latency, and bytes over bandwidth; on this link as measured",

@@ -7,37 +7,49 @@ and there (sparse messages) count by their own size, although a whole cache line
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from inspect import signature
+from math import ceil
 from typing import Any
 
 from mpi_ef import kernels
+from mpi_ef.collectives.pairwise import UNDER_WAY
 
 __all__ = ["Counting", "counted"]
 
-_TURNS = {"Allreduce": 2, "Iallreduce": 2} | dict.fromkeys(
-    ("Allgather", "Allgatherv", "Alltoall", "Alltoallv", "Iallgather", "Ialltoall", "allgather"), 1)
+_REDUCTIONS = ("Allreduce", "Iallreduce")
+_GATHERS = ("Allgather", "Allgatherv", "Alltoall", "Alltoallv", "Iallgather", "Ialltoall", "allgather")
 
 
 class Counting:
     """A communicator that counts the messages that a rank sends one after the other.
 
-    These are n - 1 in a gather or an exchange of all with all, as around a ring, and twice as many in a reduction, as
-    :class:`mpi_ef.collectives.Traffic` counts bytes.
+    These are n - 1 in a gather or an exchange of all with all, as around a ring. A reduction is said to take no more than
+    any has to, log2 n, as well as no more bytes. Of messages to single ranks several are under way, which wait for the link
+    together.
     """
 
     def __init__(self, comm: Any) -> None:
-        self.comm, self.messages = comm, 0
+        self.comm, self.counted = comm, Fraction(0)
+        others = comm.Get_size() - 1
+        self._turns = dict.fromkeys(_GATHERS, Fraction(others)) | {"Isend": Fraction(1, UNDER_WAY)}
+        self._turns |= dict.fromkeys(_REDUCTIONS, Fraction(others.bit_length()))
+
+    @property
+    def messages(self) -> int:
+        """How many of them there were."""
+        return ceil(self.counted)
 
     def __bool__(self) -> bool:
         return bool(self.comm)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.comm, name)
-        if name not in _TURNS:
+        if name not in self._turns:
             return found
 
         def call(*arguments: Any, **options: Any) -> Any:
-            self.messages += _TURNS[name] * (self.comm.Get_size() - 1)
+            self.counted += self._turns[name]
             return found(*arguments, **options)
 
         return call

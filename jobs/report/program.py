@@ -148,6 +148,7 @@ def _trained(path: Path) -> _Run:
 def _summary(path: Path) -> dict[str, Any]:
     summary: dict[str, Any] = read_json(path / "summary.json", follow=True)
     figures = [summary[name] for name in ("val_loss", "sent_nbytes", "dense_nbytes", "seconds_per_step")]
+    figures += [summary[name] for name in ("nodes", "link_nbytes") if name in summary]
     if not all(map(is_number, figures)) or not isinstance(summary["config"]["compressor"], str):
         raise ValueError("summary.json has figures that are no numbers")
     return summary
@@ -209,17 +210,25 @@ def _benched(path: Path) -> Section:
     return Section(path.stem, f"Benchmark: {path.stem}", text, lambda target: bench_table.plot(result, target), made)
 
 
+def _of_node(summary: Mapping[str, Any]) -> str:
+    """Return what has left a node in a run on several of them."""
+    return in_bytes(summary["link_nbytes"]) if summary.get("nodes", 1) > 1 and "link_nbytes" in summary else "-"
+
+
 def table(runs: Sequence[_Run]) -> str:
     """Return one line per run: losses, bytes, times; the first run is what the others are compared with."""
     first = runs[0].summary["val_loss"]
     width = max(3, *(len(run.name) for run in runs))
-    lines = [f"{'run':<{width}}  val. loss  to first  sent/rank   dense/sent  ms/step  method"]
+    on_nodes = any(run.summary.get("nodes", 1) > 1 for run in runs)  # earlier runs do not say
+    node = f"{'sent/node':>9}  " if on_nodes else ""
+    lines = [f"{'run':<{width}}  val. loss  to first  sent/rank  {node} dense/sent  ms/step  method"]
     for run in runs:
         summary, sent = run.summary, run.summary["sent_nbytes"]
+        node = f"{_of_node(summary):>9}  " if on_nodes else ""
         apart = 100 * (summary["val_loss"] / first - 1) if first else math.nan
         lines.append(
             f"{run.name:<{width}}  {summary['val_loss']:9.4f}  {apart:+7.1f}%  "
-            f"{in_bytes(sent):>9}  {summary['dense_nbytes'] / max(1, sent):10.1f}x  "
+            f"{in_bytes(sent):>9}  {node}{summary['dense_nbytes'] / max(1, sent):10.1f}x  "
             f"{1e3 * summary['seconds_per_step']:7.1f}  {method(summary)}"
         )
     return "\n".join(lines)

@@ -108,17 +108,21 @@ class Trainer:
     def headline(self) -> str:
         """Return a line about the model, its data and the bytes of a step. Local."""
         plans, dense = self.optimizer.plans(), in_bytes(self.optimizer.dense_nbytes)
-        sent = in_bytes(sum(plan.traffic.sent_nbytes for plan in plans))
+        sent, links = in_bytes(sum(plan.traffic.sent_nbytes for plan in plans)), [plan.link_traffic for plan in plans]
+        of_node = ""
+        if plans[0].nodes.count > 1:
+            of_node = (f"; {in_bytes(sum(link.sent_nbytes for link in links))} leave each of {plans[0].nodes.count} nodes "
+                       f"(dense: {in_bytes(sum(link.dense_nbytes for link in links))})")
         return (f"{self.config.model}: {self.optimizer.flat.d:,} parameters on {counted(self.comm.Get_size(), 'rank')}, "
                 f"{self.data.size:,} training samples; {self.config.optimizer}, {plans[0].compressor}: {sent} per step and "
-                f"rank when compressed (dense: {dense})")
+                f"rank when compressed (dense: {dense}){of_node}")
 
     @property
     def columns(self) -> list[str]:
         """Names of what :meth:`row` returns. Local."""
         times = [f"{which}seconds_{phase}" for phase in PHASES for which in ("", "min_", "max_")]
-        return ["step", "epoch", "lr", "loss", "val_loss", "val_accuracy", "sent_nbytes", "dense_nbytes", "lost",
-                *(f"norm_{name}" for name in self._state()), "seconds", *times]
+        return ["step", "epoch", "lr", "loss", "val_loss", "val_accuracy", "sent_nbytes", "link_nbytes", "dense_nbytes",
+                "lost", *(f"norm_{name}" for name in self._state()), "seconds", *times]
 
     def _state(self) -> "dict[str, np.ndarray]":
         return self.optimizer.per_rank() | self.optimizer.replicated()
@@ -207,7 +211,8 @@ class Trainer:
         self._loss_sum, self._loss_count = 0.0, 0
         row = {"step": self.steps, "epoch": self.epoch, "lr": learning_rate(self.config, self.steps),
                "loss": self._loss, "val_loss": None, "val_accuracy": None,
-               "sent_nbytes": self._sent(), "dense_nbytes": self.steps * self.optimizer.dense_nbytes,
+               "sent_nbytes": self._sent(), "link_nbytes": self._left_node(),
+               "dense_nbytes": self.steps * self.optimizer.dense_nbytes,
                **self._diagnosis()}
         if evaluate:
             paused = perf_counter()
@@ -222,6 +227,12 @@ class Trainer:
 
     def _sent(self) -> int:
         return self._earlier_sent + self.optimizer.sent_nbytes
+
+    def _left_node(self) -> int:
+        """Return how much has left a node, in proportion to an exchange: all that a rank sends goes the same way. Local."""
+        plans = self.optimizer.plans()
+        sent = sum(plan.traffic.sent_nbytes for plan in plans)
+        return self._sent() * sum(plan.link_traffic.sent_nbytes for plan in plans) // sent if sent else 0
 
     def _spent(self) -> dict[str, float]:
         """Return the seconds of this rank by phase, and of all, those before an interruption included. Local."""

@@ -143,7 +143,8 @@ def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:
     return {
         "ranks": trainer.comm.Get_size(), "parameters": trainer.optimizer.flat.d, "steps": config.steps,
         "loss": row["loss"], "val_loss": row["val_loss"], "val_accuracy": row["val_accuracy"],
-        "sent_nbytes": row["sent_nbytes"], "dense_nbytes": row["dense_nbytes"],
+        "sent_nbytes": row["sent_nbytes"], "link_nbytes": row["link_nbytes"],
+        "nodes": trainer.optimizer.plans()[0].nodes.count, "dense_nbytes": row["dense_nbytes"],
         "seconds": row["seconds"], "seconds_per_step": row["seconds"] / max(1, timed), "phases_seconds_per_step": phases,
         "untimed_steps": trainer.untimed_steps, "untimed_seconds": trainer.untimed_seconds,
         "skipped_steps": trainer.optimizer.skipped_steps,
@@ -161,8 +162,10 @@ def _table(summary: dict[str, Any]) -> str:
     rows = [("validation loss", f"{summary['val_loss']:.4f}"), ("training loss", f"{summary['loss']:.4f}")]
     if summary["val_accuracy"] is not None:
         rows.append(("validation accuracy", f"{100 * summary['val_accuracy']:.2f} %"))
+    nodes = summary["nodes"]
     rows += [
         ("bytes sent per rank", f"{in_bytes(sent)} (dense: {in_bytes(dense)}; {share})"),
+        *[("bytes sent per node", f"{in_bytes(summary['link_nbytes'])} by all ranks of one of {nodes}")] * (nodes > 1),
         ("time", f"{summary['seconds']:.1f} s, {1e3 * summary['seconds_per_step']:.1f} ms per step"),
         *((f"  {name}", f"{1e3 * value:.2f} ms per step") for name, value in summary["phases_seconds_per_step"].items()),
         *[("  not counted", untimed)] * bool(steps),

@@ -6,7 +6,7 @@ A *plan* is built once (collective: all ranks together, same arguments) and exch
 
 from mpi_ef.comm.protocol import Comm
 
-from .chosen import PlanBuilder, build_plan
+from .chosen import PlanBuilder, build_plan, plan_for
 from .clients import ClientsMean
 from .combine import Combine
 from .dense import DenseMean
@@ -16,9 +16,9 @@ from .frames import Frames
 from .gather import GatherMean
 from .lowrank import LowRankMean
 from .onecall import allgather, allreduce
-from .plan import Offer, Plan, Traffic, plan_for
+from .plan import LinkTraffic, Offer, Plan, Traffic
 from .two_phase import TwoPhaseMean, chunk_bounds
 
-__all__ = ["ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LowRankMean", "Offer", "Plan",
-           "PlanBuilder", "Round", "Traffic", "TwoPhaseMean", "allgather", "allreduce", "build_plan", "chunk_bounds",
+__all__ = ["ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LinkTraffic", "LowRankMean", "Offer",
+           "Plan", "PlanBuilder", "Round", "Traffic", "TwoPhaseMean", "allgather", "allreduce", "build_plan", "chunk_bounds",
            "plan_for", "use_gpu_aware_mpi"]

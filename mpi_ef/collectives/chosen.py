@@ -13,11 +13,30 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor
 from mpi_ef.errors import OptionError, briefly
 
-from .plan import Plan, plan_for
+from .gather import GatherMean
+from .plan import Plan
+from .two_phase import TwoPhaseMean
 
-__all__ = ["PlanBuilder", "build_plan", "plan_named"]
+__all__ = ["PlanBuilder", "build_plan", "plan_for", "plan_named"]
 
 PlanBuilder = str | Callable[[Comm, Compressor, int, Any], Plan]
+
+
+def plan_for(comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *,
+             residual: bool = True, gather: bool = False, device: str = "cpu") -> Plan:
+    """Return the plan that suits a compressor, by what its attribute ``plan`` says, and the number of ranks. Collective.
+
+    Sparse messages are gathered on few ranks; where two phases with a larger reply are fewer bytes than n - 1 messages, for
+    long vectors from 7 ranks on, they go through two phases, so that neither bytes nor memory of a rank grow with n.
+    :class:`DenseMean` for Identity, :class:`LowRankMean` for LowRank, else two phases.
+
+    `residual`: whether the plan keeps something from one exchange to the next, a two-phase plan the error of its second
+    phase, a low-rank one the factor it begins with. Without it, or with `gather`, any number of ranks gathers.
+    """
+    kind, where = Plan.kind_for(comm, compressor), {} if device == "cpu" else {"device": device}
+    if kind is GatherMean and residual and not gather and TwoPhaseMean.pays(comm, compressor, d, dtype):
+        kind = TwoPhaseMean
+    return kind.suited(comm, compressor, d, dtype, residual=residual, **where)
 
 
 def plan_named(text: str) -> Callable[[Comm, Compressor, int, Any], Plan]:

@@ -15,7 +15,7 @@ from mpi_ef.statetree import Reshard
 
 from .exchange import Round, Timer
 from .frames import Frames, Twin
-from .plan import Plan, Traffic
+from .plan import LinkTraffic, Plan, Traffic
 from .two_phase import chunk_bounds
 
 __all__ = ["ClientsMean"]
@@ -212,3 +212,10 @@ class ClientsMean(Plan):
         others = self.clients - self.own
         dense = 2 * (self.size - 1) * self.d * self.dtype.itemsize // self.size
         return Traffic((self.size - 1) * (word + self.own * nbytes), (self.size - 1) * word + others * nbytes, dense)
+
+    @property
+    def link_traffic(self) -> LinkTraffic:
+        """Bytes on the link of a node of an exchange in which all clients participate."""
+        sent, on = self._word.frame_nbytes + self._counts * self._codec.nbytes, np.asarray(self.nodes.numbers)
+        sent_nbytes = max(int(sent[on == node].sum()) * (self.size - of) for node, of in enumerate(self.nodes.sizes))
+        return LinkTraffic.of(self.nodes, sent_nbytes, self.d * self.dtype.itemsize)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mpi_ef.comm.nodes import Nodes
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity, Source, lazy, source
 from mpi_ef.compress.combination import Combination, Keep, Vector, writable
@@ -16,7 +17,8 @@ from mpi_ef.kernels.backend import backend
 from .exchange import Round
 from .frames import NON_FINITE, Frames, status_of
 from .misfit import unwritable
-from .plan import Plan, Traffic
+from .pairwise import PairwiseMean
+from .plan import LinkTraffic, Plan, Traffic
 
 __all__ = ["DenseMean", "RankOrderMean"]
 
@@ -49,13 +51,15 @@ class _Block(NamedTuple):
 class RankOrderMean:
     """The mean of whole vectors, summed in rank order, without a word on whether a rank can take part.
 
-    What :class:`DenseMean` and other plans have in common: steps 1 to 4 of the former.
+    What :class:`DenseMean` and other plans have in common: steps 1 to 4 of the former. With `pairwise`, for ranks on several
+    hosts and the same on all of them, messages go as :class:`PairwiseMean` says; otherwise all send to all at once, longer
+    ones, which is quicker through memory. The bits are the same.
 
     The time spent in "communicate" and "decode" is added to `seconds`.
     """
 
     def __init__(self, comm: Comm, d: int, dtype: DTypeLike, seconds: dict[str, float]) -> None:
-        self._comm, self._seconds = comm, seconds
+        self._comm, self._seconds, self._d = comm, seconds, d
         self._dtype: np.dtype[Any] = np.dtype(dtype)
         self._size, self._rank = n, rank = int(comm.Get_size()), int(comm.Get_rank())
         itemsize, self._kernels = self._dtype.itemsize, backend(self._dtype)
@@ -63,17 +67,36 @@ class RankOrderMean:
         self._arrived = np.zeros(n * longest, self._dtype)
         self._blocks = [_Block.of(low, min(low + n * longest, d), n, rank) for low in range(0, d, n * longest)]
         self._padded = np.zeros((2, n * self._blocks[-1].size if self._blocks else 0), self._dtype)
-        self.nbytes = 2 * (n - 1) * itemsize * sum(block.size for block in self._blocks)  # out of a rank, and into it
+        self._pairs = PairwiseMean(comm, d, self._kernels)
 
-    def form(self, x: Vector, factor: float, out: Vector) -> bool:
+    def nbytes(self, *, pairwise: bool) -> int:
+        """Return how many bytes leave this rank, and come to it, each time. Local."""
+        blocks = sum(block.size for block in self._blocks)
+        return self._pairs.nbytes if pairwise else 2 * (self._size - 1) * self._dtype.itemsize * blocks
+
+    def leaving(self, nodes: Nodes, *, pairwise: bool) -> int:
+        """Return how many bytes leave the node that sends most. Local."""
+        if not pairwise:
+            return nodes.leaving(self.nbytes(pairwise=False))
+        n, most = self._size, 0
+        for node, size in enumerate(nodes.sizes):
+            added = sum(share for share, on in zip(self._pairs.shares, nodes.numbers, strict=True) if on == node)
+            most = max(most, size * (self._d - added) + (n - size) * added)
+        return most * self._dtype.itemsize
+
+    def form(self, x: Vector, factor: float, out: Vector, *, pairwise: bool) -> bool:
         """Write ``factor`` times the sum over the ranks of `x` to `out`; tell if this rank's share is finite. Collective.
 
         Both are (d,) of the dtype, contiguous; `out` is another array, with the same bits on all ranks. The factor is
         rounded to the dtype and multiplies every vector before it is added.
         """
         began, decoding, weight, finite = perf_counter(), self._seconds["decode"], self._dtype.type(factor), True
-        for block in self._blocks:
-            finite &= self._form_block(block, x[block.low : block.high], weight, out[block.low : block.high])
+        if pairwise:
+            finite, seconds = self._pairs.form(x, weight, out)
+            self._seconds["decode"] += seconds
+        else:
+            for block in self._blocks:
+                finite &= self._form_block(block, x[block.low : block.high], weight, out[block.low : block.high])
         self._seconds["communicate"] += perf_counter() - began - (self._seconds["decode"] - decoding)
         return finite
 
@@ -107,8 +130,11 @@ class DenseMean(Plan, kind="dense"):
     5. Allgather 8 bytes: was any sum NaN or Inf?
 
     Received slices are still in cache when they are added, and sums when they are sent: that makes it faster than an
-    allreduce of the whole vector inside one machine. Cost per exchange: ``2 (n - 1) / n`` times the vector sent and as
-    many bytes received. Memory: the result, up to three blocks, and for combinations and :meth:`start` one more vector.
+    allreduce of the whole vector inside one machine. Where ranks are on several hosts, messages are short and go in pairs,
+    from every rank to one other at a time, which fills links as the ring of an allreduce does.
+
+    Cost per exchange: ``2 (n - 1) / n`` times the vector sent and as many bytes received. Memory: the result, up to three
+    blocks, and for combinations and :meth:`start` one more vector.
 
     Parameters, attributes and errors: see :class:`Plan`.
     """
@@ -176,10 +202,10 @@ class DenseMean(Plan, kind="dense"):
 
     def _form(self) -> bool:
         if not self._staged:
-            return self._rank_order.form(self._x, self._factor, self._result)
+            return self._rank_order.form(self._x, self._factor, self._result, pairwise=self.between_hosts)
         x, mean = self._staged
         self._kernels.to_host(self._x, x)
-        finite = self._rank_order.form(x, self._factor, mean)
+        finite = self._rank_order.form(x, self._factor, mean, pairwise=self.between_hosts)
         self._kernels.to_device(mean, self._result)
         return finite
 
@@ -217,5 +243,12 @@ class DenseMean(Plan, kind="dense"):
     @property
     def traffic(self) -> Traffic:
         """Bytes of one exchange."""
-        nbytes = self._rank_order.nbytes + 2 * (self.size - 1) * self._ready.frame_nbytes
+        nbytes = self._rank_order.nbytes(pairwise=self.between_hosts) + 2 * (self.size - 1) * self._ready.frame_nbytes
         return Traffic.both_ways(nbytes, self.size, self.d * self.dtype.itemsize)
+
+    @property
+    def link_traffic(self) -> LinkTraffic:
+        """Bytes of one exchange on the link of a node."""
+        sent_nbytes = self.nodes.leaving(2 * (self.size - 1) * self._ready.frame_nbytes)
+        sent_nbytes += self._rank_order.leaving(self.nodes, pairwise=self.between_hosts)
+        return LinkTraffic.of(self.nodes, sent_nbytes, self.d * self.dtype.itemsize)

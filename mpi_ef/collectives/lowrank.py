@@ -15,7 +15,7 @@ from mpi_ef.statetree import REPLICATED, Leaf
 from .dense import RankOrderMean
 from .exchange import Round
 from .frames import Frames, Twin
-from .plan import Plan, Traffic
+from .plan import LinkTraffic, Plan, Traffic
 
 __all__ = ["LowRankMean"]
 
@@ -139,7 +139,7 @@ class LowRankMean(Plan, kind="low-rank"):
 
     def _mean(self, mean: RankOrderMean, own: Twin, out: Twin) -> None:
         own.push()
-        mean.form(own.host, 1.0 / self.size, out.host)
+        mean.form(own.host, 1.0 / self.size, out.host, pairwise=self.between_hosts)
         if not self._on_host.all_finite(out.host):  # all ranks see the same numbers
             raise NonFiniteError("LowRankMean.exchange: a product of finite numbers overflows; nothing was changed "
                                  "anywhere, so this step can be skipped", ())
@@ -184,8 +184,16 @@ class LowRankMean(Plan, kind="low-rank"):
     def traffic(self) -> Traffic:
         """Bytes of one exchange."""
         status = (self.size - 1) * self._ready.frame_nbytes
-        nbytes = status + self._mean_left.nbytes + self._mean_right.nbytes
+        nbytes = status + sum(mean.nbytes(pairwise=self.between_hosts) for mean in (self._mean_left, self._mean_right))
         return Traffic.both_ways(nbytes, self.size, self.d * self.dtype.itemsize)
+
+    @property
+    def link_traffic(self) -> LinkTraffic:
+        """Bytes of one exchange on the link of a node."""
+        sent_nbytes = self.nodes.leaving((self.size - 1) * self._ready.frame_nbytes)
+        means = self._mean_left, self._mean_right
+        sent_nbytes += sum(mean.leaving(self.nodes, pairwise=self.between_hosts) for mean in means)
+        return LinkTraffic.of(self.nodes, sent_nbytes, self.d * self.dtype.itemsize)
 
     def undo(self) -> None:
         """Begin the next exchange with the Q with which the last one began, see :meth:`Plan.undo`."""

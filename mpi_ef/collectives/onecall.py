@@ -14,10 +14,11 @@ from mpi_ef.compress import Compressor
 from mpi_ef.compress.compressor import check_compressor
 from mpi_ef.errors import OptionError, briefly
 
+from .chosen import plan_for
 from .dense import DenseMean
 from .gather import GatherMean
 from .given import Given, given
-from .plan import Plan, plan_for
+from .plan import Plan
 
 __all__ = ["allgather", "allreduce"]
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed, shared_errors
+from mpi_ef.comm.nodes import Nodes, node_name
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Codec, Combination, Compressor, Identity, Keep, Source, source
 from mpi_ef.compress.combination import Vector
@@ -23,10 +24,10 @@ from .exchange import Exchange, Round, Timer
 from .frames import WIRE_VERSION, Frames
 from .misfit import check_device, misfit, unwritable
 from .offer import Offer
-from .traffic import Traffic
+from .traffic import LinkTraffic, Traffic
 from .ways import ways_of
 
-__all__ = ["Offer", "Plan", "Traffic", "plan_for"]
+__all__ = ["LinkTraffic", "Offer", "Plan", "Traffic"]
 
 _numbers = count(1)
 
@@ -60,6 +61,8 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         How many vectors this rank gives to a mean, 1 except for :class:`ClientsMean`; their length one after the other.
     clients : int
         Of how many vectors it is the mean.
+    nodes : Nodes
+        Which rank is on which node, see :mod:`mpi_ef.comm.nodes`.
     exchanges : int
         Number of completed exchanges; also the key of random compressors.
     sent_nbytes : int
@@ -90,6 +93,17 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
         super().__init_subclass__(**options)
         if kind:
             Plan.kinds[kind] = cls
+
+    @staticmethod
+    def kind_for(comm: Comm, compressor: Compressor, subject: str = "plan_for") -> "type[Plan]":
+        """Return the class of plans that suits a compressor. Local; raises on all ranks where there is none."""
+        kind = compressor.plan if isinstance(compressor, Compressor) else "gather"  # which refuses it, on all ranks
+        if kind not in Plan.kinds:
+            with shared_errors(comm, subject, Plan.built):
+                hint = nearest(kind, Plan.kinds, f"take one of {', '.join(Plan.kinds)}")
+                raise OptionError(f"{subject}: {briefly(compressor)} wants a plan of kind {briefly(kind)}, which there is "
+                                  f"not; {hint}")
+        return Plan.kinds[kind]
 
     @classmethod
     def suited(cls, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike, *, residual: bool,
@@ -135,10 +149,11 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
             return {"plan": subject, "compressor": compressor, "d": self.d, "dtype": self.dtype,
                     "bytes of a message": codec.nbytes, "wire version": WIRE_VERSION, **bound}
 
-        numbers = agree(comm, subject, facts, "build the plan from the same arguments everywhere", value=next(_numbers),
-                     call=self.built)
-        self.own_d = self.own * self.d
-        self._exchange.number = numbers[0]  # of rank 0, which has all plans of this communicator; in every header
+        answers = agree(comm, subject, facts, "build the plan from the same arguments everywhere",
+                        value=(next(_numbers), node_name(comm)), call=self.built)
+        self.own_d, self.nodes = self.own * self.d, Nodes.named(name for _, name in answers)
+        self.between_hosts = self.nodes.count > 1 and hasattr(comm, "Isend")  # and each rank can send to any other
+        self._exchange.number = answers[0][0]  # of rank 0, which has all plans of this communicator; in every header
 
     @abstractmethod
     def bind(self) -> dict[str, object]:
@@ -230,7 +245,9 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
 
     def like(self, compressor: Compressor) -> "Plan":
         """Return a new plan for the same vectors, through which dense steps and second messages go. Collective."""
-        return plan_for(self.comm, compressor, self.d, self.dtype, gather=True, device=self.device)
+        where = {} if self.device == "cpu" else {"device": self.device}
+        kind = Plan.kind_for(self.comm, compressor)
+        return kind.suited(self.comm, compressor, self.d, self.dtype, residual=True, **where)
 
     @property
     def all_sent_nbytes(self) -> int:
@@ -241,6 +258,11 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
     @abstractmethod
     def traffic(self) -> Traffic:
         """Bytes of one exchange."""
+
+    @property
+    def link_traffic(self) -> LinkTraffic:
+        """Bytes of one exchange on the link of a node; here what each rank sends goes to all others alike."""
+        return LinkTraffic.of(self.nodes, self.nodes.leaving(self.traffic.sent_nbytes), self.d * self.dtype.itemsize)
 
     @property
     def alpha(self) -> float:
@@ -391,27 +413,3 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
 
         Once, and only after one that has not raised.
         """
-
-
-def plan_for(comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *,
-             residual: bool = True, gather: bool = False, device: str = "cpu") -> Plan:
-    """Return the plan that suits a compressor, by what its attribute ``plan`` says, and the number of ranks. Collective.
-
-    Sparse messages are gathered on few ranks; where two phases with a larger reply are fewer bytes than n - 1 messages, for
-    long vectors from 7 ranks on, they go through two phases, so that neither bytes nor memory of a rank grow with n.
-    :class:`DenseMean` for Identity, :class:`LowRankMean` for LowRank, else two phases.
-
-    `residual`: whether the plan keeps something from one exchange to the next, a two-phase plan the error of its second
-    phase, a low-rank one the factor it begins with. Without it, or with `gather`, any number of ranks gathers.
-    """
-    kind = compressor.plan if isinstance(compressor, Compressor) else "gather"  # which refuses it, on all ranks
-    if kind not in Plan.kinds:
-        with shared_errors(comm, "plan_for", Plan.built):
-            hint = nearest(kind, Plan.kinds, f"take one of {', '.join(Plan.kinds)}")
-            raise OptionError(f"plan_for: {briefly(compressor)} wants a plan of kind {briefly(kind)}, which there is not; "
-                              f"{hint}")
-    where = {} if device == "cpu" else {"device": device}
-    owners: Any = Plan.kinds["two-phase"]
-    if kind == "gather" and residual and not gather and owners.pays(comm, compressor, d, dtype):
-        kind = "two-phase"
-    return Plan.kinds[kind].suited(comm, compressor, d, dtype, residual=residual, **where)

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-__all__ = ["Traffic"]
+from mpi_ef.comm.nodes import Nodes
+
+__all__ = ["LinkTraffic", "Traffic"]
 
 
 @dataclass(frozen=True)
@@ -27,3 +29,24 @@ class Traffic:
     def both_ways(cls, nbytes: int, ranks: int, vector_nbytes: int) -> "Traffic":
         """Return that of an exchange which receives as much as it sends."""
         return cls(nbytes, nbytes, 2 * (ranks - 1) * vector_nbytes // ranks)
+
+
+@dataclass(frozen=True)
+class LinkTraffic:
+    """Bytes that one exchange moves over the link of a node: what ranks on one node send each other does not count.
+
+    Attributes
+    ----------
+    sent_nbytes : int
+        What leaves the node that sends most, of all its ranks together.
+    dense_nbytes : int
+        The same of an uncompressed allreduce that adds inside of nodes first: ``2 (m-1)/m * d * itemsize`` with m nodes.
+    """
+
+    sent_nbytes: int
+    dense_nbytes: int
+
+    @classmethod
+    def of(cls, nodes: Nodes, sent_nbytes: int, vector_nbytes: int) -> "LinkTraffic":
+        """Return that of an exchange of vectors of so many bytes which leaves a node with these."""
+        return cls(sent_nbytes, 2 * (nodes.count - 1) * vector_nbytes // nodes.count)

@@ -37,6 +37,12 @@ class Communicator(Protocol):
     def Is_inter(self) -> bool:
         """Return False."""
 
+    def Isend(self, buf: Any, /, dest: int, tag: int = 0) -> Request:
+        """Start to send an array to one rank."""
+
+    def Irecv(self, buf: Any, /, source: int, tag: int = 0) -> Request:
+        """Start to receive one of the same size from one rank."""
+
     def Barrier(self) -> None:
         """Return when all ranks have called it. Collective, as all that follow."""
 

@@ -91,6 +91,12 @@ class ProcessGroupComm(DerivedCalls):
     def Bcast(self, array: Any, root: int = 0) -> None:
         dist.broadcast(_bytes("Bcast", array), self.ranks[root], self._group)
 
+    def Isend(self, array: Any, dest: int, tag: int = 0) -> _Request:
+        return _Request(dist.isend(_read_only_bytes("Isend", array), self.ranks[dest], self._group, _TAG + tag))
+
+    def Irecv(self, array: Any, source: int, tag: int = 0) -> _Request:
+        return _Request(dist.irecv(_bytes("Irecv", array), self.ranks[source], self._group, _TAG + tag))
+
     def Iallgather(self, send: Any, receive: Any) -> _Request:
         x = _read_only_bytes("Iallgather", send)
         rows = _bytes("Iallgather", receive).view(self.Get_size(), x.numel()).unbind()

@@ -14,7 +14,8 @@ __all__ = ["CommunicationError", "Fault", "FaultyComm"]
 
 Fault = Literal["", "raise", "die", "delay", "corrupt"]
 _ALIKE = {"Iallgather": "Allgather", "Ialltoall": "Alltoall"}
-_COUNTED = ["Allgather", "Allgatherv", "Alltoall", "Alltoallv", "Bcast", "Iallgather", "Ialltoall", "allgather", "Barrier"]
+_COUNTED = ["Allgather", "Allgatherv", "Alltoall", "Alltoallv", "Bcast", "Iallgather", "Ialltoall", "Isend", "allgather",
+            "Barrier"]
 
 
 class CommunicationError(RuntimeError):
@@ -30,7 +31,7 @@ class FaultyComm:
     fault : str
         "raise": the call raises :class:`CommunicationError` and nothing is sent. "die": so do all that follow. "delay": it
         comes `seconds` late. "corrupt": the first byte of what arrives from every rank is another one, which in frames is
-        part of the header. "": none.
+        part of the header; nothing does in Isend. "": none.
     at : int
         Which call, from 0 on; of communicators that :meth:`arm` was called for, from there on.
     seconds : float
@@ -38,7 +39,7 @@ class FaultyComm:
     Attributes
     ----------
     calls : list of str
-        Names of all collectives so far.
+        Names of all collectives so far, and an Isend for every message to one rank.
     sent_nbytes : int
         Bytes of arrays that have left this rank for others.
     """
@@ -72,7 +73,7 @@ class FaultyComm:
                 sleep(self.seconds)
             self.sent_nbytes += self._leaving(_ALIKE.get(name, name), buffers, options)
             request = call(*buffers, **options)
-            if not (due and self.fault == "corrupt" and len(buffers) > 1):
+            if not (due and self.fault == "corrupt" and len(buffers) > 1) or name == "Isend":
                 return request
 
             def arrive() -> None:
@@ -91,6 +92,8 @@ class FaultyComm:
         if name == "Alltoallv":
             array, (counts, _) = buffers[0]
             return int(array.itemsize * (sum(counts) - counts[rank]))
+        if name == "Isend":
+            return int(buffers[0].nbytes)
         if name == "Bcast" and options.get("root", buffers[1] if len(buffers) > 1 else 0) != rank:
             return 0
         nbytes = _array(buffers[0]).nbytes if buffers and name != "allgather" else 0

@@ -29,12 +29,14 @@ class DeadlockError(AssertionError):
 class _World:
     """What ranks share. They take turns: a rank runs until it needs what another one has not sent yet."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, ranks_per_node: int = 1) -> None:
+        self.size, self.ranks_per_node = size, ranks_per_node
         self._turns = [threading.Lock() for _ in range(size)]  # held where it is not that rank's turn
         self._ready = deque(range(size))  # ranks that only wait for their turn
         self._arrived: dict[int, tuple[Any, Any]] = {}  # by rank, in the collective that some wait in
         self._complete: list[tuple[Any, Any]] = []  # the same of all ranks, in the last one that all have made
+        self._mail: dict[Any, deque[np.ndarray]] = {}  # messages to one rank, by sender, receiver and tag
+        self._expecting: dict[int, Any] = {}  # by rank, which of these it waits for
         self._broken = ""
         for turn in self._turns:
             turn.acquire()
@@ -45,17 +47,35 @@ class _World:
 
     def next(self) -> None:
         """Let another rank run. Where all that are left wait for one that has ended, let them fail."""
-        if not self._ready and self._arrived:
+        if not self._ready and (self._arrived or self._expecting):
             self.fail("have come to their end")
         if self._ready:
             self._turns[self._ready.popleft()].release()
 
     def fail(self, how: str) -> None:
         """Let all ranks that wait, or will, fail."""
-        waiting = ", ".join(f"rank {rank} in {kind[0]}" for rank, (kind, _) in sorted(self._arrived.items()))
+        calls = {rank: kind[0] for rank, (kind, _) in self._arrived.items()} | dict.fromkeys(self._expecting, "Irecv")
+        waiting = ", ".join(f"rank {rank} in {call}" for rank, call in sorted(calls.items()))
         self._broken = self._broken or f"ranks {how}; those that wait for them: {waiting or 'none yet'}"
-        self._ready.extend(self._arrived)
-        self._arrived = {}
+        self._ready.extend(calls)
+        self._arrived, self._expecting = {}, {}
+
+    def post(self, place: Any, message: np.ndarray) -> None:
+        """Leave a message at its place, (sender, receiver, tag)."""
+        self._mail.setdefault(place, deque()).append(message)
+        if self._expecting.get(place[1]) == place:
+            del self._expecting[place[1]]
+            self._ready.append(place[1])
+
+    def collect(self, place: Any) -> np.ndarray:
+        """Return the first message at its place, when it is there."""
+        if not self._mail.get(place) and not self._broken:
+            self._expecting[place[1]] = place
+            self.next()
+            self._turns[place[1]].acquire()
+        if not self._mail.get(place):
+            raise DeadlockError(self._broken)
+        return self._mail[place].popleft()
 
     def share(self, rank: int, kind: Any, value: Any) -> list[Any]:
         """Return the values of all ranks, when all have come here. They are what the ranks share, not copies."""
@@ -113,6 +133,28 @@ class VirtualComm(DerivedCalls):
         """
         return self._world.share(self._rank, (call, value.nbytes if isinstance(value, np.ndarray) else None), value)
 
+    @property
+    def node_name(self) -> str:
+        return f"node {self._rank // self._world.ranks_per_node}"
+
+    def Isend(self, array: np.ndarray, dest: int, tag: int = 0) -> Request:
+        """Copy what is sent at once."""
+        assert array.flags.c_contiguous
+        self._world.post((self._rank, dest, tag), array.copy())
+        return Request(lambda: None)
+
+    def Irecv(self, array: np.ndarray, source: int, tag: int = 0) -> Request:
+        """Until the end, what is received is garbage."""
+        assert array.flags.c_contiguous
+        array.view(np.uint8).fill(0xA5)
+
+        def finish() -> None:
+            message = self._world.collect((source, self._rank, tag))
+            assert message.size == array.size
+            array[...] = message
+
+        return Request(finish)
+
     def Barrier(self) -> None:
         self._share("Barrier", None)
 
@@ -163,18 +205,18 @@ class VirtualComm(DerivedCalls):
         array[...] = self._share("Bcast", array.copy())[root]
 
 
-def run(size: int, program: Callable[[Any], Any], *, virtual: bool = False) -> list[Any]:
+def run(size: int, program: Callable[[Any], Any], *, virtual: bool = False, ranks_per_node: int = 1) -> list[Any]:
     """Call ``program(comm)`` on `size` virtual ranks and return what each of them returned or raised.
 
     A rank that raises, or ends while others wait for it, lets these fail, so that none waits for ever; its result is the
     exception.
 
     With as many real ranks, see :mod:`mpi_ef.testing.plugin`, and without `virtual`, it runs on these, and all return the
-    results of all.
+    results of all. Every `ranks_per_node` virtual ranks are on a node of their own.
     """
     if world is not None and size == world.Get_size() and not virtual:
         return _run_for_real(world, program)
-    shared = _World(size)
+    shared = _World(size, ranks_per_node)
     results: list[Any] = [None] * size
 
     def rank_main(rank: int) -> None:
@@ -208,9 +250,9 @@ def _run_for_real(comm: Comm, program: Callable[[Any], Any]) -> list[Any]:
     return gathered
 
 
-def results(size: int, program: Callable[[Any], Any], *, virtual: bool = False) -> list[Any]:
+def results(size: int, program: Callable[[Any], Any], *, virtual: bool = False, ranks_per_node: int = 1) -> list[Any]:
     """Like :func:`run`, but raise the first error of any rank."""
-    values = run(size, program, virtual=virtual)
+    values = run(size, program, virtual=virtual, ranks_per_node=ranks_per_node)
     errors = [value for value in values if isinstance(value, BaseException)]
     causes = [error for error in errors if not isinstance(error, DeadlockError)]
     for error in causes or errors:

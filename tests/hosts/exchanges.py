@@ -2,7 +2,7 @@
 
     exchanges.py D RATIO REPEATS METHOD...
 
-A repeat begins with a barrier, and its time is that of the slowest rank. Methods take turns, so that all see the same machine.
+A repeat begins with a barrier, and its time is that of the slowest rank. Methods take turns: all see the same machine.
 """
 
 import json

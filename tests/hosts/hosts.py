@@ -1,7 +1,7 @@
 """Hosts on one machine: network, name and IPC namespaces, joined by links of a chosen bandwidth. As root, with iproute2.
 
-Every host has an interface ``eth0`` on a bridge; a token bucket at both ends of its cable limits each way. What ranks of one host
-send each other goes through memory, as on a real one; IPC namespaces keep hosts from sharing it.
+Every host has an interface ``eth0`` on a bridge; a token bucket at both ends of its cable limits each way. What ranks of
+one host send each other goes through memory, as on a real one; IPC namespaces keep hosts from sharing it.
 """
 
 import os
@@ -36,7 +36,7 @@ def missing() -> str:
 
 
 def _do(*command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(word) for word in command], check=check, capture_output=True, text=True)  # noqa: S603
+    return subprocess.run([str(word) for word in command], check=check, capture_output=True, text=True)
 
 
 class Hosts:
@@ -44,7 +44,7 @@ class Hosts:
 
     def __init__(self, count: int, mbit: float = 0) -> None:
         self.names = [f"h{number}" for number in range(1, count + 1)]
-        self.folder = Path(tempfile.mkdtemp(prefix="mpi-ef-hosts-", dir="/tmp"))  # noqa: S108
+        self.folder = Path(tempfile.mkdtemp(prefix="mpi-ef-hosts-", dir="/tmp"))
         self._prefix, self._mbit = f"ef{os.getpid()}", mbit
 
     def _space(self, name: str) -> str:
@@ -86,20 +86,23 @@ class Hosts:
             _do("ip", "-n", space, "route", "change", f"{NETWORK}.0/24", "dev", "eth0", "proto", "kernel", "scope", "link",
                 "src", f"{NETWORK}.{i}", "congctl", "cubic", check=False)  # times of other algorithms vary by half
         agent = self.folder / "agent"
-        agent.write_text(f"#!/bin/bash\n# In the place of ssh: [-options] host command\nwhile [ \"${{1#-}}\" != \"$1\" ]; do shift; done\n"
-                         f"h=$1; shift\nexec {' '.join(self._enter('$h'))} bash -c \"$*\"\n", encoding="ascii")
+        enter = " ".join(self._enter("$h"))
+        agent.write_text("#!/bin/bash\n# In the place of ssh: [-options] host command\n"
+                         'while [ "${1#-}" != "$1" ]; do shift; done\n'
+                         f'h=$1; shift\nexec {enter} bash -c "$*"\n', encoding="ascii")
         agent.chmod(0o755)
 
     def _limit(self, space: str, device: str) -> None:
         if self._mbit:
             burst = max(BURST_NBYTES, int(self._mbit * 125))  # a millisecond
-            _do("tc", "-n", space, "qdisc", "replace", "dev", device, "root", "tbf", "rate", f"{self._mbit}mbit", "burst", burst,
-                "latency", QUEUE)
+            _do("tc", "-n", space, "qdisc", "replace", "dev", device, "root", "tbf", "rate", f"{self._mbit}mbit", "burst",
+                burst, "latency", QUEUE)
 
     def _enter(self, name: str) -> list[str]:
         own = "$h" if name == "$h" else name
         space = f"{self._prefix}{own}"
-        return ["ip", "netns", "exec", space, "unshare", "--uts", "--ipc", "bash", "-c", "'hostname \"$0\"; exec \"$@\"'", own]
+        inside = "'hostname \"$0\"; exec \"$@\"'"
+        return ["ip", "netns", "exec", space, "unshare", "--uts", "--ipc", "bash", "-c", inside, own]
 
     def command(self, name: str, *words: object) -> list[str]:
         """Return a command that runs `words` on a host."""
@@ -116,14 +119,15 @@ class Hosts:
             self.names[0], beside / "mpirun", "--prtemca", "plm_ssh_agent", self.folder / "agent", "--host",
             ",".join(f"{name}:{each}" for name in self.names), "-n", ranks, "--map-by",
             f"ppr:{each}:node" if by_host else "node", "--bind-to", "none",
-            *(word for name in [*SETTINGS, "PYTHONPATH", *(n for n in os.environ if n.startswith("MPI_EF_"))]
+            *(word for name in [*SETTINGS, *(n for n in os.environ if n == "PYTHONPATH" or n.startswith("MPI_EF_"))]
               for word in ("-x", name)), *words)
 
     def run(self, ranks: int, *words: object, within: float, by_host: bool = True,
             environment: Mapping[str, str] | None = None) -> str:
         """Return what a program on so many ranks prints. `RuntimeError` with that where it fails or takes too long."""
-        command = self.mpirun(ranks, *(option for name in environment or {} for option in ("-x", name)), *words, by_host=by_host)
-        started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,  # noqa: S603
+        taken = [option for name in environment or {} for option in ("-x", name)]
+        command = self.mpirun(ranks, *taken, *words, by_host=by_host)
+        started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                    env=os.environ | SETTINGS | (environment or {}), start_new_session=True)
         try:
             text, _ = started.communicate(timeout=within)

@@ -40,6 +40,7 @@ from mpi_ef import (
     plan_for,
 )
 from mpi_ef.collectives import ClientsMean, GatherMean, TwoPhaseMean
+from mpi_ef.comm.nodes import RANKS_PER_NODE
 from mpi_ef.ddp import FeedbackHook, ProcessGroupComm
 from mpi_ef.errors import DisagreementError, DtypeError, MpiEfError, OptionError, PeerError, ShapeError
 from mpi_ef.kernels.backend import on_device_side
@@ -175,6 +176,11 @@ def same_plans_as_over_mpi(folder):
         for d in (1, 65, 1001):
             rows = exchanges(name, d, np.float32)(comm)
             np.savez(folder / f"plan_{number}_{d}_{comm.Get_rank()}.npz", *rows)
+    at_once = exchanges("dense", 100_003, np.float32)(comm)
+    with mock.patch.dict(os.environ, {RANKS_PER_NODE: "1"}):
+        in_pairs = exchanges("dense", 100_003, np.float32)(comm)
+    for row, other in zip(at_once, in_pairs, strict=True):
+        np.testing.assert_array_equal(row, other)
 
 
 def communicator(folder):

@@ -20,6 +20,7 @@ from mpi_ef import ShardedSampler, Stopper, Store, Training, local_device, seed_
 from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, allgather, allreduce
 from mpi_ef.collectives import frames as frames_module
 from mpi_ef.collectives.ways import ways_of
+from mpi_ef.comm.nodes import RANKS_PER_NODE
 from mpi_ef.compress import Identity, Sign, TopK
 from mpi_ef.data import generator_for
 from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError, PeerError, ShapeError
@@ -49,6 +50,21 @@ def same_as_virtual(comm, program):
 def test_plans_give_the_bits_of_virtual_ranks(comm, plan, dtype):
     for d in (0, 1, 3, 8, 65, 1001, 100_003):
         same_as_virtual(comm, exchanges(plan, d, dtype))
+
+
+@pytest.mark.parametrize("plan", ["dense", "low rank"])
+def test_pairs_give_the_bits_of_virtual_ranks(comm, plan, monkeypatch):
+    """They meet no message of the program: it waits for any from any rank, as its own are its alone."""
+    monkeypatch.setenv(RANKS_PER_NODE, "1")
+    mine, waited = np.full(1, comm.rank), np.empty(1, int)
+    request = comm.Irecv(waited, MPI.ANY_SOURCE, MPI.ANY_TAG)
+    for d in (0, 1, 8, 1001, 100_003):
+        same_as_virtual(comm, exchanges(plan, d, np.float32))
+    assert DenseMean(comm, 1).between_hosts == (comm.size > 1)
+    sent = comm.Isend(mine, (comm.rank + 1) % comm.size, 3)
+    request.Wait()
+    sent.Wait()
+    assert waited == (comm.rank - 1) % comm.size
 
 
 @pytest.mark.parametrize("plan", ["gather topk", "two-phase sign", "dense"])
