@@ -136,8 +136,8 @@ def _plan(chosen: Chosen) -> Callable[..., Plan]:
                                device=device)
         if rule == "ef21-bc" and compressor.plan == "two-phase":
             return TwoPhaseMean(comm, compressor, d, dtype, reply=_reply(chosen), device=device)
-        gather = rule == "ef21-bc"  # whose way back is its own
-        return plan_for(comm, compressor, d, dtype, residual=rule != "lion", gather=gather, device=device)  # votes leave none
+        own_way_back, votes = rule == "ef21-bc", rule == "lion"  # which leave no residual
+        return plan_for(comm, compressor, d, dtype, residual=not votes, gather=own_way_back, device=device)
 
     return plan
 
