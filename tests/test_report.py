@@ -85,6 +85,7 @@ def test_metrics_say_what_is_lost_how_large_the_state_is_and_where_time_goes(run
     state = {"sparse": ["e_i"], "dense": ["e_i"], "<odd>": ["e_i", "plan.residual"], "ef21": ["g_i", "g"]}[name]
     assert [key for key in rows[0] if key.startswith("norm_")] == [f"norm_{part}" for part in state]
     for row in rows:
+        assert 0.999 <= row["link_nbytes"] / row["sent_nbytes"] <= 1  # a rank is a node
         for phase in PHASES:
             assert 0 <= row[f"min_seconds_{phase}"] <= row[f"seconds_{phase}"] <= row[f"max_seconds_{phase}"]
         if name == "dense":
@@ -94,6 +95,21 @@ def test_metrics_say_what_is_lost_how_large_the_state_is_and_where_time_goes(run
         else:
             assert 0 < row["lost"] < 1
             assert all(row[f"norm_{part}"] > 0 for part in state)
+
+
+def test_bytes_of_a_node_are_beside_those_of_a_rank_where_there_are_nodes(runs, tmp_path):
+    def run_of(**said):
+        summary = json.loads((runs / "sparse" / "summary.json").read_text())
+        nodes, link = summary.pop("nodes"), summary.pop("link_nbytes")
+        assert (nodes, link) == (2, summary["sent_nbytes"])
+        return report._Run("run", summary | said, [], {})
+
+    earlier, now = run_of(), run_of(nodes=2, link_nbytes=7_000_000)
+    assert "node" not in report.table([earlier])
+    heading, first, second = report.table([earlier, now]).splitlines()
+    assert heading[: heading.index("node") + 4].split()[-2:] == ["sent/rank", "node"]
+    assert [line[heading.index("node") - 3 :].split()[:2] for line in (first, second)][1] == ["7.0", "MB"]
+    assert first.split()[5] == "-"
 
 
 @pytest.mark.slow

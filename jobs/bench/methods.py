@@ -32,8 +32,8 @@ class Method:
 
     @property
     def link_nbytes(self) -> int | None:
-        """Bytes that leave a node, of all its ranks; None where that is not known."""
-        return None if self.plan is None else self.plan.link_traffic.sent_nbytes
+        """Bytes that come over the link of a node; None where that is not known."""
+        return None if self.plan is None else self.plan.link_traffic.nbytes
 
     def __post_init__(self) -> None:
         self.clock = self.clock if self.plan is None else self.plan.seconds

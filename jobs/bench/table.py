@@ -44,7 +44,7 @@ class Row:
     local_seconds: float | None  # of computation, as measured: outside of communication
     touched_bytes: float | None  # memory that the kernels of a step stream through, per entry, by :mod:`.traffic`
     messages: int = 0  # that a rank sends one after the other; files of earlier versions do not say
-    link_nbytes: int | None = None  # that leave a node; None for what no plan sends, and in such files
+    link_nbytes: int | None = None  # that come over the link of a node; None for what no plan sends, and in such files
 
     def on(self, link: Link) -> float:
         """Return its seconds on a link by the model: computation, messages times latency, bytes over bandwidth."""
@@ -142,8 +142,8 @@ def table(result: dict[str, Any]) -> str:
         *_beside(rows, result.get("ef21_memory_vectors")),
         "",
         "against: how many times faster than MPI_Allreduce, than the faster of MPI's two, than the fastest dense one;",
-        "reads of x: the time as a multiple of reading the vector once; sent: by a rank; a node: by all its ranks, to other",
-        "nodes; bits/entry: on the wire (of these for the index);",
+        "reads of x: the time as a multiple of reading the vector once; sent: by a rank; a node: over its link, each",
+        "way; bits/entry: on the wire (of these for the index);",
         "bytes touched per entry of the vector (share of the time that only reading them would take);",
         f"pays below: on links of this latency and less bandwidth it beats {best.name}: each by its computation, messages",
         "times latency, and bytes over bandwidth; on this link as measured",

@@ -211,7 +211,7 @@ def _benched(path: Path) -> Section:
 
 
 def _of_node(summary: Mapping[str, Any]) -> str:
-    """Return what has left a node in a run on several of them."""
+    """Return what has come over the link of a node in a run on several of them."""
     return in_bytes(summary["link_nbytes"]) if summary.get("nodes", 1) > 1 and "link_nbytes" in summary else "-"
 
 
@@ -220,7 +220,7 @@ def table(runs: Sequence[_Run]) -> str:
     first = runs[0].summary["val_loss"]
     width = max(3, *(len(run.name) for run in runs))
     on_nodes = any(run.summary.get("nodes", 1) > 1 for run in runs)  # earlier runs do not say
-    node = f"{'sent/node':>9}  " if on_nodes else ""
+    node = f"{'node':>9}  " if on_nodes else ""
     lines = [f"{'run':<{width}}  val. loss  to first  sent/rank  {node} dense/sent  ms/step  method"]
     for run in runs:
         summary, sent = run.summary, run.summary["sent_nbytes"]

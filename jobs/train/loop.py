@@ -111,8 +111,8 @@ class Trainer:
         sent, links = in_bytes(sum(plan.traffic.sent_nbytes for plan in plans)), [plan.link_traffic for plan in plans]
         of_node = ""
         if plans[0].nodes.count > 1:
-            of_node = (f"; {in_bytes(sum(link.sent_nbytes for link in links))} leave each of {plans[0].nodes.count} nodes "
-                       f"(dense: {in_bytes(sum(link.dense_nbytes for link in links))})")
+            of_node = (f"; {in_bytes(sum(link.nbytes for link in links))} each way over the link of one of "
+                       f"{plans[0].nodes.count} nodes (dense: {in_bytes(sum(link.dense_nbytes for link in links))})")
         return (f"{self.config.model}: {self.optimizer.flat.d:,} parameters on {counted(self.comm.Get_size(), 'rank')}, "
                 f"{self.data.size:,} training samples; {self.config.optimizer}, {plans[0].compressor}: {sent} per step and "
                 f"rank when compressed (dense: {dense}){of_node}")
@@ -211,7 +211,7 @@ class Trainer:
         self._loss_sum, self._loss_count = 0.0, 0
         row = {"step": self.steps, "epoch": self.epoch, "lr": learning_rate(self.config, self.steps),
                "loss": self._loss, "val_loss": None, "val_accuracy": None,
-               "sent_nbytes": self._sent(), "link_nbytes": self._left_node(),
+               "sent_nbytes": self._sent(), "link_nbytes": self._crossed(),
                "dense_nbytes": self.steps * self.optimizer.dense_nbytes,
                **self._diagnosis()}
         if evaluate:
@@ -228,11 +228,14 @@ class Trainer:
     def _sent(self) -> int:
         return self._earlier_sent + self.optimizer.sent_nbytes
 
-    def _left_node(self) -> int:
-        """Return how much has left a node, in proportion to an exchange: all that a rank sends goes the same way. Local."""
-        plans = self.optimizer.plans()
-        sent = sum(plan.traffic.sent_nbytes for plan in plans)
-        return self._sent() * sum(plan.link_traffic.sent_nbytes for plan in plans) // sent if sent else 0
+    def _crossed(self) -> int:
+        """Return how much has come over the link of a node; what has not gone through plans, as dense means. Local."""
+        rest, crossed = self._sent(), 0
+        for plan in self.optimizer.plans():
+            if each := plan.traffic.sent_nbytes:
+                crossed += plan.sent_nbytes * plan.link_traffic.nbytes // each
+                rest -= plan.sent_nbytes
+        return crossed + self.optimizer.plans()[0].nodes.crossing(0, max(0, rest))
 
     def _spent(self) -> dict[str, float]:
         """Return the seconds of this rank by phase, and of all, those before an interruption included. Local."""

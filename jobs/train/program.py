@@ -165,7 +165,7 @@ def _table(summary: dict[str, Any]) -> str:
     nodes = summary["nodes"]
     rows += [
         ("bytes sent per rank", f"{in_bytes(sent)} (dense: {in_bytes(dense)}; {share})"),
-        *[("bytes sent per node", f"{in_bytes(summary['link_nbytes'])} by all ranks of one of {nodes}")] * (nodes > 1),
+        *[("bytes per node", f"{in_bytes(summary['link_nbytes'])} each way over the link of one of {nodes}")] * (nodes > 1),
         ("time", f"{summary['seconds']:.1f} s, {1e3 * summary['seconds_per_step']:.1f} ms per step"),
         *((f"  {name}", f"{1e3 * value:.2f} ms per step") for name, value in summary["phases_seconds_per_step"].items()),
         *[("  not counted", untimed)] * bool(steps),

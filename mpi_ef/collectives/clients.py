@@ -217,5 +217,5 @@ class ClientsMean(Plan):
     def link_traffic(self) -> LinkTraffic:
         """Bytes on the link of a node of an exchange in which all clients participate."""
         sent, on = self._word.frame_nbytes + self._counts * self._codec.nbytes, np.asarray(self.nodes.numbers)
-        sent_nbytes = max(int(sent[on == node].sum()) * (self.size - of) for node, of in enumerate(self.nodes.sizes))
-        return LinkTraffic.of(self.nodes, sent_nbytes, self.d * self.dtype.itemsize)
+        crossing = max(int(sent[on != node].sum()) for node in range(self.nodes.count))
+        return LinkTraffic.of(self.nodes, crossing, self.d * self.dtype.itemsize)

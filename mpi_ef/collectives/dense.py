@@ -74,10 +74,10 @@ class RankOrderMean:
         blocks = sum(block.size for block in self._blocks)
         return self._pairs.nbytes if pairwise else 2 * (self._size - 1) * self._dtype.itemsize * blocks
 
-    def leaving(self, nodes: Nodes, *, pairwise: bool) -> int:
-        """Return how many bytes leave the node that sends most. Local."""
+    def crossing(self, nodes: Nodes, *, pairwise: bool) -> int:
+        """Return how many bytes come to the node to which most comes. Local."""
         if not pairwise:
-            return nodes.leaving(self.nbytes(pairwise=False))
+            return nodes.crossing(0, self.nbytes(pairwise=False))
         n, most = self._size, 0
         for node, size in enumerate(nodes.sizes):
             added = sum(share for share, on in zip(self._pairs.shares, nodes.numbers, strict=True) if on == node)
@@ -249,6 +249,6 @@ class DenseMean(Plan, kind="dense"):
     @property
     def link_traffic(self) -> LinkTraffic:
         """Bytes of one exchange on the link of a node."""
-        sent_nbytes = self.nodes.leaving(2 * (self.size - 1) * self._ready.frame_nbytes)
-        sent_nbytes += self._rank_order.leaving(self.nodes, pairwise=self.between_hosts)
-        return LinkTraffic.of(self.nodes, sent_nbytes, self.d * self.dtype.itemsize)
+        crossing = self.nodes.crossing(2 * (self.size - 1) * self._ready.frame_nbytes)
+        crossing += self._rank_order.crossing(self.nodes, pairwise=self.between_hosts)
+        return LinkTraffic.of(self.nodes, crossing, self.d * self.dtype.itemsize)

@@ -190,10 +190,10 @@ class LowRankMean(Plan, kind="low-rank"):
     @property
     def link_traffic(self) -> LinkTraffic:
         """Bytes of one exchange on the link of a node."""
-        sent_nbytes = self.nodes.leaving((self.size - 1) * self._ready.frame_nbytes)
+        crossing = self.nodes.crossing((self.size - 1) * self._ready.frame_nbytes)
         means = self._mean_left, self._mean_right
-        sent_nbytes += sum(mean.leaving(self.nodes, pairwise=self.between_hosts) for mean in means)
-        return LinkTraffic.of(self.nodes, sent_nbytes, self.d * self.dtype.itemsize)
+        crossing += sum(mean.crossing(self.nodes, pairwise=self.between_hosts) for mean in means)
+        return LinkTraffic.of(self.nodes, crossing, self.d * self.dtype.itemsize)
 
     def undo(self) -> None:
         """Begin the next exchange with the Q with which the last one began, see :meth:`Plan.undo`."""

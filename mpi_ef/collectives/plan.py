@@ -24,7 +24,7 @@ from .exchange import Exchange, Round, Timer
 from .frames import WIRE_VERSION, Frames
 from .misfit import check_device, misfit, unwritable
 from .offer import Offer
-from .traffic import LinkTraffic, Traffic
+from .traffic import Accounted, LinkTraffic, Traffic
 from .ways import ways_of
 
 __all__ = ["LinkTraffic", "Offer", "Plan", "Traffic"]
@@ -32,7 +32,7 @@ __all__ = ["LinkTraffic", "Offer", "Plan", "Traffic"]
 _numbers = count(1)
 
 
-class Plan(OnAllRanks, metaclass=SharedErrors):
+class Plan(OnAllRanks, Accounted, metaclass=SharedErrors):
     """A compressed mean over the ranks of a communicator, built once, executed many times.
 
     After ``plan.exchange(x)`` the plan holds the messages of this exchange, until the next one starts:
@@ -253,16 +253,6 @@ class Plan(OnAllRanks, metaclass=SharedErrors):
     def all_sent_nbytes(self) -> int:
         """Bytes that have left this rank through this plan and its companions."""
         return self.sent_nbytes + sum(companion.sent_nbytes for companion in self._companions.values())
-
-    @property
-    @abstractmethod
-    def traffic(self) -> Traffic:
-        """Bytes of one exchange."""
-
-    @property
-    def link_traffic(self) -> LinkTraffic:
-        """Bytes of one exchange on the link of a node; here what each rank sends goes to all others alike."""
-        return LinkTraffic.of(self.nodes, self.nodes.leaving(self.traffic.sent_nbytes), self.d * self.dtype.itemsize)
 
     @property
     def alpha(self) -> float:

@@ -197,6 +197,11 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         nbytes = (self.size - 1) * (self._send.frame_nbytes + self._answer.frame_nbytes)
         return Traffic.both_ways(nbytes, self.size, self.d * self.dtype.itemsize)
 
+    @property
+    def scattered_nbytes(self) -> int:  # type: ignore[override]
+        """Bytes of the first phase."""
+        return (self.size - 1) * self._send.frame_nbytes
+
     def undo(self) -> None:
         """Remember the residual from before the last exchange, see :meth:`Plan.undo`."""
         self._turn()

@@ -57,13 +57,13 @@ class Nodes:
         """The most ranks that one of them has."""
         return max(self.sizes)
 
-    def leaving(self, sent_nbytes: int) -> int:
-        """Return how many bytes leave the node that sends most, of all its ranks, each of which sends so many. Local.
+    def crossing(self, gathered_nbytes: int = 0, scattered_nbytes: int = 0) -> int:
+        """Return how many bytes come over the link of the node to which most comes, where each rank sends so many. Local.
 
-        What a rank sends is spread evenly over all others.
+        What is gathered is the same for all others, and comes to a node once; what is scattered is something else for each.
         """
         n = len(self.numbers)
-        return sent_nbytes * max(s * (n - s) for s in self.sizes) // max(1, n - 1)
+        return max((n - s) * (gathered_nbytes + s * scattered_nbytes) for s in self.sizes) // max(1, n - 1)
 
     def beside(self, rank: int) -> list[int]:
         """Return the ranks on the node of `rank`, with it. Local."""
