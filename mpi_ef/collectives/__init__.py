@@ -14,10 +14,11 @@ from .direct import use_gpu_aware_mpi
 from .exchange import Round
 from .frames import Frames
 from .lowrank import LowRankMean
+from .node import NodeMean
 from .onecall import allgather, allreduce
 from .plan import Offer, Plan, Traffic, plan_for
 from .plans import GatherMean, TwoPhaseMean, chunk_bounds
 
-__all__ = ["ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LowRankMean", "Offer", "Plan",
+__all__ = ["ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LowRankMean", "NodeMean", "Offer", "Plan",
            "PlanBuilder", "Round", "Traffic", "TwoPhaseMean", "allgather", "allreduce", "build_plan", "chunk_bounds",
            "plan_for", "use_gpu_aware_mpi"]

@@ -12,7 +12,7 @@ from mpi_ef.data import random_state, rank_seed, seed_rank, set_random_state
 from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.optim.flat import FlatOptimizer
 from mpi_ef.optim.wrapper import DistributedOptimizer
-from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Stateful
+from mpi_ef.statetree import LOCAL, NODES, PER_RANK, REPLICATED, Leaf, Stateful
 from mpi_ef.vectors.places import is_on_device
 
 from .reshard import EITHER, RestoreView, Snapshot, read
@@ -89,8 +89,9 @@ class StateComponent(Component):
     def check(self, past: RestoreView) -> None:
         """Compare the names, shapes and dtypes of all arrays."""
         self.owner.before_load()
-        mine, start = self.owner.state_tree().arrays(), f"{self.name}."
+        mine, start = self._arrays(), f"{self.name}."
         theirs = {name.removeprefix(start) for name in past.names() if name.startswith(start)}
+        theirs = {name for name in theirs if not _of_nodes(name)}
         if different := sorted(mine.keys() ^ theirs):
             where = "here" if different[0] in mine else "in the checkpoint"
             raise ShapeError(f"resume: {start}{different[0]} is only {where}; build the training as it was")
@@ -106,12 +107,21 @@ class StateComponent(Component):
         tree.write(past.value(f"{name}:account") if past.same_world else {}, LOCAL)
         if past.kind(f"{name}:own"):
             tree.write(past.mean(f"{name}:own", home), PER_RANK)
-        for key, leaf in owner.state_tree().arrays().items():
+        for key, leaf in self._arrays().items():
             past.write(f"{name}.{key}", leaf.array, leaf.reshard)
         owner.loaded()
 
+    def _arrays(self) -> dict[str, Leaf]:
+        """Return the arrays that are put back, by name."""
+        return {key: leaf for key, leaf in self.owner.state_tree().arrays().items() if not _of_nodes(key)}
+
     def forget(self) -> Finish | None:
         return getattr(self.owner, "forget", None)
+
+
+def _of_nodes(name: str) -> bool:
+    """Tell whether an array is said of other arrays, and is no state."""
+    return name.rpartition(".")[2] == NODES
 
 
 class ModelComponent(Component):
