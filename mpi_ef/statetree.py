@@ -227,7 +227,8 @@ class Stateful:
 
     def replicated(self) -> dict[str, Any]:
         """Return the named arrays, besides parameters, that are equal on all ranks. Not copies. Local."""
-        return {name: leaf.array for name, leaf in self.state_tree().arrays(REPLICATED).items()}
+        arrays = self.state_tree().arrays(REPLICATED).items()
+        return {name: leaf.array for name, leaf in arrays if name.rpartition(".")[2] != NODES}
 
     def identity(self) -> dict[str, str]:
         """Return what must be the same where a saved state is loaded, on any number of ranks. Local."""

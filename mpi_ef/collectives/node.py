@@ -8,11 +8,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mpi_ef.comm.consensus import agree, ranks_text
+from mpi_ef.comm.consensus import agree, ranks_text, shared_errors
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Keep, Source, lazy, source
 from mpi_ef.compress.combination import Vector, writable
-from mpi_ef.errors import DisagreementError, MpiEfError, NonFiniteError, OptionError, PeerError
+from mpi_ef.errors import DisagreementError, MpiEfError, NonFiniteError, OptionError, PeerError, ShapeError
 from mpi_ef.kernels.backend import backend
 
 from .chosen import PlanBuilder, build_plan
@@ -21,7 +21,7 @@ from .placement import NodeOf, Placement, placement_of, slice_bounds
 from .plan import Plan, Traffic, plan_for
 from .shared import NOT_MPI, shared_zeros
 
-__all__ = ["NodeMean"]
+__all__ = ["NodeMean", "same_memory"]
 
 class NodeMean(Plan):
     """Mean on two levels: ranks of a node add up their vectors in memory that they share, nodes exchange compressed means.
@@ -89,7 +89,11 @@ class NodeMean(Plan):
         size, row = self.part.stop - self.part.start, list[Any]()
         problem: Exception | None = None
         try:
-            self.inner = build_plan(inner, p.rail, self.compressor, size, self.dtype, self.device)
+            with shared_errors(p.rail, subject, self.built):
+                self.inner = build_plan(inner, p.rail, self.compressor, size, self.dtype, self.device)
+        except ShapeError as error:
+            problem = OptionError(f"{subject}: {error}; a rank has {size} of {self.d} entries, so take a compressor that is "
+                                  "not bound to parameters: without segments")
         except Exception as error:
             problem = error
 
@@ -135,7 +139,7 @@ class NodeMean(Plan):
         self.row = self._landing if self.shares and on_host else None
         self._formed: Any = None  # a combination, where it has no row
         self._last: Vector = self._mean  # this rank's vector of the last exchange
-        self._factor = self.dtype.type(self.placement.nodes / self.size)
+        self._factor = self.placement.nodes / self.size
         self._v = self._host.zeros(size)
         self._v_there, self._mean_there = (here if on_host else self._kernels.zeros(here.size)
                                            for here in (self._v, self._mean))
@@ -185,7 +189,7 @@ class NodeMean(Plan):
         """Return this rank's vector, (d,), on the host, in its row where there is one. Local."""
         terms, on_host = lazy(x).terms, self.device == "cpu"
         vector, plain = terms[0][1], len(terms) == 1 and terms[0][0] == 1
-        if plain and on_host and (self._landing is None or _same(vector, self._landing)):
+        if plain and on_host and (self._landing is None or same_memory(vector, self._landing)):
             return vector
         if not on_host and plain:
             self._kernels.to_host(vector, self._landing)
@@ -256,10 +260,10 @@ class NodeMean(Plan):
         Collective over the node.
         """
         mine = self._mean[self.part]
-        if self.device == "cpu":
-            mine[:] = part
-        else:
+        if self.device != "cpu":
             self._kernels.to_host(part, mine)
+        elif not same_memory(part, mine):
+            mine[:] = part
         if self.shares:
             self._all_fine(fine=True)
         elif len(self._rows) > 1:
@@ -270,6 +274,11 @@ class NodeMean(Plan):
         view: Vector = self._mean_there.view()
         view.flags.writeable = False
         return view
+
+    @property
+    def home(self) -> Vector | None:
+        """Where the node reads this rank's slice of the result: what is there need not be copied. None on devices."""
+        return self._mean[self.part] if self.device == "cpu" else None
 
     # As a plan of its own, without a rule.
 
@@ -378,6 +387,6 @@ class NodeMean(Plan):
         return Traffic(between.sent_nbytes + inside, between.received_nbytes + inside, dense)
 
 
-def _same(x: Vector, row: Vector) -> bool:
+def same_memory(x: Vector, row: Vector) -> bool:
     """Tell whether an array is the memory of another one."""
     return x is row or (x.size == row.size and bool(x.ctypes.data == row.ctypes.data))

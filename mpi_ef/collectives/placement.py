@@ -47,7 +47,9 @@ class _Placements(dict[tuple[int, ...], Placement]):
 
 
 def slice_bounds(d: int, rails: int) -> list[int]:
-    """Return rails + 1 bounds that cut d entries into a slice for each rail, at multiples of 64."""
+    """Return rails + 1 bounds that cut d entries into a slice for each rail, for long vectors at multiples of 64."""
+    if d < 16 * _ALIGNED * rails:
+        return [q * d // rails for q in range(rails + 1)]
     return [*(q * d // rails // _ALIGNED * _ALIGNED for q in range(rails)), d]
 
 

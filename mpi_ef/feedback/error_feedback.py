@@ -2,7 +2,9 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from textwrap import fill
+from types import MethodType
 from typing import Any, ClassVar
 
 from mpi_ef.collectives import Offer, Plan
@@ -393,6 +395,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
         self.loaded()
 
 
+ErrorFeedback.__signature__ = signature(MethodType(ErrorFeedback.__init__, ErrorFeedback))  # type: ignore[attr-defined]
 if ErrorFeedback.__doc__:  # None with python -OO
     said = fill(f"Rules: {', '.join(RULES)}.", 116, initial_indent="    ", subsequent_indent="    ")
     ErrorFeedback.__doc__ += f"\n{said}\n"

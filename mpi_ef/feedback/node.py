@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpi_ef.collectives import NodeMean, Plan
+from mpi_ef.collectives.node import same_memory
 from mpi_ef.comm.consensus import agree
 from mpi_ef.compress.combination import Combination, Vector
 from mpi_ef.errors import MpiEfError, OptionError, counted
@@ -36,6 +37,7 @@ class NodeFeedback(ErrorFeedback, through=NodeMean):
         assert isinstance(plan, NodeMean)  # noqa: S101
         self.node, self.first, self._inside_nbytes = plan, plan.part.start, 0
         self._refusal: MpiEfError | None = None
+        self._settled = False  # whether the result is where the node reads it
         problem: Exception | None = None
         try:
             super().__init__(rule, plan.inner, dense_steps=dense_steps, **options)
@@ -131,7 +133,19 @@ class NodeFeedback(ErrorFeedback, through=NodeMean):
 
     def _spread(self, result: Vector) -> Vector:
         self._inside_nbytes += self.node.inside_nbytes
+        if not self._settled:
+            result, self._settled = self._at_home(result), True
         return self.node.spread(result)
+
+    def _at_home(self, result: Vector) -> Vector:
+        """Let the array of the state that is the result be where the node reads it, so that it is not copied. Local."""
+        home = self.node.home
+        for name, array in vars(self.state).items():
+            if home is not None and isinstance(array, np.ndarray) and array.size and same_memory(array, result):
+                home[:] = array
+                setattr(self.state, name, home)
+                return home
+        return result
 
     def _current(self, whole: bool) -> Plan:
         return super()._current(whole or self.node.alone)

@@ -57,10 +57,10 @@ class _Turns:
 
 
 class _World:
-    """The ranks of a communicator, by their number in the world, and what they share."""
+    """The ranks of a communicator, by their number among all, and what they share."""
 
-    def __init__(self, turns: _Turns, members: Sequence[int]) -> None:
-        self.size, self._members, self.turns = len(members), members, turns
+    def __init__(self, size: int, turns: _Turns | None = None, members: Sequence[int] = ()) -> None:
+        self.size, self._members, self.turns = size, members or range(size), turns or _Turns(size)
         self._arrived: dict[int, tuple[Any, Any]] = {}  # by rank, in the collective that some wait in
         self._complete: list[tuple[Any, Any]] = []  # the same of all ranks, in the last one that all have made
         self._split: list[tuple[Any, Any]] = []  # the last one that was a split
@@ -94,7 +94,7 @@ class _World:
             self._split, self._parts = self._complete, {}
         members = [r for r in sorted(range(self.size), key=lambda r: (said[r][1], r)) if said[r][0] == color]
         if color not in self._parts:
-            self._parts[color] = _World(self.turns, [self._members[r] for r in members])
+            self._parts[color] = _World(len(members), self.turns, [self._members[r] for r in members])
         return self._parts[color], members.index(rank)
 
 
@@ -195,8 +195,8 @@ def run(size: int, program: Callable[[Any], Any], *, virtual: bool = False) -> l
     """
     if world is not None and size == world.Get_size() and not virtual:
         return _run_for_real(world, program)
-    turns = _Turns(size)
-    shared, results = _World(turns, range(size)), list[Any]([None] * size)
+    shared = _World(size)
+    turns, results = shared.turns, list[Any]([None] * size)
 
     def rank_main(rank: int) -> None:
         turns.enter(rank)
