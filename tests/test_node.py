@@ -465,7 +465,7 @@ def test_identity_between_nodes_is_a_mean():
 
 @pytest.mark.parametrize("s", [4, 8])
 def test_memory_is_touched_as_often_as_counted(s):
-    """A rank reads its part of all rows, and the rule's 13.4 bytes are for a slice; the reading of the result comes on top."""
+    """A rank reads its part of all rows, and the rule's 13.4 bytes are for a slice; to read the result comes on top."""
     d = 200_000
 
     def program(comm):
