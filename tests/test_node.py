@@ -296,7 +296,7 @@ def test_bytes_are_counted_inside_nodes_and_between():
         for step in range(3):
             feedback.step(mine(comm, step, 20_000))
         assert rail.sent_nbytes == 3 * feedback.node.between.sent_nbytes == feedback.between_nbytes
-        assert node.sent_nbytes == 3 * feedback.node.inside_nbytes
+        assert node.sent_nbytes == 3 * feedback.node.inside.sent_nbytes
         assert feedback.sent_nbytes == 3 * feedback.node.traffic.sent_nbytes
         assert counting.sent_nbytes == 0
 
@@ -448,6 +448,28 @@ def test_optimizers_train_through_it(name, n, node):
         rows = virtual.results(n, program)
     assert all(same_bits(row[0], rows[0][0]) for row in rows)
     assert np.mean([row[1][5:] for row in rows]) < np.mean([row[1][:5] for row in rows])
+
+
+def test_a_layer_that_one_rank_does_not_use_makes_no_rank_wait():
+    """With overlap that rank sends its bucket in step(), others in the backward pass, where they must not wait for it."""
+
+    def program(comm):
+        model = torch.nn.ModuleList([torch.nn.Linear(3, 3) for _ in range(3)])
+        for number, p in enumerate(model.parameters()):
+            p.data[:] = torch.from_numpy(gaussian(number, p.numel())).view(p.shape)
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), comm, TopK(0.5), placement="gradient",
+                                         overlap=True, bucket_nbytes=40, plan=partial(NodeMean, node=2))
+        for step in range(4):
+            optimizer.zero_grad()
+            x = torch.from_numpy(gaussian(comm.Get_rank(), 6, step=step)).view(2, 3)
+            for number, layer in enumerate(model):
+                x = layer(x) if number != step % 3 or comm.Get_rank() != 1 else x
+            torch.tanh(x).sum().backward()
+            optimizer.step()
+        return [p.detach().numpy().copy() for p in model.parameters()]
+
+    rows = virtual.results(4, program)
+    assert all(same_bits(row, rows[0]) for row in rows)
 
 
 def test_identity_between_nodes_is_a_mean():

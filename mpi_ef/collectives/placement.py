@@ -32,6 +32,8 @@ class Placement(NamedTuple):
         How many there are. Rails are as many as the smallest node has ranks.
     mine : int
         This rank's node.
+    pending : list
+        Exchanges that have begun and are not on the rail yet, in their order, which is the same on all ranks.
     """
 
     numbers: tuple[int, ...]
@@ -40,6 +42,7 @@ class Placement(NamedTuple):
     nodes: int
     rails: int
     mine: int
+    pending: list[Any]
 
 
 class _Placements(dict[tuple[int, ...], Placement]):
@@ -123,4 +126,4 @@ def _split(comm: Any, numbers: tuple[int, ...]) -> Placement:
     place = int(node.Get_rank())
     rail = comm.Split(place if place < rails else rails + rank, mine)
     ways_of(rail).direct = ways_of(comm).direct
-    return Placement(numbers, node, rail, len(set(numbers)), rails, mine)
+    return Placement(numbers, node, rail, len(set(numbers)), rails, mine, [])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpi_ef.collectives import NodeMean, Plan
-from mpi_ef.collectives.node import same_memory
+from mpi_ef.collectives.inside import same_memory
 from mpi_ef.comm.consensus import agree
 from mpi_ef.compress.combination import Combination, Vector
 from mpi_ef.errors import MpiEfError, OptionError, counted
@@ -37,6 +37,7 @@ class NodeFeedback(ErrorFeedback, through=NodeMean):
         assert isinstance(plan, NodeMean)  # noqa: S101
         self.node, self.first, self._inside_nbytes = plan, plan.part.start, 0
         self._refusal: MpiEfError | None = None
+        self._posted = False  # whether a step has begun that was not waited for
         self._settled = False  # whether the result is where the node reads it
         problem: Exception | None = None
         try:
@@ -82,14 +83,18 @@ class NodeFeedback(ErrorFeedback, through=NodeMean):
 
     def step(self, vector: Vector | Combination, *, whole: bool = False, **inputs: Any) -> Vector:
         """Exchange, see :meth:`ErrorFeedback.step`. Collective."""
-        steps, offer = self._begun(self._entered(vector), whole, inputs)
+        self._check_idle()
+        v, refusal = self.node.inside.gather(*self._given(vector), self._place)
+        if refusal is not None:
+            super().refuse(refusal)
+        steps, offer = self._begun(v, whole, inputs)
         problem: MpiEfError | None = None
         try:
             plan: Plan = offer.exchange()
         except MpiEfError as error:
             problem = error
         try:
-            self.node.settle(problem)
+            self.node.inside.settle(problem)
         except MpiEfError:
             if problem is None:
                 plan.undo()
@@ -97,18 +102,35 @@ class NodeFeedback(ErrorFeedback, through=NodeMean):
         return self._spread(self._commit(steps, plan))
 
     def start(self, vector: Vector | Combination) -> None:
-        """Begin a step, see :meth:`ErrorFeedback.start`: the node adds up its vectors at once. Collective."""
-        super().start(self._entered(vector))
+        """Begin a step, see :meth:`ErrorFeedback.start`. Collective."""
+        self._check_idle()
+        self._posted = True
+        self.node.inside.post(*self._given(vector), self._place, self._go_on)
+
+    def _go_on(self, v: Vector, refusal: MpiEfError | None) -> None:
+        """Let the rule begin, once the node has added up."""
+        if refusal is not None:
+            super().refuse(refusal)
+        super().start(v)
+
+    def progress(self) -> None:
+        """Let MPI work on the step under way. Local."""
+        self.node.inside.advance(wait=False)
+        super().progress()
 
     def wait(self) -> None:
         """Wait for the step under way, see :meth:`ErrorFeedback.wait`. Collective."""
+        if not self._posted:
+            super().wait()  # which says that no step is under way
         problem: MpiEfError | None = None
+        self.node.inside.advance(wait=True)
+        self._posted = False
         try:
             super().wait()
         except MpiEfError as error:
             problem = error
         try:
-            self.node.settle(problem)
+            self.node.inside.settle(problem)
         except MpiEfError:
             self.rollback()
             raise
@@ -121,25 +143,33 @@ class NodeFeedback(ErrorFeedback, through=NodeMean):
         """Take part in the next step with an error, see :meth:`ErrorFeedback.refuse`."""
         self._refusal = error
 
-    def _entered(self, vector: Vector | Combination) -> Vector:
-        """Return the node's mean of this rank's slice, or any vector in an exchange that is refused. Collective."""
-        node, (refusal, self._refusal) = self.node, (self._refusal, None)
-        x, _ = node._taken(vector, None)  # noqa: SLF001
-        refusal = refusal or node._problem(x, None)  # noqa: SLF001
-        v, refusal = node.gather(x, refusal, (self.steps, self.plan.exchanges))
-        if refusal is not None:
-            super().refuse(refusal)
-        return v
+    def _given(self, vector: Vector | Combination) -> tuple[Vector | Combination, MpiEfError | None]:
+        """Return what is exchanged, and why it cannot be. Local."""
+        refusal, self._refusal = self._refusal, None
+        x, wrong = self.node.given(vector)
+        return x, refusal or wrong
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return self.steps, self.plan.exchanges
+
+    def _check_idle(self) -> None:
+        if self._posted or self._under_way is not None:
+            raise OptionError("ErrorFeedback: a step is under way; call wait() and commit() first")
+
+    def before_load(self) -> None:
+        """Raise while a step is under way, see :meth:`ErrorFeedback.before_load`. Local."""
+        self._check_idle()
 
     def _spread(self, result: Vector) -> Vector:
-        self._inside_nbytes += self.node.inside_nbytes
+        self._inside_nbytes += self.node.inside.sent_nbytes
         if not self._settled:
             result, self._settled = self._at_home(result), True
-        return self.node.spread(result)
+        return self.node.inside.spread(result)
 
     def _at_home(self, result: Vector) -> Vector:
         """Let the array of the state that is the result be where the node reads it, so that it is not copied. Local."""
-        home = self.node.home
+        home = self.node.inside.home
         for name, array in vars(self.state).items():
             if home is not None and isinstance(array, np.ndarray) and array.size and same_memory(array, result):
                 home[:] = array

@@ -56,7 +56,7 @@ def steps(comm, node, inner="TwoPhaseMean", d=100_003, count=6):
 def test_shared_memory_gives_the_bits_of_messages(comm, node, inner):
     """Which virtual ranks use, and real ones that are refused the memory; the same bits on all ranks."""
     results, arrays, feedback = steps(comm, node, inner)
-    assert feedback.node.shares == (feedback.node.placement.node.Get_size() > 1)
+    assert feedback.node.inside.shares == (feedback.node.placement.node.Get_size() > 1)
     theirs = virtual.results(comm.size, lambda comm: steps(comm, node, inner)[:2]) if comm.rank == 0 else None
     expected = comm.scatter(theirs)
     assert same_bits(results, expected[0])
@@ -79,7 +79,7 @@ def test_without_shared_memory_vectors_go_through_messages(comm, monkeypatch):
         results, _, feedback = steps(comm, 2)
     assert same_bits(results, expected)
     beside = feedback.node.placement.node.allgather(comm.rank)
-    assert feedback.node.shares == (len(beside) > 1 and comm.size - 1 not in beside)
+    assert feedback.node.inside.shares == (len(beside) > 1 and comm.size - 1 not in beside)
     texts = [str(one.message) for one in said if one.category is RuntimeWarning]
     first = len(beside) > 1 and comm.size - 1 in beside and comm.rank == beside[0]
     assert len(texts) == first
@@ -107,28 +107,31 @@ def test_a_vector_in_its_row_is_not_copied(comm):
         result = two.step(x)
         if one.row is not None:
             one.row[:] = x
-            before = one.node._landing.ctypes.data
+            before = one.node.inside._landing.ctypes.data
             assert same_bits(one.step(one.row), result)
-            assert one.node._last.ctypes.data == before == one.row.ctypes.data
+            assert one.node.inside._last.ctypes.data == before == one.row.ctypes.data
         else:
             assert same_bits(one.step(x), result)
 
 
-@pytest.mark.parametrize("placement", ["gradient", "update"])
-def test_gradients_are_where_the_node_reads_them(comm, placement):
-    """Training has the bits of virtual ranks, and the vector of gradients is the row."""
+@pytest.mark.parametrize("options", [{"placement": "gradient"}, {"placement": "update"},
+                                     {"placement": "gradient", "overlap": True, "bucket_nbytes": 100}],
+                         ids=["gradient", "update", "overlap"])
+def test_training_has_the_bits_of_virtual_ranks(comm, options):
+    """With one bucket the vector of gradients is where the node reads it; with overlap one rank does not use a layer."""
 
     def program(comm):
         net = net_of()
         inner = torch.optim.SGD(net.parameters(), lr=0.02)
-        optimizer = DistributedOptimizer(inner, comm, TopK(0.3), placement=placement, plan=partial(NodeMean, node=2))
+        optimizer = DistributedOptimizer(inner, comm, TopK(0.3), plan=partial(NodeMean, node=2), **options)
         optimizer.check_replicas_every = 1
         for step in range(8):
             optimizer.zero_grad()
+            net.second.weight.requires_grad_(requires_grad=comm.Get_rank() != step % 3)
             loss_of(net, comm.Get_rank(), step).backward()
             optimizer.step()
         row = optimizer.feedback.row
-        assert row is None or placement == "update" or optimizer.flat.gradients is row
+        assert (optimizer.flat.gradients is row) == (row is not None and options == {"placement": "gradient"})
         return [p.detach().numpy().copy() for p in net.parameters()]
 
     mine = program(comm)
@@ -181,7 +184,7 @@ def test_memory_goes_back_with_the_plan(comm):
     gc.collect()  # what earlier tests have left in circles
     before = mapped()
     plan = NodeMean(comm, TOP, 100_000, node=2)
-    assert mapped() == before + plan.shares
+    assert mapped() == before + plan.inside.shares
     del plan
     assert mapped() == before
 
@@ -191,4 +194,4 @@ def test_what_is_not_the_nodes_memory_is_not_taken(comm, monkeypatch):
     monkeypatch.setattr("mpi_ef.collectives.shared.os.pread", lambda *_: b"something else")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        assert not NodeMean(comm, TOP, 1000, node=2).shares
+        assert not NodeMean(comm, TOP, 1000, node=2).inside.shares
