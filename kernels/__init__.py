@@ -36,12 +36,22 @@ from .quantize import FORMATS, QUANTIZE_SCRATCH, add_quantized, quantize
 from .sample import sample_indices
 from .select import SELECT_SCRATCH, select_candidates, select_largest
 from .signs import SIGNS_SCRATCH, add_signs, encode_signs
-from .sparse import COMBINE_SCRATCH, add_dense, add_sparse, clear_sparse, combine, gather, mean_rows, subtract
+from .sparse import (
+           COMBINE_SCRATCH,
+           add_dense,
+           add_sparse,
+           clear_sparse,
+           combine,
+           gather,
+           mean_rows,
+           mean_slice,
+           subtract,
+)
 
 __all__ = ["BLOCK", "COMBINE_SCRATCH", "FORMATS", "QUANTIZE_SCRATCH", "SELECT_SCRATCH", "SIGNS_SCRATCH", "adam",
            "adam_step", "add_dense", "add_layers", "add_low_rank", "add_messages", "add_quantized", "add_signs",
            "add_sparse", "all_finite", "clear_messages", "clear_sparse", "combine", "decode_indices",
            "encode_indices", "encode_signs", "fingerprints", "follow_momentum", "gather", "l1_norm", "layer_norms",
-           "local_step", "low_bits", "lower_nbytes", "mean_rows", "momentum_step", "orthonormalise",
+           "local_step", "low_bits", "lower_nbytes", "mean_rows", "mean_slice", "momentum_step", "orthonormalise",
            "preconditioned_step", "quantize", "read_values", "sample_indices", "scaled_momentum", "select_candidates",
            "select_largest", "sign_step", "subtract", "update_moments", "upper_nbytes", "write_messages"]

@@ -244,6 +244,9 @@ class Backend:
         real = self.dtype.type(factor)
         kernels.add_messages(layout, headroom, block, memory, places, real, out, indices, values, self._memory.scratch)
 
+    def mean_slice(self, rows: Vector, start: int, factor: float, out: Vector) -> None:
+        kernels.mean_slice(rows, start, self.dtype.type(factor), out)
+
     def add_dense(self, values: Vector, factor: float, out: Vector) -> None:
         kernels.add_dense(values, self.dtype.type(factor), out)
 

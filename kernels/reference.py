@@ -28,8 +28,8 @@ from .reference_messages import (
 __all__ = ["adam", "adam_step", "add_dense", "add_layers", "add_low_rank", "add_messages", "add_quantized",
            "add_signs", "add_sparse", "all_finite", "clear_messages", "clear_sparse", "combine", "decode_indices",
            "encode_indices", "encode_signs", "fingerprints", "follow_momentum", "gather", "l1_norm", "layer_norms",
-           "local_step", "mean_rows", "momentum_step", "orthonormalise", "preconditioned_step", "quantize",
-           "read_values", "sample_indices", "scaled_momentum", "select_largest", "sign_step", "subtract",
+           "local_step", "mean_rows", "mean_slice", "momentum_step", "orthonormalise", "preconditioned_step",
+           "quantize", "read_values", "sample_indices", "scaled_momentum", "select_largest", "sign_step", "subtract",
            "update_moments", "write_messages"]
 
 Vector = NDArray[np.floating]
@@ -70,6 +70,11 @@ def mean_rows(rows: Vector, own: Vector, rank: int, factor: np.floating, out: Ve
     parts = [factor * (own if r == rank else row) for r, row in enumerate(rows)]
     out[:] = sum(parts[1:], start=parts[0])
     return all_finite(out)
+
+
+def mean_slice(rows: Vector, start: int, factor: np.floating, out: Vector) -> None:
+    parts = [factor * row for row in rows[:, start : start + out.size]]
+    out[:] = sum(parts[1:], start=parts[0])
 
 
 def gather(terms: Terms, factors: Vector, indices: NDArray[np.int64], values: Vector) -> None:

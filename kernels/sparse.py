@@ -8,7 +8,7 @@ from ._stream import BLOCK, form, put
 from ._vector import GROUP, Terms, Vector, at_least, fence, fetch_entry, magnitude, subtract_group
 
 __all__ = ["COMBINE_SCRATCH", "add_dense", "add_sparse", "clear_sparse", "combine", "gather",
-           "mean_rows", "subtract"]
+           "mean_rows", "mean_slice", "subtract"]
 
 
 COMBINE_SCRATCH = BLOCK + GROUP
@@ -69,6 +69,21 @@ def mean_rows(rows: Vector, own: Vector, rank: int, factor: np.floating, out: Ve
         for i in range(whole, m):
             broken |= np.uint64(magnitude(x[i]) >= infinity)
     return bool(broken == 0)
+
+
+@jit
+def mean_slice(rows: Vector, start: int, factor: np.floating, out: Vector) -> None:
+    """Write what :func:`mean_rows` does for the columns of `rows`, (n, any), from `start` on, as many as `out` has."""
+    for low in range(0, out.size, BLOCK):
+        m = min(BLOCK, out.size - low)
+        x, at = out[low : low + m], start + low
+        row = rows[0, at : at + m]
+        for i in range(m):
+            x[i] = factor * row[i]
+        for r in range(1, rows.shape[0]):
+            row = rows[r, at : at + m]
+            for i in range(m):
+                x[i] += factor * row[i]
 
 
 @jit

@@ -9,12 +9,13 @@ import numpy as np
 
 from mpi_ef.errors import OptionError, ShapeError, briefly
 
-__all__ = ["LOCAL", "PER_RANK", "REPLICATED", "Leaf", "Reshard", "StateTree", "Stateful", "attribute"]
+__all__ = ["LOCAL", "NODES", "PER_RANK", "REPLICATED", "Leaf", "Reshard", "StateTree", "Stateful", "attribute"]
 
 Kind = Literal["replicated", "per rank", "local"]
 REPLICATED: Kind = "replicated"
 PER_RANK: Kind = "per rank"
 LOCAL: Kind = "local"
+NODES = "nodes"  # name of the array `Reshard.nodes` of those that have written; it is saved, and not written when loaded
 _REQUIRED: Any = object()
 
 
@@ -25,6 +26,8 @@ class Reshard:
     "mean": every new rank gets the mean of the old ranks' arrays, so that their mean is what it was.
     "copy": every new rank gets the replicated array `of`, of which the arrays are to be the mean, and what is `owed`.
     "cut": the old ranks' arrays, one after the other, are one vector, of which this rank gets ``start ... stop - 1``.
+
+    With `nodes` the array is a part of a vector of the node, ``start ... stop - 1``, and nodes take the place of ranks.
     """
 
     how: Literal["mean", "copy", "cut"]
@@ -32,6 +35,7 @@ class Reshard:
     owed: str = ""  # the array whose parts on the old ranks, concatenated, are what `of` lacks of the mean; "" for nothing
     start: int = 0
     stop: int = 0
+    nodes: Any = None  # (n, 5) int64: of each rank its node, where its part begins and ends, and where what is cut does
 
 
 @dataclass(frozen=True)
@@ -233,7 +237,8 @@ class Stateful:
 
     def replicated(self) -> dict[str, Any]:
         """Return the named arrays, besides parameters, that are equal on all ranks. Not copies. Local."""
-        return {name: leaf.array for name, leaf in self.state_tree().arrays(REPLICATED).items()}
+        arrays = self.state_tree().arrays(REPLICATED).items()
+        return {name: leaf.array for name, leaf in arrays if name.rpartition(".")[2] != NODES}
 
     def identity(self) -> dict[str, str]:
         """Return what must be the same where a saved state is loaded, on any number of ranks. Local."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from device_side import BLOCK, DEVICE, INTERPRETED, bits, host, on, sized, there, vector
 
-from mpi_ef.collectives import ClientsMean, DenseMean, GatherMean, TwoPhaseMean, plan_for
+from mpi_ef.collectives import ClientsMean, DenseMean, GatherMean, NodeMean, TwoPhaseMean, plan_for
 from mpi_ef.compress import Identity, Keep, LowRank, Quantize, RandK, Sign, TopK, Vote, lazy
 from mpi_ef.errors import NonFiniteError, OptionError, PeerError
 from mpi_ef.feedback import ErrorFeedback
@@ -207,3 +207,31 @@ def test_tensors_are_taken_as_arrays_are(less_message):
 
     for ours, theirs in results(2, program):
         assert ours == theirs
+
+
+@pytest.mark.parametrize("rule", ["ef14", "ef21"])
+@pytest.mark.parametrize("world", WORLDS)
+def test_nodes(rule, world):
+    """Sums inside a node are formed on the host, slices are compressed where vectors are: the bits of the host."""
+    devices = WORLDS[world]
+
+    def program(comm):
+        seen = []
+        for device in ("cpu", devices[comm.Get_rank()]):
+            plan = NodeMean(comm, TopK(0.1), D, inner=TwoPhaseMean, node=2, device=device)
+            feedback, results = ErrorFeedback(rule, plan, dense_steps=1), []
+            for step in range(STEPS):
+                x, y = (on(device, vector(D, np.float32, 100 * comm.Get_rank() + 2 * step + n)) for n in range(2))
+                results.append(host(feedback.step(lazy(x) - y)).copy())
+                feedback.start(x)
+                feedback.wait()
+                results.append(host(feedback.commit()).copy())
+            bad = on(device, np.full(D, np.nan, np.float32))
+            with pytest.raises(NonFiniteError):
+                feedback.step(bad if comm.Get_rank() == len(devices) - 1 else x)
+            results.append(host(feedback.step(x)).copy())
+            seen.append(results + [host(a).copy() for a in feedback.per_rank().values()])
+        return seen
+
+    for ours, theirs in results(len(devices), program):
+        assert all(map(np.array_equal, map(bits, ours), map(bits, theirs)))

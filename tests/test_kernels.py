@@ -367,6 +367,12 @@ def test_mean_of_rows(dtype):
             finite = kernels.mean_rows(rows, own, rank, dtype(1 / n), out)
             assert bool(finite) == reference.mean_rows(rows, own, rank, dtype(1 / n), expected)
         np.testing.assert_array_equal(out, expected)
+        rows[rank], start = own, x.size // 3
+        with np.errstate(invalid="ignore", over="ignore"):
+            kernels.mean_slice(rows, start, dtype(1 / n), part := np.empty(x.size - start, dtype))
+        np.testing.assert_array_equal(part, expected[start:])
+        reference.mean_slice(rows, start, dtype(1 / n), part)
+        np.testing.assert_array_equal(part, expected[start:])
 
     check()
 

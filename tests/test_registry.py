@@ -121,7 +121,7 @@ def test_what_is_wrong_is_said_in_one_line(kind, text, words):
 
 def test_names_are_all_there_is():
     assert registry.names("rule") == sorted(RULES)
-    assert {"GatherMean", "TwoPhaseMean", "DenseMean", "LowRankMean", "ClientsMean"} == {*registry.names("plan")}
+    assert {"GatherMean", "TwoPhaseMean", "DenseMean", "LowRankMean", "ClientsMean", "NodeMean"} == {*registry.names("plan")}
     assert {"EF21", "OneBitAdam", "Lion", "DistributedOptimizer"} <= {*registry.names("optimizer")}
 
 

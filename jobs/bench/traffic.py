@@ -98,6 +98,8 @@ def _nbytes(kernel: str, given: dict[str, Any]) -> int:
     total += _passes_over_terms(kernel, given) * sum(term.nbytes for term in given.get("terms", ()))
     if kernel == "gather":
         total += int(given["values"].nbytes) * sum(term.size > 0 for term in given["terms"])
+    if kernel == "mean_slice":
+        total -= int(given["rows"].nbytes) - len(given["rows"]) * int(given["out"].nbytes)  # the columns that are read
     if kernel == "mean_rows":
         total -= int(given["own"].nbytes)  # stands for a row that is not read
     out = arrays.get("out")

@@ -15,10 +15,11 @@ from .exchange import Round
 from .frames import Frames
 from .gather import GatherMean
 from .lowrank import LowRankMean
+from .node import NodeMean
 from .onecall import allgather, allreduce
 from .plan import LinkTraffic, Offer, Plan, Traffic
 from .two_phase import TwoPhaseMean, chunk_bounds
 
-__all__ = ["ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LinkTraffic", "LowRankMean", "Offer",
-           "Plan", "PlanBuilder", "Round", "Traffic", "TwoPhaseMean", "allgather", "allreduce", "build_plan", "chunk_bounds",
+__all__ = ["ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LinkTraffic", "LowRankMean", "NodeMean",
+           "Offer", "Plan", "PlanBuilder", "Round", "Traffic", "TwoPhaseMean", "allgather", "allreduce", "build_plan", "chunk_bounds",
            "plan_for", "use_gpu_aware_mpi"]

@@ -5,8 +5,9 @@ one function per paper, in the table :data:`RULES`; :class:`ErrorFeedback` puts 
 """
 
 from .error_feedback import ErrorFeedback
+from .node import NodeFeedback
 from .state import State, Steps, average, double_buffer, error, estimate, momentum, persistent, replicated, scratch
 from .table import RULES, Rule, with_momentum
 
-__all__ = ["RULES", "ErrorFeedback", "Rule", "State", "Steps", "average", "double_buffer", "error", "estimate", "momentum",
-           "persistent", "replicated", "scratch", "with_momentum"]
+__all__ = ["RULES", "ErrorFeedback", "NodeFeedback", "Rule", "State", "Steps", "average", "double_buffer", "error",
+           "estimate", "momentum", "persistent", "replicated", "scratch", "with_momentum"]

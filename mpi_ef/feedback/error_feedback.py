@@ -2,8 +2,10 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from textwrap import fill
-from typing import Any
+from types import MethodType
+from typing import Any, ClassVar
 
 from mpi_ef.collectives import Offer, Plan
 from mpi_ef.comm.consensus import OnAllRanks, agree
@@ -56,6 +58,21 @@ class ErrorFeedback(OnAllRanks, Stateful):
     A non-finite vector on any rank raises `NonFiniteError` on all of them and leaves every state as it was.
     """
 
+    first = 0  # the entry of the vector at which the arrays of this rank begin
+    row: Any = None  # memory from which this rank's vector need not be copied
+    of_node = False  # whether they belong to the node of this rank
+    _kinds: ClassVar[dict[type[Plan], type[Any]]] = {}  # by the plan through which they work
+
+    def __init_subclass__(cls, *, through: type[Plan] | None = None) -> None:
+        super().__init_subclass__()
+        if through is not None:
+            ErrorFeedback._kinds[through] = cls
+
+    def __new__(cls, rule: object = None, plan: object = None, **_: object) -> Any:  # noqa: ARG004
+        """Return an object of the kind that works through such a plan. Local."""
+        kinds = (kind for through, kind in ErrorFeedback._kinds.items() if isinstance(plan, through))
+        return super().__new__(next(kinds, cls) if cls is ErrorFeedback else cls)
+
     def __init__(self, rule: str | Rule, plan: Plan, *, dense_steps: int = 0, **options: Any) -> None:
         if not isinstance(plan, Plan):
             raise OptionError(f"ErrorFeedback: plan={briefly(plan)} is no plan; pass for example GatherMean(comm, "
@@ -69,7 +86,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
                 self.rule = with_momentum(self.rule)
             whole("ErrorFeedback", 0, "0 starts compressed", dense_steps=dense_steps)
             self.rule.check_names(options, "ErrorFeedback", ErrorFeedback)
-            self.options = self.rule.options_for(plan.alpha, specified | options)
+            self.options = self.rule.options_for(self._alpha(plan), specified | options)
             self.state = self.rule.state.zeros(plan, **self.options)
             return {"rule": self.rule.name, "dense_steps": dense_steps, "options": self.options}
 
@@ -81,6 +98,10 @@ class ErrorFeedback(OnAllRanks, Stateful):
         self._late = ""  # after the step under way
         self._dense_sent_nbytes = 0
         self._dense_seconds = dict.fromkeys(plan.seconds, 0.0)
+
+    def _alpha(self, plan: Plan) -> float:
+        """Return the contraction constant from which options follow."""
+        return plan.alpha
 
     def __repr__(self) -> str:
         """Return the rule with its options, the compressor and the plan. Local."""
@@ -376,6 +397,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
         self.loaded()
 
 
+ErrorFeedback.__signature__ = signature(MethodType(ErrorFeedback.__init__, ErrorFeedback))  # type: ignore[attr-defined]
 if ErrorFeedback.__doc__:  # None with python -OO
     said = fill(f"Rules: {', '.join(RULES)}.", 116, initial_indent="    ", subsequent_indent="    ")
     ErrorFeedback.__doc__ += f"\n{said}\n"

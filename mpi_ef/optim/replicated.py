@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
-from mpi_ef.collectives import DenseMean, Plan, PlanBuilder, build_plan, plan_for
+from mpi_ef.collectives import DenseMean, NodeMean, Plan, PlanBuilder, build_plan, plan_for
 from mpi_ef.comm.consensus import all_built, shared_errors
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, everywhere
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.ranges import checked, option, with_options
 from mpi_ef.statetree import LOCAL, REPLICATED, Leaf, StateTree, attribute
@@ -69,6 +69,9 @@ class ReplicatedOptimizer(FlatOptimizer):
         self._asleep = Asleep(comm)
         with shared_errors(comm, self._kind, Plan.built):
             built = build_plan(plan, comm, compressor, self.flat.d, self.flat.dtype, self.flat.device)
+        if isinstance(built, NodeMean):
+            raise everywhere(OptionError(f"{self._kind}: plan=NodeMean keeps parts of vectors of a node, and this optimizer "
+                                         "whole ones of a rank; take DistributedOptimizer, or another plan"))
         all_built(comm, self._kind, lambda: self.build(built), "ErrorFeedback")
         if not self.rules:
             raise OptionError(f"{self._kind}.build made no rule; set self.rules[...] = ErrorFeedback(..., plan)")

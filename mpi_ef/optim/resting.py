@@ -10,7 +10,7 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress.combination import Vector
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.kernels.backend import backend_of
-from mpi_ef.statetree import PER_RANK, REPLICATED
+from mpi_ef.statetree import NODES, PER_RANK, REPLICATED
 from mpi_ef.vectors import Mask
 
 __all__ = ["ASKS", "AWAKE", "QUIET", "STIRS", "Asleep", "memories", "momenta", "silent"]
@@ -79,16 +79,18 @@ def memories(rules: Iterable[tuple[ErrorFeedback, int]]) -> list[Placed]:
     found = []
     for rule, first in rules:
         for name, leaf in rule.state_tree().arrays().items():
+            if name == NODES:
+                continue
             cut = leaf.reshard is not None and leaf.reshard.how == "cut" and leaf.array.size < rule.plan.d
             of_entries = leaf.array.size == rule.plan.d and not (leaf.kind == REPLICATED and name.startswith("plan."))
             if cut or of_entries:
-                found.append((leaf.array, first + (leaf.reshard.start if cut and leaf.reshard else 0)))
+                found.append((leaf.array, first + (leaf.reshard.start if cut and leaf.reshard else rule.first)))
     return found
 
 
 def momenta(rules: Iterable[tuple[ErrorFeedback, int]]) -> list[Placed]:
-    """Return the averages of this rank's own gradients that rules keep. Not copies. Local; as :func:`memories`."""
-    return [(leaf.array, first) for rule, first in rules for leaf in rule.state.leaves().values()
+    """Return the averages of this rank's own gradients that rules keep, not of its node's. Not copies. Local."""
+    return [(leaf.array, first) for rule, first in rules if not rule.of_node for leaf in rule.state.leaves().values()
             if leaf.kind == PER_RANK and not leaf.resets]
 
 

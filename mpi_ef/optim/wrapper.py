@@ -141,6 +141,8 @@ class DistributedOptimizer(FlatOptimizer):
         self.feedback, self._quiet = buckets[0].feedback, ExitStack()
         self._places = None if self._after is None else self.flat.views(self._after)
         self._lends = placement == "update"
+        if placement == "gradient" and self.feedback.row is not None and len(buckets) == 1 and not overlap:
+            self.flat.gather_gradients_in(self.feedback.row)
 
     def _allocate(self) -> None:
         # One rank that loses nothing need not take its update apart and put it together again, which rounds.

@@ -12,7 +12,7 @@ from mpi_ef.data import random_state, rank_seed, seed_rank, set_random_state
 from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.optim.flat import FlatOptimizer
 from mpi_ef.optim.wrapper import DistributedOptimizer
-from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Leaf, Stateful
+from mpi_ef.statetree import LOCAL, NODES, PER_RANK, REPLICATED, Leaf, Stateful
 from mpi_ef.vectors.places import is_on_device
 
 from .reshard import EITHER, RestoreView, Snapshot, read
@@ -89,8 +89,9 @@ class StateComponent(Component):
     def check(self, past: RestoreView) -> None:
         """Compare the names, shapes and dtypes of all arrays."""
         self.owner.before_load()
-        mine, start = self.owner.state_tree().arrays(), f"{self.name}."
+        mine, start = self._arrays(), f"{self.name}."
         theirs = {name.removeprefix(start) for name in past.names() if name.startswith(start)}
+        theirs = {name for name in theirs if not _of_nodes(name)}
         heirs = {_inherited(key, leaf) for key, leaf in mine.items()}
         needed = {key for key, leaf in mine.items() if not leaf.optional}
         if different := sorted((needed - theirs) | (theirs - mine.keys() - heirs)):
@@ -109,12 +110,16 @@ class StateComponent(Component):
         tree.write(past.value(f"{name}:account") if past.same_world else {}, LOCAL)
         if past.kind(f"{name}:own"):
             tree.write(past.mean(f"{name}:own", home), PER_RANK)
-        for key, leaf in owner.state_tree().arrays().items():
+        for key, leaf in self._arrays().items():
             if leaf.optional and past.kind(f"{name}.{key}") is None:
                 leaf.array.fill(0)
             else:
                 past.write(f"{name}.{key}", leaf.array, leaf.reshard, f"{name}.{_inherited(key, leaf)}")
         owner.loaded()
+
+    def _arrays(self) -> dict[str, Leaf]:
+        """Return the arrays that are put back, by name."""
+        return {key: leaf for key, leaf in self.owner.state_tree().arrays().items() if not _of_nodes(key)}
 
     def forget(self) -> Finish | None:
         return getattr(self.owner, "forget", None)
@@ -123,6 +128,11 @@ class StateComponent(Component):
 def _inherited(key: str, leaf: Leaf) -> str:
     """Return the name of what an array inherits, which begins as its own does; "" for nothing."""
     return key[: key.rfind(".") + 1] + leaf.inherits if leaf.inherits else ""
+
+
+def _of_nodes(name: str) -> bool:
+    """Tell whether an array is said of other arrays, and is no state."""
+    return name.rpartition(".")[2] == NODES
 
 
 class ModelComponent(Component):

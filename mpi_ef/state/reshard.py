@@ -13,11 +13,12 @@ from torch import Tensor
 
 from mpi_ef.checkpoint.source import pieces_of
 from mpi_ef.errors import DtypeError, OptionError, ShapeError
-from mpi_ef.statetree import PER_RANK, REPLICATED, Reshard
+from mpi_ef.statetree import NODES, PER_RANK, REPLICATED, Reshard
 from mpi_ef.vectors import mean_over_ranks
 from mpi_ef.vectors.pieces import TensorPieces, fill
 from mpi_ef.vectors.places import is_on_device, overwrite
 
+from .nodes import Holders, same_nodes
 from .tree import _MARK, Array, Arrays, decoded, encoded, filed, tensor_of
 
 __all__ = ["LazyDict", "RestoreView", "Snapshot", "Stored", "mean_over_ranks", "read"]
@@ -126,6 +127,7 @@ class RestoreView:
     size: int
     notes: list[str] = field(default_factory=list)  # what was not put back as it was
     _read: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    _tables: dict[str, Any] = field(default_factory=dict)
 
     @property
     def same_world(self) -> bool:
@@ -214,34 +216,59 @@ class RestoreView:
         `move.of` and `move.owed` are the ends of names that begin as `name` does.
         """
         kind, worlds = self.kind(name), range(self.found.world_size)
+        if self._other_nodes(name, move):
+            tree = _tree_of(name)
+            ends = [tree + end if end and self.kind(tree + end) is not None else ""
+                    for end in ((move.owed, move.of) if move else ("", ""))]
+            return self._holders(name).moved(name, move, *ends)
         if kind == REPLICATED or self.same_world or move is None:
             return self._array(name, kind, self.old_rank)
         if move.how == "copy":
             prefix = name[: name.rindex(".") + 1]
             aggregate = self.found.replicated(prefix + move.of)
-            return self._with_owed(aggregate, prefix + move.owed) if move.owed else aggregate
+            return self._with_owed(aggregate, prefix + move.owed, move) if move.owed else aggregate
         if move.how == "cut":
             return _cut((self.found.per_rank(name, rank) for rank in worlds), move.start, move.stop, name)
         parts = (torch.from_numpy(np.array(self.found.per_rank(name, rank))) for rank in worlds)
         return mean_over_ranks(parts, name).numpy()
 
-    def _with_owed(self, array: Array, name: str) -> Array:
-        """Return an array plus that of the name, whose parts on the old ranks follow each other, if there is one."""
+    def _nodes(self, name: str) -> Any:
+        """Return the table of nodes of the ranks that have written an array of that name, None where there is none."""
+        table = _tree_of(name) + NODES
+        if table not in self._tables:
+            self._tables[table] = self.found.replicated(table) if table in self.found.document["values"] else None
+        return self._tables[table]
+
+    def _other_nodes(self, name: str, move: Reshard | None) -> bool:
+        """Tell whether ranks are on nodes, then or now, and not on the same ones."""
+        old, new = self._nodes(name), None if move is None else move.nodes
+        return not same_nodes(old, new)
+
+    def _holders(self, name: str) -> Holders:
+        def read(name: str, rank: int) -> Array:
+            return self._array(name, self.kind(name), rank)
+
+        return Holders(self._nodes(name), self.found.world_size, read, self.kind)
+
+    def _with_owed(self, array: Array, name: str, move: Reshard | None) -> Array:
+        """Return an array plus that of the name, whose parts on the old ranks are one vector, if there is one."""
         if self.kind(name) is None:
             return array
-        owed: Array = np.concatenate([self._array(name, self.kind(name), r) for r in range(self.found.world_size)])
-        return array + owed
+        start, stop = (move.start, move.stop) if move is not None and move.nodes is not None else (0, array.size)
+        whole: Array = array + self._holders(name).owed(name, start, stop)
+        return whole
 
     def write(self, name: str, out: Array, move: Reshard | None = None, inherits: str = "") -> None:
         """Overwrite `out` with what :meth:`resharded` returns; `ShapeError` where that has another shape or dtype.
 
-        `inherits`: the name of what is added to it, one after the other of all old ranks, if there is such an array.
+        `inherits`: the name of what is added to it, a vector of which each old rank had a part, if there is such an array.
         """
         if inherits and self.kind(inherits) is not None:
-            out[...] = self._with_owed(self.resharded(name, move), inherits)
+            out[...] = self._with_owed(self.resharded(name, move), inherits, move)
             return
         tensor: Tensor | None = getattr(out, "tensor", None)
-        if tensor is not None and (self._stays(name) or move is None) and isinstance(self.found, InPieces):
+        stays = (self._stays(name) or move is None) and not self._other_nodes(name, move)
+        if tensor is not None and stays and isinstance(self.found, InPieces):
             self._fill(tensor, name, None if self.kind(name) == REPLICATED else self.old_rank, out)
             return
         array = self.resharded(name, move)
@@ -275,7 +302,14 @@ class RestoreView:
             raise DtypeError(f"resume: {name} is {leaf['dtype']} in the checkpoint and {array.dtype} here; build the model "
                              "as it was")
         worlds, shape = range(self.found.world_size), tuple(leaf["shape"])
-        if move is not None and move.how == "cut" and not self.same_world and self.kind(name) == PER_RANK:
+        if self._other_nodes(name, move):
+            if move is None or move.how != "cut":  # which has the sizes of the others
+                then, now = (int(table[:, 2].max()) if table is not None else size[0] for table, size in (
+                    (self._nodes(name), shape), (None if move is None else move.nodes, array.shape)))
+                if then != now:
+                    raise ShapeError(f"resume: {name} has {then} entries on a node in the checkpoint and {now} here; build "
+                                     "the model as it was")
+        elif move is not None and move.how == "cut" and not self.same_world and self.kind(name) == PER_RANK:
             whole = sum(self.tree(name, rank)["shape"][0] for rank in worlds)
             if (self.rank == self.size - 1 and whole != move.stop) or whole < move.stop:
                 raise ShapeError(f"resume: {name} has {whole} entries on all ranks together in the checkpoint and "
@@ -283,6 +317,11 @@ class RestoreView:
         elif shape != array.shape:
             raise ShapeError(f"resume: {name} is {shape} in the checkpoint and {array.shape} here; build the model as it "
                              "was")
+
+
+def _tree_of(name: str) -> str:
+    """Return what the names of the arrays of a rule begin with, of which one of the rule or of its plan is given."""
+    return name[: name.rindex(".") + 1].removesuffix("plan.")
 
 
 def _check_read(name: str, shape: tuple[int, ...], dtype: "np.dtype[Any]", out: Any) -> None:

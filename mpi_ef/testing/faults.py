@@ -42,16 +42,25 @@ class FaultyComm:
         Names of all collectives so far, and an Isend for every message to one rank.
     sent_nbytes : int
         Bytes of arrays that have left this rank for others.
+    parts : list of FaultyComm
+        What :meth:`Split` has returned, which count by themselves.
     """
 
     def __init__(self, comm: Comm, fault: Fault = "", at: int = 0, *, seconds: float = 0.002) -> None:
         self.comm, self.fault, self.at, self.seconds = comm, fault, at, seconds
         self.calls: list[str] = []
         self.sent_nbytes = 0
+        self.parts: list[FaultyComm] = []
 
     def arm(self, fault: Fault, at: int = 0) -> None:
         """Fail at the call that comes after `at` others from now on. Local."""
         self.fault, self.at = fault, len(self.calls) + at
+
+    def Split(self, color: int = 0, key: int = 0) -> "FaultyComm":
+        """Split the communicator; the part counts, and has no fault."""
+        comm: Any = self.comm
+        self.parts.append(FaultyComm(comm.Split(color, key)))
+        return self.parts[-1]
 
     def __getattr__(self, name: str) -> Any:
         if name == "comm":  # not there yet: it is being copied

@@ -7,7 +7,7 @@ that real ranks give. Only the calls that mpi_ef makes exist.
 import pickle
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,73 +26,98 @@ class DeadlockError(AssertionError):
     """Ranks wait for others that have come to their end, or failed."""
 
 
-class _World:
-    """What ranks share. They take turns: a rank runs until it needs what another one has not sent yet."""
+class _Turns:
+    """What all ranks share. They take turns: a rank runs until it needs what another one has not sent yet."""
 
     def __init__(self, size: int, ranks_per_node: int = 1) -> None:
-        self.size, self.ranks_per_node = size, ranks_per_node
+        self.ranks_per_node = ranks_per_node
         self._turns = [threading.Lock() for _ in range(size)]  # held where it is not that rank's turn
-        self._ready = deque(range(size))  # ranks that only wait for their turn
-        self._arrived: dict[int, tuple[Any, Any]] = {}  # by rank, in the collective that some wait in
-        self._complete: list[tuple[Any, Any]] = []  # the same of all ranks, in the last one that all have made
-        self._mail: dict[Any, deque[np.ndarray]] = {}  # messages to one rank, by sender, receiver and tag
-        self._expecting: dict[int, Any] = {}  # by rank, which of these it waits for
-        self._broken = ""
+        self.ready = deque(range(size))  # ranks that only wait for their turn
+        self.waiting: dict[int, str] = {}  # by rank, in which collective
+        self.broken = ""
         for turn in self._turns:
             turn.acquire()
 
     def enter(self, rank: int) -> None:
-        """Wait for the first turn of a rank."""
+        """Wait for the next turn of a rank."""
         self._turns[rank].acquire()
 
     def next(self) -> None:
         """Let another rank run. Where all that are left wait for one that has ended, let them fail."""
-        if not self._ready and (self._arrived or self._expecting):
+        if not self.ready and self.waiting:
             self.fail("have come to their end")
-        if self._ready:
-            self._turns[self._ready.popleft()].release()
+        if self.ready:
+            self._turns[self.ready.popleft()].release()
 
     def fail(self, how: str) -> None:
         """Let all ranks that wait, or will, fail."""
-        calls = {rank: kind[0] for rank, (kind, _) in self._arrived.items()} | dict.fromkeys(self._expecting, "Irecv")
-        waiting = ", ".join(f"rank {rank} in {call}" for rank, call in sorted(calls.items()))
-        self._broken = self._broken or f"ranks {how}; those that wait for them: {waiting or 'none yet'}"
-        self._ready.extend(calls)
-        self._arrived, self._expecting = {}, {}
+        waiting = ", ".join(f"rank {rank} in {call}" for rank, call in sorted(self.waiting.items()))
+        self.broken = self.broken or f"ranks {how}; those that wait for them: {waiting or 'none yet'}"
+        self.ready.extend(self.waiting)
+        self.waiting = {}
+
+
+class _World:
+    """The ranks of a communicator, by their number among all, and what they share."""
+
+    def __init__(self, size: int, turns: _Turns | None = None, members: Sequence[int] = ()) -> None:
+        self.size, self.members, self.turns = size, members or range(size), turns or _Turns(size)
+        self._arrived: dict[int, tuple[Any, Any]] = {}  # by rank, in the collective that some wait in
+        self._complete: list[tuple[Any, Any]] = []  # the same of all ranks, in the last one that all have made
+        self._split: list[tuple[Any, Any]] = []  # the last one that was a split
+        self._parts: dict[int, _World] = {}  # which it has made, by color
+        self._mail: dict[Any, deque[np.ndarray]] = {}  # messages to one rank, by sender, receiver and tag
+        self._expecting: dict[int, Any] = {}  # by rank, which of these it waits for
 
     def post(self, place: Any, message: np.ndarray) -> None:
         """Leave a message at its place, (sender, receiver, tag)."""
         self._mail.setdefault(place, deque()).append(message)
         if self._expecting.get(place[1]) == place:
             del self._expecting[place[1]]
-            self._ready.append(place[1])
+            if self.turns.waiting.pop(self.members[place[1]], None):
+                self.turns.ready.append(self.members[place[1]])
 
     def collect(self, place: Any) -> np.ndarray:
         """Return the first message at its place, when it is there."""
-        if not self._mail.get(place) and not self._broken:
-            self._expecting[place[1]] = place
-            self.next()
-            self._turns[place[1]].acquire()
+        turns, mine = self.turns, self.members[place[1]]
+        if not self._mail.get(place) and not turns.broken:
+            self._expecting[place[1]], turns.waiting[mine] = place, "Irecv"
+            turns.next()
+            turns.enter(mine)
         if not self._mail.get(place):
-            raise DeadlockError(self._broken)
+            raise DeadlockError(turns.broken)
         return self._mail[place].popleft()
 
     def share(self, rank: int, kind: Any, value: Any) -> list[Any]:
         """Return the values of all ranks, when all have come here. They are what the ranks share, not copies."""
-        before = self._complete
-        if not self._broken:
+        before, turns, mine = self._complete, self.turns, self.members[rank]
+        if not turns.broken:
             self._arrived[rank] = kind, value
             if len(self._arrived) == self.size:
                 self._complete = [self._arrived.pop(r) for r in range(self.size)]
-                self._ready.extend(r for r in range(self.size) if r != rank)
+                others = [member for member in self.members if member != mine]
+                turns.ready.extend(others)
+                for member in others:
+                    del turns.waiting[member]
             else:
-                self.next()
-                self._turns[rank].acquire()
+                turns.waiting[mine] = kind[0]
+                turns.next()
+                turns.enter(mine)
         if self._complete is before:
-            raise DeadlockError(self._broken)
+            raise DeadlockError(turns.broken)
         if len({kind for kind, _ in self._complete}) != 1:
             raise AssertionError(f"ranks make different MPI calls: {[kind for kind, _ in self._complete]}")
         return [value for _, value in self._complete]
+
+    def split(self, rank: int, color: int, key: int) -> "tuple[_World, int]":
+        """Return the ranks of this one's color, in the order of their keys, and its number among them."""
+        said = self.share(rank, ("Split", None), (color, key))
+        if self._split is not self._complete:  # this is the first rank that goes on
+            self._split, self._parts = self._complete, {}
+        members = [r for r in sorted(range(self.size), key=lambda r: (said[r][1], r)) if said[r][0] == color]
+        if color not in self._parts:
+            self._parts[color] = _World(len(members), self.turns, [self.members[r] for r in members])
+        return self._parts[color], members.index(rank)
 
 
 class Request:
@@ -120,11 +145,9 @@ class VirtualComm(DerivedCalls):
     def Get_rank(self) -> int:
         return self._rank
 
-    def Split(self, color: int) -> "VirtualComm":
-        """Return a communicator of this rank alone; only where every rank is alone afterwards."""
-        colors = self._share("Split", color)
-        assert len(set(colors)) == len(colors)
-        return VirtualComm(_World(1), 0)
+    def Split(self, color: int = 0, key: int = 0) -> "VirtualComm":
+        """Return a communicator of the ranks with this color, in the order of their keys, then of their numbers."""
+        return VirtualComm(*self._world.split(self._rank, color, key))
 
     def _share(self, call: str, value: Any) -> list[Any]:
         """Share `value`, which is nobody else's, with all ranks.
@@ -135,7 +158,7 @@ class VirtualComm(DerivedCalls):
 
     @property
     def node_name(self) -> str:
-        return f"node {self._rank // self._world.ranks_per_node}"
+        return f"node {self._world.members[self._rank] // self._world.turns.ranks_per_node}"
 
     def Isend(self, array: np.ndarray, dest: int, tag: int = 0) -> Request:
         """Copy what is sent at once."""
@@ -216,23 +239,23 @@ def run(size: int, program: Callable[[Any], Any], *, virtual: bool = False, rank
     """
     if world is not None and size == world.Get_size() and not virtual:
         return _run_for_real(world, program)
-    shared = _World(size, ranks_per_node)
-    results: list[Any] = [None] * size
+    turns, results = _Turns(size, ranks_per_node), list[Any]([None] * size)
+    shared = _World(size, turns)
 
     def rank_main(rank: int) -> None:
-        shared.enter(rank)
+        turns.enter(rank)
         try:
             results[rank] = program(VirtualComm(shared, rank))
         except BaseException as error:  # what pytest.raises raises is no Exception
             results[rank] = error
             if not isinstance(error, MpiEfError):  # those the library raises on all ranks that need to know
-                shared.fail("have failed")
-        shared.next()
+                turns.fail("have failed")
+        turns.next()
 
     threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
-    shared.next()
+    turns.next()
     for thread in threads:
         thread.join(timeout=patience_seconds)
         if thread.is_alive():

@@ -76,6 +76,14 @@ class FlatParameters:
         for part in self._parts:
             part.take()
 
+    def gather_gradients_in(self, memory: Vector) -> None:
+        """Let `gradients` be in this memory, (d,) of the dtype, from now on. Local."""
+        memory[:] = self.gradients
+        self.gradients = memory
+        for part in self._parts:
+            part.gradient = _view(memory, self.place(part.number), part.p)
+        self._gradients = [part.gradient for part in self._parts]
+
     @property
     def mixed(self) -> bool:
         """Whether there are parameters in 16 bits."""
