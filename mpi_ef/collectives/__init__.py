@@ -20,6 +20,6 @@ from .onecall import allgather, allreduce
 from .plan import LinkTraffic, Offer, Plan, Traffic
 from .two_phase import TwoPhaseMean, chunk_bounds
 
-__all__ = ["ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LinkTraffic", "LowRankMean", "NodeMean",
-           "Offer", "Plan", "PlanBuilder", "Round", "Traffic", "TwoPhaseMean", "allgather", "allreduce", "build_plan", "chunk_bounds",
-           "plan_for", "use_gpu_aware_mpi"]
+__all__ = ["ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LinkTraffic", "LowRankMean",
+           "NodeMean", "Offer", "Plan", "PlanBuilder", "Round", "Traffic", "TwoPhaseMean", "allgather", "allreduce",
+           "build_plan", "chunk_bounds", "plan_for", "use_gpu_aware_mpi"]

@@ -13,11 +13,11 @@ from mpi_ef.compress import Combination, Compressor, Keep, Source, lazy, source
 from mpi_ef.compress.combination import Vector, writable
 from mpi_ef.errors import MpiEfError, OptionError, ShapeError
 
-from .chosen import PlanBuilder, build_plan
+from .chosen import PlanBuilder, build_plan, plan_for
 from .exchange import Round
 from .inside import Inside
 from .placement import NodeOf, Placement, placement_of, slice_bounds
-from .plan import Plan, Traffic, plan_for
+from .plan import Plan, Traffic
 
 __all__ = ["NodeMean"]
 
