@@ -14,7 +14,7 @@ from stored import MemoryStore
 from vectors_for_tests import gaussian
 
 from mpi_ef import Training
-from mpi_ef.collectives import DenseMean, GatherMean, NodeMean, TwoPhaseMean, build_plan
+from mpi_ef.collectives import DenseMean, GatherMean, NodeMean, TwoPhaseMean, build_plan, plan_for
 from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, lazy
 from mpi_ef.errors import DisagreementError, DtypeError, NonFiniteError, OptionError, PeerError, ShapeError
 from mpi_ef.feedback import ErrorFeedback, NodeFeedback
@@ -79,7 +79,8 @@ def test_nothing_is_lost(n, node, inner):
 
 
 @each_place
-@pytest.mark.parametrize("rule", ["ef21", *(pytest.param(r, marks=pytest.mark.exhaustive) for r in ("econtrol", "ef21-sgdm"))])
+@pytest.mark.parametrize("rule", ["ef21", *(pytest.param(rule, marks=pytest.mark.exhaustive)
+                                            for rule in ("econtrol", "ef21-sgdm"))])
 def test_estimates_have_the_aggregate_as_mean(n, node, rule):
     """Law L2: g and what owners owe are the mean over nodes of their estimates."""
 
@@ -489,7 +490,8 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize(("n", "node"), [(4, 2), (5, 3), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("n", "node"), [(5, 3), *(pytest.param(*place, marks=pytest.mark.exhaustive)
+                                                   for place in ((4, 2), (2, 2), (3, 1)))])
 def test_optimizers_train_through_it(name, n, node):
     """Replicas stay equal bit for bit, with a layer that is not used, and all skip a NaN."""
 
@@ -508,6 +510,7 @@ def test_optimizers_train_through_it(name, n, node):
             optimizer.step()
             losses.append(float(loss.detach()))
         assert optimizer.skipped_steps == 1
+        assert torch.equal(net.unused, net_of().unused)
         return [p.detach().numpy().copy() for p in net.parameters()], losses[:5] + losses[-5:]
 
     with pytest.warns(RuntimeWarning, match="skipped"):
@@ -536,6 +539,31 @@ def test_a_layer_that_one_rank_does_not_use_makes_no_rank_wait():
 
     rows = virtual.results(4, program)
     assert all(same_bits(row, rows[0]) for row in rows)
+
+
+@pytest.mark.parametrize("options", [{"bucket_nbytes": 100}, {"placement": "gradient", "rule": "ef21-sgdm"}],
+                         ids=["update", "gradient"])
+@pytest.mark.parametrize("node", [1, 2])
+def test_ranks_may_run_out_of_data(node, options):
+    """Others go on; with one rank a node to the bits of a run without nodes, layers that are not used included."""
+
+    def program(comm):
+        ends = []
+        for plan in (partial(NodeMean, node=node), plan_for):
+            net = net_of()
+            inner = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
+            optimizer = DistributedOptimizer(inner, comm, TopK(0.3), plan=plan, **options)
+            with optimizer.join():
+                for step in range(3 + 2 * comm.Get_rank()):
+                    optimizer.zero_grad()
+                    loss_of(net, comm.Get_rank(), step).backward()
+                    optimizer.step()
+            ends.append([p.detach().numpy().copy() for p in net.parameters()])
+        return ends
+
+    rows = virtual.results(4, program)
+    assert all(same_bits(row[0], rows[0][0]) for row in rows)
+    assert node > 1 or same_bits(*rows[0])
 
 
 def test_identity_between_nodes_is_a_mean():
