@@ -71,8 +71,8 @@ _HOME = {name: module for module, names in {
 
 __all__ = ["EF21", "ClientsMean", "DenseMean", "DistributedOptimizer", "EControl", "EF21Muon", "ErrorFeedback",
            "FeedbackHook", "GatherMean", "Identity", "Lion", "LowRank", "LowRankMean", "MpiEfError", "NodeMean",
-           "OneBitAdam", "OneBitLamb", "PowerSGD", "Quantize", "RandK", "ShardedSampler", "Sign", "Signum", "Stopper", "Store",
-           "TopK", "Training", "TwoPhaseMean", "Vote", "ZeroOneAdam", "allgather", "allreduce", "generator_for",
+           "OneBitAdam", "OneBitLamb", "PowerSGD", "Quantize", "RandK", "ShardedSampler", "Sign", "Signum", "Stopper",
+           "Store", "TopK", "Training", "TwoPhaseMean", "Vote", "ZeroOneAdam", "allgather", "allreduce", "generator_for",
            "loader_context", "local_device", "mean_metrics", "open_checkpoint", "plan_for", "print_metrics",
            "random_state", "seed_rank", "set_random_state", "shard", "synchronize_buffers", "use_gpu_aware_mpi"]
 
