@@ -14,7 +14,7 @@ from stored import MemoryStore
 from vectors_for_tests import gaussian
 
 from mpi_ef import Training
-from mpi_ef.collectives import DenseMean, GatherMean, NodeMean, TwoPhaseMean, build_plan
+from mpi_ef.collectives import DenseMean, GatherMean, NodeMean, TwoPhaseMean, build_plan, plan_for
 from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, lazy
 from mpi_ef.errors import DisagreementError, DtypeError, NonFiniteError, OptionError, PeerError, ShapeError
 from mpi_ef.feedback import ErrorFeedback, NodeFeedback
@@ -22,6 +22,7 @@ from mpi_ef.jobs.bench.traffic import counted
 from mpi_ef.optim import DistributedOptimizer, OneBitAdam
 from mpi_ef.testing.faults import FaultyComm
 from mpi_ef.testing.law import same_bits
+from mpi_ef.testing.plan_laws import PlanLaws
 from mpi_ef.testing.regression import loss_of, net_of
 
 D = 3001
@@ -30,7 +31,7 @@ TOP = TopK(0.05, values=Quantize("bf16"))
 PLACES = {"4 = 4 x 1": (4, 1), "4 = 2 x 2": (4, 2), "4 = 1 x 4": (4, 4), "6 = 2 x 3": (6, 3), "5 = 3 + 2": (5, 3),
           "7 = 3 + 3 + 1": (7, 3), "6, in turns": (6, lambda rank: rank % 2), "5, odd": (5, lambda r: int(r in (0, 3)))}
 each_place = pytest.mark.parametrize(("n", "node"), PLACES.values(), ids=PLACES)
-each_inner = pytest.mark.parametrize("inner", ["GatherMean", "TwoPhaseMean", TwoPhaseMean, "TwoPhaseMean(reply=TopK(0.2))"])
+each_inner = pytest.mark.parametrize("inner", ["GatherMean", TwoPhaseMean, "TwoPhaseMean(reply=TopK(0.2))"])
 
 
 def mine(comm, step=0, d=D, dtype=np.float32):
@@ -78,7 +79,8 @@ def test_nothing_is_lost(n, node, inner):
 
 
 @each_place
-@pytest.mark.parametrize("rule", ["ef21", "econtrol", "ef21-sgdm"])
+@pytest.mark.parametrize("rule", ["ef21", *(pytest.param(rule, marks=pytest.mark.exhaustive)
+                                            for rule in ("econtrol", "ef21-sgdm"))])
 def test_estimates_have_the_aggregate_as_mean(n, node, rule):
     """Law L2: g and what owners owe are the mean over nodes of their estimates."""
 
@@ -282,6 +284,16 @@ def test_compressors_that_are_bound_to_parameters_are_refused():
     virtual.results(4, program)
 
 
+class TestLaws(PlanLaws):
+    """Those of a plan by itself that do not ask for messages of ranks, or count what leaves through other communicators."""
+
+    plan = "NodeMean(node=2, inner='TwoPhaseMean')"
+    other = "NodeMean(node=1)"
+    test_a_mean_is_the_mean_of_the_messages = test_combinations_are_what_they_stand_for = None
+    test_each_exchange_draws_anew_on_each_rank = test_a_state_that_was_loaded_goes_on = None
+    test_exchanges_are_counted = test_errors_of_communication_are_passed_on = None
+
+
 # Bytes ----------------------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +406,61 @@ def test_other_numbers_of_ranks_and_nodes_owe_the_same(inner, rule):
         last, at = {name: owed(saved, [name]) for name in names}, at + 3
 
 
+@pytest.mark.parametrize("options", [{}, {"bucket_nbytes": 100}, {"placement": "gradient", "rule": "ef21"}],
+                         ids=["update", "buckets", "gradient"])
+def test_a_training_goes_on_with_other_nodes(options):
+    """4 = 2 x 2, then 3 without nodes, 5 = 3 + 2, and 4 = 2 x 2 twice, which goes on as if it had not been interrupted."""
+    store, ends = MemoryStore(), {}
+
+    def program(comm, node, start, count, interrupted):
+        net = net_of()
+        inner = torch.optim.SGD(net.parameters(), lr=0.02)
+        plan = "TwoPhaseMean" if node is None else partial(NodeMean, node=node, inner="TwoPhaseMean")
+        optimizer = DistributedOptimizer(inner, comm, TopK(0.3), plan=plan, **options)
+        training = Training(model=net, plan=optimizer, random=False)
+        assert training.resume(store, comm, policy="redistribute") == start
+        for step in range(start, start + count):
+            optimizer.zero_grad()
+            loss_of(net, comm.Get_rank(), step).backward()
+            optimizer.step()
+        if interrupted:
+            training.save(store, comm, start + count)
+        return [p.detach().numpy().copy() for p in net.parameters()]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for n, node, start, count in ((4, 2, 0, 4), (3, None, 4, 2), (5, 3, 6, 2), (4, 2, 8, 2)):
+            rows = virtual.results(n, partial(program, node=node, start=start, count=count, interrupted=True))
+            assert all(same_bits(row, rows[0]) for row in rows)
+        del store.steps[10]
+        ends["whole"] = virtual.results(4, partial(program, node=2, start=8, count=4, interrupted=False))[0]
+        virtual.results(4, partial(program, node=2, start=8, count=2, interrupted=True))
+        ends["parts"] = virtual.results(4, partial(program, node=2, start=10, count=2, interrupted=False))[0]
+    assert same_bits(ends["whole"], ends["parts"])
+
+
+def test_other_nodes_are_no_exact_resume():
+    """As many ranks, but not on the same nodes: refused, or said."""
+    store = MemoryStore()
+
+    def program(comm, node, policy):
+        training = Training(rule=rule_on(comm, node), random=False)
+        if policy is None:
+            training.save(store, comm, 3)
+            return ()
+        training.resume(store, comm, policy=policy)
+        return training.notes
+
+    virtual.results(4, partial(program, node=2, policy=None))
+    assert virtual.results(4, partial(program, node=2, policy="exact")) == [()] * 4
+    for node in (1, 4, lambda rank: rank % 2):
+        for outcome in virtual.run(4, partial(program, node=node, policy="exact")):
+            assert isinstance(outcome, OptionError)
+            assert "ranks were on other nodes at step 3" in str(outcome)
+        with pytest.warns(RuntimeWarning, match="of 4 ranks goes on with 4 on other nodes: errors and momenta"):
+            virtual.results(4, partial(program, node=node, policy="redistribute"))
+
+
 def test_a_state_goes_back_to_the_ranks_and_nodes_it_came_from():
     def program(comm):
         one, two, other = rule_on(comm, 2, "TwoPhaseMean"), rule_on(comm, 2, "TwoPhaseMean"), rule_on(
@@ -423,7 +490,8 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize(("n", "node"), [(4, 2), (5, 3), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("n", "node"), [(5, 3), *(pytest.param(*place, marks=pytest.mark.exhaustive)
+                                                   for place in ((4, 2), (2, 2), (3, 1)))])
 def test_optimizers_train_through_it(name, n, node):
     """Replicas stay equal bit for bit, with a layer that is not used, and all skip a NaN."""
 
@@ -442,6 +510,7 @@ def test_optimizers_train_through_it(name, n, node):
             optimizer.step()
             losses.append(float(loss.detach()))
         assert optimizer.skipped_steps == 1
+        assert torch.equal(net.unused, net_of().unused)
         return [p.detach().numpy().copy() for p in net.parameters()], losses[:5] + losses[-5:]
 
     with pytest.warns(RuntimeWarning, match="skipped"):
@@ -470,6 +539,31 @@ def test_a_layer_that_one_rank_does_not_use_makes_no_rank_wait():
 
     rows = virtual.results(4, program)
     assert all(same_bits(row, rows[0]) for row in rows)
+
+
+@pytest.mark.parametrize("options", [{"bucket_nbytes": 100}, {"placement": "gradient", "rule": "ef21-sgdm"}],
+                         ids=["update", "gradient"])
+@pytest.mark.parametrize("node", [1, 2])
+def test_ranks_may_run_out_of_data(node, options):
+    """Others go on; with one rank a node to the bits of a run without nodes, layers that are not used included."""
+
+    def program(comm):
+        ends = []
+        for plan in (partial(NodeMean, node=node), plan_for):
+            net = net_of()
+            inner = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
+            optimizer = DistributedOptimizer(inner, comm, TopK(0.3), plan=plan, **options)
+            with optimizer.join():
+                for step in range(3 + 2 * comm.Get_rank()):
+                    optimizer.zero_grad()
+                    loss_of(net, comm.Get_rank(), step).backward()
+                    optimizer.step()
+            ends.append([p.detach().numpy().copy() for p in net.parameters()])
+        return ends
+
+    rows = virtual.results(4, program)
+    assert all(same_bits(row[0], rows[0][0]) for row in rows)
+    assert node > 1 or same_bits(*rows[0])
 
 
 def test_identity_between_nodes_is_a_mean():

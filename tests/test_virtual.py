@@ -102,3 +102,35 @@ def test_what_mpi_could_not_send_fails():
 
     with pytest.raises(AttributeError, match="pickle"):
         virtual.results(2, program)
+
+
+def test_a_split_makes_groups_that_communicate_by_themselves():
+    """In the order of keys, then ranks; groups of groups; each at its own pace."""
+
+    def program(comm):
+        rank = comm.Get_rank()
+        group = comm.Split(rank % 2, -rank)
+        for _ in range(1 + rank % 2):  # not as often in both
+            seen = group.allgather(rank)
+        alone = group.Split(group.Get_rank()).allgather(rank)
+        other = comm.Split(rank // 3).allgather(rank)
+        return seen, alone, other, _rows(group, rank), comm.allgather(group.Get_size())
+
+    for rank, (seen, alone, other, rows, sizes) in enumerate(virtual.results(7, program)):
+        assert seen == rows == sorted(range(rank % 2, 7, 2), reverse=True)
+        assert alone == [rank]
+        assert other == [r for r in range(7) if r // 3 == rank // 3]
+        assert sizes == [4, 3] * 3 + [4]
+
+
+def test_who_waits_in_a_group_for_a_rank_that_has_ended_fails():
+    def program(comm):
+        group = comm.Split(comm.Get_rank() // 2)
+        if comm.Get_rank() == 3:
+            return "ended"
+        return len(group.allgather(1)) + len(comm.Split(comm.Get_rank()).allgather(2))
+
+    outcomes = virtual.run(4, program)
+    assert outcomes[3] == "ended"
+    assert all(isinstance(outcome, DeadlockError) for outcome in outcomes[:3])
+    assert "rank 2 in allgather" in str(outcomes[0])

@@ -16,7 +16,7 @@ from mpi_ef.collectives import chunk_bounds, use_gpu_aware_mpi
 from mpi_ef.comm.consensus import agree, ranks_text
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, counted, everywhere
-from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.feedback import ErrorFeedback, NodeFeedback
 from mpi_ef.jobs.device import described, device_for, move_to
 from mpi_ef.jobs.metrics import in_bytes
 from mpi_ef.jobs.train import choices, models
@@ -330,8 +330,10 @@ class Trainer:
         state, lost = self._state(), self.optimizer.lost
         lost = np.nan if lost is None else lost
         means = self._all([lost, *(backend_of(array).norm(array) ** 2 for array in state.values())]).mean(axis=0)
-        # Arrays of plans are parts of a vector: their norms add up, those of other arrays are averaged.
-        parts = [self.comm.Get_size() if ".plan." in f".{name}" else 1 for name in state]
+        # Arrays of plans are parts of a vector: their norms add up, as those of a node; those of others are averaged.
+        n = self.comm.Get_size()
+        nodes = next((rule.node.placement.nodes for rule in self.optimizer.channels() if isinstance(rule, NodeFeedback)), n)
+        parts = [n if ".plan." in f".{name}" else n / nodes for name in state]
         norms = np.sqrt(parts * means[1:]).tolist()
         row = {f"norm_{name}": norm for name, norm in zip(state, norms, strict=True)}
         return {"lost": None if np.isnan(means[0]) else float(means[0]), **row}

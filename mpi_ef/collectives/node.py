@@ -159,6 +159,7 @@ class NodeMean(Plan):
         return x, refusal
 
     def _forward(self, refusal: MpiEfError | None) -> None:
+        self._carrier.exchanges = self.exchanges  # the key of random compressors
         if refusal is not None:
             self._carrier.refuse(refusal)
 

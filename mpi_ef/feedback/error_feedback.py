@@ -60,7 +60,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
 
     first = 0  # the entry of the vector at which the arrays of this rank begin
     row: Any = None  # memory from which this rank's vector need not be copied
-    of_node = False  # whether they belong to the node of this rank
+    of_node = False  # whether they are those of several ranks, of its node
     _kinds: ClassVar[dict[type[Plan], type[Any]]] = {}  # by the plan through which they work
 
     def __init_subclass__(cls, *, through: type[Plan] | None = None) -> None:

@@ -31,11 +31,10 @@ class NodeFeedback(ErrorFeedback, through=NodeMean):
     node : NodeMean
     """
 
-    of_node = True
-
     def __init__(self, rule: str | Rule, plan: Plan, *, dense_steps: int = 0, **options: Any) -> None:
         assert isinstance(plan, NodeMean)  # noqa: S101
         self.node, self.first, self._inside_nbytes = plan, plan.part.start, 0
+        self.of_node = plan.placement.node.Get_size() > 1
         self._refusal: MpiEfError | None = None
         self._posted = False  # whether a step has begun that was not waited for
         self._settled = False  # whether the result is where the node reads it

@@ -127,6 +127,7 @@ class RestoreView:
     size: int
     notes: list[str] = field(default_factory=list)  # what was not put back as it was
     _read: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    other_nodes: bool = False  # whether arrays that were checked belonged to other nodes than here
     _tables: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -303,6 +304,7 @@ class RestoreView:
                              "as it was")
         worlds, shape = range(self.found.world_size), tuple(leaf["shape"])
         if self._other_nodes(name, move):
+            self.other_nodes = True
             if move is None or move.how != "cut":  # which has the sizes of the others
                 then, now = (int(table[:, 2].max()) if table is not None else size[0] for table, size in (
                     (self._nodes(name), shape), (None if move is None else move.nodes, array.shape)))
@@ -321,7 +323,8 @@ class RestoreView:
 
 def _tree_of(name: str) -> str:
     """Return what the names of the arrays of a rule begin with, of which one of the rule or of its plan is given."""
-    return name[: name.rindex(".") + 1].removesuffix("plan.")
+    tree = name[: name.rindex(".") + 1]
+    return tree.removesuffix("plan.") if tree.endswith(".plan.") else tree
 
 
 def _check_read(name: str, shape: tuple[int, ...], dtype: "np.dtype[Any]", out: Any) -> None:

@@ -201,7 +201,7 @@ class Training:
             return 0
 
         try:
-            document, versions = self._put_back(comm, parts, past, forgets=policy == "reset" and not past.same_world)
+            document, versions = self._put_back(comm, parts, past, forgets=policy == "reset" and _moves(past))
         except DisagreementError:  # ranks are in different calls
             raise
         except MpiEfError:  # on all ranks
@@ -210,9 +210,10 @@ class Training:
                 before.put_back(parts)
             raise
         self.document, self.versions = document, versions
-        self.notes = () if past.same_world else (_ABOUT[policy], *past.notes)
+        self.notes = (_ABOUT[policy], *past.notes) if _moves(past) else ()
         if self.notes and comm.Get_rank() == 0:
-            warnings.warn(f"step {past.found.step} of {counted(past.found.world_size, 'rank')} goes on with {past.size}: "
+            here = f"{past.size}{' on other nodes' * past.other_nodes}"
+            warnings.warn(f"step {past.found.step} of {counted(past.found.world_size, 'rank')} goes on with {here}: "
                           f"{'; '.join(self.notes)}", RuntimeWarning, stacklevel=2)
         return past.found.step
 
@@ -301,6 +302,11 @@ def _versions() -> dict[str, str]:
     return {name: known[name] for name in ("mpi_ef", "torch", "numpy", "python")}
 
 
+def _moves(past: RestoreView) -> bool:
+    """Tell whether ranks are others than those that have written, or on other nodes where that matters."""
+    return past.other_nodes or not past.same_world
+
+
 def _check(parts: Mapping[str, Component], past: RestoreView, policy: str) -> None:
     """Raise unless the checkpoint is of the same parts, and of as many ranks where the policy asks for it."""
     document, old, at = past.found.document, past.found.world_size, f"the checkpoint at step {past.found.step}"
@@ -323,6 +329,9 @@ def _check(parts: Mapping[str, Component], past: RestoreView, policy: str) -> No
                 raise OptionError(f"resume: {at} has {subject} {theirs.get(fact, 'not at all')}, here it is "
                                   f"{mine.get(fact, 'not there')}; {_OTHER}")
         part.check(past)
+    if policy == "exact" and past.other_nodes:
+        raise OptionError(f"resume: ranks were on other nodes at step {past.found.step}, or one of the two plans knows of "
+                          'none; pass policy="redistribute" or "reset", or start them as they were')
 
 
 def _forgetting(parts: Mapping[str, Component], past: RestoreView) -> Iterator[Finish]:
