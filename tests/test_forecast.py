@@ -124,7 +124,7 @@ MEASURED = [("dense, ring", 1, 4, 100, 2e6, 1006), ("dense, in pairs", 1, 4, 100
             ("dense, in pairs", 1, 4, 1000, 2e6, 103), ("dense, ring", 1, 4, 100, 1e7, 5041),
             ("dense, in pairs", 1, 4, 100, 1e7, 5090), ("dense, in pairs", 1, 4, 1000, 1e7, 516),
             ("dense, ring", 1, 4, 1000, 1e7, 542), ("dense, ring", 2, 4, 100, 2e6, 1191),
-            ("dense, in pairs", 2, 4, 100, 2e6, 2200), ("gather", 1, 4, 100, 1e6, 8.85)]
+            ("dense, in pairs", 2, 4, 100, 2e6, 2200)]
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=str)
