@@ -15,6 +15,7 @@ __all__ = ["main"]
 PROGRAMS = {
     "train": ("train.program", "train a model over MPI with compressed communication"),
     "bench": ("bench.program", "measure plans and rules against dense allreduce on this machine"),
+    "scale": ("scale.program", "forecast what exchanges take on a larger cluster; needs no MPI"),
     "checkpoint": ("checkpoint", "list, verify, inspect, compare and export checkpoints; needs no MPI"),
     "doctor": ("doctor.program",
                "look for everything that goes wrong before the first step, on a login node or on all ranks"),

@@ -53,6 +53,7 @@ ROOMS = {
     "jobs.bench": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback "
                    "checkpoint jobs", "numpy torch mpi4py"),
     "jobs.reproduce": ("errors documents moved registry comm runtime compress collectives feedback jobs", "numpy sklearn"),
+    "jobs.scale": ("errors documents compress collectives jobs", ""),
     "jobs.report": ("errors documents moved jobs jobs.train jobs.bench jobs.reproduce", "numpy"),
     "jobs.doctor": ("__init__ errors moved kernels comm runtime slurm compress collectives feedback data optim testing jobs "
                     "jobs.train", "numpy torch mpi4py h5py"),
@@ -227,7 +228,7 @@ ABSENT = [
     ("import mpi_ef.testing.plugin", NOTHING_LARGE),
     ("import mpi_ef.jobs.cli, mpi_ef.jobs.train.program, mpi_ef.jobs.report.program", NOTHING_LARGE),
     ("import mpi_ef.jobs.bench.program, mpi_ef.jobs.doctor.program, mpi_ef.jobs.reproduce.program", NOTHING_LARGE),
-    ("import mpi_ef.jobs.checkpoint, mpi_ef.jobs.slurm, mpi_ef.jobs.supervise", NOTHING_LARGE),
+    ("import mpi_ef.jobs.checkpoint, mpi_ef.jobs.slurm, mpi_ef.jobs.supervise, mpi_ef.jobs.scale.program", NOTHING_LARGE),
     ("import mpi_ef.jobs.least_squares, mpi_ef.jobs.bench.checkpoint", {"torch", "mpi4py.MPI", "numba"}),
     ("import mpi_ef.collectives, mpi_ef.feedback", {"torch", "mpi4py.MPI"}),
     ("from mpi_ef import TopK, allreduce, ErrorFeedback", {"torch", "mpi4py.MPI"}),

@@ -1,0 +1,1 @@
+"""What exchanges take on clusters that are not at hand: ``mpi-ef scale``."""
