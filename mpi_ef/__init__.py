@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         LowRankMean,
         NodeMean,
         TwoPhaseMean,
+        advise,
         allgather,
         allreduce,
         plan_for,
@@ -51,7 +52,7 @@ __version__ = "0.1.0"
 find_moved()
 
 _HOME = {name: module for module, names in {
-    "collectives": "allgather allreduce ClientsMean DenseMean GatherMean LowRankMean NodeMean plan_for TwoPhaseMean "
+    "collectives": "advise allgather allreduce ClientsMean DenseMean GatherMean LowRankMean NodeMean plan_for TwoPhaseMean "
                    "use_gpu_aware_mpi",
     "optim": "DistributedOptimizer EControl EF21 EF21Muon Lion OneBitAdam OneBitLamb PowerSGD Signum "
              "ZeroOneAdam",
@@ -72,9 +73,10 @@ _HOME = {name: module for module, names in {
 __all__ = ["EF21", "ClientsMean", "DenseMean", "DistributedOptimizer", "EControl", "EF21Muon", "ErrorFeedback",
            "FeedbackHook", "GatherMean", "Identity", "Lion", "LowRank", "LowRankMean", "MpiEfError", "NodeMean",
            "OneBitAdam", "OneBitLamb", "PowerSGD", "Quantize", "RandK", "ShardedSampler", "Sign", "Signum", "Stopper",
-           "Store", "TopK", "Training", "TwoPhaseMean", "Vote", "ZeroOneAdam", "allgather", "allreduce", "generator_for",
-           "loader_context", "local_device", "mean_metrics", "open_checkpoint", "plan_for", "print_metrics",
-           "random_state", "seed_rank", "set_random_state", "shard", "synchronize_buffers", "use_gpu_aware_mpi"]
+           "Store", "TopK", "Training", "TwoPhaseMean", "Vote", "ZeroOneAdam", "advise", "allgather", "allreduce",
+           "generator_for", "loader_context", "local_device", "mean_metrics", "open_checkpoint", "plan_for",
+           "print_metrics", "random_state", "seed_rank", "set_random_state", "shard", "synchronize_buffers",
+           "use_gpu_aware_mpi"]
 
 
 def __getattr__(name: str) -> Any:

@@ -246,7 +246,6 @@ def test_a_rank_in_another_step_is_told():
 @pytest.mark.parametrize(("options", "words"), [
     ({"node": 0}, "node=0 ranks; a node has at least one"),
     ({"node": "two"}, "node='two'; pass how many ranks a node has"),
-    ({}, "does not say which ranks share memory; pass node="),
     ({"node": 2, "inner": "Gather"}, "there is no plan 'Gather'"),
     ({"node": 2, "inner": "ClientsMean(clients=8)"}, "inner=ClientsMean has .* pass a plan for one of"),
 ])
@@ -320,10 +319,12 @@ def test_little_crosses_the_link_of_a_node():
     d, n, s, compressor = 2_000_000, 16, 4, TopK(0.01, values=Quantize("bf16"))
 
     def program(comm):
-        plan = NodeMean(comm, compressor, d, inner="TwoPhaseMean", node=s)
-        return plan.between.sent_nbytes
+        plan = NodeMean(comm, compressor, d, inner=partial(TwoPhaseMean, reply=compressor), node=s)
+        return plan.between.sent_nbytes, plan.link_traffic.nbytes
 
-    link = sum(virtual.results(n, program)[:s])
+    rows = virtual.results(n, program)
+    link = sum(sent for sent, _ in rows[:s])
+    assert rows[0][1] == link
     frame = virtual.results(2, lambda comm: GatherMean(comm, compressor, d).traffic.sent_nbytes)[0]
     assert (n - s) * frame >= 7 * link  # what leaves a node where frames go around
     assert 2 * (n - 1) * d * 4 // n >= 130 * link

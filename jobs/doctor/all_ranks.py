@@ -5,12 +5,13 @@ from time import sleep
 
 from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.comm.protocol import MpiComm
+from mpi_ef.errors import MpiEfError
 from mpi_ef.jobs.doctor import checks, registry
 from mpi_ef.jobs.doctor.checks.allreduce import MESSAGE_SECONDS
 from mpi_ef.jobs.doctor.checks.mpi import name_of
 from mpi_ef.jobs.doctor.checks.shared import tokens_in
 from mpi_ef.jobs.doctor.finding import FAILED, Facts, Finding, Placement, finding
-from mpi_ef.jobs.doctor.registry import Check
+from mpi_ef.jobs.doctor.registry import Check, Context
 from mpi_ef.jobs.doctor.report import Report
 from mpi_ef.jobs.doctor.watchdog import NoAnswerError, RankPoller, Watchdog, error_text
 from mpi_ef.runtime import launch
@@ -39,8 +40,13 @@ def examine(report: Report, watchdog: Watchdog) -> int:
         complete = False
         report.add([registry.failure("MPI", "doctor", error_text(error))])
     registry.remove_trials()
+    advised = ""
+    if complete and report.context.config.advise:
+        watchdog.enter("the measurement of links (--advise)", 10 * patience)
+        advised = _advised(report.context)
+        watchdog.leave()
     if rank == 0:
-        report.show()
+        report.show(advised)
     if not complete or not examination.poller.sent(MESSAGE_SECONDS):
         if rank:
             sleep(2 * MESSAGE_SECONDS)  # rank 0 ends all, unless it is not there
@@ -49,6 +55,18 @@ def examine(report: Report, watchdog: Watchdog) -> int:
     MPI.Finalize()
     watchdog.leave()
     return report.status
+
+
+def _advised(context: Context) -> str:
+    """Return what is known of plans for so many parameters. Collective."""
+    from mpi_ef.collectives import advise
+    from mpi_ef.compress import Quantize, TopK
+
+    try:
+        found = advise(context.world, context.config.advise, TopK(context.config.ratio, values=Quantize("bf16")))
+    except MpiEfError as error:
+        return str(error)
+    return f"{found.table()}\ntake it: --plan \"{found.specification}\" of mpi-ef train, plan=... of optimizers"
 
 
 def examine_alone(report: Report) -> int:

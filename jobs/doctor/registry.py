@@ -25,6 +25,8 @@ class DoctorConfig:
 
     out: Path = option(Path("runs"), "folder that runs write to; what checkpoints need is tried there")
     warmup: bool = option(False, "compile the kernels: one rank of each node first, then the others load them")
+    advise: int = option(0, "measure links, and say which plan is fastest for a model of so many parameters; 0 does not", 0)
+    ratio: float = option(0.01, "share of entries that TopK keeps, of --advise", "(0, 1]")
     json: bool = option(False, "print all findings as JSON")
     patience: float = option(60.0, "seconds after which a check that does not come back counts as hanging")
 

@@ -49,11 +49,12 @@ class Report:
         title = f"mpi-ef doctor {mpi_ef.__version__}: {where}{self.started_by}"
         return page(title, findings, width=columns(), color=color)
 
-    def show(self) -> int:
-        """Print everything, if that was not done yet, and return the exit status."""
+    def show(self, more: str = "") -> int:
+        """Print everything, and `more` below a page, if that was not done yet; return the exit status."""
         if not self._shown:
             self._shown = True
-            sys.stdout.write(self.text(self.findings) + "\n")  # in one piece: nothing of other ranks gets in between
+            below = f"\n{more}\n" if more and not self.context.config.json else ""
+            sys.stdout.write(f"{self.text(self.findings)}\n{below}")  # in one piece: nothing of other ranks gets in between
             sys.stdout.flush()
         return self.status
 

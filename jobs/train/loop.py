@@ -107,7 +107,7 @@ class Trainer:
 
     def headline(self) -> str:
         """Return a line about the model, its data and the bytes of a step. Local."""
-        plans, dense = self.optimizer.plans(), in_bytes(self.optimizer.dense_nbytes)
+        plans, dense = self.optimizer.means(), in_bytes(self.optimizer.dense_nbytes)
         sent, links = in_bytes(sum(plan.traffic.sent_nbytes for plan in plans)), [plan.link_traffic for plan in plans]
         of_node = ""
         if plans[0].nodes.count > 1:
@@ -231,11 +231,11 @@ class Trainer:
     def _crossed(self) -> int:
         """Return how much has come over the link of a node; what has not gone through plans, as dense means. Local."""
         rest, crossed = self._sent(), 0
-        for plan in self.optimizer.plans():
+        for plan in self.optimizer.means():
             if each := plan.traffic.sent_nbytes:
                 crossed += plan.sent_nbytes * plan.link_traffic.nbytes // each
                 rest -= plan.sent_nbytes
-        return crossed + self.optimizer.plans()[0].nodes.crossing(0, max(0, rest))
+        return crossed + self.optimizer.means()[0].nodes.crossing(0, max(0, rest))
 
     def _spent(self) -> dict[str, float]:
         """Return the seconds of this rank by phase, and of all, those before an interruption included. Local."""

@@ -144,7 +144,7 @@ def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:
         "ranks": trainer.comm.Get_size(), "parameters": trainer.optimizer.flat.d, "steps": config.steps,
         "loss": row["loss"], "val_loss": row["val_loss"], "val_accuracy": row["val_accuracy"],
         "sent_nbytes": row["sent_nbytes"], "link_nbytes": row["link_nbytes"],
-        "nodes": trainer.optimizer.plans()[0].nodes.count, "dense_nbytes": row["dense_nbytes"],
+        "nodes": trainer.optimizer.means()[0].nodes.count, "dense_nbytes": row["dense_nbytes"],
         "seconds": row["seconds"], "seconds_per_step": row["seconds"] / max(1, timed), "phases_seconds_per_step": phases,
         "untimed_steps": trainer.untimed_steps, "untimed_seconds": trainer.untimed_seconds,
         "skipped_steps": trainer.optimizer.skipped_steps,

@@ -6,6 +6,7 @@ A *plan* is built once (collective: all ranks together, same arguments) and exch
 
 from mpi_ef.comm.protocol import Comm
 
+from .advice import Advice, advise
 from .chosen import PlanBuilder, build_plan, plan_for
 from .clients import ClientsMean
 from .combine import Combine
@@ -20,6 +21,6 @@ from .onecall import allgather, allreduce
 from .plan import LinkTraffic, Offer, Plan, Traffic
 from .two_phase import TwoPhaseMean, chunk_bounds
 
-__all__ = ["ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LinkTraffic", "LowRankMean",
-           "NodeMean", "Offer", "Plan", "PlanBuilder", "Round", "Traffic", "TwoPhaseMean", "allgather", "allreduce",
-           "build_plan", "chunk_bounds", "plan_for", "use_gpu_aware_mpi"]
+__all__ = ["Advice", "ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LinkTraffic",
+           "LowRankMean", "NodeMean", "Offer", "Plan", "PlanBuilder", "Round", "Traffic", "TwoPhaseMean", "advise",
+           "allgather", "allreduce", "build_plan", "chunk_bounds", "plan_for", "use_gpu_aware_mpi"]

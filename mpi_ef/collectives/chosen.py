@@ -17,9 +17,11 @@ from .gather import GatherMean
 from .plan import Plan
 from .two_phase import TwoPhaseMean
 
-__all__ = ["PlanBuilder", "build_plan", "plan_for", "plan_named"]
+__all__ = ["BY_WORD", "PlanBuilder", "build_plan", "plan_for", "plan_named"]
 
 PlanBuilder = str | Callable[[Comm, Compressor, int, Any], Plan]
+
+BY_WORD: dict[str, Callable[..., Plan]] = {}  # words that are no plan's name, and what builds one: "auto"
 
 
 def plan_for(comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *,
@@ -47,6 +49,8 @@ def plan_named(text: str) -> Callable[[Comm, Compressor, int, Any], Plan]:
     OptionError
         There is no such plan, or an option does not fit.
     """
+    if text in BY_WORD:
+        return BY_WORD[text]
     what = registry.specified("plan", text)
     if isclass(what.thing) and issubclass(what.thing, Plan) and not (what.arguments or what.options):
         return partial(what.thing.suited, residual=True)
@@ -63,10 +67,11 @@ def build_plan(plan: PlanBuilder, comm: Comm, compressor: Compressor, d: int, dt
     ----------
     plan : callable or str
         ``plan(comm, compressor, d, dtype)`` builds it, for example a class; or a specification, ``"TwoPhaseMean"``,
-        ``"my_plan:TrimmedMean(trim=1)"``, see :mod:`mpi_ef.registry`. The other arguments are those of :class:`Plan`;
+        ``"my_plan:TrimmedMean(trim=1)"``, see :mod:`mpi_ef.registry`; or ``"auto"``, the fastest one here, see
+        :func:`mpi_ef.advise`. The other arguments are those of :class:`Plan`;
         where vectors are on a device it takes ``device=`` as well.
     gather : bool
-        Of :func:`plan_for`, where that is the plan.
+        Of :func:`plan_for`, where that is the plan, or may be.
 
     Raises
     ------
@@ -77,7 +82,7 @@ def build_plan(plan: PlanBuilder, comm: Comm, compressor: Compressor, d: int, dt
         raise OptionError(f"plan={briefly(plan)} builds no plan; pass a class such as TwoPhaseMean, or its name")
     build: Callable[..., Any] = plan_named(plan) if isinstance(plan, str) else plan
     where: dict[str, Any] = {} if device == "cpu" else {"device": device}
-    if gather and build is plan_for:
+    if gather and (build is plan_for or build in BY_WORD.values()):
         where["gather"] = True
     try:
         signature(build).bind(comm, compressor, d, dtype, **where)

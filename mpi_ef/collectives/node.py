@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpi_ef.comm.consensus import agree, shared_errors
+from mpi_ef.comm.nodes import Nodes
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Keep, Source, lazy, source
 from mpi_ef.compress.combination import Vector, writable
@@ -17,7 +18,7 @@ from .chosen import PlanBuilder, build_plan, plan_for
 from .exchange import Round
 from .inside import Inside
 from .placement import NodeOf, Placement, placement_of, slice_bounds
-from .plan import Plan, Traffic
+from .plan import LinkTraffic, Plan, Traffic
 
 __all__ = ["NodeMean"]
 
@@ -120,6 +121,9 @@ class NodeMean(Plan):
         self.table: NDArray[np.int64] = np.array([theirs[:5] for theirs in rows], np.int64).reshape(-1, 5)
         self._alpha = float(min(theirs[5] for theirs in rows))
         self._carrier = self.inner.dense() if self.alone else self.inner
+        self.nodes = Nodes(p.numbers)
+        for plan in (self.inner, self._carrier):
+            plan.nodes = Nodes.of_size(plan.size, 1)  # whatever the hosts are that stand for them
 
     @property
     def row(self) -> Vector | None:
@@ -230,6 +234,12 @@ class NodeMean(Plan):
     def between(self) -> Traffic:
         """Bytes of one exchange of this rank with those of other nodes."""
         return self._carrier.traffic
+
+    @property
+    def link_traffic(self) -> LinkTraffic:
+        """Bytes of one exchange on the link of this node: of all its rails."""
+        nbytes = 0 if self.alone else self.placement.rails * self._carrier.link_traffic.nbytes
+        return LinkTraffic.of(self.nodes, nbytes, self.d * self.dtype.itemsize)
 
     @property
     def traffic(self) -> Traffic:

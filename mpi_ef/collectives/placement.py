@@ -1,5 +1,6 @@
 """Which ranks are on one node, and the communicators that follow from it."""
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from mpi_ef.comm.attributes import kept_with, mpi_of
 from mpi_ef.comm.consensus import agree
+from mpi_ef.comm.nodes import RANKS_PER_NODE, node_name
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import OptionError, briefly
 
@@ -85,8 +87,8 @@ def placement_of(comm: Comm, node: NodeOf, subject: str) -> Placement:
     return known[numbers]
 
 
-def _said_of(comm: Any, node: Any, subject: str) -> tuple[str, int | None]:
-    """Return what kind of `node` this is, and the number of this rank's node, None where ranks have to ask each other."""
+def _said_of(comm: Any, node: Any, subject: str) -> tuple[str, int | str | None]:
+    """Return what kind of `node` this is, and number or name of this rank's; None where ranks have to ask each other."""
     if not hasattr(comm, "Split"):
         raise OptionError(f"{subject}: comm={briefly(comm)} cannot be split into nodes; pass one of MPI")
     if isinstance(node, int | np.integer) and not isinstance(node, bool):
@@ -94,10 +96,8 @@ def _said_of(comm: Any, node: Any, subject: str) -> tuple[str, int | None]:
             raise OptionError(f"{subject}: node={node} ranks; a node has at least one")
         return f"{node} ranks each", int(comm.Get_rank()) // int(node)
     if node is None:
-        if mpi_of(comm) is None:
-            raise OptionError(f"{subject}: {briefly(comm)} does not say which ranks share memory; pass node=, the number of "
-                              "ranks a node")
-        return "those that share memory", None
+        told = mpi_of(comm) is None or os.environ.get(RANKS_PER_NODE)
+        return "those that share memory", node_name(comm) if told else None
     if hasattr(node, "allgather"):
         return "a communicator", None
     if not callable(node):

@@ -83,6 +83,7 @@ class Plan(OnAllRanks, Accounted, metaclass=SharedErrors):
     """
 
     own = 1
+    advice: Any = None  # that has led to this plan, see :class:`mpi_ef.collectives.advice.Advice`
     saved_by = "state()"
     built = "the building of a plan"
     goes_on: ClassVar[bool] = False  # whether what it does between two rounds is of this rank alone, and may happen early

@@ -92,6 +92,10 @@ class Communicating(OnAllRanks, Optimizer, metaclass=SharedErrors):
         """Return the plans of the channels. Local."""
         return [channel if isinstance(channel, Plan) else channel.plan for channel in self.channels()]
 
+    def means(self) -> list[Plan]:
+        """Return the plans of whole vectors: of nodes, where those of the channels are of slices. Local."""
+        return [getattr(channel, "node", plan) for channel, plan in zip(self.channels(), self.plans(), strict=True)]
+
     def watch(self, watched: bool) -> None:
         """Let the next steps measure what compression loses, in passes of their own, or not. Local."""
         for plan in self.plans():

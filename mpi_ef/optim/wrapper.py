@@ -26,6 +26,7 @@ from .accounts import BucketReport
 from .buckets import Bucket, Buckets, bucket_slices
 from .flat import FlatOptimizer
 from .groups import group_sizes
+from .hindsight import Hindsight
 from .line import Lane
 from .saved import WRAPPED
 
@@ -139,6 +140,7 @@ class DistributedOptimizer(FlatOptimizer):
             buckets.append(Bucket(numbers, part, ErrorFeedback(rule, parted, dense_steps=dense_steps, **options)))
         self.buckets = Buckets(self.flat, buckets, lane)
         self.feedback, self._quiet = buckets[0].feedback, ExitStack()
+        self._hindsight = Hindsight(self.channels())
         self._places = None if self._after is None else self.flat.views(self._after)
         self._lends = placement == "update"
         if placement == "gradient" and self.feedback.row is not None and len(buckets) == 1 and not overlap:
@@ -258,6 +260,7 @@ class DistributedOptimizer(FlatOptimizer):
     def _step(self, broken: tuple[int, ...]) -> None:
         super()._step(broken)
         if not broken:
+            self._hindsight.look(self.channels(), self.comm.Get_rank())
             self._report()
 
     def _weigh(self) -> None:
