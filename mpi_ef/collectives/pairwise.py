@@ -26,6 +26,7 @@ MESSAGE_NBYTES = 60 << 10  # MPI sends up to 64 KiB over TCP without asking
 ARRIVING_NBYTES = 16 << 20  # of all ranks, for two blocks; messages are shorter where so many ranks would need more
 UNDER_WAY = 8  # messages to others, and as many from them
 _TAG = 0x4D46
+_OUTLIVING = "OMPI_MCA_mpi_ft_enable"  # 1 where ranks may go on without others that have died
 
 Vector = NDArray[Any]
 
@@ -41,7 +42,7 @@ def _apart(comm: Any) -> Any:
 
     Where ranks may outlive others, it is `comm`: a rank that waits there for one of the living learns when it is revoked.
     """
-    if mpi_of(comm) is None or os.environ.get("OMPI_MCA_mpi_ft_enable") == "1":
+    if mpi_of(comm) is None or os.environ.get(_OUTLIVING) == "1":
         return comm
     apart = kept_with(comm, _Apart)
     if apart.comm is None:
