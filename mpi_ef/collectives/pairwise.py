@@ -5,6 +5,7 @@ ask first whether they may come, and the answer waits behind all that is being s
 both directions of every link busy, and do not meet.
 """
 
+import os
 from collections import deque
 from itertools import pairwise
 from time import perf_counter
@@ -24,7 +25,8 @@ __all__ = ["PairwiseMean"]
 MESSAGE_NBYTES = 60 << 10  # MPI sends up to 64 KiB over TCP without asking
 ARRIVING_NBYTES = 16 << 20  # of all ranks, for two blocks; messages are shorter where so many ranks would need more
 UNDER_WAY = 8  # messages to others, and as many from them
-_TAG = 0
+_TAG = 0x4D46
+_OUTLIVING = "OMPI_MCA_mpi_ft_enable"  # 1 where ranks may go on without others that have died
 
 Vector = NDArray[Any]
 
@@ -36,8 +38,11 @@ class _Apart:
 
 
 def _apart(comm: Any) -> Any:
-    """Return the duplicate of MPI's `comm`, or `comm`. Collective the first time."""
-    if mpi_of(comm) is None:
+    """Return the duplicate of MPI's `comm`, or `comm`. Collective the first time.
+
+    Where ranks may outlive others, it is `comm`: a rank that waits there for one of the living learns when it is revoked.
+    """
+    if mpi_of(comm) is None or os.environ.get(_OUTLIVING) == "1":
         return comm
     apart = kept_with(comm, _Apart)
     if apart.comm is None:

@@ -11,6 +11,7 @@ from test_interruption import LIMIT, MLP, STEPS, assert_same, is_stopped, ranks_
 from test_interruption import arguments as training
 from test_interruption import faulty as faulty_training
 
+from mpi_ef.comm.nodes import RANKS_PER_NODE
 from mpi_ef.errors import LaunchError
 from mpi_ef.runtime.ulfm import OPTIONS, check
 
@@ -69,6 +70,38 @@ def test_the_one_that_writes_dies(tmp_path):
     assert summary(out)["ranks"] == 3
     assert summary(out)["config"]["resume"] == "no"  # as it was started
     assert_same(out, stepwise(tmp_path / "by-hand", (4, step), (3, STEPS)))
+
+
+IN_PAIRS = """
+import os
+import signal
+import numpy as np
+from mpi4py import MPI
+from mpi_ef.collectives import DenseMean, pairwise
+from mpi_ef.runtime.ulfm import outlive
+
+pairwise.UNDER_WAY = 1  # so that with four ranks too one waits for a message of a rank that has left
+
+def program(comm, failures):
+    plan = DenseMean(comm, 300_000)
+    assert plan.between_hosts
+    x = np.full(plan.d, 1.0 + comm.Get_rank(), np.float32)
+    for step in range(4):
+        if comm.Get_rank() == 2 and step == 2 and not failures:
+            plan._rank_order._pairs._kernels.mean_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        plan.exchange(x)
+    if comm.Get_rank() == 0:
+        print(f"{failures} died; mean {plan.mean.min():.1f} {plan.mean.max():.1f}", flush=True)
+
+outlive(MPI.COMM_WORLD, program)
+"""
+
+
+def test_a_death_in_the_middle_of_a_mean_in_pairs():
+    """Those that wait for one of the living, which has left, learn of it."""
+    ended = run(4, "-c", IN_PAIRS, launcher=ULFM, within=LIMIT, **{RANKS_PER_NODE: "1"})
+    assert ended.lines_with("rank 2 died; 3 of 4 go on"), ended.text
+    assert ended.lines_with("1 died; mean 2.0 2.0"), ended.text
 
 
 def test_two_die_one_after_the_other(tmp_path):
