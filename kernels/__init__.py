@@ -29,6 +29,7 @@ from .coding import decode_indices, encode_indices, low_bits, lower_nbytes, uppe
 from .fingerprint import fingerprints
 from .finite import all_finite
 from .layers import add_layers, follow_momentum, layer_norms, scaled_momentum
+from .levels import LEVELS_SCRATCH, add_levels, encode_levels
 from .lowrank import add_low_rank, orthonormalise
 from .momentum import local_step, momentum_step
 from .quantize import QUANTIZE_SCRATCH, add_quantized, quantize
@@ -37,9 +38,10 @@ from .select import SELECT_SCRATCH, select_candidates, select_largest
 from .signs import SIGNS_SCRATCH, add_signs, encode_signs
 from .sparse import COMBINE_SCRATCH, add_dense, add_sparse, clear_sparse, combine, gather, mean_rows, subtract
 
-__all__ = ["BLOCK", "COMBINE_SCRATCH", "QUANTIZE_SCRATCH", "SELECT_SCRATCH", "SIGNS_SCRATCH", "adam", "adam_step",
-           "add_dense", "add_layers", "add_low_rank", "add_quantized", "add_signs", "add_sparse", "all_finite",
-           "clear_sparse", "combine", "decode_indices", "encode_indices", "encode_signs", "fingerprints", "follow_momentum",
-           "gather", "l1_norm", "layer_norms", "local_step", "low_bits", "lower_nbytes", "mean_rows", "momentum_step",
-           "orthonormalise", "preconditioned_step", "quantize", "sample_indices", "scaled_momentum",
-           "select_candidates", "select_largest", "sign_step", "subtract", "update_moments", "upper_nbytes"]
+__all__ = ["BLOCK", "COMBINE_SCRATCH", "LEVELS_SCRATCH", "QUANTIZE_SCRATCH", "SELECT_SCRATCH", "SIGNS_SCRATCH", "adam",
+           "adam_step", "add_dense", "add_layers", "add_levels", "add_low_rank", "add_quantized", "add_signs",
+           "add_sparse", "all_finite", "clear_sparse", "combine", "decode_indices", "encode_indices", "encode_levels",
+           "encode_signs", "fingerprints", "follow_momentum", "gather", "l1_norm", "layer_norms", "local_step",
+           "low_bits", "lower_nbytes", "mean_rows", "momentum_step", "orthonormalise", "preconditioned_step", "quantize",
+           "sample_indices", "scaled_momentum", "select_candidates", "select_largest", "sign_step", "subtract",
+           "update_moments", "upper_nbytes"]

@@ -8,9 +8,10 @@ What is encoded may be a combination of vectors that is only formed while it is 
 from .combination import Combination, Keep, Source, aligned_zeros, lazy, source
 from .compressor import Codec, Compressor, for_parameters
 from .dense import Identity, Quantize, Sign, Vote
+from .levels import TwoBits
 from .lowrank import LowRank
 from .plain import PlainCodec
 from .sparse import RandK, TopK
 
 __all__ = ["Codec", "Combination", "Compressor", "Identity", "Keep", "LowRank", "PlainCodec", "Quantize", "RandK",
-           "Sign", "Source", "TopK", "Vote", "aligned_zeros", "for_parameters", "lazy", "source"]
+           "Sign", "Source", "TopK", "TwoBits", "Vote", "aligned_zeros", "for_parameters", "lazy", "source"]
