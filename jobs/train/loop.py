@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -108,10 +109,11 @@ class Trainer:
     def headline(self) -> str:
         """Return a line about the model, its data and the bytes of a step. Local."""
         plans, dense = self.optimizer.plans(), in_bytes(self.optimizer.dense_nbytes)
-        sent = in_bytes(sum(plan.traffic.sent_nbytes for plan in plans))
+        sent, every = in_bytes(sum(plan.traffic.sent_nbytes for plan in plans)), self.config.exchange_every or 1
+        when = "step" if every == 1 else f"{every} steps"
         return (f"{self.config.model}: {self.optimizer.flat.d:,} parameters on {counted(self.comm.Get_size(), 'rank')}, "
-                f"{self.data.size:,} training samples; {self.config.optimizer}, {plans[0].compressor}: {sent} per step and "
-                f"rank when compressed (dense: {dense})")
+                f"{self.data.size:,} training samples; {self.config.optimizer}, {plans[0].compressor}: {sent} per {when} "
+                f"and rank when compressed (dense: {dense}{'' if every == 1 else ' per step'})")
 
     @property
     def columns(self) -> list[str]:
@@ -325,7 +327,8 @@ class Trainer:
     def _evaluate(self) -> dict[str, float | None]:
         total, right, count = 0.0, 0, 0
         self.model.eval()
-        with torch.no_grad():
+        # In a round of steps of each rank by itself, what all share.
+        with torch.no_grad(), getattr(self.optimizer, "shared", nullcontext)():
             for start in range(0, self._held_out.size, _EVALUATION_BATCH):
                 samples = self._held_out[start : start + _EVALUATION_BATCH]
                 inputs, targets = self._there(self.data.held_out(samples))
@@ -346,6 +349,10 @@ class Trainer:
         self.comm.Allgather(np.array(values, np.float64), rows)
         return rows
 
+    def rounds(self) -> dict[str, int]:
+        """Return how many exchanges there were, where not every step has one, and how many were skipped. Local."""
+        return {name: getattr(self.optimizer, name) for name in ("rounds", "skipped_rounds") if self.config.fragments}
+
     def fingerprints(self) -> list[int]:
         """Return a hash of the parameters of every rank. Collective."""
         flat = self.optimizer.flat
@@ -354,9 +361,8 @@ class Trainer:
 
     def check_replicas(self) -> None:
         """Raise `DisagreementError` on all ranks where parameters differ that are to be the same. Collective."""
-        flat, prints = self.optimizer.flat, []
-        if getattr(self.optimizer, "synchronized", True):
-            prints = self.comm.allgather(crc32(flat.fingerprints(flat.values).data))  # formed where they are
+        flat, shared = self.optimizer.flat, self.optimizer.shared_values
+        prints = self.comm.allgather(crc32(flat.fingerprints(shared).data))  # formed where they are
         if others := [rank for rank, of_rank in enumerate(prints) if of_rank != prints[0]]:
             raise DisagreementError(
                 f"mpi-ef train: after step {self.steps} parameters on {ranks_text(others)} are not those on rank 0; "

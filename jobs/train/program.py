@@ -147,6 +147,7 @@ def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:
         "seconds": row["seconds"], "seconds_per_step": row["seconds"] / max(1, timed), "phases_seconds_per_step": phases,
         "untimed_steps": trainer.untimed_steps, "untimed_seconds": trainer.untimed_seconds,
         "skipped_steps": trainer.optimizer.skipped_steps,
+        **trainer.rounds(),
         "replicas_equal": len(set(fingerprints)) == 1, "parameters_crc32": fingerprints[0],
         **made_here(trainer.comm), "devices": trainer.devices, "optimizer": trainer.optimizer.identity(),
         "config": {name: str(value) if isinstance(value, Path) else value for name, value in used.items()},
