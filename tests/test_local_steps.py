@@ -102,21 +102,26 @@ def test_a_round_is_that_of_the_paper():
 
 
 def recorded(optimizer):
-    """What rules are given, and what comes of it: (fragment, drift, error, mean, error before)."""
+    """What rules are given, and what comes of it: (fragment, drift, owed after it, mean, owed before it).
+
+    What is owed is this rank's error and, with a plan that has one, its residual.
+    """
     rows, sent = [], {}
+
+    def owed(feedback):
+        return [feedback.state.e_i.copy(), *(array.copy() for array in feedback.plan.state().values())]
 
     def wrap(number, feedback):
         begun, commit = feedback._begun, feedback._commit
 
         def begin(vector, whole, inputs):
-            sent[number] = form(vector, into=np.empty(feedback.plan.d, feedback.plan.dtype))
+            sent[number] = form(vector, into=np.empty(feedback.plan.d, feedback.plan.dtype)), owed(feedback)
             return begun(vector, whole, inputs)
 
         def finish(steps, plan):
-            before = feedback.state.e_i.copy()
             mean = commit(steps, plan).copy()
-            owed = [feedback.state.e_i.copy(), *(a.copy() for a in feedback.plan.state().values())]
-            rows.append((number, sent[number], owed, mean, before))
+            drift, before = sent[number]
+            rows.append((number, drift, owed(feedback), mean, before))
             return mean
 
         feedback._begun, feedback._commit = begin, finish
@@ -126,15 +131,25 @@ def recorded(optimizer):
     return rows
 
 
+def in_all(of_ranks):
+    """The mean of what ranks owe, and what owners of chunks owe of it."""
+    errors, *residuals = zip(*of_ranks, strict=True)
+    return np.mean(errors, axis=0), *(np.concatenate(parts) for parts in residuals)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, *(pytest.param(n, marks=MORE) for n in (4, 5, 6, 7, 8))])
+@pytest.mark.parametrize("plan", [GatherMean, TwoPhaseMean])
 @variants
-def test_nothing_is_lost(options, n):
-    """L1', in every exchange of every fragment: E_{t+1} = decay E_t + mean_i D_i - mean_t; and x is the sum of the means."""
+def test_nothing_is_lost(options, plan, n):
+    """L1', in every exchange of every fragment: E_{t+1} = decay E_t + mean_i D_i - mean_t; and x is the sum of the means.
+
+    Residuals of owners do not fade.
+    """
     decay = options.get("decay", 0.95)
 
     def program(comm):
         net = net_of(torch.float64)
-        optimizer = local(net, comm, **options)
+        optimizer = local(net, comm, plan=plan, **options)
         rows, start = recorded(optimizer), optimizer.x.copy()
         steps_of(net, optimizer, comm.Get_rank(), range(17))
         return rows, optimizer.x - start, [bucket.part for bucket in optimizer.buckets]
@@ -145,8 +160,9 @@ def test_nothing_is_lost(options, n):
         numbers, drifts, owed, means, before = zip(*exchange, strict=True)
         assert len(set(numbers)) == 1
         assert same_bits(means, [means[0]] * n)
-        left = decay * np.mean(before, axis=0) + np.mean(drifts, axis=0) - means[0]
-        np.testing.assert_allclose(np.mean([of[0] for of in owed], axis=0), left, rtol=0, atol=1e-15)
+        errors, *residuals = in_all(before)
+        left = decay * errors + sum(residuals) + np.mean(drifts, axis=0) - means[0]
+        np.testing.assert_allclose(sum(in_all(owed)), left, rtol=0, atol=1e-15)
         largest = max(largest, np.abs(drifts).max())
         sums[ranks[0][2][numbers[0]]] += means[0]
     assert largest > 1e-2
@@ -169,11 +185,7 @@ def test_everything_is_sent_sooner_or_later(plan, late):
     ranks = virtual.results(3, program)
     drifts = sum(np.mean([row[1] for row in rows], axis=0) for rows in zip(*ranks, strict=True))
     means = sum(row[3] for row in ranks[0])
-    last = [rows[-1][2] for rows in ranks]
-    owed = np.mean([of[0] for of in last], axis=0)
-    if plan is TwoPhaseMean:
-        owed = owed + np.concatenate([of[1] for of in last])
-    np.testing.assert_allclose(means + owed, drifts, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(means + sum(in_all([rows[-1][2] for rows in ranks])), drifts, rtol=0, atol=1e-14)
 
 
 @variants

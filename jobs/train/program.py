@@ -168,6 +168,8 @@ def _table(summary: dict[str, Any]) -> str:
         *((f"  {name}", f"{1e3 * value:.2f} ms per step") for name, value in summary["phases_seconds_per_step"].items()),
         *[("  not counted", untimed)] * bool(steps),
         ("steps skipped", str(summary["skipped_steps"])),
+        *[("exchanges", f"{summary['rounds']} in {summary['steps']} steps, {summary['skipped_rounds']} skipped")
+          for _ in range("rounds" in summary)],
         *(("computed on", f"{text} ({ranks})") for text, ranks in summary["devices"].items()),
         ("replicas", "equal bit for bit" if summary["replicas_equal"] else "DIFFERENT"),
         ("written to", summary["config"]["out"]),

@@ -77,11 +77,11 @@ class LocalSteps(DistributedOptimizer):
 
     Notes
     -----
-    With E the mean of the e_i, ``E_{t+1} = decay E_t + mean_i D_i - mean_t``; with ``decay=1.0`` and a plan that has
-    residuals E is their sum with these. What a program writes to parameters before the first step of a round is to be the
-    same on all ranks, and x becomes that; what it writes in a round is part of this rank's way. Saving is exact at any step:
-    x, and y_i of every rank; other numbers of ranks go on from the mean of the y_i. An exchange under way (`late`) is sent
-    again after loading.
+    With E the mean of the e_i, ``E_{t+1} = decay E_t + mean_i D_i - mean_t``. What the owners of chunks owe, with a plan of
+    two phases, is part of E as well, and does not fade. What a program writes to parameters before the first step of a round
+    is to be the same on all ranks, and x becomes that; what it writes in a round is part of this rank's way. Saving is exact
+    at any step: x, and y_i of every rank; other numbers of ranks go on from the mean of the y_i. An exchange under way
+    (`late`) is sent again after loading.
 
     What a rank raises in a step without an exchange it raises alone. A parameter without gradient on this rank stays where
     it is, and one that has not moved on any rank takes no part in the exchange. Parameters are compared, by hashes of x, in
