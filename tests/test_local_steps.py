@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 import torch
 import virtual
+from programs import laws_in
 from stored import MemoryStore
 from training import assert_resumes, everything, groups_of, loss_in, net_of, net_with_more, parameters_of, steps_of
 
+from mpi_ef import reference
 from mpi_ef.collectives import GatherMean, TwoPhaseMean
 from mpi_ef.compress import Identity, Quantize, Sign, TopK, TwoBits
 from mpi_ef.errors import DisagreementError, MpiEfError, OptionError
 from mpi_ef.feedback.state import form
 from mpi_ef.optim import DistributedOptimizer, LocalSteps
+from mpi_ef.optim.muon import LinearMinimization
 from mpi_ef.state.training import Training
+from mpi_ef.testing import OptimizerLaws
 from mpi_ef.testing.faults import FaultyComm
 from mpi_ef.testing.law import same_bits
 
@@ -24,7 +28,7 @@ TOP = TopK(0.1)
 VARIANTS = {
     "plain": {"every": 4}, "fragments": {"every": 4, "fragments": 3}, "late": {"every": 3, "late": True},
     "late fragments": {"every": 4, "fragments": 2, "late": True}, "many fragments": {"every": 2, "fragments": 5},
-    "momentum": {"every": 3, "decay": 1.0, "outer_lr": 0.7, "outer_momentum": 0.9},
+    "momentum": {"every": 3, "decay": 1.0, "outer_lr": 0.7, "outer_momentum": 0.5},
 }
 variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 MORE = pytest.mark.exhaustive
@@ -186,6 +190,68 @@ def test_everything_is_sent_sooner_or_later(plan, late):
     drifts = sum(np.mean([row[1] for row in rows], axis=0) for rows in zip(*ranks, strict=True))
     means = sum(row[3] for row in ranks[0])
     np.testing.assert_allclose(means + sum(in_all([rows[-1][2] for rows in ranks])), drifts, rtol=0, atol=1e-14)
+
+
+def test_what_arrives_late_takes_the_place_of_a_ranks_own_way():
+    """A rank that has not moved since is where all are then; what it has sent is not counted twice."""
+
+    def program(comm):
+        net = net_of(torch.float64)
+        optimizer = local(net, comm, every=2, late=True, decay=1.0)
+        steps_of(net, optimizer, comm.Get_rank(), range(2))
+        start = optimizer.x.copy()
+        optimizer.param_groups[0]["lr"] = 0.0
+        assert np.abs(optimizer.flat.values - start).max() > 1e-3
+        steps_of(net, optimizer, comm.Get_rank(), range(2, 4))
+        np.testing.assert_allclose(optimizer.flat.values, optimizer.x, rtol=0, atol=1e-15)
+        assert np.abs(optimizer.x - start).max() > 1e-3
+
+    virtual.results(2, program)
+
+
+LAWS = ("test_it_learns", "test_16_bit_parameters", "test_groups_have_learning_rates_of_their_own",
+        "test_what_comes_late_changes_nothing", "test_errors_of_communication_are_passed_on")
+
+
+@pytest.mark.parametrize("law", [*LAWS, *(pytest.param(name, marks=MORE) for name in laws_in(OptimizerLaws) if name not in (
+    *LAWS, "test_broken_gradients_are_skipped",  # by the rank that has it, above
+    "test_learning_rates_that_drift_apart_stop_all_ranks", "test_loading_on_one_rank_only_stops_all_ranks",  # in the round
+    "test_an_early_state_is_loaded_into_an_optimizer_that_was_further"))])
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[] if v in ("plain", "late fragments") else MORE)
+                                     for v in VARIANTS])
+def test_rounds_obey_the_laws_of_optimizers(variant, law):
+    laws = {"optimizer": staticmethod(lambda params, comm, **options: LocalSteps(
+        torch.optim.AdamW(params, lr=2e-2), comm, TOP, **options)), "options": VARIANTS[variant], "clips": False,
+        "saved_after": (2, 5, 8), "learns": (120, slice(3), 0.8)}
+    getattr(type("Laws", (OptimizerLaws,), laws)(), law)()
+
+
+@pytest.mark.parametrize("inner", [
+    lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9), lambda p: LinearMinimization(
+        p, lr=0.05, weight_decay=0.0, vector_radius=0.1), lambda p: reference.EF21Muon(p, lr=0.05),
+    lambda p: torch.optim.Muon([q for q in p if q.dim() == 2], lr=0.05)], ids=["sgd", "ef21-muon", "muon", "torch's muon"])
+def test_any_torch_optimizer_steps_inside(inner):
+    """MuLoCo is Muon's; and the learning rates of a scheduler count its steps."""
+
+    def program(comm):
+        net, losses = net_of(), []
+        optimizer = LocalSteps(inner(net.parameters()), comm, TopK(0.2, values=TwoBits()), every=5, model=net)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 40, gamma=0.5)
+        for step in range(100):
+            def closure(step=step):
+                optimizer.zero_grad()
+                loss = loss_in(net, comm.Get_rank(), step)
+                loss.backward()
+                return loss
+
+            losses.append(optimizer.step(closure).item())
+            scheduler.step()
+        assert np.mean(losses[-20:]) < 0.9 * np.mean(losses[:20])
+        assert optimizer.param_groups[0]["lr"] == optimizer.defaults["lr"] / 4
+        return parameters_of(net)
+
+    first, second = virtual.results(2, program)
+    assert same_bits(first, second)
 
 
 @variants
