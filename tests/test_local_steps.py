@@ -1,14 +1,16 @@
 """Local steps: what is exchanged, by which laws, and that nothing else travels."""
 
 import gc
+import lzma
 import tracemalloc
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import virtual
-from programs import laws_in
+from programs import laws_in, trained
 from stored import MemoryStore
 from training import assert_resumes, everything, groups_of, loss_in, net_of, net_with_more, parameters_of, steps_of
 
@@ -17,6 +19,7 @@ from mpi_ef.collectives import GatherMean, TwoPhaseMean
 from mpi_ef.compress import Identity, Quantize, Sign, TopK, TwoBits
 from mpi_ef.errors import DisagreementError, MpiEfError, OptionError
 from mpi_ef.feedback.state import form
+from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.optim import DistributedOptimizer, LocalSteps
 from mpi_ef.optim.muon import LinearMinimization
 from mpi_ef.state.training import Training
@@ -611,6 +614,29 @@ def test_a_state_is_not_loaded_while_messages_travel():
         assert optimizer.steps == 0
 
     virtual.results(2, program)
+
+
+# ---- a training
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
+def test_rounds_of_fifteen_steps_send_a_fifth_and_train_as_well(tmp_path, shared_data):
+    """The GPT of docs/scaling.md against TopK 1 % in every step: bytes and validation loss, 8 ranks, mean of two seeds."""
+    text = tmp_path / "text"
+    text.write_bytes(lzma.decompress((shared_data / "tinyshakespeare.txt.xz").read_bytes()))
+    config = TrainConfig(text=text, steps=240, batch=8, context=32, layers=2, width=48, warmup=24, eval_every=240)
+    rounds = replace(config, exchange_every=15, beta1=0.9)
+    ways = {"step": config, "bf16": replace(rounds, compressor="TopK(0.03, values=Quantize('bf16'), segments=4096)"),
+            "2bit": replace(rounds, compressor="TopK(0.03, values=TwoBits(), segments=4096)")}
+    loss, sent = {}, {}
+    for name, way in ways.items():
+        ends = [trained(8, replace(way, seed=seed, out=tmp_path / f"{name} {seed}"))[0] for seed in (0, 1)]
+        loss[name], sent[name] = np.mean([end["val_loss"] for end in ends]), ends[0]["sent_nbytes"]
+        assert all(end["replicas_equal"] for end in ends)
+    assert sent["bf16"] <= 0.2 * sent["step"]
+    assert sent["2bit"] <= 0.08 * sent["step"]
+    assert max(loss["bf16"], loss["2bit"]) <= 1.06 * loss["step"]
 
 
 # ---- memory
