@@ -358,6 +358,22 @@ def test_what_is_written_in_a_round_is_part_of_a_ranks_way():
     virtual.results(2, program)
 
 
+def test_what_one_rank_writes_to_a_frozen_parameter_in_a_round_is_noticed():
+    """In the exchange at its end: it has no place in x."""
+
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = local(net, comm, every=3)
+        steps_of(net, optimizer, rank, range(4))
+        with torch.no_grad():
+            net.frozen += float(rank)
+        steps_of(net, optimizer, rank, [4])
+        with pytest.raises(DisagreementError, match="is not on rank 1 what it is on rank 0"):
+            steps_of(net, optimizer, rank, [5])
+
+    virtual.results(2, program)
+
+
 def test_parameters_that_do_not_move_stay():
     """With signs, too, which move all that takes part; what has moved in an early step of a round is exchanged."""
 
@@ -382,17 +398,25 @@ def test_parameters_that_do_not_move_stay():
         assert all(same_bits(first, other) for other in others)
 
 
-def test_ranks_without_data_take_part_until_all_are_done():
+@variants
+def test_ranks_without_data_take_part_until_all_are_done(options):
+    """Steps are those of the rank with most, also where it ends within a round."""
+
     def program(comm):
         net, rank = net_of(), comm.Get_rank()
-        optimizer = local(net, comm)
+        optimizer = local(net, comm, **options)
         with optimizer.join():
             steps_of(net, optimizer, rank, range([5, 14, 9][rank]))
         assert optimizer.steps == 14
-        assert optimizer.local_steps == 2
+        assert optimizer.local_steps == (14 if options.keys() & {"late", "fragments"} else 14 % options["every"])
         optimizer.synchronize()
+        assert optimizer.synchronized
+        optimizer.every, every = 4, optimizer.every
         with pytest.raises(OptionError, match=r"LocalSteps\.join: weigh=True with every=4"), optimizer.join(weigh=True):
             pass
+        optimizer.every = every
+        steps_of(net, optimizer, rank, range(14, 14 + every))
+        optimizer.synchronize()
         return parameters_of(net)
 
     first, *others = virtual.results(3, program)
@@ -599,6 +623,45 @@ def test_other_numbers_of_ranks_go_on(options, old, new):
         assert same_bits(loaded[1], saved[0][1])
         assert loaded[2] == saved[0][2]
         assert same_bits(net, gone_on[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_save_in_a_round_has_what_was_written_last(dtype):
+    """As this rank's way, also in other memory; the model of a checkpoint is what all share."""
+    store = MemoryStore()
+
+    def program(comm):
+        nets, rank = (net_of(dtype), net_of(dtype)), comm.Get_rank()
+        optimizers = [local(net, comm) for net in nets]
+        steps_of(nets[0], optimizers[0], rank, range(6))
+        nets[0].last.weight.data = torch.full_like(nets[0].last.weight, 0.25 + rank)
+        Training(model=nets[0], optimizer=optimizers[0], random=False).save(store, comm, 6)
+        with optimizers[0].shared():
+            shared = nets[0].last.weight.detach().float().numpy().copy()
+        stored = store.last.shared["model.last.weight"]
+        np.testing.assert_array_equal(torch.from_numpy(stored.copy()).to(dtype).float(), shared)
+        Training(model=nets[1], optimizer=optimizers[1], random=False).resume(store, comm)
+        assert same_bits(*map(parameters_of, nets))
+        paths = [steps_of(*pair, rank, range(6, 9)) for pair in zip(nets, optimizers, strict=True)]
+        assert same_bits(*paths)
+
+    virtual.results(2, program)
+
+
+def test_what_all_share_is_compared_every_so_many_steps():
+    """At the next exchange, where that step is in a round."""
+
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = local(net, comm)
+        optimizer.check_replicas_every = 6
+        steps_of(net, optimizer, rank, range(5))
+        optimizer.x[0] += float(rank)
+        steps_of(net, optimizer, rank, range(5, 7))
+        with pytest.raises(DisagreementError, match="is not on rank 1 what it is on rank 0"):
+            steps_of(net, optimizer, rank, [7])
+
+    virtual.results(2, program)
 
 
 def test_a_state_is_not_loaded_while_messages_travel():
