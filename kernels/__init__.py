@@ -29,6 +29,7 @@ from .coding import decode_indices, encode_indices, low_bits, lower_nbytes, uppe
 from .fingerprint import fingerprints
 from .finite import all_finite
 from .layers import add_layers, follow_momentum, layer_norms, scaled_momentum
+from .levels import LEVELS_SCRATCH, add_levels, encode_levels
 from .lowrank import add_low_rank, orthonormalise
 from .messages import add_messages, clear_messages, read_values, write_messages
 from .momentum import local_step, momentum_step
@@ -48,10 +49,11 @@ from .sparse import (
            subtract,
 )
 
-__all__ = ["BLOCK", "COMBINE_SCRATCH", "FORMATS", "QUANTIZE_SCRATCH", "SELECT_SCRATCH", "SIGNS_SCRATCH", "adam",
-           "adam_step", "add_dense", "add_layers", "add_low_rank", "add_messages", "add_quantized", "add_signs",
-           "add_sparse", "all_finite", "clear_messages", "clear_sparse", "combine", "decode_indices",
-           "encode_indices", "encode_signs", "fingerprints", "follow_momentum", "gather", "l1_norm", "layer_norms",
-           "local_step", "low_bits", "lower_nbytes", "mean_rows", "mean_slice", "momentum_step", "orthonormalise",
-           "preconditioned_step", "quantize", "read_values", "sample_indices", "scaled_momentum", "select_candidates",
-           "select_largest", "sign_step", "subtract", "update_moments", "upper_nbytes", "write_messages"]
+__all__ = ["BLOCK", "COMBINE_SCRATCH", "FORMATS", "LEVELS_SCRATCH", "QUANTIZE_SCRATCH", "SELECT_SCRATCH",
+           "SIGNS_SCRATCH", "adam", "adam_step", "add_dense", "add_layers", "add_levels", "add_low_rank",
+           "add_messages", "add_quantized", "add_signs", "add_sparse", "all_finite", "clear_messages", "clear_sparse",
+           "combine", "decode_indices", "encode_indices", "encode_levels", "encode_signs", "fingerprints",
+           "follow_momentum", "gather", "l1_norm", "layer_norms", "local_step", "low_bits", "lower_nbytes",
+           "mean_rows", "mean_slice", "momentum_step", "orthonormalise", "preconditioned_step", "quantize",
+           "read_values", "sample_indices", "scaled_momentum", "select_candidates", "select_largest", "sign_step",
+           "subtract", "update_moments", "upper_nbytes", "write_messages"]

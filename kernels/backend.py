@@ -22,7 +22,8 @@ __all__ = ["Backend", "Verdict", "aligned_zeros", "backend", "backend_of", "borr
            "written_in"]
 
 Vector = NDArray[Any]
-_SCRATCH = max(kernels.COMBINE_SCRATCH, kernels.QUANTIZE_SCRATCH, kernels.SELECT_SCRATCH, kernels.SIGNS_SCRATCH)
+_SCRATCH = max(kernels.COMBINE_SCRATCH, kernels.LEVELS_SCRATCH, kernels.QUANTIZE_SCRATCH, kernels.SELECT_SCRATCH,
+               kernels.SIGNS_SCRATCH)
 _HISTOGRAM = 2048
 _LINE = 64  # bytes
 
@@ -219,6 +220,9 @@ class Backend:
 
     def encode_signs(self, *arguments: Any) -> bool:
         return bool(kernels.encode_signs(*arguments, self._memory.scratch))
+
+    def encode_levels(self, *arguments: Any) -> bool:
+        return bool(kernels.encode_levels(*arguments, self._memory.scratch))
 
     def add_quantized(self, exponents: Vector, codes: Vector, form: str, block: int, factor: float, overwrite: bool,
                       out: Vector) -> None:

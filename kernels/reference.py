@@ -25,12 +25,12 @@ from .reference_messages import (
     write_messages,
 )
 
-__all__ = ["adam", "adam_step", "add_dense", "add_layers", "add_low_rank", "add_messages", "add_quantized",
-           "add_signs", "add_sparse", "all_finite", "clear_messages", "clear_sparse", "combine", "decode_indices",
-           "encode_indices", "encode_signs", "fingerprints", "follow_momentum", "gather", "l1_norm", "layer_norms",
-           "local_step", "mean_rows", "mean_slice", "momentum_step", "orthonormalise", "preconditioned_step",
-           "quantize", "read_values", "sample_indices", "scaled_momentum", "select_largest", "sign_step", "subtract",
-           "update_moments", "write_messages"]
+__all__ = ["adam", "adam_step", "add_dense", "add_layers", "add_levels", "add_low_rank", "add_messages",
+           "add_quantized", "add_signs", "add_sparse", "all_finite", "clear_messages", "clear_sparse", "combine",
+           "decode_indices", "encode_indices", "encode_levels", "encode_signs", "fingerprints", "follow_momentum",
+           "gather", "l1_norm", "layer_norms", "local_step", "mean_rows", "mean_slice", "momentum_step",
+           "orthonormalise", "preconditioned_step", "quantize", "read_values", "sample_indices", "scaled_momentum",
+           "select_largest", "sign_step", "subtract", "update_moments", "write_messages"]
 
 Vector = NDArray[np.floating]
 Terms = tuple[Vector, Vector, Vector]
@@ -293,3 +293,31 @@ def follow_momentum(sent: Vector, inverse: Vector, betas: Vector, root_factor: n
     roots = np.maximum(root_factor * np.sqrt(fresh), np.repeat(least, sizes)) + eps
     quotients = np.divide(one, roots * inverse, out=np.zeros_like(m), where=inverse > 0)
     ratios[:] = [quotients[start:stop].max(initial=0) for start, stop in pairwise(starts)]
+
+
+def encode_levels(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vector, less_decoded: bool, block: int,
+                  levels: Vector, signs: NDArray[np.uint8], highs: NDArray[np.uint8], scratch: Vector) -> bool:
+    x = summed(terms, factors)
+    high = np.zeros(x.size, bool)
+    for j, low in enumerate(range(0, x.size, block)):
+        sizes = np.abs(x[low : low + block]).astype(np.float64)
+        unit = 1.0 if sizes.max() <= 2.0**1000 else 2.0**-24
+        parts = sizes * unit
+        above = parts >= np.cumsum(parts)[-1] / parts.size
+        means = [np.cumsum(half)[-1] / half.size / unit if half.size else 0.0 for half in (parts[~above], parts[above])]
+        levels[2 * j : 2 * j + 2] = np.minimum(means, sizes.max())
+        high[low : low + block] = above
+    signs[:], highs[:] = np.packbits(x >= 0), np.packbits(high)
+    if keep.size:
+        keep[:] = summed(terms, keep_factors)
+        if less_decoded:
+            add_levels(levels, signs, highs, block, x.dtype.type(-1), keep)
+    return bool(np.isfinite(x).all())
+
+
+def add_levels(levels: Vector, signs: NDArray[np.uint8], highs: NDArray[np.uint8], block: int, factor: np.floating,
+               out: Vector) -> None:
+    d = out.size
+    positive, high = (np.unpackbits(bits, count=d).astype(bool) for bits in (signs, highs))
+    values = factor * levels[2 * (np.arange(d) // block) + high]
+    out += np.where(positive, values, -values)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         plan_for,
         use_gpu_aware_mpi,
     )
-    from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
+    from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, TwoBits, Vote
     from mpi_ef.data import ShardedSampler, generator_for, loader_context, random_state, seed_rank, set_random_state
     from mpi_ef.ddp import FeedbackHook
     from mpi_ef.devices import local_device
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         EControl,
         EF21Muon,
         Lion,
+        LocalSteps,
         OneBitAdam,
         OneBitLamb,
         PowerSGD,
@@ -54,13 +55,13 @@ find_moved()
 _HOME = {name: module for module, names in {
     "collectives": "advise allgather allreduce ClientsMean DenseMean GatherMean LowRankMean NodeMean plan_for TwoPhaseMean "
                    "use_gpu_aware_mpi",
-    "optim": "DistributedOptimizer EControl EF21 EF21Muon Lion OneBitAdam OneBitLamb PowerSGD Signum "
+    "optim": "DistributedOptimizer EControl EF21 EF21Muon Lion LocalSteps OneBitAdam OneBitLamb PowerSGD Signum "
              "ZeroOneAdam",
     "feedback": "ErrorFeedback",
     "ddp": "FeedbackHook",
     "devices": "local_device",
     "data": "generator_for loader_context random_state seed_rank set_random_state ShardedSampler",
-    "compress": "Identity LowRank Quantize RandK Sign TopK Vote",
+    "compress": "Identity LowRank Quantize RandK Sign TopK TwoBits Vote",
     "errors": "MpiEfError",
     "checkpoint": "open_checkpoint Store",
     "runtime.stopper": "Stopper",
@@ -71,12 +72,12 @@ _HOME = {name: module for module, names in {
 }.items() for name in names.split()}
 
 __all__ = ["EF21", "ClientsMean", "DenseMean", "DistributedOptimizer", "EControl", "EF21Muon", "ErrorFeedback",
-           "FeedbackHook", "GatherMean", "Identity", "Lion", "LowRank", "LowRankMean", "MpiEfError", "NodeMean",
-           "OneBitAdam", "OneBitLamb", "PowerSGD", "Quantize", "RandK", "ShardedSampler", "Sign", "Signum", "Stopper",
-           "Store", "TopK", "Training", "TwoPhaseMean", "Vote", "ZeroOneAdam", "advise", "allgather", "allreduce",
-           "generator_for", "loader_context", "local_device", "mean_metrics", "open_checkpoint", "plan_for",
-           "print_metrics", "random_state", "seed_rank", "set_random_state", "shard", "synchronize_buffers",
-           "use_gpu_aware_mpi"]
+           "FeedbackHook", "GatherMean", "Identity", "Lion", "LocalSteps", "LowRank", "LowRankMean", "MpiEfError",
+           "NodeMean", "OneBitAdam", "OneBitLamb", "PowerSGD", "Quantize", "RandK", "ShardedSampler", "Sign",
+           "Signum", "Stopper", "Store", "TopK", "Training", "TwoBits", "TwoPhaseMean", "Vote", "ZeroOneAdam",
+           "advise", "allgather", "allreduce", "generator_for", "loader_context", "local_device", "mean_metrics",
+           "open_checkpoint", "plan_for", "print_metrics", "random_state", "seed_rank", "set_random_state", "shard",
+           "synchronize_buffers", "use_gpu_aware_mpi"]
 
 
 def __getattr__(name: str) -> Any:

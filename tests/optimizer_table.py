@@ -16,6 +16,7 @@ from mpi_ef.optim import (
     EControl,
     EF21Muon,
     Lion,
+    LocalSteps,
     OneBitAdam,
     OneBitLamb,
     PowerSGD,
@@ -74,6 +75,11 @@ def adamw_updates(params, comm, **options):
     groups = params if isinstance(params[0], dict) else [{"params": params[:2], "lr": 1e-2},
                                                          {"params": params[2:], "weight_decay": 0.0}]
     return DistributedOptimizer(torch.optim.AdamW(groups, lr=2e-2), comm, TopK(0.1), dense_steps=2, **options)
+
+
+def local_steps(params, comm, **options):
+    options = {"every": 1} | options
+    return LocalSteps(torch.optim.AdamW(params, lr=2e-2), comm, TopK(0.1), **options)
 
 
 def sgd_gradients(params, comm, **options):
@@ -173,6 +179,16 @@ ROWS = {
                                                                          **options),
             "own": {"e_i", "plan.residual"}, "saves": 30, "calls": TWO_PHASES, "rests": False, "settles": 300,
             "bad": (NEGATIVE, UNKNOWN_PLACE, UNKNOWN_RULE, NO_BUCKET),
+        },
+        "LocalSteps": _wrapper | {
+            "make": local_steps, "own": {"e_i", "y"}, "saves": 8, "differing": ("every", 1, 2),
+            "bad": (({"every": 0}, "LocalSteps: every=0 is not a positive integer"),
+                    ({"decay": 1.5}, "LocalSteps: decay=1.5 is not in [0, 1]"),
+                    ({"outer_lr": 0.0}, "LocalSteps: outer_lr=0.0 is not in (0, inf)"),
+                    ({"outer_momentum": 1.0}, "LocalSteps: outer_momentum=1.0 is not in [0, 1)"),
+                    ({"outer_momentum": 0.9}, "decay=0.95 with outer_momentum=0.9, which counts old messages again"),
+                    ({"fragments": 0}, "LocalSteps: fragments=0 is not a positive integer"),
+                    ({"fragments": 100}, "LocalSteps: fragments=100 of 7 parameters; a fragment has at least one")),
         },
         "SGD gradients": _wrapper | {
             "make": sgd_gradients, "own": {"e_i"}, "saves": 0.99, "calls": (*GATHERS, "Allgather", "Alltoallv", "Alltoallv"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from my_compressor import BlockMax
 from vectors_for_tests import DTYPES, gaussian, vectors
 
-from mpi_ef.compress import Codec, Identity, Quantize, RandK, Sign, TopK, source
+from mpi_ef.compress import Codec, Identity, Quantize, RandK, Sign, TopK, TwoBits, source
 from mpi_ef.errors import DtypeError, OptionError, ShapeError
 
 COMPRESSORS = [
@@ -26,6 +26,10 @@ COMPRESSORS = [
     TopK(1.0),
     RandK(0.1, seed=7),
     RandK(0.5, values=Quantize("fp16")),
+    TwoBits(),
+    TwoBits(block=8),
+    TopK(0.3, values=TwoBits(block=16)),
+    TopK(0.1, segments=16),
 ]
 GOLDEN = Path(__file__).parent / "data" / "wires.json"
 
@@ -172,6 +176,22 @@ def test_segments_keep_their_share_each():
     assert TopK(0.01, segments=[1, 2]) == TopK(0.01, segments=(1, 2))
 
 
+def test_segments_of_one_length():
+    """All but the last are so long; SparseLoCo's chunks."""
+    x = gaussian(0, 10_000)
+    same = [roundtrip(TopK(0.03, segments=segments), x)[0] for segments in (4096, (4096, 4096, 1808))]
+    np.testing.assert_array_equal(*same)
+    assert TopK(0.03, segments=4096).count(10_000) == 122 + 122 + 54
+
+
+def test_two_bits_send_most_of_values_that_were_kept():
+    """Of a long-tailed vector's largest entries 0.9 of the squared norm in 2 bits, where signs send 0.8 in one."""
+    kept = np.sort(np.abs(gaussian(0, 100_000)))[-3000:] * np.sign(gaussian(1, 3000))
+    lost = {c: ((roundtrip(c, kept)[1] - kept) ** 2).sum() / (kept**2).sum() for c in (TwoBits(), Sign(block=512))}
+    assert lost[TwoBits()] < 0.5 * lost[Sign(block=512)]
+    assert TwoBits().wire_nbytes(kept.size) * 8 <= 2.2 * kept.size
+
+
 @pytest.mark.parametrize(
     ("build", "error", "words"),
     [
@@ -193,6 +213,9 @@ def test_segments_keep_their_share_each():
         (lambda: Quantize("fp8"), OptionError, "'fp8' is unknown"),
         (lambda: Quantize(block=0), OptionError, "block=0"),
         (lambda: Sign(block=0), OptionError, "block=0"),
+        (lambda: TwoBits(block=0), OptionError, "TwoBits: block=0 is not a positive integer up to 4096; 512 is usual"),
+        (lambda: TwoBits(block=4097), OptionError, "block=4097 is not a positive integer up to 4096"),
+        (lambda: TopK(0.1, segments=0), OptionError, "segments=0 is not a positive integer"),
         (lambda: Identity().codec(3, np.int32), DtypeError, "int32 is not supported"),
         (lambda: Sign(block=1.5), OptionError, "block=1.5"),
         (lambda: Identity().codec(3, "float23"), DtypeError, "'float23' is not known"),

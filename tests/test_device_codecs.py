@@ -6,13 +6,27 @@ import numpy as np
 import pytest
 from device_side import DEVICE, KINDS, bits, each_dtype, sized, there, vector
 
-from mpi_ef.compress import Identity, Keep, LowRank, PlainCodec, Quantize, RandK, Sign, TopK, Vote, lazy, source
+from mpi_ef.compress import (
+    Identity,
+    Keep,
+    LowRank,
+    PlainCodec,
+    Quantize,
+    RandK,
+    Sign,
+    TopK,
+    TwoBits,
+    Vote,
+    lazy,
+    source,
+)
 from mpi_ef.compress.compressor import Compressor, StagedCodec
 
 COMPRESSORS = [
     TopK(0.1), TopK(0.02, values=Quantize("bf16")), TopK(0.3, values=Sign(block=32)), TopK(1.0), RandK(0.1),
     RandK(0.05, values=Quantize("int8", block=16), seed=9), Sign(), Sign(block=64), Sign(block=100), Quantize(),
     Quantize("fp16", block=7), Quantize("int8"), Identity(), Vote(),
+    TwoBits(block=100), TopK(0.3, values=TwoBits(block=64), segments=100),
 ]
 
 

@@ -10,6 +10,7 @@ from mpi_ef import (
     DistributedOptimizer,
     EF21Muon,
     Lion,
+    LocalSteps,
     LowRank,
     OneBitAdam,
     OneBitLamb,
@@ -17,6 +18,7 @@ from mpi_ef import (
     Sign,
     Signum,
     TopK,
+    TwoBits,
     ZeroOneAdam,
 )
 from mpi_ef.testing import results
@@ -79,6 +81,10 @@ OPTIMIZERS = {
     "Signum": lambda net, comm: Signum(net.parameters(), comm, lr=0.01),
     "Muon": lambda net, comm: EF21Muon(net.parameters(), comm, TopK(0.1)),
     "EF21": lambda net, comm: EF21(net.parameters(), comm, TopK(0.1), lr=0.1),
+    "local steps": lambda net, comm: LocalSteps(adamw(net), comm, TopK(0.1, values=TwoBits()), every=2),
+    "local steps, momentum": lambda net, comm: LocalSteps(adamw(net), comm, Sign(block=BLOCK), every=2, decay=1.0,
+                                                          outer_lr=0.7, outer_momentum=0.9),
+    "local steps, late": lambda net, comm: LocalSteps(adamw(net), comm, TopK(0.1), every=2, late=True, fragments=2),
     "segments": lambda net, comm: DistributedOptimizer(adamw(net), comm, TopK(0.1, segments="parameters")),
 }
 

@@ -323,6 +323,41 @@ def test_a_block_with_nan_or_inf_decodes_to_nan(dtype, format):
 
 
 @each_dtype
+def test_two_bits(dtype):
+    @given(sources(dtype, largest=float(np.finfo(dtype).max)), st.sampled_from([1, 7, 8, 64, 300, 4096]), st.booleans())
+    def check(source, block, less_decoded):
+        assert_encodes_levels_like_the_twin(source, block, less_decoded)
+
+    check()
+
+
+def assert_encodes_levels_like_the_twin(source, block, less_decoded):
+    terms, factors, keep, kept = source
+    d, dtype = terms[0].size, factors.dtype.type
+    seen = []
+    for room in (kernels, reference):
+        levels, (signs, highs) = np.empty(2 * -(-d // block), dtype), np.empty((2, -(-d // 8)), np.uint8)
+        left, scratch, out = keep.copy(), np.empty(kernels.LEVELS_SCRATCH, dtype), np.linspace(-1, 1, d).astype(dtype)
+        with np.errstate(invalid="ignore", over="ignore"):
+            finite = bool(room.encode_levels(terms, factors, left, kept, less_decoded, block, levels, signs, highs, scratch))
+            if finite:
+                room.add_levels(levels, signs, highs, block, dtype(1 / 3), out)
+        seen.append((levels, signs, highs, left, out) if finite else None)
+    mine, twin = seen
+    assert (mine is None) == (twin is None)
+    for a, b in zip(mine or (), twin or (), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@each_dtype
+@pytest.mark.parametrize("block", [64, 300, 4096])
+def test_two_bits_of_long_vectors(dtype, block):
+    x = np.random.default_rng(1).standard_cauchy(size=20_001).astype(dtype)
+    factors, kept = np.array([1, 0.25, 0], dtype), np.array([0.5, 0.25, 0], dtype)
+    assert_encodes_levels_like_the_twin((terms_of(x, 2), factors, np.empty_like(x), kept), block, True)
+
+
+@each_dtype
 def test_combining(dtype):
     @given(sources(dtype))
     def check(source):

@@ -438,7 +438,7 @@ def test_what_comes_late_in_16_bits(row, before, n):
     assert all(same_bits(row, rows_[0]) for row in rows_)
 
 
-@rows(lambda row: row.rests and row.make is not adamw_updates and not row.own & {"m_i", "v_i"})
+@rows(lambda row: row.rests and row.make is not adamw_updates and not row.own & {"m_i", "v_i", "y"})
 def test_what_comes_late_when_a_rank_has_run_out_of_data(row):
     """The same bits as where that rank has no gradients any more, but for what goes on by a momentum of its own there."""
     last, options = 13, {"layer": 16, "words": 16}  # steps of rank 1, and when the others come to what is late

@@ -77,7 +77,8 @@ def test_a_colon_names_what_a_module_has_at_any_depth():
 
 @pytest.mark.parametrize(("kind", "text", "words"), [
     ("compressor", "topk(0.1)", "there is no compressor 'topk'; did you mean TopK?"),
-    ("compressor", "Nothing(0.1)", "take one of Identity, LowRank, Quantize, RandK, Sign, TopK, Vote, or module:name"),
+    ("compressor", "Nothing(0.1)", "take one of Identity, LowRank, Quantize, RandK, Sign, TopK, TwoBits, "
+     "Vote, or module:name"),
     ("compressor", "TopK(ration=0.1)", "TopK has no option ration; did you mean ratio?"),
     ("compressor", "TopK(0.1, ratio=0.2)", "multiple values for argument 'ratio'"),
     ("compressor", "Vote(3)", "too many positional arguments"),
@@ -106,7 +107,7 @@ def test_a_colon_names_what_a_module_has_at_any_depth():
     ("compressor", f"TopK(1{'0' * 400})", "0 ... is not in"),
     ("compressor", "TopK(0.1, values=3)", r"TopK: values=3 is no compressor; pass for example Quantize\('bf16'\)"),
     ("compressor", "RandK(0.1, values='bf16')", "RandK: values='bf16' is no compressor"),
-    ("compressor", "TopK(0.1, segments=5)", "TopK: segments=5; pass the lengths of the parts"),
+    ("compressor", "TopK(0.1, segments=-5)", "TopK: segments=-5 is not a positive integer; 4096 is usual"),
     ("compressor", "TopK(0.1, segments=('3',))", "TopK: segments=.*; pass the lengths of the parts"),
     ("compressor", "TopK(0.1, segments=(3, -1))", "TopK: segments=.*; pass the lengths of the parts"),
     ("compressor", "Quantize(['bf16'])", "format=.* is unknown; take one of bf16"),
@@ -307,7 +308,7 @@ class _Odd(BlockMax):
     (lambda comm, o: wrapped(comm, **o), {"momentun": 0.1}, {"momentum": 0.1}, "momentun; did you mean momentum?"),
     (lambda comm, o: wrapped(comm, rule="econtrol", **o), {"etta": 0.1}, {"eta": 0.1}, "no option etta; did you mean eta?"),
     (lambda comm, r: ErrorFeedback(r, GatherMean(comm, TopK(0.1), 20)), "ef14(dense_steps=1)", "ef14",
-     "no option dense_steps; it has: none"),
+     "no option dense_steps; it has: decay"),
     (lambda comm, r: ErrorFeedback("ef21-bc", GatherMean(comm, TopK(0.1), 20), reply=r), Sign, Sign(),
      "Sign'> is not a compressor"),
     (lambda comm, c: plan_for(comm, c, 10), _Odd(3), BlockMax(3), "kind 'gathr', which there is not; did you mean gather?"),

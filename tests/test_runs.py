@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -260,7 +261,8 @@ ANOTHER = {
     "weight_decay": 0.2, "momentum": 0.3, "beta1": 0.3, "beta2": 0.3, "placement": "gradient", "rule": "ef21", "eta": 0.3,
     "beta": 0.3, "vote_beta1": 0.3, "vote_beta2": 0.3, "participation": 0.3, "smoothness": "1,2", "reply": 0.3, "zeta": 0.3,
     "correction": 0.3, "compressor": "sign", "plan": "TwoPhaseMean", "ratio": 0.3, "block": 64, "rank": 2, "freeze": 3,
-    "local_steps": 3, "per_parameter": True, "values": "full", "dense_steps": 3,
+    "local_steps": 3, "exchange_every": 3, "decay": 0.3, "outer_lr": 0.3, "outer_momentum": 0.3, "fragments": 2,
+    "late": True, "per_parameter": True, "values": "full", "dense_steps": 3,
 }
 MAY_CHANGE = {"steps": 9, "batch": 5, "lr": 0.01, "warmup": 3, "clip": 0.5, "log_every": 3, "eval_every": 7, "keep": 2,
               "checkpoint_every": 3, "save_in_background": True}
@@ -306,6 +308,56 @@ def test_another_model_or_other_data_of_the_ranks_are_refused(tmp_path, options,
     assert tried >= 5
     others = {name: value for name, value in MAY_CHANGE.items() if name != "keep"}
     assert programs.trained(2, replace(config, resume=policy, stop_after=0, **others))[0]["steps"] == 9
+
+
+# ---- rounds of steps of every rank by itself
+
+ROUNDS = {
+    "plain": {"exchange_every": 3}, "late fragments": {"exchange_every": 3, "fragments": 2, "late": True},
+    "momentum": {"exchange_every": 4, "outer_lr": 0.7, "outer_momentum": 0.9, "values": "2bit"},
+}
+
+
+@pytest.mark.parametrize("more", ROUNDS.values(), ids=ROUNDS)
+def test_rounds_go_on_from_any_step(tmp_path, more):
+    """To the last bit, also while messages travel; what was sent, rounds and what was not are in the summary."""
+    config = TrainConfig(**MLP | {"steps": 14}, **more, eval_every=4, out=tmp_path / "whole")
+    whole = programs.trained(2, config)[0]
+    assert whole["rounds"] >= 14 // more["exchange_every"]
+    assert whole["replicas_equal"]
+    part = replace(config, out=tmp_path / "parts", checkpoint_every=5, stop_after=5)
+    programs.trained(2, part)
+    ended = programs.trained(2, replace(part, stop_after=0, resume="exact"))[0]
+    for name in ("parameters_crc32", "val_loss", "loss", "sent_nbytes", "rounds", "skipped_rounds", "steps"):
+        assert ended[name] == whole[name], name
+    other = replace(part, out=tmp_path / "others")
+    programs.trained(2, other)
+    with pytest.warns(RuntimeWarning, match="step 5 of 2 ranks goes on with 3: errors and momenta are the mean"):
+        ended = programs.trained(3, replace(other, stop_after=0, resume="redistribute"))[0]
+    assert ended["ranks"] == 3
+    assert ended["replicas_equal"]
+
+
+def test_rounds_send_less(tmp_path):
+    """One exchange in five; errors fade where exchanges are seldom, and momentum wants that they do not."""
+    ten = MLP | {"steps": 10}
+    configs = {every: TrainConfig(**ten, exchange_every=every, out=tmp_path / str(every)) for every in (1, 5)}
+    sent = {every: programs.trained(2, config)[0]["sent_nbytes"] for every, config in configs.items()}
+    assert sent[1] == 5 * sent[5] > 0
+    assert configs[1].chosen()["decay"] == 1.0
+    assert configs[5].chosen()["decay"] == 0.95
+    assert replace(configs[5], outer_momentum=0.9).chosen()["decay"] == 1.0
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"rule": "ef21"}, "exchange_every=3 exchanges what steps have led to, by ef14: rule=ef21 has no effect with it"),
+    ({"placement": "gradient"}, "placement=gradient has no effect with it"),
+    ({"dense_steps": 2}, "dense_steps=2 has no effect with it"),
+    ({"outer_momentum": 0.9, "decay": 0.9}, "outer_momentum=0.9 counts old messages again, decay=0.9 lets old errors fade"),
+])
+def test_what_does_not_go_with_rounds_is_refused(options, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        TrainConfig(model="mlp", exchange_every=3, **options)
 
 
 # ---- folders

@@ -26,6 +26,7 @@ from mpi_ef.compress import (
     RandK,
     Sign,
     TopK,
+    TwoBits,
     Vote,
     lazy,
     source,
@@ -37,7 +38,8 @@ from mpi_ef.testing.faults import CommunicationError
 
 COMPRESSORS = [
     Identity(), Quantize("bf16"), Quantize("int8", block=64), Sign(), Sign(block=8), Vote(), TopK(0.1), RandK(0.2, seed=3),
-    TopK(0.3, values=Quantize("bf16")), LowRank(1), BlockMax(8),
+    TopK(0.3, values=Quantize("bf16")), TopK(0.3, values=TwoBits(), segments=9), TwoBits(), TwoBits(block=8), LowRank(1),
+    BlockMax(8),
 ]
 
 

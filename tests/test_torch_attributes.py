@@ -15,7 +15,7 @@ from training import everything, groups_of, net_of, parameters_of, steps_of
 from mpi_ef import ShardedSampler, Store, Training
 from mpi_ef.compress import Identity
 from mpi_ef.errors import DisagreementError, OptionError, PeerError
-from mpi_ef.optim import DistributedOptimizer, OneBitAdam
+from mpi_ef.optim import DistributedOptimizer, LocalSteps, OneBitAdam
 
 # ---- attributes
 
@@ -166,9 +166,8 @@ def own_options(row):
              "ZeroOneAdam": "local_step_clipper"}
     (optimizer,) = virtual.results(1, lambda comm: row(net_of(), comm))
     mine = {names.get(type(optimizer).__name__, "compressor"): 1}
-    return (
-        mine if type(optimizer) is DistributedOptimizer else mine | {"amsgrad": True, "betas": (0.5, 0.5), "alpha": 2.0}
-    )
+    wraps = type(optimizer) in (DistributedOptimizer, LocalSteps)
+    return mine if wraps else mine | {"amsgrad": True, "betas": (0.5, 0.5), "alpha": 2.0}
 
 
 @rows()

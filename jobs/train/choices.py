@@ -35,14 +35,15 @@ MODELS: Mapping[str, Takes] = {
 }
 _ANY_RULE: Takes = {"placement": "update", "rule": "ef14", "compressor": "topk", "plan": Depends("that of the compressor"),
                     "dense_steps": 0}
+_UPDATES: Takes = {"exchange_every": 1, **_ANY_RULE}
 _GRADIENT: Takes = {"placement": Only("gradient"), "dense_steps": 0}
 _ONE_BIT: Takes = {"beta1": 0.9, "beta2": 0.99, "compressor": "sign", "freeze": 0}
 # Sparse feedback delays updates, and delay acts like momentum; dense updates need the usual one.
 _DELAYED = Depends("0.5, or 0.9 with compressor=identity",
                    lambda chosen: 0.9 if chosen["compressor"] == "identity" else 0.5)
 OPTIMIZERS: Mapping[str, Takes] = {
-    "adamw": {"beta1": _DELAYED, "beta2": 0.99, **_ANY_RULE},
-    "sgd": {"momentum": 0.9, **_ANY_RULE},
+    "adamw": {"beta1": _DELAYED, "beta2": 0.99, **_UPDATES},
+    "sgd": {"momentum": 0.9, **_UPDATES},
     "onebit-adam": _ONE_BIT,
     "zero-one-adam": {**_ONE_BIT, "local_steps": 200},
     "onebit-lamb": _ONE_BIT,
@@ -55,10 +56,12 @@ OPTIMIZERS: Mapping[str, Takes] = {
 _COUPLED = ("sgd", "powersgd")
 DECAY = Depends(f"0.1, or 0 with optimizer={', '.join(_COUPLED)}",
                 lambda chosen: 0.0 if chosen["optimizer"] in _COUPLED else 0.1)
+_FADING = Depends("1, or 0.95 with exchange_every above 1 and no outer_momentum",
+                  lambda chosen: 0.95 if chosen.get("exchange_every", 1) > 1 and not chosen["outer_momentum"] else 1.0)
 PLACEMENTS: Mapping[str, Takes] = {"update": {}, "gradient": {"overlap": False}}
 # All rules of mpi_ef.feedback.RULES. Options have its names, but where an optimizer has one of that name.
 RULES: Mapping[str, Takes] = {
-    "ef14": {},
+    "ef14": {"decay": _FADING},
     "ef21": {},
     "econtrol": {"eta": Depends("0.3 times the contraction constant of the compressor")},
     "ef14-momentum": {"beta": 0.9},
@@ -75,7 +78,7 @@ RULES: Mapping[str, Takes] = {
     "clag": {"zeta": 1.0},
     "d-ec-sgd": {"correction": 0.1},
 }
-VALUES = ("full", "bf16", "fp16", "int8")
+VALUES = ("full", "bf16", "fp16", "int8", "2bit")
 COMPRESSORS: Mapping[str, Takes] = {
     "topk": {"ratio": 0.01, "values": "bf16", "per_parameter": False},
     "randk": {"ratio": 0.01, "values": "bf16"},
@@ -89,10 +92,16 @@ _SAVING: Mapping[Any, Takes] = {
     True: {"keep": 3, "save_in_background": False, "stop_after": 0, "on_failure": "stop"},
     False: {},
 }
-# What the options depend on, in this order; what is saved depends on whether there is any saving.
+_ROUNDS: Mapping[Any, Takes] = {
+    True: {"outer_lr": 1.0, "outer_momentum": 0.0, "fragments": 1, "late": False},
+    False: {},
+}
+# What the options depend on, in this order; what is saved, on whether there is any saving; rounds, on
+# whether they have several steps.
 CHOOSERS: Mapping[str, Mapping[Any, Takes]] = {
     "model": MODELS,
     "optimizer": OPTIMIZERS,
+    "exchange_every": _ROUNDS,
     "placement": PLACEMENTS,
     "rule": RULES,
     "compressor": COMPRESSORS,
@@ -100,6 +109,7 @@ CHOOSERS: Mapping[str, Mapping[Any, Takes]] = {
 }
 
 
+_LEAST = {"checkpoint_every": 1, "exchange_every": 2}  # where a number is a choice: from which one on it is the first
 _ONCE_RECORDED = {"split", "context", "layers", "heads", "width", "momentum", "beta2", "rule", "placement", "ratio", "block",
                   "rank", "freeze", "local_steps", "overlap", "per_parameter", "values", "dense_steps", "keep"}
 
@@ -180,7 +190,7 @@ def _taken(chooser: str, table: Mapping[Any, Takes], chosen: Mapping[str, Any]) 
 
 
 def _choice(chooser: str, chosen: Mapping[str, Any]) -> Any:
-    return bool(chosen[chooser]) if chooser == "checkpoint_every" else chosen[chooser]
+    return chosen[chooser] >= _LEAST[chooser] if chooser in _LEAST else chosen[chooser]
 
 
 def _belongs(chooser: str, optimizer: str) -> bool:
@@ -201,8 +211,8 @@ def _no_effect(name: str, value: Any, chosen: Mapping[str, Any]) -> str:
 
 
 def _named(chooser: str, choices: list[Any]) -> str:
-    if chooser == "checkpoint_every":
-        return "checkpoint_every above 0" if choices[0] else "checkpoint_every=0"
+    if chooser in _LEAST:
+        return f"{chooser}{' above ' if choices[0] else '='}{_LEAST[chooser] - 1}"
     return f"{chooser}={', '.join(choices)}"
 
 

@@ -79,6 +79,13 @@ class TrainConfig(Checked):
     block: int | None = _for("block", "entries that share a scale", 1)
     rank: int | None = _for("rank", "columns of a factor", 1)
     freeze: int | None = _for("freeze", "steps of dense warm-up; 0 waits until the variance has settled", 0)
+    exchange_every: int | None = _for("exchange_every", "steps of every rank by itself before what they have led to is "
+                                      "exchanged", 1)
+    decay: float | None = _for("decay", "what of an error counts an exchange later", "[0, 1]")
+    outer_lr: float | None = _for("outer_lr", "learning rate of the step along what was exchanged", "(0, inf)")
+    outer_momentum: float | None = _for("outer_momentum", "Nesterov's momentum of that step; wants decay=1", "[0, 1)")
+    fragments: int | None = _for("fragments", "runs of parameters that are exchanged at different steps", 1)
+    late: bool | None = _for("late", "let messages travel while the next steps are taken, and apply them then")
     local_steps: int | None = _for("local_steps", "steps after which the time between two exchanges doubles", 1)
     overlap: bool | None = _for("overlap", "let buckets travel during the backward pass; no clipping")
     per_parameter: bool | None = _for("per_parameter", "keep the share of every parameter, not of the whole model")

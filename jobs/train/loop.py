@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -109,13 +110,14 @@ class Trainer:
         """Return a line about the model, its data and the bytes of a step. Local."""
         plans, dense = self.optimizer.means(), in_bytes(self.optimizer.dense_nbytes)
         sent, links = in_bytes(sum(plan.traffic.sent_nbytes for plan in plans)), [plan.link_traffic for plan in plans]
-        of_node = ""
+        every, of_node = self.config.exchange_every or 1, ""
         if plans[0].nodes.count > 1:
             of_node = (f"; {in_bytes(sum(link.nbytes for link in links))} each way over the link of one of "
                        f"{plans[0].nodes.count} nodes (dense: {in_bytes(sum(link.dense_nbytes for link in links))})")
+        when = "step" if every == 1 else f"{every} steps"
         return (f"{self.config.model}: {self.optimizer.flat.d:,} parameters on {counted(self.comm.Get_size(), 'rank')}, "
-                f"{self.data.size:,} training samples; {self.config.optimizer}, {plans[0].compressor}: {sent} per step and "
-                f"rank when compressed (dense: {dense}){of_node}")
+                f"{self.data.size:,} training samples; {self.config.optimizer}, {plans[0].compressor}: {sent} per {when} "
+                f"and rank when compressed (dense: {dense}{'' if every == 1 else ' per step'}){of_node}")
 
     @property
     def columns(self) -> list[str]:
@@ -341,7 +343,8 @@ class Trainer:
     def _evaluate(self) -> dict[str, float | None]:
         total, right, count = 0.0, 0, 0
         self.model.eval()
-        with torch.no_grad():
+        # In a round of steps of each rank by itself, what all share.
+        with torch.no_grad(), getattr(self.optimizer, "shared", nullcontext)():
             for start in range(0, self._held_out.size, _EVALUATION_BATCH):
                 samples = self._held_out[start : start + _EVALUATION_BATCH]
                 inputs, targets = self._there(self.data.held_out(samples))
@@ -362,6 +365,10 @@ class Trainer:
         self.comm.Allgather(np.array(values, np.float64), rows)
         return rows
 
+    def rounds(self) -> dict[str, int]:
+        """Return how many exchanges there were, where not every step has one, and how many were skipped. Local."""
+        return {name: getattr(self.optimizer, name) for name in ("rounds", "skipped_rounds") if self.config.fragments}
+
     def fingerprints(self) -> list[int]:
         """Return a hash of the parameters of every rank. Collective."""
         flat = self.optimizer.flat
@@ -370,9 +377,8 @@ class Trainer:
 
     def check_replicas(self) -> None:
         """Raise `DisagreementError` on all ranks where parameters differ that are to be the same. Collective."""
-        flat, prints = self.optimizer.flat, []
-        if getattr(self.optimizer, "synchronized", True):
-            prints = self.comm.allgather(crc32(flat.fingerprints(flat.values).data))  # formed where they are
+        flat, shared = self.optimizer.flat, self.optimizer.shared_values
+        prints = self.comm.allgather(crc32(flat.fingerprints(shared).data))  # formed where they are
         if others := [rank for rank, of_rank in enumerate(prints) if of_rank != prints[0]]:
             raise DisagreementError(
                 f"mpi-ef train: after step {self.steps} parameters on {ranks_text(others)} are not those on rank 0; "

@@ -11,7 +11,7 @@ import torch
 from mpi_ef import optim, registry
 from mpi_ef.collectives import ClientsMean, Plan, TwoPhaseMean, build_plan, plan_for
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.compress import Compressor, Identity, LowRank, Quantize, RandK, Sign, TopK, Vote, for_parameters
+from mpi_ef.compress import Compressor, Identity, LowRank, Quantize, RandK, Sign, TopK, TwoBits, Vote, for_parameters
 from mpi_ef.errors import ConfigError, everywhere
 from mpi_ef.feedback import RULES
 from mpi_ef.jobs.train.choices import OPTIMIZERS
@@ -87,7 +87,8 @@ def _chosen(config: TrainConfig) -> Chosen:
 
 
 def _values(chosen: Chosen) -> Compressor:
-    return Identity() if chosen.values == "full" else Quantize(chosen.values)
+    known = {"full": Identity(), "2bit": TwoBits()}
+    return known[chosen.values] if chosen.values in known else Quantize(chosen.values)
 
 
 _COMPRESSORS: Mapping[str, Callable[[Chosen], Compressor]] = {
@@ -171,5 +172,9 @@ def _wrapped(chosen: Chosen, model: "nn.Module", comm: Comm) -> FlatOptimizer:
     else:
         inner = torch.optim.SGD(model.parameters(), lr=chosen.lr, momentum=chosen.momentum,
                                 weight_decay=chosen.weight_decay)
+    if chosen.__dict__.get("exchange_every", 1) > 1:
+        names = ("decay", "outer_lr", "outer_momentum", "fragments", "late")
+        return optim.LocalSteps(inner, comm, _compressor(chosen), every=chosen.exchange_every, plan=_plan(chosen),
+                                **{name: getattr(chosen, name) for name in names})
     return optim.DistributedOptimizer(inner, comm, _compressor(chosen), placement=chosen.placement, rule=chosen.rule,
                                       plan=_plan(chosen), **shared, **_rule_options(chosen))

@@ -148,6 +148,7 @@ def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:
         "seconds": row["seconds"], "seconds_per_step": row["seconds"] / max(1, timed), "phases_seconds_per_step": phases,
         "untimed_steps": trainer.untimed_steps, "untimed_seconds": trainer.untimed_seconds,
         "skipped_steps": trainer.optimizer.skipped_steps,
+        **trainer.rounds(),
         "replicas_equal": len(set(fingerprints)) == 1, "parameters_crc32": fingerprints[0],
         **made_here(trainer.comm), "devices": trainer.devices, "optimizer": trainer.optimizer.identity(),
         "config": {name: str(value) if isinstance(value, Path) else value for name, value in used.items()},
@@ -170,6 +171,8 @@ def _table(summary: dict[str, Any]) -> str:
         *((f"  {name}", f"{1e3 * value:.2f} ms per step") for name, value in summary["phases_seconds_per_step"].items()),
         *[("  not counted", untimed)] * bool(steps),
         ("steps skipped", str(summary["skipped_steps"])),
+        *[("exchanges", f"{summary['rounds']} in {summary['steps']} steps, {summary['skipped_rounds']} skipped")
+          for _ in range("rounds" in summary)],
         *(("computed on", f"{text} ({ranks})") for text, ranks in summary["devices"].items()),
         ("replicas", "equal bit for bit" if summary["replicas_equal"] else "DIFFERENT"),
         ("written to", summary["config"]["out"]),

@@ -97,9 +97,23 @@ def _check_combinations(chosen: Mapping[str, Any]) -> None:
                           "it, and no overlap")
     if rule == "marina" and chosen["compressor"] != "randk":
         raise ConfigError(f"rule=marina wants an unbiased compressor; pass compressor=randk, not {chosen['compressor']}")
+    _check_rounds(chosen)
     _check_compressor(chosen)
     if chosen["overwrite"] and chosen["resume"] != "no":
         raise ConfigError(f"overwrite begins anew, resume={chosen['resume']} goes on; pass one of them")
+
+
+def _check_rounds(chosen: Mapping[str, Any]) -> None:
+    """Refuse what does not go with steps of every rank by itself."""
+    if (every := chosen.get("exchange_every", 1)) == 1:
+        return
+    for name, value in (("placement", "update"), ("rule", "ef14"), ("dense_steps", 0)):
+        if chosen[name] != value:
+            raise ConfigError(f"exchange_every={every} exchanges what steps have led to, by ef14: {name}={chosen[name]} has "
+                              "no effect with it; leave one of them out")
+    if chosen["outer_momentum"] and chosen["decay"] < 1:
+        raise ConfigError(f"outer_momentum={chosen['outer_momentum']} counts old messages again, decay={chosen['decay']} "
+                          "lets old errors fade; pass decay=1, or leave one of them out")
 
 
 def _check_compressor(chosen: Mapping[str, Any]) -> None:

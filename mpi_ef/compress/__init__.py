@@ -9,9 +9,10 @@ from .chunks import Chunks
 from .combination import Combination, Keep, Source, aligned_zeros, lazy, source
 from .compressor import Codec, Compressor, for_parameters
 from .dense import Identity, Quantize, Sign, Vote
+from .levels import TwoBits
 from .lowrank import LowRank
 from .plain import PlainCodec
 from .sparse import RandK, TopK
 
-__all__ = ["Chunks", "Codec", "Combination", "Compressor", "Identity", "Keep", "LowRank", "PlainCodec", "Quantize", "RandK",
-           "Sign", "Source", "TopK", "Vote", "aligned_zeros", "for_parameters", "lazy", "source"]
+__all__ = ["Chunks", "Codec", "Combination", "Compressor", "Identity", "Keep", "LowRank", "PlainCodec", "Quantize",
+           "RandK", "Sign", "Source", "TopK", "TwoBits", "Vote", "aligned_zeros", "for_parameters", "lazy", "source"]

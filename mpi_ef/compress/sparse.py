@@ -90,9 +90,10 @@ class TopK(_KeptCoordinates):
         Number of kept coordinates. Pass either `ratio` or `k`.
     values : Compressor
         How the kept values travel, for example ``Quantize("bf16")``.
-    segments : tuple of int, or "parameters", optional
+    segments : tuple of int, int, or "parameters", optional
         Lengths of consecutive parts of the vector, from each of which `ratio` is kept (at least one entry), as papers do
-        per tensor. "parameters" stands for the lengths of the model's parameters; only optimizers know them.
+        per tensor; one number is the length of all but the last. "parameters" stands for the lengths of the model's
+        parameters; only optimizers know them.
 
     Notes
     -----
@@ -100,7 +101,7 @@ class TopK(_KeptCoordinates):
     bits for an index, and the value.
     """
 
-    segments: tuple[int, ...] | Literal["parameters"] | None = None
+    segments: tuple[int, ...] | int | Literal["parameters"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,7 +109,9 @@ class TopK(_KeptCoordinates):
             return
         if self.ratio is None:
             raise OptionError("TopK: segments go with a ratio, which is kept of each; pass TopK(0.01, segments=...)")
-        if not (isinstance(self.segments, str) and self.segments == "parameters"):
+        if isinstance(self.segments, int):
+            whole("TopK", 1, "4096 is usual", segments=self.segments)
+        elif not (isinstance(self.segments, str) and self.segments == "parameters"):
             try:
                 segments = (-1,) if isinstance(self.segments, str) else tuple(map(index, self.segments))
             except TypeError:
@@ -127,6 +130,8 @@ class TopK(_KeptCoordinates):
             return np.array([0, d], np.int64)
         if isinstance(self.segments, str):
             raise OptionError("TopK: segments='parameters' means something to optimizers only; pass lengths here")
+        if isinstance(self.segments, int):
+            return np.append(np.arange(0, d, self.segments), d).astype(np.int64)
         bounds = np.cumsum((0, *self.segments), dtype=np.int64)
         if bounds[-1] != d:
             raise ShapeError(f"TopK: the segments have {bounds[-1]} entries together, the vector has {d}; pass the "

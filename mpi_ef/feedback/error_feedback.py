@@ -1,7 +1,7 @@
 """A rule at work: state and plan bound together, dense first steps, saving and loading."""
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from inspect import signature
 from textwrap import fill
 from types import MethodType
@@ -105,7 +105,8 @@ class ErrorFeedback(OnAllRanks, Stateful):
 
     def __repr__(self) -> str:
         """Return the rule with its options, the compressor and the plan. Local."""
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        plain = {f.name: f.default for f in fields(self.rule.state) if not f.repr}
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items() if value != plain.get(name, ...))
         return (f"{self.rule.name}{f'({options})' if options else ''} with {self.plan.compressor} through "
                 f"{type(self.plan).__name__} on {counted(self.plan.size, 'rank')}")
 
@@ -159,6 +160,11 @@ class ErrorFeedback(OnAllRanks, Stateful):
     def prepared(self) -> bool:
         """Whether the next step builds nothing, which would be collective. The same on all ranks."""
         return self._dense is not None or not (self._inputs.get("whole") or self.steps < self.dense_steps)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a step was started, and not committed or rolled back."""
+        return self._under_way is not None
 
     def start(self, vector: Vector | Combination) -> None:
         """Begin a step: the vector may be changed as soon as this returns. :meth:`wait` and :meth:`commit` follow.

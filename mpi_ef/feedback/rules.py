@@ -10,7 +10,7 @@ meant, and only once all ranks are known to have sent something finite: what rep
 generators, because who drives them decides when a message travels: at once, or while the next one is prepared.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mpi_ef.collectives import Plan
 from mpi_ef.compress import Combination, Keep, lazy
@@ -23,11 +23,12 @@ __all__ = ["EControlState", "EF14State", "EF21State", "econtrol", "ef14", "ef21"
 
 @dataclass(kw_only=True)
 class EF14State(State):
-    """e_i: what this rank has not sent yet. mean: the last result."""
+    """e_i: what this rank has not sent yet. mean: the last result. decay: what share of e_i counts a step later."""
 
     e_i: Vector = error()
     mean: Vector = scratch()
     spare: Vector = double_buffer()
+    decay: float = field(default=1.0, repr=False)
 
 
 def ef14(s: EF14State, plan: Plan, u: Vector | Combination) -> Steps:
@@ -44,8 +45,12 @@ def ef14(s: EF14State, plan: Plan, u: Vector | Combination) -> Steps:
     With ``u_i = gamma_t * g_i`` the error is in parameter units, as in the papers, and for every step size schedule
     ``x_T = x_0 - sum_t gamma_t mean_i g_i + mean_i e_i``. With ``u_i = g_i`` and ``x -= gamma_t * result`` the error is
     in gradient units: the same iterates for constant gamma; otherwise old errors are re-weighted by the new gamma.
+
+    With ``decay < 1`` old errors fade, ``p_i = decay e_i + u_i``, as in SparseLoCo (Sarfi et al. 2025, arXiv 2508.15706),
+    whose messages are seldom: with E the mean of the e_i, and D that of the u_i, ``E_{t+1} = decay E_t + D_t - mean_t``.
+    What fades is never sent; a plan's residual does not fade.
     """
-    p_i = lazy(u) + s.e_i  # u first: what it is made of is added up before e_i, as if it had been formed
+    p_i = lazy(u) + s.decay * lazy(s.e_i)  # u first: what it is made of is added up before e_i, as if it had been formed
     delta = yield plan.offer(p_i, keep=Keep(p_i, into=s.spare, less_message=True))
     s.e_i, s.spare = s.spare, s.e_i
     delta.set_mean(s.mean, again=True)

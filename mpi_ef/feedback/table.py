@@ -58,6 +58,7 @@ Range = tuple[str | Callable[[Any], bool], str, str]  # an interval or a test, w
 _RANGES: Mapping[str, Range] = {
     "eta": ("[0, 1]", "in [0, 1]", "try 0.3 * alpha for EControl, 0.1 for momentum"),
     **dict.fromkeys(("beta", "beta1", "beta2"), ("[0, 1)", "in [0, 1)", "0.9 is usual")),
+    "decay": ("[0, 1]", "in [0, 1]", "1 keeps all errors, 0.95 is usual where exchanges are seldom"),
     "participation": ("(0, 1]", "in (0, 1]", "0.5 lets half of the clients take part"),
     "seed": (lambda v: isinstance(v, int) and v >= 0, "a non-negative integer", "0 is one"),
     "zeta": ("[0, inf)", "a number >= 0", "1.0 is usual"),
@@ -149,7 +150,7 @@ class Rule:
 RULES: Mapping[str, Rule] = {
     rule.name: rule
     for rule in (
-        Rule(ef14, EF14State, most_terms=2),
+        Rule(ef14, EF14State, lambda _: {"decay": 1.0}, most_terms=2),
         Rule(ef21, EF21State, most_terms=2),
         Rule(econtrol, EControlState, lambda alpha: {"eta": 0.3 * alpha}, least_alpha=1e-4),
         Rule(ef14_momentum, EF14MomentumState, lambda _: {"beta": 0.9}),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.compress.combination import Combination, Vector
@@ -13,7 +14,7 @@ from mpi_ef.vectors import FlatParameters
 
 from .line import Lane
 
-__all__ = ["Bucket", "Buckets", "bucket_slices"]
+__all__ = ["Bucket", "Buckets", "bucket_slices", "fragment_slices"]
 
 Take = Callable[[slice, Vector], None]  # a part of the vector, and the result of its rule
 
@@ -40,6 +41,20 @@ def bucket_slices(flat: FlatParameters, nbytes: int | None) -> list[tuple[range,
     return runs
 
 
+def fragment_slices(flat: FlatParameters, number: int) -> list[tuple[range, slice]]:
+    """Return so many runs of parameters of about as many entries."""
+    count = len(flat.parameters)
+    if number > count:
+        raise OptionError(f"LocalSteps: fragments={number} of {count} parameters; a fragment has at least one")
+    bounds = [0]
+    for p in range(1, number):
+        stop = min(range(count + 1), key=lambda at: abs(flat.starts[at] - flat.d * p // number))
+        bounds.append(min(max(stop, bounds[-1] + 1), count - number + p))
+    bounds.append(count)
+    return [(range(start, stop), slice(flat.starts[start], flat.starts[stop]))
+            for start, stop in pairwise(bounds)]
+
+
 class Buckets:
     """The rules of all buckets, which step together or not at all.
 
@@ -60,6 +75,9 @@ class Buckets:
 
     def __iter__(self) -> Iterator[Bucket]:
         return iter(self._buckets)
+
+    def __getitem__(self, number: int) -> Bucket:
+        return self._buckets[number]
 
     def _arrived(self, number: int) -> None:
         """Take note that autograd has made a gradient, and start the buckets that are whole now."""
@@ -102,7 +120,8 @@ class Buckets:
             On all ranks, with all state as it was.
         """
         if len(self._buckets) == 1:
-            take(self._buckets[0].part, self._buckets[0].feedback.step(vector))
+            part = self._buckets[0].part
+            take(part, self._buckets[0].feedback.step(vector[part]))
             return
         if broken := self.wait(vector):
             self.rollback()

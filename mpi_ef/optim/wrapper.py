@@ -1,6 +1,6 @@
 """Any torch optimizer with a rule under it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import Parameter, signature
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from mpi_ef.feedback.state import form
 from mpi_ef.feedback.table import rule_of
 from mpi_ef.kernels.backend import backend_of
 from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, StateTree, attribute
+from mpi_ef.vectors import Mask
 
 from .accounts import BucketReport
 from .buckets import Bucket, Buckets, bucket_slices
@@ -107,12 +108,11 @@ class DistributedOptimizer(FlatOptimizer):
                  plan: PlanBuilder = plan_for, dense_steps: int = 0, bucket_nbytes: int | None = None,
                  overlap: bool = False, model: object = None, **options: Any) -> None:
         if isinstance(optimizer, FlatOptimizer):
-            raise OptionError(f"DistributedOptimizer: optimizer is {type(optimizer).__name__}, which exchanges already; use "
-                              "it as it is, or pass a torch optimizer")
+            raise OptionError(f"{type(self).__name__}: optimizer is {type(optimizer).__name__}, which exchanges already; "
+                              "use it as it is, or pass a torch optimizer")
         if not isinstance(optimizer, Optimizer):
-            raise OptionError(f"DistributedOptimizer: optimizer={briefly(optimizer)} is no torch optimizer; pass an "
-                              "object, for "
-                              "example SGD(model.parameters(), lr=0.1)")
+            raise OptionError(f"{type(self).__name__}: optimizer={briefly(optimizer)} is no torch optimizer; pass an "
+                              "object, for example SGD(model.parameters(), lr=0.1)")
         self.optimizer, self.placement, self.overlaps = optimizer, placement, overlap
         self.__setstate__({})  # torch's own construction, but for groups and state, which the torch optimizer has
         if overlap and bucket_nbytes is None:
@@ -122,7 +122,8 @@ class DistributedOptimizer(FlatOptimizer):
             self._check_arguments()
             rule_of(rule)[0].check_names(options, type(self).__name__, DistributedOptimizer)
             return {"the optimizer": type(optimizer).__name__, "rule": rule, "options": options, "placement": placement,
-                    "dense_steps": dense_steps, "bucket_nbytes": bucket_nbytes, "overlap": overlap}
+                    "dense_steps": dense_steps, "bucket_nbytes": bucket_nbytes, "overlap": overlap,
+                    **self._facts()}
 
         self._exact, self._first = isinstance(compressor, Identity), 0  # the step in which torch makes its memory
         self._lay_out(comm, facts, model)
@@ -131,7 +132,7 @@ class DistributedOptimizer(FlatOptimizer):
             lane = Lane(comm)
             of_buckets = lane.comm
             finalize(self, lane.close)
-        for numbers, part in bucket_slices(self.flat, bucket_nbytes):
+        for numbers, part in self._slices(bucket_nbytes):
             shapes = tuple(tuple(self.flat.parameters[number].shape) for number in numbers)
             with shared_errors(of_buckets, type(self).__name__, Plan.built):
                 bound, d = for_parameters(compressor, shapes), part.stop - part.start
@@ -145,6 +146,14 @@ class DistributedOptimizer(FlatOptimizer):
         self._lends = placement == "update"
         if placement == "gradient" and self.feedback.row is not None and len(buckets) == 1 and not overlap:
             self.flat.gather_gradients_in(self.feedback.row)
+
+    def _facts(self) -> dict[str, object]:
+        """Return on what else ranks must agree. Local."""
+        return {}
+
+    def _slices(self, nbytes: int | None) -> list[tuple[range, slice]]:
+        """Return the parameters and the parts of the buckets, see :func:`bucket_slices`. Local."""
+        return bucket_slices(self.flat, nbytes)
 
     def _allocate(self) -> None:
         # One rank that loses nothing need not take its update apart and put it together again, which rounds.
@@ -208,12 +217,20 @@ class DistributedOptimizer(FlatOptimizer):
         """Let the torch optimizer move the parameters that move in this step, in the precision of the vectors. Local."""
         if self.done and self.placement == "update":
             return  # nothing is this rank's part
-        with self.flat.lent(self.moving, self._places):
+        with self.flat.lent(self._stepping(), self._places):
             for state in self.optimizer.state.values() if self.flat.mixed else ():
                 for name, value in state.items():
                     if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16):
                         state[name] = value.float()  # which was made or loaded in 16 bits, before wrapping for example
             self.optimizer.step()
+
+    def _stepping(self) -> Mask:
+        """Return which parameters the torch optimizer moves in this step. Local."""
+        return self.moving
+
+    def _now(self) -> Iterable[Bucket]:
+        """Return the buckets that are exchanged in this step. Local."""
+        return self.buckets
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -312,7 +329,7 @@ class DistributedOptimizer(FlatOptimizer):
         except Exception as error:
             short = shortage(type(self).__name__, error)
             said = short or OptionError(f"{type(self.optimizer).__name__}.step: {told(error)}")
-            for bucket in self.buckets:
+            for bucket in self._now():
                 bucket.feedback.refuse(said)
             if short is not None:
                 short.__cause__ = error

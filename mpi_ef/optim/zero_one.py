@@ -151,12 +151,8 @@ class ZeroOneAdam(VarianceOptimizer):
 
     def before_save(self) -> None:
         """Raise where a save would not have the parameters of this moment: it has x and u. Local."""
-        if not self.synchronized:
-            values = self.flat.values.copy()
-            for number, written in self.flat.written().items():
-                values[self.flat.place(number)] = self.flat.kernels.vector(written.contiguous())
-            if problem := self._displaced("state_dict", values):
-                raise problem
+        if not self.synchronized and (problem := self._displaced("state_dict", self.flat.current())):
+            raise problem
 
     def _is_whole(self) -> bool:
         due = self.steps + 1 >= self.variance_step + self.variance_interval

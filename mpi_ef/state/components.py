@@ -166,7 +166,9 @@ class ModelComponent(Component):
     def collect(self, into: Snapshot) -> None:
         """Add every parameter once, in the precision in which it is trained, and buffers."""
         self._look()
-        written = {id(optimizer): optimizer.flat.written() for optimizer in self.optimizers.values()}
+        # In a round of steps of each rank by itself, what a program writes is of that rank.
+        written = {id(optimizer): optimizer.flat.written() if getattr(optimizer, "synchronized", True) else {}
+                   for optimizer in self.optimizers.values()}
         for name, (optimizer, number, shape) in self._flat.items():
             value = optimizer.shared_values[optimizer.flat.place(number)].reshape(shape)
             if number in written[id(optimizer)]:

@@ -126,6 +126,15 @@ class FlatParameters:
         found = ((part.number, part.written()) for part in self._parts if part.number not in same)
         return {number: written for number, written in found if written is not None}
 
+    def current(self) -> Vector:
+        """Return `values`, or where a program has written to parameters since a copy with that. Local."""
+        values, written = self.values, self.written()
+        if written:
+            values = values.copy()
+        for number, tensor in written.items():
+            values[self.place(number)] = self.kernels.vector(tensor.contiguous())
+        return values
+
     def adopt(self) -> bool:
         """Make `values` hold what a program has written to the parameters, and tell whether that was anything. Local.
 

@@ -43,10 +43,11 @@ def _made() -> tuple[int, int]:
 
 def rules() -> Iterator[Callable[[Any], None]]:
     """Yield collective programs that make steps of the rules, with compressors that use different kernels."""
-    from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
+    from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, TwoBits, Vote
 
     yield from (partial(_run_rules, compressor) for compressor in (
-        TopK(0.01), TopK(0.01, values=Quantize("bf16")), RandK(0.01), Sign(), Sign(block=1024), Vote(), Quantize("int8"),
+        TopK(0.01), TopK(0.01, values=Quantize("bf16")), TopK(0.1, values=TwoBits()), RandK(0.01), Sign(),
+        Sign(block=1024), Vote(), Quantize("int8"),
         LowRank(2, shapes=((_D // 50, 50),)), Identity()))
 
 
