@@ -81,7 +81,7 @@ def _encode(x, first, levels, signs, highs):
             below += size
         if x[i] >= 0:
             signs[at >> 3] |= bit
-    levels[0] = below / (x.size - count) / unit if count < x.size else 0.0
+    levels[0] = min(below / (x.size - count) / unit, largest) if count < x.size else 0.0
     levels[1] = min(above / count / unit, largest) if count else 0.0
     return finite
 

@@ -331,13 +331,19 @@ def test_two_bits(dtype):
     check()
 
 
+def test_equal_entries_are_decoded_as_they_are():
+    """Their mean may round to more than each of them."""
+    source = terms_of(np.full(7, 3.0), 1), np.array([0.3, 1, 1]), np.empty(0), np.ones(3)
+    assert_encodes_levels_like_the_twin(source, 7, less_decoded=False)
+
+
 def assert_encodes_levels_like_the_twin(source, block, less_decoded):
     terms, factors, keep, kept = source
     d, dtype = terms[0].size, factors.dtype.type
     seen = []
     for room in (kernels, reference):
-        levels, (signs, highs) = np.empty(2 * -(-d // block), dtype), np.empty((2, -(-d // 8)), np.uint8)
-        left, scratch, out = keep.copy(), np.empty(kernels.LEVELS_SCRATCH, dtype), np.linspace(-1, 1, d).astype(dtype)
+        levels, (signs, highs) = np.full(2 * -(-d // block), 7, dtype), np.full((2, -(-d // 8)), 0xA5, np.uint8)
+        left, scratch, out = keep.copy(), np.full(kernels.LEVELS_SCRATCH, np.nan, dtype), np.linspace(-1, 1, d).astype(dtype)
         with np.errstate(invalid="ignore", over="ignore"):
             finite = bool(room.encode_levels(terms, factors, left, kept, less_decoded, block, levels, signs, highs, scratch))
             if finite:

@@ -28,7 +28,7 @@ ROOMS = {
     "runtime": ("errors documents ranges comm", "numpy mpi4py"),
     "compress": ("errors ranges kernels", "numpy"),
     "registry": ("errors", ""),  # the modules of what it finds are loaded by name
-    "collectives": ("errors kernels comm runtime compress registry statetree", "numpy mpi4py"),
+    "collectives": ("errors ranges kernels comm runtime compress registry statetree", "numpy mpi4py"),
     "feedback": ("errors ranges kernels comm compress collectives registry statetree", "numpy"),
     "vectors": ("errors kernels kernels.device comm compress", "numpy torch"),
     "reference": ("", "numpy torch"),
