@@ -9,6 +9,7 @@
 # make bench  all methods against dense allreduce, medians over five launches (about four minutes; D=100000 for short vectors)
 # make torture  kill trainings on 4 ranks sixty times, and compare their ends with undisturbed ones (twenty minutes)
 # make test-slurm  submit batch templates to a Slurm of four nodes on this machine; as root
+# make scale  the tables of docs/scaling.md on throttled hosts of this machine, and what is to be reached; as root (an hour)
 # make worlds  the picture of a training that goes on with other numbers of ranks (three minutes)
 # make optimizers  the runs behind the picture and the tables of optimizers in the README (half an hour)
 #
@@ -54,7 +55,7 @@ DENSE := --compressor identity --placement gradient --beta1 0.9
 PYTEST := $(BIN)/python -m pytest -q --durations=20 -m "$(MARKS)"
 PARALLEL := -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo check test test-all lint types kernels launch test-mpich test-slurm test-loops test-device test-gpu coverage bench torture worlds optimizers clean
+.PHONY: demo check test test-all lint types kernels launch test-mpich test-slurm test-loops test-device test-gpu coverage bench torture scale worlds optimizers clean
 
 demo: $(VENV)/run $(READY)
 	$(TRAIN) --out $(OUT)/demo --overwrite
@@ -110,6 +111,10 @@ test-device: $(VENV)/test $(VENV)/device/packages kernels
 GPU_PYTHON ?= $(if $(wildcard $(BASE)/python),$(BASE)/python,$(PYTHON))
 test-gpu:
 	$(GPU_PYTHON) tests/gpu/run.py
+
+# Hosts on this machine: namespaces with links of 100 Mbit/s and 1 Gbit/s. PARTS="exchanges advice" measures some of it alone.
+scale: $(VENV)/run $(READY)
+	$(BASE)/python tests/hosts/scale.py "$(TEXT)" $(OUT)/scale $(PARTS)
 
 # Brings Slurm up from Debian's packages, installed where they are missing, and takes it down again. Needs root.
 test-slurm: $(VENV)/test $(READY)
