@@ -272,15 +272,35 @@ def test_ranks_agree_on_nodes():
     virtual.results(4, program)
 
 
-def test_compressors_that_are_bound_to_parameters_are_refused():
+def test_compressors_that_are_bound_to_shapes_of_parameters_are_refused():
     def program(comm):
-        for compressor in (TopK(0.1, segments="parameters"), LowRank(2)):
-            with pytest.raises(OptionError) as told:
-                DistributedOptimizer(torch.optim.SGD(net_of().parameters(), lr=0.1), comm, compressor,
-                                     plan=partial(NodeMean, node=2))
-            assert "\n" not in str(told.value)
+        with pytest.raises(OptionError) as told:
+            DistributedOptimizer(torch.optim.SGD(net_of().parameters(), lr=0.1), comm, LowRank(2),
+                                 plan=partial(NodeMean, node=2))
+        assert "\n" not in str(told.value)
 
     virtual.results(4, program)
+
+
+@pytest.mark.parametrize("inner", ["GatherMean", "TwoPhaseMean"])
+def test_a_share_of_every_parameter_is_kept_of_what_a_rank_has_of_it(inner):
+    """Also on a rank that has a rail for itself and no slice."""
+    def program(comm):
+        net = net_of()
+        optimizer = DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), comm, TopK(0.1, segments="parameters"),
+                                         plan=partial(NodeMean, node=2, inner=inner))
+        for step in range(3):
+            for number, p in enumerate(net.parameters()):
+                p.grad = torch.full_like(p, 1.0 + comm.Get_rank() + step + number)
+            optimizer.step()
+        compressor = optimizer.feedback.plan.compressor
+        return [p.detach().numpy().tobytes() for p in net.parameters()], sum(compressor.segments), optimizer.flat.d
+
+    for n, slices in ((4, 2), (3, 1)):
+        rows = virtual.results(n, program)
+        assert all(row[0] == rows[0][0] for row in rows)
+        assert sum(row[1] for row in rows[:2]) == rows[0][2]
+        assert rows[0][1] < rows[0][2] or slices == 1
 
 
 class TestLaws(PlanLaws):

@@ -57,7 +57,7 @@ def test_kernels_for_many_messages_have_the_bits_of_their_twins(values, dtype):
 
 
 COMPRESSORS = (*(TopK(0.07, values=values) for values in VALUES), TopK(k=40), RandK(0.07), Sign(block=32),
-               TopK(0.07, segments=(300, 1, 0, 500, 200)), TopK(0.07, values=Sign(block=16)))
+               TopK(0.07, segments=(300, 1, 0, 500, 200)), TopK(0.07, segments=64), TopK(0.07, values=Sign(block=16)))
 
 
 @each_dtype

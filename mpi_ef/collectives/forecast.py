@@ -11,12 +11,12 @@ from math import ceil, log2
 from mpi_ef.compress import Compressor, RandK, Sign, TopK
 
 from .pairwise import ARRIVING_NBYTES, MESSAGE_NBYTES, UNDER_WAY
+from .two_phase import growth
 
 __all__ = ["PLANS", "Cluster", "Costs", "Forecast", "Task", "forecast"]
 
 _HEADER_NBYTES = 8
 _ENTRY_NBYTES = 4  # float32
-_GROWTH = 4, 8  # of replies to sparse messages, up to 16 ranks and on more
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,7 @@ class Task:
     compressor : Compressor
         Of plans that compress.
     reply : Compressor or None
-        Of the second phase. None: of a TopK one of 4 times as many entries up to 16 ranks, 8 times on more, and no more
-        than there are ranks; of others the same.
+        Of the second phase, by default that of :class:`TwoPhaseMean`.
     every : int
         How many steps there are for each exchange of local steps.
     """
@@ -104,12 +103,7 @@ class Task:
 
     def reply_on(self, ranks: int) -> Compressor:
         """Return the compressor of the second phase on so many ranks."""
-        if self.reply is not None:
-            return self.reply
-        if not isinstance(self.compressor, TopK | RandK):
-            return self.compressor
-        growth, ratio = min(ranks, _GROWTH[ranks > 16]), self.compressor.count(self.d) / self.d
-        return replace(self.compressor, ratio=min(1.0, growth * ratio), k=None)
+        return self.compressor.grown(growth(ranks), self.d) if self.reply is None else self.reply
 
 
 @dataclass(frozen=True)

@@ -93,10 +93,11 @@ class NodeMean(Plan):
         problem: Exception | None = None
         try:
             with shared_errors(p.rail, subject, self.built):
-                self.inner = build_plan(inner, p.rail, self.compressor, size, self.dtype, self.device)
+                what = self.compressor.part(self.part.start, self.part.stop, self.d)
+                self.inner = build_plan(inner, p.rail, what, size, self.dtype, self.device)
         except ShapeError as error:
             problem = OptionError(f"{subject}: {error}; a rank has {size} of {self.d} entries, so take a compressor that is "
-                                  "not bound to parameters: without segments")
+                                  "not bound to shapes of parameters")
         except Exception as error:
             problem = error
 

@@ -19,7 +19,7 @@ from .frames import Frames
 from .plan import Plan, Traffic
 from .turns import Turns
 
-__all__ = ["TwoPhaseMean", "chunk_bounds"]
+__all__ = ["TwoPhaseMean", "chunk_bounds", "growth"]
 
 _ALIGNED = 64
 
@@ -42,7 +42,8 @@ _GROWTH = 4, 8
 _HEADER_NBYTES = 8
 
 
-def _growth(n: int) -> int:
+def growth(n: int) -> int:
+    """Return by how much the answer to sparse messages of n ranks is larger than one."""
     return min(n, _GROWTH[n > 16])
 
 
@@ -78,14 +79,14 @@ class TwoPhaseMean(Plan, kind="two-phase"):
         """Tell whether sparse messages are fewer bytes through this plan than gathered. Local, alike on all ranks."""
         n = int(comm.Get_size()) if hasattr(comm, "Get_size") else 1
         try:
-            if compressor.grown(_growth(n), d) == compressor:
+            if compressor.grown(growth(n), d) == compressor:
                 return False
             start, stop = chunk_bounds(d, n)[:2]
             whole = _HEADER_NBYTES + compressor.wire_nbytes(d, dtype)
             chunk = _HEADER_NBYTES + compressor.part(start, stop, d).wire_nbytes(stop - start, dtype)
         except Exception:
             return False  # arguments are wrong, which any plan tells all ranks
-        return (n - 1) * whole > (1 + _growth(n)) * n * chunk
+        return (n - 1) * whole > (1 + growth(n)) * n * chunk
 
     def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32, *,
                  reply: Compressor | None = None, residual: bool = True, combine: Combine | None = None,
@@ -97,7 +98,7 @@ class TwoPhaseMean(Plan, kind="two-phase"):
     def bind(self) -> dict[str, object]:
         """Build codecs and buffers, see :meth:`Plan.bind`."""
         if self._grows:
-            self.reply = self.compressor.grown(_growth(self.size), self.d)
+            self.reply = self.compressor.grown(growth(self.size), self.d)
         check_compressor("TwoPhaseMean", "TopK(0.1), or None for that of the first phase", reply=self.reply)
         Combine.check("TwoPhaseMean", combine := self.combine)
         self.bounds = _aligned_chunk_bounds(self.d, self.size)

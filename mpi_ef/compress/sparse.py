@@ -153,6 +153,8 @@ class TopK(_KeptCoordinates):
         """Return the same ratio of each segment, as far as it lies in the part, see :meth:`Compressor.part`."""
         if self.segments is None:
             return super().part(start, stop, d)
+        if isinstance(self.segments, int):
+            return self
         sizes = np.diff(np.clip(self.segment_bounds(d), start, stop))
         return replace(self, segments=tuple(sizes[sizes > 0].tolist()))
 
