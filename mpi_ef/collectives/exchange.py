@@ -62,7 +62,8 @@ class Exchange:
         self._comm, self._rank, self._timer, self._encoding = comm, int(comm.Get_rank()), timer, encoding
         self._plan, self._subject = name, f"{name}.exchange"
         self._ways = ways_of(comm)
-        self.goes_on = False  # second rounds begin while the program computes, as far as the communicator has a way for them
+        self.goes_on = False  # second rounds have a way of their own, where the communicator has one; the same on all ranks
+        self.goes_early = False  # and may begin while the program computes
         self.number = 0  # of the plan, in every header
         self.refusal: MpiEfError | None = None  # why this rank cannot take part; all raise it, or what follows, in round 1
         self._rounds: Iterator[Round] | None = None
@@ -136,7 +137,7 @@ class Exchange:
         assert self._rounds is not None  # noqa: S101
         assert self._first is not None  # noqa: S101
         assert self._ways.second is not None  # noqa: S101
-        if self._request is None:  # a device has not sent it yet
+        if self._request is None or not (wait or self.goes_early):  # a device has not sent it, or is not to be waited for
             return False
         if wait:
             self._await()

@@ -131,7 +131,7 @@ class Plan(OnAllRanks, Accounted, metaclass=SharedErrors):
         self.watched, self.lost = False, cast("float | None", None)
         self._encoding, communicating, self._decoding = (Timer(self.seconds, name) for name in self.seconds)
         self._exchange = Exchange(comm, subject, communicating, self._encoding)
-        self._exchange.goes_on = self.goes_on and self.device == "cpu"
+        self._exchange.goes_on, self._exchange.goes_early = self.goes_on, self.device == "cpu"
         self._exchange.let_depart(wait=True)  # what follows is collective
         self._direct = self.device != "cpu" and ways_of(comm).direct
         self._refuses: MpiEfError | None = None  # of the next exchange

@@ -1,6 +1,6 @@
 """Vectors on the device side of real ranks: MPI that is given their memory, and exchanges that wait for a device."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -169,3 +169,25 @@ def test_buckets_wait_for_devices_of_different_speed(monkeypatch, aware):
         assert trained(comm, overlap=True) == plain
         feedback = ErrorFeedback("ef21", plan_for(comm, TopK(0.1), D, device=DEVICE))
         feedback.step(there(vector(D, np.float32, comm.rank)))
+
+
+def test_ranks_of_both_kinds_give_second_rounds_to_mpi_in_one_order():
+    """With overlap they begin early on hosts, and on a device in step: on a communicator of their own on both."""
+    def trained(comm, on_device):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(*(torch.nn.Linear(30, 30) for _ in range(4)))
+        if on_device:
+            moved(net)
+        optimizer = DistributedOptimizer(sgd(net), comm, Sign(block=BLOCK), placement="gradient", rule="ef14",
+                                         plan=TwoPhaseMean, overlap=True, bucket_nbytes=3000)
+        for step in range(4):
+            optimizer.zero_grad()
+            torch.manual_seed(10 * step + comm.Get_rank())
+            net(torch.randn(4, 30).to(next(net.parameters()).device)).square().sum().backward()
+            optimizer.step()
+        return [bits(p.detach().cpu().numpy()) for p in net.parameters()]
+
+    with communicator() as comm:
+        on_hosts = trained(comm, on_device=False)
+        with device_side() if comm.rank == 0 else nullcontext():
+            assert trained(comm, on_device=comm.rank == 0) == on_hosts
