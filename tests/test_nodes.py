@@ -9,7 +9,7 @@ from vectors_for_tests import gaussian
 from mpi_ef.collectives import ClientsMean, DenseMean, GatherMean, LowRankMean, TwoPhaseMean, pairwise
 from mpi_ef.comm.nodes import RANKS_PER_NODE, Nodes, node_name, nodes_of
 from mpi_ef.compress import LowRank, Quantize, TopK
-from mpi_ef.errors import OptionError, PeerError
+from mpi_ef.errors import NonFiniteError, OptionError, PeerError
 from mpi_ef.testing.faults import CommunicationError, FaultyComm
 from mpi_ef.testing.virtual import DeadlockError
 
@@ -80,6 +80,50 @@ def test_pairs_give_the_bits_of_all_at_once(n, d, monkeypatch):
     if n > 1:
         assert not any(alltoallv for *_, alltoallv in in_pairs)
         assert all(isend for _, isend, _ in in_pairs) or d < n
+
+
+@pytest.mark.parametrize(("n", "s"), [(2, 1), (3, 2), (4, 2), (5, 3), (8, 4)])
+@pytest.mark.parametrize("d", [64, 65, 500, 2000])
+def test_a_chain_gives_the_bits_of_pairs(n, s, d, monkeypatch):
+    """Where several ranks have one link and vectors are long; a vector crosses it once on either way."""
+    monkeypatch.setattr(pairwise, "MESSAGE_NBYTES", 64)
+
+    def program(comm):
+        counting = FaultyComm(comm)
+        plan = DenseMean(counting, d, np.float32)
+        counting.sent_nbytes = 0
+        mean = plan.exchange(gaussian(comm.Get_rank(), d)).mean.copy()
+        assert counting.sent_nbytes == plan.traffic.sent_nbytes == plan.sent_nbytes
+        return mean.tobytes(), plan._rank_order._in_chain(plan.nodes), plan.link_traffic.nbytes
+
+    rows = virtual.results(n, program, ranks_per_node=s)
+    assert {mean for mean, *_ in rows} == {mean for mean, *_ in virtual.results(n, program, ranks_per_node=n)}
+    chained = s > 1
+    assert {chain for _, chain, _ in rows} == {chained}
+    if chained:
+        words = 2 * 8 * n  # each rank's, gathered twice
+        assert rows[0][2] <= 2 * 4 * d + words
+
+
+def test_ranks_that_are_dealt_out_to_nodes_make_no_chain(monkeypatch):
+    """It would cross a link for every rank."""
+    monkeypatch.setattr(pairwise, "MESSAGE_NBYTES", 64)
+    module = __import__("mpi_ef.collectives.plan", fromlist=["node_name"])
+    monkeypatch.setattr(module, "node_name", lambda comm: f"node {comm.Get_rank() % 2}")
+    plans = virtual.results(4, lambda comm: DenseMean(comm, 1000)._rank_order._in_chain(DenseMean(comm, 1000).nodes))
+    assert plans == [False] * 4
+
+
+def test_a_sum_that_overflows_in_a_chain_is_told_on_all_ranks(monkeypatch):
+    monkeypatch.setattr(pairwise, "MESSAGE_NBYTES", 64)
+
+    def program(comm):
+        plan = DenseMean(comm, 500)
+        with pytest.raises(NonFiniteError):
+            plan.exchange(np.full(500, 3e38, np.float32) * (1 if comm.Get_rank() < 3 else np.float32(np.inf)))
+        return plan.exchange(np.ones(500, np.float32)).mean.sum()
+
+    assert virtual.results(4, program, ranks_per_node=2) == [500] * 4
 
 
 def test_one_rank_elsewhere_lets_all_go_in_pairs():

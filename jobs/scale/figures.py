@@ -49,6 +49,6 @@ def draw(ranks: Sequence[int], found: Mapping[str, Sequence["Forecast"]], title:
 
 def _line(panel: Any, plan: str, ranks: Sequence[int], values: Sequence[float]) -> None:
     colour = next(colour for word, colour in _COLOURS.items() if word in plan)
-    style = "--" if plan.startswith("nodes") else ":" if plan == "dense, in pairs" else "-"
+    style = "--" if plan.startswith("nodes") else ":" if plan == "dense, rank order" else "-"
     points = [(rank, value) for rank, value in zip(ranks, values, strict=True) if value > 0]
     panel.plot([rank for rank, _ in points], [value for _, value in points], style, color=colour, marker=".", label=plan)

@@ -34,7 +34,7 @@ Build = Callable[..., Plan]
 
 # In the order of what they leave out: of two that take about as long the first one is advised.
 _PLANS: dict[str, tuple[str, Build]] = {
-    "dense": ("dense, in pairs", lambda comm, _, d, dtype=np.float32, **where: DenseMean(comm, d, dtype, **where)),
+    "dense": ("dense, rank order", lambda comm, _, d, dtype=np.float32, **where: DenseMean(comm, d, dtype, **where)),
     "nodes, dense": ("nodes, dense", lambda comm, what, d, dtype=np.float32, **where: NodeMean(
         comm, what, d, dtype, inner=lambda rail, _, part, kind, **more: DenseMean(rail, part, kind, **more), **where)),
     "gather": ("gather", GatherMean),

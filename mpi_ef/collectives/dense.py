@@ -14,6 +14,7 @@ from mpi_ef.compress.combination import Combination, Keep, Vector, writable
 from mpi_ef.errors import MpiEfError, NonFiniteError
 from mpi_ef.kernels.backend import backend
 
+from .chain import ChainMean, is_long
 from .exchange import Round
 from .frames import NON_FINITE, Frames, status_of
 from .misfit import unwritable
@@ -51,9 +52,10 @@ class _Block(NamedTuple):
 class RankOrderMean:
     """The mean of whole vectors, summed in rank order, without a word on whether a rank can take part.
 
-    What :class:`DenseMean` and other plans have in common: steps 1 to 4 of the former. With `pairwise`, for ranks on several
-    hosts and the same on all of them, messages go as :class:`PairwiseMean` says; otherwise all send to all at once, longer
-    ones, which is quicker through memory. The bits are the same.
+    What :class:`DenseMean` and other plans have in common: steps 1 to 4 of the former. `between` are the nodes of ranks that
+    are on several, the same on all of them. Then messages go as :class:`PairwiseMean` says, or, with several ranks on a
+    node, numbered by node, and vectors that are long for so many, as :class:`ChainMean` does, with fewer bytes on links.
+    Otherwise all send to all at once, longer ones, which is quicker through memory. The bits are the same.
 
     The time spent in "communicate" and "decode" is added to `seconds`.
     """
@@ -67,32 +69,41 @@ class RankOrderMean:
         self._arrived = np.zeros(n * longest, self._dtype)
         self._blocks = [_Block.of(low, min(low + n * longest, d), n, rank) for low in range(0, d, n * longest)]
         self._padded = np.zeros((2, n * self._blocks[-1].size if self._blocks else 0), self._dtype)
-        self._pairs = PairwiseMean(comm, d, self._kernels)
+        self._pairs, self._chain = PairwiseMean(comm, d, self._kernels), ChainMean(comm, d, self._kernels)
 
-    def nbytes(self, *, pairwise: bool) -> int:
+    def _in_chain(self, nodes: Nodes) -> bool:
+        """Tell whether messages go from rank to rank."""
+        in_order = nodes.largest > 1 and list(nodes.numbers) == sorted(nodes.numbers)
+        return in_order and is_long(self._d * self._dtype.itemsize, self._size)
+
+    def nbytes(self, between: Nodes | None) -> int:
         """Return how many bytes leave this rank, and come to it, each time. Local."""
-        blocks = sum(block.size for block in self._blocks)
-        return self._pairs.nbytes if pairwise else 2 * (self._size - 1) * self._dtype.itemsize * blocks
+        if between is not None:
+            return (self._chain if self._in_chain(between) else self._pairs).nbytes
+        return 2 * (self._size - 1) * self._dtype.itemsize * sum(block.size for block in self._blocks)
 
-    def crossing(self, nodes: Nodes, *, pairwise: bool) -> int:
+    def crossing(self, nodes: Nodes, between: Nodes | None) -> int:
         """Return how many bytes come to the node to which most comes. Local."""
-        if not pairwise:
-            return nodes.crossing(0, self.nbytes(pairwise=False))
+        if between is None:
+            return nodes.crossing(0, self.nbytes(None))
+        if self._in_chain(between):
+            return min(nodes.count - 1, 2) * self._d * self._dtype.itemsize
         n, most = self._size, 0
         for node, size in enumerate(nodes.sizes):
             added = sum(share for share, on in zip(self._pairs.shares, nodes.numbers, strict=True) if on == node)
             most = max(most, size * (self._d - added) + (n - size) * added)
         return most * self._dtype.itemsize
 
-    def form(self, x: Vector, factor: float, out: Vector, *, pairwise: bool) -> bool:
+    def form(self, x: Vector, factor: float, out: Vector, between: Nodes | None) -> bool:
         """Write ``factor`` times the sum over the ranks of `x` to `out`; tell if this rank's share is finite. Collective.
 
         Both are (d,) of the dtype, contiguous; `out` is another array, with the same bits on all ranks. The factor is
         rounded to the dtype and multiplies every vector before it is added.
         """
         began, decoding, weight, finite = perf_counter(), self._seconds["decode"], self._dtype.type(factor), True
-        if pairwise:
-            finite, seconds = self._pairs.form(x, weight, out)
+        if between is not None:
+            way = self._chain if self._in_chain(between) else self._pairs
+            finite, seconds = way.form(x, weight, out)
             self._seconds["decode"] += seconds
         else:
             for block in self._blocks:
@@ -202,10 +213,10 @@ class DenseMean(Plan, kind="dense"):
 
     def _form(self) -> bool:
         if not self._staged:
-            return self._rank_order.form(self._x, self._factor, self._result, pairwise=self.between_hosts)
+            return self._rank_order.form(self._x, self._factor, self._result, self.between_nodes)
         x, mean = self._staged
         self._kernels.to_host(self._x, x)
-        finite = self._rank_order.form(x, self._factor, mean, pairwise=self.between_hosts)
+        finite = self._rank_order.form(x, self._factor, mean, self.between_nodes)
         self._kernels.to_device(mean, self._result)
         return finite
 
@@ -243,12 +254,12 @@ class DenseMean(Plan, kind="dense"):
     @property
     def traffic(self) -> Traffic:
         """Bytes of one exchange."""
-        nbytes = self._rank_order.nbytes(pairwise=self.between_hosts) + 2 * (self.size - 1) * self._ready.frame_nbytes
+        nbytes = self._rank_order.nbytes(self.between_nodes) + 2 * (self.size - 1) * self._ready.frame_nbytes
         return Traffic.both_ways(nbytes, self.size, self.d * self.dtype.itemsize)
 
     @property
     def link_traffic(self) -> LinkTraffic:
         """Bytes of one exchange on the link of a node."""
         crossing = self.nodes.crossing(2 * (self.size - 1) * self._ready.frame_nbytes)
-        crossing += self._rank_order.crossing(self.nodes, pairwise=self.between_hosts)
+        crossing += self._rank_order.crossing(self.nodes, self.between_nodes)
         return LinkTraffic.of(self.nodes, crossing, self.d * self.dtype.itemsize)

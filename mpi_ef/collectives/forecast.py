@@ -10,6 +10,7 @@ from math import ceil, log2
 
 from mpi_ef.compress import Compressor, RandK, Sign, TopK
 
+from .chain import block_nbytes, is_long
 from .pairwise import ARRIVING_NBYTES, MESSAGE_NBYTES, UNDER_WAY
 from .two_phase import growth
 
@@ -167,8 +168,13 @@ def _ring(task: Task, on: Cluster, costs: Costs) -> Forecast:
     return Forecast(costs.over(task.d, 8, on.ranks_per_node), steps, on.link(crossing), crossing, nbytes)
 
 
-def _pairs(task: Task, on: Cluster, costs: Costs) -> Forecast:
+def _rank_order(task: Task, on: Cluster, costs: Costs) -> Forecast:
     n, s, nbytes = on.ranks, on.ranks_per_node, _ENTRY_NBYTES * task.d
+    if s > 1 and on.nodes > 1 and is_long(nbytes, n):  # from rank to rank, and back
+        once = min(on.nodes - 1, 2) * nbytes
+        first = 2 * (on.nodes - 1) * block_nbytes(nbytes, n)
+        wait = 2 * on.wait("gather", "all") + 2 * (on.nodes - 1) * on.latency_seconds
+        return Forecast(costs.over(task.d, 8, s), wait, on.link(once + first), once, nbytes)
     crossing = 2 * s * (n - s) / n * nbytes
     longest = min(MESSAGE_NBYTES, ARRIVING_NBYTES / (2 * n), nbytes / n)
     messages = 2 * (n - 1) * nbytes / n / longest if on.nodes > 1 else 0
@@ -222,12 +228,12 @@ def _local_steps(task: Task, on: Cluster, costs: Costs) -> Forecast:
 
 PLANS: dict[str, Callable[[Task, Cluster, Costs], Forecast]] = {
     "dense, ring": _ring,
-    "dense, in pairs": _pairs,
+    "dense, rank order": _rank_order,
     "gather": _gather,
     "two-phase": _two_phase,
     "signs, two-phase": _signs,
     "local steps, two-phase": _local_steps,
-    "nodes, dense": _on_nodes(_pairs),
+    "nodes, dense": _on_nodes(_rank_order),
     "nodes, gather": _on_nodes(_gather),
     "nodes, two-phase": _on_nodes(_two_phase),
 }

@@ -139,7 +139,7 @@ class LowRankMean(Plan, kind="low-rank"):
 
     def _mean(self, mean: RankOrderMean, own: Twin, out: Twin) -> None:
         own.push()
-        mean.form(own.host, 1.0 / self.size, out.host, pairwise=self.between_hosts)
+        mean.form(own.host, 1.0 / self.size, out.host, self.between_nodes)
         if not self._on_host.all_finite(out.host):  # all ranks see the same numbers
             raise NonFiniteError("LowRankMean.exchange: a product of finite numbers overflows; nothing was changed "
                                  "anywhere, so this step can be skipped", ())
@@ -184,7 +184,7 @@ class LowRankMean(Plan, kind="low-rank"):
     def traffic(self) -> Traffic:
         """Bytes of one exchange."""
         status = (self.size - 1) * self._ready.frame_nbytes
-        nbytes = status + sum(mean.nbytes(pairwise=self.between_hosts) for mean in (self._mean_left, self._mean_right))
+        nbytes = status + sum(mean.nbytes(self.between_nodes) for mean in (self._mean_left, self._mean_right))
         return Traffic.both_ways(nbytes, self.size, self.d * self.dtype.itemsize)
 
     @property
@@ -192,7 +192,7 @@ class LowRankMean(Plan, kind="low-rank"):
         """Bytes of one exchange on the link of a node."""
         crossing = self.nodes.crossing((self.size - 1) * self._ready.frame_nbytes)
         means = self._mean_left, self._mean_right
-        crossing += sum(mean.crossing(self.nodes, pairwise=self.between_hosts) for mean in means)
+        crossing += sum(mean.crossing(self.nodes, self.between_nodes) for mean in means)
         return LinkTraffic.of(self.nodes, crossing, self.d * self.dtype.itemsize)
 
     def undo(self) -> None:

@@ -20,7 +20,7 @@ from mpi_ef.kernels.backend import Backend
 
 from .in_flight import took_off
 
-__all__ = ["PairwiseMean"]
+__all__ = ["PairwiseMean", "apart"]
 
 MESSAGE_NBYTES = 60 << 10  # MPI sends up to 64 KiB over TCP without asking
 ARRIVING_NBYTES = 16 << 20  # of all ranks, for two blocks; messages are shorter where so many ranks would need more
@@ -37,17 +37,17 @@ class _Apart:
     comm: Any = None
 
 
-def _apart(comm: Any) -> Any:
+def apart(comm: Any) -> Any:
     """Return the duplicate of MPI's `comm`, or `comm`. Collective the first time.
 
     Where ranks may outlive others, it is `comm`: a rank that waits there for one of the living learns when it is revoked.
     """
     if mpi_of(comm) is None or os.environ.get(_OUTLIVING) == "1":
         return comm
-    apart = kept_with(comm, _Apart)
-    if apart.comm is None:
-        apart.comm = comm.Dup()
-    return apart.comm
+    known = kept_with(comm, _Apart)
+    if known.comm is None:
+        known.comm = comm.Dup()
+    return known.comm
 
 
 class PairwiseMean:
@@ -81,7 +81,7 @@ class PairwiseMean:
         """Overwrite `out`; return whether this rank's share is finite, and the seconds that sums have taken. Collective."""
         n, rank, finite, seconds = self._size, self._rank, True, 0.0
         coming: list[tuple[list[int], Vector, int]] = []  # of two blocks: ends, rows, how many swaps had begun with its last
-        with _Swaps(_apart(self._comm), (x, out, self._arrived)) as swaps:
+        with _Swaps(apart(self._comm), (x, out, self._arrived)) as swaps:
             for b in range(-2, self._blocks):
                 if adds := b >= 0:
                     ends, rows, begun = coming.pop(0)

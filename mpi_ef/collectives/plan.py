@@ -153,7 +153,8 @@ class Plan(OnAllRanks, Accounted, metaclass=SharedErrors):
         answers = agree(comm, subject, facts, "build the plan from the same arguments everywhere",
                         value=(next(_numbers), node_name(comm)), call=self.built)
         self.own_d, self.nodes = self.own * self.d, Nodes.named(name for _, name in answers)
-        self.between_hosts = self.nodes.count > 1 and hasattr(comm, "Isend")  # and each rank can send to any other
+        between = self.nodes.count > 1 and hasattr(comm, "Isend")  # and each rank can send to any other
+        self.between_nodes = self.nodes if between else None
         self._exchange.number = answers[0][0]  # of rank 0, which has all plans of this communicator; in every header
 
     @abstractmethod

@@ -84,7 +84,7 @@ pairwise.UNDER_WAY = 1  # so that with four ranks too one waits for a message of
 
 def program(comm, failures):
     plan = DenseMean(comm, 300_000)
-    assert plan.between_hosts
+    assert plan.between_nodes is not None
     x = np.full(plan.d, 1.0 + comm.Get_rank(), np.float32)
     for step in range(4):
         if comm.Get_rank() == 2 and step == 2 and not failures:

@@ -53,14 +53,15 @@ def test_plans_give_the_bits_of_virtual_ranks(comm, plan, dtype):
 
 
 @pytest.mark.parametrize("plan", ["dense", "low rank"])
-def test_pairs_give_the_bits_of_virtual_ranks(comm, plan, monkeypatch):
+@pytest.mark.parametrize("each", [1, 2])
+def test_pairs_and_chains_give_the_bits_of_virtual_ranks(comm, plan, each, monkeypatch):
     """They meet no message of the program: it waits for any from any rank, as its own are its alone."""
-    monkeypatch.setenv(RANKS_PER_NODE, "1")
+    monkeypatch.setenv(RANKS_PER_NODE, str(each))
     mine, waited = np.full(1, comm.rank), np.empty(1, int)
     request = comm.Irecv(waited, MPI.ANY_SOURCE, MPI.ANY_TAG)
     for d in (0, 1, 8, 1001, 100_003):
         same_as_virtual(comm, exchanges(plan, d, np.float32))
-    assert DenseMean(comm, 1).between_hosts == (comm.size > 1)
+    assert (DenseMean(comm, 1).between_nodes is not None) == (comm.size > each)
     sent = comm.Isend(mine, (comm.rank + 1) % comm.size, 3)
     request.Wait()
     sent.Wait()
