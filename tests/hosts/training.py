@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from time import perf_counter
 from typing import Any
 
@@ -39,6 +39,7 @@ WAYS: dict[str, dict[str, Any]] = {  # options of `mpi-ef train`
     "topk gathered": {"compressor": "topk", "ratio": 0.01, "values": "bf16", "plan": "GatherMean"},
     "topk by node": {"compressor": "topk", "ratio": 0.01, "values": "bf16", "plan": "NodeMean"},
     "sign": {"compressor": "sign", "block": 4096},
+    "rounds": {"compressor": "topk", "ratio": 0.03, "values": "2bit", "exchange_every": 15},
 }
 
 
@@ -116,7 +117,8 @@ def run(name: str, config: TrainConfig, steps: int, evaluate: int) -> Iterator[d
             total += spent
         if evaluate and step % evaluate == 0:
             path.append([step, round(total + 2 * median(seconds), 2), round(validation(trainer.model, trainer.data), 4)])
-    yield {"way": name, "seconds": median(seconds), "link": median(nbytes), "path": path}
+    yield {"way": name, "seconds": median(seconds), "link": median(nbytes), "path": path,
+           "mean seconds": mean(seconds), "mean link": mean(nbytes)}
 
 
 def main() -> None:
