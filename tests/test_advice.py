@@ -284,6 +284,16 @@ def test_exchanges_are_compared_with_advice_of_theirs(channels, warns, recwarn):
     assert len(recwarn) == warns
 
 
+def test_a_pause_is_no_slow_link(recwarn):
+    """Exchanges that are as fast as was said, but for some that wait for processors."""
+    channel = Channel(1.0, 1.0)
+    hindsight = hindsight_module.Hindsight([channel])
+    for step in range(30):
+        channel.seconds["communicate"] += 1.0 if step % 3 else 100.0
+        hindsight.look([channel], 0)
+    assert not len(recwarn)
+
+
 def test_dense_steps_are_not_compared_with_what_was_advised(recwarn):
     """Nor is what building the plan after them takes."""
     def program(comm):

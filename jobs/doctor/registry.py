@@ -34,7 +34,7 @@ class DoctorConfig:
         if not self.patience > 0:
             raise ConfigError(f"patience={self.patience} is not positive; take for example 60")
         if self.advise and self.json:
-            raise ConfigError("--advise prints a table, which is not among findings in JSON; take one of --advise and --json")
+            raise ConfigError("--advise prints a table, which is no finding in JSON; take one of --advise and --json")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ _PLANS: dict[str, tuple[str, Build]] = {
     "nodes, two-phase": ("nodes, two-phase", partial(NodeMean, inner=TwoPhaseMean)),
 }
 _SPECIFIED = {"gather": "GatherMean", "nodes, gather": "NodeMean(inner='GatherMean')", "two-phase": "TwoPhaseMean",
-              "dense": "DenseMean", "nodes, dense": "NodeMean(inner='DenseMean')", "nodes, two-phase": "NodeMean(inner='TwoPhaseMean')"}
+              "dense": "DenseMean", "nodes, dense": "NodeMean(inner='DenseMean')",
+              "nodes, two-phase": "NodeMean(inner='TwoPhaseMean')"}
 _KNOWN = (TopK, RandK, Sign, Quantize, Identity)  # of which forecasts know what they cost
 _TRIED, _TIMES = 3, 2
 _HOPELESS = 3.0  # a forecast so many times the best is not tried
@@ -163,8 +164,8 @@ def advise(comm: Comm, d: int, compressor: Compressor | None = None, *, seconds:
         check_compressor("advise", compressor=what)
         within("advise", "(0, inf)", "1.0 is usual", seconds=seconds)
         if not isinstance(what, _KNOWN):
-            raise OptionError(f"advise: what {briefly(what)} costs is not known; take its own plan, that of plan_for, or ask "
-                              f"for one of {', '.join(kind.__name__ for kind in _KNOWN)}")
+            raise OptionError(f"advise: what {briefly(what)} costs is not known; take its own plan, that of plan_for, or "
+                              f"ask for one of {', '.join(kind.__name__ for kind in _KNOWN)}")
         if not isinstance(d, int | np.integer) or d < 1:
             raise OptionError(f"advise: d={briefly(d)} is not the length of a vector; pass the number of parameters")
         return {"d": int(d), "compressor": what, "seconds": seconds, "probe": probe, "dense": dense}

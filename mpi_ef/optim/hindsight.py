@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from mpi_ef.feedback import ErrorFeedback
@@ -23,7 +25,7 @@ class Hindsight:
         # Advice for about as many float32 entries serves longer vectors, and float64.
         self._said = sum(plan.advice.seconds * max(1.0, plan.d * plan.dtype.itemsize / (4 * plan.advice.d))
                          for plan in plans)
-        self._at, self._spent = 0, 0.0
+        self._spent: list[float] = []  # in all, after every step
 
     def look(self, channels: Sequence[Channel], rank: int) -> None:
         """Take note of a step."""
@@ -31,11 +33,10 @@ class Hindsight:
         if not self._advice or any(channel.steps <= channel.dense_steps for channel in advised
                                    if isinstance(channel, ErrorFeedback)):
             return
-        self._at += 1
-        if self._at == _FIRST:
-            self._spent = _seconds(advised)
-        if self._at == _FIRST + _STEPS:
-            took, said = (_seconds(advised) - self._spent) / _STEPS, self._said
+        self._spent.append(_seconds(advised))
+        if len(self._spent) == _FIRST + _STEPS:
+            steps = pairwise(self._spent[_FIRST - 1 :])
+            took, said = median(after - before for before, after in steps), self._said  # a pause is no slow link
             if rank == 0 and took > _FAR * said:
                 warnings.warn(f"plan='auto': exchanges take {1e3 * took:.1f} ms a step, {took / said:.1f} times as long as "
                               f"when {self._advice[0].plan} was advised ({1e3 * said:.1f} ms); links or processors are "
