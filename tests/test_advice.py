@@ -155,6 +155,7 @@ def test_who_was_advised_badly_is_told_once(kind):
 @pytest.mark.parametrize(("arguments", "text"), [
     ((0,), "advise: d=0 is not the length of a vector"),
     ((10, "TopK"), "advise: compressor='TopK' is no compressor"),
+    ((10, LowRank(2)), "advise: what LowRank(rank=2, seed=0) costs is not known; take its own plan"),
     ((10, TopK(0.1), 0.0), "advise: seconds=0.0"),
 ])
 def test_a_mistake_is_told_on_all_ranks(arguments, text):
@@ -178,3 +179,133 @@ def test_a_rule_works_through_what_is_advised():
 
     rows = virtual.results(4, program, ranks_per_node=2)
     assert all(np.array_equal(row, rows[0]) for row in rows)
+
+
+def test_communicators_that_cannot_be_split_are_advised_what_needs_no_nodes():
+    """Such as process groups of torch, with several ranks on a host."""
+    class Whole:
+        def __init__(self, comm):
+            self._comm = comm
+
+        def __getattr__(self, name):
+            if name == "Split":
+                raise AttributeError(name)
+            return getattr(self._comm, name)
+
+    def program(comm):
+        whole = Whole(comm)
+        plan = build_plan("auto", whole, TopK(0.05), 2000, np.float32)
+        return [row.plan for row in advise(whole, 2000, TopK(0.05), probe=False).rows], type(plan)
+
+    for plans, kind in virtual.results(4, program, ranks_per_node=2):
+        assert plans == ["dense", "gather", "two-phase"]
+        assert kind in {GatherMean, TwoPhaseMean}
+
+
+def test_on_one_node_no_plan_is_advised_that_compresses_nothing():
+    """As all plans of nodes are there, whatever is between nodes."""
+    def program(comm, what, **options):
+        known(comm, Cluster(1, 4, 0.0, np.inf, waits(1e-4)))
+        return advise(comm, 10_000_000, what, probe=False, **options)
+
+    found = virtual.results(4, lambda comm: program(comm, TopK(0.01)), ranks_per_node=4)[0]
+    assert [row.plan for row in found.rows] == ["dense", "nodes, dense", "gather", "two-phase"]
+    assert found.plan in {"gather", "two-phase"}
+    assert virtual.results(4, lambda comm: program(comm, Identity()), ranks_per_node=4)[0].plan in {"dense", "nodes, dense"}
+    exact = virtual.results(4, lambda comm: program(comm, TopK(0.01), dense=True), ranks_per_node=4)[0]
+    assert exact.plan in {"dense", "nodes, dense"}
+
+
+def test_what_is_advised_can_be_built_by_its_name():
+    def program(comm):
+        known(comm, Cluster(2, 2, 1e-4, 1e7))
+        said = advise(comm, 2000, Identity(), probe=False)
+        return [type(build_plan(replace(said, plan=name).specification, comm, Identity(), 2000, np.float32))
+                for name in advice_module._PLANS]
+
+    assert virtual.results(4, program, ranks_per_node=2)[0] == [DenseMean, NodeMean, GatherMean, NodeMean, TwoPhaseMean,
+                                                                NodeMean]
+
+
+def test_nothing_is_tried_for_which_there_is_no_room(monkeypatch):
+    """Neither vectors nor buffers; where no plan fits, it is the one with the smallest buffers, and none that is dense."""
+    monkeypatch.setattr(advice_module, "_tried", lambda *_: pytest.fail("tried"))
+
+    def program(comm, free):
+        known(comm, Cluster(4, 1, 1e-4, 1e9), free=free)
+        return advise(comm, 10**11, TopK(0.01))
+
+    for free in (10**9, 10**12):
+        found = virtual.results(4, lambda comm, free=free: program(comm, free))[0]
+        assert found.plan == "gather"
+        assert found.rows[0].plan == "dense"
+        assert not found.rows[0].fits
+
+
+def test_ranks_on_hosts_and_on_devices_take_the_plan_of_the_compressor():
+    def program(comm):
+        device = "side:cpu" if comm.Get_rank() % 2 else "cpu"
+        plan = build_plan("auto", comm, TopK(0.05), 5000, np.float32, device)
+        return plan.advice is None, plan.device
+
+    assert virtual.results(4, program) == [(True, "cpu"), (True, "side:cpu")] * 2
+
+
+class Channel:
+    """An exchange that takes so many seconds, through a plan that was advised or not."""
+
+    def __init__(self, each, said=None, d=100, dtype=np.float32):
+        self.each, self.seconds, self.d, self.dtype = each, {"communicate": 0.0}, d, np.dtype(dtype)
+        self.advice = None if said is None else Advised(said)
+
+    def step(self):
+        self.seconds["communicate"] += self.each
+
+
+class Advised:
+    plan, d = "gather", 100
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+
+@pytest.mark.parametrize(("channels", "warns"), [
+    ([Channel(4.0, 1.0)], True),
+    ([Channel(4.0, 1.0), Channel(4.0, 2.0)], False),
+    ([Channel(2.0, 1.0), Channel(9.0)], False),  # the other one was not advised
+    ([Channel(8.0, 1.0, d=190, dtype=np.float64)], False),  # advice was for 100 entries of float32
+    ([Channel(13.0, 1.0, d=190, dtype=np.float64)], True),
+])
+def test_exchanges_are_compared_with_advice_of_theirs(channels, warns, recwarn):
+    hindsight = hindsight_module.Hindsight(channels)
+    for _ in range(30):
+        for channel in channels:
+            channel.step()
+        hindsight.look(channels, 0)
+    assert len(recwarn) == warns
+
+
+def test_a_pause_is_no_slow_link(recwarn):
+    """Exchanges that are as fast as was said, but for some that wait for processors."""
+    channel = Channel(1.0, 1.0)
+    hindsight = hindsight_module.Hindsight([channel])
+    for step in range(30):
+        channel.seconds["communicate"] += 1.0 if step % 3 else 100.0
+        hindsight.look([channel], 0)
+    assert not len(recwarn)
+
+
+def test_dense_steps_are_not_compared_with_what_was_advised(recwarn):
+    """Nor is what building the plan after them takes."""
+    def program(comm):
+        feedback = ErrorFeedback("ef14", GatherMean(comm, TopK(0.1), 100), dense_steps=40)
+        feedback.plan.advice = Advised(1.0)
+        hindsight = hindsight_module.Hindsight([feedback])
+        for step in range(70):
+            feedback.step(gaussian(comm.Get_rank(), 100, step=step))
+            (feedback._dense or feedback.plan).seconds["communicate"] += 100.0 if step < 40 else 1.0
+            hindsight.look([feedback], comm.Get_rank())
+        return hindsight._advice
+
+    assert virtual.results(1, program) == [[]]
+    assert not [one for one in recwarn if "auto" in str(one.message)]

@@ -19,6 +19,7 @@ import patience
 import pytest
 
 from mpi_ef.comm.consensus import ranks_text
+from mpi_ef.errors import ConfigError
 from mpi_ef.jobs.doctor import all_ranks, registry, watchdog
 from mpi_ef.jobs.doctor import checks as doctor_checks
 from mpi_ef.jobs.doctor import finding as doctor_finding
@@ -820,6 +821,14 @@ def test_wrong_options_are_one_line():
     done = doctor("--patience", "0")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "patience=0.0 is not positive" in done.stderr
+
+
+def test_one_process_says_that_it_has_no_advice(monkeypatch, capsys):
+    monkeypatch.setattr(doctor_checks, "CHECKS", [])
+    assert all_ranks.examine_alone(Report(Context(DoctorConfig(advise=1000), {}))) == 0
+    assert "--advise: one rank exchanges nothing; start as many as" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="take one of --advise and --json"):
+        DoctorConfig(advise=1000, json=True)
 
 
 def test_the_warm_up_of_one_process(monkeypatch, capsys):

@@ -20,6 +20,8 @@ __all__ = ["examine", "examine_alone"]
 
 _LESS_PATIENCE = 10.0  # seconds for a check that comes after one that hangs: what is dead may stop all of them
 
+_ALONE = "--advise: one rank exchanges nothing; start as many as a training has, mpirun -n 8 mpi-ef doctor --advise 25000000"
+
 
 def examine(report: Report, watchdog: Watchdog) -> int:
     """Look at all ranks and return the exit status: that of the findings on rank 0, else 0. Collective.
@@ -62,6 +64,8 @@ def _advised(context: Context) -> str:
     from mpi_ef.collectives import advise
     from mpi_ef.compress import Quantize, TopK
 
+    if context.world.Get_size() == 1:
+        return _ALONE
     try:
         found = advise(context.world, context.config.advise, TopK(context.config.ratio, values=Quantize("bf16")))
     except MpiEfError as error:
@@ -75,7 +79,7 @@ def examine_alone(report: Report) -> int:
     _Examination(report, watchdog).check_each_rank(2 * report.context.config.patience)
     watchdog.leave()
     registry.remove_trials()
-    return report.show()
+    return report.show(_ALONE if report.context.config.advise else "")
 
 
 def _silent(ranks: list[int], patience: float) -> Finding:

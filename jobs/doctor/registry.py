@@ -33,6 +33,8 @@ class DoctorConfig:
     def __post_init__(self) -> None:
         if not self.patience > 0:
             raise ConfigError(f"patience={self.patience} is not positive; take for example 60")
+        if self.advise and self.json:
+            raise ConfigError("--advise prints a table, which is no finding in JSON; take one of --advise and --json")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mpi_ef.comm.attributes import kept_with
-from mpi_ef.comm.consensus import agree
+from mpi_ef.comm.consensus import agree, gather_values
 from mpi_ef.comm.nodes import nodes_of
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity, Quantize, RandK, Sign, TopK
@@ -43,12 +43,14 @@ _PLANS: dict[str, tuple[str, Build]] = {
     "nodes, two-phase": ("nodes, two-phase", partial(NodeMean, inner=TwoPhaseMean)),
 }
 _SPECIFIED = {"gather": "GatherMean", "nodes, gather": "NodeMean(inner='GatherMean')", "two-phase": "TwoPhaseMean",
+              "dense": "DenseMean", "nodes, dense": "NodeMean(inner='DenseMean')",
               "nodes, two-phase": "NodeMean(inner='TwoPhaseMean')"}
 _KNOWN = (TopK, RandK, Sign, Quantize, Identity)  # of which forecasts know what they cost
 _TRIED, _TIMES = 3, 2
 _HOPELESS = 3.0  # a forecast so many times the best is not tried
 _ALIKE = 1.2
 _SHARE_OF_MEMORY = 0.1  # that buffers may take
+_SHARE_OF_VECTORS = 0.3  # that vectors may take with which plans are tried
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def advise(comm: Comm, d: int, compressor: Compressor | None = None, *, seconds:
     seconds : float
         How long measuring the links may take, and again trying plans; what has begun is finished. The same on all ranks.
     probe : bool
-        Whether to try plans.
+        Whether to try plans, where there is room for two vectors.
     dense : bool
         Whether plans that compress nothing may be advised; else they are forecast, for comparison.
 
@@ -161,21 +163,27 @@ def advise(comm: Comm, d: int, compressor: Compressor | None = None, *, seconds:
     def facts() -> dict[str, object]:
         check_compressor("advise", compressor=what)
         within("advise", "(0, inf)", "1.0 is usual", seconds=seconds)
+        if not isinstance(what, _KNOWN):
+            raise OptionError(f"advise: what {briefly(what)} costs is not known; take its own plan, that of plan_for, or "
+                              f"ask for one of {', '.join(kind.__name__ for kind in _KNOWN)}")
         if not isinstance(d, int | np.integer) or d < 1:
             raise OptionError(f"advise: d={briefly(d)} is not the length of a vector; pass the number of parameters")
         return {"d": int(d), "compressor": what, "seconds": seconds, "probe": probe, "dense": dense}
 
     agree(comm, "advise", facts, "ask for the same on all ranks")
     found = survey(comm, seconds=seconds)
-    task, several = Task(int(d), what), nodes_of(comm).largest > 1
+    task, nodes = Task(int(d), what), nodes_of(comm)
+    shared = nodes.largest > 1 and hasattr(comm, "Split")
     rows = []
     for name, (formula, _) in _PLANS.items():
-        if not name.startswith("nodes") or several:
+        if not name.startswith("nodes") or (shared and (nodes.count > 1 or not _compresses(name))):  # one node is dense
             of_plan = forecast(formula, task, found.cluster, found.costs)
             fits = not found.free_nbytes or of_plan.memory_nbytes <= _SHARE_OF_MEMORY * found.free_nbytes
             rows.append(Row(name, of_plan, None, fits))
-    able = [row for row in rows if row.fits and (dense or _compresses(row.plan) != isinstance(what, Identity))] or rows
-    times = _tried(comm, able, what, int(d), seconds) if probe else {}
+    asked = [row for row in rows if dense or _compresses(row.plan) != isinstance(what, Identity)]
+    able = [row for row in asked if row.fits] or [min(asked, key=lambda row: row.forecast.memory_nbytes)]
+    room = not found.free_nbytes or 2 * 4 * d <= _SHARE_OF_VECTORS * found.free_nbytes  # for two vectors
+    times = _tried(comm, able, what, int(d), seconds) if probe and room else {}
     rows, able = ([replace(row, measured=times.get(row.plan)) for row in some] for some in (rows, able))
     return Advice(_chosen(able), tuple(rows), what, int(d), found)
 
@@ -232,7 +240,7 @@ def _fastest(comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.f
     None is for vectors on devices, compressors of which no cost is known, rules that gather, and a single rank.
     """
     asked = isinstance(compressor, _KNOWN) and isinstance(d, int | np.integer) and d > 0 and device == "cpu" and not gather
-    if not asked or comm.Get_size() == 1:
+    if not all(gather_values(comm, "plan='auto'", asked)) or comm.Get_size() == 1:  # vectors of some may be on devices
         where: dict[str, Any] = {} if device == "cpu" else {"device": device}
         return plan_for(comm, compressor, d, dtype, gather=gather, **where)
     given = (kept_with(comm, _Given) if hasattr(type(comm), "Create_keyval") else _Given()).advice

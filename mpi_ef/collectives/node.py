@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mpi_ef.comm.consensus import agree, shared_errors
+from mpi_ef.comm.consensus import agree, check_not_freed, shared_errors
 from mpi_ef.comm.nodes import Nodes
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Keep, Source, lazy, source
@@ -156,6 +156,7 @@ class NodeMean(Plan):
         """Return what is exchanged, and why it cannot be. Local."""
         if self._way is not None:
             raise OptionError(f"{type(self).__name__}: start was called twice; call wait between them")
+        check_not_freed(self.comm, type(self).__name__, "build the plan again, on another one")
         x, keep = self._taken(x, keep)
         refusal, self._refuses = self._refuses or self._problem(x, keep), None
         if refusal is None and keep is not None:

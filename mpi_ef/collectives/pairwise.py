@@ -36,6 +36,11 @@ class _Apart:
 
     comm: Any = None
 
+    def free(self) -> None:
+        """Free it. Collective."""
+        if self.comm is not None:
+            self.comm.Free()
+
 
 def apart(comm: Any) -> Any:
     """Return the duplicate of MPI's `comm`, or `comm`. Collective the first time.

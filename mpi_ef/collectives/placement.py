@@ -50,6 +50,12 @@ class Placement(NamedTuple):
 class _Placements(dict[tuple[int, ...], Placement]):
     """Those of a communicator so far, each with communicators that are made once."""
 
+    def free(self) -> None:
+        """Free these. Collective."""
+        for placement in self.values():
+            for part in (placement.node, placement.rail):
+                part.Free()  # type: ignore[attr-defined]
+
 
 def slice_bounds(d: int, rails: int) -> list[int]:
     """Return rails + 1 bounds that cut d entries into a slice for each rail, for long vectors at multiples of 64."""

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from typing import Any, TypeVar
 
@@ -12,14 +13,25 @@ _keyvals: dict[tuple[type, object], int] = {}  # by kind of communicator, and wh
 
 
 def kept_with(comm: Any, new: Callable[[], Kept]) -> Kept:
-    """Return what ``new()`` has made at the first call with `comm`, a communicator that keeps attributes. Local."""
+    """Return what ``new()`` has made at the first call with `comm`, a communicator that keeps attributes. Local.
+
+    Its method ``free``, where `new` is a class with one, is called when MPI's `comm` is freed, by all ranks.
+    """
     kind = type(comm)
     if (kind, new) not in _keyvals:
-        _keyvals[kind, new] = kind.Create_keyval()
+        frees = mpi_of(comm) is not None and hasattr(new, "free")
+        _keyvals[kind, new] = kind.Create_keyval(delete_fn=_freed) if frees else kind.Create_keyval()
     there: Kept | None = comm.Get_attr(_keyvals[kind, new])
     if there is None:
         comm.Set_attr(_keyvals[kind, new], there := new())
     return there
+
+
+def _freed(comm: Any, _: int, kept: Any) -> None:
+    mpi = mpi_of(comm)
+    if comm not in (mpi.COMM_WORLD, mpi.COMM_SELF):  # these end with MPI
+        with suppress(mpi.Exception):  # where a rank has died
+            kept.free()
 
 
 def mpi_of(comm: Any) -> Any:

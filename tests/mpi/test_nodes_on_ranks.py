@@ -14,9 +14,9 @@ import virtual
 from mpi4py import MPI
 from vectors_for_tests import gaussian
 
-from mpi_ef.collectives import DenseMean, NodeMean, TwoPhaseMean
+from mpi_ef.collectives import DenseMean, NodeMean, TwoPhaseMean, pairwise
 from mpi_ef.compress import Quantize, TopK, lazy
-from mpi_ef.errors import NonFiniteError, ShapeError
+from mpi_ef.errors import NonFiniteError, OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.optim import DistributedOptimizer
 from mpi_ef.testing.law import same_bits
@@ -196,3 +196,18 @@ def test_what_is_not_the_nodes_memory_is_not_taken(comm, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         assert not NodeMean(comm, TOP, 1000, node=2).inside.shares
+
+
+def test_communicators_of_nodes_are_freed_with_the_one_they_are_kept_with(comm):
+    """There are 2000 or so in all: those of nodes and rails, and of dense means between hosts."""
+    d = 100
+    for turn in range(3):
+        one = comm.Dup()
+        plan = NodeMean(one, TOP, d, node=2 + turn % 2)
+        parts = [plan.placement.node, plan.placement.rail]
+        pairs = pairwise._apart(one)
+        assert all(parts)
+        one.Free()
+        assert not any([*parts, pairs])
+    with pytest.raises(OptionError, match="NodeMean: its communicator was freed"):
+        plan.exchange(gaussian(0, d))
