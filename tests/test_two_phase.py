@@ -1,6 +1,7 @@
 """Sparse messages through owners of chunks: laws, what is sent, what a call costs."""
 
 import sys
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mpi_ef import DistributedOptimizer, ErrorFeedback, kernels
 from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, plan_for
 from mpi_ef.compress import Chunks, Identity, Keep, Quantize, RandK, Sign, TopK, lazy, source
 from mpi_ef.compress.compressor import flat
+from mpi_ef.compress.sparse import TopKCodec
 from mpi_ef.kernels import reference
 
 VALUES = (Identity(), Quantize("bf16", block=16), Quantize("fp16", block=7), Quantize("int8", block=64))
@@ -299,3 +301,91 @@ def test_the_guide_says_what_ranks_send():
         for n in (2, 7, 16):
             nbytes = virtual.results(n, lambda comm, plan=plan: plan(comm, what, d).traffic.sent_nbytes)[0]
             assert row[ranks.index(str(n))] == f"{nbytes / 1e6:.2f} MB"
+
+
+class SignsOnly(TopKCodec):
+    """Of the entries that TopK keeps, the signs alone."""
+
+    def _choose(self, x, head, step, rank):
+        finite = super()._choose(x, head, step, rank)
+        np.sign(self._kept, out=self._kept)
+        return finite
+
+
+@dataclass(frozen=True, repr=False)
+class TopSigns(TopK):
+    def codec(self, d, dtype=np.float32, device="cpu"):
+        return SignsOnly(d, dtype, self, device)
+
+
+class FlippedCodec(type(Quantize().codec(1))):
+    """Quantize with other wires: all bits are flipped."""
+
+    def encode(self, x, wire, *, step=0, rank=0):
+        finite = super().encode(x, wire, step=step, rank=rank)
+        np.invert(wire, out=wire)
+        return finite
+
+    def add(self, wires, out, factor=1.0, *, overwrite=False):
+        super().add(~wires, out, factor, overwrite=overwrite)
+
+
+@dataclass(frozen=True, repr=False)
+class Flipped(Quantize):
+    def codec(self, d, dtype=np.float32, device="cpu"):
+        return FlippedCodec(d, dtype, self, device)
+
+
+@dataclass(frozen=True, repr=False)
+class ShortAsTheyAre(Quantize):
+    """Quantize, but for few values, which stay as they are."""
+
+    def codec(self, d, dtype=np.float32, device="cpu"):
+        return (Identity() if d < 20 else Quantize()).codec(d, dtype, device)
+
+
+@pytest.mark.parametrize("compressor", [TopSigns(0.1), TopK(0.1, values=Flipped()), TopK(0.1, values=ShortAsTheyAre())], ids=str)
+def test_codecs_of_subclasses_write_and_read_their_own_messages(compressor):
+    """In chunks, and of all ranks; where chunks have values in several forms as well."""
+    d, bounds = 1000, [0, 100, 600, 1000]
+    x, codec = gaussian(0, d), compressor.codec(d)
+    wire, out = np.zeros((2, codec.nbytes), np.uint8), np.zeros((2, d), np.float32)
+    assert codec.encode(x, wire[0])
+    codec.add(wire[:1], out[0])
+    codec.add_encoded(wire[0], out[1])
+    assert out[0].tobytes() == out[1].tobytes()
+    together, told, expected = Chunks(compressor, bounds, np.float32), np.zeros(d, np.float32), np.zeros(d, np.float32)
+    rows = together.rows(np.zeros((3, together.nbytes), np.uint8))
+    assert together.encode(source(x), rows, step=0, rank=0)
+    together.add(rows, told, 1.0)
+    for start, stop in pairwise(bounds):
+        part = compressor.part(start, stop, d).codec(stop - start)
+        own = np.zeros(part.nbytes, np.uint8)
+        part.encode(x[start:stop].copy(), own)
+        part.add(own[None], expected[start:stop])
+    assert told.tobytes() == expected.tobytes()
+    kept = told[told != 0]
+    assert kept.size == 100
+    if isinstance(compressor, TopSigns):
+        assert set(kept.tolist()) == {-1, 1}
+    else:
+        np.testing.assert_allclose(kept, x[told != 0], rtol=0.01)
+
+
+@pytest.mark.parametrize("values", VALUES, ids=str)
+def test_messages_may_lie_anywhere_in_memory(values):
+    codec, d = TopK(0.1, values=values).codec(500), 500
+    wires = np.zeros((3, codec.nbytes), np.uint8)
+    for r, wire in enumerate(wires):
+        codec.encode(gaussian(r, d), wire)
+    expected = np.zeros(d, np.float32)
+    codec.add(wires, expected)
+    apart, backwards = np.zeros((6, 2 * codec.nbytes), np.uint8), wires[::-1].copy()
+    apart[::2, ::2] = wires
+    unaligned, fixed = np.zeros((3, codec.nbytes + 3), np.uint8), np.frombuffer(wires.tobytes(), np.uint8)
+    unaligned[:, 1:-2] = wires
+    for placed in (np.asfortranarray(wires), apart[::2, ::2], backwards[::-1], unaligned[:, 1:-2],
+                   fixed.reshape(wires.shape)):
+        out = np.zeros(d, np.float32)
+        codec.add(placed, out)
+        assert out.tobytes() == expected.tobytes()
