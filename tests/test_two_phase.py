@@ -344,7 +344,8 @@ class ShortAsTheyAre(Quantize):
         return (Identity() if d < 20 else Quantize()).codec(d, dtype, device)
 
 
-@pytest.mark.parametrize("compressor", [TopSigns(0.1), TopK(0.1, values=Flipped()), TopK(0.1, values=ShortAsTheyAre())], ids=str)
+@pytest.mark.parametrize("compressor", [TopSigns(0.1), TopK(0.1, values=Flipped()), TopK(0.1, values=ShortAsTheyAre())],
+                         ids=str)
 def test_codecs_of_subclasses_write_and_read_their_own_messages(compressor):
     """In chunks, and of all ranks; where chunks have values in several forms as well."""
     d, bounds = 1000, [0, 100, 600, 1000]
