@@ -18,6 +18,10 @@ from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, plan_for
 from mpi_ef.compress import Chunks, Identity, Keep, Quantize, RandK, Sign, TopK, lazy, source
 from mpi_ef.compress.compressor import flat
 from mpi_ef.compress.sparse import TopKCodec
+from mpi_ef.errors import OptionError
+from mpi_ef.jobs.bench.methods import methods
+from mpi_ef.jobs.train.config import TrainConfig
+from mpi_ef.jobs.train.optimizers import build_optimizer
 from mpi_ef.kernels import reference
 
 VALUES = (Identity(), Quantize("bf16", block=16), Quantize("fp16", block=7), Quantize("int8", block=64))
@@ -290,6 +294,67 @@ def test_a_rule_with_a_way_back_of_its_own_gathers():
         return [type(optimizer.feedback.plan) for optimizer in built]
 
     assert virtual.results(8, program)[0] == [GatherMean, TwoPhaseMean]
+
+
+def test_marina_gathers_and_takes_no_biased_reply():
+    """What owners owe from before a whole step would come on top of it, times d / k, and their TopK is biased."""
+    d = 20_000
+
+    def program(comm):
+        net = torch.nn.Linear(300, 200)
+        optimizer = DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), comm, RandK(0.05), placement="gradient",
+                                         rule="marina")
+        x, exact = gaussian(comm.Get_rank(), d), TwoPhaseMean(comm, RandK(0.05), d, reply=Identity())
+        seen = []
+        for plan in (GatherMean(comm, RandK(0.05), d), exact):
+            feedback = ErrorFeedback("marina", plan, dense_steps=1)
+            for _ in range(2):
+                feedback.step(x)
+            feedback.step(x, whole=True)
+            seen.append(feedback.step(np.zeros(d, np.float32)).copy())
+        with pytest.raises(OptionError, match="of the TwoPhaseMean is not unbiased; take GatherMean"):
+            ErrorFeedback("marina", TwoPhaseMean(comm, RandK(0.05), d)).step(x)
+        return type(optimizer.feedback.plan), x, seen
+
+    rows = virtual.results(8, program)
+    assert rows[0][0] is GatherMean
+    for told in rows[0][2]:
+        np.testing.assert_allclose(told, np.mean([row[1] for row in rows], axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rule", "plan", "kind"), [
+    ("marina", None, GatherMean), ("ef21-bc", None, GatherMean), ("ef21", None, TwoPhaseMean), ("ef14", None, TwoPhaseMean),
+    ("ef21", "GatherMean", GatherMean), ("ef14", "TwoPhaseMean", TwoPhaseMean),
+])
+def test_a_training_on_many_ranks_takes_the_plan_of_its_rule(rule, plan, kind):
+    options = {"compressor": "randk"} if rule == "marina" else {}
+    options |= {} if plan is None else {"plan": plan}
+    config = TrainConfig(optimizer="sgd", placement="gradient", rule=rule, ratio=0.01, clip=0.0, **options)
+
+    def program(comm):
+        optimizer = build_optimizer(config, torch.nn.Linear(300, 200), comm)
+        return type(optimizer.feedback.plan)
+
+    assert virtual.results(8, program) == [kind] * 8
+
+
+def test_bench_measures_the_plans_that_optimizers_take():
+    """Gathered on few ranks, through owners on more; and rules that gather on any number."""
+    d = 20_000
+
+    def program(comm):
+        asked = methods(comm, d, 0.01, [("ef21-bc(reply=TopK(0.1))", "TopK(0.01)")])
+        kinds = [type(method.plan) for method in asked if method.kind == "compressed"]
+        for method in methods(comm, d, 0.01):
+            if method.kind == "compressed" and "K(0.01" in method.name:
+                kinds.append(type(method.plan))
+                expected = plan_for(comm, method.plan.compressor, d)
+                assert method.sent_nbytes == expected.traffic.sent_nbytes
+                assert type(method.plan) is type(expected)
+        return kinds
+
+    assert virtual.results(3, program)[0] == [GatherMean] * 6
+    assert virtual.results(8, program)[0] == [GatherMean, *[TwoPhaseMean] * 5]
 
 
 def test_the_guide_says_what_ranks_send():
