@@ -1,6 +1,7 @@
 """Sparse messages through owners of chunks: laws, what is sent, what a call costs."""
 
 import sys
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from mpi_ef import DistributedOptimizer, ErrorFeedback, kernels
 from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, plan_for
 from mpi_ef.compress import Chunks, Identity, Keep, Quantize, RandK, Sign, TopK, lazy, source
 from mpi_ef.compress.compressor import flat
+from mpi_ef.compress.sparse import TopKCodec
+from mpi_ef.errors import OptionError
+from mpi_ef.jobs.bench.methods import methods
+from mpi_ef.jobs.train.config import TrainConfig
+from mpi_ef.jobs.train.optimizers import build_optimizer
 from mpi_ef.kernels import reference
 
 VALUES = (Identity(), Quantize("bf16", block=16), Quantize("fp16", block=7), Quantize("int8", block=64))
@@ -290,6 +296,67 @@ def test_a_rule_with_a_way_back_of_its_own_gathers():
     assert virtual.results(8, program)[0] == [GatherMean, TwoPhaseMean]
 
 
+def test_marina_gathers_and_takes_no_biased_reply():
+    """What owners owe from before a whole step would come on top of it, times d / k, and their TopK is biased."""
+    d = 20_000
+
+    def program(comm):
+        net = torch.nn.Linear(300, 200)
+        optimizer = DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), comm, RandK(0.05), placement="gradient",
+                                         rule="marina")
+        x, exact = gaussian(comm.Get_rank(), d), TwoPhaseMean(comm, RandK(0.05), d, reply=Identity())
+        seen = []
+        for plan in (GatherMean(comm, RandK(0.05), d), exact):
+            feedback = ErrorFeedback("marina", plan, dense_steps=1)
+            for _ in range(2):
+                feedback.step(x)
+            feedback.step(x, whole=True)
+            seen.append(feedback.step(np.zeros(d, np.float32)).copy())
+        with pytest.raises(OptionError, match="of the TwoPhaseMean is not unbiased; take GatherMean"):
+            ErrorFeedback("marina", TwoPhaseMean(comm, RandK(0.05), d)).step(x)
+        return type(optimizer.feedback.plan), x, seen
+
+    rows = virtual.results(8, program)
+    assert rows[0][0] is GatherMean
+    for told in rows[0][2]:
+        np.testing.assert_allclose(told, np.mean([row[1] for row in rows], axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rule", "plan", "kind"), [
+    ("marina", None, GatherMean), ("ef21-bc", None, GatherMean), ("ef21", None, TwoPhaseMean), ("ef14", None, TwoPhaseMean),
+    ("ef21", "GatherMean", GatherMean), ("ef14", "TwoPhaseMean", TwoPhaseMean),
+])
+def test_a_training_on_many_ranks_takes_the_plan_of_its_rule(rule, plan, kind):
+    options = {"compressor": "randk"} if rule == "marina" else {}
+    options |= {} if plan is None else {"plan": plan}
+    config = TrainConfig(optimizer="sgd", placement="gradient", rule=rule, ratio=0.01, clip=0.0, **options)
+
+    def program(comm):
+        optimizer = build_optimizer(config, torch.nn.Linear(300, 200), comm)
+        return type(optimizer.feedback.plan)
+
+    assert virtual.results(8, program) == [kind] * 8
+
+
+def test_bench_measures_the_plans_that_optimizers_take():
+    """Gathered on few ranks, through owners on more; and rules that gather on any number."""
+    d = 20_000
+
+    def program(comm):
+        asked = methods(comm, d, 0.01, [("ef21-bc(reply=TopK(0.1))", "TopK(0.01)")])
+        kinds = [type(method.plan) for method in asked if method.kind == "compressed"]
+        for method in methods(comm, d, 0.01):
+            if method.kind == "compressed" and "K(0.01" in method.name:
+                kinds.append(type(method.plan))
+                expected = plan_for(comm, method.plan.compressor, d)
+                assert method.sent_nbytes == expected.traffic.sent_nbytes
+                assert type(method.plan) is type(expected)
+        return kinds
+
+    assert virtual.results(3, program)[0] == [GatherMean] * 6
+    assert virtual.results(8, program)[0] == [GatherMean, *[TwoPhaseMean] * 5]
+
+
 def test_the_guide_says_what_ranks_send():
     d, what = 10_000_000, TopK(0.01, values=Quantize("bf16"))
     text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8").splitlines()
@@ -299,3 +366,92 @@ def test_the_guide_says_what_ranks_send():
         for n in (2, 7, 16):
             nbytes = virtual.results(n, lambda comm, plan=plan: plan(comm, what, d).traffic.sent_nbytes)[0]
             assert row[ranks.index(str(n))] == f"{nbytes / 1e6:.2f} MB"
+
+
+class SignsOnly(TopKCodec):
+    """Of the entries that TopK keeps, the signs alone."""
+
+    def _choose(self, x, head, step, rank):
+        finite = super()._choose(x, head, step, rank)
+        np.sign(self._kept, out=self._kept)
+        return finite
+
+
+@dataclass(frozen=True, repr=False)
+class TopSigns(TopK):
+    def codec(self, d, dtype=np.float32, device="cpu"):
+        return SignsOnly(d, dtype, self, device)
+
+
+class FlippedCodec(type(Quantize().codec(1))):
+    """Quantize with other wires: all bits are flipped."""
+
+    def encode(self, x, wire, *, step=0, rank=0):
+        finite = super().encode(x, wire, step=step, rank=rank)
+        np.invert(wire, out=wire)
+        return finite
+
+    def add(self, wires, out, factor=1.0, *, overwrite=False):
+        super().add(~wires, out, factor, overwrite=overwrite)
+
+
+@dataclass(frozen=True, repr=False)
+class Flipped(Quantize):
+    def codec(self, d, dtype=np.float32, device="cpu"):
+        return FlippedCodec(d, dtype, self, device)
+
+
+@dataclass(frozen=True, repr=False)
+class ShortAsTheyAre(Quantize):
+    """Quantize, but for few values, which stay as they are."""
+
+    def codec(self, d, dtype=np.float32, device="cpu"):
+        return (Identity() if d < 20 else Quantize()).codec(d, dtype, device)
+
+
+@pytest.mark.parametrize("compressor", [TopSigns(0.1), TopK(0.1, values=Flipped()), TopK(0.1, values=ShortAsTheyAre())],
+                         ids=str)
+def test_codecs_of_subclasses_write_and_read_their_own_messages(compressor):
+    """In chunks, and of all ranks; where chunks have values in several forms as well."""
+    d, bounds = 1000, [0, 100, 600, 1000]
+    x, codec = gaussian(0, d), compressor.codec(d)
+    wire, out = np.zeros((2, codec.nbytes), np.uint8), np.zeros((2, d), np.float32)
+    assert codec.encode(x, wire[0])
+    codec.add(wire[:1], out[0])
+    codec.add_encoded(wire[0], out[1])
+    assert out[0].tobytes() == out[1].tobytes()
+    together, told, expected = Chunks(compressor, bounds, np.float32), np.zeros(d, np.float32), np.zeros(d, np.float32)
+    rows = together.rows(np.zeros((3, together.nbytes), np.uint8))
+    assert together.encode(source(x), rows, step=0, rank=0)
+    together.add(rows, told, 1.0)
+    for start, stop in pairwise(bounds):
+        part = compressor.part(start, stop, d).codec(stop - start)
+        own = np.zeros(part.nbytes, np.uint8)
+        part.encode(x[start:stop].copy(), own)
+        part.add(own[None], expected[start:stop])
+    assert told.tobytes() == expected.tobytes()
+    kept = told[told != 0]
+    assert kept.size == 100
+    if isinstance(compressor, TopSigns):
+        assert set(kept.tolist()) == {-1, 1}
+    else:
+        np.testing.assert_allclose(kept, x[told != 0], rtol=0.01)
+
+
+@pytest.mark.parametrize("values", VALUES, ids=str)
+def test_messages_may_lie_anywhere_in_memory(values):
+    codec, d = TopK(0.1, values=values).codec(500), 500
+    wires = np.zeros((3, codec.nbytes), np.uint8)
+    for r, wire in enumerate(wires):
+        codec.encode(gaussian(r, d), wire)
+    expected = np.zeros(d, np.float32)
+    codec.add(wires, expected)
+    apart, backwards = np.zeros((6, 2 * codec.nbytes), np.uint8), wires[::-1].copy()
+    apart[::2, ::2] = wires
+    unaligned, fixed = np.zeros((3, codec.nbytes + 3), np.uint8), np.frombuffer(wires.tobytes(), np.uint8)
+    unaligned[:, 1:-2] = wires
+    for placed in (np.asfortranarray(wires), apart[::2, ::2], backwards[::-1], unaligned[:, 1:-2],
+                   fixed.reshape(wires.shape)):
+        out = np.zeros(d, np.float32)
+        codec.add(placed, out)
+        assert out.tobytes() == expected.tobytes()

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from mpi_ef import kernels, registry
-from mpi_ef.collectives import DenseMean, GatherMean, Plan, TwoPhaseMean, build_plan, plan_for
+from mpi_ef.collectives import DenseMean, Plan, build_plan, plan_for
 from mpi_ef.compress import Keep, Quantize, RandK, Sign, TopK, lazy, source
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.feedback.table import rule_of
 from mpi_ef.jobs.bench.place import Place
 from mpi_ef.jobs.bench.table import COPIED, EF21_ENCODE, SIGNS_ENCODE, TORCH_ADD, TORCH_SUB, TORCH_TOPK
 
@@ -50,17 +51,17 @@ def methods(comm: Any, d: int, ratio: float, specified: Sequence[Sequence[str]] 
     where = "cpu" if place is None else place.name
     for rule, text, *plan in specified:
         built = registry.built("compressor", text)
-        method = _step(rule, build_plan(plan[0] if plan else plan_for, comm, built, d, np.float32, where))
+        gather = rule_of(rule)[0].gathers
+        method = _step(rule, build_plan(plan[0] if plan else plan_for, comm, built, d, np.float32, where, gather=gather))
         yield replace(method, name=" ".join((method.name, *plan)))
     if specified:
         return
     half = Quantize("bf16")
     for rule in ("ef21", "ef14", "econtrol"):
-        yield _step(rule, GatherMean(comm, TopK(ratio), d, device=where))
-    yield _step("ef21", GatherMean(comm, TopK(ratio, values=half), d, device=where))
-    yield _step("ef14", GatherMean(comm, RandK(ratio), d, device=where))
-    for compressor in (Sign(block=4096), Sign(), Quantize("int8")):
-        yield _step("ef14", TwoPhaseMean(comm, compressor, d, device=where))
+        yield _step(rule, plan_for(comm, TopK(ratio), d, device=where))
+    yield _step("ef21", plan_for(comm, TopK(ratio, values=half), d, device=where))
+    for compressor in (RandK(ratio), Sign(block=4096), Sign(), Quantize("int8")):
+        yield _step("ef14", plan_for(comm, compressor, d, device=where))
     yield from _alternatives(comm, d, ratio, place)
     yield from _local(d, ratio) if place is None else _beside_torch(d, ratio, place)
 
@@ -68,7 +69,7 @@ def methods(comm: Any, d: int, ratio: float, specified: Sequence[Sequence[str]] 
 def memory_of_ef21(comm: Any, d: int, ratio: float, place: Place, vectors: Sequence[Any]) -> float | None:
     """Return what EF21 adds on the device after two steps, in vectors; None where torch does not count it. Collective."""
     before = place.allocated()
-    feedback = ErrorFeedback("ef21", GatherMean(comm, TopK(ratio), d, device=place.name))
+    feedback = ErrorFeedback("ef21", plan_for(comm, TopK(ratio), d, device=place.name))
     for x in vectors[:2]:
         feedback.step(x)
     after = place.allocated()

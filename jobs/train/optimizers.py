@@ -14,6 +14,7 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity, LowRank, Quantize, RandK, Sign, TopK, TwoBits, Vote, for_parameters
 from mpi_ef.errors import ConfigError, everywhere
 from mpi_ef.feedback import RULES
+from mpi_ef.feedback.table import rule_of
 from mpi_ef.jobs.train.choices import OPTIMIZERS
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.settings import CLIENTS, optimizer_in, rule_in, smoothness_of
@@ -129,16 +130,18 @@ def _plan(chosen: Chosen) -> Callable[..., Plan]:
     """Return what builds the plan that the rule needs."""
 
     def plan(comm: Comm, compressor: Compressor, d: int, dtype: Any, device: str = "cpu") -> Plan:
+        asked = chosen.__dict__.get("rule")
+        gathers = bool(asked) and rule_of(asked)[0].gathers
         if hasattr(chosen, "plan"):
-            return build_plan(chosen.plan, comm, compressor, d, dtype, device)
+            return build_plan(chosen.plan, comm, compressor, d, dtype, device, gather=gathers)
         rule = rule_in(chosen.rule)
         if rule in CLIENTS:
             return ClientsMean(comm, compressor, d, dtype, clients=comm.Get_size(), weights=_weights(chosen, comm),
                                device=device)
         if rule == "ef21-bc" and compressor.plan == "two-phase":
             return TwoPhaseMean(comm, compressor, d, dtype, reply=_reply(chosen), device=device)
-        own_way_back, votes = rule == "ef21-bc", rule == "lion"  # which leave no residual
-        return plan_for(comm, compressor, d, dtype, residual=not votes, gather=own_way_back, device=device)
+        votes = rule == "lion"  # which leave no residual
+        return plan_for(comm, compressor, d, dtype, residual=not votes, gather=gathers, device=device)
 
     return plan
 

@@ -5,7 +5,7 @@ import ctypes
 from time import monotonic, sleep
 from typing import Any
 
-__all__ = ["landed", "took_off"]
+__all__ = ["landed", "let_go", "took_off"]
 
 _PATIENCE_SECONDS = 5.0
 _owners: dict[int, tuple[Any, Any]] = {}
@@ -22,6 +22,12 @@ def took_off(owner: object, request: Any) -> None:
 def landed(owner: object) -> None:
     """Let go of it. Local."""
     _owners.pop(id(owner), None)
+
+
+def let_go() -> None:
+    """Let go of what MPI is done with, of owners that nobody waits for any more, for example. Local."""
+    for number in [number for number, (_, request) in _owners.items() if request.Test()]:
+        del _owners[number]
 
 
 def _wait() -> None:

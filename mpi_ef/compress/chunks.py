@@ -100,7 +100,7 @@ class _Together:
     @classmethod
     def of(cls, codecs: Sequence[Codec], bounds: Sequence[int], dtype: DTypeLike) -> "_Together | None":
         """Return it where it serves these codecs."""
-        sparse = [codec for codec in codecs if isinstance(codec, TopKCodec) and codec.form is not None]
+        sparse = [codec for codec in codecs if type(codec) is TopKCodec and codec.form == codecs[0].form is not None]
         return cls(sparse, bounds, dtype) if len(sparse) == len(codecs) else None
 
     def encode(self, x: Source, rows: Any) -> bool:

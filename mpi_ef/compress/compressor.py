@@ -29,7 +29,9 @@ def words(nbytes: int) -> int:
 
 
 def flat(wires: Wires) -> tuple[Wires, NDArray[np.int64]]:
-    """Return rows of bytes as one array, and where in it they begin. Not a copy."""
+    """Return rows of bytes as one array, and where in it they begin. Not a copy, unless bytes of a row lie apart."""
+    if wires.strides[0] < 0 or wires.strides[1] != 1:
+        wires = wires.copy("C")
     stride = wires.strides[0]
     nbytes = (len(wires) - 1) * stride + wires.shape[1] if len(wires) else 0
     return as_strided(wires, (nbytes,), (1,)), np.arange(len(wires)) * stride

@@ -13,7 +13,7 @@ from mpi_ef.ranges import whole
 from .combination import Source, Vector, source, writable
 from .compressor import Codec, Compressor, Wires, words
 
-__all__ = ["Identity", "Quantize", "Sign", "Vote"]
+__all__ = ["Identity", "Quantize", "Sign", "Vote", "form_of"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,6 +122,11 @@ class _QuantizeCodec(Codec):
 
     def _parts(self, wire: Wires) -> tuple[np.ndarray, np.ndarray]:
         return wire[: self._exponents_nbytes].view(np.int16), wire[self._start : self._stop].view(self._code)
+
+
+def form_of(codec: Codec) -> tuple[int, int] | None:
+    """Return the form of a codec's wires; None of subclasses, which may write others. Local."""
+    return codec.form if type(codec) in (_IdentityCodec, _QuantizeCodec) else None
 
 
 @dataclass(frozen=True, repr=False)

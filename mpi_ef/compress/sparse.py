@@ -25,7 +25,7 @@ from mpi_ef.ranges import whole, within
 
 from .combination import Source, Vector, source, writable
 from .compressor import Codec, Compressor, Wires, check_compressor, flat
-from .dense import Identity
+from .dense import Identity, form_of
 
 __all__ = ["RandK", "TopK", "TopKCodec"]
 
@@ -287,7 +287,7 @@ class TopKCodec(_SparseCodec):
 
     def __init__(self, d: int, dtype: DTypeLike, what: TopK, device: str) -> None:
         super().__init__(d, dtype, what, device)
-        self.form = self._values.form if device == "cpu" else None
+        self.form = form_of(self._values) if device == "cpu" else None
         self.layout = np.array([[0, self._kept.size, self._low, self._lower, self._head, self.nbytes]])
 
     def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from mpi_ef.collectives import Plan
+from mpi_ef.collectives import Plan, TwoPhaseMean
 from mpi_ef.compress import Compressor, Identity, Keep, RandK, lazy
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError, briefly
@@ -61,6 +61,9 @@ def marina(s: MARINAState, plan: Plan, change: Vector) -> Steps:
         return s.g
     if not isinstance(plan.compressor, RandK):
         raise OptionError(f"marina: {briefly(plan.compressor)} is not unbiased; take RandK")
+    if isinstance(plan, TwoPhaseMean) and not isinstance(plan.reply, Identity):
+        raise OptionError(f"marina: reply={briefly(plan.reply)} of the TwoPhaseMean is not unbiased; take GatherMean, or "
+                          "reply=Identity()")
     factor = plan.d / plan.compressor.count(plan.d)
     q = yield plan.offer(change)
     q.add_mean(s.g, factor)

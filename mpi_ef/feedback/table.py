@@ -86,7 +86,8 @@ class Rule:
     ranges : mapping of str to (str or callable, str, str)
         By the name of an option: an interval such as "[0, 1)", or whether a value fits; what fits, and what to try.
     gathers : bool
-        Sparse messages are gathered on any number of ranks unless a plan is named: the rule has a way back of its own.
+        Sparse messages are gathered on any number of ranks unless a plan is named: the rule has a way back of its own, or
+        needs an unbiased mean.
     """
 
     step: Callable[..., Steps]
@@ -163,7 +164,7 @@ RULES: Mapping[str, Rule] = {
         Rule(ef21_bc, EF21BCState, lambda _: {"reply": Identity()}, gathers=True),
         Rule(ef21_plus, EF21PlusState),
         Rule(ef21_page, EF21PAGEState),
-        Rule(marina, MARINAState),
+        Rule(marina, MARINAState, gathers=True),
         Rule(clag, CLAGState, lambda _: {"zeta": 1.0}),
         Rule(d_ec_sgd, DECSGDState, lambda _: {"correction": RandK(0.1)}),
     )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ef.collectives.in_flight import landed, took_off
+from mpi_ef.collectives.in_flight import landed, let_go, took_off
 from mpi_ef.collectives.ways import ways_of
 from mpi_ef.comm.attributes import kept_with, mpi_of
 from mpi_ef.comm.consensus import gather_values, ranks_text
@@ -169,6 +169,7 @@ class Lane:
         if mpi_of(comm) is None:
             self._lanes, self._number = _Lanes(), 0
             return
+        let_go()  # of optimizers that were dropped in a backward pass
         lanes = kept_with(comm, _Lanes)
         if not lanes.closed and lanes.comms:
             gc.collect()  # optimizers that schedulers refer to, for example

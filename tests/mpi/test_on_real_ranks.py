@@ -2,6 +2,7 @@
 
 import gc
 import os
+import weakref
 from time import monotonic
 from types import SimpleNamespace
 
@@ -485,6 +486,23 @@ def test_memory_of_a_dropped_plan_stays_until_mpi_is_done(comm):
     for _ in range(5):
         comm.Barrier()
     assert not any(array.any() for array in arrays)
+
+
+def test_memory_of_dropped_buckets_goes_when_another_optimizer_is_built(comm):
+    """A backward pass that ends early, again and again, as in a notebook, leaves nothing behind."""
+    lane = Lane(comm)
+    plan = GatherMean(lane.comm, TopK(0.1), 1000)
+    plan.start(gaussian(comm.rank, 1000))
+    lane.started += 1
+    kept, request = weakref.ref(plan), plan._exchange._request
+    lane.close()
+    del plan
+    gc.collect()
+    assert kept() is not None
+    request.Wait()
+    Lane(comm).close()
+    gc.collect()
+    assert kept() is None
 
 
 def test_bad_input_on_one_rank_is_told_on_all(comm):
