@@ -328,9 +328,10 @@ def test_every_compressor_can_be_built():
         assert build_compressor(TrainConfig(compressor=name)).wire_nbytes(1000) > 0
 
 
-@pytest.mark.parametrize(("dense", "shown"), [(0, "sent 1.5 kB"), (150_000, "sent 1.5 kB (100x less than dense)")])
-def test_bytes_are_compared_where_dense_exchanges_send_any(dense, shown):
-    row = {"loss": 1.0, "val_loss": None, "val_accuracy": None, "sent_nbytes": 1500, "dense_nbytes": dense}
+@pytest.mark.parametrize(("sent", "dense", "shown"), [
+    (1500, 0, "sent 1.5 kB"), (1500, 150_000, "sent 1.5 kB (100x less than dense)"), (0, 150_000, "sent 0 B")])
+def test_bytes_are_compared_where_some_are_sent(sent, dense, shown):
+    row = {"loss": 1.0, "val_loss": None, "val_accuracy": None, "sent_nbytes": sent, "dense_nbytes": dense}
     assert _line(row) == f"loss 1.000  {shown}"
 
 

@@ -2,9 +2,11 @@
 
 import gc
 import lzma
+import re
 import tracemalloc
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from stored import MemoryStore
 from training import assert_resumes, everything, groups_of, loss_in, net_of, net_with_more, parameters_of, steps_of
 
 from mpi_ef import reference
-from mpi_ef.collectives import GatherMean, TwoPhaseMean
+from mpi_ef.collectives import GatherMean, NodeMean, TwoPhaseMean
 from mpi_ef.compress import Identity, Quantize, Sign, TopK, TwoBits
 from mpi_ef.errors import DisagreementError, MpiEfError, OptionError
 from mpi_ef.feedback.state import form
@@ -660,6 +662,92 @@ def test_what_all_share_is_compared_every_so_many_steps():
             steps_of(net, optimizer, rank, [7])
 
     virtual.results(2, program)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("within", ["twice", "compared"])
+def test_a_rank_goes_on_from_where_it_was_after_it_was_shared(dtype, within):
+    """Also where one such context is in another, as that of a comparison of replicas is."""
+
+    def program(comm):
+        nets, rank = (net_of(dtype), net_of(dtype)), comm.Get_rank()
+        optimizers = [local(net, comm) for net in nets]
+        steps_of(nets[0], optimizers[0], rank, range(2))
+        steps_of(nets[1], optimizers[1], rank, range(2))
+        with optimizers[1].shared():
+            if within == "compared":
+                optimizers[1].check_replicas()
+            else:
+                with optimizers[1].shared():
+                    pass
+            assert same_bits(optimizers[1].flat.values, optimizers[1].x)
+        paths = [steps_of(*pair, rank, range(2, 6)) for pair in zip(nets, optimizers, strict=True)]
+        assert same_bits(*paths)
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_saved_while_parameters_are_shared_has_where_ranks_are(dtype):
+    def program(comm):
+        nets, rank = (net_of(dtype), net_of(dtype)), comm.Get_rank()
+        optimizers = [local(net, comm) for net in nets]
+        steps_of(nets[0], optimizers[0], rank, range(6))
+        with optimizers[0].shared():
+            weights, state = nets[0].state_dict(), optimizers[0].state_dict()
+            nets[1].load_state_dict(weights)
+        optimizers[1].load_state_dict(state)
+        assert same_bits(parameters_of(nets[0]), parameters_of(nets[1]))
+        assert same_bits(*[steps_of(*pair, rank, range(6, 10)) for pair in zip(nets, optimizers, strict=True)])
+
+    virtual.results(2, program)
+
+
+@pytest.mark.parametrize("call", ["a step", "synchronize()", "a state is loaded"])
+def test_what_would_be_lost_while_parameters_are_shared_is_refused(call):
+    """Steps that end a round would have left other parameters on every rank, which no comparison sees."""
+
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = local(net, comm)
+        steps_of(net, optimizer, rank, range(3))
+        state, before = optimizer.state_dict(), parameters_of(net)
+        calls = {"a step": optimizer.step, "synchronize()": optimizer.synchronize,
+                 "a state is loaded": lambda: optimizer.load_state_dict(state)}
+        said = re.escape(f"LocalSteps: {call} inside of `with optimizer.shared():`")
+        with optimizer.shared(), pytest.raises(OptionError, match=said):
+            calls[call]()
+        assert same_bits(parameters_of(net), before)
+        steps_of(net, optimizer, rank, [3])
+        return parameters_of(net)
+
+    assert same_bits(*virtual.results(2, program))
+
+
+def test_late_is_true_or_false():
+    def program(comm):
+        with pytest.raises(OptionError, match="LocalSteps: late='no' is neither True nor False; pass one of them"):
+            local(net_of(), comm, late="no")
+
+    virtual.results(1, program)
+
+
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_late_messages_of_nodes_arrive(fragments):
+    """With one rank a node they are those of ranks; a state is not loaded while they travel."""
+
+    def program(plan, comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = local(net, comm, late=True, fragments=fragments, plan=plan)
+        path = steps_of(net, optimizer, rank, range(9))
+        with pytest.raises(OptionError, match="LocalSteps: an exchange is under way, as late=True lets it"):
+            optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.synchronize()
+        assert optimizer.rounds > 1
+        return path, parameters_of(net)
+
+    through = [virtual.results(2, partial(program, plan)) for plan in (NodeMean, GatherMean)]
+    assert same_bits(*through)
 
 
 def test_a_state_is_not_loaded_while_messages_travel():

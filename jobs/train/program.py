@@ -130,8 +130,9 @@ def _line(row: dict[str, Any]) -> str:
     held_out = "" if row["val_loss"] is None else f"  val {row['val_loss']:.3f}"
     if row["val_accuracy"] is not None:
         held_out += f" ({100 * row['val_accuracy']:.1f} %)"
-    less = f" ({row['dense_nbytes'] / max(1, row['sent_nbytes']):.0f}x less than dense)" if row["dense_nbytes"] else ""
-    return f"loss {row['loss']:.3f}{held_out}  sent {in_bytes(row['sent_nbytes'])}{less}"
+    dense, sent = row["dense_nbytes"], row["sent_nbytes"]  # nothing yet in the first round of local steps
+    less = f" ({dense / sent:.0f}x less than dense)" if dense and sent else ""
+    return f"loss {row['loss']:.3f}{held_out}  sent {in_bytes(sent)}{less}"
 
 
 def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:

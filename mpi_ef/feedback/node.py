@@ -100,6 +100,11 @@ class NodeFeedback(ErrorFeedback, through=NodeMean):
             raise
         return self._spread(self._commit(steps, plan))
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a step was started, see :attr:`ErrorFeedback.under_way`; also where the node has not added up yet."""
+        return self._posted or super().under_way
+
     def start(self, vector: Vector | Combination) -> None:
         """Begin a step, see :meth:`ErrorFeedback.start`. Collective."""
         self._check_idle()
@@ -153,7 +158,7 @@ class NodeFeedback(ErrorFeedback, through=NodeMean):
         return self.steps, self.plan.exchanges
 
     def _check_idle(self) -> None:
-        if self._posted or self._under_way is not None:
+        if self.under_way:
             raise OptionError("ErrorFeedback: a step is under way; call wait() and commit() first")
 
     def before_load(self) -> None:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from zlib import crc32
 
 import numpy as np
+from torch import Tensor
 from torch.optim import Optimizer
 
 from mpi_ef.collectives import PlanBuilder, plan_for
@@ -14,11 +15,12 @@ from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, lazy
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError
+from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError, briefly
 from mpi_ef.ranges import whole, within
 from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Leaf, Reshard, StateTree, attribute
 from mpi_ef.vectors import Mask
 
+from .aside import Aside
 from .buckets import Bucket, Buckets, fragment_slices
 from .handshake import Handshake
 from .outer import OuterStep
@@ -96,7 +98,6 @@ class LocalSteps(DistributedOptimizer):
         self.outer_lr, self.outer_momentum = outer_lr, outer_momentum
         self.local_steps = self.rounds = self.skipped_rounds = self.skipped_local_steps = 0
         self._pending: dict[int, list[int]] = {}  # fragments that travel, and their parameters that rest, by number
-        self._aside: Vector | None = None
         super().__init__(optimizer, comm, compressor, rule="ef14", plan=plan, model=model, decay=decay)
         self._alone = self._exact and comm.Get_size() == 1 and outer_lr == 1.0 and not outer_momentum
         self._groups: dict[tuple[int, ...], Buckets] = {}
@@ -108,6 +109,8 @@ class LocalSteps(DistributedOptimizer):
         within(name, "[0, 1]", "1 keeps all errors, 0.95 is usual", decay=self.decay)
         within(name, "(0, inf)", "1.0 takes the mean as it is", outer_lr=self.outer_lr)
         within(name, "[0, 1)", "0 is none, 0.9 is usual", outer_momentum=self.outer_momentum)
+        if not isinstance(self.late, bool):
+            raise OptionError(f"{name}: late={briefly(self.late)} is neither True nor False; pass one of them")
         whole(name, 1, "1 sends all parameters at once", fragments=self.fragments)
         if self.outer_momentum and self.decay < 1:
             raise OptionError(f"{name}: decay={self.decay} with outer_momentum={self.outer_momentum}, which counts old "
@@ -119,7 +122,7 @@ class LocalSteps(DistributedOptimizer):
                 for name in ("every", "decay", "outer_lr", "outer_momentum", "fragments", "late")}
 
     def _allocate(self) -> None:
-        self._after = None  # the torch optimizer steps where the parameters are
+        self._after, self._aside = None, Aside(self.flat, type(self).__name__)  # torch steps where the parameters are
         zeros = self.flat.kernels.zeros
         self.x: Vector = zeros(self.flat.d)
         self._outer = OuterStep(self.x, self.outer_lr, self.outer_momentum)
@@ -143,7 +146,7 @@ class LocalSteps(DistributedOptimizer):
         tree = super().state_tree()
         mean = Reshard("mean")
         # While parameters are the same everywhere, those of the model are what counts.
-        y = self.x if self.synchronized else self.flat.current()
+        y = self._aside.values if self._aside.values is not None else self.x if self.synchronized else self.flat.current()
         tree.leaves.update({
             "y": Leaf(PER_RANK, y, reshard=mean),
             "x": Leaf(REPLICATED, self.x),  # after y: at the end of a round they are one array, and means are rounded
@@ -158,12 +161,16 @@ class LocalSteps(DistributedOptimizer):
             tree.leaves["sent_from"] = Leaf(PER_RANK, self._sent_from[0], reshard=mean)
         return tree
 
+    def _masters(self) -> dict[int, Tensor]:
+        return super()._masters() if self._aside.values is None else {}  # y has them
+
     def before_load(self) -> None:
         """Raise while an exchange is under way. Local."""
         if any(bucket.feedback.under_way for bucket in self.buckets):
             raise OptionError(f"{type(self).__name__}: an exchange is under way, as late=True lets it; call synchronize() "
                               "on all ranks before a state is loaded or errors are forgotten")
         super().before_load()
+        self._aside.refuse("a state is loaded")
         self._writes.adopt()
 
     def loaded(self) -> None:
@@ -196,6 +203,7 @@ class LocalSteps(DistributedOptimizer):
             self.local_steps = 0 if self._met else self.local_steps + 1
 
     def _collect(self) -> None:
+        self._aside.refuse("a step")
         super()._collect()
         self._own: Mask = self.flat.present.copy()
         if not self.synchronized and self._due() and not self._own.all():
@@ -359,6 +367,7 @@ class LocalSteps(DistributedOptimizer):
         """
         if self.synchronized:
             return
+        self._aside.refuse("synchronize()")
         self._writes.adopt()
         self._arrive(sorted(self._pending))
         moved = self._moved()
@@ -374,22 +383,13 @@ class LocalSteps(DistributedOptimizer):
     def shared(self) -> Iterator[None]:
         """Let the model's parameters be those that all ranks share meanwhile, without ending the round. Local.
 
-        For evaluating. What is written to parameters meanwhile is forgotten. Memory: a vector, from the first time on.
+        For evaluating and saving. What is written to parameters meanwhile is forgotten; steps, :meth:`synchronize` and
+        loading raise `OptionError`. Memory: a vector, from the first time on.
         """
-        if self.synchronized:
+        if not self._aside.active:
+            self._writes.adopt()
+        with self._aside.instead(None if self.synchronized else self.x):
             yield
-            return
-        self._writes.adopt()
-        if self._aside is None:
-            self._aside = self.flat.kernels.zeros(self.flat.d)
-        self._aside[:] = self.flat.values
-        self.flat.values[:] = self.x
-        self.flat.write_back()
-        try:
-            yield
-        finally:
-            self.flat.values[:] = self._aside
-            self.flat.write_back()
 
     def check_replicas(self) -> None:
         """Raise as :meth:`FlatOptimizer.check_replicas`, of what all ranks share. Collective."""

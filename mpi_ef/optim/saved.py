@@ -40,8 +40,8 @@ class Saved(Communicating, Stateful):
             before(self)
         self.before_save()
         state_dict = self._packed(self.state_tree().state_dict(torch.from_numpy, host_copy))
-        if self.flat.mixed:  # a model's state has parameters in 16 bits rounded
-            state_dict["masters"] = {number: on_host(master) for number, master in self.flat.masters().items()}
+        if masters := self._masters():  # a model's state has parameters in 16 bits rounded
+            state_dict["masters"] = {number: on_host(master) for number, master in masters.items()}
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -98,9 +98,12 @@ class Saved(Communicating, Stateful):
                               "optimizer's into that optimizer, before or after it is wrapped, and of others build what it "
                               "was saved from")
 
+    def _masters(self) -> dict[int, torch.Tensor]:
+        """Return what is saved as the masters, by the number of the parameter. Local."""
+        return self.flat.masters()
+
     def _check_masters(self, state: Mapping[str, Any]) -> None:
         mine = {number: master.shape for number, master in self.flat.masters().items()}
-        theirs = {number: master.shape for number, master in state.get("masters", mine).items()} if mine else mine
-        if "masters" in state and theirs != mine:
+        if mine and "masters" in state and {n: master.shape for n, master in state["masters"].items()} != mine:
             raise ShapeError("load_state_dict: the saved state has other parameters in 16 bits; load into the model it was "
                              "saved from")
