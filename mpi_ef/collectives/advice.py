@@ -216,6 +216,8 @@ def _tried(comm: Comm, able: list[Row], what: Compressor, d: int, seconds: float
             plan.set_mean(out, again=True)
             if turn:
                 spent[name].append(perf_counter() - start)
+        if turn == 0:
+            began = perf_counter()
         on[0] = perf_counter() - began < seconds
         comm.Bcast(on)
         if turn and not on[0]:
