@@ -115,6 +115,7 @@ def test_a_chunk_keeps_the_share_of_the_vector():
     (17, TopK(0.01), 60_000, TwoPhaseMean, TopK(0.08)),
     (64, TopK(k=600, values=Quantize("bf16")), 60_000, TwoPhaseMean, TopK(0.08, values=Quantize("bf16"))),
     (16, TopK(0.5), 60_000, TwoPhaseMean, TopK(1.0)),
+    (16, TopK(1.0), 60_000, TwoPhaseMean, TopK(1.0)),
     (8, TopK(0.1), 100, GatherMean, None),  # headers of chunks are more than their entries
 ])
 def test_sparse_messages_go_through_two_phases_where_that_is_less(n, compressor, d, kind, reply):

@@ -205,7 +205,7 @@ def test_communicators_of_nodes_are_freed_with_the_one_they_are_kept_with(comm):
         one = comm.Dup()
         plan = NodeMean(one, TOP, d, node=2 + turn % 2)
         parts = [plan.placement.node, plan.placement.rail]
-        pairs = pairwise._apart(one)
+        pairs = pairwise.apart(one)
         assert all(parts)
         one.Free()
         assert not any([*parts, pairs])
