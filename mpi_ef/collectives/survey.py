@@ -16,12 +16,13 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Codec, Keep, Quantize, Sign, TopK, lazy, source
 
 from .forecast import Cluster, Costs
+from .pairwise import MESSAGE_NBYTES
 
 __all__ = ["Survey", "survey"]
 
 _SHORT_NBYTES, _LONGEST_NBYTES = 64, 64 << 20
-_FIRST_NBYTES, _TIMES = 64 << 10, 4  # of longer messages: buckets of tokens let the first 128 KiB of one pass for nothing
-_LONG_SECONDS, _LATENCIES = 0.02, 10  # a message is long enough from so many seconds, or latencies, on
+_FIRST_NBYTES = 64 << 10  # of longer messages, each twice the one before
+_LONG_ONES, _LONG_SECONDS, _LATENCIES = 2, 0.02, 10  # a message is long enough from so many seconds, or latencies, on
 _ENTRIES = 1 << 20
 _NOISY = 10  # a short collective takes so many latencies where ranks wait for processors
 _REPEATS = 15
@@ -111,8 +112,9 @@ def _timed(comm: Comm, call: Callable[[], Any], repeats: int) -> list[float]:
 def _link(comm: Any, nodes: Nodes, left: Callable[[], bool]) -> tuple[float, float]:
     """Return seconds of a short message between nodes, and bytes per second of their links, both ways busy. Collective.
 
-    The first rank of every node sends to that of the next one, all at once. Least times, not means, and the two longest
-    sizes, not a line through all: on busy machines these gave negative bandwidths, and a quarter of that of a link.
+    The first rank of every node sends to that of the next one, all at once, in pieces for which MPI does not ask whether
+    they may come: the answer would wait behind what is sent. Least times, not means, and the two longest sizes, not a line
+    through all: on busy machines these gave negative bandwidths, and a quarter of that of a link.
     """
     if nodes.count == 1 or not hasattr(comm, "Isend"):
         return 0.0, float("inf")
@@ -125,17 +127,20 @@ def _link(comm: Any, nodes: Nodes, left: Callable[[], bool]) -> tuple[float, flo
 
         def send() -> None:
             if place is not None:
-                coming = comm.Irecv(here, firsts[place - 1], _TAG)
-                going = comm.Isend(there, firsts[(place + 1) % len(firsts)], _TAG)
-                coming.Wait()
-                going.Wait()
+                pieces = [slice(low, low + MESSAGE_NBYTES) for low in range(0, nbytes, MESSAGE_NBYTES)]
+                requests = [comm.Irecv(here[piece], firsts[place - 1], _TAG) for piece in pieces]
+                requests += [comm.Isend(there[piece], firsts[(place + 1) % len(firsts)], _TAG) for piece in pieces]
+                for request in requests:
+                    request.Wait()
 
         return min(_timed(comm, send, repeats))
 
     latency, nbytes = least(8, 9), _FIRST_NBYTES
     points = [(nbytes, least(nbytes, 3))]
-    while points[-1][1] < max(_LATENCIES * latency, _LONG_SECONDS) and nbytes < _LONGEST_NBYTES and left():
-        nbytes *= _TIMES
+    long = max(_LATENCIES * latency, _LONG_SECONDS)
+    # Until two are long: buckets of tokens let the first 128 KiB of a message pass for nothing, at both ends of a cable.
+    while sum(took >= long for _, took in points) < _LONG_ONES and nbytes < _LONGEST_NBYTES and left():
+        nbytes *= 2
         points.append((nbytes, least(nbytes, 3)))
     (less, sooner), (more, later) = points[-2:] if len(points) > 1 else [(8, latency), *points]
     return latency, (more - less) / max(1e-9, later - sooner)
