@@ -24,13 +24,12 @@ def main() -> None:
     arrays = trainer.optimizer.per_rank()
     errors, residuals = comm.allgather(arrays["e_i"].astype(np.float64)), comm.allgather(arrays.get("plan.residual"))
     if comm.rank == 0:
-        with open_checkpoint(folder / f"step-{step:08d}") as saved:
-            old = range(saved.world_size)
-            then = np.mean([saved.per_rank("optimizer.e_i", rank).astype(np.float64) for rank in old], axis=0)
-            then = then + np.concatenate([saved.per_rank("optimizer.plan.residual", rank) for rank in old])
-            was = saved.world_size
+        saved = open_checkpoint(folder / f"step-{step:08d}")
+        old = range(saved.world_size)
+        then = np.mean([saved.per_rank("optimizer.e_i", rank).astype(np.float64) for rank in old], axis=0)
+        then = then + np.concatenate([saved.per_rank("optimizer.plan.residual", rank) for rank in old])
         now = np.mean(errors, axis=0) + np.concatenate(residuals)
-        print(json.dumps({"step": step, "ranks": was, "here": comm.size,
+        print(json.dumps({"step": step, "ranks": saved.world_size, "here": comm.size,
                           "lost": float(np.linalg.norm(now - then) / np.linalg.norm(then))}))
 
 
