@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mpi_ef.metrics import mean_metrics, print_metrics
     from mpi_ef.optim import (
         EF21,
+        MKOR,
         DistributedOptimizer,
         EControl,
         EF21Muon,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         Signum,
         ZeroOneAdam,
     )
+    from mpi_ef.precondition import Preconditioner
     from mpi_ef.runtime.stopper import Stopper
     from mpi_ef.shares import shard
     from mpi_ef.state.training import Training
@@ -55,8 +57,9 @@ find_moved()
 _HOME = {name: module for module, names in {
     "collectives": "advise allgather allreduce ClientsMean DenseMean GatherMean LowRankMean NodeMean plan_for TwoPhaseMean "
                    "use_gpu_aware_mpi",
-    "optim": "DistributedOptimizer EControl EF21 EF21Muon Lion LocalSteps OneBitAdam OneBitLamb PowerSGD Signum "
+    "optim": "DistributedOptimizer EControl EF21 EF21Muon Lion LocalSteps MKOR OneBitAdam OneBitLamb PowerSGD Signum "
              "ZeroOneAdam",
+    "precondition": "Preconditioner",
     "feedback": "ErrorFeedback",
     "ddp": "FeedbackHook",
     "devices": "local_device",
@@ -71,10 +74,10 @@ _HOME = {name: module for module, names in {
     "state.training": "Training",
 }.items() for name in names.split()}
 
-__all__ = ["EF21", "ClientsMean", "DenseMean", "DistributedOptimizer", "EControl", "EF21Muon", "ErrorFeedback",
+__all__ = ["EF21", "MKOR", "ClientsMean", "DenseMean", "DistributedOptimizer", "EControl", "EF21Muon", "ErrorFeedback",
            "FeedbackHook", "GatherMean", "Identity", "Lion", "LocalSteps", "LowRank", "LowRankMean", "MpiEfError",
-           "NodeMean", "OneBitAdam", "OneBitLamb", "PowerSGD", "Quantize", "RandK", "ShardedSampler", "Sign",
-           "Signum", "Stopper", "Store", "TopK", "Training", "TwoBits", "TwoPhaseMean", "Vote", "ZeroOneAdam",
+           "NodeMean", "OneBitAdam", "OneBitLamb", "PowerSGD", "Preconditioner", "Quantize", "RandK", "ShardedSampler",
+           "Sign", "Signum", "Stopper", "Store", "TopK", "Training", "TwoBits", "TwoPhaseMean", "Vote", "ZeroOneAdam",
            "advise", "allgather", "allreduce", "generator_for", "loader_context", "local_device", "mean_metrics",
            "open_checkpoint", "plan_for", "print_metrics", "random_state", "seed_rank", "set_random_state", "shard",
            "synchronize_buffers", "use_gpu_aware_mpi"]

@@ -31,7 +31,8 @@ OTHER = {
     "eta": [0.7], "beta": [0.7], "vote_beta1": [0.7], "vote_beta2": [0.7], "participation": [0.3], "smoothness": ["1,3"],
     "reply": [0.3], "whole": [0.3], "zeta": [3.0], "correction": [0.3], "compressor": [*choices.COMPRESSORS],
     "plan": ["my_plan:TrimmedMean(trim=0)"], "ratio": [0.3], "block": [64], "rank": [2], "freeze": [7], "local_steps": [7],
-    "exchange_every": [7], "decay": [0.7], "outer_lr": [0.7], "outer_momentum": [0.3], "fragments": [2], "late": [True],
+    "precondition": [*choices.PRECONDITIONS], "sides": ["inputs"], "precondition_every": [7], "statistics": ["bf16"],
+    "fallback": [0.3], "exchange_every": [7], "decay": [0.7], "outer_lr": [0.7], "outer_momentum": [0.3], "fragments": [2], "late": [True],
     "overlap": [True], "per_parameter": [True], "values": [*choices.VALUES], "dense_steps": [7], "weight_decay": [0.3],
     "clip": [0.3],
 }
@@ -43,6 +44,7 @@ CONTEXTS = {
     "vote": {"compressor": "vote", "rule": "lion", "optimizer": "sgd", **GRADIENT},
     **{f"rule {name}": {"rule": name, "compressor": "randk", "optimizer": "sgd", **GRADIENT} for name in choices.RULES},
     "rounds": {"exchange_every": 4},
+    "preconditioned": {"precondition": "blended"},
     "gpt": {"model": "gpt", "layers": 2},
     "cnn": {"model": "cnn"},
 }

@@ -37,7 +37,9 @@ ROOMS = {
     "metrics": ("errors comm", ""),
     "devices": ("errors comm", "torch mpi4py"),
     "shares": ("errors comm data", "torch"),
-    "optim": ("errors ranges statetree kernels comm compress collectives feedback vectors buffers", "numpy torch"),
+    "precondition": ("errors ranges statetree kernels comm compress collectives", "numpy torch"),
+    "optim": ("errors ranges statetree kernels comm compress collectives feedback vectors buffers precondition",
+              "numpy torch"),
     "ddp": ("errors statetree kernels comm compress collectives feedback vectors", "numpy torch"),
     "checkpoint": ("errors documents comm", "numpy h5py"),
     "state": ("errors documents comm statetree vectors data optim checkpoint", "numpy torch h5py"),
@@ -45,14 +47,15 @@ ROOMS = {
                      "torch accelerate transformers lightning"),
     "testing": ("errors comm compress collectives registry feedback optim", "numpy torch mpi4py pytest"),
     "__init__": ("errors moved runtime compress collectives feedback buffers data metrics shares devices optim ddp "
-                 "checkpoint state", ""),
+                 "precondition checkpoint state", ""),
     "jobs": ("__init__ errors documents ranges registry kernels comm devices runtime slurm compress collectives feedback "
              "checkpoint state", "numpy torch matplotlib mpi4py tensorboard"),
     "jobs.train": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback optim "
                    "checkpoint state jobs", "numpy torch sklearn"),
     "jobs.bench": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback "
                    "checkpoint jobs", "numpy torch mpi4py"),
-    "jobs.reproduce": ("errors documents moved registry comm runtime compress collectives feedback jobs", "numpy sklearn"),
+    "jobs.reproduce": ("__init__ errors documents moved registry comm runtime compress collectives feedback optim testing "
+                       "jobs jobs.train", "numpy torch sklearn"),
     "jobs.scale": ("errors documents compress collectives jobs", ""),
     "jobs.report": ("errors documents moved jobs jobs.train jobs.bench jobs.reproduce", "numpy"),
     "jobs.doctor": ("__init__ errors moved kernels comm runtime slurm compress collectives feedback data optim testing jobs "

@@ -13,7 +13,7 @@ from test_runs import somebody_in
 from mpi_ef.compress import TopK
 from mpi_ef.errors import DataError, DisagreementError
 from mpi_ef.jobs import figures
-from mpi_ef.jobs.reproduce import experiments
+from mpi_ef.jobs.reproduce import experiments, second_order
 from mpi_ef.jobs.reproduce import program as reproduce
 from mpi_ef.jobs.reproduce.libsvm import content_of, load_libsvm
 from mpi_ef.jobs.reproduce.outcome import ReproduceConfig
@@ -24,7 +24,8 @@ from mpi_ef.jobs.reproduce.simulate import Curve, descend
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name == "ef21-rare"))
-                                  for name, experiment in EXPERIMENTS.items() if "data" not in experiment.takes])
+                                  for name, experiment in EXPERIMENTS.items()
+                                  if "data" not in experiment.takes and name != "mkor"])  # which trains on the ranks it has
 def test_experiments_do_not_depend_on_the_number_of_ranks(name, tmp_path):
     seen = []
     for n in (1, 3):
@@ -37,6 +38,32 @@ def test_experiments_do_not_depend_on_the_number_of_ranks(name, tmp_path):
         assert rows
         assert all(np.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
     assert seen[0] == seen[1]
+
+
+def test_mkor_trains_and_says_what_is_reached(tmp_path, monkeypatch):
+    """Two short trainings, and the table as of made-up numbers for the others."""
+    made, options = {"val_loss": 2.0, "loss": 1.5, "sent_nbytes": 1000, "dense_nbytes": 9000, "statistics_nbytes": 10,
+                     "seconds_per_step": 0.01, "replicas_equal": True, "factors_equal": True,
+                     "path": [(1, 3.0, 0), (2, 1.5, 1000)]}, []
+
+    def train(comm, chosen, out):
+        options.append(chosen)
+        real = chosen["seed"] == 0 and (chosen["steps"], chosen.get("precondition")) == (2, "window") and len(options) < 16
+        return second_order.train(comm, chosen, out) if real else dict(made)
+
+    monkeypatch.setattr(second_order, "train", second_order._train, raising=False)
+    monkeypatch.setattr(second_order, "_train", train)
+    monkeypatch.setattr(second_order, "_TIMED", 5)
+    config = ReproduceConfig(out=tmp_path, steps=2)
+    virtual.results(2, lambda comm: reproduce.run(comm, "mkor", config))
+    table = (tmp_path / "mkor" / "table.txt").read_text()
+    assert "MISSED" in table
+    assert "reached" in table
+    assert (tmp_path / "mkor" / "mkor.png").read_bytes()[1:4] == b"PNG"
+    rows = [json.loads(line) for line in (tmp_path / "mkor" / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "parameters" in row]
+    assert trained
+    assert all(row["statistics_nbytes"] > 0 and np.isfinite(row["val_loss"]) for row in trained)
 
 
 NAMES = ("phishing", "mushrooms", "a9a", "w8a")

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,16 @@ PROOF = "table.txt"  # what only a finished experiment has
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment shows, the function of :mod:`.experiments` that runs it, and options that not all of them take."""
+    """What an experiment shows, the function that runs it, of a module here, and options that not all of them take."""
 
     text: str
     function: str
     takes: tuple[str, ...] = ()
+    module: str = "experiments"
 
     def run(self, comm: Comm, config: ReproduceConfig) -> Outcome:
         """Run it. Collective."""
-        from mpi_ef.jobs.reproduce import experiments
-
-        outcome: Outcome = getattr(experiments, self.function)(comm, config)
+        outcome: Outcome = getattr(import_module(f"mpi_ef.jobs.reproduce.{self.module}"), self.function)(comm, config)
         return outcome
 
 
@@ -52,6 +52,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "ef21-rare": Experiment("EF21 where features are rare, with larger step sizes (arXiv 2305.15264)", "rare"),
     "ef21-pp": Experiment("EF21-PP with 100 to 12.5 % of 20 clients (arXiv 2110.03294)", "participation", ("data",)),
     "ef21-bc": Experiment("EF21-BC: Top-2 up, Top-2 to everything down (arXiv 2110.03294)", "bidirectional", ("data",)),
+    "mkor": Experiment("MKOR's forms, Eva and K-FAC under AdamW, SGD, Top-1 % and EF21 (arXiv 2306.01685); half an hour on "
+                       "2 ranks", "mkor", module="second_order"),
 }
 
 

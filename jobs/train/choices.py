@@ -6,8 +6,8 @@ from typing import Any
 
 from mpi_ef.errors import ConfigError
 
-__all__ = ["CHOOSERS", "COMPRESSORS", "DECAY", "MODELS", "OPTIMIZERS", "PLACEMENTS", "RULES", "VALUES", "Only", "Takes",
-           "described", "earlier", "full_record", "kept", "owners", "resolve"]
+__all__ = ["CHOOSERS", "COMPRESSORS", "DECAY", "MODELS", "OPTIMIZERS", "PLACEMENTS", "PRECONDITIONS", "RULES", "VALUES",
+           "Only", "Takes", "described", "earlier", "full_record", "kept", "owners", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ MODELS: Mapping[str, Takes] = {
 }
 _ANY_RULE: Takes = {"placement": "update", "rule": "ef14", "compressor": "topk", "plan": Depends("that of the compressor"),
                     "dense_steps": 0}
-_UPDATES: Takes = {"exchange_every": 1, **_ANY_RULE}
+_UPDATES: Takes = {"precondition": "none", "exchange_every": 1, **_ANY_RULE}
 _GRADIENT: Takes = {"placement": Only("gradient"), "dense_steps": 0}
 _ONE_BIT: Takes = {"beta1": 0.9, "beta2": 0.99, "compressor": "sign", "freeze": 0}
 # Sparse feedback delays updates, and delay acts like momentum; dense updates need the usual one.
@@ -58,6 +58,10 @@ DECAY = Depends(f"0.1, or 0 with optimizer={', '.join(_COUPLED)}",
                 lambda chosen: 0.0 if chosen["optimizer"] in _COUPLED else 0.1)
 _FADING = Depends("1, or 0.95 with exchange_every above 1 and no outer_momentum",
                   lambda chosen: 0.95 if chosen.get("exchange_every", 1) > 1 and not chosen["outer_momentum"] else 1.0)
+_LEARNED: Takes = {"sides": "both", "precondition_every": 10, "statistics": "full", "fallback": 0.0}
+# All forms of mpi_ef.Preconditioner.
+PRECONDITIONS: Mapping[str, Takes] = {
+    "none": {}, **dict.fromkeys(("window", "exact", "blended", "eva", "kfac"), _LEARNED)}
 PLACEMENTS: Mapping[str, Takes] = {"update": {}, "gradient": {"overlap": False}}
 # All rules of mpi_ef.feedback.RULES. Options have its names, but where an optimizer has one of that name.
 RULES: Mapping[str, Takes] = {
@@ -101,6 +105,7 @@ _ROUNDS: Mapping[Any, Takes] = {
 CHOOSERS: Mapping[str, Mapping[Any, Takes]] = {
     "model": MODELS,
     "optimizer": OPTIMIZERS,
+    "precondition": PRECONDITIONS,
     "exchange_every": _ROUNDS,
     "placement": PLACEMENTS,
     "rule": RULES,

@@ -54,6 +54,13 @@ class TrainConfig(Checked):
     beta2: float | None = _for("beta2", "weight of the past in the variance, of Adam's kind; in the momentum of lion",
                                "[0, 1)")
     weight_decay: float | None = option(None, "of the optimizer", "[0, inf)", shown=choices_of.DECAY.text)
+    precondition: str | None = _for("precondition", "what gradients are multiplied by, learned from vectors that ranks "
+                                    "exchange; see docs/algorithms.md", choices=tuple(choices_of.PRECONDITIONS))
+    sides: str | None = _for("sides", "of layers, which learn", choices=("both", "inputs", "outputs"))
+    precondition_every: int | None = _for("precondition_every", "steps between two exchanges of these vectors", 1)
+    statistics: str | None = _for("statistics", "how these vectors travel", choices=("full", "bf16"))
+    fallback: float | None = _for("fallback", "go on without when progress is less than this share of the best; 0 never",
+                                  "[0, 1)")
     placement: str | None = _for("placement", "what is exchanged: the optimizer's update, or the gradient",
                                  choices=tuple(choices_of.PLACEMENTS))
     rule: str | None = _for("rule", "error-feedback rule, see docs/algorithms.md", choices=tuple(choices_of.RULES),

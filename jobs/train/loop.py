@@ -154,12 +154,12 @@ class Trainer:
             loss = self._backward(inputs, targets)
         else:
             loss = self.changes.gradient(self.steps, lambda: self._backward(inputs, targets), self._backward_all)
+        self.optimizer.note_loss(loss)
         self._clip()
         done = perf_counter()
         self._seconds["data"] += loaded - began
         self._seconds["compute"] += done - loaded
-        self._loss_sum += loss
-        self._loss_count += 1
+        self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
         began = perf_counter()
         self.optimizer.step()
         if self.steps == self.config.steps:

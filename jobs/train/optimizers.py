@@ -179,5 +179,9 @@ def _wrapped(chosen: Chosen, model: "nn.Module", comm: Comm) -> FlatOptimizer:
         names = ("decay", "outer_lr", "outer_momentum", "fragments", "late")
         return optim.LocalSteps(inner, comm, _compressor(chosen), every=chosen.exchange_every, plan=_plan(chosen),
                                 **{name: getattr(chosen, name) for name in names})
-    return optim.DistributedOptimizer(inner, comm, _compressor(chosen), placement=chosen.placement, rule=chosen.rule,
-                                      plan=_plan(chosen), **shared, **_rule_options(chosen))
+    shared |= {"placement": chosen.placement, "rule": chosen.rule, "plan": _plan(chosen), **_rule_options(chosen)}
+    if chosen.__dict__.get("precondition", "none") == "none":
+        return optim.DistributedOptimizer(inner, comm, _compressor(chosen), **shared)
+    return optim.MKOR(inner, comm, _compressor(chosen), model=model, form=chosen.precondition, sides=chosen.sides,
+                      every=chosen.precondition_every, fallback=chosen.fallback or None,
+                      statistics=None if chosen.statistics == "full" else Quantize(chosen.statistics), **shared)

@@ -107,6 +107,9 @@ def _check_rounds(chosen: Mapping[str, Any]) -> None:
     """Refuse what does not go with steps of every rank by itself."""
     if (every := chosen.get("exchange_every", 1)) == 1:
         return
+    if chosen.get("precondition", "none") != "none":
+        raise ConfigError(f"precondition={chosen['precondition']} learns in steps of all ranks together, exchange_every="
+                          f"{every} lets each take its own; leave one of them out")
     for name, value in (("placement", "update"), ("rule", "ef14"), ("dense_steps", 0)):
         if chosen[name] != value:
             raise ConfigError(f"exchange_every={every} exchanges what steps have led to, by ef14: {name}={chosen[name]} has "

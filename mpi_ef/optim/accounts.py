@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.optim import Optimizer
@@ -73,6 +74,9 @@ class Communicating(OnAllRanks, Optimizer, metaclass=SharedErrors):
     @abstractmethod
     def channels(self) -> Sequence[Channel]:
         """Return the rules and plans through which this optimizer exchanges now. Local."""
+
+    def note_loss(self, loss: Any) -> None:
+        """Take note of this rank's loss in this step, where the optimizer goes by it; a closure's by itself. Local."""
 
     @property
     def sent_nbytes(self) -> int:

@@ -57,8 +57,7 @@ class FlatOptimizer(Saved):
     _step_supports_amp_scaling = True  # GradScaler then leaves dividing and skipping to step()
 
     clip: float = 0.0
-    overlaps = _lends = False  # whether the gradients of a step may stay where they are
-    done = weighs = False  # of join
+    overlaps = _lends = done = weighs = False  # whether gradients of a step may stay where they are; of join
     weight = 1.0
 
     def _lay_out(self, comm: Comm, facts: Callable[[], Mapping[str, object]], model: object = None) -> None:
@@ -172,6 +171,7 @@ class FlatOptimizer(Saved):
             if closure is not None:
                 with torch.enable_grad():
                     losses.append(closure())
+                self.note_loss(losses[0])
             self._collect()
 
         self._step(self._ready(prepare))

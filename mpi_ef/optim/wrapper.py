@@ -222,7 +222,11 @@ class DistributedOptimizer(FlatOptimizer):
                 for name, value in state.items():
                     if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16):
                         state[name] = value.float()  # which was made or loaded in 16 bits, before wrapping for example
+            self._shape_gradients()
             self.optimizer.step()
+
+    def _shape_gradients(self) -> None:
+        """Change what the torch optimizer sees, in the parameters' ``grad``. Local."""
 
     def _stepping(self) -> Mask:
         """Return which parameters the torch optimizer moves in this step. Local."""
