@@ -32,7 +32,8 @@ OTHER = {
     "reply": [0.3], "whole": [0.3], "zeta": [3.0], "correction": [0.3], "compressor": [*choices.COMPRESSORS],
     "plan": ["my_plan:TrimmedMean(trim=0)"], "ratio": [0.3], "block": [64], "rank": [2], "freeze": [7], "local_steps": [7],
     "precondition": [*choices.PRECONDITIONS], "sides": ["inputs"], "precondition_every": [7], "statistics": ["bf16"],
-    "fallback": [0.3], "exchange_every": [7], "decay": [0.7], "outer_lr": [0.7], "outer_momentum": [0.3], "fragments": [2], "late": [True],
+    "fallback": [0.3], "exchange_every": [7], "decay": [0.7],
+    "outer_lr": [0.7], "outer_momentum": [0.3], "fragments": [2], "late": [True],
     "overlap": [True], "per_parameter": [True], "values": [*choices.VALUES], "dense_steps": [7], "weight_decay": [0.3],
     "clip": [0.3],
 }

@@ -53,7 +53,7 @@ def test_mkor_trains_and_says_what_is_reached(tmp_path, monkeypatch):
 
     monkeypatch.setattr(second_order, "train", second_order._train, raising=False)
     monkeypatch.setattr(second_order, "_train", train)
-    monkeypatch.setattr(second_order, "_TIMED", 5)
+    monkeypatch.setattr(second_order, "_TIMED", 7)
     config = ReproduceConfig(out=tmp_path, steps=2)
     virtual.results(2, lambda comm: reproduce.run(comm, "mkor", config))
     table = (tmp_path / "mkor" / "table.txt").read_text()

@@ -262,8 +262,8 @@ ANOTHER = {
     "beta": 0.3, "vote_beta1": 0.3, "vote_beta2": 0.3, "participation": 0.3, "smoothness": "1,2", "reply": 0.3, "zeta": 0.3,
     "correction": 0.3, "compressor": "sign", "plan": "TwoPhaseMean", "ratio": 0.3, "block": 64, "rank": 2, "freeze": 3,
     "local_steps": 3, "exchange_every": 3, "decay": 0.3, "outer_lr": 0.3, "outer_momentum": 0.3, "fragments": 2,
-    "late": True, "precondition": "window", "sides": "inputs", "precondition_every": 3, "statistics": "bf16", "fallback": 0.3,
-    "per_parameter": True, "values": "full", "dense_steps": 3,
+    "late": True, "precondition": "window", "sides": "inputs", "precondition_every": 3, "statistics": "bf16",
+    "fallback": 0.3, "per_parameter": True, "values": "full", "dense_steps": 3,
 }
 MAY_CHANGE = {"steps": 9, "batch": 5, "lr": 0.01, "warmup": 3, "clip": 0.5, "log_every": 3, "eval_every": 7, "keep": 2,
               "checkpoint_every": 3, "save_in_background": True}

@@ -27,10 +27,12 @@ from programs import PLANS, exchanges
 from vectors_for_tests import gaussian
 
 from mpi_ef import (
+    MKOR,
     DistributedOptimizer,
     ErrorFeedback,
     Identity,
     LowRank,
+    Preconditioner,
     Quantize,
     RandK,
     Sign,
@@ -477,6 +479,28 @@ def grad_scaler_skips_everywhere(folder):
     assert_same_everywhere(model.parameters())
 
 
+def preconditioned(folder):
+    """Between the backward pass of DDP and the step of any optimizer, on the same process group; as MKOR without DDP."""
+    comm, models = ProcessGroupComm(), [network(torch.float64) for _ in range(2)]
+    ddp = DDP(models[0], bucket_cap_mb=SMALL_BUCKETS)
+    watcher = Preconditioner(ddp, comm, every=3)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    mkor = MKOR(torch.optim.SGD(models[1].parameters(), lr=0.1), comm, Identity(), model=models[1], placement="gradient",
+                every=3)
+    for step in range(STEPS):
+        backward(ddp, step, torch.float64)
+        watcher.step()
+        optimizer.step()
+        backward(models[1], step, torch.float64)
+        mkor.step()
+    assert watcher.updates == mkor.updates == 3  # in steps 0, 1, 3
+    assert [row.part for row in watcher.layers] == ["both"] * 4
+    assert_same_everywhere(models[0].parameters())
+    for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    watcher.remove_hooks()
+
+
 def no_sync(folder):
     model, plain = (DDP(network(torch.float64), bucket_cap_mb=SMALL_BUCKETS) for _ in range(2))
     hook = WatchedHook(model, Identity(), rule="ef14")
@@ -638,7 +662,7 @@ def beside_a_part_of_the_world(folder):
 PROGRAMS = (same_plans_as_over_mpi, communicator, communicator_refuses, identity_is_ddp, ef21_trains, one_bucket,
             state_follows_parameters, residuals_follow_parameters, save_and_load,
             load_before_the_first_backward_keeps_the_invariant, loading_is_checked, loading_on_one_rank_only,
-            nan_on_one_rank, grad_scaler_skips_everywhere, no_sync, ways_of_ddp, refusals, part_of_the_world,
+            nan_on_one_rank, grad_scaler_skips_everywhere, preconditioned, no_sync, ways_of_ddp, refusals, part_of_the_world,
             beside_a_group_of_devices, beside_a_part_of_the_world)
 
 
