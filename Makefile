@@ -158,14 +158,16 @@ endef
 optimizers: $(VENV)/test $(READY)
 	$(call compare,adamw-dense,0.003 0.006 0.01,--optimizer adamw $(DENSE))
 	$(call compare,sgd-dense,0.1 0.3 1,--optimizer sgd --compressor identity --placement gradient)
-	$(call compare,adamw-topk,0.003 0.006 0.01,--optimizer adamw)
+	$(call compare,adamw-topk,0.003 0.006 0.01 0.02,--optimizer adamw)
 	$(call compare,adamw-sign,0.003 0.006 0.01,--optimizer adamw --compressor sign)
 	$(call compare,onebit-adam,0.003 0.006 0.01,--optimizer onebit-adam --freeze $(FREEZE))
 	$(call compare,zero-one-adam,0.0015 0.003 0.006,--optimizer zero-one-adam --freeze $(FREEZE))
 	$(call compare,onebit-lamb,0.005 0.01 0.02,--optimizer onebit-lamb --freeze $(FREEZE))
 	$(call compare,lion,0.0005 0.001 0.002,--optimizer lion)
 	$(call compare,signum,0.0005 0.001 0.002,--optimizer signum)
-	$(call compare,ef21-muon,0.01 0.02 0.04,--optimizer ef21-muon --ratio 0.1 --dense-steps 1 --clip 0)
+	$(call compare,ef21-muon,0.01 0.02 0.04 0.08,--optimizer ef21-muon --ratio 0.1 --dense-steps 1 --clip 0)
+	$(call compare,mkor-dense,0.003 0.006 0.01,--optimizer adamw --precondition window $(DENSE))
+	$(call compare,mkor-topk,0.003 0.006 0.01 0.02,--optimizer adamw --precondition window --statistics bf16)
 	$(call compare,powersgd,0.03 0.1 0.3,--optimizer powersgd --rank 4)
 	$(BIN)/mpi-ef report $(addprefix $(OUT)/optimizers/adamw-,dense-lr-0.006 dense-lr-0.003 dense-lr-0.01 topk-lr-0.006 sign-lr-0.006) \
 	    --panels bytes --plot docs/loss_against_bytes.png

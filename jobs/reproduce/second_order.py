@@ -67,9 +67,12 @@ def mkor(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     The numbers of the acceptance table are of two ranks and two seeds.
     """
     steps: Options = {"steps": config.steps} if config.steps else {}
-    found: Found = {name: {seed: _train(comm, {**options, **steps, "seed": seed}, config.out) for seed in _SEEDS}
-                    for name, options in (_runs() | _large()).items()}
-    table = [*_forms(found), "", *_acceptance(found, comm.Get_size()), "", *_times(), *_state_line()]
+    found: Found = {}
+    for name, options in (_runs() | _large()).items():
+        found[name] = {seed: _train(comm, {**options, **steps, "seed": seed}, config.out) for seed in _SEEDS}
+        if comm.Get_rank() == 0:
+            print(f"{name:28}validation loss {_mean(found, name):.4f}", flush=True)
+    table = [*_forms(found), "", *_acceptance(found, comm.Get_size()), *_alone(comm, config), *_times(), *_state_line()]
     rows = [{"panel": name.split()[0], "run": name, "seed": seed, **run} for name, seeds in found.items()
             for seed, run in seeds.items()]
     return Outcome(rows, "\n".join(table), lambda path: _draw(found, path))
@@ -241,6 +244,37 @@ def _times() -> list[str]:
             ("preconditioner and AdamW / descent of EF21-Muon", "<= 0.7", other))
     return [*(f"{text:72}{wanted:>12}{value:10.4f}  {_verdict(wanted, value)}" for text, wanted, value in rows),
             f"  ms of this process: {listed}"]
+
+
+def _alone(comm: MpiComm, config: ReproduceConfig) -> list[str]:
+    """Return how far a dense training on all ranks ends from one of this process with all their batches. Collective."""
+    from mpi_ef.jobs.train.config import TrainConfig, learning_rate
+    from mpi_ef.jobs.train.loop import Trainer
+    from mpi_ef.testing.virtual import results
+
+    options: Options = {**_runs()["mlp sgd exact 0.3"], "clip": 0.0} | ({"steps": config.steps} if config.steps else {})
+    asked, n, steps = TrainConfig(**options, out=config.out / "none"), comm.Get_size(), int(options["steps"])
+
+    def batches(rank: Any) -> list[Any]:
+        trainer = Trainer(rank, asked)
+        return [trainer.next_batch() for _ in range(steps)]
+
+    def program(one: Any) -> float:
+        trainer = Trainer(one, asked)
+        for step in range(steps):
+            for group in trainer.optimizer.param_groups:
+                group["lr"] = learning_rate(asked, step + 1)
+            trainer.optimizer.zero_grad()
+            for seen in of_ranks:
+                trainer.backward(*seen[step], 1 / n)
+            trainer.optimizer.step()
+        return float(trainer.row(evaluate=True)["val_loss"])
+
+    together = float(_train(comm, options, config.out)["val_loss"])
+    of_ranks = results(n, batches, virtual=True)
+    away = abs(together - results(1, program, virtual=True)[0])
+    return [f"{'digits, exact, dense: validation loss of all ranks - of one process':72}{'<= 5e-5':>12}{away:10.1e}  "
+            f"{_verdict('<= 5e-5', away)}"]
 
 
 def _state_line() -> list[str]:

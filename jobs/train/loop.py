@@ -146,14 +146,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.steps)
         began = perf_counter()
-        indices = self._next()
-        inputs, targets = self._there(self.data.batch(indices, self.epoch))
+        inputs, targets = self.next_batch()
         loaded = perf_counter()
         self.optimizer.zero_grad()
         if self.changes is None:
-            loss = self._backward(inputs, targets)
+            loss = self.backward(inputs, targets)
         else:
-            loss = self.changes.gradient(self.steps, lambda: self._backward(inputs, targets), self._backward_all)
+            loss = self.changes.gradient(self.steps, lambda: self.backward(inputs, targets), self._backward_all)
         self.optimizer.note_loss(loss)
         self._clip()
         done = perf_counter()
@@ -166,7 +165,7 @@ class Trainer:
             self.optimizer.synchronize()
         self._seconds["optimizer"] += perf_counter() - began
 
-    def _backward(self, inputs: "Tensor", targets: "Tensor", share: float = 1.0) -> float:
+    def backward(self, inputs: "Tensor", targets: "Tensor", share: float = 1.0) -> float:
         """Add the gradient of a share of the mean loss over a batch; return that. Local."""
         loss = share * self._loss_of(self.model(inputs), targets)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -175,7 +174,7 @@ class Trainer:
     def _backward_all(self) -> float:
         """Add the gradient of the mean loss over all samples of this rank; return that. Local."""
         parts = [self._own[start : start + _EVALUATION_BATCH] for start in range(0, self._own.size, _EVALUATION_BATCH)]
-        return sum(self._backward(*self._there(self.data.batch(part, self.epoch)), part.size / self._own.size)
+        return sum(self.backward(*self._there(self.data.batch(part, self.epoch)), part.size / self._own.size)
                    for part in parts)
 
     def _settle(self) -> None:
@@ -194,6 +193,11 @@ class Trainer:
         """Return inputs and targets where the model is. Local."""
         inputs, targets = batch
         return inputs.to(self.device), targets.to(self.device)
+
+    def next_batch(self) -> "tuple[Tensor, Tensor]":
+        """Return the next inputs and targets of this rank, where the model is. Local."""
+        indices = self._next()
+        return self._there(self.data.batch(indices, self.epoch))
 
     def _next(self) -> "np.ndarray":
         self.epoch, indices = next(self._batches)
