@@ -374,6 +374,26 @@ def calls_of_a_step(n, node):
     return virtual.results(n, program)[0]
 
 
+@pytest.mark.parametrize("plan", ["NodeMean", "NodeMean(inner='TwoPhaseMean')", "GatherMean", "DenseMean"])
+def test_an_optimizer_counts_what_crosses_the_link_of_a_node(plan):
+    """In steps of compressed messages that of its plan, though ranks of a node send each other whole vectors here."""
+
+    def program(comm):
+        net = net_of()
+        compressor = Identity() if plan == "DenseMean" else TopK(0.1)
+        optimizer = DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), comm, compressor, plan=plan)
+        for step in range(5):
+            optimizer.zero_grad()
+            loss_of(net, comm.Get_rank(), step).backward()
+            optimizer.step()
+        crossed = optimizer.crossed_nbytes(optimizer.sent_nbytes)
+        assert crossed == 5 * optimizer.means()[0].link_traffic.nbytes > 0
+        sent = optimizer.sent_nbytes + 600
+        assert optimizer.crossed_nbytes(sent) == crossed + optimizer.means()[0].nodes.crossing(0, 600)
+
+    virtual.results(6, program, ranks_per_node=3)
+
+
 def test_a_step_does_not_do_more_in_python_on_more_ranks():
     few = calls_of_a_step(8, 4)
     assert few == calls_of_a_step(64, 32)

@@ -217,7 +217,7 @@ class Trainer:
         self._loss_sum, self._loss_count = 0.0, 0
         row = {"step": self.steps, "epoch": self.epoch, "lr": learning_rate(self.config, self.steps),
                "loss": self._loss, "val_loss": None, "val_accuracy": None,
-               "sent_nbytes": self._sent(), "link_nbytes": self._crossed(),
+               "sent_nbytes": self._sent(), "link_nbytes": self.optimizer.crossed_nbytes(self._sent()),
                "dense_nbytes": self.steps * self.optimizer.dense_nbytes,
                **self._diagnosis()}
         if evaluate:
@@ -233,15 +233,6 @@ class Trainer:
 
     def _sent(self) -> int:
         return self._earlier_sent + self.optimizer.sent_nbytes
-
-    def _crossed(self) -> int:
-        """Return how much has come over the link of a node; what has not gone through plans, as dense means. Local."""
-        rest, crossed = self._sent(), 0
-        for plan in self.optimizer.means():
-            if each := plan.traffic.sent_nbytes:
-                crossed += plan.sent_nbytes * plan.link_traffic.nbytes // each
-                rest -= plan.sent_nbytes
-        return crossed + self.optimizer.means()[0].nodes.crossing(0, max(0, rest))
 
     def _spent(self) -> dict[str, float]:
         """Return the seconds of this rank by phase, and of all, those before an interruption included. Local."""

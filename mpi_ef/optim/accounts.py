@@ -12,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from mpi_ef.collectives import Plan
 from mpi_ef.comm.consensus import OnAllRanks, SharedErrors
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.feedback import ErrorFeedback, NodeFeedback
 from mpi_ef.vectors import FlatParameters
 
 __all__ = ["BucketReport", "Channel", "Communicating"]
@@ -110,6 +110,23 @@ class Communicating(OnAllRanks, Optimizer, metaclass=SharedErrors):
         """``||x - C(x)||^2 / ||x||^2`` of this rank's last watched step, mean over its exchanges; None in a dense one."""
         seen = [plan.lost for plan in self.plans() if plan.lost is not None]
         return sum(seen) / len(seen) if seen else None
+
+    def crossed_nbytes(self, sent_nbytes: int) -> int:
+        """Return how much has come over the link of a node, each way, when so many bytes have left this rank. Local.
+
+        What has not gone through plans counts as dense means; what ranks of a node with :class:`NodeMean` tell each other,
+        whole vectors where they share no memory, as nothing.
+        """
+        crossed = 0
+        for channel, plan in zip(self.channels(), self.means(), strict=True):
+            if isinstance(channel, NodeFeedback):
+                through, each, all_of_it = channel.between_nbytes, channel.plan.traffic.sent_nbytes, channel.sent_nbytes
+            else:
+                through, each, all_of_it = plan.sent_nbytes, plan.traffic.sent_nbytes, plan.sent_nbytes
+            if each:
+                crossed += through * plan.link_traffic.nbytes // each
+                sent_nbytes -= all_of_it
+        return crossed + self.means()[0].nodes.crossing(0, max(0, sent_nbytes))
 
     @property
     def dense_nbytes(self) -> int:

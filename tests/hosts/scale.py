@@ -206,7 +206,7 @@ ROWS: dict[str, list[Row]] = {
         ("32 in 4 nodes / gathered", "<= 1.01", losses_over("32 in 4 nodes", "32 gathered")),
         ("16 in 4 nodes, two-phase, reply k / gathered", "<= 1.01", losses_over("16 in 4 nodes, reply k", "16 gathered")),
         ("16 in 4 nodes, two-phase, int8, reply 2k / gathered", "<= 1.01", losses_over(EXACT, "16 gathered")),
-        ("the same: bytes of a link", "<= 0.143", links_over(EXACT, "16 gathered")),
+        ("the same: bytes of a link, 2e6 entries", "<= 0.143", links_over(EXACT, "16 gathered")),
         ("8 through owners / gathered", "<= 1.02", losses_over("8 through owners", "8 gathered")),
         ("32 through owners / gathered", "<= 1.02", losses_over("32 through owners", "32 gathered")),
     ],
