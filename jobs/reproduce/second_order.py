@@ -252,10 +252,11 @@ def _alone(comm: MpiComm, config: ReproduceConfig) -> list[str]:
     from mpi_ef.jobs.train.loop import Trainer
     from mpi_ef.testing.virtual import results
 
-    options: Options = {**_runs()["mlp sgd exact 0.3"], "clip": 0.0} | ({"steps": config.steps} if config.steps else {})
+    steps_of: Options = {"steps": config.steps} if config.steps else {}
+    options: Options = {**_runs()["mlp sgd exact 0.3"], **steps_of, "clip": 0.0, "seed": 0}
     asked, n, steps = TrainConfig(**options, out=config.out / "none"), comm.Get_size(), int(options["steps"])
 
-    def batches(rank: Any) -> list[Any]:
+    def batches(rank: Any) -> list[tuple[Any, Any]]:
         trainer = Trainer(rank, asked)
         return [trainer.next_batch() for _ in range(steps)]
 
@@ -265,16 +266,16 @@ def _alone(comm: MpiComm, config: ReproduceConfig) -> list[str]:
             for group in trainer.optimizer.param_groups:
                 group["lr"] = learning_rate(asked, step + 1)
             trainer.optimizer.zero_grad()
-            for seen in of_ranks:
-                trainer.backward(*seen[step], 1 / n)
+            for inputs, targets in [seen[step] for seen in of_ranks]:
+                trainer.backward(inputs, targets, 1 / n)
             trainer.optimizer.step()
         return float(trainer.row(evaluate=True)["val_loss"])
 
     together = float(_train(comm, options, config.out)["val_loss"])
     of_ranks = results(n, batches, virtual=True)
     away = abs(together - results(1, program, virtual=True)[0])
-    return [f"{'digits, exact, dense: validation loss of all ranks - of one process':72}{'<= 5e-5':>12}{away:10.1e}  "
-            f"{_verdict('<= 5e-5', away)}"]
+    text = f"{'digits, exact, dense: validation loss of all ranks - of one process':72}{'<= 5e-5':>12}{away:10.1e}"
+    return [f"{text}  {_verdict('<= 5e-5', away)}"]
 
 
 def _state_line() -> list[str]:
