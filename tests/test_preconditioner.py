@@ -10,6 +10,7 @@ import torch
 import virtual
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from training import seeded
 
@@ -492,6 +493,31 @@ def test_without_rescaling_gradients_do_not_grow(form):
             before = model[0].weight.grad.norm() ** 2 + model[0].bias.grad.norm() ** 2
             watcher.step()
             assert model[0].weight.grad.norm() ** 2 + model[0].bias.grad.norm() ** 2 <= before * (1 + 1e-6)
+
+    alone(program)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_of_equal_shape_are_one_product(form):
+    """As many operations for sixteen as for two."""
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Count.calls += not str(function).startswith(("aten.detach", "aten.view"))
+            return function(*args, **(kwargs or {}))
+
+    def program(comm):
+        counts = []
+        for layers in (2, 16):
+            model = seeded(nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))))
+            watcher, Count.calls = watching(model, comm, form=form), 0
+            backward(model, normal(6, 4))
+            watcher.step()
+            with Count():
+                watcher.precondition()
+            counts.append(Count.calls)
+        assert counts[0] == counts[1] > 0
 
     alone(program)
 

@@ -17,13 +17,14 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 BLOCKS = FENCED.findall(TEXT)
 TRAINING = FENCED.findall((ROOT / "docs" / "training.md").read_text(encoding="utf-8"))
+RULES = FENCED.findall((ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8"))
 DEVICES = FENCED.findall((ROOT / "docs" / "gpu.md").read_text(encoding="utf-8"))
 KINDS = {"python", "diff", "console", "text"}
 
 
 def programs():
     """The Python blocks as they are, and the diffs as the script that they lead to; not those for torchrun."""
-    for kind, body in BLOCKS + TRAINING + DEVICES:
+    for kind, body in BLOCKS + TRAINING + RULES + DEVICES:
         if kind == "python" and "mpi4py" in body:
             yield body
         elif kind == "diff":
