@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from programs import trained
 
 import mpi_ef
+from mpi_ef.collectives.chosen import BY_WORD, plan_for
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, LaunchError, PeerError
 from mpi_ef.jobs import cli
 from mpi_ef.jobs.bench import program as bench
@@ -353,6 +354,14 @@ def test_training_on_virtual_ranks(tmp_path, model):
     assert json.loads((config.out / "summary.json").read_text())["val_loss"] == rows[-1]["val_loss"]
     again = parse(TrainConfig, ["--config", str(config.out / "config.toml")], prog="", description="")
     assert again == replace(config.resolved(), data=one["config"]["data"])
+
+
+@pytest.mark.parametrize(("plan", "label"), [("NodeMean(node=1, inner='TwoPhaseMean')", "NodeMean of TwoPhaseMean"),
+                                             ("auto", "GatherMean")])
+def test_the_plan_that_is_taken_is_named(tmp_path, capsys, monkeypatch, plan, label):
+    monkeypatch.setitem(BY_WORD, "auto", plan_for)  # which says it of a run that measures, too
+    trained(2, TrainConfig(model="mlp", steps=2, batch=8, plan=plan, out=tmp_path / "run"))
+    assert f"); {label}" in capsys.readouterr().out
 
 
 class _PerRank(threading.local):

@@ -278,6 +278,8 @@ def test_a_plan_is_what_builds_it_or_a_specification(text, builder, kind):
     ("TwoPhaseMean(reply=3)", "TwoPhaseMean: reply=3 is no compressor; pass for example TopK"),
     ("TwoPhaseMean(combine='median')", "TwoPhaseMean: combine='median' is no Combine; pass an object"),
     ("GatherMean(combine=3)", "GatherMean: combine=3 is no Combine; pass an object"),
+    ("ClientsMean", "'ClientsMean': ClientsMean: missing a required argument: 'clients'"),
+    ("Auto", "there is no plan 'Auto'; did you mean auto?"),
     ("ClientsMean(clients='3')", "ClientsMean: clients='3' on 3 ranks"),
     ("ClientsMean(clients=3, weights=('a', 1, 1))", "ClientsMean: weights=.*; pass one finite number a client"),
 ])

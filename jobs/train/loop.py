@@ -110,14 +110,14 @@ class Trainer:
         """Return a line about the model, its data and the bytes of a step. Local."""
         plans, dense = self.optimizer.means(), in_bytes(self.optimizer.dense_nbytes)
         sent, links = in_bytes(sum(plan.traffic.sent_nbytes for plan in plans)), [plan.link_traffic for plan in plans]
-        every, of_node = self.config.exchange_every or 1, ""
+        every, rest = self.config.exchange_every or 1, f"; {plans[0].label}"
         if plans[0].nodes.count > 1:
-            of_node = (f"; {in_bytes(sum(link.nbytes for link in links))} each way over the link of one of "
-                       f"{plans[0].nodes.count} nodes (dense: {in_bytes(sum(link.dense_nbytes for link in links))})")
+            rest += (f"; {in_bytes(sum(link.nbytes for link in links))} each way over the link of one of "
+                     f"{plans[0].nodes.count} nodes (dense: {in_bytes(sum(link.dense_nbytes for link in links))})")
         when = "step" if every == 1 else f"{every} steps"
         return (f"{self.config.model}: {self.optimizer.flat.d:,} parameters on {counted(self.comm.Get_size(), 'rank')}, "
                 f"{self.data.size:,} training samples; {self.config.optimizer}, {plans[0].compressor}: {sent} per {when} "
-                f"and rank when compressed (dense: {dense}{'' if every == 1 else ' per step'}){of_node}")
+                f"and rank when compressed (dense: {dense}{'' if every == 1 else ' per step'}){rest}")
 
     @property
     def columns(self) -> list[str]:
