@@ -21,10 +21,10 @@ from mpi_ef.feedback import ErrorFeedback, NodeFeedback
 from mpi_ef.jobs.device import described, device_for, move_to
 from mpi_ef.jobs.metrics import in_bytes
 from mpi_ef.jobs.train import choices, models
+from mpi_ef.jobs.train.advised import built
 from mpi_ef.jobs.train.changes import Changes
 from mpi_ef.jobs.train.config import PHASES, TrainConfig, learning_rate
 from mpi_ef.jobs.train.datasets import Dataset, Digits, Loss, Text, batches, own_problem, shard
-from mpi_ef.jobs.train.optimizers import build_optimizer
 from mpi_ef.jobs.train.settings import CHANGES, SPECIFIED, rule_in
 from mpi_ef.kernels import machine_code
 from mpi_ef.kernels.backend import backend_of
@@ -92,7 +92,7 @@ class Trainer:
         move_to(self.model, self.device, comm, "train")  # drawn on the CPU: the same numbers everywhere
         if config.gpu_aware_mpi:
             use_gpu_aware_mpi(comm, self.device)
-        self.optimizer = build_optimizer(config, self.model, comm)
+        self.optimizer, self.config = built(comm, config, self.model)
         self.devices = described(comm, self.device, self.optimizer.flat.device)
         self.changes: Changes | None = None
         if rule_in(config.rule) in CHANGES:
@@ -319,8 +319,8 @@ class Trainer:
         if self._asked.weight_decay is None:  # as well; the default was another one once
             now["weight_decay"] = then["weight_decay"]
             self.config = replace(self.config, weight_decay=then["weight_decay"])
-        if self._asked.whole is None:
-            then["whole"] = now.get("whole")
+        then["whole"] = now.get("whole") if self._asked.whole is None else then.get("whole")
+        then["plan"] = now.get("plan") if self._asked.plan == "auto" else then.get("plan")  # its state is loaded
         lost = _differences(then, {name: now.get(name) for name in sorted(choices.kept())})
         if lost:
             raise everywhere(ConfigError(f"resume: {lost[0]}; a run goes on with the model, data and optimizer that "

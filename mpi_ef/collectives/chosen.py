@@ -55,7 +55,7 @@ def plan_named(text: str) -> Callable[[Comm, Compressor, int, Any], Plan]:
         raise OptionError(f"there is no plan {briefly(text)}; did you mean {text.lower()}?")
     what = registry.specified("plan", text)
     bare = isclass(what.thing) and issubclass(what.thing, Plan) and not (what.arguments or what.options)
-    if bare and what.thing.suited.__func__ is not Plan.suited.__func__:  # it takes other arguments
+    if bare and what.thing.suited.__qualname__ != Plan.suited.__qualname__:  # which knows what it is built with
         return partial(what.thing.suited, residual=True)
     registry.fitting(what, text, None, None, 0, np.float32)
     if bare:
