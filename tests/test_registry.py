@@ -27,7 +27,7 @@ from vectors_for_tests import gaussian
 from mpi_ef import errors, registry
 from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, plan_for
 from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
-from mpi_ef.errors import ConfigError, OptionError, PeerError
+from mpi_ef.errors import ConfigError, OptionError, PeerError, nearest
 from mpi_ef.feedback import RULES, ErrorFeedback
 from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train.config import TrainConfig
@@ -118,6 +118,13 @@ def test_what_is_wrong_is_said_in_one_line(kind, text, words):
     with pytest.raises(OptionError, match=words) as told:
         registry.built(kind, text) if kind == "compressor" else registry.specified(kind, text)
     assert "\n" not in str(told.value)
+
+
+def test_the_beginning_of_a_name_leads_to_it():
+    options = ["--link", "--ranks-per-node", "--ratio"]
+    assert nearest("--ranks", options) == "did you mean --ranks-per-node?"
+    assert nearest("--raito", options) == "did you mean --ratio?"
+    assert nearest("--", options, "none") == "none"
 
 
 def test_names_are_all_there_is():
