@@ -131,9 +131,13 @@ def counted(count: int, noun: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """Return ``"did you mean X?"`` for the known word that is most like another one; `otherwise` where none is. Local."""
+    """Return ``"did you mean X?"`` for the known word that is most like another one; `otherwise` where none is. Local.
+
+    The one that begins with it, where that is one alone and it has four letters or more.
+    """
     lower = {name.lower(): name for name in known}
-    close = get_close_matches(word.lower(), lower, n=1)
+    longer = [name for name in lower if name.startswith(word.lower())] if len(word) > 3 else []
+    close = longer if len(longer) == 1 else get_close_matches(word.lower(), lower, n=1)
     return f"did you mean {lower[close[0]]}?" if close else otherwise
 
 

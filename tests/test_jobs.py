@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import tomllib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,8 @@ from hypothesis import strategies as st
 from programs import trained
 
 import mpi_ef
+from mpi_ef.collectives import GatherMean, TwoPhaseMean
+from mpi_ef.collectives.chosen import BY_WORD, plan_for
 from mpi_ef.errors import ConfigError, DataError, DisagreementError, LaunchError, PeerError
 from mpi_ef.jobs import cli
 from mpi_ef.jobs.bench import program as bench
@@ -353,6 +356,30 @@ def test_training_on_virtual_ranks(tmp_path, model):
     assert json.loads((config.out / "summary.json").read_text())["val_loss"] == rows[-1]["val_loss"]
     again = parse(TrainConfig, ["--config", str(config.out / "config.toml")], prog="", description="")
     assert again == replace(config.resolved(), data=one["config"]["data"])
+
+
+@pytest.mark.parametrize(("plan", "label"), [("NodeMean(node=1, inner='TwoPhaseMean')", "NodeMean of TwoPhaseMean"),
+                                             ("auto", "GatherMean")])
+def test_the_plan_that_is_taken_is_named(tmp_path, capsys, monkeypatch, plan, label):
+    monkeypatch.setitem(BY_WORD, "auto", plan_for)  # which says it of a run that measures, too
+    trained(2, TrainConfig(model="mlp", steps=2, batch=8, plan=plan, out=tmp_path / "run"))
+    assert f"); {label}" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_the_plan_that_was_taken(tmp_path, monkeypatch):
+    """Though another one is the fastest by now; one that may redistribute takes that, and by its name it is the same run."""
+    options = {"model": "mlp", "batch": 8, "checkpoint_every": 2, "keep": 1}
+
+    def run(folder, fastest, plan="auto", *, steps, **more):
+        monkeypatch.setitem(BY_WORD, "auto", fastest)
+        trained(2, TrainConfig(**options, plan=plan, steps=4, out=tmp_path / folder, stop_after=steps, **more))
+        return tomllib.loads((tmp_path / folder / "config.toml").read_text())["plan"]
+
+    for folder, go_on, plan in [("one", {"resume": "exact"}, "GatherMean"),
+                                ("two", {"resume": "redistribute"}, "TwoPhaseMean"),
+                                ("named", {"plan": "GatherMean", "resume": "exact"}, "GatherMean")]:
+        assert run(folder, GatherMean, steps=2) == "GatherMean"
+        assert run(folder, TwoPhaseMean, steps=0, **go_on) == plan
 
 
 class _PerRank(threading.local):

@@ -248,6 +248,8 @@ def test_a_rank_in_another_step_is_told():
     ({"node": "two"}, "node='two'; pass how many ranks a node has"),
     ({"node": 2, "inner": "Gather"}, "there is no plan 'Gather'"),
     ({"node": 2, "inner": "ClientsMean(clients=8)"}, "inner=ClientsMean has .* pass a plan for one of"),
+    ({"node": 2, "inner": "NodeMean"}, "inner=NodeMean is a plan of nodes, too; take GatherMean"),
+    ({"node": 2, "inner": "ClientsMean"}, "'ClientsMean': ClientsMean: missing a required argument: 'clients'"),
 ])
 def test_what_cannot_be_built_is_said_on_all_ranks(options, words):
     def program(comm):

@@ -27,7 +27,7 @@ from vectors_for_tests import gaussian
 from mpi_ef import errors, registry
 from mpi_ef.collectives import DenseMean, GatherMean, TwoPhaseMean, plan_for
 from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, Vote
-from mpi_ef.errors import ConfigError, OptionError, PeerError
+from mpi_ef.errors import ConfigError, OptionError, PeerError, nearest
 from mpi_ef.feedback import RULES, ErrorFeedback
 from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train.config import TrainConfig
@@ -118,6 +118,13 @@ def test_what_is_wrong_is_said_in_one_line(kind, text, words):
     with pytest.raises(OptionError, match=words) as told:
         registry.built(kind, text) if kind == "compressor" else registry.specified(kind, text)
     assert "\n" not in str(told.value)
+
+
+def test_the_beginning_of_a_name_leads_to_it():
+    options = ["--link", "--ranks-per-node", "--ratio"]
+    assert nearest("--ranks", options) == "did you mean --ranks-per-node?"
+    assert nearest("--raito", options) == "did you mean --ratio?"
+    assert nearest("--", options, "none") == "none"
 
 
 def test_names_are_all_there_is():
@@ -278,6 +285,8 @@ def test_a_plan_is_what_builds_it_or_a_specification(text, builder, kind):
     ("TwoPhaseMean(reply=3)", "TwoPhaseMean: reply=3 is no compressor; pass for example TopK"),
     ("TwoPhaseMean(combine='median')", "TwoPhaseMean: combine='median' is no Combine; pass an object"),
     ("GatherMean(combine=3)", "GatherMean: combine=3 is no Combine; pass an object"),
+    ("ClientsMean", "'ClientsMean': ClientsMean: missing a required argument: 'clients'"),
+    ("Auto", "there is no plan 'Auto'; did you mean auto?"),
     ("ClientsMean(clients='3')", "ClientsMean: clients='3' on 3 ranks"),
     ("ClientsMean(clients=3, weights=('a', 1, 1))", "ClientsMean: weights=.*; pass one finite number a client"),
 ])

@@ -21,10 +21,10 @@ from mpi_ef.feedback import ErrorFeedback, NodeFeedback
 from mpi_ef.jobs.device import described, device_for, move_to
 from mpi_ef.jobs.metrics import in_bytes
 from mpi_ef.jobs.train import choices, models
+from mpi_ef.jobs.train.advised import built
 from mpi_ef.jobs.train.changes import Changes
 from mpi_ef.jobs.train.config import PHASES, TrainConfig, learning_rate
 from mpi_ef.jobs.train.datasets import Dataset, Digits, Loss, Text, batches, own_problem, shard
-from mpi_ef.jobs.train.optimizers import build_optimizer
 from mpi_ef.jobs.train.settings import CHANGES, SPECIFIED, rule_in
 from mpi_ef.kernels import machine_code
 from mpi_ef.kernels.backend import backend_of
@@ -92,7 +92,7 @@ class Trainer:
         move_to(self.model, self.device, comm, "train")  # drawn on the CPU: the same numbers everywhere
         if config.gpu_aware_mpi:
             use_gpu_aware_mpi(comm, self.device)
-        self.optimizer = build_optimizer(config, self.model, comm)
+        self.optimizer, self.config = built(comm, config, self.model)
         self.devices = described(comm, self.device, self.optimizer.flat.device)
         self.changes: Changes | None = None
         if rule_in(config.rule) in CHANGES:
@@ -110,14 +110,14 @@ class Trainer:
         """Return a line about the model, its data and the bytes of a step. Local."""
         plans, dense = self.optimizer.means(), in_bytes(self.optimizer.dense_nbytes)
         sent, links = in_bytes(sum(plan.traffic.sent_nbytes for plan in plans)), [plan.link_traffic for plan in plans]
-        every, of_node = self.config.exchange_every or 1, ""
+        every, rest = self.config.exchange_every or 1, f"; {plans[0].label}"
         if plans[0].nodes.count > 1:
-            of_node = (f"; {in_bytes(sum(link.nbytes for link in links))} each way over the link of one of "
-                       f"{plans[0].nodes.count} nodes (dense: {in_bytes(sum(link.dense_nbytes for link in links))})")
+            rest += (f"; {in_bytes(sum(link.nbytes for link in links))} each way over the link of one of "
+                     f"{plans[0].nodes.count} nodes (dense: {in_bytes(sum(link.dense_nbytes for link in links))})")
         when = "step" if every == 1 else f"{every} steps"
         return (f"{self.config.model}: {self.optimizer.flat.d:,} parameters on {counted(self.comm.Get_size(), 'rank')}, "
                 f"{self.data.size:,} training samples; {self.config.optimizer}, {plans[0].compressor}: {sent} per {when} "
-                f"and rank when compressed (dense: {dense}{'' if every == 1 else ' per step'}){of_node}")
+                f"and rank when compressed (dense: {dense}{'' if every == 1 else ' per step'}){rest}")
 
     @property
     def columns(self) -> list[str]:
@@ -314,8 +314,8 @@ class Trainer:
         if self._asked.weight_decay is None:  # as well; the default was another one once
             now["weight_decay"] = then["weight_decay"]
             self.config = replace(self.config, weight_decay=then["weight_decay"])
-        if self._asked.whole is None:
-            then["whole"] = now.get("whole")
+        then["whole"] = now.get("whole") if self._asked.whole is None else then.get("whole")
+        then["plan"] = now.get("plan") if self._asked.plan == "auto" else then.get("plan")  # its state is loaded
         lost = _differences(then, {name: now.get(name) for name in sorted(choices.kept())})
         if lost:
             raise everywhere(ConfigError(f"resume: {lost[0]}; a run goes on with the model, data and optimizer that "

@@ -51,10 +51,15 @@ def plan_named(text: str) -> Callable[[Comm, Compressor, int, Any], Plan]:
     """
     if text in BY_WORD:
         return BY_WORD[text]
+    if text.lower() in BY_WORD:
+        raise OptionError(f"there is no plan {briefly(text)}; did you mean {text.lower()}?")
     what = registry.specified("plan", text)
-    if isclass(what.thing) and issubclass(what.thing, Plan) and not (what.arguments or what.options):
+    bare = isclass(what.thing) and issubclass(what.thing, Plan) and not (what.arguments or what.options)
+    if bare and what.thing.suited.__qualname__ != Plan.suited.__qualname__:  # which knows what it is built with
         return partial(what.thing.suited, residual=True)
     registry.fitting(what, text, None, None, 0, np.float32)
+    if bare:
+        return partial(what.thing.suited, residual=True)
     return lambda comm, compressor, d, dtype, **where: what.thing(comm, compressor, d, dtype, *what.arguments,
                                                                   **what.options, **where)
 

@@ -104,6 +104,9 @@ class NodeMean(Plan):
         def facts() -> dict[str, object]:
             if problem is not None:
                 raise problem
+            if isinstance(self.inner, NodeMean):
+                raise OptionError(f"{subject}: inner={type(self.inner).__name__} is a plan of nodes, too; take GatherMean, "
+                                  "TwoPhaseMean or DenseMean, between nodes")
             if self.inner.own != 1 or self.inner.d != size:
                 raise OptionError(f"{subject}: inner={type(self.inner).__name__} has {self.inner.own} vectors of "
                                   f"{self.inner.d} entries; pass a plan for one of {size}")
@@ -231,6 +234,11 @@ class NodeMean(Plan):
     def alpha(self) -> float:
         """Contraction constant of the inner plan: the least over the rails, the same on all ranks."""
         return self._alpha
+
+    @property
+    def label(self) -> str:
+        """See :attr:`Plan.label`."""
+        return f"{super().label} of {self._carrier.label}"
 
     @property
     def between(self) -> Traffic:

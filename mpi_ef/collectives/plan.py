@@ -208,6 +208,11 @@ class Plan(OnAllRanks, Accounted, metaclass=SharedErrors):
         with self._decoding:
             self.decode(self._kernels.array(out), scale, overwrite=True)
 
+    @property
+    def label(self) -> str:
+        """What reports call it: the name of its class, of nodes with that of the plan between them."""
+        return type(self).__name__
+
     def zeros(self, size: int, dtype: DTypeLike | None = None) -> Any:
         """Return an array of zeros where the vectors of this rank are, of their dtype unless another one is named. Local."""
         return self._kernels.zeros(size, dtype)

@@ -15,6 +15,7 @@ from mpi4py import MPI
 from vectors_for_tests import gaussian
 
 from mpi_ef.collectives import DenseMean, NodeMean, TwoPhaseMean, pairwise
+from mpi_ef.comm.nodes import RANKS_PER_NODE
 from mpi_ef.compress import Quantize, TopK, lazy
 from mpi_ef.errors import NonFiniteError, OptionError, ShapeError
 from mpi_ef.feedback import ErrorFeedback
@@ -87,7 +88,8 @@ def test_without_shared_memory_vectors_go_through_messages(comm, monkeypatch):
     assert not first or ("share no memory" in texts[0] and "No space left" in texts[0] and "\n" not in texts[0])
 
 
-def test_those_that_share_memory_are_one_node_by_default(comm):
+def test_those_that_share_memory_are_one_node_by_default(comm, monkeypatch):
+    monkeypatch.delenv(RANKS_PER_NODE, raising=False)
     plan, dense = NodeMean(comm, TOP, 10_000), DenseMean(comm, 10_000)
     assert plan.placement.nodes == 1
     x, out = gaussian(comm.rank, 10_000), np.zeros(10_000, np.float32)
