@@ -13,9 +13,9 @@ class Fallback:
     """Says when to go on without preconditioner, from the losses that all ranks know. Local, alike on all ranks.
 
     Of the mean loss, l is a running mean with weight 0.05 a step. At looks, every so many steps, the rate of progress is
-    ``r = (l_before - l_now) / l_before``; where it is less than `share` of the largest rate so far at two looks in a row,
-    that is it. The paper (Mozaffari et al. 2023) does not say its rule, and its package has none: this one is this
-    library's own.
+    ``r = (l_before - l_now) / max(|l_before|, |l_now|)``; where it is less than `share` of the largest rate so far at two
+    looks in a row, that is it. The paper (Mozaffari et al. 2023) does not say its rule, and its package has none: this one
+    is this library's own.
 
     Attributes
     ----------
@@ -39,7 +39,8 @@ class Fallback:
         if self._before is None:
             self._before, self._looked = self._mean, step
         elif step - self._looked >= self._every:
-            rate = (self._before - self._mean) / abs(self._before) if self._before else 0.0
+            size = max(abs(self._before), abs(self._mean))  # also where losses change their sign
+            rate = (self._before - self._mean) / size if size else 0.0
             self._slow = self._slow + 1 if rate < self._share * self._largest else 0
             self._largest, self._before, self._looked = max(self._largest, rate), self._mean, step
             if self._slow == 2 and self.at is None:
