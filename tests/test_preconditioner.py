@@ -862,7 +862,8 @@ BAD = [
     ({"statistics": "bf16"}, "statistics='bf16' does not keep means"),
     ({"damping": 1e-7}, r"damping=1e-07 is not in \[1e-06, inf\)"),
     ({"form": "kfac", "statistics": Quantize("bf16"), "damping": 1e-3}, "not known better than 0.01 of their trace"),
-    ({"statistics": Quantize("int8")}, "does not keep means of every size"), ({"statistics": Quantize("fp16")}, "does not keep means"),
+    ({"statistics": Quantize("int8")}, "does not keep means of every size"),
+    ({"statistics": Quantize("fp16")}, "does not keep means of every size"),
     ({"parameters": []}, "not trained by this optimizer"),
 ]
 
