@@ -830,6 +830,23 @@ def test_losses_that_change_their_sign():
     assert seen.at is None
 
 
+def test_losses_in_few_bits_do_not_stall():
+    """Of slow progress: a loss that is rounded stays for many looks, and then goes down at once."""
+    def program(comm):
+        model = nn.Linear(2, 2)
+        watchers = [watching(model, comm, every=10, fallback=0.1, statistics=given) for given in (None, Quantize("bf16"))]
+        for step in range(400):
+            for watcher in watchers:
+                watcher.note_loss(2 + 1.5 * np.exp(-(step + 7 * comm.Get_rank()) / 20_000))
+                watcher.step()
+        assert [watcher.fallen_back_at for watcher in watchers] == [None, None]
+        rates = [watcher._fallback._largest for watcher in watchers]
+        assert rates[1] == pytest.approx(rates[0], rel=0.05)
+
+    with pytest.warns(RuntimeWarning, match="not called as a module"):
+        virtual.results(2, program)
+
+
 def test_states_of_others_are_refused():
     def program(comm):
         state = watching(stack(), comm).state_dict()

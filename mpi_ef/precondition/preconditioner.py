@@ -53,7 +53,8 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
         "window", this library's own: P from the last vectors, damped relative to their size. "exact": the inverse that MKOR
         (Mozaffari et al. 2023, arXiv 2306.01685) means, with its stabilizer. "blended": that of its authors' package.
         "eva" (Zhang et al. 2023, arXiv 2308.02123): from the running mean of the vectors alone. "kfac": from second
-        moments themselves, which travel as matrices (KAISA, arXiv 2107.01739). See :mod:`mpi_ef.precondition.forms`.
+        moments themselves, which travel as matrices (KAISA, arXiv 2107.01739). Vectors that are too long for float32 are
+        shortened ("exact", "blended"). See :mod:`mpi_ef.precondition.forms`.
     sides : {"both", "inputs", "outputs"}
         "inputs" (``D = G P_a``) for raw inputs, with half the bytes.
     every : int
@@ -103,9 +104,11 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
     -----
     What a rank sends in an exchange is a_l, g_l and a word for each layer, and its loss: ``sum (q + p + 1) + 1`` numbers,
     through :class:`DenseMean`. Ranks that have not used a layer send zeros, and the mean is over those that have. Hooks sum
-    up rows in float32, in steps that are due alone; what a forward pass saw counts when its backward pass has come. Memory:
-    "window" m (p + q) numbers a layer, "exact" and "blended" p^2 + q^2, "kfac" twice that; and the gradients of layers once
-    more, twice where matrices are multiplied. Products are torch's: equal bits on equal machines only.
+    up rows in float32 (float64 where layers are), in steps that are due alone; what a forward pass saw counts when a backward
+    pass makes the gradient of the layer's weight, and no longer when a later one finds ``weight.grad`` None; where gradients
+    are thrown away without, call :meth:`forget`. Compiled models are not seen. Memory: "window" m (p + q) numbers a layer,
+    "exact" and "blended" p^2 + q^2, "kfac" twice that; and the gradients of layers once more, twice where matrices are
+    multiplied. Products are torch's: equal bits on equal machines only.
     """
 
     built = "the building of a preconditioner"
@@ -124,7 +127,8 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
         def facts() -> dict[str, object]:
             options = Options(gamma, window, damping, stabilizer)
             check(type(self).__name__, options, form, sides, every, rescale, compressor, fallback, fallback_every)
-            self._fallback = None if fallback is None else Fallback(fallback, fallback_every)
+            self._fallback = None if fallback is None else Fallback(
+                fallback, fallback_every, rounded=not isinstance(compressor, Identity))
             trained = None if parameters is None else {id(p) for p in parameters if p.requires_grad}
             self._layers, self._rows = find_layers(model, lambda p: _untrained(p, trained), exclude)
             self._lay_out(options, rescale=rescale)
@@ -264,7 +268,7 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
             if not self._losses:
                 raise OptionError(f"{type(self).__name__}: fallback wants the loss of every rank; call note_loss(loss), or "
                                   "pass step a closure that returns it")
-            self._sums.vector[-1] = sum(self._losses) / len(self._losses)
+            self._sums.vector[-1] = sum(self._losses) / len(self._losses) - self._fallback.reference
         self._sums.close(scale)
         return bool(self._kernels.finite([self._sent]))
 
@@ -284,7 +288,7 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
             group.update(told)
         self.updates += 1
         if self._fallback is not None:
-            self._fallback.hear(self.steps, float(mean[-1]) / present)
+            self._fallback.hear(self.steps, self._fallback.reference + float(mean[-1]) / present)
             if self.fallen_back_at is not None:
                 self._sums.remove_hooks()
         if not self._warned:
