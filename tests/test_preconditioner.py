@@ -337,6 +337,17 @@ def test_what_is_computed_again_counts_once(reentrant):
         assert mine[2] == word == 1
 
 
+def test_a_module_in_a_checkpoint_and_around_it_counts_everywhere():
+    """Backward passes inside one another: what the outer one has brought is not of a gradient that was thrown away."""
+    layer, x = seeded(nn.Linear(5, 5)), normal(6, 5).requires_grad_()
+
+    def run():
+        backward(lambda x: layer(torch.tanh(checkpoint(layer, layer(x), use_reentrant=True))), x)
+
+    _, g, _ = seen_by(layer, run)
+    torch.testing.assert_close(g, layer.bias.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_activations_in_place_change_nothing():
     model, x = stack(), normal(6, 5)
     expected = seen_by(model, lambda: backward(model, x))

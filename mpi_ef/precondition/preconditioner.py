@@ -104,11 +104,11 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
     -----
     What a rank sends in an exchange is a_l, g_l and a word for each layer, and its loss: ``sum (q + p + 1) + 1`` numbers,
     through :class:`DenseMean`. Ranks that have not used a layer send zeros, and the mean is over those that have. Hooks sum
-    up rows in float32 (float64 where layers are), in steps that are due alone; what a forward pass saw counts when a backward
-    pass makes the gradient of the layer's weight, and no longer when a later one finds ``weight.grad`` None; where gradients
-    are thrown away without, call :meth:`forget`. Compiled models are not seen. Memory: "window" m (p + q) numbers a layer,
-    "exact" and "blended" p^2 + q^2, "kfac" twice that; and the gradients of layers once more, twice where matrices are
-    multiplied. Products are torch's: equal bits on equal machines only.
+    up rows in float32, of float64 layers in float64, in steps that are due alone; what a forward pass saw counts when a
+    backward pass makes the gradient of the layer's weight, and no longer when a later one finds ``weight.grad`` None; where
+    gradients are thrown away without, call :meth:`forget`. Compiled models are not seen. Memory: "window" m (p + q) numbers
+    a layer, "exact" and "blended" p^2 + q^2, "kfac" twice that; and the gradients of layers once more, twice where matrices
+    are multiplied. Products are torch's: equal bits on equal machines only.
     """
 
     built = "the building of a preconditioner"

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from threading import get_ident
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
 
@@ -72,7 +71,8 @@ class Sums:
                  squared: bool) -> None:
         self.layers, self.sides, self.squared, self.vector, self._due = layers, sides, squared, vector, due
         self._rows, self._used = [0] * len(layers), False
-        self._passes = [(0, -1)] * len(layers)  # thread and number of the last backward pass
+        # By layer, the last backward pass; and those under way, of other threads or around one of a checkpoint.
+        self._passes, self._open = [-1] * len(layers), set[int]()
         self._inputs: list[Tensor | None] = []
         self._outputs: list[Tensor | None] = []
         self._words: list[Tensor] = []
@@ -146,14 +146,12 @@ class Sums:
         if rows == 0 or not self._due():
             return
         weight = self.layers[number].weight
-        now = get_ident(), torch._C._current_graph_task_id()  # noqa: SLF001
         made = _made_in_this_pass(weight)
         if made is None:
             return
-        thread, task = self._passes[number]
-        if made == "added" and weight.grad is None and thread == now[0] and task != now[1]:
+        last, self._passes[number] = self._passes[number], self._pass()
+        if made == "added" and weight.grad is None and last not in self._open:
             self._clear(number)  # the gradient of earlier passes was thrown away
-        self._passes[number] = now
         self._rows[number] += rows
         self._used = True
         if inputs is not None and total is not None:
@@ -184,6 +182,15 @@ class Sums:
             elif outputs is not None and scale != 1.0:
                 outputs.mul_(scale)
 
+    def _pass(self) -> int:
+        """Return the number of the backward pass that is at work, which is open until it ends."""
+        number = torch._C._current_graph_task_id()  # noqa: SLF001
+        if number not in self._open:
+            self._open.add(number)
+            engine: Any = torch.autograd.Variable._execution_engine  # noqa: SLF001
+            engine.queue_callback(partial(self._open.discard, number))
+        return number
+
     def _clear(self, number: int) -> None:
         """Forget what one layer has seen."""
         self._rows[number] = 0
@@ -197,6 +204,7 @@ class Sums:
             self.vector.zero_()
             self._rows = [0] * len(self.layers)
             self._used = False
+            self._open.clear()  # some may have failed
 
     def told(self, mean: Tensor) -> "list[tuple[Tensor | None, Tensor | None, float]]":
         """Return of every layer a, g and the share of ranks that have seen it, from the mean of the ranks' vectors."""
