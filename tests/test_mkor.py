@@ -156,7 +156,7 @@ def test_it_learns_faster_than_without():
 # ---- the laws of all optimizers
 
 
-_nets = weakref.WeakSet()
+_nets = []  # also those of which the law keeps parameters alone
 
 
 @pytest.fixture
@@ -166,9 +166,11 @@ def known_nets(monkeypatch):
 
     def remember(self):
         begin(self)
-        _nets.add(self)
+        _nets.append(self)
 
     monkeypatch.setattr(regression.Net, "__init__", remember)
+    yield
+    _nets.clear()
 
 
 def model_of(optimizer):
@@ -295,6 +297,51 @@ def test_a_scaler_changes_no_bit(unscale):
         assert same_bits(*(optimizer.preconditioner.replicated() for optimizer in optimizers))
 
     virtual.results(2, program)
+
+
+def test_a_scale_that_was_taken_off_is_found_where_some_gradients_are_zero():
+    """As of a smallest bias that is not used in this step, or dead."""
+    def program(comm):
+        nets = [seeded(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))) for _ in range(2)]
+        optimizers = [mkor(net, comm, every=1) for net in nets]
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        for step in range(4):
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                optimizer.zero_grad()
+                x = torch.from_numpy(np.random.default_rng((step, comm.Get_rank())).normal(size=(6, 3))).float()
+                y = net[1](net[0](x))
+                y = y.sum(1) + net[2](0 * y)[:, 0] * (0 if step % 2 else 1)
+                loss = y.square().mean()
+                if net is nets[0]:
+                    loss.backward()
+                    optimizer.step()
+                else:
+                    scaler.scale(loss).backward()
+                    scaler.unscale_(optimizer)
+                    scaler.step(optimizer)
+                    scaler.update()
+        assert same_bits(*(optimizer.preconditioner.replicated() for optimizer in optimizers))
+
+    virtual.results(2, program)
+
+
+@pytest.mark.filterwarnings("ignore:.*had the same gradients")
+def test_what_ranks_saw_after_their_last_step_does_not_count():
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = mkor(net, comm, Identity(), sgd, placement="gradient", every=1)
+        with optimizer.join(weigh=True):
+            for step in range(2 if rank else 4):
+                optimizer.zero_grad()
+                loss_in(net, 0, step).backward()
+                optimizer.step()
+            if rank:
+                (100 * loss_in(net, 0, 9)).backward()
+        return optimizer.preconditioner.state_dict()["arrays"]
+
+    two, (one,) = virtual.results(2, program), virtual.results(1, program)
+    for name, array in two[0].items():
+        np.testing.assert_allclose(array, one[name], rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*had the same gradients")

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from training import seeded
 
-from mpi_ef.errors import DisagreementError, MpiEfError, OptionError
+from mpi_ef.compress import Quantize
+from mpi_ef.errors import DisagreementError, MpiEfError, OptionError, PeerError
 from mpi_ef.precondition import Preconditioner
+from mpi_ef.precondition.fallback import Fallback
 from mpi_ef.precondition.forms import FORMS, Blended, Covariance, Mean, ShermanMorrison, Window
 from mpi_ef.testing.law import same_bits
 
@@ -92,6 +95,29 @@ def test_window_does_not_change_with_the_scale(scale, dtype):
     if scale == 2.0**7:
         assert same_bits([inverse(one).numpy()], [inverse(other).numpy()])
     torch.testing.assert_close(inverse(other), inverse(one), rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [ShermanMorrison, Blended, Mean])
+@pytest.mark.parametrize("d", [1, 8, 40])
+def test_no_vector_is_too_long(kind, d, dtype):
+    """Along a long vector next to nothing is left, in float32 less than rounding: not nothing, nor less."""
+    for scale in (1e-30, 1.0, 1e3, 1e4, 1e8, 1e18, 1e30):
+        for alike in (True, False):
+            one, given = side(kind, d=d, dtype=dtype), vectors(15, d)
+            for v in given:
+                learn(one, ((given[0] if alike else v) * scale).to(dtype))
+                values = torch.linalg.eigvalsh(inverse(one).double())
+                assert values.isfinite().all()
+                assert values.min() > 0
+
+
+@pytest.mark.parametrize("kind", [Window, Covariance])
+def test_the_least_damping_is_enough(kind):
+    one, v = side(kind, d=8, dtype=torch.float32, damping=1e-6), vectors(1, 8)[0].float()
+    for _ in range(8):
+        learn(one, torch.outer(v, v)[None] if kind is Covariance else v)
+    assert torch.linalg.eigvalsh(inverse(one).double()).min() > 0
 
 
 def test_window_of_zeros_is_the_identity():
@@ -312,12 +338,119 @@ def test_what_is_computed_again_counts_once(reentrant):
         assert mine[2] == word == 1
 
 
+def test_a_module_in_a_checkpoint_and_around_it_counts_everywhere():
+    """Backward passes inside one another: what the outer one has brought is not of a gradient that was thrown away."""
+    layer, x = seeded(nn.Linear(5, 5)), normal(6, 5).requires_grad_()
+
+    def run():
+        backward(lambda x: layer(torch.tanh(checkpoint(layer, layer(x), use_reentrant=True))), x)
+
+    _, g, _ = seen_by(layer, run)
+    torch.testing.assert_close(g, layer.bias.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_activations_in_place_change_nothing():
     model, x = stack(), normal(6, 5)
     expected = seen_by(model, lambda: backward(model, x))
     model[1].inplace = True
     assert same_bits([t.numpy() for t in seen_by(model, lambda: backward(model, x))[:2]],
                      [t.numpy() for t in expected[:2]])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 2, 3, 5)])
+def test_outputs_that_are_views_may_be_changed_in_place(shape):
+    """As that of a linear layer of more than two dimensions, whose own hooks autograd drops then."""
+    model, x = seeded(nn.Sequential(nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 3))), normal(*shape)
+    _, g, word = seen_by(model, lambda: backward(model, x))
+    assert word == 1
+    torch.testing.assert_close(g, model[0].bias.grad, rtol=1e-5, atol=1e-6)
+
+
+def thrown_away(model, x, *, by):
+    """Backward passes whose gradients are not those that a step sees."""
+    y = 3 * model(2 * x)
+    if by == "penalty":
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        y = y + slope.square().mean()  # nothing for biases of the last layer
+        y.sum().backward()
+    elif by == "grad of something else":
+        torch.autograd.grad(y.sum(), x)
+    elif by == "frozen":
+        model.requires_grad_(False)
+        model(x).sum().backward()
+        model.requires_grad_(True)
+    elif by == "other weights":
+        other = {name: (2 * p).detach().requires_grad_() for name, p in model.named_parameters()}
+        torch.func.functional_call(model, other, (x,)).sum().backward()
+    elif by == "zero_grad":
+        y.sum().backward()
+        model.zero_grad()
+    elif by == "trace":
+        torch.jit.trace(model, x.detach())
+    else:
+        assert by == "transforms"
+        torch.func.vmap(torch.func.grad(lambda x: model(x).sum()))(x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+@pytest.mark.parametrize("by", ["penalty", "grad of something else", "frozen", "other weights", "zero_grad", "trace",
+                                "transforms"])
+def test_gradients_that_no_step_sees_count_for_nothing(by):
+    """g is the gradient of the bias, whatever else goes through the layer."""
+    model, x = seeded(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))), normal(6, 5).requires_grad_()
+
+    def run():
+        thrown_away(model, x, by=by)
+        backward(model, x)
+
+    for number in range(2):
+        model.zero_grad()
+        _, g, word = seen_by(model, run, number)
+        assert word == 1
+        torch.testing.assert_close(g, model[2 * number].bias.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_that_autograd_returns_count():
+    model, x = stack(), normal(6, 5)
+
+    def returned():
+        for _ in range(2):
+            torch.autograd.grad((model(x) * normal(6, 3, seed=5)).sum() / 12, list(model.parameters()))
+
+    for mine, theirs in zip(seen_by(model, returned)[:2], seen_by(model, lambda: backward(model, x))[:2], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_hooks_of_the_program_come_after():
+    model, x = nn.Linear(5, 3), normal(6, 5)
+    model.register_forward_hook(lambda module, args, output: 10 * output)
+    _, g, _ = seen_by(model, lambda: backward(model, x))
+    torch.testing.assert_close(g, model.bias.grad, rtol=1e-5, atol=1e-6)
+
+
+def ragged(layer):
+    parts = torch.nested.nested_tensor([normal(2, 5), normal(3, 5)], requires_grad=True)
+    torch.nested.to_padded_tensor(layer(parts), 0.0).sum().backward()
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
+        return F.linear(torch.cat([x, x], -1), self.weight, self.bias)
+
+
+class Flat(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).reshape(-1)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(("layer", "run"), [
+    (nn.Linear(5, 3), ragged), (nn.Linear(5, 3), lambda layer: layer(normal(4, 5).to_sparse()).sum().backward()),
+    (Twice(10, 3), lambda layer: layer(normal(4, 5)).sum().backward()),
+    (Flat(5, 3), lambda layer: layer(normal(4, 5)).sum().backward())], ids=["nested", "sparse", "inputs", "outputs"])
+def test_calls_of_another_kind_are_not_seen(layer, run):
+    """The program goes on: it is told that the layer is never seen."""
+    assert seen_by(layer, lambda: run(layer))[2] == 0
 
 
 def test_what_is_not_learned_from_counts_for_nothing():
@@ -522,6 +655,71 @@ def test_layers_of_equal_shape_are_one_product(form):
     alone(program)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bias_without_gradient_is_none(form):
+    """Not what it was in the step before."""
+    def program(comm):
+        models = stack(), stack()
+        watchers = [watching(model, comm, form=form) for model in models]
+        for step in range(3):
+            for model, watcher in zip(models, watchers, strict=True):
+                model.zero_grad()
+                backward(model, normal(6, 5, seed=step))
+                if step == 2:
+                    watcher.groups[0]._x.fill_(0 if model is models[0] else 7)
+                    model[0].bias.grad = None
+                watcher.step()
+        torch.testing.assert_close(models[0][0].weight.grad, models[1][0].weight.grad, rtol=0, atol=0)
+
+    alone(program)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("share", [1e-36, 1e-30, 1e30])
+def test_gradients_of_any_size_stay_numbers(form, share):
+    def program(comm):
+        model = seeded(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1)))
+        watcher = watching(model, comm, form=form)
+        for step in range(3):
+            model.zero_grad()
+            backward(model, normal(6, 5, seed=step), share=share)
+            before = model[1].weight.grad.double().norm() ** 2 + model[1].bias.grad.double().norm() ** 2
+            watcher.step()
+            after = model[1].weight.grad.double().norm() ** 2 + model[1].bias.grad.double().norm() ** 2
+            assert all(p.grad.isfinite().all() for p in model.parameters())
+            torch.testing.assert_close(after, before, rtol=1e-5, atol=0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # second moments of the largest are none
+        alone(program)
+
+
+def test_a_gradient_that_is_not_finite_leaves_what_was_learned():
+    """As where GradScaler finds Inf, which all forms but this one do not look at."""
+    def program(comm):
+        model = stack()
+        watcher = watching(model, comm, form="exact", every=5)
+        for step in range(3):
+            model.zero_grad()
+            backward(model, normal(6, 5, seed=step))
+            if step == 2:
+                for p in model.parameters():
+                    p.grad.fill_(float("inf"))
+            before = {name: array.copy() for name, array in watcher.replicated().items()}
+            watcher.step()
+        assert watcher.restarts == 0
+        assert same_bits(watcher.replicated(), before)
+        model.zero_grad()
+        backward(model, normal(6, 5))
+        watcher.replicated()["preconditioner.factors"][:] = np.inf
+        kept = [p.grad.clone() for p in model.parameters()]
+        watcher.step()
+        assert watcher.restarts == 2  # all layers, which keep their gradients
+        assert same_bits([p.grad.numpy() for p in model.parameters()], [g.numpy() for g in kept])
+
+    alone(program)
+
+
 def test_zero_stays_zero():
     def program(comm):
         model = stack()
@@ -615,6 +813,77 @@ def test_states_come_back_on_any_number_of_ranks():
             assert run[0]["fallback"] == whole[0]["fallback"]
 
 
+def test_layers_say_what_was_loaded_and_what_others_saw():
+    def program(comm):
+        model, rank = nn.ModuleList([seeded(nn.Linear(5, 3)), seeded(nn.Linear(4, 3))]), comm.Get_rank()
+        watcher = watching(model, comm)
+        for step in range(2):
+            y = model[0](normal(6, 5)).sum()
+            if step and rank:
+                y = y + model[1](normal(6, 4)).sum()
+            y.backward()
+            watcher.step()
+            assert [row.part for row in watcher.layers] == ["both", "both" if step else "never seen"]
+        other = watching(model, comm)
+        other.load_state_dict(watcher.state_dict())
+        assert [row.part for row in other.layers] == ["both", "both"]
+
+    with pytest.warns(RuntimeWarning, match="1: not called as a module"):
+        virtual.results(2, program)
+
+
+def test_a_state_from_before_the_fallback_learns_again():
+    def program(comm):
+        model, state = stack(), None
+        watcher = watching(model, comm, fallback=0.99, fallback_every=1)
+
+        def step(loss):
+            model.zero_grad()
+            backward(model, normal(6, 5, seed=watcher.steps))
+            watcher.note_loss(loss)
+            watcher.step()
+
+        while watcher.fallen_back_at is None:
+            step(1 / (1 + min(watcher.steps, 2)))
+            state = state or watcher.state_dict()
+            assert watcher.steps < 30
+        for removed in (False, True):
+            if removed:
+                watcher.remove_hooks()
+            watcher.load_state_dict(state)
+            watcher.load_state_dict(state)
+            before = watcher.replicated()["preconditioner.factors"].copy()
+            step(1.0)
+            assert same_bits([watcher.replicated()["preconditioner.factors"]], [before]) == removed
+
+    alone(program)
+
+
+def test_losses_that_change_their_sign():
+    """Rates of progress are of the larger of two losses, so that none near zero is the largest for ever."""
+    seen = Fallback(0.1, 20)
+    for number, loss in enumerate([1.0, 1e-9, -1.0, -1.5, -2.0, -2.5]):
+        seen.hear(1000 * number, loss)
+    assert seen.at is None
+
+
+def test_losses_in_few_bits_do_not_stall():
+    """Of slow progress: a loss that is rounded stays for many looks, and then goes down at once."""
+    def program(comm):
+        model = nn.Linear(2, 2)
+        watchers = [watching(model, comm, every=10, fallback=0.1, statistics=given) for given in (None, Quantize("bf16"))]
+        for step in range(400):
+            for watcher in watchers:
+                watcher.note_loss(2 + 1.5 * np.exp(-(step + 7 * comm.Get_rank()) / 20_000))
+                watcher.step()
+        assert [watcher.fallen_back_at for watcher in watchers] == [None, None]
+        rates = [watcher._fallback._largest for watcher in watchers]
+        assert rates[1] == pytest.approx(rates[0], rel=0.05)
+
+    with pytest.warns(RuntimeWarning, match="not called as a module"):
+        virtual.results(2, program)
+
+
 def test_states_of_others_are_refused():
     def program(comm):
         state = watching(stack(), comm).state_dict()
@@ -645,6 +914,10 @@ BAD = [
     ({"exclude": 3}, "exclude=3 is no sequence"), ({"exclude": [3]}, "exclude has 3"),
     ({"exclude": ["*"]}, "no linear or convolutional layer of the model is left: 0: excluded; 2: excluded"),
     ({"statistics": "bf16"}, "statistics='bf16' does not keep means"),
+    ({"damping": 1e-7}, r"damping=1e-07 is not in \[1e-06, inf\)"),
+    ({"form": "kfac", "statistics": Quantize("bf16"), "damping": 1e-3}, "not known better than 0.01 of their trace"),
+    ({"statistics": Quantize("int8")}, "does not keep means of every size"),
+    ({"statistics": Quantize("fp16")}, "does not keep means of every size"),
     ({"parameters": []}, "not trained by this optimizer"),
 ]
 
@@ -665,7 +938,7 @@ def test_sparse_statistics_and_other_models_are_refused():
 
     def program(comm):
         for compressor in (TopK(0.1), Sign()):
-            with pytest.raises(OptionError, match="does not keep means; pass Quantize"):
+            with pytest.raises(OptionError, match="does not keep means of every size; pass Quantize"):
                 Preconditioner(stack(), comm, statistics=compressor)
         with pytest.raises(OptionError, match="is no torch module"):
             Preconditioner([nn.Linear(2, 2)], comm)
@@ -673,6 +946,34 @@ def test_sparse_statistics_and_other_models_are_refused():
             Preconditioner(nn.Linear(2, 2 + comm.Get_rank()), comm)
 
     virtual.results(2, program)
+
+
+def test_a_rank_without_a_loss_is_told_on_all():
+    """None waits for it in the exchange, and the step can be repeated."""
+    def program(comm):
+        model, rank = stack(), comm.Get_rank()
+        watcher = watching(model, comm, fallback=0.1)
+        backward(model, normal(6, 5))
+        if rank == 0:
+            watcher.note_loss(1.0)
+        with pytest.raises(OptionError if rank else PeerError, match="fallback wants the loss of every rank") as caught:
+            watcher.step()
+        assert "\n" not in str(caught.value)
+        model.zero_grad()
+        backward(model, normal(6, 5))
+        watcher.note_loss(1.0)
+        watcher.step()
+        assert (watcher.updates, watcher.steps, watcher.skipped) == (1, 1, 0)
+
+    virtual.results(2, program)
+
+
+def test_models_whose_weights_have_no_shape_are_refused():
+    def program(comm):
+        with pytest.raises(OptionError, match=r"0\.weight has no shape yet; call the model once"):
+            Preconditioner(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), comm)
+
+    alone(program)
 
 
 def test_numbers_that_are_not_finite_are_learned_by_nobody():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from weakref import finalize, ref
 
 from torch import Tensor
@@ -53,10 +53,11 @@ class MKOR(DistributedOptimizer):
 
     Notes
     -----
-    What layers saw counts as the gradient does: with GradScaler it is divided by the scale; accumulation adds up; NaN or Inf
-    there on any rank skips the step on all ranks; :meth:`zero_grad` forgets it. When an update overflows (`NonFiniteError`),
-    what was learned in that step stays. Saved states and checkpoints have what was learned, for any number of ranks. Memory:
-    that of both. In placement "update" gradients are copied, as the program's own stay as they are.
+    What layers saw counts as the gradient does: with GradScaler it is divided by the scale, and after ``unscale_``
+    multiplied by what the program clips with; accumulation adds up; NaN or Inf there on any rank skips the step on all
+    ranks; :meth:`zero_grad` forgets it. When an update overflows (`NonFiniteError`), what was learned in that step stays.
+    Saved states and checkpoints have what was learned, for any number of ranks. Memory: that of both. In placement "update"
+    gradients are copied, as the program's own stay as they are.
     """
 
     def __init__(self, optimizer: Optimizer, comm: Comm, compressor: Compressor, *, model: object,
@@ -128,6 +129,8 @@ class MKOR(DistributedOptimizer):
 
     def _looked(self) -> dict[str, float]:
         words = super()._looked()
+        if self.done:
+            self.preconditioner.forget()  # as the gradient of a backward pass without step
         if self.preconditioner.due and not self.done:
             scale = getattr(self, "grad_scale", None)  # set by GradScaler while it calls step
             taken_off = 1.0 if scale is None else 1 / float(scale)
@@ -155,32 +158,39 @@ class MKOR(DistributedOptimizer):
 
 
 class _Gauge:
-    """Tells what gradients have been multiplied by since the backward pass, as GradScaler's ``unscale_`` does. Local."""
+    """Tells what gradients have been multiplied by since the backward pass, as GradScaler's ``unscale_`` does. Local.
+
+    By the largest of some entries of the first gradient in a backward pass that has one that is not zero.
+    """
 
     def __init__(self, preconditioner: Preconditioner) -> None:
         self._due = preconditioner
-        self._p = preconditioner.smallest()
+        self._p: Tensor | None = None
         self._place, self._before = 0, 0.0
-        me = ref(self)
-        watch: Any = self._p.register_post_accumulate_grad_hook
-        self._handle = watch(partial(_look, me))
+        me, parameters = ref(self), cast("list[Any]", preconditioner.trained())
+        self._handles = [p.register_post_accumulate_grad_hook(partial(_look, me)) for p in parameters]
 
     def look(self, p: Tensor) -> None:
-        """Take note of the largest entry of a gradient."""
-        if self._due.due and p.grad is not None and p.grad.numel():
-            flat = p.grad.detach().flatten()
-            self._place = int(flat.abs().argmax())
-            self._before = float(flat[self._place])
+        """Take note of an entry of a gradient."""
+        if not self._due.due or p.grad is None or not p.grad.numel():
+            return
+        if self._p is not None and self._p is not p and self._p.grad is not None:
+            return
+        flat, apart = p.grad.detach().reshape(-1), 1 + p.grad.numel() // 4096
+        self._place = apart * int(flat[::apart].abs().argmax())
+        self._before = float(flat[self._place])
+        self._p = p if self._before else None
 
     def ratio(self) -> float:
-        """Return that factor; 1 of a gradient of zeros."""
-        if not self._before or self._p.grad is None:
+        """Return that factor; 1 of gradients of zeros."""
+        if self._p is None or self._p.grad is None:
             return 1.0
-        return float(self._p.grad.detach().flatten()[self._place]) / self._before
+        return float(self._p.grad.detach().reshape(-1)[self._place]) / self._before
 
     def remove(self) -> None:
         """Look no more."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
 
 def _look(gauge: Any, p: Tensor) -> None:

@@ -35,6 +35,7 @@ class Group:
         self._spare = like.new_zeros(size) if apart else self._x
         self._places = {id(array): [self._views(array[place], layer) for place, layer in enumerate(self._layers)]
                         for array in (self._x, self._spare)}
+        self._entries = sum(1 + (layer.bias is not None) for layer in self._layers)
         self._bounded = not any(isinstance(side, ShermanMorrison) for side in self.sides)
 
     @staticmethod
@@ -48,6 +49,11 @@ class Group:
     def sides(self) -> list[Side]:
         """Those that there are."""
         return [side for side in (self.inputs, self.outputs) if side is not None]
+
+    def never_seen(self) -> list[int]:
+        """Return the numbers of the layers that have learned nothing so far, on any rank."""
+        return [] if self.restarts else [number for number, updates in zip(self.numbers, self.sides[0].updates, strict=True)
+                                         if not updates]
 
     def update(self, told: Sequence[tuple[Tensor | None, Tensor | None, float]]) -> None:
         """Learn from what all ranks have seen, by layer number; layers that none has seen stay."""
@@ -64,14 +70,15 @@ class Group:
         there = [place for place, layer in enumerate(self._layers) if layer.weight.grad is not None]
         if not there:
             return
-        if len(there) < len(self._layers):
-            self._x.zero_()
         parts, grads = self._pairs(self._x, there)
+        if len(parts) < self._entries:  # of what has no gradient there is something from earlier steps
+            self._x.zero_()
         torch._foreach_copy_(parts, grads)
         before = self._norms(self._x)
         x = self._product()
         after = self._norms(x)
-        if not self._bounded and not bool((fine := after.isfinite()).all()):
+        # A gradient that is not finite itself says nothing about what was learned.
+        if not self._bounded and not bool((fine := after.isfinite() | ~before.isfinite()).all()):
             broken = (~fine).nonzero()[:, 0].tolist()
             for place in broken:
                 for side in self.sides:
@@ -79,9 +86,11 @@ class Group:
             self.restarts += len(broken)
             there = [place for place in there if place not in broken]
         if self._rescale:
-            x.mul_(torch.where(after > 0, before / after, 1.0).to(x.dtype)[:, None, None])
+            ratio = before / after
+            x.mul_(torch.where(ratio.isfinite(), ratio, 1.0).to(x.dtype)[:, None, None])
         parts, grads = self._pairs(x, there)
-        torch._foreach_copy_(grads, parts)
+        if grads:
+            torch._foreach_copy_(grads, parts)
 
     def _pairs(self, array: Tensor, places: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         """Return parts of the batch, and the gradients they are of."""

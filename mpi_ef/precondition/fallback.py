@@ -13,9 +13,17 @@ class Fallback:
     """Says when to go on without preconditioner, from the losses that all ranks know. Local, alike on all ranks.
 
     Of the mean loss, l is a running mean with weight 0.05 a step. At looks, every so many steps, the rate of progress is
-    ``r = (l_before - l_now) / l_before``; where it is less than `share` of the largest rate so far at two looks in a row,
-    that is it. The paper (Mozaffari et al. 2023) does not say its rule, and its package has none: this one is this
-    library's own.
+    ``r = (l_before - l_now) / max(|l_before|, |l_now|)``; where it is less than `share` of the largest rate so far at two
+    looks in a row, that is it. The paper (Mozaffari et al. 2023) does not say its rule, and its package has none: this one
+    is this library's own.
+
+    Parameters
+    ----------
+    share : float
+    every : int
+    rounded : bool
+        Losses travel in few bits, and as differences from :attr:`reference`, of which those bits are enough. The first one,
+        which is rounded itself, serves as reference alone.
 
     Attributes
     ----------
@@ -23,23 +31,32 @@ class Fallback:
         In which step that was.
     """
 
-    def __init__(self, share: float, every: int) -> None:
-        self._share, self._every = share, every
+    def __init__(self, share: float, every: int, *, rounded: bool = False) -> None:
+        self._share, self._every, self._rounded = share, every, rounded
         self.at: int | None = None
         self._last = 0  # step of the last loss
         self._mean: float | None = None
         self._before: float | None = None
         self._looked, self._largest, self._slow = 0, 0.0, 0
 
+    @property
+    def reference(self) -> float:
+        """What losses are told as differences from: alike on all ranks."""
+        return self._mean or 0.0
+
     def hear(self, step: int, loss: float) -> None:
         """Take note of the mean loss of the steps up to and with number `step`, from 0."""
         weight = 1 - (1 - _WEIGHT) ** max(1, step - self._last)
-        self._mean = loss if self._mean is None else (1 - weight) * self._mean + weight * loss
-        self._last = step
-        if self._before is None:
-            self._before, self._looked = self._mean, step
-        elif step - self._looked >= self._every:
-            rate = (self._before - self._mean) / abs(self._before) if self._before else 0.0
+        if self._before is None:  # that of a second loss which was rounded is known by itself
+            if self._mean is not None or not self._rounded:
+                self._before, self._looked = loss, step
+            self._mean, self._last = loss, step
+            return
+        assert self._mean is not None  # noqa: S101
+        self._mean, self._last = (1 - weight) * self._mean + weight * loss, step
+        if step - self._looked >= self._every:
+            size = max(abs(self._before), abs(self._mean))  # also where losses change their sign
+            rate = (self._before - self._mean) / size if size else 0.0
             self._slow = self._slow + 1 if rate < self._share * self._largest else 0
             self._largest, self._before, self._looked = max(self._largest, rate), self._mean, step
             if self._slow == 2 and self.at is None:

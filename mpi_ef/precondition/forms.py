@@ -113,7 +113,7 @@ class Window(Side):
         scaled = seen.double() / torch.where(largest > 0, largest, 1.0)
         norms = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
         self._rows[list(which), places] = (scaled / torch.where(norms > 0, norms, 1.0)).to(seen.dtype)
-        self._lengths[list(which), places] = (norms * largest)[:, 0].cpu().numpy()
+        self._lengths[list(which), places] = (norms * largest)[:, 0].clamp(max=1e300).cpu().numpy()
         for layer in which:
             self.updates[layer] += 1
         self.loaded()
@@ -142,7 +142,11 @@ class Window(Side):
 
 
 class _Matrix(Side):
-    """A matrix M that is kept, in the place of P."""
+    """A matrix M that is kept, in the place of P.
+
+    Vectors longer than 0.1 / sqrt(machine epsilon), 290 in float32, are taken as of that length: what M would be along them
+    is less than the rounding of its other entries, and might come out as zero, or negative.
+    """
 
     @staticmethod
     def floats(d: int, window: int) -> int:  # noqa: ARG004
@@ -159,7 +163,9 @@ class _Matrix(Side):
     def update(self, which: Sequence[int], seen: Tensor) -> None:
         whole = len(which) == len(self.updates)
         m = self._m if whole else self._m[list(which)]
-        self._learn(m, seen)
+        norms = torch.linalg.vector_norm(seen, dim=1, keepdim=True, dtype=torch.float64)
+        most = 0.1 / torch.finfo(seen.dtype).eps**0.5
+        self._learn(m, seen * (most / norms.clamp(min=most)).to(seen.dtype))
         if not whole:
             self._m[list(which)] = m
         for layer in which:
@@ -233,21 +239,32 @@ class Mean(Side):
         for layer in which:
             self.updates[layer] += 1
 
+    def unit(self) -> tuple[Tensor, Tensor]:
+        """Return the directions of the means, and their squared lengths in float64, which may be of any size."""
+        v = self.v.double()
+        lengths = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+        return (v / torch.where(lengths > 0, lengths, 1.0)).to(self.v.dtype), (lengths**2)[:, 0]
+
+    def share(self, squares: Tensor) -> Tensor:
+        """Return what is taken away of the part along a direction: never all of it, nor more by rounding."""
+        share: Tensor = squares / (self.options.damping + squares)
+        share = share.clamp(max=1 - 100 * torch.finfo(self.v.dtype).eps).to(self.v.dtype)
+        return share[:, None, None]
+
     def right(self, x: Tensor, spare: Tensor) -> Tensor:  # noqa: ARG002
-        scale = self.options.damping + (self.v**2).sum(1)[:, None, None]
-        return x.baddbmm_(x @ self.v[:, :, None] / scale, self.v[:, None, :], alpha=-1)
+        v, squares = self.unit()
+        return x.baddbmm_(x @ v[:, :, None] * self.share(squares), v[:, None, :], alpha=-1)
 
     def left(self, x: Tensor, spare: Tensor) -> Tensor:  # noqa: ARG002
-        scale = self.options.damping + (self.v**2).sum(1)[:, None, None]
-        return x.baddbmm_(self.v[:, :, None], self.v[:, None, :] @ x / scale, alpha=-1)
+        v, squares = self.unit()
+        return x.baddbmm_(v[:, :, None], v[:, None, :] @ x * self.share(squares), alpha=-1)
 
     @staticmethod
     def both(outputs: "Mean", inputs: "Mean", x: Tensor) -> Tensor:
         """Return ``x - (g^T x a) / (damping + |a|^2 |g|^2) g a^T``: damping times (g g^T (x) a a^T + damping I)^-1 x."""
-        g, a = outputs.v, inputs.v
-        along = (g[:, None, :] @ x @ a[:, :, None])[:, 0, 0]
-        along = along / (inputs.options.damping + (a**2).sum(1) * (g**2).sum(1))
-        return x.baddbmm_(g[:, :, None] * along[:, None, None], a[:, None, :], alpha=-1)
+        (g, of_g), (a, of_a) = outputs.unit(), inputs.unit()
+        along = g[:, None, :] @ x @ a[:, :, None] * inputs.share(of_g * of_a)
+        return x.baddbmm_(g[:, :, None] * along, a[:, None, :], alpha=-1)
 
 
 class Covariance(Side):

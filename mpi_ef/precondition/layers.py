@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from mpi_ef.errors import OptionError, briefly
 
-__all__ = ["Layer", "LayerReport", "find_layers", "outputs_of", "rows_of", "sum_of_rows"]
+__all__ = ["Layer", "LayerReport", "find_layers", "fits", "outputs_of", "rows_of", "sum_of_rows"]
 
 _KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -78,11 +79,7 @@ def find_layers(model: object, takes: Callable[[Tensor], str], exclude: Any) -> 
     if not isinstance(model, nn.Module):
         raise OptionError(f"Preconditioner: model={briefly(model)} is no torch module; pass the model that is trained")
     named = {module: name for name, module in model.named_modules()}
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in named:
-        for of, p in module._parameters.items():  # noqa: SLF001
-            if p is not None:
-                owners.setdefault(id(p), []).append((module, of))
+    owners = _owners(named)
     excluded = _excluded(named, exclude)
     layers: dict[int, Layer] = {}
     rows, reasons = [], []
@@ -104,6 +101,18 @@ def find_layers(model: object, takes: Callable[[Tensor], str], exclude: Any) -> 
         raise OptionError(f"Preconditioner: no linear or convolutional layer of the model is left: {listed}; pass a model "
                           "with some that are trained")
     return list(layers.values()), rows + reasons
+
+
+def _owners(named: dict[nn.Module, str]) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return the modules that have a parameter, and as what, by its id."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module, name in named.items():
+        for of, p in module._parameters.items():  # noqa: SLF001
+            if isinstance(p, UninitializedParameter):
+                raise OptionError(f"Preconditioner: {name}.{of} has no shape yet; call the model once, on a batch, before")
+            if p is not None:
+                owners.setdefault(id(p), []).append((module, of))
+    return owners
 
 
 def _excluded(named: dict[nn.Module, str], exclude: Any) -> set[nn.Module]:
@@ -152,6 +161,17 @@ def _common_bias(layer: Layer, owners: dict[int, list[tuple[nn.Module, str]]],
         return None
     mine = set(layer.modules)
     return bias if all(owner in mine and of == "bias" for owner, of in owners[id(bias)]) else None
+
+
+def fits(layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+    """Tell whether a call multiplied the entries of x, dense in memory, by the weight, as classes derived may not. Local."""
+    if x.layout != torch.strided or output.layout != torch.strided or x.is_nested or output.is_nested:
+        return False
+    p, q = layer.weight.shape[:2]
+    axis = -1 if isinstance(module, nn.Linear) else -1 - len(module.kernel_size)  # type: ignore[arg-type]
+    if x.dim() != output.dim() or x.dim() < -axis or x.shape[axis] != q or output.shape[axis] != p:
+        return False
+    return axis != -1 or x.shape[:-1] == output.shape[:-1]
 
 
 def rows_of(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:

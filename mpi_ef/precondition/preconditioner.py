@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -12,29 +11,19 @@ from torch import Tensor
 from mpi_ef.collectives import Plan, plan_for
 from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, ranks_text
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.compress import Compressor, Identity, Quantize
-from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, briefly
+from mpi_ef.compress import Compressor, Identity
+from mpi_ef.errors import DtypeError, NonFiniteError, OptionError
 from mpi_ef.kernels.backend import backend, side_of
-from mpi_ef.ranges import whole, within
 from mpi_ef.statetree import REPLICATED, Leaf, Stateful, StateTree, attribute
 
 from .factors import Group, groups_of
 from .fallback import Fallback
 from .forms import FORMS
 from .layers import LayerReport, find_layers
+from .options import Options, check
 from .sums import Sides, Sums, width
 
 __all__ = ["Preconditioner"]
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What the sides of layers go by."""
-
-    gamma: float
-    window: int
-    damping: float
-    stabilizer: tuple[float, float]
 
 
 class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
@@ -64,7 +53,8 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
         "window", this library's own: P from the last vectors, damped relative to their size. "exact": the inverse that MKOR
         (Mozaffari et al. 2023, arXiv 2306.01685) means, with its stabilizer. "blended": that of its authors' package.
         "eva" (Zhang et al. 2023, arXiv 2308.02123): from the running mean of the vectors alone. "kfac": from second
-        moments themselves, which travel as matrices (KAISA, arXiv 2107.01739). See :mod:`mpi_ef.precondition.forms`.
+        moments themselves, which travel as matrices (KAISA, arXiv 2107.01739). Vectors that are too long for float32 are
+        shortened ("exact", "blended"). See :mod:`mpi_ef.precondition.forms`.
     sides : {"both", "inputs", "outputs"}
         "inputs" (``D = G P_a``) for raw inputs, with half the bytes.
     every : int
@@ -75,7 +65,7 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
     window : int
         m, how many vectors "window" keeps of a side.
     damping : float
-        mu, of the sum of the squares of what was seen; of "eva", absolute.
+        mu, of the sum of the squares of what was seen, 1e-6 at least; of "eva", absolute.
     rescale : bool
         Give D the norm of G, layer by layer, so that learning rates stay valid.
     stabilizer : (float, float)
@@ -83,8 +73,8 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
     exclude : sequence of str or torch.nn.Module
         Layers to leave out: names with wildcards, ``"blocks.*"``, or modules with all that is in them.
     statistics : Compressor, optional
-        How vectors travel: ``Quantize("bf16")`` halves their bytes; not changed by default. No sparse one: a TopK of means
-        is no mean.
+        How vectors travel: ``Quantize("bf16")`` halves their bytes; not changed by default. No other: a TopK of means is
+        no mean, and "int8" or "fp16" would lose small layers beside large ones.
     fallback : float, optional
         MKOR-H: go on without from the step in which progress of the loss is less than this share of the largest so far,
         see :mod:`mpi_ef.precondition.fallback`; every rank passes its loss to :meth:`note_loss` then. Memory stays.
@@ -114,9 +104,11 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
     -----
     What a rank sends in an exchange is a_l, g_l and a word for each layer, and its loss: ``sum (q + p + 1) + 1`` numbers,
     through :class:`DenseMean`. Ranks that have not used a layer send zeros, and the mean is over those that have. Hooks sum
-    up rows in float32, in steps that are due alone; what a forward pass saw counts when its backward pass has come. Memory:
-    "window" m (p + q) numbers a layer, "exact" and "blended" p^2 + q^2, "kfac" twice that; and the gradients of layers once
-    more, twice where matrices are multiplied. Products are torch's: equal bits on equal machines only.
+    up rows in float32, of float64 layers in float64, in steps that are due alone; what a forward pass saw counts when a
+    backward pass makes the gradient of the layer's weight, and no longer when a later one finds ``weight.grad`` None; where
+    gradients are thrown away without, call :meth:`forget`. Compiled models are not seen. Memory: "window" m (p + q) numbers
+    a layer, "exact" and "blended" p^2 + q^2, "kfac" twice that; and the gradients of layers once more, twice where matrices
+    are multiplied. Products are torch's: equal bits on equal machines only.
     """
 
     built = "the building of a preconditioner"
@@ -129,15 +121,17 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
         self.comm, self.form, self.sides, self.every = comm, form, sides, every
         self.steps = self.updates = self.skipped = 0
         self._losses: list[float] = []
-        self._warned = False
+        self._warned = self._removed = False
         compressor = Identity() if statistics is None else statistics
 
         def facts() -> dict[str, object]:
-            self._check(gamma, window, damping, rescale, stabilizer, compressor, fallback, fallback_every)
-            self._fallback = None if fallback is None else Fallback(fallback, fallback_every)
+            options = Options(gamma, window, damping, stabilizer)
+            check(type(self).__name__, options, form, sides, every, rescale, compressor, fallback, fallback_every)
+            self._fallback = None if fallback is None else Fallback(
+                fallback, fallback_every, rounded=not isinstance(compressor, Identity))
             trained = None if parameters is None else {id(p) for p in parameters if p.requires_grad}
             self._layers, self._rows = find_layers(model, lambda p: _untrained(p, trained), exclude)
-            self._lay_out(_Options(gamma, window, damping, stabilizer), rescale=rescale)
+            self._lay_out(options, rescale=rescale)
             return {"the layers": self._described(), "form": form, "sides": sides, "every": every, "gamma": gamma,
                     "window": window, "damping": damping, "rescale": rescale, "stabilizer": stabilizer,
                     "statistics": statistics, "fallback": fallback, "fallback_every": fallback_every}
@@ -146,31 +140,7 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
         self.plan: Plan = plan_for(comm, compressor, self._sent.size, self._dtype, residual=False, device=self._device)
         self._sums = Sums(self._layers, sides, self._tensor(self._sent), lambda: self.due, squared=form == "kfac")
 
-    def _check(self, gamma: float, window: int, damping: float, rescale: object, stabilizer: object, statistics: object,
-               fallback: float | None, fallback_every: int) -> None:
-        name = type(self).__name__
-        if not (isinstance(self.form, str) and self.form in FORMS):
-            raise OptionError(f"{name}: form={briefly(self.form)} is unknown; take one of {', '.join(FORMS)}")
-        if not (isinstance(self.sides, str) and self.sides in ("both", "inputs", "outputs")):
-            raise OptionError(f"{name}: sides={briefly(self.sides)} is unknown; take 'both', 'inputs' or 'outputs'")
-        whole(name, 1, "10 is usual", every=self.every)
-        within(name, "(0, 1)", "0.95 is usual", gamma=gamma)
-        whole(name, 1, "16 is usual", window=window)
-        within(name, "(0, inf)", "0.03 is usual", damping=damping)
-        if not isinstance(rescale, bool):
-            raise OptionError(f"{name}: rescale={briefly(rescale)} is neither True nor False; pass one of them")
-        if not (isinstance(stabilizer, tuple) and len(stabilizer) == 2):
-            raise OptionError(f"{name}: stabilizer={briefly(stabilizer)} is no pair; (2.0, 0.9) is usual")
-        within(name, "(0, inf)", "2.0 is usual", **{"stabilizer[0]": stabilizer[0]})
-        within(name, "(0, 1]", "0.9 is usual", **{"stabilizer[1]": stabilizer[1]})
-        if not isinstance(statistics, Identity | Quantize):
-            raise OptionError(f"{name}: statistics={briefly(statistics)} does not keep means; pass Quantize('bf16'), or "
-                              "None")
-        if fallback is not None:
-            within(name, "(0, 1)", "0.1 is usual", fallback=fallback)
-        whole(name, 1, "20 is usual", fallback_every=fallback_every)
-
-    def _lay_out(self, options: _Options, *, rescale: bool) -> None:
+    def _lay_out(self, options: Options, *, rescale: bool) -> None:
         weights = [layer.weight for layer in self._layers]
         homes = {(w.device, torch.float64 if w.dtype == torch.float64 else torch.float32) for w in weights}
         if len(homes) > 1 or not all(w.dtype.is_floating_point for w in weights):
@@ -208,7 +178,7 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
     def layers(self) -> list[LayerReport]:
         """What is done with every linear and convolutional layer of the model. Local."""
         fallen = f"fallen back in step {self.fallen_back_at}" if self.fallen_back_at is not None else self.sides
-        never = {self._layers[number].name for number in range(len(self._layers)) if number not in self._sums.seen}
+        never = {self._layers[number].name for group in self.groups for number in group.never_seen()}
         rows = []
         for row in self._rows:
             part = row.part or ("never seen" if self.updates and row.name in never else fallen)
@@ -248,18 +218,43 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
             What gradients have been multiplied by since the backward pass: ``1 / scaler.get_scale()`` after
             ``scaler.unscale_(optimizer)``.
 
+        Raises
+        ------
+        OptionError
+            With `fallback`: this rank has not noted its loss; the others raise `PeerError`. The step can be repeated.
+
         Notes
         -----
         When any rank's numbers are not finite, all learn nothing in this step, with a warning on rank 0.
         """
         if self.due:
-            self.close(scale)
+            problem = None
+            try:
+                self.close(scale)
+            except OptionError as error:
+                problem = error
+                self._sums.vector[-1] = float("nan")  # the others are on their way into the exchange
             try:
                 self.exchange()
             except NonFiniteError as error:
+                self._complain(problem)
                 self.skip(error.ranks)
         self.precondition()
         self.advance()
+
+    def _complain(self, problem: Exception | None) -> None:
+        """Raise on all ranks the problem that one of them has. Collective."""
+
+        def facts() -> dict[str, object]:
+            if problem is not None:
+                raise problem
+            return {}
+
+        try:
+            agree(self.comm, f"{type(self).__name__}.step", facts, "")
+        except BaseException:
+            self._sums.forget()
+            raise
 
     def close(self, scale: float = 1.0) -> bool:
         """Make ready what is sent of this step; tell whether it is finite. Local.
@@ -273,7 +268,7 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
             if not self._losses:
                 raise OptionError(f"{type(self).__name__}: fallback wants the loss of every rank; call note_loss(loss), or "
                                   "pass step a closure that returns it")
-            self._sums.vector[-1] = sum(self._losses) / len(self._losses)
+            self._sums.vector[-1] = sum(self._losses) / len(self._losses) - self._fallback.reference
         self._sums.close(scale)
         return bool(self._kernels.finite([self._sent]))
 
@@ -293,26 +288,24 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
             group.update(told)
         self.updates += 1
         if self._fallback is not None:
-            self._fallback.hear(self.steps, float(mean[-1]) / present)
+            self._fallback.hear(self.steps, self._fallback.reference + float(mean[-1]) / present)
             if self.fallen_back_at is not None:
-                self.remove_hooks()
+                self._sums.remove_hooks()
         if not self._warned:
             self._warn_of_unseen(told)
 
     def _warn_of_unseen(self, told: Sequence[tuple[Tensor | None, Tensor | None, float]]) -> None:
         self._warned = True
-        self._sums.seen.update(number for number, (*_, share) in enumerate(told) if share > 0)
         never = [layer.name for layer, (*_, share) in zip(self._layers, told, strict=True) if not share]
         if never and self.comm.Get_rank() == 0:
             listed = ", ".join(never[:4]) + (f" and {len(never) - 4} more" if len(never) > 4 else "")
             warnings.warn(f"{type(self).__name__}: {listed}: not called as a module in this step on any rank, so their "
                           "gradients stay as they are; what reads the weight of a module by itself, such as "
-                          "MultiheadAttention, cannot be seen", RuntimeWarning, stacklevel=4)
+                          "MultiheadAttention, or a compiled model, cannot be seen", RuntimeWarning, stacklevel=4)
 
-    def smallest(self) -> Tensor:
-        """Return the parameter with fewest entries of those whose gradients are preconditioned. Local."""
-        weights = [p for layer in self._layers for p in (layer.weight, layer.bias) if p is not None]
-        return min(weights, key=Tensor.numel)
+    def trained(self) -> list[Tensor]:
+        """Return the parameters whose gradients are preconditioned. Local."""
+        return [p for layer in self._layers for p in (layer.weight, layer.bias) if p is not None]
 
     def skip(self, ranks: tuple[int, ...]) -> None:
         """Forget this step, as the numbers of some ranks were not finite. Local."""
@@ -340,6 +333,7 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
 
     def remove_hooks(self) -> None:
         """Take the hooks off the model: nothing is learned from then on. Local, on all ranks."""
+        self._removed = True
         self._sums.remove_hooks()
 
     def state_tree(self) -> StateTree:
@@ -393,7 +387,9 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
             side.loaded()
         self.forget()
         if self.fallen_back_at is not None:
-            self.remove_hooks()
+            self._sums.remove_hooks()
+        elif not self._removed:  # a state from before a fallback
+            self._sums.watch()
 
 
 def _untrained(p: Tensor, trained: "set[int] | None") -> str:

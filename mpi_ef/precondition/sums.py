@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .layers import Layer, outputs_of, rows_of, sum_of_rows
+from .layers import Layer, fits, outputs_of, rows_of, sum_of_rows
 
 __all__ = ["Sides", "Sums", "width"]
 
@@ -52,7 +52,9 @@ class Sums:
 
     over S rows: samples, and positions where inputs have more dimensions. With `squared` in place of vectors their second
     moments, ``(1/S) sum_s x_s x_s^T`` and ``S sum_s dL/dy_s (dL/dy_s)^T``. 1_l is 1 where this rank has seen the layer, else
-    0, and with it a_l and g_l. What a call saw counts when the gradient of its output arrives.
+    0, and with it a_l and g_l. What a call saw counts when the gradient of its output arrives, in a backward pass that makes
+    the gradient of the layer's weight too: not where the layer is frozen, other weights are in its place, or
+    ``torch.autograd.grad`` asks for something else. A backward pass that finds ``weight.grad`` None begins anew.
 
     Parameters
     ----------
@@ -68,8 +70,9 @@ class Sums:
     def __init__(self, layers: Sequence[Layer], sides: Sides, vector: Tensor, due: Callable[[], bool], *,
                  squared: bool) -> None:
         self.layers, self.sides, self.squared, self.vector, self._due = layers, sides, squared, vector, due
-        self.seen: set[int] = set()  # layers, since the beginning
         self._rows, self._used = [0] * len(layers), False
+        # By layer, the last backward pass; and those under way, of other threads or around one of a checkpoint.
+        self._passes, self._open = [-1] * len(layers), set[int]()
         self._inputs: list[Tensor | None] = []
         self._outputs: list[Tensor | None] = []
         self._words: list[Tensor] = []
@@ -90,12 +93,19 @@ class Sums:
             self._words.append(vector[start])
             start += 1
         self._handles: list[RemovableHandle] = []
-        for number, layer in enumerate(layers):
+        self.watch()
+
+    def watch(self) -> None:
+        """Put hooks on the modules, in the place of those of others, where they have been removed."""
+        if self._handles:
+            return
+        for number, layer in enumerate(self.layers):
             for module in layer.modules:
                 if (earlier := _watched.pop(module, None)) is not None:
                     earlier.remove()
                 hook = _Hook(self, module, number)
-                handle = module.register_forward_hook(hook, with_kwargs=True)
+                # Before other hooks, which may return something else.
+                handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
                 _watched[module] = handle
                 self._handles.append(handle)
 
@@ -103,15 +113,19 @@ class Sums:
         """Let calls of the modules count for nothing from now on."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
 
     def called(self, number: int, module: nn.Module, x: Any, output: Any) -> None:
         """Take note of a call, which counts as soon as its output has a gradient."""
         wanted = torch.is_grad_enabled() and isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad
-        if not wanted or torch.compiler.is_compiling() or _in_transform() or not self._due():
+        if not wanted or torch.compiler.is_compiling() or not self._due() or _is_traced():
+            return
+        if not fits(self.layers[number], module, x, output):
             return
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             what = self._of_inputs(number, module, x.detach())
-        output.register_hook(partial(self._arrived, number, module, what))
+        watch: Any = _lasting(output).register_hook
+        watch(partial(self._arrived, number, module, what, output.shape))
 
     def _of_inputs(self, number: int, module: nn.Module, x: Tensor) -> tuple[Tensor | None, int]:
         layer, dtype = self.layers[number], self.vector.dtype
@@ -125,17 +139,25 @@ class Sums:
         return matrix.mT @ matrix, rows
 
     @torch.no_grad()
-    def _arrived(self, number: int, module: nn.Module, what: tuple[Tensor | None, int], gradient: Tensor) -> None:
+    def _arrived(self, number: int, module: nn.Module, what: tuple[Tensor | None, int], shape: torch.Size,
+                 gradient: Tensor) -> None:
         total, rows = what
         inputs, outputs = self._inputs[number], self._outputs[number]
         if rows == 0 or not self._due():
             return
+        weight = self.layers[number].weight
+        made = _made_in_this_pass(weight)
+        if made is None:
+            return
+        last, self._passes[number] = self._passes[number], self._pass()
+        if made == "added" and weight.grad is None and last not in self._open:
+            self._clear(number)  # the gradient of earlier passes was thrown away
         self._rows[number] += rows
         self._used = True
         if inputs is not None and total is not None:
             (inputs if self.squared else inputs[: total.numel()]).add_(total)
         if outputs is not None:
-            of = outputs_of(module, gradient.detach())
+            of = outputs_of(module, gradient.detach().reshape(shape))
             if self.squared:
                 with torch.autocast(gradient.device.type, enabled=False):
                     of = of.to(outputs.dtype)
@@ -150,7 +172,6 @@ class Sums:
             rows, inputs, outputs = self._rows[number], self._inputs[number], self._outputs[number]
             if rows == 0:
                 continue
-            self.seen.add(number)
             self._words[number].fill_(1)
             if inputs is not None:
                 inputs.div_(rows)
@@ -161,12 +182,29 @@ class Sums:
             elif outputs is not None and scale != 1.0:
                 outputs.mul_(scale)
 
+    def _pass(self) -> int:
+        """Return the number of the backward pass that is at work, which is open until it ends."""
+        number = torch._C._current_graph_task_id()  # noqa: SLF001
+        if number not in self._open:
+            self._open.add(number)
+            engine: Any = torch.autograd.Variable._execution_engine  # noqa: SLF001
+            engine.queue_callback(partial(self._open.discard, number))
+        return number
+
+    def _clear(self, number: int) -> None:
+        """Forget what one layer has seen."""
+        self._rows[number] = 0
+        for part in (self._inputs[number], self._outputs[number]):
+            if part is not None:
+                part.zero_()
+
     def forget(self) -> None:
         """Begin anew, as in the next step. What calls under way bring counts for that."""
         if self._used:
             self.vector.zero_()
             self._rows = [0] * len(self.layers)
             self._used = False
+            self._open.clear()  # some may have failed
 
     def told(self, mean: Tensor) -> "list[tuple[Tensor | None, Tensor | None, float]]":
         """Return of every layer a, g and the share of ranks that have seen it, from the mean of the ranks' vectors."""
@@ -181,7 +219,35 @@ class Sums:
         return parts
 
 
-def _in_transform() -> bool:
-    """Tell whether a function transform of torch is at work, whose tensors are not to be kept."""
+def _is_traced() -> bool:
+    """Tell whether torch traces or transforms a function, whose tensors are not to be kept."""
+    traced: Any = torch._C._get_tracing_state  # noqa: SLF001
+    if traced() is not None:
+        return True
     peek = getattr(torch._C._functorch, "peek_interpreter_stack", None)  # noqa: SLF001
     return peek is not None and peek() is not None
+
+
+def _lasting(output: Tensor) -> Tensor:
+    """Return what hooks of an output's gradient stay on when the output is changed in place.
+
+    A view, such as that of a linear layer of more than two dimensions, is cut out of the graph then, and its hooks with it;
+    what it is a view of is not.
+    """
+    base = output._base  # noqa: SLF001
+    same = base is not None and base.grad_fn is not None and base.dtype == output.dtype and \
+        base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    return base if same and base is not None else output
+
+
+def _made_in_this_pass(p: Tensor) -> Literal["added", "returned"] | None:
+    """Return what the backward pass that is at work does with the gradient of a parameter, None where it makes none."""
+    if not p.requires_grad:
+        return None
+    with torch.enable_grad():
+        passed: Any = p.view_as(p)
+    node = passed.grad_fn.next_functions[0][0]
+    try:
+        return "added" if torch._C._will_engine_execute_node(node) else None  # noqa: SLF001
+    except RuntimeError:  # as torch says where `autograd.grad` has been asked for this very one
+        return "returned"
