@@ -35,6 +35,7 @@ class Group:
         self._spare = like.new_zeros(size) if apart else self._x
         self._places = {id(array): [self._views(array[place], layer) for place, layer in enumerate(self._layers)]
                         for array in (self._x, self._spare)}
+        self._parts = sum(1 if layer.bias is None else 2 for layer in self._layers)
         self._bounded = not any(isinstance(side, ShermanMorrison) for side in self.sides)
 
     @staticmethod
@@ -64,9 +65,9 @@ class Group:
         there = [place for place, layer in enumerate(self._layers) if layer.weight.grad is not None]
         if not there:
             return
-        if len(there) < len(self._layers):
-            self._x.zero_()
         parts, grads = self._pairs(self._x, there)
+        if len(parts) < self._parts:
+            self._x.zero_()
         torch._foreach_copy_(parts, grads)
         before = self._norms(self._x)
         x = self._product()

@@ -208,7 +208,9 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
     def layers(self) -> list[LayerReport]:
         """What is done with every linear and convolutional layer of the model. Local."""
         fallen = f"fallen back in step {self.fallen_back_at}" if self.fallen_back_at is not None else self.sides
-        never = {self._layers[number].name for number in range(len(self._layers)) if number not in self._sums.seen}
+        seen = self._sums.seen | {number for group in self.groups for number, *updates in
+                                  zip(group.numbers, *(side.updates for side in group.sides), strict=True) if any(updates)}
+        never = {layer.name for number, layer in enumerate(self._layers) if number not in seen}
         rows = []
         for row in self._rows:
             part = row.part or ("never seen" if self.updates and row.name in never else fallen)
@@ -236,8 +238,20 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
         return self.plan.sent_nbytes
 
     def note_loss(self, loss: Any) -> None:
-        """Take note of this rank's loss in this step, for MKOR-H. Local."""
-        self._losses.append(float(loss.detach() if isinstance(loss, Tensor) else loss))
+        """Take note of this rank's loss in this step, for MKOR-H. Local, after :meth:`forget` and zero_grad.
+
+        Raises
+        ------
+        OptionError
+            With `fallback`: it is no number.
+        """
+        if self._fallback is None:
+            return
+        try:
+            self._losses.append(float(loss.detach() if isinstance(loss, Tensor) else loss))
+        except (TypeError, ValueError, RuntimeError):
+            raise OptionError(f"{type(self).__name__}: loss={briefly(loss)} is no number, which fallback goes by; pass the "
+                              "mean loss of this rank, or let the closure return it") from None
 
     def step(self, *, scale: float = 1.0) -> None:
         """Learn, where this step is due, and precondition the gradients of the layers. Collective in steps that are due.
@@ -271,8 +285,8 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
         """
         if self._fallback is not None:
             if not self._losses:
-                raise OptionError(f"{type(self).__name__}: fallback wants the loss of every rank; call note_loss(loss), or "
-                                  "pass step a closure that returns it")
+                raise OptionError(f"{type(self).__name__}: fallback wants the loss of every rank; call note_loss(loss) "
+                                  "between zero_grad() and step(), or pass step a closure that returns it")
             self._sums.vector[-1] = sum(self._losses) / len(self._losses)
         self._sums.close(scale)
         return bool(self._kernels.finite([self._sent]))
@@ -309,10 +323,9 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
                           "gradients stay as they are; what reads the weight of a module by itself, such as "
                           "MultiheadAttention, cannot be seen", RuntimeWarning, stacklevel=4)
 
-    def smallest(self) -> Tensor:
-        """Return the parameter with fewest entries of those whose gradients are preconditioned. Local."""
-        weights = [p for layer in self._layers for p in (layer.weight, layer.bias) if p is not None]
-        return min(weights, key=Tensor.numel)
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters whose gradients are preconditioned. Local."""
+        return [p for layer in self._layers for p in (layer.weight, layer.bias) if p is not None]
 
     def skip(self, ranks: tuple[int, ...]) -> None:
         """Forget this step, as the numbers of some ranks were not finite. Local."""
@@ -355,7 +368,8 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
             leaves["norms"] = Leaf(REPLICATED, self._norms)
         if self._fallback is not None:
             leaves["fallback"] = self._fallback.leaf()
-        identity = {"preconditioner": f"{self.form}, sides={self.sides}", "layers": self._described()}
+        falls = "" if self._fallback is None else ", with fallback"
+        identity = {"preconditioner": f"{self.form}, sides={self.sides}{falls}", "layers": self._described()}
         return StateTree(leaves, identity=identity, prefix="preconditioner.")
 
     def _sides(self) -> list[Any]:
