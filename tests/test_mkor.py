@@ -255,6 +255,30 @@ def test_what_is_not_finite_in_layers_skips_the_step_on_all_ranks():
         virtual.results(2, program)
 
 
+def test_a_product_that_overflows_leaves_the_gradient_and_the_factors():
+    """It may be on one rank alone. Factors that are not finite, which are so on all of them, begin anew on all."""
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = mkor(net, comm, Identity(), sgd, form="exact", every=1)
+        group = optimizer.preconditioner.groups[0]  # of one layer
+        for step in range(4):
+            optimizer.zero_grad()
+            loss_in(net, rank, step).backward()
+            if step == 2:
+                for side in group.sides:
+                    side._m.mul_(3)
+                if rank == 1:
+                    net.first.weight.grad.fill_(2e37)
+            if step == 3:
+                group.inputs._m.fill_(float("inf"))
+            optimizer.step()
+            assert (optimizer.restarts, group.inputs.updates) == ((0, [step + 1]) if step < 3 else (1, [0]))
+        assert all(bool(p.isfinite().all()) for p in net.parameters())
+        return optimizer.preconditioner.state_dict()["arrays"]
+
+    assert same_bits(*virtual.results(2, program))
+
+
 def test_a_loss_that_is_thrown_away_counts_for_nothing():
     def program(comm):
         nets = net_of(), net_of()
@@ -533,6 +557,33 @@ def test_it_falls_back_when_progress_stalls():
         assert (optimizer.statistics_nbytes, optimizer.updates) == (sent, updates)
 
     virtual.results(2, program)
+
+
+def test_a_state_of_before_the_fallback_learns_again():
+    def program(comm):
+        net = net_of()
+        optimizer = mkor(net, comm, every=1, fallback=0.9, fallback_every=1)
+
+        def steps(losses):
+            for loss in losses:
+                optimizer.zero_grad()
+                loss_in(net, comm.Get_rank(), optimizer.steps).backward()
+                optimizer.note_loss(loss)
+                optimizer.step()
+
+        steps([1.0, 0.5, 0.3])
+        early = optimizer.state_dict()
+        steps([0.3] * 9)
+        assert optimizer.fallen_back_at is not None
+        optimizer.load_state_dict(early)
+        assert optimizer.fallen_back_at is None
+        steps([0.2, 0.1])
+        assert [side.updates for group in optimizer.preconditioner.groups for side in group.sides] == [[5]] * 6
+        optimizer.remove_hooks()
+        optimizer.load_state_dict(early)
+        assert not net.first._forward_hooks
+
+    virtual.results(1, program)
 
 
 def test_a_rank_without_a_loss_is_told_on_all():

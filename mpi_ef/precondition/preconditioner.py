@@ -98,7 +98,7 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
     layers : list of LayerReport
         (name, shape, part) of every layer of those kinds.
     steps, updates, restarts, skipped : int
-        Steps and exchanges that were completed; layers that began anew as their product was not finite ("exact");
+        Steps and exchanges that were completed; layers that began anew as what was kept was not finite ("exact");
         exchanges without effect, as some rank's numbers were not finite.
     fallen_back_at : int or None
         Step of the fallback.
@@ -129,7 +129,7 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
         self.comm, self.form, self.sides, self.every = comm, form, sides, every
         self.steps = self.updates = self.skipped = 0
         self._losses: list[float] = []
-        self._warned = False
+        self._warned, self._learns = False, True
         compressor = Identity() if statistics is None else statistics
 
         def facts() -> dict[str, object]:
@@ -309,7 +309,7 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
         if self._fallback is not None:
             self._fallback.hear(self.steps, float(mean[-1]) / present)
             if self.fallen_back_at is not None:
-                self.remove_hooks()
+                self._sums.remove_hooks()
         if not self._warned:
             self._warn_of_unseen(told)
 
@@ -353,6 +353,7 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
 
     def remove_hooks(self) -> None:
         """Take the hooks off the model: nothing is learned from then on. Local, on all ranks."""
+        self._learns = False
         self._sums.remove_hooks()
 
     def state_tree(self) -> StateTree:
@@ -407,7 +408,9 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
             side.loaded()
         self.forget()
         if self.fallen_back_at is not None:
-            self.remove_hooks()
+            self._sums.remove_hooks()
+        elif self._learns:  # also where what was loaded is of before the fallback
+            self._sums.watch()
 
 
 def _untrained(p: Tensor, trained: "set[int] | None") -> str:

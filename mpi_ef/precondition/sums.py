@@ -90,7 +90,13 @@ class Sums:
             self._words.append(vector[start])
             start += 1
         self._handles: list[RemovableHandle] = []
-        for number, layer in enumerate(layers):
+        self.watch()
+
+    def watch(self) -> None:
+        """Let calls of the modules count, in the place of other sums, if they do not."""
+        if self._handles:
+            return
+        for number, layer in enumerate(self.layers):
             for module in layer.modules:
                 if (earlier := _watched.pop(module, None)) is not None:
                     earlier.remove()
@@ -103,6 +109,7 @@ class Sums:
         """Let calls of the modules count for nothing from now on."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
 
     def called(self, number: int, module: nn.Module, x: Any, output: Any) -> None:
         """Take note of a call, which counts as soon as its output has a gradient."""
