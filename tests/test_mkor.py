@@ -458,7 +458,8 @@ def test_a_model_is_needed_and_bad_options_are_told():
         net = net_of()
         for options, words in (({"form": "printed"}, "form='printed' is unknown"), ({"every": 0}, "every=0"),
                                ({"model": None}, "is no torch module"), ({"overlap": True}, "overlap=True with placement"),
-                               ({"placement": "both"}, "placement='both' is unknown"), ({"eta": 3.0}, "eta")):
+                               ({"placement": "both"}, "placement='both' is unknown"), ({"eta": 3.0}, "eta"),
+                               ({"dampin": 0.1}, "no option dampin; did you mean damping")):
             with pytest.raises(MpiEfError, match=words) as caught:
                 MKOR(adam(net), comm, TOP, **{"model": net} | options)
             assert "\n" not in str(caught.value)

@@ -120,7 +120,7 @@ class DistributedOptimizer(FlatOptimizer):
 
         def facts() -> dict[str, object]:
             self._check_arguments()
-            rule_of(rule)[0].check_names(options, type(self).__name__, DistributedOptimizer)
+            rule_of(rule)[0].check_names(options, type(self).__name__, type(self))
             return {"the optimizer": type(optimizer).__name__, "rule": rule, "options": options, "placement": placement,
                     "dense_steps": dense_steps, "bucket_nbytes": bucket_nbytes, "overlap": overlap,
                     **self._facts()}
