@@ -156,7 +156,7 @@ def test_it_learns_faster_than_without():
 # ---- the laws of all optimizers
 
 
-_nets = weakref.WeakSet()
+_nets = []
 
 
 @pytest.fixture
@@ -166,9 +166,11 @@ def known_nets(monkeypatch):
 
     def remember(self):
         begin(self)
-        _nets.add(self)
+        _nets.append(self)
 
     monkeypatch.setattr(regression.Net, "__init__", remember)
+    yield
+    _nets.clear()
 
 
 def model_of(optimizer):
