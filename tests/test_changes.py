@@ -136,3 +136,33 @@ def test_a_run_goes_on_with_the_same_bits(same_model, tmp_path, rule):
     once = run("once")
     run("twice", stop_after=4)
     assert run("twice", resume="exact")["parameters_crc32"] == once["parameters_crc32"]
+
+
+def test_what_is_learned_beside_is_of_the_parameters_as_they_are(same_model):
+    """Not of those before the last step, where the other half of the change comes from: g is the gradient of a bias."""
+    def program(comm):
+        made, seen, batches = Trainer(comm, config_of("ef21-page", whole=1e-9, precondition="window",
+                                                      precondition_every=1)), [], []
+        watcher, following = made.optimizer.preconditioner, made._next
+        close = watcher.close
+
+        def noted(scale):
+            seen.append((watcher._sums._outputs[-1].clone(), made.optimizer.flat.values.copy()))
+            return close(scale)
+
+        def next_one():
+            batches.append(following())
+            return batches[-1]
+
+        watcher.close, made._next = noted, next_one
+        for _ in range(3):
+            made.step()
+        data, net = same_model(None)
+        for (g, values), samples in list(zip(seen, batches, strict=True))[1:]:
+            torch.nn.utils.vector_to_parameters(torch.from_numpy(values), net.parameters())
+            net.zero_grad()
+            inputs, targets = data.batch(samples, 0)
+            F.cross_entropy(net(inputs), targets).backward()
+            np.testing.assert_allclose(g, [*net.parameters()][-1].grad, rtol=1e-5, atol=1e-7)
+
+    virtual.results(1, program)

@@ -257,6 +257,30 @@ def test_what_is_not_finite_in_layers_skips_the_step_on_all_ranks():
         virtual.results(2, program)
 
 
+def test_a_product_that_overflows_leaves_the_gradient_and_the_factors():
+    """It may be on one rank alone. Factors that are not finite, which are so on all of them, begin anew on all."""
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = mkor(net, comm, Identity(), sgd, form="exact", every=1)
+        group = optimizer.preconditioner.groups[0]  # of one layer
+        for step in range(4):
+            optimizer.zero_grad()
+            loss_in(net, rank, step).backward()
+            if step == 2:
+                for side in group.sides:
+                    side._m.mul_(3)
+                if rank == 1:
+                    net.first.weight.grad.fill_(2e37)
+            if step == 3:
+                group.inputs._m.fill_(float("inf"))
+            optimizer.step()
+            assert (optimizer.restarts, group.inputs.updates) == ((0, [step + 1]) if step < 3 else (1, [0]))
+        assert all(bool(p.isfinite().all()) for p in net.parameters())
+        return optimizer.preconditioner.state_dict()["arrays"]
+
+    assert same_bits(*virtual.results(2, program))
+
+
 def test_a_loss_that_is_thrown_away_counts_for_nothing():
     def program(comm):
         nets = net_of(), net_of()
@@ -299,19 +323,34 @@ def test_a_scaler_changes_no_bit(unscale):
     virtual.results(2, program)
 
 
-def test_a_scale_that_was_taken_off_is_found_where_some_gradients_are_zero():
-    """As of a smallest bias that is not used in this step, or dead."""
+class Branched(nn.Module):
+    """A model with a small layer that not every call uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.small = nn.Linear(7, 5), nn.Linear(5, 3), nn.Linear(2, 1)
+        seeded(self)
+
+    def forward(self, x, *, whole=True):
+        y = self.last(torch.tanh(self.first(x)))
+        return y + self.small(x[:, :2]) if whole else y
+
+
+def inputs_of(rank, step):
+    return torch.from_numpy(np.random.default_rng((step, rank)).normal(size=(8, 7))).float()
+
+
+@pytest.mark.parametrize("to_none", [False, True])
+def test_a_scale_that_was_taken_off_is_known_from_layers_that_were_used(to_none):
+    """Also in steps in which some layer has no gradient, or keeps one of zeros."""
     def program(comm):
-        nets = [seeded(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))) for _ in range(2)]
-        optimizers = [mkor(net, comm, every=1) for net in nets]
+        nets = Branched(), Branched()
+        optimizers = [mkor(net, comm, every=1, form="blended") for net in nets]
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
         for step in range(4):
             for net, optimizer in zip(nets, optimizers, strict=True):
-                optimizer.zero_grad()
-                x = torch.from_numpy(np.random.default_rng((step, comm.Get_rank())).normal(size=(6, 3))).float()
-                y = net[1](net[0](x))
-                y = y.sum(1) + net[2](0 * y)[:, 0] * (0 if step % 2 else 1)
-                loss = y.square().mean()
+                optimizer.zero_grad(to_none)
+                loss = net(inputs_of(comm.Get_rank(), step), whole=step % 2 == 0).square().mean()
                 if net is nets[0]:
                     loss.backward()
                     optimizer.step()
@@ -320,28 +359,46 @@ def test_a_scale_that_was_taken_off_is_found_where_some_gradients_are_zero():
                     scaler.unscale_(optimizer)
                     scaler.step(optimizer)
                     scaler.update()
+        assert same_bits(*map(parameters_of, nets))
         assert same_bits(*(optimizer.preconditioner.replicated() for optimizer in optimizers))
 
     virtual.results(2, program)
 
 
-@pytest.mark.filterwarnings("ignore:.*had the same gradients")
-def test_what_ranks_saw_after_their_last_step_does_not_count():
-    def program(comm):
+def test_what_was_left_over_at_the_end_of_a_rank_s_data_counts_for_nothing():
+    def program(comm, more):
         net, rank = net_of(), comm.Get_rank()
         optimizer = mkor(net, comm, Identity(), sgd, placement="gradient", every=1)
         with optimizer.join(weigh=True):
             for step in range(2 if rank else 4):
                 optimizer.zero_grad()
-                loss_in(net, 0, step).backward()
+                loss_in(net, rank, step).backward()
                 optimizer.step()
-            if rank:
-                (100 * loss_in(net, 0, 9)).backward()
-        return optimizer.preconditioner.state_dict()["arrays"]
+            if rank and more:
+                loss_in(net, rank, 9).backward()
+        return parameters_of(net), optimizer.preconditioner.state_dict()["arrays"]
 
-    two, (one,) = virtual.results(2, program), virtual.results(1, program)
-    for name, array in two[0].items():
-        np.testing.assert_allclose(array, one[name], rtol=2e-5, atol=1e-6)
+    assert same_bits(*(virtual.results(2, lambda comm: program(comm, more))[0] for more in (False, True)))  # noqa: B023
+
+
+def test_a_bias_without_gradient_leaves_its_weight_alone():
+    """Nothing of earlier steps goes in its place: what the weight gets is the same when it never had one."""
+    def program(comm):
+        moved = []
+        for scale in (1.0, 100.0):
+            net = seeded(nn.Linear(7, 3))
+            optimizer = mkor(net, comm, Identity(), lambda net: torch.optim.SGD(net.parameters(), lr=0.1), rescale=False)
+            net(inputs_of(0, 0)).sum().backward()
+            optimizer.step()
+            before = net.weight.detach().clone()
+            optimizer.preconditioner.groups[0]._x.mul_(scale)
+            optimizer.zero_grad()
+            net.weight.grad = torch.ones_like(net.weight)
+            optimizer.step()
+            moved.append((net.weight.detach() - before).numpy())
+        assert same_bits(*moved)
+
+    virtual.results(1, program)
 
 
 @pytest.mark.filterwarnings("ignore:.*had the same gradients")
@@ -403,7 +460,8 @@ def test_a_model_is_needed_and_bad_options_are_told():
         net = net_of()
         for options, words in (({"form": "printed"}, "form='printed' is unknown"), ({"every": 0}, "every=0"),
                                ({"model": None}, "is no torch module"), ({"overlap": True}, "overlap=True with placement"),
-                               ({"placement": "both"}, "placement='both' is unknown"), ({"eta": 3.0}, "eta")):
+                               ({"placement": "both"}, "placement='both' is unknown"), ({"eta": 3.0}, "eta"),
+                               ({"dampin": 0.1}, "no option dampin; did you mean damping")):
             with pytest.raises(MpiEfError, match=words) as caught:
                 MKOR(adam(net), comm, TOP, **{"model": net} | options)
             assert "\n" not in str(caught.value)
@@ -492,7 +550,7 @@ def test_it_falls_back_when_progress_stalls():
         for model in (twin, again):
             model.load_state_dict(net.state_dict())
         state = optimizer.state_dict()
-        del state["preconditioner"]
+        del state["preconditioner"], state["wrapper"]
         state["optimizer"] = dict(state["optimizer"])
         other.load_state_dict(state)
         steps = range(optimizer.steps, optimizer.steps + 6)
@@ -502,6 +560,33 @@ def test_it_falls_back_when_progress_stalls():
         assert (optimizer.statistics_nbytes, optimizer.updates) == (sent, updates)
 
     virtual.results(2, program)
+
+
+def test_a_state_of_before_the_fallback_learns_again():
+    def program(comm):
+        net = net_of()
+        optimizer = mkor(net, comm, every=1, fallback=0.9, fallback_every=1)
+
+        def steps(losses):
+            for loss in losses:
+                optimizer.zero_grad()
+                loss_in(net, comm.Get_rank(), optimizer.steps).backward()
+                optimizer.note_loss(loss)
+                optimizer.step()
+
+        steps([1.0, 0.5, 0.3])
+        early = optimizer.state_dict()
+        steps([0.3] * 9)
+        assert optimizer.fallen_back_at is not None
+        optimizer.load_state_dict(early)
+        assert optimizer.fallen_back_at is None
+        steps([0.2, 0.1])
+        assert [side.updates for group in optimizer.preconditioner.groups for side in group.sides] == [[5]] * 6
+        optimizer.remove_hooks()
+        optimizer.load_state_dict(early)
+        assert not net.first._forward_hooks
+
+    virtual.results(1, program)
 
 
 def test_a_rank_without_a_loss_is_told_on_all():
@@ -522,6 +607,18 @@ def test_a_rank_without_a_loss_is_told_on_all():
             return loss
 
         optimizer.step(closure)
+        assert optimizer.updates == 1
+        with pytest.raises(MpiEfError, match="loss=None is no number, which fallback goes by"):
+            optimizer.step(lambda: None)
+
+    virtual.results(2, program)
+
+
+def test_a_closure_may_return_nothing_where_no_loss_is_wanted():
+    def program(comm):
+        net = net_of()
+        optimizer = mkor(net, comm)
+        optimizer.step(lambda: loss_in(net, comm.Get_rank(), 0).backward())
         assert optimizer.updates == 1
 
     virtual.results(2, program)
@@ -571,12 +668,22 @@ def test_states_of_other_optimizers_are_refused():
         plain = DistributedOptimizer(adam(other), comm, TOP)
         steps_of(net, optimizer, comm.Get_rank(), range(3))
         before = everything(net, optimizer)
-        for state in (plain.state_dict(), mkor(net_of(), comm, form="exact").state_dict(),
-                      mkor(net_of(), comm, window=4).state_dict(), mkor(net_of(), comm, exclude=["last"]).state_dict()):
-            with pytest.raises((OptionError, MpiEfError), match="load_state_dict") as caught:
+        for state, words in (
+            (plain.state_dict(), "saved optimizer is DistributedOptimizer of AdamW, here it is MKOR of AdamW"),
+            (mkor(net_of(), comm, form="exact").state_dict(), "preconditioner is exact, sides=both, here"),
+            (mkor(net_of(), comm, fallback=0.5).state_dict(), "preconditioner is window, sides=both, with fallback, here"),
+            (mkor(net_of(), comm, window=4).state_dict(), "factors is"),
+            (mkor(net_of(), comm, exclude=["last"]).state_dict(), "layers is"),
+        ):
+            with pytest.raises(MpiEfError, match=f"load_state_dict: .*{words}") as caught:
                 optimizer.load_state_dict(state)
             assert "\n" not in str(caught.value)
             assert same_bits(everything(net, optimizer), before)
+        with pytest.raises(OptionError, match="saved optimizer is MKOR of AdamW, here it is DistributedOptimizer of AdamW"):
+            plain.load_state_dict(optimizer.state_dict())
+        again = mkor(net_of(), comm)
+        again.load_state_dict(optimizer.state_dict())
+        assert [row.part for row in again.layers] == ["both"] * 3
 
     virtual.results(1, program)
 

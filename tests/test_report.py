@@ -333,6 +333,8 @@ def test_legends_name_methods(runs, tmp_path, drawn, capsys):
 
 def test_legends_of_what_an_earlier_version_has_written():
     assert naming.method({"config": {"optimizer": "adamw", "compressor": "topk"}}) == "adamw, topk"
+    for learned, name in (("none", "sgd, topk"), (None, "sgd, topk"), ("window", "sgd under window, topk")):
+        assert naming.method({"config": {"optimizer": "sgd", "precondition": learned, "compressor": "topk"}}) == name
     assert naming.method({"config": {"compressor": "identity"}, "optimizer": "x"}) == "dense"
     one, other = ({"ranks": n, "config": {"compressor": "Mine(3)", "out": str(n)}} for n in (2, 4))
     assert naming.methods([one, other], ["a", "b"]) == ["Mine(3), ranks=2", "Mine(3), ranks=4"]

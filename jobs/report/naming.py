@@ -10,7 +10,7 @@ __all__ = ["method", "methods"]
 
 _ASIDE = {"out", "text", "data", "overwrite", "log_every", "eval_every", "checkpoint_every", "keep", "save_in_background",
           "stop_after"}
-_IN_NAME = {"optimizer", "compressor", "ratio", "values", "block"}  # options that the name of the method has
+_IN_NAME = {"optimizer", "precondition", "compressor", "ratio", "values", "block"}  # options that the name of the method has
 _MOST = 3  # options in a label
 _LONGEST = 60
 
@@ -22,7 +22,9 @@ def method(summary: Mapping[str, Any]) -> str:
     text = text if isinstance(text, str) else config["compressor"]
     text = "dense" if text in ("Identity()", "identity") else re.sub(r"\b(\w+)\(\w+=(?=[^()])", r"\1(", text)
     text = re.sub(r", block=\w+|, seed=0|, values=Identity\(\)", "", text)
-    return shown(f"{config.get('optimizer', '')}, {text}".removeprefix(", "))[:_LONGEST]
+    learned = config.get("precondition") or "none"
+    first = f"{config.get('optimizer', '')}{'' if learned == 'none' else f' under {learned}'}"
+    return shown(f"{first}, {text}".removeprefix(", "))[:_LONGEST]
 
 
 def methods(summaries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:

@@ -39,29 +39,30 @@ class Changes:
         draw = np.random.default_rng((self._seed, _COIN, step)).random()
         whole = dense or optimizer.skipped_steps != self._skipped or bool(draw < self.whole)
         self._skipped = optimizer.skipped_steps
-        if whole:
-            loss = everything()
-        else:
-            loss = batch()
-            self._subtract_before(batch, values)
+        loss = everything() if whole else self._change(batch, values)
         self._before[:] = values
         for channel in channels:
             channel.tell(whole=whole) if self._rule == "marina" else channel.tell(full=whole)
         return loss
 
-    def _subtract_before(self, batch: Callable[[], float], values: Vector) -> None:
-        """Take off ``p.grad`` what it is over the same batch at the parameters before the last step."""
+    def _change(self, batch: Callable[[], float], values: Vector) -> float:
+        """Leave in ``p.grad`` what it is over a batch less what it was at the parameters before the last step. Local.
+
+        What is asked of the parameters as they are comes last: MKOR learns from that.
+        """
         now = values.copy()
-        gradients = [(p, p.grad.clone()) for p in self._optimizer.flat.parameters if p.grad is not None]
-        self._optimizer.zero_grad()
         values[:] = self._before  # parameters are views of it
         try:
             batch()
         finally:
             values[:] = now
+        earlier = [(p, p.grad) for p in self._optimizer.flat.parameters if p.grad is not None]
+        self._optimizer.zero_grad()
+        loss = batch()
         with torch.no_grad():
-            for p, gradient in gradients:
-                p.grad = gradient if p.grad is None else gradient - p.grad
+            for p, gradient in earlier:
+                p.grad = -gradient if p.grad is None else p.grad - gradient
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on. Local."""

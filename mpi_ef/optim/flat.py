@@ -224,7 +224,7 @@ class FlatOptimizer(Saved):
 
     def take_part(self) -> bool:
         """Take part in a step of the others with nothing; tell whether there was one. Collective."""
-        self.flat.zero_gradients()
+        self.zero_grad()
         with silent([slice(0, self.flat.d)], lambda: momenta(self._rules())):
             broken = self._ready(self._collect)
             if self._handshake.at_work.size == 0:

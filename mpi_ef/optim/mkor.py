@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 from weakref import finalize, ref
 
 from torch import Tensor
@@ -53,11 +53,11 @@ class MKOR(DistributedOptimizer):
 
     Notes
     -----
-    What layers saw counts as the gradient does: with GradScaler it is divided by the scale, and after ``unscale_``
-    multiplied by what the program clips with; accumulation adds up; NaN or Inf there on any rank skips the step on all
-    ranks; :meth:`zero_grad` forgets it. When an update overflows (`NonFiniteError`), what was learned in that step stays.
-    Saved states and checkpoints have what was learned, for any number of ranks. Memory: that of both. In placement "update"
-    gradients are copied, as the program's own stay as they are.
+    What layers saw counts as the gradient does: with GradScaler it is divided by the scale, and clipped with what is clipped
+    after ``unscale_``; accumulation adds up; NaN or Inf there on any rank skips the step on all ranks; :meth:`zero_grad`
+    forgets it. When an update overflows (`NonFiniteError`), what was learned in that step stays. Saved states and
+    checkpoints have what was learned, for any number of ranks. Memory: that of both. In placement "update" gradients are
+    copied, as the program's own stay as they are.
     """
 
     def __init__(self, optimizer: Optimizer, comm: Comm, compressor: Compressor, *, model: object,
@@ -96,7 +96,10 @@ class MKOR(DistributedOptimizer):
         return {name: spent + self.preconditioner.plan.seconds[name] for name, spent in super().seconds.items()}
 
     def note_loss(self, loss: Any) -> None:
-        """Take note of this rank's loss in this step, which `fallback` wants; ``step(closure)`` does it by itself. Local."""
+        """Take note of this rank's loss in this step, which `fallback` wants; ``step(closure)`` does it by itself. Local.
+
+        Call it after :meth:`zero_grad`, which forgets it.
+        """
         self.preconditioner.note_loss(loss)
 
     def remove_hooks(self) -> None:
@@ -107,7 +110,11 @@ class MKOR(DistributedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Take all gradients away, as in torch, and forget what layers saw of them. Local."""
         super().zero_grad(set_to_none)
+        self._forget()
+
+    def _forget(self) -> None:
         self.preconditioner.forget()
+        self._gauge.forget()
 
     def state_tree(self) -> StateTree:
         """Describe the state: that of :class:`DistributedOptimizer`, and what the preconditioner has learned. Local."""
@@ -119,12 +126,13 @@ class MKOR(DistributedOptimizer):
         """Derive again what follows from what was written, see :meth:`FlatOptimizer.loaded`. Local."""
         super().loaded()
         self.preconditioner.loaded()
+        self._gauge.forget()
 
     def _ready(self, prepare: Callable[[], None]) -> tuple[int, ...]:
         try:
             return super()._ready(prepare)
         except BaseException:
-            self.preconditioner.forget()
+            self._forget()
             raise
 
     def _looked(self) -> dict[str, float]:
@@ -151,7 +159,7 @@ class MKOR(DistributedOptimizer):
             super()._step(broken)
         finally:
             self.preconditioner.steps = self.steps
-            self.preconditioner.forget()
+            self._forget()
 
     def _shape_gradients(self) -> None:
         self.preconditioner.precondition()
@@ -165,32 +173,42 @@ class _Gauge:
 
     def __init__(self, preconditioner: Preconditioner) -> None:
         self._due = preconditioner
-        self._p: Tensor | None = None
+        self._p: Tensor | None = None  # which has a gradient in this step
         self._place, self._before = 0, 0.0
-        me, parameters = ref(self), cast("list[Any]", preconditioner.trained())
-        self._handles = [p.register_post_accumulate_grad_hook(partial(_look, me)) for p in parameters]
+        me, handles = ref(self), []
+        for p in preconditioner.parameters():
+            watch: Any = p.register_post_accumulate_grad_hook
+            handles.append(watch(partial(_look, me)))
+        self._handles = handles
 
     def look(self, p: Tensor) -> None:
-        """Take note of an entry of a gradient."""
-        if not self._due.due or p.grad is None or not p.grad.numel():
+        """Take note of the largest of the first entries of a gradient, where none that is large enough is known."""
+        if not self._due.due or p.grad is None or not p.numel():
             return
-        if self._p is not None and self._p is not p and self._p.grad is not None:
-            return
-        flat, apart = p.grad.detach().reshape(-1), 1 + p.grad.numel() // 4096
-        self._place = apart * int(flat[::apart].abs().argmax())
-        self._before = float(flat[self._place])
-        self._p = p if self._before else None
+        if self._p is None or self._p is p or self._p.grad is None:
+            flat = p.grad.detach().reshape(-1)[:_LOOKED_AT]
+            self._place = int(flat.abs().argmax())
+            self._before = float(flat[self._place])
+            self._p = p if abs(self._before) > _LARGE_ENOUGH else None
 
     def ratio(self) -> float:
-        """Return that factor; 1 of gradients of zeros."""
+        """Return that factor; 1 where there are no gradients."""
         if self._p is None or self._p.grad is None:
             return 1.0
         return float(self._p.grad.detach().reshape(-1)[self._place]) / self._before
+
+    def forget(self) -> None:
+        """Begin anew, as in the next step."""
+        self._p = None
 
     def remove(self) -> None:
         """Look no more."""
         for handle in self._handles:
             handle.remove()
+
+
+_LOOKED_AT = 4096
+_LARGE_ENOUGH = 1e-20  # divided by any scale that is usual it is no subnormal number
 
 
 def _look(gauge: Any, p: Tensor) -> None:

@@ -120,7 +120,7 @@ class DistributedOptimizer(FlatOptimizer):
 
         def facts() -> dict[str, object]:
             self._check_arguments()
-            rule_of(rule)[0].check_names(options, type(self).__name__, DistributedOptimizer)
+            rule_of(rule)[0].check_names(options, type(self).__name__, type(self))
             return {"the optimizer": type(optimizer).__name__, "rule": rule, "options": options, "placement": placement,
                     "dense_steps": dense_steps, "bucket_nbytes": bucket_nbytes, "overlap": overlap,
                     **self._facts()}
@@ -202,12 +202,12 @@ class DistributedOptimizer(FlatOptimizer):
     def _packed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         groups, state = state_dict.pop("groups"), state_dict.pop("state")
         return state_dict | {"optimizer": {"state": state, "param_groups": groups}, "feedback": state_dict.pop("rules"),
-                             "wrapped optimizer": type(self.optimizer).__name__}
+                             "wrapped optimizer": type(self.optimizer).__name__, "wrapper": type(self).__name__}
 
     def _unpacked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         inner, wrapped = state_dict["optimizer"], state_dict.get("wrapped optimizer", type(self.optimizer).__name__)
         return state_dict | {"state": inner["state"], "groups": inner["param_groups"], "rules": state_dict["feedback"],
-                             "optimizer": f"{type(self).__name__} of {wrapped}"}
+                             "optimizer": f"{state_dict.get('wrapper', type(self).__name__)} of {wrapped}"}
 
     def _load_inner(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
         with self.flat.lent():  # torch rounds moments to the precision of their parameter

@@ -19,7 +19,8 @@ class Group:
     numbers : list of int
         Of the layers.
     restarts : int
-        How often a layer kept its gradient, and began anew, because the product was not finite.
+        How often a layer began anew, because what was kept of it was not finite. Where a product is not, a layer keeps its
+        gradient in that step.
     """
 
     def __init__(self, numbers: Sequence[int], layers: Sequence[Layer], inputs: Side | None, outputs: Side | None,
@@ -80,11 +81,12 @@ class Group:
         # A gradient that is not finite itself says nothing about what was learned.
         if not self._bounded and not bool((fine := after.isfinite() | ~before.isfinite()).all()):
             broken = (~fine).nonzero()[:, 0].tolist()
-            for place in broken:
+            there = [place for place in there if place not in broken]
+            # A gradient may be too large on one rank alone: what is kept is the same on all of them.
+            for place in (place for place in broken if not all(side.finite(place) for side in self.sides)):
                 for side in self.sides:
                     side.restart(place)
-            self.restarts += len(broken)
-            there = [place for place in there if place not in broken]
+                self.restarts += 1
         if self._rescale:
             ratio = before / after
             x.mul_(torch.where(ratio.isfinite(), ratio, 1.0).to(x.dtype)[:, None, None])

@@ -71,6 +71,10 @@ class Side(ABC):
     def loaded(self) -> None:  # noqa: B027
         """Derive again what follows from memory that was written."""
 
+    def finite(self, layer: int) -> bool:
+        """Tell whether what is kept of a layer is, alike on all ranks."""
+        return bool(self._memory.view(len(self.updates), -1)[layer].isfinite().all())
+
     def restart(self, layer: int) -> None:
         """Let a layer begin with the identity."""
         self.updates[layer] = 0

@@ -12,7 +12,7 @@ from mpi_ef.collectives import Plan, plan_for
 from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, ranks_text
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity
-from mpi_ef.errors import DtypeError, NonFiniteError, OptionError
+from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, briefly
 from mpi_ef.kernels.backend import backend, side_of
 from mpi_ef.statetree import REPLICATED, Leaf, Stateful, StateTree, attribute
 
@@ -88,7 +88,7 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
     layers : list of LayerReport
         (name, shape, part) of every layer of those kinds.
     steps, updates, restarts, skipped : int
-        Steps and exchanges that were completed; layers that began anew as their product was not finite ("exact");
+        Steps and exchanges that were completed; layers that began anew as what was kept was not finite ("exact");
         exchanges without effect, as some rank's numbers were not finite.
     fallen_back_at : int or None
         Step of the fallback.
@@ -121,7 +121,7 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
         self.comm, self.form, self.sides, self.every = comm, form, sides, every
         self.steps = self.updates = self.skipped = 0
         self._losses: list[float] = []
-        self._warned = self._removed = False
+        self._warned, self._learns = False, True
         compressor = Identity() if statistics is None else statistics
 
         def facts() -> dict[str, object]:
@@ -206,8 +206,20 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
         return self.plan.sent_nbytes
 
     def note_loss(self, loss: Any) -> None:
-        """Take note of this rank's loss in this step, for MKOR-H. Local."""
-        self._losses.append(float(loss.detach() if isinstance(loss, Tensor) else loss))
+        """Take note of this rank's loss in this step, for MKOR-H. Local, after :meth:`forget` and zero_grad.
+
+        Raises
+        ------
+        OptionError
+            With `fallback`: it is no number.
+        """
+        if self._fallback is None:
+            return
+        try:
+            self._losses.append(float(loss.detach() if isinstance(loss, Tensor) else loss))
+        except (TypeError, ValueError, RuntimeError):
+            raise OptionError(f"{type(self).__name__}: loss={briefly(loss)} is no number, which fallback goes by; pass the "
+                              "mean loss of this rank, or let the closure return it") from None
 
     def step(self, *, scale: float = 1.0) -> None:
         """Learn, where this step is due, and precondition the gradients of the layers. Collective in steps that are due.
@@ -266,8 +278,8 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
         """
         if self._fallback is not None:
             if not self._losses:
-                raise OptionError(f"{type(self).__name__}: fallback wants the loss of every rank; call note_loss(loss), or "
-                                  "pass step a closure that returns it")
+                raise OptionError(f"{type(self).__name__}: fallback wants the loss of every rank; call note_loss(loss) "
+                                  "between zero_grad() and step(), or pass step a closure that returns it")
             self._sums.vector[-1] = sum(self._losses) / len(self._losses) - self._fallback.reference
         self._sums.close(scale)
         return bool(self._kernels.finite([self._sent]))
@@ -303,7 +315,7 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
                           "gradients stay as they are; what reads the weight of a module by itself, such as "
                           "MultiheadAttention, or a compiled model, cannot be seen", RuntimeWarning, stacklevel=4)
 
-    def trained(self) -> list[Tensor]:
+    def parameters(self) -> list[Tensor]:
         """Return the parameters whose gradients are preconditioned. Local."""
         return [p for layer in self._layers for p in (layer.weight, layer.bias) if p is not None]
 
@@ -333,7 +345,7 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
 
     def remove_hooks(self) -> None:
         """Take the hooks off the model: nothing is learned from then on. Local, on all ranks."""
-        self._removed = True
+        self._learns = False
         self._sums.remove_hooks()
 
     def state_tree(self) -> StateTree:
@@ -349,7 +361,8 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
             leaves["norms"] = Leaf(REPLICATED, self._norms)
         if self._fallback is not None:
             leaves["fallback"] = self._fallback.leaf()
-        identity = {"preconditioner": f"{self.form}, sides={self.sides}", "layers": self._described()}
+        falls = "" if self._fallback is None else ", with fallback"
+        identity = {"preconditioner": f"{self.form}, sides={self.sides}{falls}", "layers": self._described()}
         return StateTree(leaves, identity=identity, prefix="preconditioner.")
 
     def _sides(self) -> list[Any]:
@@ -388,7 +401,7 @@ class Preconditioner(OnAllRanks, Stateful, metaclass=SharedErrors):
         self.forget()
         if self.fallen_back_at is not None:
             self._sums.remove_hooks()
-        elif not self._removed:  # a state from before a fallback
+        elif self._learns:  # also where what was loaded is of before the fallback
             self._sums.watch()
 
 
