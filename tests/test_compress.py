@@ -57,8 +57,9 @@ def test_contraction(compressor, dtype):
         scale = np.longdouble(np.abs(x).max(initial=0) or 1)
         wide, error = x.astype(np.longdouble) / scale, (decoded.astype(np.longdouble) - x) / scale
         alpha = 0.0 if isinstance(compressor, RandK) else compressor.alpha(x.size)
-        # A scale below the smallest subnormal cannot be sent: the Sign class documents up to one unit per entry.
-        rounding = x.size * (np.longdouble(unit) / scale) ** 2 if "Sign" in str(compressor) else 0.0
+        # A mean below the smallest subnormal is none: the classes Sign and TwoBits document up to one unit per entry.
+        means = "Sign" in str(compressor) or "TwoBits" in str(compressor)
+        rounding = x.size * (np.longdouble(unit) / scale) ** 2 if means else 0.0
         # alpha is a rounded double; the scale of Sign is rounded to the dtype, which matters to second order only.
         rounding += (2.0**-50 + float(np.finfo(dtype).eps) ** 2) * (wide**2).sum()
         allowed = (1 - np.longdouble(alpha)) * (wide**2).sum() + rounding

@@ -30,7 +30,8 @@ class TwoBits(Compressor):
     -----
     Of an entry ``m`` of a half with n entries and mean magnitude a, ``C(x) = a sign(x)``, and
     ``||x - C(x)||^2 = ||x||^2 - sum n a^2``. With one half that is :class:`Sign`, and two are never worse: alpha >= 1 / B
-    for a block of B entries. Of values that TopK has kept about 0.9 of the squared norm is sent. sign(0) = +1.
+    for a block of B entries. Of values that TopK has kept about 0.9 of the squared norm is sent. sign(0) = +1. A mean below
+    the smallest subnormal number is 0: what that loses of an entry is up to one such unit more.
     """
 
     block: int = 512

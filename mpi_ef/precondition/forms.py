@@ -117,7 +117,7 @@ class Window(Side):
         scaled = seen.double() / torch.where(largest > 0, largest, 1.0)
         norms = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
         self._rows[list(which), places] = (scaled / torch.where(norms > 0, norms, 1.0)).to(seen.dtype)
-        self._lengths[list(which), places] = (norms * largest)[:, 0].clamp(max=1e300).cpu().numpy()
+        self._lengths[list(which), places] = (norms * largest)[:, 0].clamp(max=1e300).tolist()
         for layer in which:
             self.updates[layer] += 1
         self.loaded()
