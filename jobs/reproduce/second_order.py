@@ -18,7 +18,7 @@ Found = dict[str, dict[int, dict[str, Any]]]  # by run and seed
 
 _DENSE: Options = {"compressor": "identity", "placement": "gradient"}
 _GPT: Options = {"layers": 2, "width": 64, "batch": 8, "steps": 300}
-_DIGITS: Options = {"model": "mlp", "batch": 32, "steps": 200, "clip": 1.0}
+_DIGITS: Options = {"model": "mlp", "batch": 32, "steps": 200, "warmup": 0, "clip": 1.0}
 _SPARSE: Options = {"compressor": "topk", "ratio": 0.01, "values": "bf16", "beta1": 0.5, "lr": 0.01}
 _ADAM: Options = {**_GPT, **_DENSE, "beta1": 0.9}
 _SGD: Options = {"optimizer": "sgd", "weight_decay": 0.0, **_DENSE}
