@@ -324,6 +324,7 @@ def test_learning_rate_schedule():
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert rates[-1] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert learning_rate(TrainConfig(lr=1.0, warmup=0, steps=110), 0) == 1.0  # of a run without a step
 
 
 def test_every_compressor_can_be_built():

@@ -271,6 +271,7 @@ def _alone(comm: MpiComm, config: ReproduceConfig) -> list[str]:
             for inputs, targets in [seen[step] for seen in of_ranks]:
                 trainer.backward(inputs, targets, 1 / n)
             trainer.optimizer.step()
+        trainer.steps = steps
         return float(trainer.row(evaluate=True)["val_loss"])
 
     together = float(_train(comm, options, config.out)["val_loss"])

@@ -178,7 +178,7 @@ FILES: Mapping[str, Callable[[str], bool]] = {
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Return the learning rate of step 1, 2, ...: linear warm-up to `lr`, cosine to a tenth of it at the end."""
-    if step <= config.warmup:
+    if config.warmup and step <= config.warmup:
         return config.lr * step / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.lr * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
