@@ -20,6 +20,7 @@ from mpi_ef.errors import MpiEfError, OptionError
 from mpi_ef.optim import DistributedOptimizer
 from mpi_ef.precondition import Preconditioner
 from mpi_ef.precondition.forms import FORMS
+from mpi_ef.precondition.sums import Sums
 from mpi_ef.state.training import Training
 from mpi_ef.testing import OptimizerLaws, regression
 from mpi_ef.testing.faults import FaultyComm
@@ -113,6 +114,34 @@ def test_replicas_and_factors_are_equal(form, placement, n):
     for path, factors in runs:
         assert same_bits(path, runs[0][0])
         assert same_bits(factors, runs[0][1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_that_see_zeros_change_nothing(form, monkeypatch):
+    """a = g = 0: all factors are the identity, or a multiple, which rescaling takes back."""
+    close = Sums.close
+
+    def zeros(self, scale=1.0):
+        close(self, scale)
+        words = [word.clone() for word in self._words]
+        self.vector.zero_()
+        for word, before in zip(self._words, words, strict=True):
+            word.copy_(before)
+
+    monkeypatch.setattr(Sums, "close", zeros)
+
+    def program(comm):
+        nets, paths = (net_of(), net_of()), []
+        built = (mkor(nets[0], comm, Identity(), sgd, form=form, placement="gradient"),
+                 DistributedOptimizer(sgd(nets[1]), comm, Identity(), placement="gradient"))
+        for net, optimizer in zip(nets, built, strict=True):
+            paths.append(steps_of(net, optimizer, comm.Get_rank(), range(6)))
+        assert built[0].updates == 4
+        for mine, theirs in zip(*paths, strict=True):
+            for x, y in zip(mine, theirs, strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+
+    virtual.results(2, program)
 
 
 def test_factors_that_differ_leave_parameters_equal():
