@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import virtual
-from programs import laws_in
+from programs import laws_in, trained
 from stored import MemoryStore
 from torch import nn
 from training import assert_resumes, everything, groups_of, loss_in, net_of, parameters_of, seeded, steps_of
@@ -17,6 +17,7 @@ from mpi_ef import MKOR
 from mpi_ef.collectives import GatherMean, NodeMean
 from mpi_ef.compress import Identity, Quantize, TopK
 from mpi_ef.errors import MpiEfError, OptionError
+from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.optim import DistributedOptimizer
 from mpi_ef.precondition import Preconditioner
 from mpi_ef.precondition.forms import FORMS
@@ -720,3 +721,17 @@ def test_states_of_other_optimizers_are_refused():
 def test_groups_load_with_their_options():
     assert_resumes(2, lambda net, comm: MKOR(torch.optim.SGD(groups_of(net), lr=0.1), comm, TOP, model=net,
                                              placement="gradient", every=2), before=3, after=4)
+
+
+def test_a_run_says_what_it_has_learned(tmp_path, capsys):
+    """Of all launches; and when the preconditioner was given up."""
+    options = {"model": "mlp", "steps": 70, "batch": 8, "lr": 0.0, "optimizer": "sgd", "precondition": "window",
+               "fallback": 0.9, "checkpoint_every": 30, "log_every": 70, "eval_every": 70, "out": tmp_path}
+    trained(2, TrainConfig(**options, stop_after=30))
+    (summary, _) = trained(2, TrainConfig(**options, resume="exact"))
+    at = summary["fallen_back_at"]
+    assert at is None or at % 10 == 0
+    assert summary["updates"] == (8 if at is None else at // 10 + 2)
+    d = sum(p + q + 1 for p, q in ((64, 65), (10, 65))) + 1
+    assert summary["statistics_nbytes"] == summary["updates"] * (4 * d + 16)
+    assert f"window, {summary['updates']} exchanges of" in capsys.readouterr().out

@@ -149,11 +149,25 @@ def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:
         "seconds": row["seconds"], "seconds_per_step": row["seconds"] / max(1, timed), "phases_seconds_per_step": phases,
         "untimed_steps": trainer.untimed_steps, "untimed_seconds": trainer.untimed_seconds,
         "skipped_steps": trainer.optimizer.skipped_steps,
-        **trainer.rounds(),
+        **trainer.rounds(), **_learned(trainer.optimizer),
         "replicas_equal": len(set(fingerprints)) == 1, "parameters_crc32": fingerprints[0],
         **made_here(trainer.comm), "devices": trainer.devices, "optimizer": trainer.optimizer.identity(),
         "config": {name: str(value) if isinstance(value, Path) else value for name, value in used.items()},
     }
+
+
+def _learned(optimizer: Any) -> dict[str, Any]:
+    """Return what a preconditioner has exchanged, in all launches, and when it was given up, if there is one. Local."""
+    if (of := getattr(optimizer, "preconditioner", None)) is None:
+        return {}
+    nbytes = of.updates * of.plan.traffic.sent_nbytes
+    return {"updates": of.updates, "fallen_back_at": of.fallen_back_at, "statistics_nbytes": nbytes}
+
+
+def _of_preconditioner(summary: dict[str, Any]) -> str:
+    sent, given_up = in_bytes(summary["statistics_nbytes"]), summary["fallen_back_at"]
+    ended = "" if given_up is None else f"; given up in step {given_up}"
+    return f"{summary['config']['precondition']}, {counted(summary['updates'], 'exchange')} of {sent} in all{ended}"
 
 
 def _table(summary: dict[str, Any]) -> str:
@@ -174,6 +188,7 @@ def _table(summary: dict[str, Any]) -> str:
         ("steps skipped", str(summary["skipped_steps"])),
         *[("exchanges", f"{summary['rounds']} in {summary['steps']} steps, {summary['skipped_rounds']} skipped")
           for _ in range("rounds" in summary)],
+        *[("preconditioner", _of_preconditioner(summary)) for _ in range("updates" in summary)],
         *(("computed on", f"{text} ({ranks})") for text, ranks in summary["devices"].items()),
         ("replicas", "equal bit for bit" if summary["replicas_equal"] else "DIFFERENT"),
         ("written to", summary["config"]["out"]),
