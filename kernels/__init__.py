@@ -34,6 +34,7 @@ from .lowrank import add_low_rank, orthonormalise
 from .messages import add_messages, clear_messages, read_values, write_messages
 from .momentum import local_step, momentum_step
 from .quantize import FORMATS, QUANTIZE_SCRATCH, add_quantized, quantize
+from .robust import ROBUST_BLOCK, add_distances, combine_columns, distances_to_mixture, mixed_distances
 from .sample import sample_indices
 from .select import SELECT_SCRATCH, select_candidates, select_largest
 from .signs import SIGNS_SCRATCH, add_signs, encode_signs
@@ -49,11 +50,12 @@ from .sparse import (
            subtract,
 )
 
-__all__ = ["BLOCK", "COMBINE_SCRATCH", "FORMATS", "LEVELS_SCRATCH", "QUANTIZE_SCRATCH", "SELECT_SCRATCH",
-           "SIGNS_SCRATCH", "adam", "adam_step", "add_dense", "add_layers", "add_levels", "add_low_rank",
-           "add_messages", "add_quantized", "add_signs", "add_sparse", "all_finite", "clear_messages", "clear_sparse",
-           "combine", "decode_indices", "encode_indices", "encode_levels", "encode_signs", "fingerprints",
-           "follow_momentum", "gather", "l1_norm", "layer_norms", "local_step", "low_bits", "lower_nbytes",
-           "mean_rows", "mean_slice", "momentum_step", "orthonormalise", "preconditioned_step", "quantize",
-           "read_values", "sample_indices", "scaled_momentum", "select_candidates", "select_largest", "sign_step",
-           "subtract", "update_moments", "upper_nbytes", "write_messages"]
+__all__ = ["BLOCK", "COMBINE_SCRATCH", "FORMATS", "LEVELS_SCRATCH", "QUANTIZE_SCRATCH", "ROBUST_BLOCK",
+           "SELECT_SCRATCH", "SIGNS_SCRATCH", "adam", "adam_step", "add_dense", "add_distances", "add_layers",
+           "add_levels", "add_low_rank", "add_messages", "add_quantized", "add_signs", "add_sparse", "all_finite",
+           "clear_messages", "clear_sparse", "combine", "combine_columns", "decode_indices", "distances_to_mixture",
+           "encode_indices", "encode_levels", "encode_signs", "fingerprints", "follow_momentum", "gather", "l1_norm",
+           "layer_norms", "local_step", "low_bits", "lower_nbytes", "mean_rows", "mean_slice", "mixed_distances",
+           "momentum_step", "orthonormalise", "preconditioned_step", "quantize", "read_values", "sample_indices",
+           "scaled_momentum", "select_candidates", "select_largest", "sign_step", "subtract", "update_moments",
+           "upper_nbytes", "write_messages"]

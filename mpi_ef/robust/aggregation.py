@@ -1,0 +1,185 @@
+"""An aggregator at work on rows of one shape: memory, blocks of columns, what has changed since the last step, suspects."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mpi_ef import kernels
+from mpi_ef.errors import OptionError, briefly
+
+from .aggregators import Aggregator
+from .columns import network
+from .view import Answer, Matrix, View
+
+__all__ = ["PARTS", "Aggregation", "aggregate", "nearest_mean"]
+
+PARTS = 64  # into which columns are cut, whoever holds them, so that sums over them are the same on any number of ranks
+FARTHEST = 1e290  # squared; nothing is farther, and sums of distances are finite
+_NONE = np.zeros((0, 2), np.int64)
+
+
+class Aggregation:
+    """``A(rows, f)`` for n rows of d entries, or for the part of their columns that this rank holds.
+
+    Parameters
+    ----------
+    aggregator : Aggregator
+    f, n, d : int
+    dtype : numpy dtype
+        float32 or float64.
+    parts : (2,) int, optional
+        This rank holds these of the 64 parts of the columns, ``first ... last - 1``; all by default.
+    total : callable, optional
+        ``total(x)`` makes of (parts of this rank, ...) float64 that of all parts, (64, ...). Collective; where ranks share
+        the columns.
+
+    Attributes
+    ----------
+    columns : slice
+        Those that this rank holds.
+    suspicion : (n,) float64
+        After a call, from 0 to 1: the share of the other rows' mixtures that a row is missing from; without mixtures, the
+        share of entries in which it was outside of what was kept. Of all columns of this rank, or of those that have changed.
+    """
+
+    def __init__(self, aggregator: Aggregator, f: int, n: int, d: int, dtype: DTypeLike = np.float32, *,
+                 parts: tuple[int, int] = (0, PARTS), total: Callable[[Matrix], Matrix] | None = None) -> None:
+        if not isinstance(aggregator, Aggregator):
+            raise OptionError(f"aggregator={briefly(aggregator)} is none; take for example NNM(TrimmedMean())")
+        self.aggregator, self.f, self.n, self.d = aggregator, aggregator.check(n, f), n, d
+        self._bounds = [d * p // PARTS for p in range(PARTS + 1)]
+        self.parts, self._total = parts, total
+        self.columns = slice(self._bounds[parts[0]], self._bounds[parts[1]])
+        self.width = self.columns.stop - self.columns.start
+        a = len(aggregator.anchors)
+        self._scratch = np.empty((3 * (n + a) + 1, kernels.ROBUST_BLOCK))
+        self._anchors = np.zeros((a, self.width), dtype)
+        self._outside = np.zeros(n, np.int64)
+        self._every = np.zeros(0, np.int64)
+        self._before: Answer | None = None  # of the last call; what it was for is still in `out`
+        self.suspicion = np.zeros(n)
+
+    def __call__(self, rows: NDArray[np.floating], out: NDArray[np.floating], *, step: int = 0,
+                 changed: NDArray[np.int64] | None = None) -> NDArray[np.floating]:
+        """Overwrite `out`, (width,), which has the last result, with that of `rows`, (n, width); return it.
+
+        Local, or collective where ranks share the columns.
+
+        Parameters
+        ----------
+        step : int
+            The key of what is drawn.
+        changed : (c,) int64, ascending, optional
+            The columns in which rows may differ from those of the last call, where there was one: only these are computed, as
+            long as the mixtures are the same. The bits are those of a whole pass.
+        """
+        for anchor, name in zip(self._anchors, self.aggregator.anchors, strict=True):
+            if name == "center":
+                anchor[:] = out
+        known: list[Matrix] = []
+
+        def distances() -> Matrix:
+            if not known:
+                known.append(self._distances(rows))
+            return known[0]
+
+        view = View(lambda mixture: self._measured(rows, mixture), distances, self.aggregator.anchors, self.n, step)
+        answer = self.aggregator.answer(view, self.f)
+        weights = answer.weights
+        if weights is not None:
+            weights = np.ascontiguousarray(weights)
+        few = changed is not None and self._same(answer) and "center" not in self.aggregator.anchors
+        count = changed.size if few and changed is not None else self.width
+        m = self.n if weights is None else len(weights)
+        self._outside[:] = 0
+        kernels.combine_columns(
+            rows, self._anchors, np.zeros((0, 0)) if weights is None else weights, network(m) if m > 1 else _NONE,
+            answer.low, answer.high, changed if few and changed is not None else self._every, not few, self._scratch,
+            self._outside, out)
+        self._before = Answer(weights, answer.low, answer.high)
+        self._suspect(weights, count)
+        return out
+
+    def forget(self) -> None:
+        """Compute all columns in the next call: `out` or the rows are others. Local."""
+        self._before = None
+
+    def _same(self, answer: Answer) -> bool:
+        before = self._before
+        if before is None or before[1:] != answer[1:] or (before.weights is None) != (answer.weights is None):
+            return False
+        return answer.weights is None or np.array_equal(before.weights, answer.weights)
+
+    def _distances(self, rows: Any) -> Matrix:
+        n = self.n + len(self._anchors)
+        mine = np.zeros((self.parts[1] - self.parts[0], n, n))
+        for one, p in zip(mine, range(*self.parts), strict=True):
+            start, stop = (bound - self.columns.start for bound in self._bounds[p : p + 2])
+            kernels.add_distances(rows, self._anchors, start, stop, self._scratch, one)
+        return self._summed(mine)
+
+    def _measured(self, rows: Any, mixture: Matrix) -> Matrix:
+        mine = np.zeros((self.parts[1] - self.parts[0], mixture.size))
+        for one, p in zip(mine, range(*self.parts), strict=True):
+            start, stop = (bound - self.columns.start for bound in self._bounds[p : p + 2])
+            kernels.distances_to_mixture(rows, self._anchors, mixture, start, stop, self._scratch, one)
+        return self._summed(mine)
+
+    def _summed(self, mine: Matrix) -> Matrix:
+        parts = mine if self._total is None else self._total(mine)
+        total = parts[0].copy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            for one in parts[1:]:
+                total += one
+        return np.nan_to_num(np.minimum(total, FARTHEST), nan=FARTHEST)
+
+    def _suspect(self, weights: Matrix | None, count: int) -> None:
+        """Set :attr:`suspicion`, of what an aggregator has answered with."""
+        if weights is None:
+            self.suspicion[:] = self._outside / max(count, 1)
+            return
+        shares = weights[:, : self.n]
+        m = len(shares)
+        if m == self.n > 1:
+            missing = (shares == 0).sum(axis=0) - (np.diagonal(shares) == 0)
+            self.suspicion[:] = missing / (m - 1)
+        else:
+            mean = np.cumsum(shares, axis=0)[-1] / m
+            self.suspicion[:] = 1.0 - np.minimum(1.0, mean * self.n)
+
+
+def aggregate(rows: NDArray[np.floating], aggregator: Aggregator, *, f: int, step: int = 0,
+              center: NDArray[np.floating] | None = None) -> NDArray[np.floating]:
+    """Return ``A(rows, f)``, (d,), of rows that are all here, (n, d), float32 or float64. Local.
+
+    Parameters
+    ----------
+    center : (d,) optional
+        Where :class:`CenteredClip` begins; zero by default.
+    """
+    rows = np.ascontiguousarray(rows)
+    out = np.zeros(rows.shape[1], rows.dtype) if center is None else np.array(center, rows.dtype)
+    return Aggregation(aggregator, f, len(rows), rows.shape[1], rows.dtype)(rows, out, step=step)
+
+
+def nearest_mean(rows: NDArray[np.floating], own: int, keep: int, out: NDArray[np.floating]) -> NDArray[np.intp]:
+    """Overwrite `out`, (d,), with the mean of the `keep` rows nearest to row `own`, itself first; return which. Local.
+
+    MoNNA's aggregation, Farhadkhani et al. 2023 (arXiv 2209.10931), algorithm 1; of equally near rows the first ones. Work:
+    O(m d) for m rows. Sums in the order of the rows.
+    """
+    m, d = rows.shape
+    scratch, none = np.empty((2 * m + 1, kernels.ROBUST_BLOCK)), np.zeros((0, d), rows.dtype)
+    mine = np.zeros(m)
+    mine[own] = 1.0
+    apart = np.zeros(m)
+    kernels.distances_to_mixture(rows, none, mine, 0, d, scratch, apart)
+    apart = np.nan_to_num(apart, nan=np.inf)
+    apart[own] = -1.0
+    chosen = np.sort(np.argsort(apart, kind="stable")[:keep])
+    weights = np.zeros((1, m))
+    weights[0, chosen] = 1.0 / chosen.size
+    kernels.combine_columns(rows, none, weights, _NONE, 0, 1, np.zeros(0, np.int64), True, scratch, np.zeros(1, np.int64), out)
+    return chosen
