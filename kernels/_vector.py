@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 __all__ = ["GROUP", "Terms", "Vector", "add_signed", "add_signed_past_caches", "address", "at_least", "fence",
            "fetch", "fetch_entry", "form_group", "load_word", "magnitude", "most_significant_first", "non_negative",
-           "population", "store_past_caches", "store_word", "subtract_group", "subtract_signs", "subtract_signs_past_caches",
+           "population", "squared_distance", "store_past_caches", "store_word", "subtract_group", "subtract_signs", "subtract_signs_past_caches",
            "sum_magnitudes", "trailing_zeros"]
 
 Vector = NDArray[np.floating]
@@ -360,3 +360,31 @@ def _form(a: Any, past_caches: bool) -> Any:
 form_group: Any = _forming(past_caches=False)
 # The same; ``out[at]`` must be aligned to 64 bytes and is written past the caches.
 form_group_past_caches: Any = _forming(past_caches=True)
+
+_LANES = 32
+
+
+@intrinsic
+def squared_distance(_context: Any, x: Any, y: Any, width: Any) -> Any:
+    """Return the sum of ``(x - y)^2`` over `width` float64, a multiple of 32: entry i in lane ``i % 32``, lanes as a tree."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vector = ir.VectorType(ir.DoubleType(), _LANES)
+        total = cgutils.alloca_once(builder, vector)
+        builder.store(ir.Constant(vector, [0.0] * _LANES), total)
+        groups = builder.udiv(arguments[2], _I64(_LANES))
+        with cgutils.for_range(builder, groups) as loop:
+            start = builder.mul(loop.index, _I64(_LANES))
+            a, b = (builder.load(_pointer(context, builder, signature.args[n], arguments[n], start, vector), align=8)
+                    for n in (0, 1))
+            apart = builder.fsub(a, b)
+            builder.store(builder.fadd(builder.load(total), builder.fmul(apart, apart)), total)
+        lanes, size = builder.load(total), _LANES
+        while size > 1:  # lane q and lane q + size / 2
+            size //= 2
+            part = ir.VectorType(_I32, size)
+            low, high = (builder.shuffle_vector(lanes, lanes, ir.Constant(part, [*range(at, at + size)])) for at in (0, size))
+            lanes = builder.fadd(low, high)
+        return builder.extract_element(lanes, _I32(0))
+
+    return types.float64(x, y, types.int64), generate

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._jit import jit
-from ._vector import Vector
+from ._vector import Vector, squared_distance
 
 __all__ = ["ROBUST_BLOCK", "add_distances", "combine_columns", "distances_to_mixture", "mixed_distances"]
 
 ROBUST_BLOCK = 512
-_LANES = 8
+_LANES = 32
 
 
 @jit
@@ -26,8 +26,8 @@ def add_distances(rows: Vector, anchors: Vector, start: int, stop: int, scratch:
                   out: NDArray[np.float64]) -> None:
     """Add to `out`, (n + a, n + a), the squared distances of rows and anchors in the columns ``start ... stop - 1``.
 
-    Of true differences, so that rows that nearly agree keep theirs. A block of 512 columns is summed in 8 lanes: entry i of
-    it in lane ``i % 8``, then ``((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))``; blocks in order.
+    Of true differences, so that rows that nearly agree keep theirs. A block of 512 columns is summed in 32 lanes:
+    entry i of it in lane ``i % 32``, then lanes q and q + 16 are added, q and q + 8, and so on; blocks in order.
     """
     n = rows.shape[0] + anchors.shape[0]
     for low in range(start, stop, ROBUST_BLOCK):
@@ -35,7 +35,7 @@ def add_distances(rows: Vector, anchors: Vector, start: int, stop: int, scratch:
         width = _load(rows, anchors, low, high, scratch)
         for i in range(n):
             for j in range(i):
-                apart = _apart(scratch[i], scratch[j], width)
+                apart = squared_distance(scratch[i], scratch[j], width)
                 out[i, j] += apart
                 out[j, i] += apart
 
@@ -54,7 +54,7 @@ def distances_to_mixture(rows: Vector, anchors: Vector, weights: NDArray[np.floa
         width = _load(rows, anchors, low, high, scratch)
         _mix(scratch, weights, first, width, scratch[n])
         for i in range(n):
-            out[i] += _apart(scratch[i], scratch[n], width)
+            out[i] += squared_distance(scratch[i], scratch[n], width)
 
 
 @jit
@@ -192,23 +192,6 @@ def _gather(rows, anchors, columns, scratch):
         for c in range(columns.size, width):
             scratch[n + i, c] = 0.0
     return width
-
-
-@jit
-def _apart(x, y, width):
-    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
-    for c in range(0, width, 8):
-        t0, t1, t2, t3 = x[c] - y[c], x[c + 1] - y[c + 1], x[c + 2] - y[c + 2], x[c + 3] - y[c + 3]
-        t4, t5, t6, t7 = x[c + 4] - y[c + 4], x[c + 5] - y[c + 5], x[c + 6] - y[c + 6], x[c + 7] - y[c + 7]
-        s0 += t0 * t0
-        s1 += t1 * t1
-        s2 += t2 * t2
-        s3 += t3 * t3
-        s4 += t4 * t4
-        s5 += t5 * t5
-        s6 += t6 * t6
-        s7 += t7 * t7
-    return ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
 
 
 @jit
