@@ -12,7 +12,7 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 from mpi_ef.statetree import PER_RANK, Leaf, Reshard
 
-from .state import Reply, State, Steps, average, double_buffer, error, form, replicated, restore_broken
+from .state import Reply, State, Steps, average, double_buffer, estimate, form, replicated, restore_broken
 
 __all__ = ["ByzEF21BCState", "ByzEF21SGDMState", "ByzEF21State", "byz_ef21", "byz_ef21_bc", "byz_ef21_sgdm"]
 
@@ -26,7 +26,7 @@ class ByzEF21State(State):
     """
 
     rows: Vector = replicated("rows")
-    g_i: Vector = error("own_if_shards")
+    g_i: Vector = estimate(of="g", owed="", size="own_if_shards")
     g: Vector = replicated()
     suspects: Vector = replicated("suspects")
     robust: RobustMean | None = field(default=None, repr=False)  # the plan that knows the columns of this rank

@@ -31,18 +31,18 @@ def _array(size: str, leaf: Leaf | None = None) -> Any:
 # rule starts again.
 
 
-def error(size: str = "own_d") -> Any:
+def error() -> Any:
     """Mark what a rank has not sent yet: other ranks get the mean, so that nothing is lost and nothing sent twice."""
-    return _array(size, Leaf(PER_RANK, reshard=Reshard("mean"), resets=True))
+    return _array("own_d", Leaf(PER_RANK, reshard=Reshard("mean"), resets=True))
 
 
-def estimate(of: str, owed: str = "residual") -> Any:
+def estimate(of: str, owed: str = "residual", size: str = "own_d") -> Any:
     """Mark what all know of a rank's vector, and of which `of` is the mean: other ranks get that mean, to the last bit.
 
     A plan that keeps what it has not sent yet, as array `owed`, has sent so much less of the mean: g + residual is the
     mean of the g_i then, and what other ranks get.
     """
-    return _array("own_d", Leaf(PER_RANK, reshard=Reshard("copy", of=of, owed=owed), resets=True))
+    return _array(size, Leaf(PER_RANK, reshard=Reshard("copy", of=of, owed=owed), resets=True))
 
 
 def momentum() -> Any:
