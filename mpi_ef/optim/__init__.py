@@ -1,6 +1,7 @@
 """Torch optimizers over MPI."""
 
 from .adam import OneBitAdam
+from .byzantine import ByzEF21
 from .descent import EF21, EControl, PowerSGD
 from .lamb import OneBitLamb
 from .local_steps import LocalSteps
@@ -11,5 +12,5 @@ from .signs import Lion, Signum
 from .wrapper import BucketReport, DistributedOptimizer
 from .zero_one import ZeroOneAdam
 
-__all__ = ["EF21", "MKOR", "BucketReport", "DistributedOptimizer", "EControl", "EF21Muon", "Lion", "LocalSteps",
+__all__ = ["EF21", "MKOR", "BucketReport", "ByzEF21", "DistributedOptimizer", "EControl", "EF21Muon", "Lion", "LocalSteps",
            "OneBitAdam", "OneBitLamb", "PowerSGD", "ReplicatedOptimizer", "Signum", "ZeroOneAdam"]
