@@ -18,9 +18,10 @@ from .gather import GatherMean
 from .lowrank import LowRankMean
 from .node import NodeMean
 from .onecall import allgather, allreduce
+from .peers import Heard, Peers
 from .plan import LinkTraffic, Offer, Plan, Traffic
 from .two_phase import TwoPhaseMean, chunk_bounds
 
-__all__ = ["Advice", "ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LinkTraffic",
-           "LowRankMean", "NodeMean", "Offer", "Plan", "PlanBuilder", "Round", "Traffic", "TwoPhaseMean", "advise",
-           "allgather", "allreduce", "build_plan", "chunk_bounds", "plan_for", "use_gpu_aware_mpi"]
+__all__ = ["Advice", "ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "Heard", "LinkTraffic",
+           "LowRankMean", "NodeMean", "Offer", "Peers", "Plan", "PlanBuilder", "Round", "Traffic", "TwoPhaseMean",
+           "advise", "allgather", "allreduce", "build_plan", "chunk_bounds", "plan_for", "use_gpu_aware_mpi"]
