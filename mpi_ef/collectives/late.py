@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from mpi_ef.comm.attributes import kept_with, mpi_of
+from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.runtime.timeouts import wait_until
 
@@ -62,12 +62,6 @@ class Frame:
         self._step[0] = step
 
 
-class _Tags:
-    """How many have been given out on a communicator."""
-
-    given = 0
-
-
 class Late:
     """Frames between this rank and each of its `peers`, as they come. Construction is collective; all else is local.
 
@@ -81,6 +75,8 @@ class Late:
         Ranks; each of them has this one among its own.
     send_nbytes, receive_nbytes : int
         Sizes of the wires that go to a peer, and come from one.
+    number : int
+        The same on all ranks, and another one for each that is in use on this communicator.
 
     Attributes
     ----------
@@ -90,11 +86,9 @@ class Late:
         Messages that were too long for a frame.
     """
 
-    def __init__(self, comm: Comm, peers: Sequence[int], send_nbytes: int, receive_nbytes: int) -> None:
+    def __init__(self, comm: Comm, peers: Sequence[int], send_nbytes: int, receive_nbytes: int, number: int) -> None:
         self._mpi, self._comm = mpi_of(comm), apart(comm)
-        tags = kept_with(self._comm, _Tags)
-        self._tag = _FIRST_TAG + tags.given % _TAGS
-        tags.given += 1
+        self._tag = _FIRST_TAG + number % _TAGS
         self._pause = getattr(comm, "pause", sleep)  # virtual ranks have a clock of their own
         self.now = getattr(comm, "clock", monotonic)
         self._rest = _SHORTEST_REST

@@ -3,6 +3,7 @@
 import atexit
 import sys
 from collections.abc import Iterator
+from itertools import count
 from socket import gethostname
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -24,6 +25,7 @@ from .misfit import misfit
 __all__ = ["Heard", "Peers"]
 
 _LONGEST_LOOK = 0.1  # seconds between two looks that count as waiting: a rank that was stopped itself has not waited
+_numbers = count()
 _NONE = -1  # the round of a rank of which nothing is known
 
 Vector = NDArray[Any]
@@ -84,9 +86,9 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
     * No vector is sent to a rank whose newest round is more than `window` behind; whoever speaks and has not been sent the
       newest vector gets it at once.
     * A rank has missed its round when it has, of `wait_for` - 1 peers, the vector of its round or a later one, of some a
-      later one alone, and more than f peers are beyond it. It *jumps* to the round that at least f + 1 peers have reached, so that
-      one that does not lie has: :meth:`exchange` returns the newest vectors of all that are as far as it or beyond, and the
-      caller goes on from them, for example from their coordinate-wise median, with a momentum of zero.
+      later one alone, and more than f peers are beyond it. It *jumps* to the round that at least f + 1 peers have reached,
+      so that one that does not lie has: :meth:`exchange` returns the newest vectors of all that are as far as it or
+      beyond, and the caller goes on from them, for example from their coordinate-wise median, with a momentum of zero.
     * At the end ranks say so with a final message, with their last vector, and answer those that are behind.
 
     A vector with NaN or Inf, or whose squared norm overflows, is taken for none.
@@ -161,12 +163,12 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
             self.patience_seconds = float(patience_seconds)
             return {"d": self.d, "dtype": self.dtype, "wait_for": self.wait_for, "window": self.window}
 
-        hosts = agree(comm, "Peers", facts, "build them from the same arguments everywhere",
-                      value=getattr(comm, "node_name", None) or gethostname(), call=self.built)
+        said = agree(comm, "Peers", facts, "build them from the same arguments everywhere", call=self.built,
+                     value=(next(_numbers), getattr(comm, "node_name", None) or gethostname()))
         others = [rank for rank in range(self.size) if rank != self.rank]
         nbytes = self.d * self.dtype.itemsize
-        self._late = Late(comm, others, nbytes, nbytes)
-        self._peers = {rank: _Peer(rank, hosts[rank], self._late.now()) for rank in others}
+        self._late = Late(comm, others, nbytes, nbytes, number=said[0][0])  # of rank 0, which has all of this communicator
+        self._peers = {rank: _Peer(rank, said[rank][1], self._late.now()) for rank in others}
         self._rows = np.zeros((self.size, self.d), self.dtype)
         self._mine = self._late.frame()  # the newest vector of this rank, as it is sent
         self._sent = _NONE  # its round
@@ -202,8 +204,8 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
         if problem := misfit(x, self.d, self.dtype, "Peers", "x"):
             raise problem
         if not _usable(x):
-            raise NonFiniteError(f"Peers: x of rank {self.rank} is not finite, or its norm is not; nothing was sent in round "
-                                 f"{self.round}, for which others may wait: pass another vector", (self.rank,))
+            raise NonFiniteError(f"Peers: x of rank {self.rank} is not finite, or its norm is not; nothing was sent in "
+                                 f"round {self.round}, for which others may wait: pass another vector", (self.rank,))
         if self._sent != self.round:
             self.withheld += sum(peer.told < self._sent for peer in self._peers.values())
             self._send(x.view(np.uint8), self.round, self.round)
@@ -243,8 +245,8 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
             self._leave_later(left := [peer for peer in self._peers.values() if not peer.ended])
             if left:
                 say(sys.stderr, f"mpi-ef: Peers: {_listed(left)} did not end with rank {self.rank} after round "
-                                f"{self._sent - 1}; MPI would wait for that at its end: all ranks are ended when those that "
-                                "are there are done\n")
+                                f"{self._sent - 1}; MPI_Finalize would wait for ever, so that all processes are ended when "
+                                "those that are there have come to their end\n")
         return tuple(sorted(self._waits_for))
 
     def leave(self, status: int = 1) -> None:
@@ -379,7 +381,7 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
         for peer in silent:
             peer.silent = peer.named = True
         if new:
-            say(sys.stderr, f"mpi-ef: Peers: {_listed(new)} said nothing for {self.patience_seconds:.0f} s, in round "
+            say(sys.stderr, f"mpi-ef: Peers: {_listed(new)} said nothing for {self.patience_seconds:g} s, in round "
                             f"{self.round} of rank {self.rank}, which goes on with the others\n")
 
     def _silence(self) -> SilenceError:
@@ -390,7 +392,7 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
         for peer in silent:
             peer.silent = peer.named = True
         there = 1 + sum(self.round in peer.frames for peer in self._peers.values())
-        why = [f"nothing from {_listed(silent)} for {self.patience_seconds:.0f} s"] if silent else []
+        why = [f"no vector of {_listed(silent)} for {self.patience_seconds:g} s"] if silent else []
         why += [f"{_listed(ended)} ended before"] if ended else []
         self._leave_later(silent)
         return SilenceError(f"Peers: rank {self.rank} has {there} of the {self.wait_for} vectors awaited in round "
