@@ -21,12 +21,12 @@ from mpi_ef.runtime.world import check_alone
 
 from .late import LONGEST_NBYTES, Frame, Late
 from .misfit import misfit
+from .peer import NONE, Peer, listed
 
 __all__ = ["Heard", "Peers"]
 
 _LONGEST_LOOK = 0.1  # seconds between two looks that count as waiting: a rank that was stopped itself has not waited
 _numbers = count()
-_NONE = -1  # the round of a rank of which nothing is known
 
 Vector = NDArray[Any]
 
@@ -54,24 +54,6 @@ class Heard(NamedTuple):
     own: int
     round: int
     jumped: bool
-
-
-class _Peer:
-    """What is known of another rank."""
-
-    def __init__(self, rank: int, host: str, now: float) -> None:
-        self.rank, self.host = rank, host
-        self.round = _NONE  # what its last message has said
-        self.told = _NONE  # of the vectors of this rank, the last one that was sent to it
-        self.asks = False  # it has spoken without having been told the newest one
-        self.heard = now
-        self.ended = self.named = self.silent = False
-        self.newest: Frame | None = None  # its last vector that was finite
-        self.newest_round = _NONE
-        self.frames: dict[int, Frame] = {}  # by round, of those that are still to come here
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host}"
 
 
 class Peers(OnAllRanks, metaclass=SharedErrors):
@@ -168,10 +150,10 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
         others = [rank for rank in range(self.size) if rank != self.rank]
         nbytes = self.d * self.dtype.itemsize
         self._late = Late(comm, others, nbytes, nbytes, number=said[0][0])  # of rank 0, which has all of this communicator
-        self._peers = {rank: _Peer(rank, said[rank][1], self._late.now()) for rank in others}
+        self._peers = {rank: Peer(rank, said[rank][1], self._late) for rank in others}
         self._rows = np.zeros((self.size, self.d), self.dtype)
         self._mine = self._late.frame()  # the newest vector of this rank, as it is sent
-        self._sent = _NONE  # its round
+        self._sent = NONE  # its round
         self._over = self._closed = False
         self._waits_for: set[int] = set()  # for whom MPI would wait at its end
         self.round = self.rounds = self.jumps = self.late = self.withheld = self.not_finite = 0
@@ -244,7 +226,7 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
             self._late.close()
             self._leave_later(left := [peer for peer in self._peers.values() if not peer.ended])
             if left:
-                say(sys.stderr, f"mpi-ef: Peers: {_listed(left)} did not end with rank {self.rank} after round "
+                say(sys.stderr, f"mpi-ef: Peers: {listed(left)} did not end with rank {self.rank} after round "
                                 f"{self._sent - 1}; MPI_Finalize would wait for ever, so that all processes are ended when "
                                 "those that are there have come to their end\n")
         return tuple(sorted(self._waits_for))
@@ -279,7 +261,7 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
         for peer in self._peers.values():
             self._tell(peer)
 
-    def _tell(self, peer: _Peer) -> None:
+    def _tell(self, peer: Peer) -> None:
         """Send the newest vector to a peer that has not been sent it, if it may be."""
         behind = self._sent - peer.round > self.window and not peer.asks
         full = self._late.under_way(peer.rank) >= 2 * self.window
@@ -310,7 +292,7 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
             self._tell(peer)
         return bool(arrived)
 
-    def _take(self, peer: _Peer, frame: Frame) -> None:
+    def _take(self, peer: Peer, frame: Frame) -> None:
         """Note what a message says, and keep its vector."""
         peer.ended = frame.step < 0
         peer.round = _final(frame.step) if peer.ended else frame.step
@@ -321,25 +303,13 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
             self._late.drop(frame)
             return
         self.late += peer.round < self.round and not peer.ended
-        if peer.newest is not None:
-            self._late.drop(peer.newest)
-        peer.newest, peer.newest_round = frame, peer.round
-        self._hold(peer)
-
-    def _hold(self, peer: _Peer) -> None:
-        """Keep the newest vector of a peer for its round, if that is one of the next."""
-        number, newest = peer.newest_round, peer.newest
-        if newest is not None and self.round <= number <= self.round + self.window and number not in peer.frames:
-            newest.users += 1
-            peer.frames[number] = newest
+        peer.keep(frame, self.round, self.round + self.window)
 
     def _enter(self, number: int) -> None:
         """Go on with another round."""
         self.round = number
         for peer in self._peers.values():
-            for passed in [held for held in peer.frames if held < number]:
-                self._late.drop(peer.frames.pop(passed))
-            self._hold(peer)
+            peer.enter(number, number + self.window)
 
     def _complete(self) -> Heard | None:
         """Return the vectors of this round, when enough have come."""
@@ -381,7 +351,7 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
         for peer in silent:
             peer.silent = peer.named = True
         if new:
-            say(sys.stderr, f"mpi-ef: Peers: {_listed(new)} said nothing for {self.patience_seconds:g} s, in round "
+            say(sys.stderr, f"mpi-ef: Peers: {listed(new)} said nothing for {self.patience_seconds:g} s, in round "
                             f"{self.round} of rank {self.rank}, which goes on with the others\n")
 
     def _silence(self) -> SilenceError:
@@ -392,14 +362,14 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
         for peer in silent:
             peer.silent = peer.named = True
         there = 1 + sum(self.round in peer.frames for peer in self._peers.values())
-        why = [f"no vector of {_listed(silent)} for {self.patience_seconds:g} s"] if silent else []
-        why += [f"{_listed(ended)} ended before"] if ended else []
+        why = [f"no vector of {listed(silent)} for {self.patience_seconds:g} s"] if silent else []
+        why += [f"{listed(ended)} ended before"] if ended else []
         self._leave_later(silent)
         return SilenceError(f"Peers: rank {self.rank} has {there} of the {self.wait_for} vectors awaited in round "
                             f"{self.round}: {', '.join(why)}; start again without them, from what was saved",
                             tuple(peer.rank for peer in missing))
 
-    def _leave_later(self, left: list[_Peer]) -> None:
+    def _leave_later(self, left: list[Peer]) -> None:
         """Let the process end as :meth:`leave` does, at the end of Python, where peers are left for whom MPI would wait."""
         self._waits_for = {peer.rank for peer in left}
         atexit.unregister(self.leave)
@@ -409,14 +379,10 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
 
 def _final(number: int) -> int:
     """Return the step of a final message after a round, or the round of one with such a step."""
-    return _NONE - 1 - number
+    return NONE - 1 - number
 
 
 def _usable(vector: Vector) -> bool:
     """Tell whether the squared norm of a vector is a number of its dtype."""
     with np.errstate(all="ignore"):
         return bool(np.isfinite(np.dot(vector, vector)))
-
-
-def _listed(peers: list[_Peer]) -> str:
-    return ", ".join(map(str, peers[:8])) + (f" and {len(peers) - 8} more" if len(peers) > 8 else "")

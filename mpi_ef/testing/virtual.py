@@ -30,7 +30,7 @@ class DeadlockError(AssertionError):
 class _Turns:
     """What all ranks share. They take turns: a rank runs until it needs what another one has not sent yet, or pauses."""
 
-    def __init__(self, size: int, ranks_per_node: int = 1, *, eager: bool = True) -> None:
+    def __init__(self, size: int, ranks_per_node: int = 1, *, eager: bool = False) -> None:
         self.ranks_per_node, self.eager = ranks_per_node, eager
         self._turns = [threading.Lock() for _ in range(size)]  # held where it is not that rank's turn
         self.ready = deque(range(size))  # ranks that only wait for their turn
@@ -192,7 +192,7 @@ class VirtualComm(DerivedCalls):
         return f"node {self._world.members[self._rank] // self._world.turns.ranks_per_node}"
 
     def Isend(self, array: np.ndarray, dest: int, tag: int = 0) -> Request:
-        """Copy what is sent at once. The request is done at once too, or without `eager` when it has been received."""
+        """Copy what is sent at once. The request is done when it has been received, or at once where sends are `eager`."""
         assert array.flags.c_contiguous
         place, message, world = (self._rank, dest, tag), array.copy(), self._world
         world.post(place, message)
@@ -269,7 +269,7 @@ class VirtualComm(DerivedCalls):
 
 
 def run(size: int, program: Callable[[Any], Any], *, virtual: bool = False, ranks_per_node: int = 1,
-        eager: bool = True) -> list[Any]:
+        eager: bool = False) -> list[Any]:
     """Call ``program(comm)`` on `size` virtual ranks and return what each of them returned or raised.
 
     A rank that raises, or ends while others wait for it, lets these fail, so that none waits for ever; its result is the
@@ -316,7 +316,7 @@ def _run_for_real(comm: Comm, program: Callable[[Any], Any]) -> list[Any]:
 
 
 def results(size: int, program: Callable[[Any], Any], *, virtual: bool = False, ranks_per_node: int = 1,
-            eager: bool = True) -> list[Any]:
+            eager: bool = False) -> list[Any]:
     """Like :func:`run`, but raise the first error of any rank."""
     values = run(size, program, virtual=virtual, ranks_per_node=ranks_per_node, eager=eager)
     errors = [value for value in values if isinstance(value, BaseException)]
