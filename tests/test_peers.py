@@ -130,11 +130,12 @@ def test_a_rank_that_goes_on_after_all_others_have_ended_comes_to_the_end_too():
 
 def lying(peers, step, wire=None, to=None):
     """Send a frame with any header and content."""
+    frame = peers._late.frame()
+    frame.step = step
+    frame.wire[:] = 0 if wire is None else wire.view(np.uint8)
     for rank in peers._peers if to is None else to:
-        frame = peers._late.frame()
-        frame.step = step
-        frame.wire[:] = 0 if wire is None else wire.view(np.uint8)
         peers._late.send(rank, frame)
+    peers._late.drop(frame)
 
 
 @both
@@ -179,6 +180,7 @@ def test_who_sends_something_else_to_each_is_heard_as_such():
                 lying(peers, 0, np.full(3, 100.0 + other), [other])
             lying(peers, 0, np.full(3, -1.0))  # a second one of the same round
             return None
+        comm.pause(0.01 * (rank == 3))  # the others look more than once
         return peers.exchange(vector(rank, 0)).rows[2, 0]
 
     assert virtual.results(4, program) == [100.0, 101.0, None, 103.0]
@@ -308,15 +310,38 @@ def test_no_memory_is_taken_after_the_first_rounds(monkeypatch):
     monkeypatch.setattr("mpi_ef.collectives.late.Frame", Counted)
 
     def program(comm):
-        with Peers(comm, 3, np.float64, wait_for=4, patience_seconds=1) as peers:
-            for stop in (10, 20, 200):
+        with Peers(comm, 3, np.float64, wait_for=4, patience_seconds=0.1) as peers:
+            if comm.Get_rank() == 5:
+                for number in range(200):
+                    lying(peers, number, np.full(3, np.nan))
+                    peers.progress()
+                    comm.pause(0.001)
+                return 0
+            for stop in (20, 200):
                 rounds(peers, stop, [], lambda: comm.pause(0.001 * ((comm.Get_rank() + peers.round) % 3)))
-                at = len(made)
-        return at
+                made_by.append(len(made))
+        return peers.not_finite
 
-    assert max(virtual.results(5, program)) == len(made)
-    first = len(made)
-    assert first <= 5 * (4 * 4 + 4)
+    made_by = []
+    assert min(virtual.results(6, program)[:5]) > 100
+    assert made_by[4] == len(made)  # when all have done the first 20 rounds
+
+
+def test_nothing_comes_after_the_last_message():
+    def program(comm):
+        late = Late(comm, [1 - comm.Get_rank()], 8, 8, 0)
+        if comm.Get_rank():
+            for step in (3, -1, 4):
+                frame = late.frame()
+                frame.step = step
+                late.send(0, frame)
+            return None
+        comm.pause(1.0)
+        seen = [frame.step for _ in range(5) for _, frame in late.poll()]
+        late.close()
+        return seen
+
+    assert virtual.results(2, program)[0] == [3, -1]
 
 
 class Quiet(virtual.VirtualComm):
@@ -456,10 +481,11 @@ def test_vectors_that_do_not_fit_are_not_sent():
 
 
 def any_training(seed, n, f, eager, count=60):
-    """Ranks of any speed, of which up to f lie, are silent, stop for good, or stop for a while, one after the other."""
+    """Ranks of any speed, of which f lie (n > 3 f), are silent, or die, while two of all stop for a while."""
     draw = np.random.default_rng(seed)
     wrong = set(draw.permutation(n)[:f].tolist())
-    kinds = {rank: str(draw.choice(["silent", "dies", "garbage", "ahead", "behind", "nan"])) for rank in wrong}
+    faults = ["silent", "dies", "garbage", "ahead", "behind", "nan"][: 6 if n > 3 * f else 2]
+    kinds = {rank: str(draw.choice(faults)) for rank in wrong}
     speed = 10.0 ** draw.uniform(-5, -2, n)
     stops = {int(rank): (int(draw.integers(count)), 10.0 ** draw.uniform(-3, -0.5)) for rank in draw.permutation(n)[:2]}
 
@@ -518,7 +544,7 @@ def test_whatever_f_ranks_do_the_others_come_to_the_end(n, f, eager):
 @both
 @pytest.mark.parametrize(("n", "f"), SIZES)
 def test_whatever_f_ranks_do_the_others_come_to_the_end_at_any_pace(n, f, eager):
-    assert sum(any_training(seed, n, f, eager) for seed in range(4, 150)) > 0 or f == 0
+    assert sum(any_training(seed, n, f, eager) for seed in range(4, 60)) > 0 or f == 0
 
 
 def test_an_error_of_silence_is_one_of_ours():

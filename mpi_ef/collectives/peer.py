@@ -19,7 +19,7 @@ class Peer:
     told : int
         Of the vectors of this rank, the last one that was sent to it.
     asks : bool
-        It has spoken without having been sent the newest one.
+        It has spoken since.
     heard : float
         When it has spoken last.
     ended, silent, named : bool

@@ -59,8 +59,8 @@ class Heard(NamedTuple):
 class Peers(OnAllRanks, metaclass=SharedErrors):
     """Rounds in which every rank sends a vector to all others and goes on with those of `wait_for` ranks, its own included.
 
-    With n ranks f = n - `wait_for` of them may be wrong: silent, stopped for a while, dead, late, or send anything, also
-    different vectors to different ranks. No rank waits for them. Ranks hear different vectors, so that what they compute of
+    With n ranks f = n - `wait_for` of them may be wrong: silent, stopped for a while, dead, late, or, with n > 3 f, send
+    anything, also different vectors to different ranks. No rank waits for them. Ranks hear different vectors, so that what they compute of
     them differs: for rules that allow it, such as MoNNA.
 
     A round may be over without a rank that was stopped. It goes on as follows:
@@ -265,7 +265,7 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
         """Send the newest vector to a peer that has not been sent it, if it may be."""
         behind = self._sent - peer.round > self.window and not peer.asks
         full = self._late.under_way(peer.rank) >= 2 * self.window
-        if peer.told < self._sent and not behind and not full and (self._over or not peer.ended):
+        if peer.told < self._sent and not behind and not full:
             self._late.send(peer.rank, self._mine)
             peer.told, peer.asks = self._sent, False
 
@@ -296,8 +296,7 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
         """Note what a message says, and keep its vector."""
         peer.ended = frame.step < 0
         peer.round = _final(frame.step) if peer.ended else frame.step
-        peer.heard, peer.silent = self._late.now(), False
-        peer.asks = peer.told < self._sent
+        peer.heard, peer.silent, peer.asks = self._late.now(), False, True
         if not _usable(frame.wire.view(self.dtype)):
             self.not_finite += 1
             self._late.drop(frame)
@@ -326,8 +325,8 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
         there = [peer for peer in self._peers.values() if number in peer.frames]
         ahead = [peer for peer in self._peers.values() if peer.round > number]
         lost = [peer for peer in ahead if number not in peer.frames]
-        sure = min(self.size - self.wait_for + 1, awaited)  # so many that not all of them lie
-        if not lost or len(there) + len(lost) < awaited or len(ahead) < sure:
+        sure = min(self.size - self.wait_for + 1, awaited)  # so many that not all of them lie, with n > 3 f
+        if len(there) + len(lost) < awaited or len(ahead) < sure:
             return None
         self.jumps += 1
         newest = {peer.rank: peer.newest for peer in (*there, *lost) if peer.newest is not None
