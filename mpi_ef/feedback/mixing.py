@@ -10,7 +10,7 @@ from mpi_ef.compress import Identity, lazy
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 from mpi_ef.robust import Median, aggregate, nearest_mean
-from mpi_ef.statetree import Leaf, Reshard
+from mpi_ef.statetree import PER_RANK, Leaf, Reshard
 
 from .state import State, Steps, replicated, scratch
 from .table import Rule
@@ -29,7 +29,7 @@ class MixingState(State):
     rows: Vector = replicated("rows")
     x: Vector = replicated()
     mixed: Vector = scratch()
-    left_out: Vector = field(metadata={"size": "suspects", "leaf": None})
+    left_out: Vector = field(metadata={"size": "suspects", "leaf": Leaf(PER_RANK, reshard=Reshard("repeat"))})
     rate: float = 1.0
     robust: RobustMean | None = field(default=None, repr=False)
     stale: bool = False  # whether x is not yet the median of the rows
@@ -47,6 +47,7 @@ class MixingState(State):
         self.settle()
         leaves, plan = super().leaves(), self.robust
         assert plan is not None  # noqa: S101
+        leaves["left_out"] = replace(leaves["left_out"], reshard=Reshard("repeat", stop=plan.clients + 1))
         rows = leaves.pop("rows")
         if not isinstance(plan.compressor, Identity):
             leaves["rows"] = replace(rows, reshard=Reshard("repeat", of="x", stop=plan.clients))
@@ -61,10 +62,10 @@ class MixingState(State):
 
 
 def nearest_neighbours(s: MixingState, plan: RobustMean, t: Vector) -> Steps:
-    """Send this rank's vector t_i, and return the mean of the n - f that are nearest to it, itself first: of each rank another.
+    """Send this rank's vector t_i, and return the mean of the n - f that are nearest to it, itself first.
 
-    Farhadkhani et al. 2023 (MoNNA, arXiv 2209.10931), with all vectors heard. Without compression w_i = t_i; with it all know
-    w_i, the estimate of EF21 (arXiv 2106.05203) of vectors, and ranks keep what is not sent yet, as in CHOCO-SGD (Koloskova
+    Farhadkhani et al. 2023 (MoNNA, arXiv 2209.10931), with all vectors heard; each rank has a result of its own. Without
+    compression w_i = t_i; with it all know w_i, the estimate of EF21 (arXiv 2106.05203) of vectors, and ranks keep what is not sent yet, as in CHOCO-SGD (Koloskova
     et al. 2019, arXiv 1902.00340)::
 
         w_j = w_j + C(t_j - w_j)        for all j

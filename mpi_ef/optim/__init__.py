@@ -6,6 +6,7 @@ from .descent import EF21, EControl, PowerSGD
 from .lamb import OneBitLamb
 from .local_steps import LocalSteps
 from .mkor import MKOR
+from .monna import MoNNA, PeerMixing
 from .muon import EF21Muon
 from .replicated import ReplicatedOptimizer
 from .signs import Lion, Signum
@@ -13,4 +14,4 @@ from .wrapper import BucketReport, DistributedOptimizer
 from .zero_one import ZeroOneAdam
 
 __all__ = ["EF21", "MKOR", "BucketReport", "ByzEF21", "DistributedOptimizer", "EControl", "EF21Muon", "Lion", "LocalSteps",
-           "OneBitAdam", "OneBitLamb", "PowerSGD", "ReplicatedOptimizer", "Signum", "ZeroOneAdam"]
+           "MoNNA", "OneBitAdam", "OneBitLamb", "PeerMixing", "PowerSGD", "ReplicatedOptimizer", "Signum", "ZeroOneAdam"]
