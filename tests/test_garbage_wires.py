@@ -41,6 +41,7 @@ def test_entries_go_where_they_fit():
     codec = TopK(k=10).codec(100)
     wire, indices, values = np.zeros(codec.nbytes, np.uint8), np.zeros(10, np.int64), np.zeros(10, np.float32)
     for wrong in ((wire[:-8], indices, values), (wire, indices[1:], values), (wire, indices.astype(np.int32), values),
-                  (wire, indices, values.astype(np.float64)), (wire, np.zeros(20, np.int64)[::2], values), (wire, indices, np.zeros(20, np.float32)[::2])):
+                  (wire, indices, values.astype(np.float64)), (wire, np.zeros(20, np.int64)[::2], values),
+                  (wire, indices, np.zeros(20, np.float32)[::2])):
         with pytest.raises(ShapeError, match="pass"):
             codec.entries(*wrong)
