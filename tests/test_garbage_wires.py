@@ -36,7 +36,7 @@ each = pytest.mark.parametrize("compressor", ALL, ids=str)
 each_sparse = pytest.mark.parametrize("compressor", SPARSE, ids=str)
 exhaustive = pytest.mark.exhaustive
 few_or_all = pytest.mark.parametrize("count", [10, pytest.param(100_000, marks=exhaustive)])
-few_or_many = pytest.mark.parametrize("count", [10, pytest.param(10_000, marks=exhaustive)])
+few_or_many = pytest.mark.parametrize("count", [10, pytest.param(4000, marks=exhaustive)])  # by slower ways
 
 
 def cases(compressor, count):
@@ -53,7 +53,7 @@ def wires_of(codec, count, seed=0):
 
 @each
 @few_or_all
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(600)
 def test_any_bytes_are_decoded(compressor, count):
     for d, dtype, number in cases(compressor, count):
         decoders = Decoders(partial(compressor.codec, d, dtype))

@@ -43,7 +43,7 @@ class CompressorLaws(Laws):
     sizes: ClassVar[tuple[int, ...]] = (0, 1, 2, 7, 64, 65, 1000)
     contracts: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-6
-    wires: ClassVar[int] = 40
+    wires: ClassVar[int] = 20
     dtypes: ClassVar[tuple[Any, ...]] = (np.float32, np.float64)
 
     def _lengths(self, *sizes: int) -> Iterator[tuple[int, Any]]:
