@@ -60,8 +60,8 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
     """Rounds in which every rank sends a vector to all others and goes on with those of `wait_for` ranks, its own included.
 
     With n ranks f = n - `wait_for` of them may be wrong: silent, stopped for a while, dead, late, or, with n > 3 f, send
-    anything, also different vectors to different ranks. No rank waits for them. Ranks hear different vectors, so that what they compute of
-    them differs: for rules that allow it, such as MoNNA.
+    anything, also different vectors to different ranks. No rank waits for them. Ranks hear different vectors, so that what
+    they compute of them differs: for rules that allow it, such as MoNNA.
 
     A round may be over without a rank that was stopped. It goes on as follows:
 

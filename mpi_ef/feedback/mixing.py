@@ -65,8 +65,8 @@ def nearest_neighbours(s: MixingState, plan: RobustMean, t: Vector) -> Steps:
     """Send this rank's vector t_i, and return the mean of the n - f that are nearest to it, itself first.
 
     Farhadkhani et al. 2023 (MoNNA, arXiv 2209.10931), with all vectors heard; each rank has a result of its own. Without
-    compression w_i = t_i; with it all know w_i, the estimate of EF21 (arXiv 2106.05203) of vectors, and ranks keep what is not sent yet, as in CHOCO-SGD (Koloskova
-    et al. 2019, arXiv 1902.00340)::
+    compression w_i = t_i; with it all know w_i, an estimate as EF21's (arXiv 2106.05203), and ranks keep what they have not
+    sent yet, as in CHOCO-SGD (Koloskova et al. 2019, arXiv 1902.00340)::
 
         w_j = w_j + C(t_j - w_j)        for all j
         N_i = the n - f of the w_j nearest to w_i

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from torch.optim import SGD
 from mpi_ef.collectives import RobustMean
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor
+from mpi_ef.feedback.byzantine import ByzEF21State
 from mpi_ef.robust import Aggregator
 
 from .groups import parameters_of
@@ -61,7 +62,8 @@ class ByzEF21(DistributedOptimizer):
     @property
     def suspicion(self) -> NDArray[np.floating]:
         """How much each rank has been left out so far, (ranks,), from 0 to 1; of several buckets the mean."""
-        parts: list[NDArray[np.floating]] = [bucket.feedback.state.suspicion for bucket in self.buckets]
+        states = [cast("ByzEF21State", bucket.feedback.state) for bucket in self.buckets]
+        parts = [state.suspicion for state in states]
         total = parts[0].copy()
         for part in parts[1:]:
             total += part

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import MpiEfError, OptionError, briefly
-from mpi_ef.feedback.mixing import MIXING
+from mpi_ef.feedback.mixing import MIXING, MixingState
 from mpi_ef.ranges import whole, within
 from mpi_ef.robust import Median, aggregate, nearest_mean
 from mpi_ef.statetree import LOCAL, PER_RANK, Leaf, Reshard, StateTree, attribute
@@ -91,8 +91,8 @@ class PeerMixing(DistributedOptimizer):
         self.peers: Peers | None = None
         super().__init__(optimizer, comm, Identity() if compressor is None else compressor, rule=MIXING, model=model,
                          plan=partial(RobustMean, aggregator=Median(), f=f), rate=rate)
-        self._lends, state = False, self.feedback.state
-        for known in (*state.rows.reshape(-1, self.flat.d), state.x):  # all ranks begin as rank 0
+        self._lends, self._state = False, cast("MixingState", self.feedback.state)
+        for known in (*self._state.rows.reshape(-1, self.flat.d), self._state.x):  # all ranks begin as rank 0
             known[:] = self.flat.values
         if wait_for is not None:
             self.peers = Peers(comm, self.flat.d, self.flat.dtype, wait_for=wait_for, patience_seconds=patience_seconds)
@@ -130,8 +130,8 @@ class PeerMixing(DistributedOptimizer):
         if self.peers is not None:
             raise OptionError(f"{type(self).__name__}: with wait_for={self.wait_for} no rank has the vectors of all; "
                               "evaluate the parameters of a rank, and save state_dict() of model and optimizer on each")
-        self.feedback.state.settle()
-        median: Vector = self.feedback.state.x.view()
+        self._state.settle()
+        median: Vector = self._state.x.view()
         median.flags.writeable = False
         return median
 
@@ -143,7 +143,7 @@ class PeerMixing(DistributedOptimizer):
     @property
     def suspicion(self) -> NDArray[np.floating]:
         """How much this rank has left out each of them, (n,), from 0 to 1. Local."""
-        left_out = np.asarray(self.feedback.state.left_out, np.float64)
+        left_out = np.asarray(self._state.left_out, np.float64)
         n, steps = left_out.size - 1, max(float(left_out[-1]), 1.0)
         usual = self.f / (n - 1) if n > 1 else 0.0
         result: NDArray[np.floating] = np.clip((left_out[:-1] / steps - usual) / (1.0 - usual), 0.0, 1.0)
@@ -225,7 +225,7 @@ class PeerMixing(DistributedOptimizer):
             if problem is not None:
                 raise problem from problem.__cause__
             raise
-        if self.feedback.state.astray:
+        if self._state.astray:
             self._restart()
 
     def _restart(self) -> None:
@@ -234,7 +234,7 @@ class PeerMixing(DistributedOptimizer):
         self.optimizer.state.clear()
 
     def _mix_with_some(self, peers: Peers) -> None:
-        values, state = self.flat.values, self.feedback.state
+        values, state = self.flat.values, self._state
         if not usable(values):
             values[:] = self._last
             self._restart()
