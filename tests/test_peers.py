@@ -135,8 +135,8 @@ def test_a_rank_that_has_jumped_is_sent_what_follows(eager):
         with Peers(comm, 3, np.float64, wait_for=3, patience_seconds=5) as peers:
             mine = comm.Get_rank() == 1
             comm.pause(0.1 * mine)
-            rounds(peers, 60, [], lambda: comm.pause((0.005 + 0.025 * (peers.jumps and peers.round < 14)) if mine else 0.01))
-            return peers.jumps
+            rounds(peers, 60, [], lambda: comm.pause((0.005 + 0.025 * (peers.rounds == 5)) if mine else 0.01))
+            return peers.jumps  # after four rounds
 
     assert virtual.results(4, program, eager=eager) == [0, 1, 0, 0]
 
