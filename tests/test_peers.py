@@ -128,6 +128,19 @@ def test_a_rank_that_goes_on_after_all_others_have_ended_comes_to_the_end_too():
     assert all(len(log) == 40 for log in others)
 
 
+@both
+def test_a_rank_that_has_jumped_is_sent_what_follows(eager):
+    """Its next message is far: it computes while the others have three rounds."""
+    def program(comm):
+        with Peers(comm, 3, np.float64, wait_for=3, patience_seconds=5) as peers:
+            mine = comm.Get_rank() == 1
+            comm.pause(0.1 * mine)
+            rounds(peers, 60, [], lambda: comm.pause((0.005 + 0.025 * (peers.rounds == 5)) if mine else 0.01))
+            return peers.jumps  # after four rounds
+
+    assert virtual.results(4, program, eager=eager) == [0, 1, 0, 0]
+
+
 def lying(peers, step, wire=None, to=None):
     """Send a frame with any header and content."""
     frame = peers._late.frame()

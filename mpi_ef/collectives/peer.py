@@ -16,6 +16,8 @@ class Peer:
     ----------
     round : int
         What its last message has said.
+    reaches : int
+        That, or the round in which it was answered, to which it may have jumped since.
     told : int
         Of the vectors of this rank, the last one that was sent to it.
     asks : bool
@@ -32,7 +34,7 @@ class Peer:
 
     def __init__(self, rank: int, host: str, late: Late) -> None:
         self.rank, self.host, self._late = rank, host, late
-        self.round = self.told = self.newest_round = NONE
+        self.round = self.reaches = self.told = self.newest_round = NONE
         self.asks = self.ended = self.named = self.silent = False
         self.heard: float = late.now()
         self.newest: Frame | None = None

@@ -65,8 +65,8 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
 
     A round may be over without a rank that was stopped. It goes on as follows:
 
-    * No vector is sent to a rank whose newest round is more than `window` behind; whoever speaks and has not been sent the
-      newest vector gets it at once.
+    * No vector is sent to a rank whose newest round is more than `window` behind. Whoever speaks and has not been sent the
+      newest vector gets it at once, and the next `window`.
     * A rank has missed its round when it has, of `wait_for` - 1 peers, the vector of its round or a later one, of some a
       later one alone, and more than f peers are beyond it. It *jumps* to the round that at least f + 1 peers have reached,
       so that one that does not lie has: :meth:`exchange` returns the newest vectors of all that are as far as it or
@@ -263,11 +263,13 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
 
     def _tell(self, peer: Peer) -> None:
         """Send the newest vector to a peer that has not been sent it, if it may be."""
-        behind = self._sent - peer.round > self.window and not peer.asks
+        behind = self._sent - peer.reaches > self.window
         full = self._late.under_way(peer.rank) >= 2 * self.window
-        if peer.told < self._sent and not behind and not full:
+        if peer.told < self._sent and (peer.asks or not behind) and not full:
             self._late.send(peer.rank, self._mine)
             peer.told, peer.asks = self._sent, False
+            if behind:
+                peer.reaches = self._sent  # where it is going to jump; it gets the next ones too
 
     def _looks(self, patience: float) -> Iterator[None]:
         """Yield after each look at what has come, until it has taken so many seconds."""
@@ -295,7 +297,7 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
     def _take(self, peer: Peer, frame: Frame) -> None:
         """Note what a message says, and keep its vector."""
         peer.ended = frame.step < 0
-        peer.round = _final(frame.step) if peer.ended else frame.step
+        peer.round = peer.reaches = _final(frame.step) if peer.ended else frame.step
         peer.heard, peer.silent, peer.asks = self._late.now(), False, True
         if not usable(frame.wire.view(self.dtype)):
             self.not_finite += 1

@@ -101,6 +101,7 @@ with Peers(comm, theta.size, np.float32, wait_for=N - F, patience_seconds=option
         peers.progress()
         sleep(0.01)
         freed = let_it_go_on()
+without = slice(stop_at + 5, go_at)  # rounds while it was stopped, and has been cut off
 told = {"rank": comm.rank, "accuracy": accuracy(theta), "jumped_to": jumps, "ms": 1e3 * float(np.median(took)),
-        "seconds": sum(took), **peers.metrics}
+        "ms_without": 1e3 * float(np.median(took[without] or [0])), "seconds": sum(took), **peers.metrics}
 print(json.dumps(told), flush=True)
