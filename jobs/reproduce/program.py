@@ -54,6 +54,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "ef21-bc": Experiment("EF21-BC: Top-2 up, Top-2 to everything down (arXiv 2110.03294)", "bidirectional", ("data",)),
     "mkor": Experiment("MKOR's forms, Eva and K-FAC under AdamW, SGD, Top-1 % and EF21 (arXiv 2306.01685); half an hour on "
                        "2 ranks", "mkor", module="second_order"),
+    "monna": Experiment("MoNNA and others under attack, 26 clients of which 5 are wrong (arXiv 2209.10931)", "monna",
+                        ("attack", "seeds", "search_every"), module="monna"),
 }
 
 
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name is None or name not in EXPERIMENTS:
         hint = nearest(str(name), EXPERIMENTS, f"take one of {', '.join(EXPERIMENTS)}")
         refuse(f"there is no experiment {briefly(name)}; {hint}", "mpi-ef reproduce")
-    for option in ("data", "methods"):
+    for option in ("data", "methods", "attack", "seeds", "search_every"):
         if (value := getattr(config, option)) is not None and option not in EXPERIMENTS[name].takes:
             takers = ", ".join(other for other, experiment in EXPERIMENTS.items() if option in experiment.takes)
             refuse(f"{option}={value} has no effect with {name}; it goes with {takers}", "mpi-ef reproduce")
