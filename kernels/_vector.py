@@ -15,9 +15,9 @@ from numba.core import cgutils
 from numpy.typing import NDArray
 
 __all__ = ["GROUP", "Terms", "Vector", "add_signed", "add_signed_past_caches", "address", "at_least", "fence",
-           "fetch", "fetch_entry", "form_group", "load_word", "magnitude", "most_significant_first", "non_negative",
-           "population", "squared_distance", "store_past_caches", "store_word", "subtract_group", "subtract_signs", "subtract_signs_past_caches",
-           "sum_magnitudes", "trailing_zeros"]
+           "fetch", "fetch_entry", "form_group", "load_word", "magnitude", "most_significant_first",
+           "non_negative", "population", "squared_distance", "store_past_caches", "store_word", "subtract_group",
+           "subtract_signs", "subtract_signs_past_caches", "sum_magnitudes", "trailing_zeros"]
 
 Vector = NDArray[np.floating]
 Terms = tuple[Vector, Vector, Vector]
@@ -366,7 +366,7 @@ _LANES = 32
 
 @intrinsic
 def squared_distance(_context: Any, x: Any, y: Any, width: Any) -> Any:
-    """Return the sum of ``(x - y)^2`` over `width` float64, a multiple of 32: entry i in lane ``i % 32``, lanes as a tree."""
+    """Return the sum of ``(x - y)^2`` over `width` float64, a multiple of 32, entry i in lane ``i % 32``."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         vector = ir.VectorType(ir.DoubleType(), _LANES)
@@ -380,10 +380,11 @@ def squared_distance(_context: Any, x: Any, y: Any, width: Any) -> Any:
             apart = builder.fsub(a, b)
             builder.store(builder.fadd(builder.load(total), builder.fmul(apart, apart)), total)
         lanes, size = builder.load(total), _LANES
-        while size > 1:  # lane q and lane q + size / 2
+        while size > 1:  # lanes q and q + size / 2 are added
             size //= 2
             part = ir.VectorType(_I32, size)
-            low, high = (builder.shuffle_vector(lanes, lanes, ir.Constant(part, [*range(at, at + size)])) for at in (0, size))
+            low, high = (builder.shuffle_vector(lanes, lanes, ir.Constant(part, [*range(at, at + size)]))
+                         for at in (0, size))
             lanes = builder.fadd(low, high)
         return builder.extract_element(lanes, _I32(0))
 

@@ -65,12 +65,17 @@ def encode_indices(indices: NDArray[np.int64], low: int, lower: NDArray[np.uint6
 
 
 @jit
-def decode_indices(lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: int, indices: NDArray[np.int64]) -> None:
-    """Write the indices coded in `lower` and `upper` into `indices`, the inverse of :func:`encode_indices`."""
+def decode_indices(lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: int, d: int,
+                   indices: NDArray[np.int64]) -> None:
+    """Write the indices below `d` coded in `lower` and `upper` into `indices`, the inverse of :func:`encode_indices`.
+
+    Any bits give indices that ascend and are below `d`, the same on all ranks: index j is at least one more than the
+    one before and at most ``d - k + j``, also where a bit is missing; bits after the k-th are not read.
+    """
     one = np.uint64(1)
     mask = (one << np.uint64(low)) - one
     last_byte = 8 * (lower.size - 1)
-    j, bit = 0, 0
+    j, bit, least, most = 0, 0, 0, d - indices.size  # of an index less its number
     for word_index in range(upper.size):
         word = upper[word_index]
         while word and j < indices.size:
@@ -80,12 +85,16 @@ def decode_indices(lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: in
                 part = lower[bit >> 6] >> np.uint64(bit & 63)
                 if (bit & 63) + low > 64:
                     part |= lower[(bit >> 6) + 1] << np.uint64(64 - (bit & 63))
-                indices[j] = (high << low) | np.int64(part & mask)
+                index = (high << low) | np.int64(part & mask)
             elif low:
                 byte = min(bit >> 3, last_byte)
                 part = load_word(lower, byte) >> np.uint64(bit - 8 * byte)
-                indices[j] = (high << low) | np.int64(part & mask)
+                index = (high << low) | np.int64(part & mask)
             else:
-                indices[j] = high
+                index = high
+            least = max(least, min(most, index - j))
+            indices[j] = least + j
             j += 1
             bit += low
+    for missing in range(j, indices.size):
+        indices[missing] = least + missing

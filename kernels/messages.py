@@ -6,8 +6,9 @@ or in the formats of :mod:`.quantize`::
     | low bits of indices | upper bitmap | values                                    |
     | low bits of indices | upper bitmap | exponents | padding | codes     | padding |
 
-layout : (m, 6) int64, a row for each message: where its chunk begins in the vector, how many entries it has (k), low bits of
-    an index, bytes of the low bits, bytes of all that comes before the values, bytes of the message. One row stands for all.
+layout : (m, 7) int64, a row for each message: where its chunk begins in the vector, how many entries it has (k), low bits of
+    an index, bytes of the low bits, bytes of all that comes before the values, bytes of the message, length of its chunk.
+    One row stands for all.
 headroom : int
     -1 for values as they are, else that of the format, see :data:`FORMATS`.
 memory, places : (nbytes,) uint8, and (m,) int64: where each message begins, a multiple of 8
@@ -42,7 +43,7 @@ def write_messages(layout: Layout, headroom: int, block: int, indices: NDArray[n
     factors = np.zeros(3, values.dtype)
     factors[0] = 1
     for j in range(places.size):
-        start, k, low, lower, head, nbytes = layout[min(j, layout.shape[0] - 1)]
+        start, k, low, lower, head, nbytes, _ = layout[min(j, layout.shape[0] - 1)]
         wire = memory[places[j] : places[j] + nbytes]
         own, kept = indices[first : first + k], values[first : first + k]
         for i in range(k):
@@ -95,7 +96,7 @@ def read_values(layout: Layout, headroom: int, block: int, memory: Memory, place
     """Overwrite `values`, (sum of k,), with those of all messages, one after the other."""
     first = 0
     for j in range(places.size):
-        _, k, _, _, head, nbytes = layout[min(j, layout.shape[0] - 1)]
+        _, k, _, _, head, nbytes, _ = layout[min(j, layout.shape[0] - 1)]
         _read(memory[places[j] + head : places[j] + nbytes], headroom, block, values[first : first + k], scratch)
         first += k
 
@@ -108,9 +109,9 @@ def add_messages(layout: Layout, headroom: int, block: int, memory: Memory, plac
     indices, values : (the largest k,) scratch
     """
     for j in range(places.size):
-        start, k, low, lower, head, nbytes = layout[min(j, layout.shape[0] - 1)]
+        start, k, low, lower, head, nbytes, d = layout[min(j, layout.shape[0] - 1)]
         wire = memory[places[j] : places[j] + nbytes]
-        decode_indices(wire[:lower].view(np.uint64), wire[lower:head].view(np.uint64), low, indices[:k])
+        decode_indices(wire[:lower].view(np.uint64), wire[lower:head].view(np.uint64), low, d, indices[:k])
         _read(wire[head:], headroom, block, values[:k], scratch)
         add_sparse(indices[:k], values[:k], factor, out[start:])
 
@@ -120,7 +121,7 @@ def clear_messages(layout: Layout, memory: Memory, places: NDArray[np.int64], ou
                    indices: NDArray[np.int64]) -> None:
     """Set `out` to zero at the indices of all messages; (the largest k,) `indices` are scratch."""
     for j in range(places.size):
-        start, k, low, lower, head, _ = layout[min(j, layout.shape[0] - 1)]
+        start, k, low, lower, head, _, d = layout[min(j, layout.shape[0] - 1)]
         wire = memory[places[j] : places[j] + head]
-        decode_indices(wire[:lower].view(np.uint64), wire[lower:head].view(np.uint64), low, indices[:k])
+        decode_indices(wire[:lower].view(np.uint64), wire[lower:head].view(np.uint64), low, d, indices[:k])
         clear_sparse(indices[:k], out[start:])

@@ -18,6 +18,7 @@ QUANTIZE_SCRATCH = 2 * BLOCK
 FORMATS = {"bf16": 0, "fp16": 15, "int8": 7}
 
 _NOT_FINITE = 32767  # exponent of a block that holds NaN or Inf; the whole block decodes to NaN
+_LEAST = -1300  # with lower exponents all codes stand for zero
 
 
 def quantize(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vector, less_decoded: bool, format: str,
@@ -49,7 +50,11 @@ def quantize(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vector, 
 
 def add_quantized(exponents: NDArray[np.int16], codes: NDArray[np.int16 | np.int8], format: str, block: int,
                   factor: np.floating, overwrite: bool, out: Vector, scratch: Vector) -> None:
-    """Add ``factor * decoded`` to `out`, the inverse of :func:`quantize`."""
+    """Add ``factor * decoded`` to `out`, the inverse of :func:`quantize`.
+
+    What no encoder writes is decoded too: a block to NaN with an exponent beyond that of the largest number of the dtype,
+    an entry to NaN with a code of bf16 or fp16 that is NaN or Inf, and others to the largest number where they exceed it.
+    """
     _add_quantized(exponents, codes, FORMATS[format], block, factor, overwrite, out, scratch)
 
 
@@ -70,7 +75,8 @@ def _from_half(code):
     if magnitude < 0x400:
         value = magnitude / 16777216.0
     else:
-        value = np.float64(np.uint32((magnitude << 13) + (112 << 23)).view(np.float32))
+        more = (224 if magnitude >= 0x7C00 else 112) << 23  # NaN and Inf keep all ones in the exponent
+        value = np.float64(np.uint32((magnitude << 13) + more).view(np.float32))
     return -value if code & 0x8000 else value
 
 
@@ -161,10 +167,10 @@ def _encode(x, headroom, exponent, codes):
 @jit
 def _decode(codes, headroom, exponent, factor, out):
     """Add ``factor * decoded`` to `out`."""
-    if exponent == _NOT_FINITE:
+    if exponent > (128 if out.itemsize == 4 else 1024) - headroom + (headroom == 7):
         out[:] = np.nan
         return
-    first, second = _power(int(exponent))
+    first, second = _power(max(int(exponent), _LEAST))
     limit = np.float64(np.finfo(out.dtype).max)
     if headroom == 7:
         for i in range(out.size):
@@ -172,12 +178,14 @@ def _decode(codes, headroom, exponent, factor, out):
             out[i] += factor * out.dtype.type(min(max(value, -limit), limit))
     elif headroom == 15:
         for i in range(out.size):
-            value = _from_half(np.int64(codes[i]) & 0xFFFF) * first * second
-            out[i] += factor * out.dtype.type(min(max(value, -limit), limit))
+            code = _from_half(np.int64(codes[i]) & 0xFFFF)
+            value = min(max(code * first * second, -limit), limit) - (code - code)  # NaN where the code is not finite
+            out[i] += factor * out.dtype.type(value)
     else:
         for i in range(out.size):
-            value = np.float64(np.uint32((np.int64(codes[i]) & 0xFFFF) << 16).view(np.float32)) * first * second
-            out[i] += factor * out.dtype.type(min(max(value, -limit), limit))
+            code = np.float64(np.uint32((np.int64(codes[i]) & 0xFFFF) << 16).view(np.float32))
+            value = min(max(code * first * second, -limit), limit) - (code - code)
+            out[i] += factor * out.dtype.type(value)
 
 
 @jit

@@ -24,11 +24,13 @@ from .reference_messages import (
     summed,
     write_messages,
 )
+from .reference_robust import add_distances, combine_columns, distances_to_mixture, mixed_distances
 
-__all__ = ["adam", "adam_step", "add_dense", "add_layers", "add_levels", "add_low_rank", "add_messages",
-           "add_quantized", "add_signs", "add_sparse", "all_finite", "clear_messages", "clear_sparse", "combine",
-           "decode_indices", "encode_indices", "encode_levels", "encode_signs", "fingerprints", "follow_momentum",
-           "gather", "l1_norm", "layer_norms", "local_step", "mean_rows", "mean_slice", "momentum_step",
+__all__ = ["adam", "adam_step", "add_dense", "add_distances", "add_layers", "add_levels", "add_low_rank",
+           "add_messages", "add_quantized", "add_signs", "add_sparse", "all_finite", "clear_messages",
+           "clear_sparse", "combine", "combine_columns", "decode_indices", "distances_to_mixture",
+           "encode_indices", "encode_levels", "encode_signs", "fingerprints", "follow_momentum", "gather",
+           "l1_norm", "layer_norms", "local_step", "mean_rows", "mean_slice", "mixed_distances", "momentum_step",
            "orthonormalise", "preconditioned_step", "quantize", "read_values", "sample_indices", "scaled_momentum",
            "select_largest", "sign_step", "subtract", "update_moments", "write_messages"]
 

@@ -46,20 +46,25 @@ def encode_indices(indices: NDArray[np.int64], low: int, lower: NDArray[np.uint6
     lower[:] = np.packbits(parts, bitorder="little").view(np.uint64)
 
 
-def decode_indices(lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: int, indices: NDArray[np.int64]) -> None:
+def decode_indices(lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: int, d: int,
+                   indices: NDArray[np.int64]) -> None:
     k = indices.size
-    high = np.flatnonzero(np.unpackbits(upper.view(np.uint8), bitorder="little"))[:k] - np.arange(k)
+    marks = np.flatnonzero(np.unpackbits(upper.view(np.uint8), bitorder="little"))[:k]
     parts = np.unpackbits(lower.view(np.uint8), bitorder="little")[: k * low].reshape(k, low).astype(np.int64)
-    indices[:] = (high << low) | (parts << np.arange(low)).sum(axis=1)
+    there = ((marks - np.arange(marks.size)) << low) | (parts << np.arange(low)).sum(axis=1)[: marks.size]
+    less = np.zeros(k, np.int64)  # each index less its number
+    less[: marks.size] = np.clip(there - np.arange(marks.size), 0, d - k)
+    indices[:] = np.maximum.accumulate(less) + np.arange(k)
 
 
 def _messages(layout: NDArray[np.int64], memory: NDArray[np.uint8],
-              places: Places) -> Iterator[tuple[int, int, int, NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint8]]]:
-    """Yield of each message: where its chunk begins, k, low bits of an index, low bits, bitmap, values."""
+              places: Places) -> Iterator[tuple[slice, int, int, NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint8]]]:
+    """Yield of each message: its chunk, k, low bits of an index, low bits, bitmap, values."""
     rows = layout if len(layout) == len(places) else layout.repeat(len(places), 0)
-    for (start, k, low, lower, head, nbytes), place in zip(rows.tolist(), places.tolist(), strict=True):
+    for (start, k, low, lower, head, nbytes, d), place in zip(rows.tolist(), places.tolist(), strict=True):
         wire = memory[place : place + nbytes]
-        yield start, k, low, wire[:lower].view(np.uint64), wire[lower:head].view(np.uint64), wire[head:]
+        chunk = slice(start, start + d)
+        yield chunk, k, low, wire[:lower].view(np.uint64), wire[lower:head].view(np.uint64), wire[head:]
 
 
 def _coded(body: NDArray[np.uint8], k: int, headroom: int, block: int) -> tuple[str, NDArray[np.int16], Any]:
@@ -73,9 +78,9 @@ def _coded(body: NDArray[np.uint8], k: int, headroom: int, block: int) -> tuple[
 def write_messages(layout: NDArray[np.int64], headroom: int, block: int, indices: Places, values: Vector,
                    memory: NDArray[np.uint8], places: Places, scratch: Vector) -> bool:
     first, finite = 0, True
-    for start, k, low, lower, upper, body in _messages(layout, memory, places):
+    for chunk, k, low, lower, upper, body in _messages(layout, memory, places):
         kept = values[first : first + k]
-        encode_indices(indices[first : first + k] - start, low, lower, upper)
+        encode_indices(indices[first : first + k] - chunk.start, low, lower, upper)
         first += k
         body[:] = 0
         if headroom < 0:
@@ -105,17 +110,17 @@ def read_values(layout: NDArray[np.int64], headroom: int, block: int, memory: ND
 
 def add_messages(layout: NDArray[np.int64], headroom: int, block: int, memory: NDArray[np.uint8], places: Places,
                  factor: np.floating, out: Vector, indices: Places, values: Vector, scratch: Vector) -> None:
-    for start, k, low, lower, upper, body in _messages(layout, memory, places):
-        decode_indices(lower, upper, low, indices[:k])
+    for chunk, k, low, lower, upper, body in _messages(layout, memory, places):
+        decode_indices(lower, upper, low, out[chunk].size, indices[:k])
         _read(body, values[:k], headroom, block, scratch)
-        add_sparse(indices[:k], values[:k], factor, out[start:])
+        add_sparse(indices[:k], values[:k], factor, out[chunk])
 
 
 def clear_messages(layout: NDArray[np.int64], memory: NDArray[np.uint8], places: Places, out: Vector,
                    indices: Places) -> None:
-    for start, k, low, lower, upper, _ in _messages(layout, memory, places):
-        decode_indices(lower, upper, low, indices[:k])
-        clear_sparse(indices[:k], out[start:])
+    for chunk, k, low, lower, upper, _ in _messages(layout, memory, places):
+        decode_indices(lower, upper, low, out[chunk].size, indices[:k])
+        clear_sparse(indices[:k], out[chunk])
 
 
 def quantize(terms: Terms, factors: Vector, keep: Vector, keep_factors: Vector, less_decoded: bool, format: str,
@@ -159,10 +164,10 @@ def add_quantized(exponents: NDArray[np.int16], codes: NDArray[np.int16 | np.int
     else:
         values = (codes.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     power = np.repeat(exponents.astype(np.int64), block)[: out.size]
-    broken = power == 32767
-    with np.errstate(over="ignore"):
-        decoded = np.ldexp(values, np.where(broken, 0, power))
+    most = np.finfo(out.dtype).maxexp - {"bf16": 0, "fp16": 15, "int8": 6}[format]
+    broken = (power > most) | ~np.isfinite(values)
     limit = float(np.finfo(out.dtype).max)
-    decoded = np.clip(decoded, -limit, limit).astype(out.dtype)
-    decoded[broken] = np.nan
-    out += factor * decoded
+    with np.errstate(all="ignore"):
+        decoded = np.clip(np.ldexp(values, np.where(broken, 0, power)), -limit, limit).astype(out.dtype)
+        decoded[broken] = np.nan
+        out += factor * decoded

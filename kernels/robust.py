@@ -6,7 +6,7 @@ processor, and, as squared distances are sums over parts of the columns, on any 
 rows : (n, w) of the vectors' dtype, contiguous within a row
 anchors : (a, w) of the same dtype
     Further rows, that belong to no client: what is clipped towards.
-scratch : (SCRATCH_ROWS(n + a, m), ROBUST_BLOCK) float64
+scratch : (n + a + 2 m, ROBUST_BLOCK) float64, or more rows; n + a + 1 where nothing is sorted
 """
 
 import numpy as np
@@ -61,36 +61,34 @@ def distances_to_mixture(rows: Vector, anchors: Vector, weights: NDArray[np.floa
 def mixed_distances(distances: NDArray[np.float64], weights: NDArray[np.float64], out: NDArray[np.float64]) -> None:
     """Write the squared distances of mixtures, (m, m), to `out`, from those of what is mixed, (n, n).
 
-    weights : (m, n), of sum 1 a row. With ``q_ij = sum_ab w_ia w_jb D_ab``: ``D'_ij = q_ij - (q_ii + q_jj) / 2``, at least 0.
+    weights : (m, n), of sum 1 a row. With ``q_ij = sum_ab w_ia w_jb D_ab``:
+    ``D'_ij = q_ij - (q_ii + q_jj) / 2``, at least 0.
     """
-    m, n = weights.shape
+    m = weights.shape[0]
     for i in range(m):
         for j in range(i + 1):
-            total = 0.0
-            for a in range(n):
-                if weights[i, a] != 0.0:
-                    inner = 0.0
-                    for b in range(n):
-                        if weights[j, b] != 0.0:
-                            inner += weights[j, b] * distances[a, b]
-                    total += weights[i, a] * inner
-            out[i, j] = total
-            out[j, i] = total
+            out[i, j] = _product(distances, weights[i], weights[j])
     for i in range(m):
         for j in range(i):
-            apart = out[i, j] - 0.5 * (out[i, i] + out[j, j])
-            same = True
-            for a in range(n):
-                if weights[i, a] != weights[j, a]:
-                    same = False
-            apart = max(apart, 0.0)
-            if same:
-                apart = 0.0
-            out[i, j] = apart
+            apart = max(out[i, j] - 0.5 * (out[i, i] + out[j, j]), 0.0)
+            out[j, i] = 0.0 if _same(weights[i], weights[j]) else apart
     for i in range(m):
         for j in range(i):
-            out[j, i] = out[i, j]
+            out[i, j] = out[j, i]
         out[i, i] = 0.0
+
+
+@jit
+def _product(distances, v, w):
+    total = 0.0
+    for a in range(v.size):
+        if v[a] != 0.0:
+            inner = 0.0
+            for b in range(w.size):
+                if w[b] != 0.0:
+                    inner += w[b] * distances[a, b]
+            total += v[a] * inner
+    return total
 
 
 @jit
@@ -112,49 +110,72 @@ def combine_columns(rows: Vector, anchors: Vector, weights: NDArray[np.float64],
     outside : (m,) int64
         To it is added how often a row was less than what was kept, or greater.
 
-    A mixture is ``x_r + sum_j w_j (x_j - x_r)``, in the order of j, with r the row of the greatest weight, so that equal rows
-    give their value; a mean of sorted values likewise begins with the least.
+    A mixture is ``x_r + sum_j w_j (x_j - x_r)``, in the order of j, with r the row of the greatest weight, so that equal
+    rows give their value; a mean of sorted values likewise begins with the least.
     """
     n = rows.shape[0] + anchors.shape[0]
     mixes = weights.size > 0
     m = weights.shape[0] if mixes else rows.shape[0]
-    least = n if mixes else 0  # where the mixtures are in `scratch`
-    sorts = pairs.shape[0] > 0
-    kept = 2 * m + n if mixes else m + n  # a copy of what is sorted
     count = out.size if every else columns.size
-    twin = np.full(m, -1, np.int64)  # an earlier mixture that is the same
-    for i in range(m if mixes else 0):
-        for j in range(i):
-            if twin[i] < 0 and _same(weights[i], weights[j]):
-                twin[i] = j
+    twins = _twins(weights)
     for start in range(0, count, ROBUST_BLOCK):
         stop = min(start + ROBUST_BLOCK, count)
-        if every:
-            width = _load(rows, anchors, start, stop, scratch)
-        else:
-            width = _gather(rows, anchors, columns[start:stop], scratch)
-        for i in range(m if mixes else 0):
-            if twin[i] >= 0:
-                _copy(scratch[n + twin[i]], width, scratch[n + i])
-            else:
-                _mix(scratch, weights[i], _heaviest(weights[i]), width, scratch[n + i])
-        if sorts:
-            at = kept - m
+        places = columns[start:stop] if not every else columns
+        width = _load(rows, anchors, start, stop, scratch) if every else _gather(rows, anchors, places, scratch)
+        if mixes:
+            _mix_all(scratch, weights, twins, width, scratch[n:])
+        mixtures = scratch[n if mixes else 0 :]
+        if pairs.shape[0] > 0:
+            ordered = mixtures[m:]
+            _sort(mixtures, m, pairs, width, ordered)
             for i in range(m):
-                _copy(scratch[least + i], width, scratch[at + i])
-            for p in range(pairs.shape[0]):
-                _order(scratch[at + pairs[p, 0]], scratch[at + pairs[p, 1]], width)
-            for i in range(m):
-                outside[i] += _outside(scratch[least + i], scratch[at + low], scratch[at + high - 1], stop - start)
-            _mean(scratch[at : at + m], low, high, width)
-        else:
-            at, low = least, 0
+                outside[i] += _outside(mixtures[i], ordered[low], ordered[high - 1], stop - start)
+            _mean(ordered, low, high, width)
+            mixtures = ordered[low:]
         if every:
-            for c in range(stop - start):
-                out[start + c] = scratch[at + low, c]
+            _narrow(mixtures[0], out[start:stop])
         else:
-            for c in range(stop - start):
-                out[columns[start + c]] = scratch[at + low, c]
+            _scatter(mixtures[0], places, out)
+
+
+@jit
+def _twins(weights):
+    """Return for each mixture an earlier one that is the same, or -1."""
+    twins = np.full(weights.shape[0], -1, np.int64)
+    for i in range(twins.size):
+        for j in range(i - 1, -1, -1):
+            if _same(weights[i], weights[j]):
+                twins[i] = j
+    return twins
+
+
+@jit
+def _mix_all(scratch, weights, twins, width, out):
+    for i in range(weights.shape[0]):
+        if twins[i] >= 0:
+            _copy(out[twins[i]], width, out[i])
+        else:
+            _mix(scratch, weights[i], _heaviest(weights[i]), width, out[i])
+
+
+@jit
+def _sort(rows, m, pairs, width, out):
+    for i in range(m):
+        _copy(rows[i], width, out[i])
+    for p in range(pairs.shape[0]):
+        _order(out[pairs[p, 0]], out[pairs[p, 1]], width)
+
+
+@jit
+def _narrow(x, out):
+    for c in range(out.size):
+        out[c] = x[c]
+
+
+@jit
+def _scatter(x, places, out):
+    for c in range(places.size):
+        out[places[c]] = x[c]
 
 
 @jit
@@ -205,10 +226,10 @@ def _heaviest(weights):
 
 @jit
 def _same(x, y):
+    different = 0
     for j in range(x.size):
-        if x[j] != y[j]:
-            return False
-    return True
+        different += x[j] != y[j]
+    return different == 0
 
 
 @jit

@@ -1,13 +1,13 @@
-"""What there is by name: compressors, rules, plans and optimizers, built in, of other packages, or of a module on the path.
+"""What there is by name: compressors, aggregators, rules, plans, optimizers; built in, of other packages, or of a module.
 
 A *specification* is a text that says which and how, as one would write it in Python, and as objects print themselves::
 
     TopK(0.01, values=Quantize('bf16'))      econtrol(eta=0.1)      OneBitAdam(freeze_step=130)      my_module:MyThing(3)
 
 Names are looked up among what is built in, then in the entry points of installed packages (groups ``mpi_ef.compressors``,
-``mpi_ef.rules``, ``mpi_ef.plans``, ``mpi_ef.optimizers``, ``mpi_ef.models``); ``module:name`` imports. Arguments are
-numbers, texts, True, False, None, lists and tuples of these, and specifications of compressors,
-``TopK(0.1, values=my_module:MyCompressor(3))``, where a dot may stand for the colon: nothing is evaluated.
+``mpi_ef.aggregators``, ``mpi_ef.rules``, ``mpi_ef.plans``, ``mpi_ef.optimizers``, ``mpi_ef.models``); ``module:name``
+imports. Arguments are numbers, texts, True, False, None, lists and tuples of these, and specifications of compressors and
+aggregators, ``TopK(0.1, values=my_module:MyCompressor(3))``, where a dot may stand for the colon: nothing is evaluated.
 """
 
 import ast
@@ -30,10 +30,11 @@ _HOMES: Mapping[str, tuple[str, str]] = {
     "compressor": ("mpi_ef.compress", "Compressor"),
     "plan": ("mpi_ef.collectives", "Plan"),
     "rule": ("mpi_ef.feedback", ""),
+    "aggregator": ("mpi_ef.robust", "Aggregator"),
     "optimizer": ("mpi_ef.optim", "FlatOptimizer"),
     "model": ("", ""),  # those of mpi-ef train are no functions of a configuration
 }
-_GIVEN = {"compressor": 0, "plan": 4, "optimizer": 2, "model": 1}  # arguments before those of a text
+_GIVEN = {"compressor": 0, "aggregator": 0, "plan": 4, "optimizer": 2, "model": 1}  # arguments before those of a text
 _FORM = re.compile(r"\s*([A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?(?:-\w+)*)\s*(\(.*\))?\s*", re.DOTALL)
 _QUOTED_OR_PATH = re.compile(r'''("{3}|'{3}|"|')(?:\\.|(?!\1).)*\1|(\b[A-Za-z_][\w.]*)\s*:\s*(?=[A-Za-z_])''', re.DOTALL)
 
@@ -75,7 +76,7 @@ def names(kind: str) -> list[str]:
 
     Parameters
     ----------
-    kind : {"compressor", "rule", "plan", "optimizer", "model"}
+    kind : {"compressor", "aggregator", "rule", "plan", "optimizer", "model"}
     """
     return sorted({*_built_in(kind), *(point.name for point in entry_points(group=f"mpi_ef.{kind}s"))})
 
@@ -129,7 +130,7 @@ def specified(kind: str, text: str) -> Specification:
 
 
 def built(kind: str, text: str, *given: Any, **settings: Any) -> Any:
-    """Return the compressor that a text specifies; of another kind, what calling the name with the arguments returns. Local.
+    """Return the compressor or aggregator that a text specifies; of another kind, what calling it so returns. Local.
 
     Parameters
     ----------
@@ -240,12 +241,21 @@ def _value(node: ast.expr, text: str) -> Any:
         return tuple(values) if isinstance(node, ast.Tuple) else values
     if isinstance(node, ast.Call) and re.fullmatch(r"[\w.]+", ast.unparse(node.func)):
         name = ":".join(ast.unparse(node.func).rsplit(".", 1))
-        inner = fitting(Specification(name, found("compressor", name), *_arguments(node, text)), text)
+        inner = fitting(Specification(name, _found_inside(name), *_arguments(node, text)), text)
         return inner.thing(*inner.arguments, **inner.options)
     raise OptionError(f"{briefly(text)}: {ast.unparse(node)[:60]} is no value: take numbers, texts, True, False, None, "
                       "lists and tuples of these, or compressors, such as Sign()")
 
 
+def _found_inside(name: str) -> Any:
+    """Return the compressor or the aggregator of a name, as :func:`found`."""
+    of_kind = {kind: names(kind) for kind in ("compressor", "aggregator")}
+    near = nearest(name, [known for listed in of_kind.values() for known in listed])
+    aggregates = any(name == known or f"mean {known}?" in near for known in of_kind["aggregator"])
+    return found("aggregator" if aggregates else "compressor", name)
+
+
 def _example(kind: str) -> str:
-    return {"compressor": "TopK(0.01, values=Quantize('bf16'))", "rule": "econtrol(eta=0.1)", "plan": "GatherMean",
-            "optimizer": "OneBitAdam(freeze_step=130)", "model": "my_model:build(width=32)"}[kind]
+    return {"compressor": "TopK(0.01, values=Quantize('bf16'))", "aggregator": "NNM(TrimmedMean())",
+            "rule": "econtrol(eta=0.1)", "plan": "GatherMean", "optimizer": "OneBitAdam(freeze_step=130)",
+            "model": "my_model:build(width=32)"}[kind]

@@ -81,7 +81,7 @@ def call_all(dtype):
         low = low_bits(d, k)
         parts = [there(np.zeros(n // 8, np.uint64)) for n in (lower_nbytes(k, low), upper_nbytes(d, k, low))]
         backend.encode_indices(there(np.arange(k)), low, *parts)
-        backend.decode_indices(*parts, low, there(np.zeros(k, np.int64)))
+        backend.decode_indices(*parts, low, d, there(np.zeros(k, np.int64)))
 
 
 def call_optimizers(backend, dtype):

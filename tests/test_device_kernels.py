@@ -291,7 +291,7 @@ def test_entries_are_counted_in_64_bits():
                                                                                               strict=False))})
     backend.select_largest((x, x[:0], x[:0]), (1.0, 0.0, 0.0), x[:0], (1.0, 0.0, 0.0), np.array([0, 5000]), np.array([50]),
                            indices, values)
-    backend.decode_indices(there(np.zeros(1, np.uint64)), there(np.zeros(1, np.uint64)), 1, indices)
+    backend.decode_indices(there(np.zeros(1, np.uint64)), there(np.zeros(1, np.uint64)), 1, 5000, indices)
     assert given["collect"]["status"].dtype == given["emit_indices"]["before"].dtype == torch.int64
 
 
@@ -346,7 +346,7 @@ def test_codes_of_indices(d, k):
     lower, upper = np.zeros(lower_nbytes(k, low) // 8, np.uint64), np.zeros(upper_nbytes(d, k, low) // 8, np.uint64)
     reference.encode_indices(indices, low, lower, upper)
     check_same("encode_indices", np.float32, indices, low, lower, upper)
-    check_same("decode_indices", np.float32, lower, upper, low, np.zeros(k, np.int64))
+    check_same("decode_indices", np.float32, lower, upper, low, d, np.zeros(k, np.int64))
 
 
 @pytest.mark.parametrize(("d", "k"), [(1, 1), (10, 3), (10, 10), (1000, 1), (1000, 999), (5001, 777), (2**33, 300), (3, 2)])

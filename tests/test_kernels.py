@@ -194,7 +194,7 @@ def test_index_code_round_trip(d, share, seed):
     assert same_bits(mine[1], twin[1])
     for decode in (kernels.decode_indices, reference.decode_indices):
         decoded = np.full(k, -1, np.int64)
-        decode(mine[0], mine[1], low, decoded)
+        decode(mine[0], mine[1], low, d, decoded)
         assert same_bits(decoded, indices)
 
 
@@ -206,7 +206,7 @@ def test_index_code_beyond_32_bits():
     upper = np.empty(kernels.upper_nbytes(d, indices.size, low) // 8, np.uint64)
     kernels.encode_indices(indices, low, lower, upper)
     decoded = np.empty_like(indices)
-    kernels.decode_indices(lower, upper, low, decoded)
+    kernels.decode_indices(lower, upper, low, d, decoded)
     assert decoded.tolist() == indices.tolist()
 
 

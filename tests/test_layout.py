@@ -27,9 +27,10 @@ ROOMS = {
     "statetree": ("errors", "numpy"),
     "runtime": ("errors documents ranges comm", "numpy mpi4py"),
     "compress": ("errors ranges kernels", "numpy"),
+    "robust": ("errors ranges kernels", "numpy"),
     "registry": ("errors", ""),  # the modules of what it finds are loaded by name
-    "collectives": ("errors ranges kernels comm runtime compress registry statetree", "numpy mpi4py"),
-    "feedback": ("errors ranges kernels comm compress collectives registry statetree", "numpy"),
+    "collectives": ("errors ranges kernels comm runtime compress registry robust statetree", "numpy mpi4py"),
+    "feedback": ("errors ranges kernels comm compress collectives registry robust statetree", "numpy"),
     "vectors": ("errors kernels kernels.device comm compress", "numpy torch"),
     "reference": ("", "numpy torch"),
     "buffers": ("errors comm vectors", "numpy torch"),
@@ -38,7 +39,7 @@ ROOMS = {
     "devices": ("errors comm", "torch mpi4py"),
     "shares": ("errors comm data", "torch"),
     "precondition": ("errors ranges statetree kernels comm compress collectives", "numpy torch"),
-    "optim": ("errors ranges statetree kernels comm compress collectives feedback vectors buffers precondition",
+    "optim": ("errors ranges statetree kernels comm compress collectives feedback robust vectors buffers precondition",
               "numpy torch"),
     "ddp": ("errors statetree kernels comm compress collectives feedback vectors", "numpy torch"),
     "checkpoint": ("errors documents comm", "numpy h5py"),
@@ -46,7 +47,7 @@ ROOMS = {
     "integrations": ("errors comm runtime buffers data metrics vectors optim checkpoint state",
                      "torch accelerate transformers lightning"),
     "testing": ("errors comm compress collectives registry feedback optim", "numpy torch mpi4py pytest"),
-    "__init__": ("errors moved runtime compress collectives feedback buffers data metrics shares devices optim ddp "
+    "__init__": ("errors moved runtime compress robust collectives feedback buffers data metrics shares devices optim ddp "
                  "precondition checkpoint state", ""),
     "jobs": ("__init__ errors documents ranges registry kernels comm devices runtime slurm compress collectives feedback "
              "checkpoint state", "numpy torch matplotlib mpi4py tensorboard"),
@@ -54,8 +55,8 @@ ROOMS = {
                    "checkpoint state jobs", "numpy torch sklearn"),
     "jobs.bench": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback "
                    "checkpoint jobs", "numpy torch mpi4py"),
-    "jobs.reproduce": ("__init__ errors documents moved registry comm runtime compress collectives feedback optim testing "
-                       "jobs jobs.train", "numpy torch sklearn"),
+    "jobs.reproduce": ("__init__ errors documents moved registry comm runtime compress robust collectives feedback optim "
+                       "testing jobs jobs.train", "numpy torch sklearn"),
     "jobs.scale": ("errors documents compress collectives jobs", ""),
     "jobs.report": ("errors documents moved jobs jobs.train jobs.bench jobs.reproduce", "numpy"),
     "jobs.doctor": ("__init__ errors moved kernels comm runtime slurm compress collectives feedback data optim testing jobs "

@@ -192,14 +192,16 @@ def _scaled(x, exponent):
 @triton.jit
 def _decoded(code, exponent, FORMAT: tl.constexpr, F64: tl.constexpr):
     """Return what a code stands for, in the dtype of the vectors: formats 0 is bf16, 1 fp16, 2 int8."""
+    most = 1024 if F64 else 128
     if FORMAT == 2:
-        value = code.to(tl.float64)
+        value, broken = code.to(tl.float64), exponent > most - 6
     elif FORMAT == 1:
         value = code.to(tl.float16, bitcast=True).to(tl.float32).to(tl.float64)
+        broken = (exponent > most - 15) | ((code & 0x7C00) == 0x7C00)
     else:
         value = (code.to(tl.int32) << 16).to(tl.float32, bitcast=True).to(tl.float64)
-    broken = exponent == 32767
-    value = _scaled(value, tl.where(broken, 0, exponent))
+        broken = (exponent > most) | ((code & 0x7F80) == 0x7F80)
+    value = _scaled(value, tl.where(broken, 0, tl.maximum(exponent, -1300)))
     if F64:
         limit = 1.7976931348623157e308
         number = tl.minimum(tl.maximum(value, -limit), limit)

@@ -124,14 +124,25 @@ def encode_indices(indices: Tensor, low: int, lower: Tensor, upper: Tensor) -> N
     _octets(lower).copy_(_packed(parts, _LITTLE))
 
 
-def decode_indices(lower: Tensor, upper: Tensor, low: int, indices: Tensor) -> None:
+def decode_indices(lower: Tensor, upper: Tensor, low: int, d: int, indices: Tensor) -> None:
     k, device = indices.numel(), indices.device
-    marks = _unpacked(_octets(upper), _LITTLE)
-    high = _places(marks.bool() & (torch.cumsum(marks, 0) <= k), k) - torch.arange(k, device=device)
+    if not k:
+        return
+    marks, number = _unpacked(_octets(upper), _LITTLE), torch.arange(k, device=device)
+    count = torch.cumsum(marks, 0)
+    high = _places(marks.bool() & (count <= k), k) - number
     if low:
         parts = _unpacked(_octets(lower), _LITTLE)[: k * low].view(k, low).to(torch.int64)
         high = (high << low) | (parts << torch.arange(low, device=device)).sum(1)
-    indices.copy_(high)
+    indices.copy_(torch.where(number < count[-1], high, 0))
+    ascend(indices, d)
+
+
+def ascend(indices: Tensor, d: int) -> None:
+    """Make what any bits were decoded to indices that ascend and are below `d`, as the host does; others stay."""
+    number = torch.arange(indices.numel(), device=indices.device)
+    less = (indices - number).clamp_(0, d - indices.numel())
+    indices.copy_(torch.cummax(less, 0).values.add_(number))
 
 
 def _octets(words: Tensor) -> Tensor:
@@ -286,9 +297,10 @@ def add_quantized(exponents: Tensor, codes: Tensor, format: str, block: int, fac
         values = (codes.to(torch.int32) << 16).view(torch.float32).to(torch.float64)
     rows = _rows(values, min(block, out.numel()))
     power = exponents.to(torch.int64)[:, None]
-    broken = power == _BROKEN
+    most = (128 if out.element_size() == 4 else 1024) - _HEADROOM[format] + (format == "int8")
+    broken = (power > most) | ~torch.isfinite(rows)
     limit = torch.finfo(out.dtype).max
-    decoded = _scaled(rows, torch.where(broken, 0, power)).clamp(-limit, limit).to(out.dtype)
+    decoded = _scaled(rows, torch.where(broken, 0, power).clamp_(-1300)).clamp(-limit, limit).to(out.dtype)
     decoded = torch.where(broken, float("nan"), decoded)
     out += decoded.view(-1)[: out.numel()] * factor
 

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 
 from mpi_ef.kernels.backend import Verdict
 
-from . import bus, fused, fused_dense
+from . import bus, fused, fused_dense, plain
 from .backend import _floats, _tensors
 from .triton_optim import TritonOptimizers
 
@@ -73,15 +73,17 @@ class TritonBackend(TritonOptimizers):
         self._launch(fused.mark_indices, indices.size, indices.tensor, indices.size, low, _halves(lower.tensor),
                      _halves(upper.tensor))
 
-    def decode_indices(self, lower: Any, upper: Any, low: int, indices: Any) -> None:
+    def decode_indices(self, lower: Any, upper: Any, low: int, d: int, indices: Any) -> None:
         if not indices.size:
             return
         words = _halves(upper.tensor)
         marks = _population(words)
         before = torch.cumsum(marks, 0)
         before -= marks
+        indices.tensor.zero_()  # where there are too few marks
         self._launch(fused.emit_indices, words.numel(), words, before, _halves(lower.tensor), words.numel(), indices.size,
                      low, indices.tensor)
+        plain.ascend(indices.tensor, d)
 
     def encode_signs(self, terms: Any, factors: Any, keep: Any, keep_factors: Any, less_decoded: bool, row_bits: Any,
                      row_scales: Any, row_block: int, row_factor: float, block: int, bits: Any, scales: Any) -> Verdict:

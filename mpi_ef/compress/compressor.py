@@ -74,6 +74,7 @@ class Codec(ABC):
     """
 
     nbytes: int  # of every wire, a multiple of 8, known before data flow
+    k: int | None = None  # entries that a message names, where :meth:`entries` tells which; else None
     form: tuple[int, int] | None = None  # headroom and block, where the wire is one that kernels.messages knows as values
 
     def __init__(self, d: int, dtype: DTypeLike, device: str = "cpu") -> None:
@@ -144,6 +145,19 @@ class Codec(ABC):
     def plain_values(self, wire: Wires) -> Vector | None:  # noqa: ARG002
         """Return a (d,) view of the values in `wire` if that is how they travel, else None."""
         return None
+
+    def entries(self, wire: Wires, indices: NDArray[np.int64], values: Vector) -> None:
+        """Write which entries one message names, and their values: adding these to zeros is what :meth:`add` does.
+
+        Where `k` is not None. Allocates nothing.
+
+        Parameters
+        ----------
+        wire : (nbytes,) uint8, read only, of any content
+        indices : (k,) int64, contiguous, overwritten; ascending, all different, each in [0, d)
+        values : (k,) of the codec's dtype, contiguous, overwritten
+        """
+        raise NotImplementedError
 
     def clear(self, wires: Wires, out: Vector) -> None:  # noqa: ARG002
         """Set to zero at least those entries of `out` (d,) to which :meth:`add` would add something."""

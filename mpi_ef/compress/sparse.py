@@ -204,7 +204,7 @@ class RandK(_KeptCoordinates):
 class _SparseCodec(Codec):
     def __init__(self, d: int, dtype: DTypeLike, what: _KeptCoordinates, device: str) -> None:
         super().__init__(d, dtype, device)
-        k = what.count(self.d)
+        self.k = k = what.count(self.d)
         self._values = what.values.codec_on(device, k, dtype)
         room = self._room(k, what)
         self._places, self._candidates = self._kernels.zeros(room, np.int64), self._kernels.zeros(room)
@@ -269,6 +269,23 @@ class _SparseCodec(Codec):
             self._values.add(wire[None, self._head :], values, overwrite=True)
         self._kernels.add_sparse(indices, values, factor, writable(out))
 
+    def entries(self, wire: Wires, indices: NDArray[np.int64], values: Vector) -> None:
+        self._fits(wire, indices, values)
+        self._recall(wire[: self._head], indices)
+        there = self._values.plain_values(wire[self._head :])
+        if there is None:
+            self._values.add(wire[None, self._head :], values, overwrite=True)
+        else:
+            values[:] = there
+
+    def _fits(self, wire: Wires, indices: NDArray[np.int64], values: Vector) -> None:
+        for name, array, shape, dtype in (("wire", wire, self.nbytes, np.uint8), ("indices", indices, self.k, np.int64),
+                                          ("values", values, self.k, self.dtype)):
+            if (array.shape, array.dtype) != ((shape,), dtype) or not array.flags.c_contiguous:
+                how = "" if array.flags.c_contiguous else ", not contiguous"
+                raise ShapeError(f"{type(self).__name__}.entries: {name} is {array.shape} of {array.dtype}{how}; pass "
+                                 f"({shape},) of {np.dtype(dtype)}, contiguous")
+
     def clear(self, wires: Wires, out: Vector) -> None:
         for wire in wires:
             self._recall(wire[: self._head], self._decoded)
@@ -282,13 +299,13 @@ class TopKCodec(_SparseCodec):
     ----------
     bounds, counts : of the segments, see :meth:`TopK.segment_bounds`
     form : how values travel, as the kernels for many messages know it, else None: headroom and block
-    layout : (1, 6) int64, of a message, see :mod:`mpi_ef.kernels.messages`
+    layout : (1, 7) int64, of a message, see :mod:`mpi_ef.kernels.messages`
     """
 
     def __init__(self, d: int, dtype: DTypeLike, what: TopK, device: str) -> None:
         super().__init__(d, dtype, what, device)
         self.form = form_of(self._values) if device == "cpu" else None
-        self.layout = np.array([[0, self._kept.size, self._low, self._lower, self._head, self.nbytes]])
+        self.layout = np.array([[0, self._kept.size, self._low, self._lower, self._head, self.nbytes, self.d]])
 
     def add(self, wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
         """Add what all wires say in one call, see :meth:`Codec.add`."""
@@ -319,7 +336,7 @@ class TopKCodec(_SparseCodec):
 
     def _recall(self, head: Wires, indices: NDArray[np.int64]) -> None:
         lower, upper = self._halves(head)
-        self._kernels.decode_indices(lower, upper, self._low, indices)
+        self._kernels.decode_indices(lower, upper, self._low, self.d, indices)
 
     def _halves(self, head: Wires) -> tuple[np.ndarray, np.ndarray]:
         return head[: self._lower].view(np.uint64), head[self._lower :].view(np.uint64)

@@ -41,7 +41,7 @@ class Aggregation:
         Those that this rank holds.
     suspicion : (n,) float64
         After a call, from 0 to 1: the share of the other rows' mixtures that a row is missing from; without mixtures, the
-        share of entries in which it was outside of what was kept. Of all columns of this rank, or of those that have changed.
+        share of entries in which it was outside of what was kept, of those that this rank has computed.
     """
 
     def __init__(self, aggregator: Aggregator, f: int, n: int, d: int, dtype: DTypeLike = np.float32, *,
@@ -63,7 +63,7 @@ class Aggregation:
 
     def __call__(self, rows: NDArray[np.floating], out: NDArray[np.floating], *, step: int = 0,
                  changed: NDArray[np.int64] | None = None) -> NDArray[np.floating]:
-        """Overwrite `out`, (width,), which has the last result, with that of `rows`, (n, width); return it.
+        """Overwrite `out`, (width,), which has the last result, with that of `rows`, (n, width), and return it.
 
         Local, or collective where ranks share the columns.
 
@@ -72,8 +72,8 @@ class Aggregation:
         step : int
             The key of what is drawn.
         changed : (c,) int64, ascending, optional
-            The columns in which rows may differ from those of the last call, where there was one: only these are computed, as
-            long as the mixtures are the same. The bits are those of a whole pass.
+            The columns in which rows may differ from those of the last call, where there was one: only these are computed,
+            as long as the mixtures are the same. The bits are those of a whole pass.
         """
         for anchor, name in zip(self._anchors, self.aggregator.anchors, strict=True):
             if name == "center":
@@ -110,7 +110,7 @@ class Aggregation:
         before = self._before
         if before is None or before[1:] != answer[1:] or (before.weights is None) != (answer.weights is None):
             return False
-        return answer.weights is None or np.array_equal(before.weights, answer.weights)
+        return before.weights is None or answer.weights is None or np.array_equal(before.weights, answer.weights)
 
     def _distances(self, rows: Any) -> Matrix:
         n = self.n + len(self._anchors)
@@ -133,7 +133,8 @@ class Aggregation:
         with np.errstate(over="ignore", invalid="ignore"):
             for one in parts[1:]:
                 total += one
-        return np.nan_to_num(np.minimum(total, FARTHEST), nan=FARTHEST)
+        finite: Matrix = np.nan_to_num(np.minimum(total, FARTHEST), nan=FARTHEST)
+        return finite
 
     def _suspect(self, weights: Matrix | None, count: int) -> None:
         """Set :attr:`suspicion`, of what an aggregator has answered with."""
@@ -181,5 +182,6 @@ def nearest_mean(rows: NDArray[np.floating], own: int, keep: int, out: NDArray[n
     chosen = np.sort(np.argsort(apart, kind="stable")[:keep])
     weights = np.zeros((1, m))
     weights[0, chosen] = 1.0 / chosen.size
-    kernels.combine_columns(rows, none, weights, _NONE, 0, 1, np.zeros(0, np.int64), True, scratch, np.zeros(1, np.int64), out)
+    outside, every = np.zeros(1, np.int64), np.zeros(0, np.int64)
+    kernels.combine_columns(rows, none, weights, _NONE, 0, 1, every, True, scratch, outside, out)
     return chosen

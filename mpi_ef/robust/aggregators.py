@@ -121,7 +121,7 @@ def krum_scores(view: View, f: int) -> Matrix:
 
 @dataclass(frozen=True)
 class Krum(Aggregator):
-    """The row with the least sum of squared distances to its n - f - 2 nearest others (Blanchard et al. 2017, equation 4)."""
+    """The row with the least sum of squared distances to its n - f - 2 nearest others (Blanchard et al. 2017)."""
 
     def least(self, f: int) -> int:
         """Return 2 f + 3."""
