@@ -47,7 +47,7 @@ ATTACKS: Mapping[str, Kind] = {
     "label-flip": Kind("what an honest client sends that takes label l for L - 1 - l", follows=True),
     "mimic": Kind("what honest client NUMBER sends", 0, whole=True),
     "gauss": Kind("normal numbers of deviation NUMBER", 200.0),
-    "huge": Kind("- NUMBER mean", 1000.0),
+    "huge": Kind("- 1000 mean"),
     "nan": Kind("NaN"),
     "inf": Kind("Inf"),
     "stale": Kind("what it would have sent NUMBER steps ago", 10, whole=True, follows=True),
@@ -64,8 +64,7 @@ class Attack:
     number: float | None = None
 
     def __str__(self) -> str:
-        return self.name if self.number is None or self.number == ATTACKS[self.name].default else (
-            f"{self.name}({self.number:g})")
+        return self.name if self.number is None else f"{self.name}({self.number:g})"
 
     @property
     def follows(self) -> bool:
@@ -84,7 +83,7 @@ class Attack:
         if self.name in ("nan", "inf"):
             return np.full(honest.shape[1], {"nan": nan, "inf": inf}[self.name], honest.dtype)
         mean = honest.mean(axis=0, dtype=np.float64)
-        made = {"sign-flip": lambda: -mean, "ipm": lambda: -number * mean, "huge": lambda: -number * mean,
+        made = {"sign-flip": lambda: -mean, "ipm": lambda: -number * mean, "huge": lambda: -1000.0 * mean,
                 "foe": lambda: mean - number * mean,
                 "alie": lambda: mean + number * honest.std(axis=0, dtype=np.float64)}[self.name]()
         vector: Matrix = made.astype(honest.dtype)

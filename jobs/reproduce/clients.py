@@ -3,16 +3,44 @@
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from mpi_ef.collectives import chunk_bounds
+from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DataError
 
-__all__ = ["Images", "Mlp", "Shards", "digits", "mnist"]
+__all__ = ["Drawer", "Gathered", "Images", "Mlp", "Shards", "digits", "mnist"]
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
+
+
+class Gathered:
+    """Vectors of n clients, which ranks carry in runs, as everybody can see them.
+
+    Parameters
+    ----------
+    n, d : int
+    dtype : numpy dtype
+    """
+
+    def __init__(self, comm: Comm, n: int, d: int, dtype: DTypeLike) -> None:
+        bounds = d * np.dtype(dtype).itemsize * np.array(chunk_bounds(n, comm.Get_size()))
+        self._comm, self._counts, self._places = comm, np.diff(bounds), bounds[:-1]  # of bytes
+        self._shape, self._own = (n, d), int(self._counts[comm.Get_rank()])
+        self._sent = np.zeros(self._own, np.uint8)
+        self._dtype = np.dtype(dtype)
+
+    def __call__(self, mine: NDArray[Any]) -> NDArray[Any]:
+        """Return the vectors of all clients, (n, d), of those of this rank; of what it leaves out, any. Collective."""
+        sent = np.ascontiguousarray(mine, self._dtype).reshape(-1).view(np.uint8)
+        self._sent[: sent.size] = sent
+        rows = np.empty(self._shape, self._dtype)
+        self._comm.Allgatherv(self._sent, [rows.reshape(-1).view(np.uint8), (self._counts, self._places)])
+        return rows
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from mpi_ef.collectives import chunk_bounds
 from mpi_ef.comm.consensus import agree
 from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.jobs import figures
 from mpi_ef.jobs.reproduce.attacks import FACTORS, Attack, Attacker, attacks_in
-from mpi_ef.jobs.reproduce.clients import Floats, Images, Mlp, Shards, digits, mnist
+from mpi_ef.jobs.reproduce.clients import Floats, Gathered, Images, Mlp, Shards, digits, mnist
 from mpi_ef.jobs.reproduce.experiments import carriers, own_clients
 from mpi_ef.jobs.reproduce.outcome import Outcome, ReproduceConfig
 from mpi_ef.robust import Aggregator, GeometricMedian, Mean, TrimmedMean, nearest_mean
@@ -52,7 +51,7 @@ _SETTINGS = (Setting("MNIST-5k", 25, 1.0), Setting("digits", 5, 1.0, _ALL), Sett
 class Peers:
     """n clients, the last f of them wrong, of which this rank carries a run; every method is collective.
 
-    Every client hears h' = n - 2 f honest clients, itself among them, drawn anew for every client and step, and f wrong ones.
+    Every client hears n - 2 f honest clients, itself among them, drawn anew for every client and step, and f wrong ones.
     Models are bit for bit the same on any number of ranks.
 
     Parameters
@@ -69,8 +68,8 @@ class Peers:
         Of all that is drawn; steps between searches of the attack's factor.
     """
 
-    def __init__(self, comm: MpiComm, images: Images, setting: Setting, attack: Attack, rule: str, beta: float,
-                 *, n: int = N, f: int = F, seed: int = 0, every: int = _EVERY) -> None:
+    def __init__(self, comm: MpiComm, images: Images, setting: Setting, attack: Attack, rule: str,
+                 beta: float, *, n: int = N, f: int = F, seed: int = 0, every: int = _EVERY) -> None:
         self.comm, self.images, self.setting, self.attack = comm, images, setting, attack
         self.n, self.f, self.honest, self.beta, self.seed = n, f, n - f, beta, seed
         self.own = own_clients(comm, n)
@@ -82,10 +81,7 @@ class Peers:
         self.momenta = np.zeros_like(self.theta)
         shards = Shards(images.y, self.honest, setting.alpha, seed)
         self._drawers = [shards.drawer(client, client % self.honest) for client in active]
-        bounds = 4 * d * np.array(chunk_bounds(n, comm.Get_size()))
-        self._counts, self._places = np.diff(bounds), bounds[:-1]  # of bytes
-        self._rows, self._sent = np.zeros((n, d), np.float32), np.zeros((len(self.own), d), np.float32)
-        self._tried = np.zeros((n, d), np.float32)
+        self._gathered = Gathered(comm, n, d, np.float32)
         self._heard = n - f if attack.name == "silent" else n - 2 * f  # honest ones
         members = n - f
         self._view = np.zeros((members, d), np.float32)
@@ -105,7 +101,7 @@ class Peers:
         gradients = self.model.gradients(self.theta, x[drawn], labels)
         self.momenta *= np.float32(self.beta)
         self.momenta += np.float32(1.0 - self.beta) * gradients
-        rows = self._gather(self.theta - np.float32(rate) * self.momenta, self._rows)
+        rows = self._gathered(self.theta - np.float32(rate) * self.momenta)
         known = self._known()
         rows[self.honest :] = self.attacker.rows(
             rows[: self.honest], self.step_number, lambda vector: self._damage(rows, known, vector),
@@ -113,13 +109,6 @@ class Peers:
         for client, (view, place), theta in zip(self.active, known, self.theta, strict=True):
             self._mix(rows, view, place, theta, client)
         self.step_number += 1
-
-    def _gather(self, mine: Floats, into: Floats) -> Floats:
-        """Return `into`, (n, d), with a row of every client; of those that do not compute any."""
-        self._sent[: len(mine)] = mine
-        self.comm.Allgatherv(self._sent.reshape(-1).view(np.uint8),
-                             [into.reshape(-1).view(np.uint8), (self._counts, self._places)])
-        return into
 
     def _known(self) -> list[tuple[list[int], int]]:
         """Return for the clients of this rank whom they hear, in order, and where they are in it."""
@@ -143,12 +132,12 @@ class Peers:
 
     def _damage(self, rows: Floats, known: list[tuple[list[int], int]], vector: Floats) -> float:
         """Return how far the mean of what honest clients make of it is from what they have sent, squared."""
-        tried, made = self._tried, np.zeros_like(self.theta)
-        tried[: self.honest], tried[self.honest :] = rows[: self.honest], vector
+        tried, made = rows.copy(), np.zeros_like(self.theta)
+        tried[self.honest :] = vector
         for client, (view, place), out in zip(self.active, known, made, strict=True):
             self._mix(tried, view, place, out, client)
         sent = rows[: self.honest].mean(axis=0, dtype=np.float64)
-        away = self._gather(made, tried)[: self.honest].mean(axis=0, dtype=np.float64) - sent
+        away = self._gathered(made)[: self.honest].mean(axis=0, dtype=np.float64) - sent
         return float(away @ away)
 
     def result(self) -> dict[str, Any]:
@@ -156,7 +145,7 @@ class Peers:
 
         The diameter is the largest distance of an honest model to their mean.
         """
-        models = self._gather(self.theta, self._rows)[: self.honest]
+        models = self._gathered(self.theta)[: self.honest]
         x, y = self.images.test_x, self.images.test_y
         mine = [self.model.accuracy(models[client], x, y) for client in self.active if client < self.honest]
         accuracies = [value for part in self.comm.allgather(mine) for value in part]
