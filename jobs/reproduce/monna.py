@@ -25,7 +25,8 @@ _STEPS, _RATE, _HALVED = 600, 0.75, 50
 _ATTACKS = "none, alie, foe, sign-flip, label-flip"
 _SEEDS = 3
 _EVERY = 20  # steps between searches of a factor
-_RIVALS: Mapping[str, Aggregator] = {"trimmed mean": TrimmedMean(), "RFA": GeometricMedian(), "mean": Mean()}
+_RIVALS: Mapping[str, Aggregator] = {  # 32 iterations in every step are enough
+    "trimmed mean": TrimmedMean(), "RFA": GeometricMedian(iterations=32), "mean": Mean()}
 _BETAS = (0.0, 0.99)
 Found = dict[tuple[str, str, str, float], list[dict[str, Any]]]  # by setting, attack, rule and beta, of all seeds
 
@@ -43,9 +44,8 @@ class Setting:
         return f"{self.data}, batch {self.batch}, alpha {self.alpha:g}"
 
 
-_ALL = ("MoNNA", *_RIVALS)
-_SETTINGS = (Setting("MNIST-5k", 25, 1.0), Setting("digits", 5, 1.0, _ALL), Setting("digits", 25, 1.0, _ALL),
-             Setting("digits", 25, 5.0))
+_SETTINGS = (Setting("digits", 5, 1.0, ("MoNNA", "trimmed mean", "mean")), Setting("MNIST-5k", 25, 1.0),
+             Setting("digits", 25, 1.0, ("MoNNA", *_RIVALS)), Setting("digits", 25, 5.0))
 
 
 class Peers:
@@ -232,7 +232,7 @@ def _searches(attacks: Sequence[Attack], every: int) -> list[str]:
 
 def _acceptance(found: Found) -> list[str]:
     """Return what was demanded, by the design of this optimizer before it was built, and what was measured."""
-    digits_5, many = str(_SETTINGS[1]), str(_SETTINGS[0])
+    digits_5, many = str(Setting("digits", 5, 1.0)), str(Setting("MNIST-5k", 25, 1.0))
 
     def accuracy(setting: str, attack: str, beta: float) -> float:
         return _mean(found[setting, attack, "MoNNA", beta], "accuracy")
