@@ -26,11 +26,13 @@ class Reshard:
     "mean": every new rank gets the mean of the old ranks' arrays, so that their mean is what it was.
     "copy": every new rank gets the replicated array `of`, of which the arrays are to be the mean, and what is `owed`.
     "cut": the old ranks' arrays, one after the other, are one vector, of which this rank gets ``start ... stop - 1``.
+    "repeat": of an array that is the same on all ranks and has a part for each: `stop` times the replicated array `of`, or
+    `stop` zeros without one.
 
     With `nodes` the array is a part of a vector of the node, ``start ... stop - 1``, and nodes take the place of ranks.
     """
 
-    how: Literal["mean", "copy", "cut"]
+    how: Literal["mean", "copy", "cut", "repeat"]
     of: str = ""
     owed: str = ""  # the array whose parts on the old ranks, concatenated, are what `of` lacks of the mean; "" for nothing
     start: int = 0

@@ -9,7 +9,7 @@ import torch
 import virtual
 from vectors_for_tests import gaussian
 
-from mpi_ef.collectives import ClientsMean, DenseMean, GatherMean, LowRankMean, TwoPhaseMean
+from mpi_ef.collectives import ClientsMean, DenseMean, GatherMean, LowRankMean, RobustMean, TwoPhaseMean
 from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK
 from mpi_ef.feedback import RULES as ALL_RULES
 from mpi_ef.feedback import ErrorFeedback
@@ -99,6 +99,7 @@ CLIENT_OPTIONS = {
     "d-ec-sgd": {"correction": RandK(0.3, seed=5)},
     "ef21-bc": {"reply": TopK(0.3)},
     "ef21-pp": {"participation": 0.4},
+    "byz-ef21-bc": {"reply": TopK(0.3)},
 }
 CLIENT_WEIGHTS = np.arange(1.0, CLIENTS_IN_ALL + 1) / (CLIENTS_IN_ALL * (CLIENTS_IN_ALL + 1) / 2)
 
@@ -112,7 +113,10 @@ def clients_feedback(comm, rule, dtype=np.float64, dense_steps=1):
     """Return a rule at work for seven clients, with options that are not its defaults."""
     weights = CLIENT_WEIGHTS if rule == "ef21-w" else None
     compressor = RandK(0.2, seed=3) if rule == "marina" else TopK(0.1)
-    plan = ClientsMean(comm, compressor, CLIENT_D, dtype, clients=CLIENTS_IN_ALL, weights=weights)
+    if rule.startswith("byz-"):
+        plan = RobustMean(comm, compressor, CLIENT_D, dtype, f=2, clients=CLIENTS_IN_ALL)
+    else:
+        plan = ClientsMean(comm, compressor, CLIENT_D, dtype, clients=CLIENTS_IN_ALL, weights=weights)
     return ErrorFeedback(rule, plan, dense_steps=dense_steps, **CLIENT_OPTIONS.get(rule, {}))
 
 

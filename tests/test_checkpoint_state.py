@@ -28,7 +28,7 @@ from training import loss_in, net_of, parameters_of, seeded
 from vectors_for_tests import gaussian
 
 from mpi_ef.checkpoint import BFLOAT16, Store
-from mpi_ef.collectives import ClientsMean, GatherMean, TwoPhaseMean, plan_for
+from mpi_ef.collectives import ClientsMean, GatherMean, RobustMean, TwoPhaseMean, plan_for
 from mpi_ef.compress import RandK, Sign, TopK
 from mpi_ef.data import ShardedSampler
 from mpi_ef.errors import MpiEfError, OptionError, PeerError
@@ -42,6 +42,7 @@ from mpi_ef.optim import (
     PowerSGD,
     ZeroOneAdam,
 )
+from mpi_ef.robust import Median
 from mpi_ef.state.components import GeneratorComponent, RandomComponent
 from mpi_ef.state.reshard import RestoreView, mean_over_ranks
 from mpi_ef.state.training import Training
@@ -160,6 +161,8 @@ def with_rule(rule, net, comm, dense_steps=0, **options):
     if rule in ("clag", "ef21-plus", "ef21-pp", "ef21-w"):
         weights = np.arange(1.0, comm.Get_size() + 1) / sum(range(comm.Get_size() + 1)) if rule == "ef21-w" else None
         plan = functools.partial(ClientsMean, clients=comm.Get_size(), weights=weights)
+    if rule.startswith("byz-"):
+        plan = functools.partial(RobustMean, aggregator=Median(), f=0)  # which is no mean
     compressor = RandK(0.2, seed=3) if rule == "marina" else TopK(0.2)
     sgd, more = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.5), CLIENT_OPTIONS.get(rule, {})
     options = more | ({"participation": 0.4} if rule == "ef21-w" else {}) | options
@@ -336,6 +339,9 @@ MOVES = {
     "marina": {},
     "clag": {"g_i": "copy of g + residual", "y_i": "mean"},
     "d-ec-sgd": {"e_i": "mean", "h_i": "copy of h"},
+    "byz-ef21": {"g_i": "copy of g"},
+    "byz-ef21-sgdm": {"g_i": "copy of g", "v_i": "mean"},
+    "byz-ef21-bc": {"g_i": "copy of g"},
 }
 
 
@@ -356,6 +362,7 @@ FORGOTTEN = {  # what policy="reset" sets to zero
     "ef14": "e_i", "ef21": "g g_i", "econtrol": "e_i h h_i", "ef14-momentum": "e_i", "lion": "", "ef21-sgdm": "g g_i",
     "ef21-sgd2m": "g g_i", "ef21-hb": "g g_i", "ef21-pp": "g g_i", "ef21-w": "g g_i", "ef21-bc": "behind g g_i",
     "ef21-plus": "all_i g", "ef21-page": "g g_i", "marina": "", "clag": "g g_i y_i", "d-ec-sgd": "e_i h h_i",
+    "byz-ef21": "g rows suspects", "byz-ef21-sgdm": "g rows suspects", "byz-ef21-bc": "aggregate behind g rows suspects",
 }
 
 

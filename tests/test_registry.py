@@ -129,7 +129,8 @@ def test_the_beginning_of_a_name_leads_to_it():
 
 def test_names_are_all_there_is():
     assert registry.names("rule") == sorted(RULES)
-    assert {"GatherMean", "TwoPhaseMean", "DenseMean", "LowRankMean", "ClientsMean", "NodeMean"} == {*registry.names("plan")}
+    assert {*registry.names("plan")} == {"GatherMean", "TwoPhaseMean", "DenseMean", "LowRankMean", "ClientsMean", "NodeMean",
+                                         "RobustMean"}
     assert {"EF21", "OneBitAdam", "Lion", "DistributedOptimizer"} <= {*registry.names("optimizer")}
 
 

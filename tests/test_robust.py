@@ -209,7 +209,8 @@ def test_columns_in_shards_give_the_same_bits(aggregator, ranks, dtype):
                 raise StopIteration
             return known
 
-        part = Aggregation(aggregator, 2, n, 1234, dtype, parts=(bounds[r], bounds[r + 1]), total=total)
+        part = Aggregation(aggregator, 2, n, 1234, dtype, parts=(bounds[r], bounds[r + 1]),
+                           shared=(total, lambda counts: counts))
         return part(np.ascontiguousarray(rows[:, part.columns]), np.zeros(part.width, dtype), step=5)
 
     told: list = []

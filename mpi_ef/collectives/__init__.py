@@ -19,8 +19,10 @@ from .lowrank import LowRankMean
 from .node import NodeMean
 from .onecall import allgather, allreduce
 from .plan import LinkTraffic, Offer, Plan, Traffic
+from .robust import RobustMean, robust_mean
 from .two_phase import TwoPhaseMean, chunk_bounds
 
 __all__ = ["Advice", "ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LinkTraffic",
-           "LowRankMean", "NodeMean", "Offer", "Plan", "PlanBuilder", "Round", "Traffic", "TwoPhaseMean", "advise",
-           "allgather", "allreduce", "build_plan", "chunk_bounds", "plan_for", "use_gpu_aware_mpi"]
+           "LowRankMean", "NodeMean", "Offer", "Plan", "PlanBuilder", "RobustMean", "Round", "Traffic", "TwoPhaseMean",
+           "advise", "allgather", "allreduce", "build_plan", "chunk_bounds", "plan_for", "robust_mean",
+           "use_gpu_aware_mpi"]

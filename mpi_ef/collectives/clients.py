@@ -195,7 +195,7 @@ class ClientsMean(Plan):
                            device=self.device)
 
     @property
-    def share(self) -> Reshard:
+    def share(self) -> Reshard | None:
         """Clients move with their number: all their vectors are one, of which this rank gets those of its clients."""
         return Reshard("cut", start=self.first * self.d, stop=(self.first + self.own) * self.d)
 

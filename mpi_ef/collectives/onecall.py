@@ -20,11 +20,12 @@ from .gather import GatherMean
 from .given import Given, given
 from .plan import Plan
 
-__all__ = ["allgather", "allreduce"]
+__all__ = ["allgather", "allreduce", "kept_plan"]
 
 KEPT_PLANS = 16  # per communicator; the one unused for longest is dropped
 
-_Key = tuple[str, Compressor, int, str, bytes]  # the last tells where the vectors of all ranks are
+_Key = tuple[str, str, Compressor, int, str, bytes]  # the last tells where the vectors of all ranks are
+_Build = Callable[[Compressor, int, str, str], Plan]  # of a compressor, d, a dtype and a device
 
 
 class _Plans(OrderedDict[_Key, Plan]):
@@ -73,7 +74,9 @@ def allreduce(comm: Comm, x: Any, compressor: Compressor, *, op: Literal["mean",
             raise OptionError(f"allreduce: op={briefly(op)} is unknown; take 'mean' or 'sum'")
         return given("allreduce", x, out, ())
 
-    plan, (vector, target, _, result) = _plan("allreduce", comm, compressor, check, op)
+    plan, (vector, target, _, result) = _plan(
+        "allreduce", comm, compressor, check, op,
+        lambda *what: plan_for(comm, *what[:3], residual=False, device=what[3]))
     scale = 1.0 if op == "mean" else float(plan.size)
     if isinstance(plan, DenseMean):
         plan.allreduce(vector, target, scale)
@@ -105,7 +108,9 @@ def allgather(comm: Comm, x: Any, compressor: Compressor, *, out: Any = None) ->
     check_not_freed(comm, "allgather")
     size = int(comm.Get_size())
 
-    plan, (vector, target, _, result) = _plan("allgather", comm, compressor, lambda: given("allgather", x, out, (size,)), "")
+    plan, (vector, target, _, result) = _plan(
+        "allgather", comm, compressor, lambda: given("allgather", x, out, (size,)), "",
+        lambda *what: GatherMean(comm, *what[:3], device=what[3]))
     assert isinstance(plan, GatherMean)  # noqa: S101
     plan.exchange(vector)
     target.fill(0)
@@ -114,7 +119,16 @@ def allgather(comm: Comm, x: Any, compressor: Compressor, *, out: Any = None) ->
     return result()
 
 
-def _plan(call: str, comm: Comm, compressor: Compressor, check: Callable[[], Given], op: str) -> tuple[Plan, Given]:
+def kept_plan(call: str, comm: Comm, x: Any, out: Any, compressor: Compressor, op: str, build: _Build) -> tuple[Plan, Given]:
+    """Return the plan that is kept with a communicator for calls of this kind, and the checked arrays. Collective.
+
+    Raises as :func:`allreduce`. `op` is what else ranks must ask for alike.
+    """
+    return _plan(call, comm, compressor, lambda: given(call, x, out, ()), op, build)
+
+
+def _plan(call: str, comm: Comm, compressor: Compressor, check: Callable[[], Given], op: str, build: _Build
+          ) -> tuple[Plan, Given]:
     """Return the cached plan for this request and the checked arrays, once all ranks are known to ask for the same."""
     check_not_freed(comm, call)
     error: Exception | None = None
@@ -139,12 +153,10 @@ def _plan(call: str, comm: Comm, compressor: Compressor, check: Callable[[], Giv
 
         agree(comm, call, facts, "call it with the same arguments on all ranks", call="a call in one line")
     assert asked is not None  # noqa: S101
-    key, cache = (*asked, answers[:, 1].tobytes()), kept_with(comm, _Plans)
+    kept = "" if call == "allreduce" else op  # a sum is a mean, scaled
+    key, cache = (call, kept, *asked[1:], answers[:, 1].tobytes()), kept_with(comm, _Plans)
     if key not in cache:
-        if call == "allgather":
-            cache[key] = GatherMean(comm, *asked[1:], device=arrays.device)
-        else:
-            cache[key] = plan_for(comm, *asked[1:], residual=False, device=arrays.device)
+        cache[key] = build(*asked[1:], arrays.device)
         if len(cache) > KEPT_PLANS:  # the same one on all ranks: all have made the same calls in the same order
             cache.popitem(last=False)
     cache.move_to_end(key)

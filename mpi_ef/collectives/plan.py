@@ -88,6 +88,9 @@ class Plan(OnAllRanks, Accounted, metaclass=SharedErrors):
     built = "the building of a plan"
     goes_on: ClassVar[bool] = False  # whether what it does between two rounds is of this rank alone, and may happen early
     keeps: ClassVar[str] = ""  # the option that says whether anything is kept from one exchange to the next
+    first = 0  # the number of this rank's first one
+    broken: Any = None  # (n,) bool: of which vectors nothing was sent, or nothing that is finite, where a plan goes on then
+    sizes: Mapping[str, int] = {}  # of further arrays that rules keep, by name
     kinds: ClassVar[dict[str, type[Self]]] = {}  # those of which compressors say by name that they suit them
 
     def __init_subclass__(cls, *, kind: str = "", **options: Any) -> None:
@@ -211,6 +214,11 @@ class Plan(OnAllRanks, Accounted, metaclass=SharedErrors):
     @property
     def label(self) -> str:
         """What reports call it: the name of its class, of nodes with that of the plan between them."""
+        return type(self).__name__
+
+    @property
+    def saved_as(self) -> str:
+        """What must be the same where a state is loaded: by default the name of the class."""
         return type(self).__name__
 
     def zeros(self, size: int, dtype: DTypeLike | None = None) -> Any:

@@ -324,7 +324,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
         plan, share, of_plan = self.plan, self.plan.share, self.plan.leaves()
         own = self.state.leaves()
         for name, leaf in own.items():
-            if (move := leaf.reshard) is not None:
+            if (move := leaf.reshard) is not None and move.how in ("mean", "copy"):
                 owed = f"plan.{move.owed}" if move.owed else ""
                 own[name] = replace(leaf, reshard=share or replace(move, owed=owed))
         if "residual" not in of_plan and share is None and (heir := self.state.heir()):
@@ -342,7 +342,7 @@ class ErrorFeedback(OnAllRanks, Stateful):
             values["late"] = attribute(self.state, "late", default="")
         objects = {name: str(option) for name, option in self.options.items() if not isinstance(option, int | float)}
         clients = {} if share is None else {"clients": str(plan.clients)}
-        identity = {"rule": self.rule.name, "plan": type(plan).__name__, "compressor": str(plan.compressor)}
+        identity = {"rule": self.rule.name, "plan": plan.saved_as, "compressor": str(plan.compressor)}
         return StateTree(own | of_plan | values, identity=identity | clients | objects,
                          place={"rank": plan.rank, "size": plan.size})
 

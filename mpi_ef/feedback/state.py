@@ -15,7 +15,7 @@ from mpi_ef.kernels.backend import backend_of
 from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, Reshard
 
 __all__ = ["Reply", "State", "Steps", "average", "double_buffer", "error", "estimate", "form", "momentum", "persistent",
-           "replicated", "scratch"]
+           "replicated", "restore_broken", "scratch"]
 
 # What a rule is: it offers messages, is handed the plans that have exchanged them, and returns its result, (d,).
 Steps = Generator[Offer, Plan, Vector]
@@ -36,13 +36,13 @@ def error() -> Any:
     return _array("own_d", Leaf(PER_RANK, reshard=Reshard("mean"), resets=True))
 
 
-def estimate(of: str, owed: str = "residual") -> Any:
+def estimate(of: str, owed: str = "residual", size: str = "own_d") -> Any:
     """Mark what all know of a rank's vector, and of which `of` is the mean: other ranks get that mean, to the last bit.
 
     A plan that keeps what it has not sent yet, as array `owed`, has sent so much less of the mean: g + residual is the
     mean of the g_i then, and what other ranks get.
     """
-    return _array("own_d", Leaf(PER_RANK, reshard=Reshard("copy", of=of, owed=owed), resets=True))
+    return _array(size, Leaf(PER_RANK, reshard=Reshard("copy", of=of, owed=owed), resets=True))
 
 
 def momentum() -> Any:
@@ -100,7 +100,8 @@ class State:
     def zeros(cls, plan: Plan, **options: Any) -> Self:
         """Return the state before the first step. `server_d` is what every rank keeps where it plays the server."""
         sizes = {"d": plan.d, "own_d": plan.own_d, "clients_d": plan.clients * plan.d,
-                 "server_d": 0 if isinstance(plan, TwoPhaseMean) else plan.d}  # there ranks share that
+                 "server_d": 0 if isinstance(plan, TwoPhaseMean) else plan.d,  # there ranks share that
+                 **plan.sizes}
         for f in fields(cls):
             if f.metadata.get("size", "d") not in sizes:
                 size = f.metadata["size"]
@@ -186,6 +187,13 @@ class Reply:
         self._codec.encode(source(behind), self._wire, step=step, rank=self._rank)
         for factor, vector in ((-1.0, behind), (1.0, out)):
             self._codec.add_encoded(self._wire, vector, factor)
+
+
+def restore_broken(c: Plan, before: Vector, into: Vector) -> None:
+    """Write what was `before`, (own_d,), to the parts of this rank's clients of which nothing was sent. Local."""
+    broken = () if c.broken is None else np.flatnonzero(c.broken[c.first : c.first + c.own]).tolist()
+    for j in broken:
+        into[j * c.d : (j + 1) * c.d] = before[j * c.d : (j + 1) * c.d]
 
 
 def form(x: Combination, into: Vector) -> Vector:

@@ -12,6 +12,8 @@ replicated, kept: g, h, m, v, all_i  itself                           everything
 TwoPhaseMean's residual              its chunk of all residuals       all residuals one after the other
 LowRankMean's Q                      itself                           everything
 anything of ClientsMean              the vectors of its clients       results, to the last bit
+rows of RobustMean                   itself; where ranks are clients  results, to the last bit; else g
+                                     g for each
 ===================================  ===============================  ================================================
 
 A restart (:meth:`ErrorFeedback.forget`) sets errors, estimates, what is replicated and residuals to zero; not momenta,
@@ -32,6 +34,7 @@ from mpi_ef.errors import OptionError, briefly, nearest
 from mpi_ef.ranges import is_within
 from mpi_ef.registry import specified
 
+from .byzantine import ByzEF21BCState, ByzEF21SGDMState, ByzEF21State, byz_ef21, byz_ef21_bc, byz_ef21_sgdm
 from .estimators import CLAGState, DECSGDState, EF21PAGEState, MARINAState, clag, d_ec_sgd, ef21_page, marina
 from .federated import EF21BCState, EF21PlusState, EF21PPState, EF21WState, ef21_bc, ef21_plus, ef21_pp, ef21_w
 from .momentum import (
@@ -47,7 +50,7 @@ from .momentum import (
     lion,
 )
 from .rules import EControlState, EF14State, EF21State, econtrol, ef14, ef21
-from .state import State, Steps, average, double_buffer
+from .state import State, Steps, average, double_buffer, restore_broken
 
 __all__ = ["RULES", "Rule", "rule_of", "with_momentum"]
 
@@ -167,6 +170,9 @@ RULES: Mapping[str, Rule] = {
         Rule(marina, MARINAState, gathers=True),
         Rule(clag, CLAGState, lambda _: {"zeta": 1.0}),
         Rule(d_ec_sgd, DECSGDState, lambda _: {"correction": RandK(0.1)}),
+        Rule(byz_ef21, ByzEF21State, most_terms=2),
+        Rule(byz_ef21_sgdm, ByzEF21SGDMState, lambda _: {"eta": 0.1}),
+        Rule(byz_ef21_bc, ByzEF21BCState, lambda _: {"reply": Identity()}),
     )
 }
 
@@ -189,6 +195,7 @@ def with_momentum(rule: Rule) -> Rule:
     def step(s: Any, plan: Plan, grad: Vector | Combination, **inputs: Any) -> Steps:
         v_i = s.averaged(s.momentum * lazy(s.averaged_i) + (1.0 - s.momentum) * lazy(grad), grad, into=s.averaged_spare)
         result = yield from rule.step(s, plan, v_i, **inputs)
+        restore_broken(plan, s.averaged_i, into=s.averaged_spare)
         s.averaged_i, s.averaged_spare = s.averaged_spare, s.averaged_i
         return result
 

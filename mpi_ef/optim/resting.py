@@ -76,10 +76,14 @@ class Asleep:
 
 def memories(rules: Iterable[tuple[ErrorFeedback, int]]) -> list[Placed]:
     """Return what rules, each with where its vector begins, keep of entries, such as errors. Not copies. Local."""
-    found = []
+    found: list[Placed] = []
     for rule, first in rules:
         for name, leaf in rule.state_tree().arrays().items():
             if name == NODES:
+                continue
+            if name == "rows":  # those of all clients
+                rows = leaf.array.reshape(-1, rule.plan.d)
+                found.extend((row, first + rule.first) for row in rows)
                 continue
             cut = leaf.reshard is not None and leaf.reshard.how == "cut" and leaf.array.size < rule.plan.d
             of_entries = leaf.array.size == rule.plan.d and not (leaf.kind == REPLICATED and name.startswith("plan."))

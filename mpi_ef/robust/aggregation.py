@@ -17,6 +17,7 @@ __all__ = ["PARTS", "Aggregation", "aggregate", "nearest_mean"]
 
 PARTS = 64  # into which columns are cut, whoever holds them, so that sums over them are the same on any number of ranks
 FARTHEST = 1e290  # squared; nothing is farther, and sums of distances are finite
+Shared = tuple[Callable[[Matrix], Matrix], Callable[[NDArray[np.int64]], NDArray[np.int64]]]
 _NONE = np.zeros((0, 2), np.int64)
 
 
@@ -31,26 +32,27 @@ class Aggregation:
         float32 or float64.
     parts : (2,) int, optional
         This rank holds these of the 64 parts of the columns, ``first ... last - 1``; all by default.
-    total : callable, optional
-        ``total(x)`` makes of (parts of this rank, ...) float64 that of all parts, (64, ...). Collective; where ranks share
-        the columns.
+    shared : two callables, optional
+        Where ranks share the columns: ``total(x)`` makes of (parts of this rank, ...) float64 that of all parts, (64, ...);
+        ``added(x)`` is the sum over the ranks of (k,) int64. Collective.
 
     Attributes
     ----------
     columns : slice
         Those that this rank holds.
     suspicion : (n,) float64
-        After a call, from 0 to 1: the share of the other rows' mixtures that a row is missing from; without mixtures, the
-        share of entries in which it was outside of what was kept, of those that this rank has computed.
+        After a call, from 0, no more than the others on average, to 1, always: the share of the other rows' mixtures that a
+        row is missing from; without mixtures, that of entries in which it was outside of what was kept, of those that were
+        computed; of a single mixture, what its weight lacks of 1 / n.
     """
 
     def __init__(self, aggregator: Aggregator, f: int, n: int, d: int, dtype: DTypeLike = np.float32, *,
-                 parts: tuple[int, int] = (0, PARTS), total: Callable[[Matrix], Matrix] | None = None) -> None:
+                 parts: tuple[int, int] = (0, PARTS), shared: Shared | None = None) -> None:
         if not isinstance(aggregator, Aggregator):
             raise OptionError(f"aggregator={briefly(aggregator)} is none; take for example NNM(TrimmedMean())")
         self.aggregator, self.f, self.n, self.d = aggregator, aggregator.check(n, f), n, d
         self._bounds = [d * p // PARTS for p in range(PARTS + 1)]
-        self.parts, self._total = parts, total
+        self.parts, self._shared = parts, shared
         self.columns = slice(self._bounds[parts[0]], self._bounds[parts[1]])
         self.width = self.columns.stop - self.columns.start
         a = len(aggregator.anchors)
@@ -99,7 +101,7 @@ class Aggregation:
             answer.low, answer.high, changed if few and changed is not None else self._every, not few, self._scratch,
             self._outside, out)
         self._before = Answer(weights, answer.low, answer.high)
-        self._suspect(weights, count)
+        self._suspect(weights, answer.high - answer.low, count)
         return out
 
     def forget(self) -> None:
@@ -128,7 +130,7 @@ class Aggregation:
         return self._summed(mine)
 
     def _summed(self, mine: Matrix) -> Matrix:
-        parts = mine if self._total is None else self._total(mine)
+        parts = mine if self._shared is None else self._shared[0](mine)
         total = parts[0].copy()
         with np.errstate(over="ignore", invalid="ignore"):
             for one in parts[1:]:
@@ -136,19 +138,26 @@ class Aggregation:
         finite: Matrix = np.nan_to_num(np.minimum(total, FARTHEST), nan=FARTHEST)
         return finite
 
-    def _suspect(self, weights: Matrix | None, count: int) -> None:
+    def _suspect(self, weights: Matrix | None, kept: int, count: int) -> None:
         """Set :attr:`suspicion`, of what an aggregator has answered with."""
         if weights is None:
-            self.suspicion[:] = self._outside / max(count, 1)
+            counts = np.append(self._outside, count)
+            counts = counts if self._shared is None else self._shared[1](counts)
+            self.suspicion[:] = _more_than(1.0 - kept / self.n, counts[:-1] / max(int(counts[-1]), 1))
             return
         shares = weights[:, : self.n]
         m = len(shares)
         if m == self.n > 1:
             missing = (shares == 0).sum(axis=0) - (np.diagonal(shares) == 0)
-            self.suspicion[:] = missing / (m - 1)
+            self.suspicion[:] = _more_than(missing.sum() / (m * (m - 1)), missing / (m - 1))
         else:
             mean = np.cumsum(shares, axis=0)[-1] / m
             self.suspicion[:] = 1.0 - np.minimum(1.0, mean * self.n)
+
+
+def _more_than(usual: float, shares: Matrix) -> Matrix:
+    """Return how far shares are from the usual one to 1, from 0 to 1."""
+    return np.maximum(0.0, (shares - usual) / (1.0 - usual)) if usual < 1.0 else np.zeros(len(shares))
 
 
 def aggregate(rows: NDArray[np.floating], aggregator: Aggregator, *, f: int, step: int = 0,

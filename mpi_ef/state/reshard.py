@@ -222,6 +222,9 @@ class RestoreView:
             ends = [tree + end if end and self.kind(tree + end) is not None else ""
                     for end in ((move.owed, move.of) if move else ("", ""))]
             return self._holders(name).moved(name, move, *ends)
+        if move is not None and move.how == "repeat" and not self.same_world:
+            part = self.found.replicated(name[: name.rindex(".") + 1] + move.of) if move.of else None
+            return np.tile(np.zeros(1, self.tree(name)["dtype"]) if part is None else part, move.stop)
         if kind == REPLICATED or self.same_world or move is None:
             return self._array(name, kind, self.old_rank)
         if move.how == "copy":
@@ -316,7 +319,7 @@ class RestoreView:
             if (self.rank == self.size - 1 and whole != move.stop) or whole < move.stop:
                 raise ShapeError(f"resume: {name} has {whole} entries on all ranks together in the checkpoint and "
                                  f"{move.stop} here; build the model as it was")
-        elif shape != array.shape:
+        elif shape != array.shape and (move is None or move.how != "repeat" or self.same_world):
             raise ShapeError(f"resume: {name} is {shape} in the checkpoint and {array.shape} here; build the model as it "
                              "was")
 
