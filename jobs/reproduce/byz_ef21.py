@@ -248,8 +248,8 @@ def byz_ef21(comm: MpiComm, config: ReproduceConfig) -> Outcome:
 
 
 def _table(title: str, head: Iterable[str], rows: Iterable[tuple[str, Sequence[str]]]) -> Lines:
-    lines = [title, f"{'':32}" + "".join(f"{word:>12}" for word in head)]
-    return lines + [f"{name:32}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
+    lines = [title, f"{'':40}" + "".join(f"{word:>12}" for word in head)]
+    return lines + [f"{name:40}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
 
 
 def _phishing(runs: Runs) -> Lines:
@@ -296,8 +296,7 @@ def _digits(runs: Runs) -> Lines:
             for attack in attacks:
                 for seed in seeds:
                     runs.train(images, rule, form, attack, seed, **settings)
-            table.append((f"{form:20}{rule}"[:32] if len(rule) < 12 else f"{form}: {rule}",
-                          [f"{runs.accuracy(rule, form, str(attack)):.3f}" for attack in attacks]))
+            table.append((f"{rule}, {form}", [f"{runs.accuracy(rule, form, str(attack)):.3f}" for attack in attacks]))
             runs.say(f"digits, {form}, {rule}: {' '.join(table[-1][1])}")
     of = "one seed" if len(seeds) == 1 else f"means of {len(seeds)} seeds"
     return _table(f"digits, Top-5 %: test accuracy, {of}", map(str, attacks), table)
