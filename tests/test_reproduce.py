@@ -25,7 +25,8 @@ from mpi_ef.jobs.reproduce.simulate import Curve, descend
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name == "ef21-rare"))
                                   for name, experiment in EXPERIMENTS.items()
-                                  if "data" not in experiment.takes and name != "mkor"])  # which trains on the ranks it has
+                                  if "data" not in experiment.takes and name not in {"mkor", "monna"}])
+# mkor trains on the ranks it has, monna is in test_attacks.py
 def test_experiments_do_not_depend_on_the_number_of_ranks(name, tmp_path):
     seen = []
     for n in (1, 3):
@@ -238,11 +239,15 @@ def test_naive_compression_has_no_dense_steps():
 
 
 @pytest.mark.parametrize(("argv", "text"), [
-    (["speedup", "--data", "x"], "data=x has no effect with speedup; it goes with ef21, ef21-pp, ef21-bc"),
+    (["speedup", "--data", "x"], "data=x has no effect with speedup; it goes with ef21, ef21-pp, ef21-bc, byz-ef21"),
     (["ef21-pp", "--methods", "ef21 Sign"], "methods=ef21 Sign has no effect with ef21-pp; it goes with ef21, econtrol, "),
     (["econtrol", "--methods", "econtrl TopK(0.1)"], "methods: there is no rule 'econtrl'; did you mean econtrol?"),
     (["econtrol", "--methods", "ef21 TopK(ration=0.1)"], "TopK has no option ration; did you mean ratio?"),
     (["econtrol", "--methods", "ef21 TopK(0.1) GatherMean"], "'ef21 TopK(0.1) GatherMean' is not RULE COMPRESSOR, such as"),
+    (["ef21", "--attack", "alie"], "attack=alie has no effect with ef21; it goes with monna, byz-ef21"),
+    (["econtrol", "--search-every", "1"], "search_every=1 has no effect with econtrol; it goes with monna, byz-ef21"),
+    (["monna", "--attack", "alie,ipn(2)"], "attack: there is no attack 'ipn(2)'; did you mean ipm?"),
+    (["monna", "--seeds", "0"], "seeds=0 is not a positive integer"),
     (["--list", "--steps", "3"], "--list"),
     (["ef12"], "there is no experiment 'ef12'; did you mean ef21?"),
     ([], "there is no experiment None; take one of ef21"),

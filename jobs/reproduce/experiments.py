@@ -28,8 +28,8 @@ from mpi_ef.jobs.reproduce.problems import (
 )
 from mpi_ef.jobs.reproduce.simulate import Curve, descend, kept
 
-__all__ = ["bidirectional", "counterexample", "econtrol", "ef21", "participation", "rare", "speedup", "stability",
-           "weights"]
+__all__ = ["CLIENTS", "bidirectional", "carriers", "counterexample", "econtrol", "ef21", "logistic_regression",
+           "own_clients", "participation", "rare", "speedup", "stability", "weights"]
 
 Methods = dict[str, tuple[str, Compressor]]  # by name: rule and compressor
 CLIENTS = 20  # of the LIBSVM sets
@@ -96,8 +96,9 @@ def data_file(folder: Path, name: str) -> Path:
                     "with its folder")
 
 
-def logistic_regression(comm: MpiComm, folder: Path, name: str) -> tuple[LogisticRegression, Smoothness, Vector]:
-    """Return this rank's part of the regression on a LIBSVM file, rows in order, its constants, x0. Collective."""
+def logistic_regression(comm: MpiComm, folder: Path, name: str, *,
+                        shuffled: bool = False) -> tuple[LogisticRegression, Smoothness, Vector]:
+    """Return this rank's part of the regression on a LIBSVM file, rows as they are, its constants, x0. Collective."""
     found = []
 
     def facts() -> dict[str, object]:
@@ -106,9 +107,11 @@ def logistic_regression(comm: MpiComm, folder: Path, name: str) -> tuple[Logisti
 
     agree(comm, "reproduce", facts, "give all ranks the same files")
     ((a, b),) = found
+    content, order = content_of(a, b), np.random.default_rng(0).permutation(b.size) if shuffled else slice(None)
+    a, b = a[order], b[order]
     parts = split_rows(b.size, CLIENTS)
     own = [(a[parts[c]], b[parts[c]]) for c in own_clients(comm, CLIENTS)]
-    problem = LogisticRegression(own, content=content_of(a, b))
+    problem = LogisticRegression(own, content=content)
     return problem, smoothness(comm, problem, CLIENTS), np.random.RandomState(0).normal(size=problem.d)
 
 

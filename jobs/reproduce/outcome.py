@@ -7,6 +7,7 @@ from typing import Any
 
 from mpi_ef.jobs.methods import methods_in
 from mpi_ef.jobs.options import Checked, option
+from mpi_ef.jobs.reproduce.attacks import attacks_in
 
 __all__ = ["Outcome", "ReproduceConfig"]
 
@@ -25,11 +26,19 @@ class ReproduceConfig(Checked):
     methods: str | None = option(
         None, "compare these methods: RULE COMPRESSOR, separated by semicolons, such as 'econtrol(eta=0.1) TopK(0.05); "
         "my_module:RULE my_module:Mine(3)'", shown="those of the experiment")
+    attack: str | None = option(
+        None, "attack with these: names, separated by commas, with a number where one is wanted: 'alie, ipm(2)'",
+        shown="those of the experiment")
+    seeds: int | None = option(None, "train with so many seeds, and compare means", 1, shown="3")
+    search_every: int | None = option(
+        None, "search the factors of alie and foe in every so manieth step, 1: always", 1, shown="20")
     overwrite: bool = option(False, "replace what the experiment has left in --out before")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         methods_in(self.methods, plans=False)
+        if self.attack is not None:
+            attacks_in(self.attack)
 
     @property
     def folder(self) -> Path:

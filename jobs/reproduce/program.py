@@ -21,6 +21,7 @@ from mpi_ef.runtime import launch
 
 __all__ = ["EXPERIMENTS", "Experiment", "main"]
 
+_UNDER_ATTACK = ("attack", "seeds", "search_every")
 PROOF = "table.txt"  # what only a finished experiment has
 
 
@@ -54,6 +55,10 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "ef21-bc": Experiment("EF21-BC: Top-2 up, Top-2 to everything down (arXiv 2110.03294)", "bidirectional", ("data",)),
     "mkor": Experiment("MKOR's forms, Eva and K-FAC under AdamW, SGD, Top-1 % and EF21 (arXiv 2306.01685); half an hour on "
                        "2 ranks", "mkor", module="second_order"),
+    "monna": Experiment("MoNNA and others under attack, 26 clients of which 5 are wrong (arXiv 2209.10931)", "monna",
+                        _UNDER_ATTACK, module="monna"),
+    "byz-ef21": Experiment("Byz-EF21 and Byz-EF21-SGDM under attack, 20 clients of which 4 are wrong (arXiv 2310.09804)",
+                           "byz_ef21", ("data", *_UNDER_ATTACK), module="byz_ef21"),
 }
 
 
@@ -68,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name is None or name not in EXPERIMENTS:
         hint = nearest(str(name), EXPERIMENTS, f"take one of {', '.join(EXPERIMENTS)}")
         refuse(f"there is no experiment {briefly(name)}; {hint}", "mpi-ef reproduce")
-    for option in ("data", "methods"):
+    for option in ("data", "methods", *_UNDER_ATTACK):
         if (value := getattr(config, option)) is not None and option not in EXPERIMENTS[name].takes:
             takers = ", ".join(other for other, experiment in EXPERIMENTS.items() if option in experiment.takes)
             refuse(f"{option}={value} has no effect with {name}; it goes with {takers}", "mpi-ef reproduce")
@@ -86,7 +91,8 @@ def run(comm: Comm, name: str, config: ReproduceConfig) -> None:
         if comm.Get_rank() == 0:
             with folder.writing():
                 facts = {"experiment": name, "ranks": comm.Get_size(), "steps": config.steps, **made}
-                _write(outcome, folder.path, facts | ({"methods": config.methods} if config.methods else {}))
+                asked = {name: value for name in ("methods", *_UNDER_ATTACK) if (value := getattr(config, name))}
+                _write(outcome, folder.path, facts | asked)
     finally:
         folder.close()
 

@@ -96,5 +96,5 @@ def nearest_neighbours(s: MixingState, plan: RobustMean, t: Vector) -> Steps:
     return s.mixed
 
 
-MIXING = Rule(nearest_neighbours, MixingState, lambda _: {"rate": 1.0},
+MIXING = Rule(nearest_neighbours, MixingState, lambda alpha: {"rate": min(1.0, 2.0 * alpha)},
               ranges={"rate": ("(0, 1]", "in (0, 1]", "1 goes all the way to the mean")})

@@ -53,8 +53,9 @@ class PeerMixing(DistributedOptimizer):
         How many ranks may be wrong. There is no default.
     compressor : Compressor, optional
         Of what t_i differs by from what all know of it; none by default. Not together with `wait_for`.
-    rate : float
-        With a compressor: how far a rank goes to the mean of its neighbours, in (0, 1].
+    rate : float, optional
+        With a compressor: how far a rank goes to the mean of its neighbours, in (0, 1]; twice its contraction constant by
+        default, at most 1. Far above that parameters of ranks drift apart.
     wait_for : int, optional
         From 2 f + 1 to n, usually n - f: go on with so many vectors, point to point. By default all ranks meet in one
         allgather.
@@ -84,13 +85,14 @@ class PeerMixing(DistributedOptimizer):
     ``state_dict()`` of model and optimizer on each rank.
     """
 
-    def __init__(self, optimizer: Optimizer, comm: Comm, *, f: int, compressor: Compressor | None = None, rate: float = 1.0,
-                 wait_for: int | None = None, patience_seconds: float = 300.0, model: object = None) -> None:
-        self.f, self.wait_for, self.patience_seconds, self.rate = f, wait_for, patience_seconds, rate
+    def __init__(self, optimizer: Optimizer, comm: Comm, *, f: int, compressor: Compressor | None = None,
+                 rate: float | None = None, wait_for: int | None = None, patience_seconds: float = 300.0,
+                 model: object = None) -> None:
+        self.f, self.wait_for, self.patience_seconds = f, wait_for, patience_seconds
         self.jumps = self.skipped_local_steps = 0
         self.peers: Peers | None = None
         super().__init__(optimizer, comm, Identity() if compressor is None else compressor, rule=MIXING, model=model,
-                         plan=partial(RobustMean, aggregator=Median(), f=f), rate=rate)
+                         plan=partial(RobustMean, aggregator=Median(), f=f), **({} if rate is None else {"rate": rate}))
         self._lends, self._state = False, cast("MixingState", self.feedback.state)
         for known in (*self._state.rows.reshape(-1, self.flat.d), self._state.x):  # all ranks begin as rank 0
             known[:] = self.flat.values
@@ -325,7 +327,7 @@ class MoNNA(PeerMixing):
     """
 
     def __init__(self, params: Iterable[Any], comm: Comm, *, lr: float, f: int, beta: float = 0.99,
-                 weight_decay: float = 0.0, compressor: Compressor | None = None, rate: float = 1.0,
+                 weight_decay: float = 0.0, compressor: Compressor | None = None, rate: float | None = None,
                  wait_for: int | None = None, patience_seconds: float = 300.0) -> None:
         within(type(self).__name__, "[0, 1)", "0.99 is usual", beta=beta)
         polyak = _Polyak(parameters_of(params), lr=lr, beta=beta, weight_decay=weight_decay)
