@@ -174,7 +174,7 @@ def test_more_broken_ranks_than_f_are_an_error_on_all():
 @pytest.mark.parametrize("options", [{}, {"compressor": TopK(0.3), "rate": 0.5}], ids=str)
 @pytest.mark.parametrize("f", [0, 1])
 def test_a_checkpoint_goes_on_exactly(options, f):
-    """Also with its own state_dict; on another number of ranks all begin from the median, without moments."""
+    """From what `Training` has saved, and from its own state_dict."""
     store = MemoryStore()
 
     def built(comm):
@@ -206,21 +206,32 @@ def test_a_checkpoint_goes_on_exactly(options, f):
 
     first = virtual.results(5, program)
     for saved in (None, first):
-        for now, (_, *then) in zip(virtual.results(5, lambda comm, saved=saved: again(comm, saved)), first, strict=True):
-            assert same_bits([*now], then)
+        now = virtual.results(5, lambda comm, saved=saved: again(comm, saved))
+        assert same_bits(now, [then[1:] for then in first])
 
-    def elsewhere(comm):
-        net, optimizer = built(comm)
-        Training(model=net, optimizer=optimizer, random=False).resume(store, comm, policy="redistribute")
-        assert not optimizer.optimizer.state
-        assert not optimizer.suspicion.any()
-        assert same_bits(vector_of(net), np.array(optimizer.x))
-        take_step(net, optimizer, comm.Get_rank(), 6)
-        return vector_of(net)
 
+def test_on_another_number_of_ranks_all_begin_from_the_median():
+    """Without moments, as an old rank may have been wrong."""
+    store = MemoryStore()
+
+    def program(comm):
+        net = net_of()
+        optimizer = MoNNA(net.parameters(), comm, lr=0.3, f=1, beta=0.9)
+        training = Training(model=net, optimizer=optimizer, random=False)
+        training.resume(store, comm, policy="redistribute")
+        if store.steps:
+            assert not optimizer.optimizer.state
+            assert not optimizer.suspicion.any()
+            assert same_bits(vector_of(net), np.array(optimizer.x))
+        for step in range(3):
+            take_step(net, optimizer, comm.Get_rank(), step)
+        if not store.steps:
+            training.save(store, comm, 3)
+
+    virtual.run(5, program)
     for n in (3, 7):
         with pytest.warns(RuntimeWarning, match="of 5 ranks goes on with"):
-            assert len(virtual.results(n, elsewhere)) == n
+            virtual.run(n, program)
 
 
 def test_what_is_shared_is_the_median():

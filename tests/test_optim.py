@@ -1,14 +1,18 @@
 """Torch optimizers with a rule under them: schedulers, closures, changed models. Laws: see test_optimizer_laws."""
 
+import dataclasses
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import virtual
 from programs import OPTIMIZERS, build_optimizer, loss_of, model, same_bits, training
 
-from mpi_ef.collectives import TwoPhaseMean
+from mpi_ef.collectives import Combine, GatherMean, TwoPhaseMean
 from mpi_ef.compress import Identity, TopK
 from mpi_ef.errors import DisagreementError, DtypeError, NonFiniteError, OptionError, PeerError, ShapeError
+from mpi_ef.feedback import RULES
 from mpi_ef.optim import EF21, DistributedOptimizer, EControl, Lion, ZeroOneAdam
 
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -284,3 +288,22 @@ def test_a_state_with_other_buckets_or_arrays_is_refused():
                 optimizer.load_state_dict(saved | {"arrays": saved["arrays"] | {"odd": torch.ones(3)}})
 
     virtual.results(2, program)
+
+
+def test_where_an_object_is_in_memory_is_nothing_to_disagree_on():
+    """Real ranks have functions of one rule in different places, virtual ones in the same."""
+
+    def program(comm):
+        def step(s, plan, grad):
+            return (yield from RULES["ef21"].step(s, plan, grad))
+
+        made = [dataclasses.replace(RULES["ef21"], step=step) for _ in range(2)][comm.Get_rank()]
+        net = torch.nn.Linear(3, 2)
+        plan = partial(GatherMean, combine=[Largest(), Largest()][comm.Get_rank()])
+        DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), comm, TopK(0.5), rule=made, plan=plan)
+
+    class Largest(Combine):
+        def __call__(self, rows):
+            return rows.max(axis=0)
+
+    virtual.run(2, program)

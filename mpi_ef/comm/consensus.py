@@ -1,5 +1,6 @@
 """Agreement between ranks: where arguments differ, or an action fails on one of them, all raise and none hangs."""
 
+import re
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ __all__ = ["OnAllRanks", "SharedErrors", "agree", "all_built", "check_not_freed"
 Facts = Mapping[str, object]
 Texts = dict[str, str]
 T = TypeVar("T")
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _AROUND = 60  # characters before and after the place in which long texts differ
 _mine = local()  # how often this rank has called gather_values
 
@@ -143,7 +145,8 @@ def agree(comm: Comm, subject: str, facts: Callable[[], Facts], remedy: str, val
     """
     error: Exception | None = None
     try:
-        said = {name: str(fact) for name, fact in facts().items()}  # texts are compared; not everything can be pickled
+        # Texts are compared, as not everything can be pickled; where an object is in memory differs between processes.
+        said = {name: _ADDRESS.sub("", str(fact)) for name, fact in facts().items()}
         mine: tuple[Texts | None, str, object] = (said, "", value)
     except Exception as raised:
         error = _ours(subject, raised)

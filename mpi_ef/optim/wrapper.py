@@ -121,7 +121,8 @@ class DistributedOptimizer(FlatOptimizer):
         def facts() -> dict[str, object]:
             self._check_arguments()
             rule_of(rule)[0].check_names(options, type(self).__name__, type(self))
-            return {"the optimizer": type(optimizer).__name__, "rule": rule, "options": options, "placement": placement,
+            named = rule if isinstance(rule, str) else rule.name
+            return {"the optimizer": type(optimizer).__name__, "rule": named, "options": options, "placement": placement,
                     "dense_steps": dense_steps, "bucket_nbytes": bucket_nbytes, "overlap": overlap,
                     **self._facts()}
 

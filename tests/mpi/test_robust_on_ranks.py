@@ -16,7 +16,7 @@ from mpi_ef.robust import NNM, GeometricMedian, Median, TrimmedMean
 from mpi_ef.testing.law import same_bits
 
 pytestmark = [pytest.mark.mpi, pytest.mark.filterwarnings("ignore:MoNNA. n=")]
-N, D = 9, 5000
+N, D = 9, 2000
 
 
 @pytest.fixture
@@ -41,12 +41,11 @@ def trajectory(rule, aggregator, shards):
     return program
 
 
-@pytest.mark.parametrize("rule", ["byz-ef21", "byz-ef21-sgdm"])
 @pytest.mark.parametrize("aggregator", [NNM(TrimmedMean()), TrimmedMean(), GeometricMedian()], ids=str)
-@pytest.mark.parametrize("shards", [False, True])
-def test_any_number_of_real_ranks_gives_the_bits_of_one(comm, rule, aggregator, shards):
-    alone = virtual.results(1, trajectory(rule, aggregator, False))[0]
-    assert same_bits(trajectory(rule, aggregator, shards)(comm), alone)
+def test_any_number_of_real_ranks_gives_the_bits_of_one(comm, aggregator):
+    alone = virtual.results(1, trajectory("byz-ef21-sgdm", aggregator, False))[0]
+    for shards in (False, True):
+        assert same_bits(trajectory("byz-ef21-sgdm", aggregator, shards)(comm), alone)
 
 
 def test_robust_mean_of_real_ranks(comm):
