@@ -91,8 +91,9 @@ class PeerMixing(DistributedOptimizer):
         self.f, self.wait_for, self.patience_seconds = f, wait_for, patience_seconds
         self.jumps = self.skipped_local_steps = 0
         self.peers: Peers | None = None
+        options: dict[str, Any] = {} if rate is None else {"rate": rate}
         super().__init__(optimizer, comm, Identity() if compressor is None else compressor, rule=MIXING, model=model,
-                         plan=partial(RobustMean, aggregator=Median(), f=f), **({} if rate is None else {"rate": rate}))
+                         plan=partial(RobustMean, aggregator=Median(), f=f), **options)
         self._lends, self._state = False, cast("MixingState", self.feedback.state)
         for known in (*self._state.rows.reshape(-1, self.flat.d), self._state.x):  # all ranks begin as rank 0
             known[:] = self.flat.values
