@@ -6,12 +6,12 @@ __all__ = ["check_part", "methods_in"]
 
 
 def check_part(kind: str, text: str) -> None:
-    """Raise `OptionError` unless a text specifies a rule, a compressor or a plan, with options that it has. Local."""
+    """Raise `OptionError` unless a text specifies a rule, a compressor, an aggregator or a plan, with its options. Local."""
     from mpi_ef import registry
     from mpi_ef.collectives.chosen import plan_named
     from mpi_ef.feedback.table import rule_of, with_momentum
 
-    if kind == "compressor":
+    if kind in ("compressor", "aggregator"):
         registry.built(kind, text)
     elif kind == "plan":
         plan_named(text)

@@ -27,9 +27,11 @@ GRADIENT = {"placement": "gradient", "clip": 0.0}
 # Values other than the defaults of all options that go with some choices only.
 OTHER = {
     "text": [TEXT], "split": ["by-label"], "context": [32], "layers": [1], "heads": [2], "width": [64],
-    "momentum": [0.7], "beta1": [0.7], "beta2": [0.7], "placement": [*choices.PLACEMENTS], "rule": [*choices.RULES],
+    "momentum": [0.7], "beta1": [0.7], "beta2": [0.7], "placement": [*choices.PLACEMENTS],
+    "rule": [*reversed(choices.RULES)],
     "eta": [0.7], "beta": [0.7], "vote_beta1": [0.7], "vote_beta2": [0.7], "participation": [0.3], "smoothness": ["1,3"],
-    "reply": [0.3], "whole": [0.3], "zeta": [3.0], "correction": [0.3], "compressor": [*choices.COMPRESSORS],
+    "reply": [0.3], "whole": [0.3], "zeta": [3.0], "correction": [0.3], "byzantine": [1], "aggregator": ["Median()"],
+    "compressor": [*choices.COMPRESSORS],
     "plan": ["my_plan:TrimmedMean(trim=0)"], "ratio": [0.3], "block": [64], "rank": [2], "freeze": [7], "local_steps": [7],
     "precondition": [*choices.PRECONDITIONS], "sides": ["inputs"], "precondition_every": [7], "statistics": ["bf16"],
     "fallback": [0.3], "exchange_every": [7], "decay": [0.7],
@@ -38,12 +40,20 @@ OTHER = {
     "clip": [0.3],
 }
 SAVING = {"keep": 7, "save_in_background": True, "stop_after": 7, "on_failure": "shrink"}
+
+
+def robust(rule):
+    """What a robust rule wants to be told, with an aggregator that two ranks are enough for; nothing for others."""
+    return {"byzantine": 0, "aggregator": "Mean()"} if rule.startswith("byz-") else {}
+
+
 CONTEXTS = {
     **{name: {"optimizer": name} for name in choices.OPTIMIZERS},
     **{f"{name}, gradient": {"optimizer": name, **GRADIENT} for name in ("adamw", "sgd", "ef21-muon", "powersgd")},
     **{name: {"compressor": name} for name in choices.COMPRESSORS if name != "vote"},
     "vote": {"compressor": "vote", "rule": "lion", "optimizer": "sgd", **GRADIENT},
-    **{f"rule {name}": {"rule": name, "compressor": "randk", "optimizer": "sgd", **GRADIENT} for name in choices.RULES},
+    **{f"rule {name}": {"rule": name, "compressor": "randk", "optimizer": "sgd", **GRADIENT, **robust(name)}
+       for name in choices.RULES},
     "rounds": {"exchange_every": 4},
     "preconditioned": {"precondition": "blended"},
     "gpt": {"model": "gpt", "layers": 2},
@@ -174,7 +184,7 @@ def test_every_option_is_taken_by_its_choices_and_by_no_others(name):
         if chooser == "exchange_every":
             given = {chooser: 1 + 5 * choice}
         if chooser == "rule":
-            given |= {**GRADIENT, "compressor": "randk"}
+            given |= {**GRADIENT, "compressor": "randk", **robust(choice)}
         if name == "overlap":
             given |= {"clip": 0.0}
         default = choices.CHOOSERS[chooser][choice].get(name)
@@ -215,8 +225,9 @@ def test_rules_and_their_options_are_those_of_the_package():
     for rule, takes in choices.RULES.items():
         options = RULES[rule].options(0.25)
         options.pop("seed", None)
+        plan = {"byzantine", "aggregator"} if rule.startswith("byz-") else set()
         mine = {names.get(rule, {}).get(name, name) for name in options}
-        assert takes.keys() - apart.get(rule, set()) == mine
+        assert takes.keys() - apart.get(rule, plan) == mine
         for name, default in options.items():
             stated = takes[names.get(rule, {}).get(name, name)]
             if not isinstance(stated, choices.Depends) and name not in ("reply", "correction"):
@@ -319,7 +330,7 @@ def test_every_rule_trains(rule, tmp_path):
     """On two ranks whose data differ, replicas stay equal, the loss falls, and the record names what ran."""
     compressor = {"marina": "randk", "lion": "vote"}.get(rule, "topk")
     options = {"optimizer": "sgd", **GRADIENT, "compressor": compressor, "momentum": 0.0, "weight_decay": 0.0}
-    options |= {"lr": 0.01} if rule == "lion" else {"lr": 0.2, "ratio": 0.3}
+    options |= {"lr": 0.01} if rule == "lion" else {"lr": 0.2, "ratio": 0.3, **robust(rule)}
     config = TrainConfig(model="mlp", split="by-label", rule=rule, steps=30, warmup=0, batch=64, log_every=1,
                          eval_every=15, out=tmp_path, **options)
     one, two = programs.trained(2, config)
@@ -340,6 +351,7 @@ def test_votes_go_with_rules_without_error_feedback_alone(rule, placement):
         "rule": rule,
         "placement": placement,
         "compressor": "vote",
+        **robust(rule),
     }
     if (rule, placement) == ("lion", "gradient"):
         built(TrainConfig(**options))

@@ -62,6 +62,7 @@ _LEARNED: Takes = {"sides": "both", "precondition_every": 10, "statistics": "ful
 # All forms of mpi_ef.Preconditioner.
 PRECONDITIONS: Mapping[str, Takes] = {
     "none": {}, **dict.fromkeys(("window", "exact", "blended", "eva", "kfac"), _LEARNED)}
+_ROBUST: Takes = {"byzantine": Depends("none, it has to be given"), "aggregator": "NNM(TrimmedMean())"}
 PLACEMENTS: Mapping[str, Takes] = {"update": {}, "gradient": {"overlap": False}}
 # All rules of mpi_ef.feedback.RULES. Options have its names, but where an optimizer has one of that name.
 RULES: Mapping[str, Takes] = {
@@ -81,6 +82,9 @@ RULES: Mapping[str, Takes] = {
     "marina": {"whole": _FULL},
     "clag": {"zeta": 1.0},
     "d-ec-sgd": {"correction": 0.1},
+    "byz-ef21": _ROBUST,
+    "byz-ef21-sgdm": {"eta": 0.1, **_ROBUST},
+    "byz-ef21-bc": {"reply": 1.0, **_ROBUST},
 }
 VALUES = ("full", "bf16", "fp16", "int8", "2bit")
 COMPRESSORS: Mapping[str, Takes] = {

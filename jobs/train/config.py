@@ -79,6 +79,9 @@ class TrainConfig(Checked):
     zeta: float | None = _for("zeta", "a rank is silent while its estimate is so much worse than the gradient before",
                               "[0, inf)")
     correction: float | None = _for("correction", "share of the entries, drawn at random, of the second message", "(0, 1]")
+    byzantine: int | None = _for("byzantine", "how many ranks may be wrong", 0)
+    aggregator: str | None = _for("aggregator", "what takes the place of the mean over ranks, see docs/robust.md",
+                                  others="NAME(OPTION=...)")
     compressor: str | None = _for("compressor", "identity exchanges everything", choices=tuple(choices_of.COMPRESSORS),
                                   others="NAME(OPTION=...)")
     plan: str | None = _for("plan", "how the ranks' messages are exchanged and combined", others="NAME(OPTION=...)")

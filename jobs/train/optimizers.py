@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mpi_ef import optim, registry
-from mpi_ef.collectives import ClientsMean, Plan, TwoPhaseMean, build_plan, plan_for
+from mpi_ef.collectives import ClientsMean, Plan, RobustMean, TwoPhaseMean, build_plan, plan_for
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity, LowRank, Quantize, RandK, Sign, TopK, TwoBits, Vote, for_parameters
 from mpi_ef.errors import ConfigError, everywhere
@@ -17,7 +17,7 @@ from mpi_ef.feedback import RULES
 from mpi_ef.feedback.table import rule_of
 from mpi_ef.jobs.train.choices import OPTIMIZERS
 from mpi_ef.jobs.train.config import TrainConfig
-from mpi_ef.jobs.train.settings import CLIENTS, optimizer_in, rule_in, smoothness_of
+from mpi_ef.jobs.train.settings import CLIENTS, ROBUST, optimizer_in, rule_in, smoothness_of
 from mpi_ef.optim.flat import FlatOptimizer
 
 if TYPE_CHECKING:
@@ -135,6 +135,9 @@ def _plan(chosen: Chosen) -> Callable[..., Plan]:
         if hasattr(chosen, "plan"):
             return build_plan(chosen.plan, comm, compressor, d, dtype, device, gather=gathers)
         rule = rule_in(chosen.rule)
+        if rule in ROBUST:
+            aggregator = registry.built("aggregator", chosen.aggregator)
+            return RobustMean(comm, compressor, d, dtype, aggregator, f=chosen.byzantine, device=device)
         if rule in CLIENTS:
             return ClientsMean(comm, compressor, d, dtype, clients=comm.Get_size(), weights=_weights(chosen, comm),
                                device=device)

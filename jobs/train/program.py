@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "train"]
 
+SUSPECT = 0.5  # a rank that was left out so much more than others is named
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, before MPI is started, then train on COMM_WORLD."""
@@ -149,7 +151,7 @@ def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:
         "seconds": row["seconds"], "seconds_per_step": row["seconds"] / max(1, timed), "phases_seconds_per_step": phases,
         "untimed_steps": trainer.untimed_steps, "untimed_seconds": trainer.untimed_seconds,
         "skipped_steps": trainer.optimizer.skipped_steps,
-        **trainer.rounds(), **_learned(trainer.optimizer),
+        **trainer.rounds(), **_learned(trainer.optimizer), **_suspected(trainer),
         "replicas_equal": len(set(fingerprints)) == 1, "parameters_crc32": fingerprints[0],
         **made_here(trainer.comm), "devices": trainer.devices, "optimizer": trainer.optimizer.identity(),
         "config": {name: str(value) if isinstance(value, Path) else value for name, value in used.items()},
@@ -162,6 +164,19 @@ def _learned(optimizer: Any) -> dict[str, Any]:
         return {}
     nbytes = of.updates * of.plan.traffic.sent_nbytes
     return {"updates": of.updates, "fallen_back_at": of.fallen_back_at, "statistics_nbytes": nbytes}
+
+
+def _suspected(trainer: "Trainer") -> dict[str, Any]:
+    """Return how much each rank has been left out, where a robust rule says so. Collective."""
+    from mpi_ef.jobs.train.suspects import suspicion_of
+
+    found = suspicion_of(trainer.optimizer, trainer.comm)
+    return {} if found is None else {"suspicion": found}
+
+
+def _suspects(suspicion: list[float]) -> str:
+    found = [f"rank {rank}, left out in {100 * share:.0f} %" for rank, share in enumerate(suspicion) if share >= SUSPECT]
+    return "; ".join(found) or f"nobody (at most {100 * max(suspicion):.0f} %)"
 
 
 def _of_preconditioner(summary: dict[str, Any]) -> str:
@@ -189,6 +204,7 @@ def _table(summary: dict[str, Any]) -> str:
         *[("exchanges", f"{summary['rounds']} in {summary['steps']} steps, {summary['skipped_rounds']} skipped")
           for _ in range("rounds" in summary)],
         *[("preconditioner", _of_preconditioner(summary)) for _ in range("updates" in summary)],
+        *[("suspects", _suspects(summary["suspicion"])) for _ in range("suspicion" in summary)],
         *(("computed on", f"{text} ({ranks})") for text, ranks in summary["devices"].items()),
         ("replicas", "equal bit for bit" if summary["replicas_equal"] else "DIFFERENT"),
         ("written to", summary["config"]["out"]),

@@ -16,10 +16,11 @@ __all__ = ["SPECIFIED", "check", "check_specified", "optimizer_in", "rule_in", "
 _VOTERS = ("lion", "signum")  # optimizers that step by the signs of a majority, without error feedback
 CHANGES = ("ef21-page", "marina")  # rules whose inputs are changes of gradients, see changes.py
 CLIENTS = ("ef21-pp", "ef21-w", "ef21-plus", "clag")  # rules in which a rank may be silent, or choose between two messages
+ROBUST = ("byz-ef21", "byz-ef21-sgdm", "byz-ef21-bc")  # rules that some ranks may not decide
 
 
 # What may also be written as in Python, with its options, see :mod:`mpi_ef.registry`.
-SPECIFIED = ("compressor", "rule", "plan", "optimizer", "model")
+SPECIFIED = ("compressor", "rule", "plan", "optimizer", "model", "aggregator")
 OF_RUN = ("lr", "weight_decay", "clip")  # options of optimizers that are options of the run
 
 
@@ -88,10 +89,13 @@ def _check_combinations(chosen: Mapping[str, Any]) -> None:
         raise ConfigError("values=full with compressor=quantize quantizes nothing; take compressor=identity")
     if overlap and clip:
         raise ConfigError("overlap sends gradients before their norm is known; pass clip=0 with it")
-    if chosen.get("plan") and rule in CLIENTS:
+    if chosen.get("plan") and rule in CLIENTS + ROBUST:
         raise ConfigError(f"plan={chosen['plan']}: rule={rule} has a plan of its own; leave one of them out")
     if overlap and rule in CLIENTS:
         raise ConfigError(f"overlap sends in two parts, which rule={rule} cannot; leave one of them out")
+    if rule in ROBUST and chosen.get("byzantine") is None:
+        raise ConfigError(f"rule={rule} wants byzantine=F, the number of ranks that may be wrong; of 9 ranks take for "
+                          "example 2")
     if rule in CHANGES and (chosen["placement"] != "gradient" or overlap or clip):
         raise ConfigError(f"rule={rule} sends changes of gradients over a batch; pass placement=gradient and clip=0 with "
                           "it, and no overlap")
