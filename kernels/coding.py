@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._jit import jit
-from ._vector import load_word, trailing_zeros
+from ._vector import load_word, population, trailing_zeros
 
 __all__ = ["decode_indices", "encode_indices", "low_bits", "lower_nbytes", "upper_nbytes"]
 
@@ -75,26 +75,37 @@ def decode_indices(lower: NDArray[np.uint64], upper: NDArray[np.uint64], low: in
     one = np.uint64(1)
     mask = (one << np.uint64(low)) - one
     last_byte = 8 * (lower.size - 1)
-    j, bit, least, most = 0, 0, 0, d - indices.size  # of an index less its number
+    j, bit = 0, 0
     for word_index in range(upper.size):
         word = upper[word_index]
-        while word and j < indices.size:
+        for _ in range(min(int(population(word)), indices.size - j)):
             high = (word_index << 6) + np.int64(trailing_zeros(word)) - j
             word &= word - one
             if low > 57:  # 64 bits that begin at a byte may not hold a part
                 part = lower[bit >> 6] >> np.uint64(bit & 63)
                 if (bit & 63) + low > 64:
                     part |= lower[(bit >> 6) + 1] << np.uint64(64 - (bit & 63))
-                index = (high << low) | np.int64(part & mask)
+                indices[j] = (high << low) | np.int64(part & mask)
             elif low:
                 byte = min(bit >> 3, last_byte)
                 part = load_word(lower, byte) >> np.uint64(bit - 8 * byte)
-                index = (high << low) | np.int64(part & mask)
+                indices[j] = (high << low) | np.int64(part & mask)
             else:
-                index = high
-            least = max(least, min(most, index - j))
-            indices[j] = least + j
+                indices[j] = high
             j += 1
             bit += low
-    for missing in range(j, indices.size):
-        indices[missing] = least + missing
+    indices[j:] = 0
+    _settle(indices, d)
+
+
+@jit
+def _settle(indices, d):
+    """Make indices ascend, below `d`, where they do not."""
+    descends = np.int64(0)
+    for j in range(1, indices.size):
+        descends |= indices[j] - indices[j - 1] - 1
+    if descends < 0 or (indices.size and indices[-1] >= d):
+        least, most = np.int64(0), d - indices.size  # of an index less its number
+        for j in range(indices.size):
+            least = max(least, min(most, indices[j] - j))
+            indices[j] = least + j

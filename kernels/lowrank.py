@@ -123,23 +123,20 @@ def add_low_rank(left: Vector, right: Vector, parts: NDArray[np.int64], rank: in
 @jit
 def _add_product(weights, right, low, columns, factor, overwrite, out, scratch):
     """Add ``factor`` times the entries from `low` on of ``weights @ right`` to `out`; the last two terms in one pass."""
-    last, m = weights.size - 1, out.size
+    last, m, zero = weights.size - 1, out.size, out.dtype.type(0)  # to which -0.0 is added, too
     v, b = weights[last], right[last * columns + low :]
     if last == 0:
         for c in range(m):
-            value = factor * (v * b[c])
-            out[c] = value if overwrite else out[c] + value
+            out[c] = (zero if overwrite else out[c]) + factor * (v * b[c])
         return
     u, a = weights[last - 1], right[(last - 1) * columns + low :]
     if last == 1:
         for c in range(m):
-            value = factor * (u * a[c] + v * b[c])
-            out[c] = value if overwrite else out[c] + value
+            out[c] = (zero if overwrite else out[c]) + factor * (u * a[c] + v * b[c])
         return
     _form_sum(weights[: last - 1], right, low, columns, scratch[:m])
     for c in range(m):
-        value = factor * ((scratch[c] + u * a[c]) + v * b[c])
-        out[c] = value if overwrite else out[c] + value
+        out[c] = (zero if overwrite else out[c]) + factor * ((scratch[c] + u * a[c]) + v * b[c])
 
 
 @jit
@@ -154,6 +151,6 @@ def _form_sum(weights, right, low, columns, out):
 
 @jit
 def _add_row(values, factor, overwrite, out):
+    zero = out.dtype.type(0)
     for c in range(out.size):
-        value = factor * values[c]
-        out[c] = value if overwrite else out[c] + value
+        out[c] = (zero if overwrite else out[c]) + factor * values[c]

@@ -52,8 +52,9 @@ def add_quantized(exponents: NDArray[np.int16], codes: NDArray[np.int16 | np.int
                   factor: np.floating, overwrite: bool, out: Vector, scratch: Vector) -> None:
     """Add ``factor * decoded`` to `out`, the inverse of :func:`quantize`.
 
-    What no encoder writes is decoded too: a block to NaN with an exponent beyond that of the largest number of the dtype,
-    an entry to NaN with a code of bf16 or fp16 that is NaN or Inf, and others to the largest number where they exceed it.
+    What no encoder writes is decoded too: a block to NaN where its exponent is beyond that of the largest number of the
+    dtype, an entry to NaN where its code is NaN or Inf of bf16, and to the largest number where it exceeds that. In fp16
+    codes with an exponent of all ones are numbers, from 65536 on.
     """
     _add_quantized(exponents, codes, FORMATS[format], block, factor, overwrite, out, scratch)
 
@@ -75,8 +76,7 @@ def _from_half(code):
     if magnitude < 0x400:
         value = magnitude / 16777216.0
     else:
-        more = (224 if magnitude >= 0x7C00 else 112) << 23  # NaN and Inf keep all ones in the exponent
-        value = np.float64(np.uint32((magnitude << 13) + more).view(np.float32))
+        value = np.float64(np.uint32((magnitude << 13) + (112 << 23)).view(np.float32))
     return -value if code & 0x8000 else value
 
 
@@ -141,9 +141,14 @@ def _exponent(high, x, headroom):
 
 @jit
 def _power(exponent):
-    """Return two factors of ``2**exponent``, because one may lie outside the range of float64."""
-    half = exponent // 2
-    return math.ldexp(1.0, half), math.ldexp(1.0, exponent - half)
+    """Return two factors of ``2**exponent``, -2044 to 2046, because one may lie outside the range of float64."""
+    half = exponent >> 1
+    return _power_of_two(half), _power_of_two(exponent - half)
+
+
+@jit
+def _power_of_two(exponent):
+    return np.uint64((exponent + 1023) << 52).view(np.float64)
 
 
 @jit
@@ -178,14 +183,13 @@ def _decode(codes, headroom, exponent, factor, out):
             out[i] += factor * out.dtype.type(min(max(value, -limit), limit))
     elif headroom == 15:
         for i in range(out.size):
-            code = _from_half(np.int64(codes[i]) & 0xFFFF)
-            value = min(max(code * first * second, -limit), limit) - (code - code)  # NaN where the code is not finite
-            out[i] += factor * out.dtype.type(value)
+            value = _from_half(np.int64(codes[i]) & 0xFFFF) * first * second
+            out[i] += factor * out.dtype.type(min(max(value, -limit), limit))
     else:
         for i in range(out.size):
             code = np.float64(np.uint32((np.int64(codes[i]) & 0xFFFF) << 16).view(np.float32))
-            value = min(max(code * first * second, -limit), limit) - (code - code)
-            out[i] += factor * out.dtype.type(value)
+            value = min(max(code * first * second, -limit), limit)
+            out[i] += factor * out.dtype.type(value if abs(code) < np.inf else np.nan)
 
 
 @jit

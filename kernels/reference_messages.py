@@ -160,7 +160,8 @@ def add_quantized(exponents: NDArray[np.int16], codes: NDArray[np.int16 | np.int
     if format == "int8":
         values = codes.astype(np.float64)
     elif format == "fp16":
-        values = codes.view(np.float16).astype(np.float64)
+        large = (codes & 0x7C00) == 0x7C00  # twice the numbers with one less in the exponent
+        values = (codes ^ (large * np.int16(0x400))).view(np.float16).astype(np.float64) * (1 + large)
     else:
         values = (codes.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     power = np.repeat(exponents.astype(np.int64), block)[: out.size]

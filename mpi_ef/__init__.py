@@ -17,11 +17,13 @@ if TYPE_CHECKING:
         GatherMean,
         LowRankMean,
         NodeMean,
+        RobustMean,
         TwoPhaseMean,
         advise,
         allgather,
         allreduce,
         plan_for,
+        robust_mean,
         use_gpu_aware_mpi,
     )
     from mpi_ef.compress import Identity, LowRank, Quantize, RandK, Sign, TopK, TwoBits, Vote
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from mpi_ef.optim import (
         EF21,
         MKOR,
+        ByzEF21,
         DistributedOptimizer,
         EControl,
         EF21Muon,
@@ -55,10 +58,10 @@ __version__ = "0.1.0"
 find_moved()
 
 _HOME = {name: module for module, names in {
-    "collectives": "advise allgather allreduce ClientsMean DenseMean GatherMean LowRankMean NodeMean plan_for TwoPhaseMean "
-                   "use_gpu_aware_mpi",
-    "optim": "DistributedOptimizer EControl EF21 EF21Muon Lion LocalSteps MKOR OneBitAdam OneBitLamb PowerSGD Signum "
-             "ZeroOneAdam",
+    "collectives": "advise allgather allreduce ClientsMean DenseMean GatherMean LowRankMean NodeMean plan_for RobustMean "
+                   "robust_mean TwoPhaseMean use_gpu_aware_mpi",
+    "optim": "ByzEF21 DistributedOptimizer EControl EF21 EF21Muon Lion LocalSteps MKOR OneBitAdam OneBitLamb PowerSGD "
+             "Signum ZeroOneAdam",
     "precondition": "Preconditioner",
     "feedback": "ErrorFeedback",
     "ddp": "FeedbackHook",
@@ -74,12 +77,13 @@ _HOME = {name: module for module, names in {
     "state.training": "Training",
 }.items() for name in names.split()}
 
-__all__ = ["EF21", "MKOR", "ClientsMean", "DenseMean", "DistributedOptimizer", "EControl", "EF21Muon", "ErrorFeedback",
-           "FeedbackHook", "GatherMean", "Identity", "Lion", "LocalSteps", "LowRank", "LowRankMean", "MpiEfError",
-           "NodeMean", "OneBitAdam", "OneBitLamb", "PowerSGD", "Preconditioner", "Quantize", "RandK", "ShardedSampler",
-           "Sign", "Signum", "Stopper", "Store", "TopK", "Training", "TwoBits", "TwoPhaseMean", "Vote", "ZeroOneAdam",
-           "advise", "allgather", "allreduce", "generator_for", "loader_context", "local_device", "mean_metrics",
-           "open_checkpoint", "plan_for", "print_metrics", "random_state", "seed_rank", "set_random_state", "shard",
+__all__ = ["EF21", "MKOR", "ByzEF21", "ClientsMean", "DenseMean", "DistributedOptimizer", "EControl", "EF21Muon",
+           "ErrorFeedback", "FeedbackHook", "GatherMean", "Identity", "Lion", "LocalSteps", "LowRank",
+           "LowRankMean", "MpiEfError", "NodeMean", "OneBitAdam", "OneBitLamb", "PowerSGD", "Preconditioner",
+           "Quantize", "RandK", "RobustMean", "ShardedSampler", "Sign", "Signum", "Stopper", "Store", "TopK",
+           "Training", "TwoBits", "TwoPhaseMean", "Vote", "ZeroOneAdam", "advise", "allgather", "allreduce",
+           "generator_for", "loader_context", "local_device", "mean_metrics", "open_checkpoint", "plan_for",
+           "print_metrics", "random_state", "robust_mean", "seed_rank", "set_random_state", "shard",
            "synchronize_buffers", "use_gpu_aware_mpi"]
 
 

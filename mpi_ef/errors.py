@@ -9,8 +9,8 @@ from traceback import walk_tb
 from typing import TextIO, TypeVar
 
 __all__ = ["CheckpointError", "ConfigError", "DataError", "DisagreementError", "DtypeError", "LaunchError",
-           "MpiEfError", "NonFiniteError", "OptionError", "OutOfMemoryError", "PeerError", "ShapeError", "briefly",
-           "counted", "everywhere", "nearest", "say", "shortage", "told"]
+           "MpiEfError", "NonFiniteError", "OptionError", "OutOfMemoryError", "PeerError", "ShapeError", "SilenceError",
+           "briefly", "counted", "everywhere", "nearest", "say", "shortage", "told"]
 
 
 class MpiEfError(Exception):
@@ -53,6 +53,20 @@ class DisagreementError(MpiEfError, RuntimeError):
 
 class PeerError(MpiEfError, RuntimeError):
     """Another rank could not take part in a collective; its error is quoted. Raised on all ranks but that one."""
+
+
+class SilenceError(MpiEfError, RuntimeError):
+    """Too many ranks have said nothing for as long as one was to wait. Each rank raises it by itself.
+
+    Attributes
+    ----------
+    ranks : tuple of int
+        The silent ones.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
 
 
 class NonFiniteError(MpiEfError, ArithmeticError):

@@ -12,6 +12,7 @@ from mpi_ef.collectives import TwoPhaseMean
 from mpi_ef.compress import Identity, Quantize, Sign, TopK
 from mpi_ef.optim import (
     EF21,
+    ByzEF21,
     DistributedOptimizer,
     EControl,
     EF21Muon,
@@ -23,6 +24,7 @@ from mpi_ef.optim import (
     Signum,
     ZeroOneAdam,
 )
+from mpi_ef.robust import Median
 
 SIGNS = Sign(block=16)
 # Updates of the variance in steps 1, 2, 3, 5, 7, 11, 15 ...; after 12 steps syncs in every one, then every 2nd, 4th.
@@ -160,6 +162,12 @@ ROWS = {
         "EF21": _wrapper | {
             "make": lambda params, comm, **options: EF21(params, comm, TopK(0.2), lr=0.05, **options),
             "own": {"g_i"}, "saves": 4, "bad": (NEGATIVE,),
+        },
+        "ByzEF21": _wrapper | {
+            "make": lambda params, comm, **options: ByzEF21(params, comm, TopK(0.2), lr=0.05, aggregator=Median(),
+                                                            **{"f": 0} | options),
+            "own": set(), "saves": 3, "calls": ("Allgather", "Allgather", "Allgatherv"),
+            "bad": (NEGATIVE, ({"f": -1}, "f=-1 is negative")),
         },
         "EControl": _wrapper | {
             "make": lambda params, comm, **options: EControl(params, comm, TopK(0.2), lr=0.05, momentum=0.5, **options),

@@ -4,14 +4,17 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 import virtual
 from programs import same_bits
+from stored import MemoryStore
 from vectors_for_tests import gaussian
 
 from mpi_ef.collectives import ClientsMean, GatherMean, RobustMean, robust_mean
 from mpi_ef.compress import Identity, Quantize, RandK, Sign, TopK
 from mpi_ef.errors import DisagreementError, DtypeError, NonFiniteError, OptionError, PeerError
 from mpi_ef.feedback import ErrorFeedback
+from mpi_ef.optim import ByzEF21
 from mpi_ef.robust import (
     NNM,
     Bucketing,
@@ -24,6 +27,7 @@ from mpi_ef.robust import (
     TrimmedMean,
     aggregate,
 )
+from mpi_ef.state.training import Training
 
 D, N, F = 300, 7, 2
 TOP = TopK(0.02)  # few enough to compute only what has changed
@@ -379,3 +383,94 @@ def test_bytes_that_are_counted_are_those_that_travel():
         return [b - a for a, b in pairwise(sent)]
 
     virtual.run(2, program)
+
+
+def net_of():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+
+
+def take_step(net, optimizer, rank, step, factor=1.0):
+    optimizer.zero_grad()
+    rng = np.random.default_rng([rank, step])
+    x = torch.tensor(rng.normal(size=(8, 6)), dtype=torch.float32)
+    (factor * (net(x) - x[:, :2]).square().mean()).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"eta": 0.3}, {"reply": TopK(0.5)}, {"shards": True}, {"overlap": True},
+                                     {"aggregator": GeometricMedian()}], ids=str)
+def test_a_training_goes_on_where_ranks_are_wrong(options):
+    """One rank has NaN in some steps, in others lies; all replicas stay equal, and losses fall as without it."""
+
+    def program(comm, wrong):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = ByzEF21(net.parameters(), comm, TopK(0.2), lr=0.2, f=1, **options)
+        optimizer.check_replicas_every = 1
+        for step in range(60):
+            factor = 1.0 if rank != 2 or not wrong else float("nan") if step % 7 == 3 else -40.0
+            take_step(net, optimizer, rank, step, factor)
+        assert optimizer.steps == 60
+        assert optimizer.skipped_steps == 0
+        x = torch.tensor(np.random.default_rng(5).normal(size=(400, 6)), dtype=torch.float32)
+        return (net(x) - x[:, :2]).square().mean().item(), optimizer.suspicion
+
+    clean, wrong = (virtual.results(5, lambda comm, wrong=wrong: program(comm, wrong)) for wrong in (False, True))
+    assert wrong[0][0] < clean[0][0] * 1.25 < 0.5
+    assert wrong[0][1].argmax() == 2
+    assert wrong[0][1][2] > 0.8 > 2 * np.delete(wrong[0][1], 2).max()
+    for _, suspicion in wrong[1:]:
+        assert same_bits(suspicion, wrong[0][1])
+
+
+def test_a_step_with_more_broken_ranks_than_f_is_skipped():
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = ByzEF21(net.parameters(), comm, TopK(0.2), lr=0.2, f=1)
+        for step in range(3):
+            take_step(net, optimizer, rank, step)
+        before = [p.detach().clone() for p in net.parameters()]
+        take_step(net, optimizer, rank, 3, float("inf") if rank in (0, 3) else 1.0)
+        assert all(torch.equal(p, was) for p, was in zip(net.parameters(), before, strict=True))
+        assert (optimizer.steps, optimizer.skipped_steps) == (3, 1)
+        take_step(net, optimizer, rank, 4)
+        assert optimizer.steps == 4
+
+    with pytest.warns(RuntimeWarning, match="step 3 skipped on all ranks: NaN or Inf in the gradient on ranks 0,3"):
+        virtual.run(5, program)
+
+
+@pytest.mark.parametrize("options", [{}, {"eta": 0.3}, {"reply": TopK(0.5)}], ids=str)
+def test_a_checkpoint_goes_on_with_another_number_of_ranks(options):
+    """On as many ranks rows and suspicion are what they were; on others every rank begins from the aggregate."""
+    store = MemoryStore()
+
+    def program(comm, resume, count):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = ByzEF21(net.parameters(), comm, TopK(0.2), lr=0.2, f=1, **options)
+        training = Training(model=net, optimizer=optimizer, random=False)
+        start = training.resume(store, comm, policy="redistribute") if resume else 0
+        state = optimizer.feedback.state
+        rows, suspicion = state.by_client.copy(), optimizer.suspicion.copy()
+        aggregate = state.aggregate if "reply" in options else state.g
+        if resume and comm.Get_size() != 5:
+            assert (rows == aggregate).all()
+            assert not suspicion.any()
+        for step in range(start, start + count):
+            take_step(net, optimizer, rank, step, -9.0 if rank == 1 else 1.0)
+        if not resume:
+            training.save(store, comm, start + count)
+        assert optimizer.suspicion.argmax() == 1
+        return rows, suspicion, state.by_client.copy(), optimizer.suspicion.copy(), [*map(torch.clone, net.parameters())]
+
+    saved = virtual.results(5, lambda comm: program(comm, False, 6))
+    again = virtual.results(5, lambda comm: program(comm, True, 4))
+    assert same_bits(again[3][0], saved[0][2])
+    assert same_bits(again[3][1], saved[0][3])
+    store_of_ten, store = store, MemoryStore()
+    whole = virtual.results(5, lambda comm: program(comm, False, 10))
+    assert all(torch.equal(p, q) for p, q in zip(again[0][4], whole[0][4], strict=True))
+    store = store_of_ten
+    for n in (4, 7):
+        with pytest.warns(RuntimeWarning, match="of 5 ranks goes on with"):
+            virtual.run(n, lambda comm: program(comm, True, 4))

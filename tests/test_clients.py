@@ -252,7 +252,8 @@ def test_ef21_w_moves_like_ef21_for_a_homogeneous_compressor(plain, options):
 )
 def test_identity_compressor_gives_gradient_descent(rule):
     """Law 4; momentum is switched off, and clients of CLAG always speak."""
-    options = {**dict.fromkeys(("ef21-sgdm", "byz-ef21-sgdm", "ef21-sgd2m"), {"eta": 1.0}), "clag": {"zeta": 0.0}, "econtrol": {"eta": 0.7},
+    one = {"eta": 1.0}
+    options = {"ef21-sgdm": one, "byz-ef21-sgdm": one, "ef21-sgd2m": one, "clag": {"zeta": 0.0}, "econtrol": {"eta": 0.7},
                "lion": {"beta1": 0.0, "beta2": 0.0}}
     weights = CLIENT_WEIGHTS if rule == "ef21-w" else None
     x = descent(rule, compressor=Identity(), options=options.get(rule), weights=weights)

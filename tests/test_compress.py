@@ -289,6 +289,9 @@ def test_wires_of_another_size_are_refused(compressor, dtype):
             codec.encode(x, wire)
         with pytest.raises(ShapeError, match=f"must be nbytes = {codec.nbytes}"):
             codec.add(wire[None], x.copy())
+        if type(codec).clear is not Codec.clear:  # which looks at no wire
+            with pytest.raises(ShapeError, match=f"must be nbytes = {codec.nbytes}"):
+                codec.clear(wire[None], x.copy())
         with pytest.raises(ShapeError, match=f"must be nbytes = {codec.nbytes}"):
             codec.decode(wire)
     assert (before == 7).all()

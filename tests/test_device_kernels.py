@@ -322,6 +322,17 @@ def test_add_quantized(dtype, format):
 
 
 @each_dtype
+@pytest.mark.parametrize("format", ["bf16", "fp16", "int8"])
+def test_add_quantized_of_any_bits(dtype, format):
+    rng = np.random.default_rng(4)
+    for n, d in enumerate(SIZES):
+        exponents, codes = (rng.integers(-2**15, 2**15, size).astype(np.int16) for size in (-(-d // 64), d))
+        exponents[::2] >>= 6
+        check_same("add_quantized", dtype, exponents, codes.astype(np.int8 if format == "int8" else np.int16), format, 64,
+                   dtype(0.3), n % 2 == 0, vector(d, dtype, 9), scratch=[None])
+
+
+@each_dtype
 def test_sparse(dtype):
     for n, d in enumerate(SIZES):
         k = max(1, d // 7)
@@ -347,6 +358,11 @@ def test_codes_of_indices(d, k):
     reference.encode_indices(indices, low, lower, upper)
     check_same("encode_indices", np.float32, indices, low, lower, upper)
     check_same("decode_indices", np.float32, lower, upper, low, d, np.zeros(k, np.int64))
+    for fewer in (0, 1, 3, 60):  # any bits, with fewer and fewer ones
+        lower, upper = (rng.integers(0, 2**64, size, np.uint64) for size in (lower.size, upper.size))
+        for _ in range(fewer):
+            upper &= rng.integers(0, 2**64, upper.size, np.uint64)
+        check_same("decode_indices", np.float32, lower, upper, low, d, np.zeros(k, np.int64))
 
 
 @pytest.mark.parametrize(("d", "k"), [(1, 1), (10, 3), (10, 10), (1000, 1), (1000, 999), (5001, 777), (2**33, 300), (3, 2)])

@@ -294,7 +294,7 @@ def test_memory_stays_while_messages_are_under_way_after_an_error(monkeypatch):
     virtual.results(2, program)
     for x in vectors:
         assert any(np.shares_memory(x, memory[0]) for memory, _ in kept)
-    assert all(not request.Test() for _, request in kept)
+    assert not all(request.Test() for _, request in kept)
 
 
 def test_messages_of_virtual_ranks_come_in_order_and_are_copies():

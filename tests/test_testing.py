@@ -31,7 +31,7 @@ from mpi_ef.compress import (
     lazy,
     source,
 )
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.feedback import RULES, Rule
 from mpi_ef.testing import CompressorLaws, OptimizerLaws, PlanLaws, RuleLaws
 from mpi_ef.testing.faults import CommunicationError
@@ -152,6 +152,8 @@ class _WrongCodec(PlainCodec):
     def unpack(self, wire):
         if self.how == "remembers" and self.sent:
             return self.last.astype(self.dtype)
+        if self.how == "trusts what it reads":
+            return np.zeros(self.d, self.dtype)[wire[: 8 * self.d].view(np.int64)]
         with np.errstate(over="ignore", invalid="ignore"):
             return wire[: 8 * (self.d - (self.how == "one short"))].view(np.float64).astype(self.dtype)
 
@@ -168,6 +170,11 @@ class _WrongCodec(PlainCodec):
         if self.how == "from the last on":
             wires = wires[::-1]
         super().add(wires, out, factor, overwrite=overwrite and self.how != "keeps the old")
+        if self.how == "refuses late" and not np.isfinite(out).all():
+            raise ShapeError("is not finite")
+
+    def clear(self, wires, out):
+        out[np.isfinite(out) | (self.how != "hides NaN")] = 0
 
 
 @pytest.mark.parametrize(("how", "law", "words"), [
@@ -200,6 +207,10 @@ class _WrongCodec(PlainCodec):
     ("drops in place", "test_contraction", "law of contraction for d=0, float32: ValueError: .* is read-only"),
     ("tells nobody", "test_what_is_not_finite_is_reported", "breaks the law of vectors that are not finite"),
     ("keeps the old", "test_messages_are_added_in_order", "breaks the law of overwriting"),
+    ("remembers", "test_wires_of_any_content_are_decoded", "law of wires of any content for d=1, .* has decoded before"),
+    ("trusts what it reads", "test_wires_of_any_content_are_decoded", "content for d=1, float32: add raises IndexError: "),
+    ("refuses late", "test_wires_of_any_content_are_decoded", "content for d=1, float32: add refuses it, and has written"),
+    ("hides NaN", "test_wires_of_any_content_are_decoded", r"content for d=1, .*: clear leaves something in entries \[0\]"),
 ])
 def test_what_is_wrong_with_a_compressor_is_told(how, law, words):
     with pytest.raises(AssertionError, match=words) as told:

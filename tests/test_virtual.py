@@ -104,6 +104,59 @@ def test_what_mpi_could_not_send_fails():
         virtual.results(2, program)
 
 
+def test_ranks_that_pause_go_on_in_the_order_of_their_clock():
+    """It stands still while a rank runs, and where one waits for another it does not count."""
+    order = []
+
+    def program(comm):
+        rank = comm.Get_rank()
+        for pause in ([0.5, 0.25], [0.25, 0.25, 0.5], [1.0])[rank]:
+            comm.pause(pause)
+            order.append((rank, comm.clock()))
+        seen = comm.allgather(rank)
+        return seen, comm.clock()
+
+    assert virtual.results(3, program) == [([0, 1, 2], 1.0)] * 3
+    assert order == [(1, 0.25), (0, 0.5), (1, 0.5), (0, 0.75), (2, 1.0), (1, 1.0)]
+
+
+def test_a_rank_that_pauses_fails_where_another_has():
+    def program(comm):
+        if _last(comm):
+            raise ZeroDivisionError
+        while True:
+            comm.pause(1.0)
+
+    first, second, failed = virtual.run(3, program)
+    assert isinstance(first, DeadlockError)
+    assert isinstance(second, DeadlockError)
+    assert isinstance(failed, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_message_may_be_looked_for_without_waiting(eager):
+    def program(comm):
+        x = np.ones(2)
+        if comm.Get_rank() == 0:
+            request = comm.Isend(np.full(2, 7.0), 1, 5)
+            done = [request.Test()]
+            comm.pause(1.0)
+            return [*done, request.Test(), request.Test()]
+        request = comm.Irecv(x, 0, 6)
+        assert not request.Test()
+        request.Cancel()
+        assert request.Test()
+        request = comm.Irecv(x, 0, 5)
+        comm.pause(0.5)
+        assert request.Test()
+        assert request.Test()
+        assert x.tolist() == [7.0, 7.0]
+        request.Wait()
+        return None
+
+    assert virtual.results(2, program, eager=eager)[0] == [eager, True, True]
+
+
 def test_a_split_makes_groups_that_communicate_by_themselves():
     """In the order of keys, then ranks; groups of groups; each at its own pace."""
 

@@ -196,8 +196,10 @@ def _decoded(code, exponent, FORMAT: tl.constexpr, F64: tl.constexpr):
     if FORMAT == 2:
         value, broken = code.to(tl.float64), exponent > most - 6
     elif FORMAT == 1:
-        value = code.to(tl.float16, bitcast=True).to(tl.float32).to(tl.float64)
-        broken = (exponent > most - 15) | ((code & 0x7C00) == 0x7C00)
+        large = (code & 0x7C00) == 0x7C00  # no Inf and NaN: twice the numbers with one less in the exponent
+        half = tl.where(large, code ^ 0x400, code).to(tl.int16).to(tl.float16, bitcast=True)
+        value = half.to(tl.float32).to(tl.float64) * tl.where(large, 2.0, 1.0)
+        broken = exponent > most - 15
     else:
         value = (code.to(tl.int32) << 16).to(tl.float32, bitcast=True).to(tl.float64)
         broken = (exponent > most) | ((code & 0x7F80) == 0x7F80)

@@ -292,7 +292,9 @@ def add_quantized(exponents: Tensor, codes: Tensor, format: str, block: int, fac
     if format == "int8":
         values = codes.to(torch.float64)
     elif format == "fp16":
-        values = codes.view(torch.float16).to(torch.float64)
+        large = (codes & 0x7C00) == 0x7C00  # no Inf and NaN: twice the numbers with one less in the exponent
+        codes = codes ^ (large * 0x400).to(torch.int16)
+        values = codes.view(torch.float16).to(torch.float64) * (1 + large.to(torch.int16))
     else:
         values = (codes.to(torch.int32) << 16).view(torch.float32).to(torch.float64)
     rows = _rows(values, min(block, out.numel()))

@@ -18,11 +18,12 @@ from .gather import GatherMean
 from .lowrank import LowRankMean
 from .node import NodeMean
 from .onecall import allgather, allreduce
+from .peers import Heard, Peers
 from .plan import LinkTraffic, Offer, Plan, Traffic
 from .robust import RobustMean, robust_mean
 from .two_phase import TwoPhaseMean, chunk_bounds
 
-__all__ = ["Advice", "ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "LinkTraffic",
-           "LowRankMean", "NodeMean", "Offer", "Plan", "PlanBuilder", "RobustMean", "Round", "Traffic", "TwoPhaseMean",
-           "advise", "allgather", "allreduce", "build_plan", "chunk_bounds", "plan_for", "robust_mean",
+__all__ = ["Advice", "ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "Heard", "LinkTraffic",
+           "LowRankMean", "NodeMean", "Offer", "Peers", "Plan", "PlanBuilder", "RobustMean", "Round", "Traffic",
+           "TwoPhaseMean", "advise", "allgather", "allreduce", "build_plan", "chunk_bounds", "plan_for", "robust_mean",
            "use_gpu_aware_mpi"]

@@ -5,7 +5,7 @@ import ctypes
 from time import monotonic, sleep
 from typing import Any
 
-__all__ = ["landed", "let_go", "took_off"]
+__all__ = ["landed", "let_go", "outlives", "took_off"]
 
 _PATIENCE_SECONDS = 5.0
 _owners: dict[int, tuple[Any, Any]] = {}
@@ -36,4 +36,9 @@ def _wait() -> None:
     for owner, request in _owners.values():
         while not request.Test() and monotonic() < deadline:
             sleep(0.001)
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
+        outlives(owner)
+
+
+def outlives(owner: object) -> None:
+    """Keep it to the very end, after that of Python. Local."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))

@@ -56,12 +56,12 @@ def _of_one_size(encode: Any) -> Any:
     return checked
 
 
-def _of_many_sizes(add: Any) -> Any:
-    @wraps(add)
-    def checked(self: "Codec", wires: Wires, out: Vector, factor: float = 1.0, *, overwrite: bool = False) -> None:
+def _of_many_sizes(decode: Any) -> Any:
+    @wraps(decode)
+    def checked(self: "Codec", wires: Wires, *arguments: Any, **options: Any) -> None:
         if wires.shape[1:] != (self.nbytes,):
             raise ShapeError(f"{type(self).__name__}: wires are {wires.shape} bytes; rows must be nbytes = {self.nbytes}")
-        add(self, wires, out, factor, overwrite=overwrite)
+        decode(self, wires, *arguments, **options)
 
     return checked
 
@@ -96,6 +96,8 @@ class Codec(ABC):
             cls.encode = _of_one_size(cls.encode)  # type: ignore[method-assign]
         if "add" in vars(cls):
             cls.add = _of_many_sizes(cls.add)  # type: ignore[method-assign]
+        if "clear" in vars(cls):
+            cls.clear = _of_many_sizes(cls.clear)  # type: ignore[method-assign]
 
     @abstractmethod
     def encode(self, x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:

@@ -58,7 +58,7 @@ class FlatOptimizer(Saved):
 
     clip: float = 0.0
     overlaps = _lends = done = weighs = False  # whether gradients of a step may stay where they are; of join
-    weight = 1.0
+    weight, _bears = 1.0, False  # whether exchanges go on without the vectors of a few ranks
 
     def _lay_out(self, comm: Comm, facts: Callable[[], Mapping[str, object]], model: object = None) -> None:
         """Build the vectors of the parameters in ``self.param_groups``; raise on all ranks unless they agree. Collective.
@@ -247,7 +247,7 @@ class FlatOptimizer(Saved):
         """Return what this rank has to say of its parameters and gradients before a step. Local."""
         groups = crc32(repr((hyper_parameters(self), self.check_replicas_every, self._loads)).encode())
         overflow = getattr(self, "found_inf", None)  # set by GradScaler, which may have seen it before it was clipped
-        fine = not overflow and self.flat.kernels.finite(self.flat.collected())
+        fine = self._bears or (not overflow and self.flat.kernels.finite(self.flat.collected()))
         words: dict[str, float] = {"groups": groups, "status": OK if fine else NON_FINITE}
         self._compares = self._writes.compares() or self._compares
         if self._compares:

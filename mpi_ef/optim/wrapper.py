@@ -15,7 +15,7 @@ from mpi_ef.comm.consensus import agree, shared_errors
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Combination, Compressor, Identity, for_parameters, lazy
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import MpiEfError, OptionError, briefly, shortage, told
+from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError, briefly, shortage, told
 from mpi_ef.feedback import ErrorFeedback, Rule
 from mpi_ef.feedback.state import form
 from mpi_ef.feedback.table import rule_of
@@ -144,6 +144,7 @@ class DistributedOptimizer(FlatOptimizer):
         self._hindsight = Hindsight(self.channels())
         self._places = None if self._after is None else self.flat.views(self._after)
         self._lends = placement == "update"
+        self._bears = placement == "gradient" and all(bucket.feedback.plan.broken is not None for bucket in buckets)
         if placement == "gradient" and self.feedback.row is not None and len(buckets) == 1 and not overlap:
             self.flat.gather_gradients_in(self.feedback.row)
 
@@ -279,7 +280,13 @@ class DistributedOptimizer(FlatOptimizer):
         return [(bucket.feedback, bucket.part.start) for bucket in self.buckets]
 
     def _step(self, broken: tuple[int, ...]) -> None:
-        super()._step(broken)
+        try:
+            super()._step(broken)
+        except NonFiniteError as error:
+            if not self._bears:
+                raise
+            broken = error.ranks
+            super()._step(broken)
         if not broken:
             self._hindsight.look(self.channels(), self.comm.Get_rank())
             self._report()

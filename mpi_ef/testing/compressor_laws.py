@@ -2,7 +2,8 @@
 
 import pickle
 from collections.abc import Iterator
-from itertools import product
+from functools import partial
+from itertools import islice, product
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from mpi_ef.compress import Compressor, Keep, PlainCodec, lazy, source
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import briefly
 
+from .garbage import Decoders, garbage
 from .law import Laws, law
 from .vectors import gaussian, hard
 
@@ -32,6 +34,8 @@ class CompressorLaws(Laws):
         False for compressors whose `alpha` holds in expectation only.
     tolerance : float
         By how much of ``||x||^2`` rounding may exceed the bound of the contraction.
+    wires : int
+        How many wires of any content are decoded, for each length and dtype.
     """
 
     tested = "compressor"
@@ -39,6 +43,7 @@ class CompressorLaws(Laws):
     sizes: ClassVar[tuple[int, ...]] = (0, 1, 2, 7, 64, 65, 1000)
     contracts: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-6
+    wires: ClassVar[int] = 20
     dtypes: ClassVar[tuple[Any, ...]] = (np.float32, np.float64)
 
     def _lengths(self, *sizes: int) -> Iterator[tuple[int, Any]]:
@@ -192,6 +197,18 @@ class CompressorLaws(Laws):
             self._law(self._sent(x, x)[2], "finite vectors", "encode says that x is not finite", x)
             for x[d // 2] in (np.nan, np.inf, -np.inf):
                 self._law(not self._sent(x, x)[2], "vectors that are not finite", "encode says that x is finite", x)
+
+    @law("wires of any content")
+    def test_wires_of_any_content_are_decoded(self) -> None:
+        """Bytes that no encoder has written give numbers that follow from them alone, or an error of mpi_ef.
+
+        Whatever they are, nothing beyond wire and vector is written or counts, what is refused changes nothing, and NaN and
+        Inf are seen.
+        """
+        for d, dtype in self._lengths():
+            decoders = Decoders(partial(self.compressor.codec, d, dtype))
+            for wire in islice(garbage(decoders.messages, seed=d), self.wires):
+                decoders.check(wire)
 
     @law("values")
     def test_a_compressor_is_a_value(self) -> None:

@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -27,14 +28,17 @@ class DeadlockError(AssertionError):
 
 
 class _Turns:
-    """What all ranks share. They take turns: a rank runs until it needs what another one has not sent yet."""
+    """What all ranks share. They take turns: a rank runs until it needs what another one has not sent yet, or pauses."""
 
-    def __init__(self, size: int, ranks_per_node: int = 1) -> None:
-        self.ranks_per_node = ranks_per_node
+    def __init__(self, size: int, ranks_per_node: int = 1, *, eager: bool = False) -> None:
+        self.ranks_per_node, self.eager = ranks_per_node, eager
         self._turns = [threading.Lock() for _ in range(size)]  # held where it is not that rank's turn
         self.ready = deque(range(size))  # ranks that only wait for their turn
         self.waiting: dict[int, str] = {}  # by rank, in which collective
         self.broken = ""
+        self.now = 0.0  # seconds of a clock that goes on where all ranks wait or pause
+        self._pausing: list[tuple[float, int, int]] = []  # a heap: until when, in which order they began, who
+        self._pauses = 0
         for turn in self._turns:
             turn.acquire()
 
@@ -44,10 +48,22 @@ class _Turns:
 
     def next(self) -> None:
         """Let another rank run. Where all that are left wait for one that has ended, let them fail."""
+        if not self.ready and self._pausing:
+            self.now, _, rank = heappop(self._pausing)
+            self.ready.append(rank)
         if not self.ready and self.waiting:
             self.fail("have come to their end")
         if self.ready:
             self._turns[self.ready.popleft()].release()
+
+    def pause(self, rank: int, seconds: float) -> None:
+        """Let others run until the clock is so many seconds on."""
+        self._pauses += 1
+        heappush(self._pausing, (self.now + seconds, self._pauses, rank))
+        self.next()
+        self.enter(rank)
+        if self.broken:
+            raise DeadlockError(self.broken)
 
     def fail(self, how: str) -> None:
         """Let all ranks that wait, or will, fail."""
@@ -76,6 +92,14 @@ class _World:
             del self._expecting[place[1]]
             if self.turns.waiting.pop(self.members[place[1]], None):
                 self.turns.ready.append(self.members[place[1]])
+
+    def there(self, place: Any) -> bool:
+        """Tell whether there is a message at its place."""
+        return bool(self._mail.get(place))
+
+    def taken(self, place: Any, message: np.ndarray) -> bool:
+        """Tell whether a message that was left there has been collected."""
+        return not any(left is message for left in self._mail.get(place, ()))
 
     def collect(self, place: Any) -> np.ndarray:
         """Return the first message at its place, when it is there."""
@@ -121,16 +145,23 @@ class _World:
 
 
 class Request:
-    """A communication whose messages arrive in :meth:`Wait`."""
+    """A communication whose messages arrive in :meth:`Wait`, or in :meth:`Test` where `ready` tells that they can."""
 
-    def __init__(self, finish: Callable[[], None]) -> None:
-        self._finish = finish
+    def __init__(self, finish: Callable[[], None], ready: Callable[[], bool] = lambda: False) -> None:
+        self._finish, self._ready = finish, ready
 
     def Wait(self) -> None:
         self._finish()
 
     def Test(self) -> bool:
-        return False
+        if not self._ready():
+            return False
+        self._finish()
+        self.Cancel()
+        return True
+
+    def Cancel(self) -> None:
+        self._finish, self._ready = lambda: None, lambda: True
 
 
 class VirtualComm(DerivedCalls):
@@ -161,10 +192,11 @@ class VirtualComm(DerivedCalls):
         return f"node {self._world.members[self._rank] // self._world.turns.ranks_per_node}"
 
     def Isend(self, array: np.ndarray, dest: int, tag: int = 0) -> Request:
-        """Copy what is sent at once."""
+        """Copy what is sent at once. The request is done when it has been received, or at once where sends are `eager`."""
         assert array.flags.c_contiguous
-        self._world.post((self._rank, dest, tag), array.copy())
-        return Request(lambda: None)
+        place, message, world = (self._rank, dest, tag), array.copy(), self._world
+        world.post(place, message)
+        return Request(lambda: None, lambda: world.turns.eager or world.taken(place, message))
 
     def Irecv(self, array: np.ndarray, source: int, tag: int = 0) -> Request:
         """Until the end, what is received is garbage."""
@@ -176,7 +208,15 @@ class VirtualComm(DerivedCalls):
             assert message.size == array.size
             array[...] = message
 
-        return Request(finish)
+        return Request(finish, lambda: self._world.there((source, self._rank, tag)))
+
+    def clock(self) -> float:
+        """Return seconds of the ranks' own clock, which stands still while a rank runs."""
+        return self._world.turns.now
+
+    def pause(self, seconds: float) -> None:
+        """Let other ranks run until that clock is so many seconds on."""
+        self._world.turns.pause(self._world.members[self._rank], seconds)
 
     def Barrier(self) -> None:
         self._share("Barrier", None)
@@ -228,18 +268,20 @@ class VirtualComm(DerivedCalls):
         array[...] = self._share("Bcast", array.copy())[root]
 
 
-def run(size: int, program: Callable[[Any], Any], *, virtual: bool = False, ranks_per_node: int = 1) -> list[Any]:
+def run(size: int, program: Callable[[Any], Any], *, virtual: bool = False, ranks_per_node: int = 1,
+        eager: bool = False) -> list[Any]:
     """Call ``program(comm)`` on `size` virtual ranks and return what each of them returned or raised.
 
     A rank that raises, or ends while others wait for it, lets these fail, so that none waits for ever; its result is the
     exception.
 
     With as many real ranks, see :mod:`mpi_ef.testing.plugin`, and without `virtual`, it runs on these, and all return the
-    results of all. Every `ranks_per_node` virtual ranks are on a node of their own.
+    results of all. Every `ranks_per_node` virtual ranks are on a node of their own. MPI may complete a send before it is
+    received, or not until then: `eager` says which.
     """
     if world is not None and size == world.Get_size() and not virtual:
         return _run_for_real(world, program)
-    turns, results = _Turns(size, ranks_per_node), list[Any]([None] * size)
+    turns, results = _Turns(size, ranks_per_node, eager=eager), list[Any]([None] * size)
     shared = _World(size, turns)
 
     def rank_main(rank: int) -> None:
@@ -273,9 +315,10 @@ def _run_for_real(comm: Comm, program: Callable[[Any], Any]) -> list[Any]:
     return gathered
 
 
-def results(size: int, program: Callable[[Any], Any], *, virtual: bool = False, ranks_per_node: int = 1) -> list[Any]:
+def results(size: int, program: Callable[[Any], Any], *, virtual: bool = False, ranks_per_node: int = 1,
+            eager: bool = False) -> list[Any]:
     """Like :func:`run`, but raise the first error of any rank."""
-    values = run(size, program, virtual=virtual, ranks_per_node=ranks_per_node)
+    values = run(size, program, virtual=virtual, ranks_per_node=ranks_per_node, eager=eager)
     errors = [value for value in values if isinstance(value, BaseException)]
     causes = [error for error in errors if not isinstance(error, DeadlockError)]
     for error in causes or errors:

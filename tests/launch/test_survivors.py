@@ -203,3 +203,26 @@ def test_a_model_and_an_optimizer_of_ones_own_outlive_a_death(tmp_path):
         again = run(ranks, *training(by_hand, *mine, *more), within=LIMIT, **path)
         assert again.status == 0, again.text
     assert_same(out, by_hand)
+
+
+IN_ROUNDS = """
+import os, signal
+import numpy as np
+from mpi4py.MPI import COMM_WORLD as comm
+from mpi_ef.collectives import Peers
+
+peers = Peers(comm, 200_000, wait_for=3, patience_seconds=200.0)
+while peers.round < 20:
+    if comm.rank == 2 and peers.round >= 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+    peers.exchange(np.full(200_000, comm.rank, np.float32))
+print(f"rank {comm.rank} has not heard {peers.close()}", flush=True)
+peers.leave(0)
+"""
+
+
+def test_rounds_between_peers_go_on_without_a_dead_one():
+    """Nobody waits for it at the end, as MPI says that it is dead."""
+    ended = run(4, "-c", IN_ROUNDS, launcher=ULFM, within=LIMIT)
+    assert ended.status == 0, ended.text
+    assert len(ended.lines_with("has not heard (2,)")) == 3, ended.text

@@ -1,0 +1,288 @@
+"""MoNNA and mixing under any torch optimizer: what ranks go on from, where some of them are wrong."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import virtual
+from programs import same_bits
+from stored import MemoryStore
+
+from mpi_ef.compress import TopK
+from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError
+from mpi_ef.optim import MoNNA, PeerMixing
+from mpi_ef.robust import Median, aggregate
+from mpi_ef.state.training import Training
+
+pytestmark = pytest.mark.filterwarnings("ignore:MoNNA. n=")
+moves = pytest.mark.filterwarnings("ignore:step .* does not move by itself")
+
+
+def net_of(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+
+
+def vector_of(net):
+    return torch.cat([p.detach().reshape(-1) for p in net.parameters()]).numpy().copy()
+
+
+def loss_of(net, rank, step):
+    x = torch.tensor(np.random.default_rng([rank, step]).normal(size=(8, 6)), dtype=torch.float32)
+    return (net(x) - x[:, :2]).square().mean()
+
+
+def take_step(net, optimizer, rank, step, factor=1.0):
+    optimizer.zero_grad()
+    (factor * loss_of(net, rank, step)).backward()
+    optimizer.step()
+
+
+def lie(net, factor):
+    """Let this rank's parameters be something else before it steps."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(factor)
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_without_wrong_ranks_all_go_on_from_the_mean(n):
+    """Law 12, and MoNNA's formulas, step by step."""
+
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        twins, m = [net_of() for _ in range(n)], [0.0] * n
+        optimizer = MoNNA(net.parameters(), comm, lr=0.1, f=0, beta=0.8, weight_decay=0.01)
+        for step in range(5):
+            take_step(net, optimizer, rank, step)
+            t = []
+            for r, twin in enumerate(twins):
+                twin.zero_grad()
+                loss_of(twin, r, step).backward()
+                theta = vector_of(twin)
+                grad = torch.cat([p.grad.reshape(-1) for p in twin.parameters()]).numpy()
+                m[r] = 0.8 * m[r] + 0.2 * (grad + 0.01 * theta)
+                t.append(theta - 0.1 * m[r])
+            mean = torch.from_numpy(np.mean(t, axis=0))
+            for twin in twins:
+                torch.nn.utils.vector_to_parameters(mean, twin.parameters())
+            np.testing.assert_allclose(vector_of(net), mean, rtol=2e-5, atol=1e-6)
+            np.testing.assert_allclose(optimizer.x, np.median(t, axis=0), rtol=2e-5, atol=1e-6)
+        assert not optimizer.suspicion.any()
+        return vector_of(net)
+
+    thetas = virtual.results(n, program)
+    assert all(same_bits(thetas[0], theta) for theta in thetas)
+
+
+@moves
+@pytest.mark.parametrize("make", [
+    lambda net, comm: MoNNA(net.parameters(), comm, lr=0.3, f=1, beta=0.9),
+    lambda net, comm: PeerMixing(torch.optim.Adam(net.parameters(), lr=0.02), comm, f=1, model=net),
+    lambda net, comm: MoNNA(net.parameters(), comm, lr=0.3, f=1, beta=0.9, compressor=TopK(0.3), rate=0.5)],
+    ids=["monna", "adam", "compressed"])
+@pytest.mark.parametrize("wrong", [-1.0, 1e20, float("nan")], ids=str)
+def test_a_rank_that_is_wrong_decides_nothing(make, wrong):
+    def program(comm, bad):
+        net, rank, total = net_of(), comm.Get_rank(), 80
+        optimizer = make(net, comm)
+        for step in range(total):
+            if rank == bad and step % 3 == 0:
+                lie(net, wrong)
+            take_step(net, optimizer, rank, step)
+        assert optimizer.steps == total
+        with optimizer.shared():
+            shared = sum(loss_of(net, 90, k).item() for k in range(20)) / 20
+        return sum(loss_of(net, 90, k).item() for k in range(20)) / 20, shared, optimizer.suspicion
+
+    with np.errstate(all="ignore"):
+        clean, under = (virtual.results(5, lambda comm, bad=bad: program(comm, bad)) for bad in (None, 2))
+    best = max(loss for loss, _, _ in clean)
+    for rank in (0, 1, 3, 4):
+        loss, shared, suspicion = under[rank]
+        assert loss < 1.3 * best < 0.6
+        assert shared < 1.3 * best
+        if wrong == wrong:  # a broken vector is left out before it can be suspected
+            assert suspicion.argmax() == 2
+
+
+def test_models_of_ranks_stay_together():
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = MoNNA(net.parameters(), comm, lr=0.3, f=1, beta=0.9)
+        for step in range(40):
+            take_step(net, optimizer, rank, step)
+        return vector_of(net), optimizer.x.copy()
+
+    found = virtual.results(5, program)
+    thetas, medians = zip(*found, strict=True)
+    assert len({theta.tobytes() for theta in thetas}) > 1
+    assert len({median.tobytes() for median in medians}) == 1
+    assert max(np.linalg.norm(theta - np.mean(thetas, axis=0)) for theta in thetas) < 0.05
+
+
+def test_a_gradient_with_nan_is_this_ranks_own_matter():
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = MoNNA(net.parameters(), comm, lr=0.3, f=1)
+        for step in range(6):
+            take_step(net, optimizer, rank, step, float("nan") if rank == 3 and step in (2, 4) else 1.0)
+        assert optimizer.steps == 6
+        assert optimizer.skipped_steps == optimizer.jumps == 0
+        assert np.isfinite(vector_of(net)).all()
+        return optimizer.skipped_local_steps
+
+    with pytest.warns(RuntimeWarning, match="rank 3 does not move by itself: NaN or Inf in its gradient"):
+        assert virtual.results(4, program) == [0, 0, 0, 2]
+
+
+@moves
+def test_a_rank_that_has_gone_astray_comes_back():
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = MoNNA(net.parameters(), comm, lr=0.3, f=1)
+        for step in range(4):
+            take_step(net, optimizer, rank, step)
+        if rank == 1:
+            lie(net, float("inf"))
+        take_step(net, optimizer, rank, 4)
+        assert np.isfinite(vector_of(net)).all()
+        assert optimizer.jumps == (rank == 1)
+        assert bool(optimizer.optimizer.state) == (rank != 1)
+        take_step(net, optimizer, rank, 5)
+        return vector_of(net)
+
+    with np.errstate(all="ignore"):
+        thetas = virtual.results(4, program)
+    assert np.abs(thetas[1] - thetas[0]).max() < 0.1
+
+
+@moves
+def test_more_broken_ranks_than_f_are_an_error_on_all():
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = MoNNA(net.parameters(), comm, lr=0.3, f=1)
+        if rank < 2:
+            lie(net, float("nan"))
+        with pytest.raises(NonFiniteError, match="2 clients"):
+            take_step(net, optimizer, rank, 0)
+
+    virtual.run(4, program)
+
+
+@pytest.mark.parametrize("options", [{}, {"compressor": TopK(0.3), "rate": 0.5}], ids=str)
+@pytest.mark.parametrize("f", [0, 1])
+def test_a_checkpoint_goes_on_exactly(options, f):
+    """And with its own state_dict; on another number of ranks all begin from the median, without moments."""
+    store = MemoryStore()
+
+    def built(comm):
+        net = net_of()
+        return net, MoNNA(net.parameters(), comm, lr=0.3, f=f, beta=0.9, **options)
+
+    def program(comm):
+        (net, optimizer), rank = built(comm), comm.Get_rank()
+        for step in range(6):
+            take_step(net, optimizer, rank, step)
+        training = Training(model=net, optimizer=optimizer, random=False)
+        training.save(store, comm, 6)
+        state = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+        for step in range(6, 9):
+            take_step(net, optimizer, rank, step)
+        return state, vector_of(net), optimizer.x.copy(), optimizer.suspicion
+
+    def again(comm, saved):
+        (net, optimizer), rank = built(comm), comm.Get_rank()
+        if saved is None:
+            assert Training(model=net, optimizer=optimizer, random=False).resume(store, comm) == 6
+        else:
+            net.load_state_dict(saved[rank][0][0])
+            optimizer.load_state_dict(saved[rank][0][1])
+        for step in range(6, 9):
+            take_step(net, optimizer, rank, step)
+        return vector_of(net), optimizer.x.copy(), optimizer.suspicion
+
+    first = virtual.results(5, program)
+    for saved in (None, first):
+        for now, (_, *then) in zip(virtual.results(5, lambda comm, saved=saved: again(comm, saved)), first, strict=True):
+            assert same_bits([*now], then)
+
+    def elsewhere(comm):
+        net, optimizer = built(comm)
+        Training(model=net, optimizer=optimizer, random=False).resume(store, comm, policy="redistribute")
+        assert not optimizer.optimizer.state
+        assert not optimizer.suspicion.any()
+        assert same_bits(vector_of(net), np.array(optimizer.x))
+        take_step(net, optimizer, comm.Get_rank(), 6)
+        return vector_of(net)
+
+    for n in (3, 7):
+        with pytest.warns(RuntimeWarning, match="of 5 ranks goes on with"):
+            assert len(virtual.results(n, elsewhere)) == n
+
+
+def test_what_is_shared_is_the_median():
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = MoNNA(net.parameters(), comm, lr=0.3, f=1)
+        for step in range(3):
+            take_step(net, optimizer, rank, step)
+        optimizer.check_replicas()
+        own = vector_of(net)
+        rows = optimizer.feedback.state.rows.reshape(5, -1)
+        with optimizer.shared():
+            assert same_bits(vector_of(net), aggregate(rows, Median(), f=2))
+            with pytest.raises(OptionError, match="inside of"):
+                take_step(net, optimizer, rank, 3)
+        assert same_bits(vector_of(net), own)
+
+    virtual.run(5, program)
+
+
+def test_replicas_are_compared_by_what_is_shared():
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = MoNNA(net.parameters(), comm, lr=0.3, f=1)
+        optimizer.check_replicas_every = 1
+        for step in range(4):
+            take_step(net, optimizer, rank, step)
+        optimizer.feedback.state.settle()
+        optimizer.feedback.state.x += rank == 2
+        with pytest.raises(DisagreementError):
+            take_step(net, optimizer, rank, 4)
+
+    virtual.run(4, program)
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    ({"f": 2}, "MoNNA: Median(): f=2 of n=4 clients; it needs 5 or more; take f=1 or fewer"),
+    ({"f": None}, "f is missing"), ({"f": 1, "beta": 1.0}, "beta=1.0 is not in [0, 1)"),
+    ({"f": 1, "rate": 0.0}, "rate=0.0 is not in (0, 1]"),
+    ({"f": 1, "wait_for": 2}, "wait_for=2 with f=1, which may be most of them; take 3 or more"),
+    ({"f": 1, "wait_for": 5}, "wait_for=5"), ({"f": 1, "patience_seconds": 0}, "patience_seconds=0"),
+    ({"f": 1, "wait_for": 3, "compressor": TopK(0.1)}, "leave out compressor, or wait_for")], ids=str)
+def test_what_does_not_fit_is_refused_in_one_line(options, text):
+    def program(comm):
+        with pytest.raises(OptionError) as error:
+            MoNNA(net_of().parameters(), comm, lr=0.1, **options)
+        assert text in str(error.value)
+
+    virtual.run(4, program)
+
+
+def test_join_is_refused():
+    def program(comm):
+        optimizer = MoNNA(net_of().parameters(), comm, lr=0.1, f=0)
+        with pytest.raises(OptionError, match="give all ranks as many batches"), optimizer.join():
+            pass
+
+    virtual.run(2, program)
+
+
+def test_below_eleven_ranks_for_a_wrong_one_it_says_so():
+    def program(comm):
+        MoNNA(net_of().parameters(), comm, lr=0.1, f=1)
+
+    with pytest.warns(RuntimeWarning, match="its theory wants n >= 11 f = 11"):
+        virtual.run(4, program)
