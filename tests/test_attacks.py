@@ -10,7 +10,8 @@ from test_layout import SOURCES
 from test_reproduce import small_data  # noqa: F401, a fixture
 
 from mpi_ef.compress import TopK
-from mpi_ef.errors import ConfigError
+from mpi_ef.errors import ConfigError, NonFiniteError
+from mpi_ef.feedback.theory import Smoothness
 from mpi_ef.jobs import figures
 from mpi_ef.jobs.reproduce import byz_ef21, monna
 from mpi_ef.jobs.reproduce import program as reproduce
@@ -19,6 +20,7 @@ from mpi_ef.jobs.reproduce.byz_ef21 import RULES, Swarm
 from mpi_ef.jobs.reproduce.clients import Images, Mlp, Shards
 from mpi_ef.jobs.reproduce.monna import Peers, Setting, train
 from mpi_ef.jobs.reproduce.outcome import ReproduceConfig
+from mpi_ef.jobs.reproduce.problems import LogisticRegression
 from mpi_ef.robust import TrimmedMean, aggregate
 
 ROWS = np.array([[1.0, 0, 2], [3, 2, 2], [2, 4, -1], [0, 2, 1]])
@@ -296,6 +298,29 @@ def test_byz_ef21_on_small_data(small_data, monkeypatch):  # noqa: F811
     rows = [json.loads(line) for line in seen[0][0].splitlines()]
     assert {row["panel"] for row in rows} >= {"phishing, shuffled, sign-flip", "a9a, sign-flip", "digits, sign-flip"}
     assert json.loads((folder / "summary.json").read_text())["attack"] == "sign-flip"
+
+
+def test_a_run_that_is_lost_ends(monkeypatch):
+    """Where the mean has made honest clients overflow, the run is over, and says so."""
+    problem = LogisticRegression([(np.full((3, 6), 1e200), np.ones(3))] * 20)
+    points = small_images()
+
+    def refused(*_):
+        raise NonFiniteError("as many are broken as in the first run")
+
+    def program(comm):
+        runs = byz_ef21.Runs(comm, ReproduceConfig(steps=50))
+        found = problem, Smoothness(1.0, (1.0,) * 20), np.zeros(6)
+        monkeypatch.setattr(byz_ef21, "step_size", lambda *_: 1e150)
+        curve = runs.descend("made", found, "mean", attack_named("huge"), 6, 1.0, 50)
+        monkeypatch.setattr(Swarm, "step", refused)
+        accuracy = runs.train(points, "mean", "form", attack_named("huge"), 0, eta=1.0, feedback=True)
+        return curve.steps[-1], byz_ef21._end(curve.squared_norms[-1]), accuracy
+
+    (steps, end, accuracy), = virtual.results(1, program)
+    assert steps < 50
+    assert end == "lost"
+    assert accuracy == Mlp(6).accuracy(Mlp(6).initial(0), points.test_x, points.test_y)
 
 
 def test_sets_that_are_missing_are_skipped_with_a_line(tmp_path):

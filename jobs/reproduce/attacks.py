@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ef.errors import ConfigError, briefly, nearest
-from mpi_ef.ranges import is_within
 
 __all__ = ["ATTACKS", "FACTORS", "Attack", "Attacker", "attack_named", "attacks_in", "searched"]
 
@@ -112,7 +111,7 @@ def attack_named(text: str) -> Attack:
         number = float(given)
     except ValueError:
         number = nan
-    if not is_within(number, "[0, inf)") or (kind.whole and number != int(number)):
+    if not 0.0 <= number < inf or (kind.whole and number != int(number)):
         what = "a whole number" if kind.whole else "a number"
         raise ConfigError(f"attack: {briefly(text.strip())}: {briefly(given)} is not {what}, 0 or more; take for example "
                           f"{name}({kind.default or 1.5:g})")

@@ -15,7 +15,7 @@ from mpi_ef.collectives import RobustMean
 from mpi_ef.comm.consensus import agree
 from mpi_ef.comm.protocol import Comm, MpiComm
 from mpi_ef.compress import Compressor, Source, TopK
-from mpi_ef.errors import DataError
+from mpi_ef.errors import DataError, NonFiniteError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.feedback.theory import Smoothness, step_size
 from mpi_ef.jobs.reproduce import figures
@@ -36,6 +36,7 @@ RULES: Mapping[str, Aggregator] = {
     "NNM, trimmed mean": NNM(TrimmedMean()), "NNM, median": NNM(Median())}
 _SEEDS, _EVERY = 3, 20
 _MEASURED = 20  # steps between measurements
+_LOST = 1e300  # ||grad f||^2 of what has become NaN or Inf
 Matrix = NDArray[Any]
 Lines = list[str]
 
@@ -189,10 +190,15 @@ class Runs:
                 if step % _MEASURED == 0 or step == steps:
                     full = everybody(gradients)[: N - F].mean(axis=0)
                     bits = 8.0 * swarm.plan.all_message_nbytes / N
-                    curve.append(step, min(float(np.nan_to_num(full @ full, nan=1e300)), 1e300), bits,
+                    curve.append(step, min(float(np.nan_to_num(full @ full, nan=_LOST)), _LOST), bits,
                                  32.0 * k * min(step, steps))
-                if step < steps:
+                if step == steps:
+                    break
+                try:
                     x = x - gamma * swarm.step(gradients)
+                except NonFiniteError:  # of honest clients too: the attack has succeeded
+                    curve.append(step + 1, _LOST, curve.sent_bits[-1], curve.paper_bits[-1])
+                    break
         self.curves.setdefault(f"{panel}, {attack}", {})[rule if feedback else f"{rule}, no feedback"] = curve
         return curve
 
@@ -213,7 +219,10 @@ class Runs:
                 if attack.name == "label-flip":
                     labels[wrong] = model.classes - 1 - labels[wrong]
                 gradients = model.gradients(np.tile(theta, (len(own), 1)), images.x[drawn], labels)
-                theta -= np.float32(0.5 / (1 + step // 100)) * swarm.step(gradients)
+                try:
+                    theta -= np.float32(0.5 / (1 + step // 100)) * swarm.step(gradients)
+                except NonFiniteError:
+                    break
             accuracy = model.accuracy(theta, images.test_x, images.test_y)
         self.trained.setdefault((rule, form, str(attack)), []).append(accuracy)
         return accuracy
@@ -252,6 +261,10 @@ def _table(title: str, head: Iterable[str], rows: Iterable[tuple[str, Sequence[s
     return lines + [f"{name:40}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
 
 
+def _end(squared_norm: float) -> str:
+    return "lost" if squared_norm >= _LOST else f"{squared_norm:.1e}"
+
+
 def _phishing(runs: Runs) -> Lines:
     """Return ||grad f||^2 of honest clients by order of the rows, rule and attack."""
     attacks = runs.attacks("none, sign-flip, ipm(2), huge, alie, label-flip, mimic")
@@ -263,7 +276,7 @@ def _phishing(runs: Runs) -> Lines:
         for rule in RULES:
             ends = [runs.descend(f"phishing, {order}", found, rule, attack, 3, 8.0, 600).squared_norms[-1]
                     for attack in attacks]
-            table.append((rule, [f"{end:.1e}" for end in ends]))
+            table.append((rule, [_end(end) for end in ends]))
             runs.say(f"phishing, {order}, {rule}: {' '.join(table[-1][1])}")
         title = f"phishing, rows {order.replace('file', 'in file')}, Top-3: ||grad f||^2 of honest clients at the end"
         lines += [*([""] if lines else []), *_table(title, map(str, attacks), table)]
@@ -277,11 +290,11 @@ def _a9a(runs: Runs) -> Lines:
     attacks, table = runs.attacks("none, huge, label-flip, alie"), []
     for rule in _TRAINED:
         ends = [runs.descend("a9a", found, rule, attack, 6, 16.0, 250).squared_norms[-1] for attack in attacks]
-        table.append((rule, [f"{end:.1e}" for end in ends]))
+        table.append((rule, [_end(end) for end in ends]))
         runs.say(f"a9a, {rule}: {' '.join(table[-1][1])}")
     for rule in ("trimmed mean", "median"):
         end = runs.descend("a9a", found, rule, Attack("none"), 6, 16.0, 250, feedback=False).squared_norms[-1]
-        table.append((f"{rule} of bare messages", [f"{end:.1e}" if attack.name == "none" else "" for attack in attacks]))
+        table.append((f"{rule} of bare messages", [_end(end) if attack.name == "none" else "" for attack in attacks]))
     return _table("a9a, Top-6: ||grad f||^2 of honest clients at the end", map(str, attacks), table)
 
 

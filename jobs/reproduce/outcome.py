@@ -7,7 +7,6 @@ from typing import Any
 
 from mpi_ef.jobs.methods import methods_in
 from mpi_ef.jobs.options import Checked, option
-from mpi_ef.jobs.reproduce.attacks import attacks_in
 
 __all__ = ["Outcome", "ReproduceConfig"]
 
@@ -38,6 +37,8 @@ class ReproduceConfig(Checked):
         super().__post_init__()
         methods_in(self.methods, plans=False)
         if self.attack is not None:
+            from mpi_ef.jobs.reproduce.attacks import attacks_in
+
             attacks_in(self.attack)
 
     @property
