@@ -42,8 +42,10 @@ if TYPE_CHECKING:
         EF21Muon,
         Lion,
         LocalSteps,
+        MoNNA,
         OneBitAdam,
         OneBitLamb,
+        PeerMixing,
         PowerSGD,
         Signum,
         ZeroOneAdam,
@@ -60,8 +62,8 @@ find_moved()
 _HOME = {name: module for module, names in {
     "collectives": "advise allgather allreduce ClientsMean DenseMean GatherMean LowRankMean NodeMean plan_for RobustMean "
                    "robust_mean TwoPhaseMean use_gpu_aware_mpi",
-    "optim": "ByzEF21 DistributedOptimizer EControl EF21 EF21Muon Lion LocalSteps MKOR OneBitAdam OneBitLamb PowerSGD "
-             "Signum ZeroOneAdam",
+    "optim": "ByzEF21 DistributedOptimizer EControl EF21 EF21Muon Lion LocalSteps MKOR MoNNA OneBitAdam OneBitLamb "
+             "PeerMixing PowerSGD Signum ZeroOneAdam",
     "precondition": "Preconditioner",
     "feedback": "ErrorFeedback",
     "ddp": "FeedbackHook",
@@ -79,11 +81,11 @@ _HOME = {name: module for module, names in {
 
 __all__ = ["EF21", "MKOR", "ByzEF21", "ClientsMean", "DenseMean", "DistributedOptimizer", "EControl", "EF21Muon",
            "ErrorFeedback", "FeedbackHook", "GatherMean", "Identity", "Lion", "LocalSteps", "LowRank",
-           "LowRankMean", "MpiEfError", "NodeMean", "OneBitAdam", "OneBitLamb", "PowerSGD", "Preconditioner",
-           "Quantize", "RandK", "RobustMean", "ShardedSampler", "Sign", "Signum", "Stopper", "Store", "TopK",
-           "Training", "TwoBits", "TwoPhaseMean", "Vote", "ZeroOneAdam", "advise", "allgather", "allreduce",
-           "generator_for", "loader_context", "local_device", "mean_metrics", "open_checkpoint", "plan_for",
-           "print_metrics", "random_state", "robust_mean", "seed_rank", "set_random_state", "shard",
+           "LowRankMean", "MoNNA", "MpiEfError", "NodeMean", "OneBitAdam", "OneBitLamb", "PeerMixing", "PowerSGD",
+           "Preconditioner", "Quantize", "RandK", "RobustMean", "ShardedSampler", "Sign", "Signum", "Stopper",
+           "Store", "TopK", "Training", "TwoBits", "TwoPhaseMean", "Vote", "ZeroOneAdam", "advise", "allgather",
+           "allreduce", "generator_for", "loader_context", "local_device", "mean_metrics", "open_checkpoint",
+           "plan_for", "print_metrics", "random_state", "robust_mean", "seed_rank", "set_random_state", "shard",
            "synchronize_buffers", "use_gpu_aware_mpi"]
 
 

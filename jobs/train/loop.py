@@ -365,9 +365,9 @@ class Trainer:
         return {name: getattr(self.optimizer, name) for name in ("rounds", "skipped_rounds") if self.config.fragments}
 
     def fingerprints(self) -> list[int]:
-        """Return a hash of the parameters of every rank. Collective."""
-        flat = self.optimizer.flat
-        hashes: list[int] = self.comm.allgather(crc32(flat.kernels.fetch(flat.values).data))
+        """Return a hash of the parameters of every rank, as far as they are to be the same. Collective."""
+        shared = np.ascontiguousarray(self.optimizer.flat.kernels.fetch(self.optimizer.shared_values))
+        hashes: list[int] = self.comm.allgather(crc32(shared.data))
         return hashes
 
     def check_replicas(self) -> None:

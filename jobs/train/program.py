@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "train"]
 
-SUSPECT = 0.5  # a rank that was left out so much more than others is named
+SUSPECT = 0.8  # a rank that was left out so much more than others is named
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -152,6 +152,7 @@ def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:
         "untimed_steps": trainer.untimed_steps, "untimed_seconds": trainer.untimed_seconds,
         "skipped_steps": trainer.optimizer.skipped_steps,
         **trainer.rounds(), **_learned(trainer.optimizer), **_suspected(trainer),
+        **({"own_parameters": True} if not getattr(trainer.optimizer, "synchronized", True) else {}),
         "replicas_equal": len(set(fingerprints)) == 1, "parameters_crc32": fingerprints[0],
         **made_here(trainer.comm), "devices": trainer.devices, "optimizer": trainer.optimizer.identity(),
         "config": {name: str(value) if isinstance(value, Path) else value for name, value in used.items()},
@@ -185,6 +186,11 @@ def _of_preconditioner(summary: dict[str, Any]) -> str:
     return f"{summary['config']['precondition']}, {counted(summary['updates'], 'exchange')} of {sent} in all{ended}"
 
 
+def _replicas(summary: dict[str, Any]) -> str:
+    own = "of each rank its own, their median " if summary.get("own_parameters") else ""
+    return own + ("equal bit for bit" if summary["replicas_equal"] else "DIFFERENT")
+
+
 def _table(summary: dict[str, Any]) -> str:
     sent, dense = summary["sent_nbytes"], summary["dense_nbytes"]
     share = f"{dense / sent:.0f}x less, {100 * sent / dense:.2f} %" if sent and dense else "one rank sends nothing"
@@ -206,7 +212,7 @@ def _table(summary: dict[str, Any]) -> str:
         *[("preconditioner", _of_preconditioner(summary)) for _ in range("updates" in summary)],
         *[("suspects", _suspects(summary["suspicion"])) for _ in range("suspicion" in summary)],
         *(("computed on", f"{text} ({ranks})") for text, ranks in summary["devices"].items()),
-        ("replicas", "equal bit for bit" if summary["replicas_equal"] else "DIFFERENT"),
+        ("replicas", _replicas(summary)),
         ("written to", summary["config"]["out"]),
     ]
     return "\n".join(["", *(f"{name:<22}{value}" for name, value in rows)])

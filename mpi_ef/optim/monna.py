@@ -336,4 +336,4 @@ class MoNNA(PeerMixing):
                          patience_seconds=patience_seconds, model=params)
         if comm.Get_size() < 11 * f and comm.Get_rank() == 0:
             warnings.warn(f"MoNNA: n={comm.Get_size()} ranks with f={f}; its theory wants n >= 11 f = {11 * f}. It goes on",
-                          RuntimeWarning, stacklevel=2)
+                          RuntimeWarning, stacklevel=3)

@@ -19,6 +19,7 @@ BLOCKS = FENCED.findall(TEXT)
 TRAINING = FENCED.findall((ROOT / "docs" / "training.md").read_text(encoding="utf-8"))
 RULES = FENCED.findall((ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8"))
 DEVICES = FENCED.findall((ROOT / "docs" / "gpu.md").read_text(encoding="utf-8"))
+ROBUST = (ROOT / "docs" / "robust.md").read_text(encoding="utf-8").partition("\n## From rank to rank")[0]
 KINDS = {"python", "diff", "console", "text"}
 
 
@@ -29,6 +30,7 @@ def programs():
             yield body
         elif kind == "diff":
             yield "".join(line[1:] for line in body.splitlines(keepends=True) if not line.startswith("-"))
+    yield "".join(body for kind, body in FENCED.findall(ROBUST) if kind == "python")  # one goes on from the other
 
 
 def commands():
