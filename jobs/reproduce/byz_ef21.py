@@ -258,7 +258,7 @@ def byz_ef21(comm: MpiComm, config: ReproduceConfig) -> Outcome:
 
 def _table(title: str, head: Iterable[str], rows: Iterable[tuple[str, Sequence[str]]]) -> Lines:
     lines = [title, f"{'':40}" + "".join(f"{word:>12}" for word in head)]
-    return lines + [f"{name:40}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
+    return lines + [f"{name:40}{''.join(f'{cell:>12}' for cell in cells)}".rstrip() for name, cells in rows]
 
 
 def _end(squared_norm: float) -> str:
