@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,10 @@ from mpi_ef.documents import lines, shown
 from mpi_ef.errors import DataError, counted
 from mpi_ef.jobs.events import Events, remove_events
 
-__all__ = ["Metrics", "Progress", "announcing", "in_bytes", "is_number", "made_here", "made_in", "row_of"]
+__all__ = ["Metrics", "Progress", "announcing", "in_bytes", "is_number", "made_here", "made_in", "row_of",
+           "suspects"]
+
+SUSPECT = 0.8  # a rank that was left out so much more than others is named
 
 
 class Metrics:
@@ -227,3 +230,9 @@ def in_bytes(nbytes: float) -> str:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000.0
     return f"{nbytes:.1f} TB"
+
+
+def suspects(suspicion: Sequence[float]) -> str:
+    """Return which ranks a robust rule has left out, of what ``summary.json`` says under "suspicion", in words."""
+    found = [f"rank {rank}, {100 * share:.0f} %" for rank, share in enumerate(suspicion) if share >= SUSPECT]
+    return "; ".join(found) or f"nobody (at most {100 * max(suspicion):.0f} %)"

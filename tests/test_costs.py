@@ -230,7 +230,7 @@ CROSS_COMPILE = """
 import sys
 import llvmlite.binding as llvm
 from numba import float32, float64, int64, njit, types, uint8
-from mpi_ef.kernels import select, signs
+from mpi_ef.kernels import robust, select, signs
 triple = sys.argv[1]
 llvm.initialize_all_targets()
 llvm.initialize_all_asmprinters()
@@ -239,11 +239,14 @@ for number in (float32, float64):
     vector, frozen = number[::1], types.Array(number, 1, "C", readonly=True)
     source = (types.UniTuple(frozen, 3), vector, vector, vector)
     whole = int64[::1]
-    for kernel, rest in ((select.select_largest, (whole, whole, whole, vector, vector, whole)),
-                         (signs.encode_signs, (types.boolean, uint8[:, :], number[:, :], int64, number, int64,
-                                               uint8[::1], vector, vector))):
+    rows, sums = number[:, ::1], types.float64[:, ::1]
+    for kernel, arguments in (
+            (select.select_largest, (*source, whole, whole, whole, vector, vector, whole)),
+            (signs.encode_signs, (*source, types.boolean, uint8[:, :], number[:, :], int64, number, int64, uint8[::1],
+                                  vector, vector)),
+            (robust.add_distances, (rows, rows, int64, int64, sums, sums))):
         fresh = njit(nogil=True, error_model="numpy")(kernel.py_func)
-        fresh.compile(source + rest)
+        fresh.compile(arguments)
         text = fresh.inspect_llvm(fresh.signatures[0])
         module = llvm.parse_assembly(text.replace("@llvm.x86.atomic.", "@reference_count_"))  # Numba's, not ours
         module.triple = triple
@@ -266,10 +269,12 @@ def test_vector_instructions_compile_for_other_machines(triple):
     ("float32", ["combining", "adding_signs"]),
     *(pytest.param(dtype, ["select_largest_on_long_vectors", "signs_of_long_vectors", "combining", "adding_signs"],
                    marks=pytest.mark.exhaustive) for dtype in ("float32", "float64")),
+    pytest.param("twins", ["robust"], marks=pytest.mark.exhaustive),
 ])
 def test_kernels_give_the_same_bits_without_wide_vector_instructions(tmp_path, dtype, names):
     """On a processor of 2003: slower, but right."""
-    tests = [f"{ROOT}/tests/test_kernels.py::test_{name}" for name in names]
+    tests = [f"{ROOT}/tests/test_robust.py" if name == "robust" else f"{ROOT}/tests/test_kernels.py::test_{name}"
+             for name in names]
     code = f"import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', {dtype!r}, *{tests!r}]))"
     out = run_python(code, NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES="", NUMBA_CACHE_DIR=str(tmp_path))
     assert {"passed", "passed,"} & set(out)

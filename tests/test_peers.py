@@ -293,6 +293,25 @@ def test_ranks_that_end_early_are_not_waited_for():
 
 
 @both
+def test_a_rank_that_fails_is_not_waited_for_at_the_end(eager):
+    def program(comm):
+        try:
+            with Peers(comm, 3, np.float64, wait_for=3, patience_seconds=100) as peers:
+                comm.pause(0.1 * (comm.Get_rank() == 1))  # too far behind to be sent anything
+                rounds(peers, 20, [], lambda: comm.pause(0.001))
+                if comm.Get_rank() == 2:
+                    raise ZeroDivisionError
+                rounds(peers, 30, [], lambda: comm.pause(0.001))
+        except ZeroDivisionError:
+            return None
+        assert peers.close() == (2,)
+        return comm.clock()
+
+    assert all(seconds < 1 for seconds in virtual.results(4, program, eager=eager)
+               if seconds is not None)
+
+
+@both
 def test_a_silent_rank_gets_few_messages(eager):
     """Whatever MPI makes of a send; a message that is not taken stays in its memory, or the receiver's."""
     def program(comm):

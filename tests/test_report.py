@@ -25,7 +25,9 @@ from mpi_ef.jobs.reproduce import figures as reproduced
 from mpi_ef.jobs.reproduce import program as reproduce
 from mpi_ef.jobs.reproduce.outcome import ReproduceConfig
 from mpi_ef.jobs.reproduce.simulate import Curve
+from mpi_ef.jobs.train import loop
 from mpi_ef.jobs.train.config import PHASES, TrainConfig
+from mpi_ef.jobs.train.suspects import suspicion_of
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -49,6 +51,30 @@ def test_watched_exchanges_measure_what_is_lost_and_change_nothing(plan):
         assert watched.lost == 0.0
 
     virtual.results(3, program)
+
+
+def test_ranks_that_were_left_out_are_named(tmp_path, capsys):
+    """By the summary of the run, and by reports."""
+    config = TrainConfig(model="mlp", steps=6, out=tmp_path, rule="byz-ef21", byzantine=1, placement="gradient", clip=0.0,
+                         split="by-label")
+
+    def program(comm):
+        made = loop.Trainer(comm, config)
+        state = made.optimizer.feedback.state
+        state.suspects[:] = [0.0, 9.0, 1.0, 10.0]
+        return suspicion_of(made.optimizer, comm)
+
+    assert virtual.results(3, program) == [[0.0, 0.9, 0.1]] * 3
+    programs.trained(3, config)
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert len(found["suspicion"]) == 3
+    (tmp_path / "summary.json").write_text(json.dumps(found | {"suspicion": [0.0, 0.9, 0.1]}))
+    capsys.readouterr()
+    report.main([str(tmp_path)])
+    assert "left out were rank 1, 90 %" in capsys.readouterr().out
+    (tmp_path / "summary.json").write_text(json.dumps(found | {"suspicion": ["x"]}))
+    with pytest.raises(SystemExit, match="figures that are no numbers"):
+        report.main([str(tmp_path)])
 
 
 def train(folder, **options):

@@ -13,7 +13,7 @@ from typing import Any
 
 from mpi_ef.documents import MARK, lines, read, read_json, shown
 from mpi_ef.errors import DataError, MpiEfError, briefly, nearest
-from mpi_ef.jobs.metrics import in_bytes, is_number, made_in, row_of
+from mpi_ef.jobs.metrics import in_bytes, is_number, made_in, row_of, suspects
 from mpi_ef.jobs.report.html import Section, write
 from mpi_ef.jobs.report.naming import method, methods
 from mpi_ef.jobs.train.config import PHASES
@@ -108,7 +108,9 @@ def read_sections(paths: Sequence[Path], *, best: bool = False, panels: Sequence
         training({label: run.rows for label, run in zip(labels, trained, strict=True)}, path, panels or PANELS)
 
     made = "\n".join(f"{run.name}: {run.made}" for run in trained)
-    return [Section("train", "Training", table(trained), draw, made), *others]
+    left_out = [f"{run.name}: left out were {suspects(run.summary['suspicion'])}" for run in trained
+                if run.summary.get("suspicion")]
+    return [Section("train", "Training", "\n".join([table(trained), *left_out]), draw, made), *others]
 
 
 def _best(runs: Sequence[_Run]) -> list[_Run]:
@@ -149,6 +151,7 @@ def _summary(path: Path) -> dict[str, Any]:
     summary: dict[str, Any] = read_json(path / "summary.json", follow=True)
     figures = [summary[name] for name in ("val_loss", "sent_nbytes", "dense_nbytes", "seconds_per_step")]
     figures += [summary[name] for name in ("nodes", "link_nbytes") if name in summary]
+    figures += summary.get("suspicion", [])
     if not all(map(is_number, figures)) or not isinstance(summary["config"]["compressor"], str):
         raise ValueError("summary.json has figures that are no numbers")
     return summary

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.errors import counted
 from mpi_ef.jobs.folder import write_whole
-from mpi_ef.jobs.metrics import Metrics, Progress, announcing, in_bytes, made_here
+from mpi_ef.jobs.metrics import Metrics, Progress, announcing, in_bytes, made_here, suspects
 from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train.config import PHASES, PROOF, TrainConfig
 from mpi_ef.jobs.visible import count_once
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from mpi_ef.jobs.train.recovery import Interruptible
 
 __all__ = ["main", "train"]
-
-SUSPECT = 0.8  # a rank that was left out so much more than others is named
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -175,11 +173,6 @@ def _suspected(trainer: "Trainer") -> dict[str, Any]:
     return {} if found is None else {"suspicion": found}
 
 
-def _suspects(suspicion: list[float]) -> str:
-    found = [f"rank {rank}, left out in {100 * share:.0f} %" for rank, share in enumerate(suspicion) if share >= SUSPECT]
-    return "; ".join(found) or f"nobody (at most {100 * max(suspicion):.0f} %)"
-
-
 def _of_preconditioner(summary: dict[str, Any]) -> str:
     sent, given_up = in_bytes(summary["statistics_nbytes"]), summary["fallen_back_at"]
     ended = "" if given_up is None else f"; given up in step {given_up}"
@@ -210,7 +203,7 @@ def _table(summary: dict[str, Any]) -> str:
         *[("exchanges", f"{summary['rounds']} in {summary['steps']} steps, {summary['skipped_rounds']} skipped")
           for _ in range("rounds" in summary)],
         *[("preconditioner", _of_preconditioner(summary)) for _ in range("updates" in summary)],
-        *[("suspects", _suspects(summary["suspicion"])) for _ in range("suspicion" in summary)],
+        *[("left out", suspects(summary["suspicion"])) for _ in range("suspicion" in summary)],
         *(("computed on", f"{text} ({ranks})") for text, ranks in summary["devices"].items()),
         ("replicas", _replicas(summary)),
         ("written to", summary["config"]["out"]),

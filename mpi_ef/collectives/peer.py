@@ -24,8 +24,10 @@ class Peer:
         It has spoken since.
     heard : float
         When it has spoken last.
-    ended, silent, named : bool
-        Whether its last message was its final one; whether it has said nothing for long; whether that was printed.
+    ended, failed : bool
+        Whether its last message was its final one, and whether an error was the reason.
+    silent, named : bool
+        Whether it has said nothing for long, and whether that was printed.
     newest, newest_round : Frame or None, int
         Its last vector that was finite.
     frames : dict of int to Frame
@@ -35,7 +37,7 @@ class Peer:
     def __init__(self, rank: int, host: str, late: Late) -> None:
         self.rank, self.host, self._late = rank, host, late
         self.round = self.reaches = self.told = self.newest_round = NONE
-        self.asks = self.ended = self.named = self.silent = False
+        self.asks = self.ended = self.failed = self.named = self.silent = False
         self.heard: float = late.now()
         self.newest: Frame | None = None
         self.frames: dict[int, Frame] = {}

@@ -26,6 +26,7 @@ from .peer import NONE, Peer, listed
 __all__ = ["Heard", "Peers", "usable"]
 
 _LONGEST_LOOK = 0.1  # seconds between two looks that count as waiting: a rank that was stopped itself has not waited
+_FAILED = 2**62  # less in the step of a final message of a rank that takes nothing any more
 _numbers = count()
 
 Vector = NDArray[Any]
@@ -215,16 +216,15 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
             Ranks that have not ended. MPI_Finalize would wait for them: at the end of Python this process goes through
             :meth:`leave`.
         """
-        if not self._over:
-            self._over = True
-            self._send(self._mine.wire, _final(self._sent), self._sent + 1)
+        if not self._closed:
+            self._end(_final(self._sent))
             for _ in self._looks(self.patience_seconds if patience_seconds is None else patience_seconds):
-                if all(peer.rank in self._late.gone or (peer.ended and not self._late.under_way(peer.rank))
+                if all(peer.failed or peer.rank in self._late.gone or (peer.ended and not self._late.under_way(peer.rank))
                        for peer in self._peers.values()):
                     break
             self._closed = True
             self._late.close()
-            self._leave_later(left := [peer for peer in self._peers.values() if not peer.ended])
+            self._leave_later(left := [peer for peer in self._peers.values() if peer.failed or not peer.ended])
             if left:
                 say(sys.stderr, f"mpi-ef: Peers: {listed(left)} did not end with rank {self.rank} after round "
                                 f"{self._sent - 1}; MPI_Finalize would wait for ever, so that all processes are ended when "
@@ -247,9 +247,19 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Close it, but not after an error."""
+        """Close it; after an error let the others know that this rank ends here, and wait for none."""
         if kind is None:
             self.close()
+        elif not self._closed:
+            for peer in self._peers.values():
+                peer.asks = True  # nobody will be answered later
+            self._end(_final(self._sent) - _FAILED)
+
+    def _end(self, step: int) -> None:
+        """Send the final message."""
+        if not self._over:
+            self._over = True
+            self._send(self._mine.wire, step, self._sent + 1)
 
     def _send(self, wire: NDArray[np.uint8], step: int, number: int) -> None:
         """Let a vector be the newest one, and send it to those that are not too far behind."""
@@ -296,8 +306,10 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
 
     def _take(self, peer: Peer, frame: Frame) -> None:
         """Note what a message says, and keep its vector."""
-        peer.ended = frame.step < 0
-        peer.round = peer.reaches = _final(frame.step) if peer.ended else frame.step
+        step = frame.step
+        peer.ended, peer.failed = step < 0, step < -_FAILED
+        step += _FAILED * peer.failed
+        peer.round = peer.reaches = _final(step) if peer.ended else step
         peer.heard, peer.silent, peer.asks = self._late.now(), False, True
         if not usable(frame.wire.view(self.dtype)):
             self.not_finite += 1

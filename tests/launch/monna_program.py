@@ -1,7 +1,7 @@
 """MoNNA on the digits, one client per rank, of which one lies and one is stopped: ``python monna_program.py OPTIONS``.
 
 OPTIONS is JSON: rounds, f, and, where there are any: liar, a rank; stopped, a rank, with the rounds from which on it stops,
-and from which on rank 0 lets it go on. Every rank prints one line of JSON.
+and from which on rank 0 lets it go on; hidden units. Every rank prints one line of JSON.
 """
 
 import json
@@ -17,8 +17,9 @@ from sklearn.datasets import load_digits
 
 from mpi_ef.collectives import Peers
 
-options = {"rounds": 200, "f": 2, "liar": None, "stopped": None, "lie": -1.0, "patience": 240.0} | json.loads(sys.argv[1])
-N, F, ROUNDS, HIDDEN, BATCH, LR, BETA = comm.size, options["f"], options["rounds"], 32, 25, 0.5, 0.9
+options = {"rounds": 200, "f": 2, "hidden": 32, "liar": None, "stopped": None, "lie": -1.0, "patience": 240.0}
+options |= json.loads(sys.argv[1])
+N, F, ROUNDS, HIDDEN, BATCH, LR, BETA = comm.size, options["f"], options["rounds"], options["hidden"], 25, 0.5, 0.9
 victim, stop_at, go_at = options["stopped"] or (None, 0, 0)
 process = comm.allgather(os.getpid())[0 if victim is None else victim]
 
@@ -74,7 +75,7 @@ def let_it_go_on():
 
 
 start = np.random.default_rng(0)
-theta = np.concatenate([start.normal(size=64 * HIDDEN) / 8, np.zeros(HIDDEN), start.normal(size=HIDDEN * 10) / 6,
+theta = np.concatenate([start.normal(size=64 * HIDDEN) / 8, np.zeros(HIDDEN), start.normal(size=HIDDEN * 10) / HIDDEN**0.5,
                         np.zeros(10)]).astype(np.float32)
 momentum, stopped, freed, jumps, took = np.zeros_like(theta), False, victim is None or comm.rank != 0, [], []
 with Peers(comm, theta.size, np.float32, wait_for=N - F, patience_seconds=options["patience"]) as peers:
@@ -88,9 +89,10 @@ with Peers(comm, theta.size, np.float32, wait_for=N - F, patience_seconds=option
         momentum = (BETA * momentum + (1 - BETA) * gradient(theta, x[batch], y[batch])).astype(np.float32)
         half = theta - np.float32(LR) * momentum
         began = perf_counter()
-        if comm.rank == options["liar"]:
-            half = half * np.float32(options["lie"])
-        heard = peers.exchange(half)
+        lies = comm.rank == options["liar"]
+        heard = peers.exchange(half * np.float32(options["lie"]) if lies else half)
+        if lies:
+            heard.rows[heard.own] = half
         took.append(perf_counter() - began)
         if heard.jumped:
             theta, jumps = np.median(heard.rows, axis=0).astype(np.float32), [*jumps, heard.round]

@@ -1,7 +1,7 @@
-"""`mpi_ef.MoNNA` from rank to rank on the digits: ``python monna_training.py OPTIONS``, with one that lies and one that is stopped.
+"""`mpi_ef.MoNNA` from rank to rank on the digits, where one lies and one is stopped: ``python monna_training.py OPTIONS``.
 
-OPTIONS is JSON: steps, f, and, where there are any: liar, a rank; stopped, a rank, with the rounds from which on it stops, and
-from which on rank 0 lets it go on. Every rank prints one line of JSON.
+OPTIONS is JSON: steps, f, and, where there are any: liar, a rank; stopped, a rank, with the rounds from which on it stops,
+and from which on rank 0 lets it go on. Every rank prints one line of JSON.
 """
 
 import json
@@ -61,6 +61,8 @@ while optimizer.peers.round < options["steps"]:
     torch.nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
     optimizer.step()
     taken += 1
+if comm.rank == victim and not stopped:  # it was so far behind that it has jumped to the end
+    os.kill(os.getpid(), signal.SIGSTOP)
 while not freed:
     optimizer.peers.progress()
     sleep(0.01)

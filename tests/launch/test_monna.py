@@ -8,19 +8,43 @@ import pytest
 from launching import run
 from patience import limit
 
-MONNA = Path(__file__).with_name("monna_program.py")
+MONNA, TRAINING = (Path(__file__).with_name(name) for name in ("monna_program.py", "monna_training.py"))
 LIMIT = 100
 
 
-def monna(**options):
+def monna(program=MONNA, **options):
     """Return what each rank has printed at the end of a run on 7 ranks."""
-    ended = run(7, MONNA, json.dumps(options), within=LIMIT)
+    ended = run(7, program, json.dumps(options), within=LIMIT)
     assert ended.status == 0, ended.text
     told = {one["rank"]: one for one in map(json.loads, re.findall(r"\{[^{}]*\}", ended.text))}
     assert sorted(told) == list(range(7)), ended.text
     return told
 
 
+def test_a_training_ends_well_with_a_liar_and_a_rank_that_is_stopped():
+    """`mpi_ef.MoNNA` under any pace: all honest ranks end near each other, and the liar is the one that they leave out."""
+    told = monna(TRAINING, steps=90, liar=1, stopped=[3, 30, 60])
+    honest = [one for rank, one in told.items() if rank != 1]
+    accuracies = [one["accuracy"] for one in honest]
+    assert min(accuracies) > 0.85
+    assert max(accuracies) - min(accuracies) <= 0.05
+    assert told[3]["jumps"] >= 1
+    assert told[3]["steps"] < 90
+    assert all(one["left"] == 0 for one in honest)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1200)
+def test_every_honest_rank_is_trained_as_far_as_without_attack():
+    quiet = [one["accuracy"] for one in monna(TRAINING).values()]
+    for again in range(10):
+        told = monna(TRAINING, liar=1, stopped=[3, 67, 133])
+        accuracies = [one["accuracy"] for rank, one in told.items() if rank != 1]
+        print(again, accuracies, quiet, [one["jumps"] for one in told.values()])
+        assert max(*accuracies, *quiet) - min(*accuracies, *quiet) <= 0.05
+
+
+@pytest.mark.exhaustive
 def test_a_liar_and_a_rank_that_is_stopped_for_a_third_of_the_run_change_little():
     told = monna(rounds=120, liar=1, stopped=[3, 40, 80])
     honest = [one for rank, one in told.items() if rank != 1]
