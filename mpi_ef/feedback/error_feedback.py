@@ -277,6 +277,8 @@ class ErrorFeedback(OnAllRanks, Stateful):
         result = result.view()
         self.steps += 1
         self.state.late = self._late
+        if self.resting:
+            self.plan.forget()  # arrays get back what they were there
         result.flags.writeable = False
         return result
 
