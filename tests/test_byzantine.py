@@ -163,6 +163,28 @@ def test_a_client_that_was_broken_goes_on_from_what_all_know_of_it(rule):
     virtual.run(3, program)
 
 
+@pytest.mark.parametrize("rule", ["ef14", "econtrol", "ef14-momentum", "lion", "ef21-sgdm", "ef21-sgd2m", "ef21-page",
+                                  "d-ec-sgd", "ef14 with momentum", "byz-ef21-sgdm", "byz-ef21 with momentum"])
+def test_a_nan_breaks_its_client_in_one_step_only(rule):
+    """What the client owes, and its averages, are as they were before."""
+
+    def program(comm):
+        name, *momentum = rule.split(" with ")
+        feedback = ErrorFeedback(name, RobustMean(comm, TOP, D, np.float32, Median(), f=1), **dict.fromkeys(momentum, 0.9))
+        for step in range(4):
+            x = gaussian(comm.Get_rank(), D, np.float32, step=step)
+            bad = step == 2 and comm.Get_rank() == 1
+            before = {name: array.copy() for name, array in feedback.per_rank().items()}
+            with np.errstate(invalid="ignore"):
+                g = feedback.step(x * np.float32("nan" if bad else 1))
+            assert np.isfinite(g).all()
+            assert np.flatnonzero(feedback.plan.broken).tolist() == [1] * (step == 2)
+            if bad:
+                assert all(same_bits(array, before[name]) for name, array in feedback.per_rank().items())
+
+    virtual.run(4, program)
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_more_broken_clients_than_f_are_an_error_that_changes_nothing(n):
     def program(comm):
