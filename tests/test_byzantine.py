@@ -163,6 +163,28 @@ def test_a_client_that_was_broken_goes_on_from_what_all_know_of_it(rule):
     virtual.run(3, program)
 
 
+@pytest.mark.parametrize("rule", ["ef14", "econtrol", "ef14-momentum", "lion", "ef21-sgdm", "ef21-sgd2m", "ef21-page",
+                                  "d-ec-sgd", "ef14 with momentum", "byz-ef21-sgdm", "byz-ef21 with momentum"])
+def test_a_nan_breaks_its_client_in_one_step_only(rule):
+    """What the client owes, and its averages, are as they were before."""
+
+    def program(comm):
+        name, *momentum = rule.split(" with ")
+        feedback = ErrorFeedback(name, RobustMean(comm, TOP, D, np.float32, Median(), f=1), **dict.fromkeys(momentum, 0.9))
+        for step in range(4):
+            x = gaussian(comm.Get_rank(), D, np.float32, step=step)
+            bad = step == 2 and comm.Get_rank() == 1
+            before = {name: array.copy() for name, array in feedback.per_rank().items()}
+            with np.errstate(invalid="ignore"):
+                g = feedback.step(x * np.float32("nan" if bad else 1))
+            assert np.isfinite(g).all()
+            assert np.flatnonzero(feedback.plan.broken).tolist() == [1] * (step == 2)
+            if bad:
+                assert all(same_bits(array, before[name]) for name, array in feedback.per_rank().items())
+
+    virtual.run(4, program)
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_more_broken_clients_than_f_are_an_error_that_changes_nothing(n):
     def program(comm):
@@ -231,6 +253,39 @@ def test_silent_clients_stay_where_they_were():
         assert not feedback.state.by_client[[0, 5]].any()
         assert feedback.state.by_client[[1, 2, 3, 4, 6]].any(axis=1).all()
         assert feedback.state.suspicion[[0, 5]].tolist() == [1, 1]
+
+    virtual.run(2, program)
+
+
+def test_who_participates_stays_what_the_caller_has_said():
+    def program(comm):
+        plan = RobustMean(comm, TOP, D, np.float32, f=F, clients=N)
+        said = np.ones(plan.own, np.bool_)
+        plan.exchange(vectors_of(plan, 0, {2: float("nan")}).reshape(-1), participates=said)
+        assert said.all()
+        assert np.flatnonzero(plan.broken).tolist() == [2]
+
+    virtual.run(2, program)
+
+
+def test_a_rank_of_shards_sends_no_memory_that_it_receives_in():
+    """MPI forbids that."""
+
+    class Watched:
+        def __init__(self, comm):
+            self._comm = comm
+
+        def __getattr__(self, name):
+            return getattr(self._comm, name)
+
+        def Allgatherv(self, mine, received):
+            assert not np.shares_memory(mine, received[0])
+            self._comm.Allgatherv(mine, received)
+
+    def program(comm):
+        feedback = at_work(Watched(comm), shards=True)
+        for step in range(3):
+            feedback.step(vectors_of(feedback.plan, step))
 
     virtual.run(2, program)
 
@@ -421,6 +476,31 @@ def test_a_training_goes_on_where_ranks_are_wrong(options):
     assert wrong[0][1][2] > 0.8 > 2 * np.delete(wrong[0][1], 2).max()
     for _, suspicion in wrong[1:]:
         assert same_bits(suspicion, wrong[0][1])
+
+
+def test_parameters_that_rest_while_another_rank_is_chosen():
+    """What is computed after that is as in a run that goes on from a state: nothing is left of an earlier mixture."""
+
+    def program(comm):
+        rank, runs = comm.Get_rank(), []
+        for _ in range(2):
+            torch.manual_seed(0)
+            net = torch.nn.Sequential(torch.nn.Linear(40, 10, bias=False), torch.nn.Linear(10, 40, bias=False))
+            runs.append((net, ByzEF21(net.parameters(), comm, TopK(0.04), lr=0.1, f=1, aggregator=Krum())))
+        for step in range(8):
+            for net, optimizer in runs:
+                optimizer.zero_grad()
+                a, b = net.parameters()
+                if step % 4:
+                    a.grad = torch.zeros_like(a)
+                    a.grad[9, -10:] = 1 + 0.01 * rank
+                b.grad = torch.zeros_like(b)
+                b.grad[:10, 0] = abs(rank - 3 * (step >= 4)) * 10 + 0.1 * rank
+                optimizer.step()
+            runs[1][1].load_state_dict(runs[1][1].state_dict())
+            assert all(torch.equal(p, q) for p, q in zip(*(net.parameters() for net, _ in runs), strict=True))
+
+    virtual.run(5, program)
 
 
 def test_a_step_with_more_broken_ranks_than_f_is_skipped():

@@ -1,16 +1,20 @@
 """Robust aggregation: golden values, the laws of aggregators, kernels against their twins, and what is refused."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpi_ef import kernels, registry
-from mpi_ef.errors import OptionError
+from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError
 from mpi_ef.kernels import reference
 from mpi_ef.robust import (
     NNM,
     Aggregation,
+    Aggregator,
     Bucketing,
     CenteredClip,
     ClipLargest,
@@ -26,7 +30,7 @@ from mpi_ef.robust import (
 from mpi_ef.robust.aggregation import PARTS
 from mpi_ef.robust.aggregators import krum_scores
 from mpi_ef.robust.columns import network
-from mpi_ef.robust.view import View
+from mpi_ef.robust.view import Answer, View
 
 ROBUST = [Median(), TrimmedMean(), Krum(), MultiKrum(), GeometricMedian(), NNM(Median()), NNM(TrimmedMean()),
           NNM(Krum()), NNM(GeometricMedian()), ClipLargest(TrimmedMean()), NNM(ClipLargest(Median())),
@@ -144,6 +148,90 @@ def test_far_rows_do_not_decide(aggregator, far):
     honest = np.delete(rows, [3, 7], axis=0)
     diameter = max(np.linalg.norm(x - y) for x in honest for y in honest)
     assert np.linalg.norm(aggregate(rows, aggregator, f=2) - honest.mean(0)) <= diameter
+
+
+@pytest.mark.parametrize(("n", "f"), [(5, 2), (7, 2), (26, 12)])
+@pytest.mark.parametrize("far", [1e6, 1e12, 1e18, 1e100])
+def test_the_geometric_median_does_not_depend_on_how_far_a_row_is(n, f, far):
+    """Against the iteration in float64 with differences that are true, from a point that is near."""
+    rows = normal(n, 40)
+    rows[:f] = far * normal(1, 40, seed=1) * (1 + np.arange(f))[:, None]
+    z = np.median(rows, axis=0)
+    for _ in range(500):
+        weights = 1 / np.linalg.norm(rows - z, axis=1)
+        z = z + (weights[:, None] * (rows - z)).sum(0) / weights.sum()
+    assert np.abs(aggregate(rows, GeometricMedian(), f=f) - z).max() < .02
+
+
+def test_the_geometric_median_of_rows_of_which_most_are_one_is_that_one():
+    rows = normal(7, 300, dtype=np.float32)
+    rows[[1, 2, 4, 6]] = rows[1]
+    rows[5] = 1e18
+    assert aggregate(rows, GeometricMedian(), f=3).tobytes() == rows[1].tobytes()
+
+
+@dataclass(frozen=True)
+class Answers(Aggregator):
+    """What somebody may write."""
+
+    weights: Any = None
+    low: Any = 0
+    high: Any = 1
+
+    def least(self, f):
+        return 2 * f + 1
+
+    def answer(self, view, f):
+        return Answer(self.weights, self.low, self.high) if self.low != "none" else None
+
+
+@pytest.mark.parametrize(("answers", "text"), [
+    (Answers(low="none"), r"answers None; return an Answer"),
+    (Answers(np.ones(5) / 5), r"weights of shape \(5,\); return 1 to 5 rows of 5"),
+    (Answers(np.ones((1, 8)) / 8), r"weights of shape \(1, 8\)"),
+    (Answers(np.ones((15, 5)) / 5, 0, 15), r"weights of shape \(15, 5\)"),
+    (Answers(np.ones((0, 5))), r"weights of shape \(0, 5\)"),
+    (Answers(np.ones((1, 5))), r"the sums are \[5.0\]; return rows of sum 1"),
+    (Answers(np.full((1, 5), np.nan)), r"the sums are \[nan\]"),
+    (Answers("many"), r"weights='many'; return an array"),
+    (Answers(None, 0, 10), r"low=0, high=10; return whole numbers, 0 <= low < high <= 5"),
+    (Answers(None, -1, 2), "low=-1, high=2"), (Answers(None, 2, 2), "low=2, high=2"),
+    (Answers(np.ones((2, 5)) / 5, 0, 3), "high=3; return whole numbers, 0 <= low < high <= 2"),
+    (Answers(None, 0.0, 5.0), "low=0.0, high=5.0")])
+def test_answers_are_checked_before_anything_is_written(answers, text):
+    with pytest.raises(OptionError, match=text) as error:
+        aggregate(normal(5, 100), answers, f=1)
+    assert "\n" not in str(error.value)
+
+
+def test_answers_of_other_kinds_that_are_answers():
+    rows = normal(5, 100)
+    for weights in ([[.2] * 5], np.full((1, 5), .2, np.float32), np.full((5, 1), .2).T):
+        np.testing.assert_allclose(aggregate(rows, Answers(weights), f=1), rows.mean(0), atol=1e-7)
+
+
+def test_what_is_no_row_is_refused():
+    rows = normal(5, 100)
+    with pytest.raises(ShapeError, match=r"aggregate: rows of shape \(100,\); pass"):
+        aggregate(rows[0], Median(), f=0)
+    for dtype in (np.int64, np.float16):
+        with pytest.raises(DtypeError, match="aggregate: rows have dtype"):
+            aggregate(rows.astype(dtype), Median(), f=1)
+    for d in (5, 5000):
+        with pytest.raises(ShapeError, match=rf"out of shape \({d},\)"):
+            aggregate(rows, Median(), f=1, center=np.zeros(d))
+        with pytest.raises(ShapeError, match=rf"out of shape \({d},\)"):
+            nearest_mean(rows, 0, 3, np.zeros(d))
+
+
+@each
+def test_rows_with_a_nan_are_left_out(aggregator):
+    rows = normal(11, 100)
+    rows[3, 7], rows[8] = np.nan, -np.inf
+    others = aggregate(np.delete(rows, [3, 8], axis=0), aggregator, f=0)
+    assert aggregate(rows, aggregator, f=2).tobytes() == others.tobytes()
+    with pytest.raises(NonFiniteError, match="aggregate: 2 of 11 rows have a NaN or Inf, and f=1"):
+        aggregate(rows, aggregator, f=1)
 
 
 def test_one_far_row_decides_a_mean():

@@ -15,7 +15,7 @@ from my_rule import FADING, FadingState
 from programs import laws_in
 
 from mpi_ef import registry
-from mpi_ef.collectives import ClientsMean, Combine, GatherMean, TwoPhaseMean
+from mpi_ef.collectives import ClientsMean, Combine, GatherMean, RobustMean, TwoPhaseMean
 from mpi_ef.compress import (
     Compressor,
     Identity,
@@ -33,6 +33,7 @@ from mpi_ef.compress import (
 )
 from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.feedback import RULES, Rule
+from mpi_ef.robust import Median
 from mpi_ef.testing import CompressorLaws, OptimizerLaws, PlanLaws, RuleLaws
 from mpi_ef.testing.faults import CommunicationError
 
@@ -49,6 +50,7 @@ def a_client_each(comm, compressor, d, dtype):
 
 
 OF_CLIENTS = {"plan": a_client_each, "compressors": (TopK(0.1),)}
+ROBUST = {"plan": partial(RobustMean, aggregator=Median(), f=0), "ranks": (1, 2)}  # of two the mean
 NO_MEAN = {"mean": False}  # momentum; a lazy estimate; sums of changes
 LOSES = {"follows": 0}  # a vote; sums of changes; errors that fade
 RULE_LAWS = {
@@ -57,6 +59,7 @@ RULE_LAWS = {
     "ef21-pp": OF_CLIENTS | {"options": {"participation": 1.0}},  # the NaN of a client that is silent stops nobody
     "ef21-w": OF_CLIENTS, "ef21-bc": {}, "ef21-plus": OF_CLIENTS, "ef21-page": NO_MEAN | LOSES,
     "marina": {"compressors": (RandK(0.3, seed=2),)} | LOSES, "clag": OF_CLIENTS | NO_MEAN, "d-ec-sgd": {},
+    "byz-ef21": ROBUST, "byz-ef21-sgdm": ROBUST | NO_MEAN, "byz-ef21-bc": ROBUST,
     "my_rule:FADING(fade=0.5)": LOSES,
 }
 

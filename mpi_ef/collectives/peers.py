@@ -187,8 +187,10 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
         if problem := misfit(x, self.d, self.dtype, "Peers", "x"):
             raise problem
         if not usable(x):
-            raise NonFiniteError(f"Peers: x of rank {self.rank} is not finite, or its norm is not; nothing was sent in "
-                                 f"round {self.round}, for which others may wait: pass another vector", (self.rank,))
+            error = NonFiniteError(f"Peers: x of rank {self.rank} is not finite, or its norm is not; nothing was sent in "
+                                   f"round {self.round}, for which others may wait: pass another vector", (self.rank,))
+            error.everywhere = False
+            raise error
         if self._sent != self.round:
             self.withheld += sum(peer.told < self._sent for peer in self._peers.values())
             self._send(x.view(np.uint8), self.round, self.round)

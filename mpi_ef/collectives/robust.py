@@ -92,6 +92,9 @@ class RobustMean(ClientsMean):
         self._at_work = self._aggregation(self.rank)
         self.columns = self._at_work.columns
         self.width = self.columns.stop - self.columns.start
+        starts = [self.d * first // PARTS for first, _ in self._parts]
+        self._places = np.diff([*starts, self.d]), np.array(starts)  # of the columns of all ranks, with shards
+        self._mine = np.zeros(self.width if self.shards else 0, self.dtype)
         self.sizes = {"rows": n * self.width, "own_if_shards": self.own * self.d * self.shards, "suspects": n + 1}
         self.broken = np.zeros(n, np.bool_)
         self.suspicion = np.zeros(n)
@@ -129,7 +132,7 @@ class RobustMean(ClientsMean):
 
     def encode(self, x: Source, *, split: bool) -> bool:  # noqa: ARG002
         """Encode the vectors of the clients that participate and are finite, see :meth:`Plan.encode`."""
-        row = 0
+        self._participates, row = self._participates.copy(), 0  # which may be the caller's array
         for j in np.flatnonzero(self._participates).tolist():
             part = x.part(j * self.d, (j + 1) * self.d)
             if self._codec.encode(part, self._send[row], step=self.exchanges, rank=self.first + j):
@@ -140,7 +143,6 @@ class RobustMean(ClientsMean):
 
     def communicate(self) -> Iterator[Round]:
         """Gather the messages, and see which are none, see :meth:`Plan.communicate`."""
-        self._participates = self._participates.copy()
         yield from super().communicate()
         with self._decoding:
             self._look()
@@ -240,17 +242,16 @@ class RobustMean(ClientsMean):
         `out` holds the last result. Call it after every :meth:`add_messages`: what no message has changed is not computed,
         until :meth:`forget`.
         """
-        mine = np.ascontiguousarray(out[self.columns])  # itself, without shards
+        mine = self._mine if self.shards else out
+        if self.shards:
+            mine[:] = out[self.columns]
         with self._decoding:
             self._at_work(rows, mine, step=step, changed=self._changed)
         self.suspicion[:] = np.maximum(self._at_work.suspicion, self.broken)
-        if not self.shards:
-            return
-        bounds = [self._aggregation(rank).columns for rank in range(self.size)]
-        counts = np.array([part.stop - part.start for part in bounds])
-        with Timer(self.seconds, "communicate"):
-            self.comm.Allgatherv(mine, [out, (counts, np.cumsum(counts) - counts)])
-        self.sent_nbytes += (self.size - 1) * mine.nbytes
+        if self.shards:
+            with Timer(self.seconds, "communicate"):
+                self.comm.Allgatherv(mine, [out, self._places])
+            self.sent_nbytes += (self.size - 1) * mine.nbytes
 
     def forget(self) -> None:
         """Compute all in the next :meth:`aggregate`, see :meth:`Plan.forget`."""

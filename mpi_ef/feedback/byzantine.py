@@ -12,7 +12,7 @@ from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 from mpi_ef.statetree import PER_RANK, Leaf, Reshard
 
-from .state import Reply, State, Steps, average, double_buffer, estimate, form, replicated, restore_broken
+from .state import Reply, State, Steps, average, double_buffer, estimate, form, replicated
 
 __all__ = ["ByzEF21BCState", "ByzEF21SGDMState", "ByzEF21State", "byz_ef21", "byz_ef21_bc", "byz_ef21_sgdm"]
 
@@ -130,7 +130,6 @@ def byz_ef21_sgdm(s: ByzEF21SGDMState, plan: RobustMean, grad: Vector) -> Steps:
         c = yield plan.offer(lazy(s.averaged(v_i, grad, into=s.spare)) - s.own)
     else:
         c = yield plan.offer(v_i - s.own, keep=Keep(v_i, into=s.spare))
-    restore_broken(c, s.v_i, into=s.spare)
     s.v_i, s.spare = s.spare, s.v_i
     return s.follow(c)  # type: ignore[arg-type]
 

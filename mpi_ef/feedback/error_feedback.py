@@ -14,7 +14,7 @@ from mpi_ef.errors import MpiEfError, OptionError, briefly, counted, shortage, t
 from mpi_ef.ranges import whole
 from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Leaf, Stateful, StateTree, attribute
 
-from .state import Steps, form
+from .state import Steps, form, of_broken
 from .table import RULES, Rule, rule_of, with_momentum
 
 __all__ = ["ErrorFeedback"]
@@ -267,16 +267,21 @@ class ErrorFeedback(OnAllRanks, Stateful):
         return f"rule {self.rule.name}"
 
     def _commit(self, steps: Steps, plan: Plan) -> Vector:
+        before = of_broken(self.state, plan)
         try:
             while True:
                 plan = self._checked(steps.send(plan)).exchange()
         except StopIteration as end:
             result: Vector = end.value
+        for name, place, was in before:
+            getattr(self.state, name)[place] = was
         if problem := self.plan.misfit(result, self._subject, "its result", self.plan.d):
             raise problem
         result = result.view()
         self.steps += 1
         self.state.late = self._late
+        if self.resting:
+            self.plan.forget()  # arrays get back what they were there
         result.flags.writeable = False
         return result
 

@@ -14,8 +14,8 @@ from mpi_ef.errors import OptionError, briefly
 from mpi_ef.kernels.backend import backend_of
 from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, Reshard
 
-__all__ = ["Reply", "State", "Steps", "average", "double_buffer", "error", "estimate", "form", "momentum", "persistent",
-           "replicated", "restore_broken", "scratch"]
+__all__ = ["Reply", "State", "Steps", "average", "double_buffer", "error", "estimate", "form", "momentum", "of_broken",
+           "persistent", "replicated", "scratch"]
 
 # What a rule is: it offers messages, is handed the plans that have exchanged them, and returns its result, (d,).
 Steps = Generator[Offer, Plan, Vector]
@@ -189,11 +189,12 @@ class Reply:
             self._codec.add_encoded(self._wire, vector, factor)
 
 
-def restore_broken(c: Plan, before: Vector, into: Vector) -> None:
-    """Write what was `before`, (own_d,), to the parts of this rank's clients of which nothing was sent. Local."""
+def of_broken(state: State, c: Plan) -> list[tuple[str, slice, Vector]]:
+    """Return copies of errors and averages of this rank's clients of which nothing was sent: name, where, content. Local."""
     broken = () if c.broken is None else np.flatnonzero(c.broken[c.first : c.first + c.own]).tolist()
-    for j in broken:
-        into[j * c.d : (j + 1) * c.d] = before[j * c.d : (j + 1) * c.d]
+    names = [name for name, mark in state.marks().items() if broken and mark.reshard == Reshard("mean")]
+    places = [slice(j * c.d, (j + 1) * c.d) for j in broken]
+    return [(name, place, getattr(state, name)[place].copy()) for name in names for place in places]
 
 
 def form(x: Combination, into: Vector) -> Vector:

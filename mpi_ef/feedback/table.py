@@ -50,7 +50,7 @@ from .momentum import (
     lion,
 )
 from .rules import EControlState, EF14State, EF21State, econtrol, ef14, ef21
-from .state import State, Steps, average, double_buffer, restore_broken
+from .state import State, Steps, average, double_buffer
 
 __all__ = ["RULES", "Rule", "rule_of", "with_momentum"]
 
@@ -195,7 +195,6 @@ def with_momentum(rule: Rule) -> Rule:
     def step(s: Any, plan: Plan, grad: Vector | Combination, **inputs: Any) -> Steps:
         v_i = s.averaged(s.momentum * lazy(s.averaged_i) + (1.0 - s.momentum) * lazy(grad), grad, into=s.averaged_spare)
         result = yield from rule.step(s, plan, v_i, **inputs)
-        restore_broken(plan, s.averaged_i, into=s.averaged_spare)
         s.averaged_i, s.averaged_spare = s.averaged_spare, s.averaged_i
         return result
 

@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpi_ef import kernels
-from mpi_ef.errors import OptionError, briefly
+from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError, briefly
 
 from .aggregators import Aggregator
 from .columns import network
-from .view import Answer, Matrix, View
+from .view import Answer, Matrix, View, checked
 
 __all__ = ["PARTS", "Aggregation", "aggregate", "nearest_mean"]
 
@@ -77,6 +77,9 @@ class Aggregation:
             The columns in which rows may differ from those of the last call, where there was one: only these are computed,
             as long as the mixtures are the same. The bits are those of a whole pass.
         """
+        if rows.shape != (self.n, self.width) or out.shape != (self.width,):
+            raise ShapeError(f"{self.aggregator}: rows of shape {rows.shape}, out of shape {out.shape}; pass "
+                             f"({self.n}, {self.width}) and ({self.width},)")
         for anchor, name in zip(self._anchors, self.aggregator.anchors, strict=True):
             if name == "center":
                 anchor[:] = out
@@ -88,10 +91,8 @@ class Aggregation:
             return known[0]
 
         view = View(lambda mixture: self._measured(rows, mixture), distances, self.aggregator.anchors, self.n, step)
-        answer = self.aggregator.answer(view, self.f)
+        answer = checked(self.aggregator.answer(view, self.f), self.n, len(self._anchors), f"{self.aggregator}.answer")
         weights = answer.weights
-        if weights is not None:
-            weights = np.ascontiguousarray(weights)
         few = changed is not None and self._same(answer) and "center" not in self.aggregator.anchors
         count = changed.size if few and changed is not None else self.width
         m = self.n if weights is None else len(weights)
@@ -100,7 +101,7 @@ class Aggregation:
             rows, self._anchors, np.zeros((0, 0)) if weights is None else weights, network(m) if m > 1 else _NONE,
             answer.low, answer.high, changed if few and changed is not None else self._every, not few, self._scratch,
             self._outside, out)
-        self._before = Answer(weights, answer.low, answer.high)
+        self._before = answer
         self._suspect(weights, answer.high - answer.low, count)
         return out
 
@@ -164,14 +165,31 @@ def aggregate(rows: NDArray[np.floating], aggregator: Aggregator, *, f: int, ste
               center: NDArray[np.floating] | None = None) -> NDArray[np.floating]:
     """Return ``A(rows, f)``, (d,), of rows that are all here, (n, d), float32 or float64. Local.
 
+    A row with a NaN or Inf is left out, as one of the f.
+
     Parameters
     ----------
     center : (d,) optional
         Where :class:`CenteredClip` begins; zero by default.
+
+    Raises
+    ------
+    NonFiniteError
+        More than f rows have a NaN or Inf.
+    ShapeError, DtypeError, OptionError
     """
     rows = np.ascontiguousarray(rows)
-    out = np.zeros(rows.shape[1], rows.dtype) if center is None else np.array(center, rows.dtype)
-    return Aggregation(aggregator, f, len(rows), rows.shape[1], rows.dtype)(rows, out, step=step)
+    if rows.ndim != 2:
+        raise ShapeError(f"aggregate: rows of shape {rows.shape}; pass (n, d), a row of each client")
+    if rows.dtype not in (np.float32, np.float64):
+        raise DtypeError(f"aggregate: rows have dtype {rows.dtype}; pass float32 or float64")
+    (n, d), alive = rows.shape, np.isfinite(rows).all(axis=1)
+    out = np.zeros(d, rows.dtype) if center is None else np.array(center, rows.dtype)
+    if (gone := n - int(alive.sum())) == 0:
+        return Aggregation(aggregator, f, n, d, rows.dtype)(rows, out, step=step)
+    if gone > Aggregation(aggregator, f, n, d, rows.dtype).f:
+        raise NonFiniteError(f"aggregate: {gone} of {n} rows have a NaN or Inf, and f={f}")
+    return Aggregation(aggregator, f - gone, n - gone, d, rows.dtype)(rows[alive], out, step=step)
 
 
 def nearest_mean(rows: NDArray[np.floating], own: int, keep: int, out: NDArray[np.floating]) -> NDArray[np.intp]:
@@ -181,6 +199,8 @@ def nearest_mean(rows: NDArray[np.floating], own: int, keep: int, out: NDArray[n
     O(m d) for m rows. Sums in the order of the rows.
     """
     m, d = rows.shape
+    if out.shape != (d,):
+        raise ShapeError(f"nearest_mean: out of shape {out.shape}; pass ({d},)")
     scratch, none = np.empty((2 * m + 1, kernels.ROBUST_BLOCK)), np.zeros((0, d), rows.dtype)
     mine = np.zeros(m)
     mine[own] = 1.0

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import inf, isinf
+from math import inf, isinf, sqrt
 from typing import ClassVar
 
 import numpy as np
@@ -15,6 +15,8 @@ from .view import Answer, Matrix, View, summed
 
 __all__ = ["NNM", "Aggregator", "Bucketing", "CenteredClip", "ClipLargest", "GeometricMedian", "Krum", "Mean", "Median",
            "MultiKrum", "TrimmedMean"]
+
+ROUNDING = 1e-15  # of a squared distance that is a difference of others
 
 
 @dataclass(frozen=True)
@@ -157,9 +159,11 @@ class MultiKrum(Aggregator):
 class GeometricMedian(Aggregator):
     """The point with the least sum of distances to the rows, by Weiszfeld's iteration (RFA, Pillutla et al. 2022).
 
-    ``w_i = 1 / max(smoothing * s, ||x_i - z||)``, of sum 1, ``z = sum_i w_i x_i``, from the mean on, until no weight changes
-    by more than 1e-12; s is the median distance from the first z. The last iteration takes true differences, as squared
-    distances near z are differences of large numbers where a row is far away.
+    ``w_i = 1 / max(smoothing * s, ||x_i - z||)``, of sum 1, ``z = sum_i w_i x_i``, until no weight changes by over 1e-12.
+    s is the median of how far each row has to look to see more than half of all, which no minority decides; first,
+    ``w_i = 1 / max(s, ||x_i - x_j||)``, with x_j the row that has to look least far. Squared distances near z are
+    differences of large numbers where a row is far away: the last iteration takes true ones, and where a row is so far,
+    about 1e10 s, that nothing is left of the others, ten iterations do, and no others.
 
     Parameters
     ----------
@@ -183,19 +187,23 @@ class GeometricMedian(Aggregator):
     def answer(self, view: View, f: int) -> Answer:  # noqa: ARG002
         """Return the weights of the last iteration, see :meth:`Aggregator.answer`."""
         m = view.m
-        weights = np.full(m, 1.0 / m)
-        to_mean = np.sqrt(view.distances_to(_extended(view, weights)))
-        least = self.smoothing * float(np.sort(to_mean)[m // 2])
-        if not least > 0.0:
-            least = self.smoothing * float(to_mean.max())
-        if least == 0.0:  # all rows are one
-            return _one(view, weights)
+        apart = view.distances()[:m, :m]
+        half = np.sort(apart, axis=1)[:, m // 2]  # within it, of each, are more than half of all rows
+        central, scale = int(half.argmin()), float(np.sqrt(np.sort(half)[m // 2]))
+        if scale == 0.0:  # more than half of all rows are one, which is the median
+            same = apart[central] == 0.0
+            return _one(view, same / float(same.sum()))
+        least, last = self.smoothing * scale, 1
+        weights = _inverse(np.sqrt(apart[central]), scale)
         for _ in range(self.iterations):
-            before = weights
-            weights = _inverse(np.sqrt(view.distances_to(_extended(view, weights))), least)
+            before, lost = weights, ROUNDING * float(summed(apart[central] * weights))
+            if lost > 1e-4 * scale * scale:
+                weights, last = _inverse(np.sqrt(apart[central]), scale), 10
+                break
+            weights = _inverse(np.sqrt(view.distances_to(_extended(view, weights))), max(least, sqrt(lost)))
             if np.abs(weights - before).max() <= 1e-12:
                 break
-        if view.weights is None:
+        for _ in range(last if view.weights is None else 0):
             weights = _inverse(np.sqrt(view.measure(_extended(view, weights))[:m]), least)
         return _one(view, weights)
 

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import index
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ef import kernels
+from mpi_ef.errors import OptionError, briefly
 
-__all__ = ["Answer", "View", "summed"]
+__all__ = ["Answer", "View", "checked", "summed"]
 
 Matrix = NDArray[np.float64]
 
@@ -92,9 +94,36 @@ class View:
 class Answer(NamedTuple):
     """How rows become one: the mean of the sorted ``low ... high - 1`` of the mixtures `weights`, entry by entry.
 
-    `weights` is (m, n + a) of sum 1 a row, or None: the rows themselves.
+    `weights` is (m, n + a), m at most n, of sum 1 a row, or None: the rows themselves.
     """
 
     weights: Matrix | None
     low: int = 0
     high: int = 1
+
+
+def checked(answer: object, n: int, a: int, subject: str) -> Answer:
+    """Return an answer for n rows and `a` anchors with contiguous weights; raise `OptionError` where it is none. Local."""
+    if not isinstance(answer, Answer):
+        raise OptionError(f"{subject}: it answers {briefly(answer)}; return an Answer of weights, low and high")
+    m, weights = n, None
+    if answer.weights is not None:
+        try:
+            weights = np.ascontiguousarray(answer.weights, np.float64)
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"{subject}: it answers with weights={briefly(answer.weights)}; return an array") from error
+        m = len(weights)
+        if weights.ndim != 2 or not 1 <= m <= n or weights.shape[1] != n + a:
+            raise OptionError(f"{subject}: it answers with weights of shape {weights.shape}; return 1 to {n} rows of "
+                              f"{n + a}, one of each client and anchor")
+        if not (np.abs(summed(weights) - 1.0) <= 1e-6).all():
+            raise OptionError(f"{subject}: it answers with weights of which the sums are {briefly(summed(weights).tolist())}"
+                              "; return rows of sum 1, without NaN")
+    try:
+        low, high = index(answer.low), index(answer.high)
+    except TypeError:
+        low = high = -1
+    if not 0 <= low < high <= m:
+        raise OptionError(f"{subject}: it answers with low={briefly(answer.low)}, high={briefly(answer.high)}; return "
+                          f"whole numbers, 0 <= low < high <= {m}")
+    return Answer(weights, low, high)
