@@ -13,6 +13,7 @@ from mpi_ef.compress import TopK
 from mpi_ef.errors import ConfigError, NonFiniteError
 from mpi_ef.feedback.theory import Smoothness
 from mpi_ef.jobs import figures
+from mpi_ef.jobs.report import program as report
 from mpi_ef.jobs.reproduce import byz_ef21, monna
 from mpi_ef.jobs.reproduce import program as reproduce
 from mpi_ef.jobs.reproduce.attacks import ATTACKS, FACTORS, Attack, Attacker, attack_named, attacks_in, searched
@@ -223,6 +224,8 @@ def test_monna_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch):
     assert seen[0] == seen[1]
     assert all(word in seen[0][1] for word in ("trimmed mean", "alie: the factor of 0.25,", "skipped", "MISSED", "-\n"))
     assert len({json.loads(row)["models"] for row in seen[0][0].splitlines()}) > 4
+    report.main([str(folder), "--plot", str(tmp_path / "drawn.png")])
+    assert (tmp_path / "drawn.png").read_text() == "drawn"
 
 
 def test_what_is_demanded_is_compared_with_what_there_is():
@@ -296,6 +299,8 @@ def test_byz_ef21_on_small_data(small_data, monkeypatch):  # noqa: F811
     assert all(word in table for word in (*some, "phishing, rows in file order", "phishing, rows shuffled", "a9a, Top-6",
                                           "digits, Top-5 %", "bare messages", "sign-flip", "MISSED"))
     rows = [json.loads(line) for line in seen[0][0].splitlines()]
+    report.main([str(folder), "--plot", str(small_data / "drawn.png")])
+    assert (small_data / "drawn.png").read_text() == "drawn"
     assert {row["panel"] for row in rows} >= {"phishing, shuffled, sign-flip", "a9a, sign-flip", "digits, sign-flip"}
     assert json.loads((folder / "summary.json").read_text())["attack"] == "sign-flip"
 

@@ -181,17 +181,24 @@ def _reproduced(path: Path) -> Section:
     from mpi_ef.jobs.reproduce.simulate import Curve
 
     panels: dict[str, dict[str, Curve]] = {}
+    accuracies: dict[str, dict[str, list[float]]] = {}
     try:
         text = read(path / PROOF, MARK, follow=True).decode("utf-8").rstrip()
         for row in _rows(path):
-            panels.setdefault(row["panel"], {}).setdefault(row["run"], Curve()).append_row(row)
+            if "accuracy" in row:
+                accuracies.setdefault(row["panel"], {}).setdefault(row["run"], []).append(float(row["accuracy"]))
+            else:
+                panels.setdefault(row["panel"], {}).setdefault(row["run"], Curve()).append_row(row)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path}: metrics.jsonl is damaged ({briefly(error)}); run mpi-ef reproduce again") from None
 
     def draw(target: Path) -> None:
         from mpi_ef.jobs.reproduce import figures
 
-        figures.against("sent_bits", "steps")(panels, target)
+        if panels:
+            figures.against("sent_bits", "steps")(panels, target)
+        else:
+            figures.accuracies(accuracies, target)
 
     try:
         summary = read_json(path / "summary.json", follow=True)

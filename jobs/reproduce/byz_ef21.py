@@ -35,6 +35,7 @@ RULES: Mapping[str, Aggregator] = {
     "mean": Mean(), "trimmed mean": TrimmedMean(), "median": Median(), "RFA": GeometricMedian(), "Krum": Krum(),
     "NNM, trimmed mean": NNM(TrimmedMean()), "NNM, median": NNM(Median())}
 _SEEDS, _EVERY = 3, 20
+_TRAINING = 400  # steps on digits
 _MEASURED = 20  # steps between measurements
 _LOST = 1e300  # ||grad f||^2 of what has become NaN or Inf
 Matrix = NDArray[Any]
@@ -203,7 +204,7 @@ class Runs:
         return curve
 
     def train(self, images: Images, rule: str, form: str, attack: Attack, seed: int, *, eta: float, feedback: bool,
-              steps: int = 400) -> float:
+              steps: int = _TRAINING) -> float:
         """Train a small network with Top-5 %, and return its test accuracy."""
         model, steps = Mlp(images.x.shape[1]), self.config.steps or steps
         swarm = Swarm(self.world, RULES[rule], TopK(0.05), attack, model.d, np.float32, eta=eta, feedback=feedback,
@@ -249,7 +250,8 @@ def byz_ef21(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     lines = [*_phishing(runs), "", *_a9a(runs), "", *_digits(runs)]
     rows = [{"panel": panel, "run": name, **row} for panel, curves in runs.curves.items()
             for name, curve in curves.items() for row in curve.rows()]
-    rows += [{"panel": f"digits, {attack}", "run": f"{rule}, {form}", "seed": seed, "accuracy": accuracy}
+    rows += [{"panel": f"digits, {attack}", "run": f"{rule}, {form}", "seed": seed, "step": config.steps or _TRAINING,
+              "accuracy": accuracy}
              for (rule, form, attack), found in runs.trained.items() for seed, accuracy in enumerate(found)]
     lines += ["", f"factors of alie and foe are searched every {runs.every} steps", "", *_acceptance(runs)]
     shown = {panel: curves for panel, curves in runs.curves.items() if "shuffled" not in panel}

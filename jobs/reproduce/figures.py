@@ -9,7 +9,7 @@ import numpy as np
 from mpi_ef.jobs import figures
 from mpi_ef.jobs.reproduce.simulate import Curve
 
-__all__ = ["Curves", "against", "floors", "stability"]
+__all__ = ["Curves", "accuracies", "against", "floors", "stability"]
 
 Curves = Mapping[str, Curve]
 
@@ -86,6 +86,21 @@ def floors(levels: Mapping[str, Sequence[float]], sizes: Sequence[int], path: Pa
     axes.set(xscale="log", yscale="log", xlabel="clients", ylabel="||grad f||^2 that stays")
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize=8)
+    figures.save(figure, path)
+
+
+def accuracies(found: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+    """Draw accuracies of every run in every panel, of all seeds."""
+    figure, axes = figures.pyplot().subplots(figsize=(8.0, 1.0 + 0.25 * len(found)), layout="constrained")
+    runs = list(dict.fromkeys(run for panel in found.values() for run in panel))
+    for number, run in enumerate(runs):
+        points = [(value, place) for place, panel in enumerate(found.values()) for value in panel.get(run, ())]
+        axes.plot(*zip(*points, strict=True), "ox+"[number // 10 % 3], color=f"C{number % 10}", label=run)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.set_xlabel("test accuracy")
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figures.save(figure, path)
 
 

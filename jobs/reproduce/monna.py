@@ -181,7 +181,8 @@ def monna(comm: MpiComm, config: ReproduceConfig) -> Outcome:
                         runs.append(train(peers, config.steps or _STEPS))
                     if comm.Get_rank() == 0:
                         print(f"{setting!s:30}{attack!s:12}{rule:14}beta {beta:<6g}{_cell(runs)}", flush=True)
-    rows = [{"panel": setting, "attack": attack, "run": rule, "beta": beta, "seed": seed, **run}
+    rows = [{"panel": f"{setting}, {attack}", "run": f"{rule}, beta {beta:g}", "seed": seed,
+             "step": config.steps or _STEPS, **run}
             for (setting, attack, rule, beta), runs in found.items() for seed, run in enumerate(runs)]
     names = [str(attack) for attack in attacks]
     lines = [*_tables(found, names, len(seeds)), *missing, "", *_searches(attacks, every), "", *_acceptance(found)]
