@@ -50,6 +50,7 @@ def a_client_each(comm, compressor, d, dtype):
 
 OF_CLIENTS = {"plan": a_client_each, "compressors": (TopK(0.1),)}
 NO_MEAN = {"mean": False}  # momentum; a lazy estimate; sums of changes
+ROBUST = {"plan": "RobustMean(f=0)"}
 LOSES = {"follows": 0}  # a vote; sums of changes; errors that fade
 RULE_LAWS = {
     "ef14": {}, "ef21": {}, "econtrol": {"options": {"eta": 0.1}}, "ef14-momentum": NO_MEAN, "lion": NO_MEAN | LOSES,
@@ -57,6 +58,7 @@ RULE_LAWS = {
     "ef21-pp": OF_CLIENTS | {"options": {"participation": 1.0}},  # the NaN of a client that is silent stops nobody
     "ef21-w": OF_CLIENTS, "ef21-bc": {}, "ef21-plus": OF_CLIENTS, "ef21-page": NO_MEAN | LOSES,
     "marina": {"compressors": (RandK(0.3, seed=2),)} | LOSES, "clag": OF_CLIENTS | NO_MEAN, "d-ec-sgd": {},
+    "byz-ef21": ROBUST, "byz-ef21-sgdm": ROBUST | NO_MEAN, "byz-ef21-bc": ROBUST,
     "my_rule:FADING(fade=0.5)": LOSES,
 }
 
