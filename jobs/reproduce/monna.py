@@ -3,14 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpi_ef.comm.consensus import agree
 from mpi_ef.comm.protocol import MpiComm
-from mpi_ef.jobs import figures
+from mpi_ef.jobs.reproduce import figures
 from mpi_ef.jobs.reproduce.attacks import FACTORS, Attack, Attacker, attacks_in
 from mpi_ef.jobs.reproduce.clients import Floats, Gathered, Images, Mlp, Shards, digits, mnist
 from mpi_ef.jobs.reproduce.experiments import carriers, own_clients
@@ -186,7 +185,10 @@ def monna(comm: MpiComm, config: ReproduceConfig) -> Outcome:
             for (setting, attack, rule, beta), runs in found.items() for seed, run in enumerate(runs)]
     names = [str(attack) for attack in attacks]
     lines = [*_tables(found, names, len(seeds)), *missing, "", *_searches(attacks, every), "", *_acceptance(found)]
-    return Outcome(rows, "\n".join(lines), lambda path: _draw(found, names, path),
+    drawn: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        drawn.setdefault(str(row["panel"]), {}).setdefault(str(row["run"]), []).append(row["accuracy"])
+    return Outcome(rows, "\n".join(lines), lambda path: figures.accuracies(drawn, path),
                    {name: data.content for name, data in images.items()})
 
 
@@ -265,22 +267,3 @@ def verdicts(rows: Sequence[tuple[str, str, Callable[[], float]]]) -> list[str]:
         holds = {"<=": value <= float(limit), ">=": value >= float(limit)}[sign]
         lines.append(f"{text:72}{wanted:>12}{value:11.3g}  {'reached' if holds else 'MISSED'}")
     return lines
-
-
-def _draw(found: Found, attacks: Sequence[str], path: Path) -> None:
-    """Draw accuracies under every attack."""
-    shown = [setting for setting in _SETTINGS if any(key[0] == str(setting) for key in found)]
-    figure, axes = figures.pyplot().subplots(1, len(shown), figsize=(3.6 * len(shown), 3.6), layout="constrained",
-                                             sharey=True, squeeze=False)
-    for axis, setting in zip(axes[0], shown, strict=True):
-        for number, rule in enumerate(setting.rules):
-            for beta in _BETAS:
-                values = [_mean(found[str(setting), attack, rule, beta], "accuracy") for attack in attacks]
-                axis.plot(range(len(attacks)), values, label=f"{rule}, beta {beta:g}", color=f"C{number}",
-                          marker="o" if beta else "x", linestyle="-" if beta else ":", linewidth=1.2)
-        axis.set_title(str(setting), fontsize=9)
-        axis.set_xticks(range(len(attacks)), attacks, rotation=45)
-        axis.grid(visible=True, alpha=0.3)
-    axes[0, 0].set_ylabel("test accuracy of client 0")
-    axes[0, min(1, len(shown) - 1)].legend(fontsize=7)
-    figures.save(figure, path)
