@@ -42,8 +42,8 @@ class Aggregation:
         Those that this rank holds.
     suspicion : (n,) float64
         After a call, from 0, no more than the others on average, to 1, always: the share of the other rows' mixtures that a
-        row is missing from; without mixtures, that of entries in which it was outside of what was kept, of those that were
-        computed; of a single mixture, what its weight lacks of 1 / n.
+        row is missing from; where each is of one row, that of entries in which it was outside of what was kept, of those
+        that were computed, or what it was clipped by; of a single mixture, what its weight lacks of 1 / n.
     """
 
     def __init__(self, aggregator: Aggregator, f: int, n: int, d: int, dtype: DTypeLike = np.float32, *,
@@ -141,19 +141,20 @@ class Aggregation:
 
     def _suspect(self, weights: Matrix | None, kept: int, count: int) -> None:
         """Set :attr:`suspicion`, of what an aggregator has answered with."""
-        if weights is None:
+        shares = np.eye(self.n) if weights is None else weights[:, : self.n]
+        m, owners, most = len(shares), np.abs(shares).argmax(axis=1), np.abs(shares).max(axis=1)
+        if m == self.n and (np.count_nonzero(shares, axis=1) == 1).all() and np.unique(owners).size == m:  # one row each
             counts = np.append(self._outside, count)
             counts = counts if self._shared is None else self._shared[1](counts)
-            self.suspicion[:] = _more_than(1.0 - kept / self.n, counts[:-1] / max(int(counts[-1]), 1))
+            outside = _more_than(1.0 - kept / self.n, counts[:-1] / max(int(counts[-1]), 1))
+            self.suspicion[owners] = np.maximum(outside, 1.0 - most / most.max())
             return
-        shares = weights[:, : self.n]
-        m = len(shares)
         if m == self.n > 1:
             missing = (shares == 0).sum(axis=0) - (np.diagonal(shares) == 0)
             self.suspicion[:] = _more_than(missing.sum() / (m * (m - 1)), missing / (m - 1))
         else:
             mean = np.cumsum(shares, axis=0)[-1] / m
-            self.suspicion[:] = 1.0 - np.minimum(1.0, mean * self.n)
+            self.suspicion[:] = 1.0 - np.clip(mean * self.n, 0.0, 1.0)
 
 
 def _more_than(usual: float, shares: Matrix) -> Matrix:
