@@ -308,6 +308,22 @@ def test_saved_and_loaded_a_step_is_the_same(rule, shards):
     virtual.run(2, program)
 
 
+@pytest.mark.parametrize("aggregator", [Median(), TrimmedMean(), Bucketing(Median(), s=1)], ids=str)
+def test_suspicion_is_that_of_a_run_that_was_not_interrupted(aggregator):
+    """Also where all columns are computed after loading."""
+
+    def program(comm):
+        one, other = at_work(comm, aggregator=aggregator), at_work(comm, aggregator=aggregator)
+        for step in range(8):
+            one.step(vectors_of(one.plan, step, {3: (9.0,)}))
+            other.step(vectors_of(one.plan, step, {3: (9.0,)}))
+            assert same_bits(one.state.suspicion, other.state.suspicion)
+            saved, other = other.state_dict(), at_work(comm, aggregator=aggregator)
+            other.load_state_dict(saved)
+
+    virtual.run(2, program)
+
+
 def test_what_is_loaded_has_the_same_aggregator_and_f():
     def program(comm):
         saved = at_work(comm).state_dict()

@@ -352,6 +352,23 @@ def test_suspects_are_those_that_are_left_out():
         assert at_work.suspicion[3] > .9
 
 
+def test_suspects_among_rows_that_are_clipped_or_in_another_order():
+    """A row that is in the place it had is no suspect for that."""
+    rows = normal(11, 400)
+    rows[3] += 50
+    clipped, drawn, plain = (Aggregation(aggregator, 2, 11, 400, float) for aggregator in (
+        ClipLargest(TrimmedMean()), Bucketing(TrimmedMean(), s=1), TrimmedMean()))
+    for step in range(20):
+        for at_work in (clipped, drawn, plain):
+            at_work(rows, np.zeros(400), step=step)
+        assert drawn.suspicion.tobytes() == plain.suspicion.tobytes()
+        assert clipped.suspicion[3] > .9
+        assert np.delete(clipped.suspicion, 3).max() < .3
+    one = Aggregation(Bucketing(Median(), s=1), 0, 1, 40, float)
+    one(rows[:1, :40].copy(), np.zeros(40))
+    assert one.suspicion.tolist() == [0]
+
+
 def test_copies_of_one_row_are_not_suspects():
     at_work = Aggregation(NNM(TrimmedMean()), 2, 5, 40, float)
     at_work(np.repeat(normal(1, 40), 5, axis=0), np.zeros(40))

@@ -42,8 +42,8 @@ class Aggregation:
         Those that this rank holds.
     suspicion : (n,) float64
         After a call, from 0, no more than the others on average, to 1, always: the share of the other rows' mixtures that a
-        row is missing from; without mixtures, that of entries in which it was outside of what was kept, of those that were
-        computed; of a single mixture, what its weight lacks of 1 / n.
+        row is missing from; where each is of one row, that of entries in which it was outside of what was kept, of those
+        that have changed, or what it was clipped by; of a single mixture, what its weight lacks of 1 / n.
     """
 
     def __init__(self, aggregator: Aggregator, f: int, n: int, d: int, dtype: DTypeLike = np.float32, *,
@@ -94,15 +94,20 @@ class Aggregation:
         answer = checked(self.aggregator.answer(view, self.f), self.n, len(self._anchors), f"{self.aggregator}.answer")
         weights = answer.weights
         few = changed is not None and self._same(answer) and "center" not in self.aggregator.anchors
-        count = changed.size if few and changed is not None else self.width
-        m = self.n if weights is None else len(weights)
-        self._outside[:] = 0
-        kernels.combine_columns(
-            rows, self._anchors, np.zeros((0, 0)) if weights is None else weights, network(m) if m > 1 else _NONE,
-            answer.low, answer.high, changed if few and changed is not None else self._every, not few, self._scratch,
-            self._outside, out)
+        m, owners = self.n if weights is None else len(weights), self._owners(weights)
+
+        def combine(columns: NDArray[np.int64], *, every: bool) -> None:
+            self._outside[:] = 0
+            kernels.combine_columns(
+                rows, self._anchors, np.zeros((0, 0)) if weights is None else weights, network(m) if m > 1 else _NONE,
+                answer.low, answer.high, columns, every, self._scratch, self._outside, out)
+
+        if not few:
+            combine(self._every, every=True)
+        if changed is not None and (few or owners is not None):  # who is outside is counted where something has changed
+            combine(changed, every=False)
         self._before = answer
-        self._suspect(weights, answer.high - answer.low, count)
+        self._suspect(weights, owners, answer.high - answer.low, self.width if changed is None else changed.size)
         return out
 
     def forget(self) -> None:
@@ -139,21 +144,32 @@ class Aggregation:
         finite: Matrix = np.nan_to_num(np.minimum(total, FARTHEST), nan=FARTHEST)
         return finite
 
-    def _suspect(self, weights: Matrix | None, kept: int, count: int) -> None:
-        """Set :attr:`suspicion`, of what an aggregator has answered with."""
+    def _owners(self, weights: Matrix | None) -> NDArray[np.intp] | None:
+        """Return of which row each mixture is, where each is of one and no two of the same one, else None."""
         if weights is None:
+            return np.arange(self.n)
+        named = weights[:, : self.n] != 0
+        owners = named.argmax(axis=1)
+        alone = len(weights) == self.n and (named.sum(axis=1) == 1).all() and np.unique(owners).size == self.n
+        return owners if alone else None
+
+    def _suspect(self, weights: Matrix | None, owners: NDArray[np.intp] | None, kept: int, count: int) -> None:
+        """Set :attr:`suspicion`, of what an aggregator has answered with."""
+        shares = np.eye(self.n) if weights is None else weights[:, : self.n]
+        m = len(shares)
+        if owners is not None:
             counts = np.append(self._outside, count)
             counts = counts if self._shared is None else self._shared[1](counts)
-            self.suspicion[:] = _more_than(1.0 - kept / self.n, counts[:-1] / max(int(counts[-1]), 1))
+            outside = _more_than(1.0 - kept / self.n, counts[:-1] / max(int(counts[-1]), 1))
+            most = np.abs(shares).max(axis=1)
+            self.suspicion[owners] = np.maximum(outside, 1.0 - most / most.max())
             return
-        shares = weights[:, : self.n]
-        m = len(shares)
         if m == self.n > 1:
             missing = (shares == 0).sum(axis=0) - (np.diagonal(shares) == 0)
             self.suspicion[:] = _more_than(missing.sum() / (m * (m - 1)), missing / (m - 1))
         else:
             mean = np.cumsum(shares, axis=0)[-1] / m
-            self.suspicion[:] = 1.0 - np.minimum(1.0, mean * self.n)
+            self.suspicion[:] = 1.0 - np.clip(mean * self.n, 0.0, 1.0)
 
 
 def _more_than(usual: float, shares: Matrix) -> Matrix:
