@@ -65,6 +65,14 @@ def test_a_mean_of_clients_obeys(law):
     getattr(type("Laws", (PlanLaws,), said)(), law)()
 
 
+@pytest.mark.parametrize("law", laws_in(PlanLaws))
+@pytest.mark.parametrize("said", [{"plan": "RobustMean(f=0, shards=True)"},
+                                  {"plan": "RobustMean(Median(), f=0)", "mean": False}], ids=lambda said: said["plan"])
+def test_robust_means_obey(said, law):
+    """With f = 0, as NaN of f ranks is no error."""
+    getattr(type("Laws", (PlanLaws,), said)(), law)()
+
+
 @each_world
 def test_dense_mean_is_the_mean_in_rank_order(n):
     d = 1001

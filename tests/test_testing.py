@@ -52,6 +52,7 @@ def a_client_each(comm, compressor, d, dtype):
 OF_CLIENTS = {"plan": a_client_each, "compressors": (TopK(0.1),)}
 ROBUST = {"plan": partial(RobustMean, aggregator=Median(), f=0), "ranks": (1, 2)}  # of two the mean
 NO_MEAN = {"mean": False}  # momentum; a lazy estimate; sums of changes
+ROBUST = {"plan": "RobustMean(f=0)"}
 LOSES = {"follows": 0}  # a vote; sums of changes; errors that fade
 RULE_LAWS = {
     "ef14": {}, "ef21": {}, "econtrol": {"options": {"eta": 0.1}}, "ef14-momentum": NO_MEAN, "lion": NO_MEAN | LOSES,

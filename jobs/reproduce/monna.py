@@ -85,6 +85,7 @@ class Peers:
         members = n - f
         self._view = np.zeros((members, d), np.float32)
         self._aggregation = None if rule == "MoNNA" else Aggregation(_RIVALS[rule], f, members, d, np.float32)
+        self._whole = None if rule == "MoNNA" else Aggregation(_RIVALS[rule], f, n, d, np.float32)  # for the search
         self.attacker = Attacker(attack, f, seed=seed, every=every)
         self.step_number = 0
 
@@ -101,11 +102,9 @@ class Peers:
         self.momenta *= np.float32(self.beta)
         self.momenta += np.float32(1.0 - self.beta) * gradients
         rows = self._gathered(self.theta - np.float32(rate) * self.momenta)
-        known = self._known()
         rows[self.honest :] = self.attacker.rows(
-            rows[: self.honest], self.step_number, lambda vector: self._damage(rows, known, vector),
-            own=rows[self.honest :])
-        for client, (view, place), theta in zip(self.active, known, self.theta, strict=True):
+            rows[: self.honest], self.step_number, lambda vector: self._damage(rows, vector), own=rows[self.honest :])
+        for client, (view, place), theta in zip(self.active, self._known(), self.theta, strict=True):
             self._mix(rows, view, place, theta, client)
         self.step_number += 1
 
@@ -129,14 +128,15 @@ class Peers:
         else:
             self._aggregation(self._view, out, step=self.step_number * self.n + client)
 
-    def _damage(self, rows: Floats, known: list[tuple[list[int], int]], vector: Floats) -> float:
-        """Return how far the mean of what honest clients make of it is from what they have sent, squared."""
-        tried, made = rows.copy(), np.zeros_like(self.theta)
+    def _damage(self, rows: Floats, vector: Floats) -> float:
+        """Return how far what client 0 makes of it, hearing all, is from the mean of what honest ones have sent, squared."""
+        tried, made = rows.copy(), np.zeros(rows.shape[1], np.float32)
         tried[self.honest :] = vector
-        for client, (view, place), out in zip(self.active, known, made, strict=True):
-            self._mix(tried, view, place, out, client)
-        sent = rows[: self.honest].mean(axis=0, dtype=np.float64)
-        away = self._gathered(made)[: self.honest].mean(axis=0, dtype=np.float64) - sent
+        if self._whole is None:
+            nearest_mean(tried, 0, self.n - self.f, made)
+        else:
+            self._whole(tried, made, step=self.step_number)
+        away = made - rows[: self.honest].mean(axis=0, dtype=np.float64)
         return float(away @ away)
 
     def result(self) -> dict[str, Any]:
