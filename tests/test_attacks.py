@@ -159,6 +159,12 @@ def test_shards_have_every_sample_once_and_differ_by_alpha():
     assert all(mine.size for mine in Shards(labels[:3], 8, 1.0, seed=0).indices)
 
 
+def drawn(figure, path):
+    """Stand in for what saves a picture, which takes long."""
+    figures.pyplot().close(figure)
+    path.write_text("drawn")
+
+
 SETTING = Setting("points", 3, 1.0)
 
 
@@ -212,7 +218,7 @@ def test_without_mlxtend_its_rows_are_left_out(monkeypatch):
 
 def test_monna_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch):
     """As the other experiments, of fewer settings."""
-    monkeypatch.setattr(figures, "save", lambda figure, path: path.write_text("drawn"))
+    monkeypatch.setattr(figures, "save", drawn)
     monkeypatch.setattr(monna, "_SETTINGS", (Setting("digits", 5, 1.0, ("MoNNA", "trimmed mean")),))
     monkeypatch.setattr(monna, "mnist", lambda: None)
     seen = []
@@ -284,7 +290,7 @@ def test_what_is_silent_or_garbage_reaches_the_plan():
 
 def test_byz_ef21_on_small_data(small_data, monkeypatch):  # noqa: F811
     """The same on any number of ranks; what is demanded is compared; sets that are not there are left out, with a line."""
-    monkeypatch.setattr(figures, "save", lambda figure, path: path.write_text("drawn"))
+    monkeypatch.setattr(figures, "save", drawn)
     some = ("mean", "median", "trimmed mean", "NNM, trimmed mean")
     monkeypatch.setattr(byz_ef21, "RULES", {name: RULES[name] for name in some})
     monkeypatch.setattr(byz_ef21, "_TRAINED", ("mean", "NNM, trimmed mean"))
