@@ -420,6 +420,18 @@ def test_what_does_not_fit_is_refused_in_one_line(build, text):
     virtual.run(2, program)
 
 
+@pytest.mark.parametrize("rule", ["clag", "ef21-pp", "ef21-w"])
+def test_rules_with_silent_clients_are_refused(rule):
+    """They would be more than f in most steps, which would be skipped."""
+
+    def program(comm):
+        feedback = ErrorFeedback(rule, RobustMean(comm, TOP, D, np.float32, f=F, clients=N))
+        with pytest.raises(OptionError, match=f"^{rule}: clients keep silent in turn, and to a RobustMean a silent one"):
+            feedback.step(np.zeros(N * D, np.float32))
+
+    virtual.run(1, program)
+
+
 def test_ranks_agree_on_the_aggregator():
     def program(comm):
         with pytest.raises(DisagreementError, match="aggregator"):
