@@ -383,6 +383,28 @@ def test_robust_mean_in_one_line(aggregator, dtype):
     virtual.run(5, program)
 
 
+@pytest.mark.parametrize("aggregator", [Mean(), TrimmedMean(), CenteredClip(np.inf)], ids=str)
+def test_what_robust_mean_leaves_out_is_not_zero(aggregator):
+    def program(comm):
+        x = np.full(5, 1.5 if comm.Get_rank() else np.nan)
+        assert robust_mean(comm, x, aggregator, f=1).tolist() == [1.5] * 5
+
+    virtual.run(4, program)
+
+
+def test_a_mean_of_nothing_is_an_error():
+    """Also where f says that all may be wrong, which only a mean takes."""
+
+    def program(comm):
+        with pytest.raises(NonFiniteError, match="3 clients, on ranks 0-2, sent NaN, Inf or nothing"):
+            robust_mean(comm, np.full(5, np.nan), Mean(), f=7)
+        feedback = at_work(comm, aggregator=Mean(), kind=Silent, dense_steps=0)
+        feedback.step(vectors_of(feedback.plan, 0))
+        assert feedback.state.suspicion.tolist() == [1, 0, 0, 0, 0, 1, 0]
+
+    virtual.run(3, program)
+
+
 def test_robust_mean_raises_on_all_ranks():
     def program(comm):
         x, rank = np.ones(4, np.float32), comm.Get_rank()
