@@ -553,6 +553,27 @@ def test_parameters_that_rest_while_another_rank_is_chosen():
     virtual.run(5, program)
 
 
+def test_a_rank_that_overflows_is_silent_also_where_its_gradient_is_clipped():
+    """With GradScaler, which sees it before."""
+
+    def program(comm):
+        net, rank, scaler = net_of(), comm.Get_rank(), torch.amp.GradScaler("cpu")
+        optimizer = ByzEF21(net.parameters(), comm, TopK(0.1), lr=0.1, f=1)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = sum(p.square().sum() for p in net.parameters())
+            scaler.scale(loss * (3e36 if rank == 2 and step == 1 else 1.0)).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_value_(net.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            assert np.flatnonzero(optimizer.buckets[0].feedback.plan.broken).tolist() == [2] * (step == 1)
+        assert optimizer.steps == 3
+        assert all(p.isfinite().all() and p.grad.isfinite().all() for p in net.parameters())
+
+    virtual.run(5, program)
+
+
 def test_a_step_with_more_broken_ranks_than_f_is_skipped():
     def program(comm):
         net, rank = net_of(), comm.Get_rank()
