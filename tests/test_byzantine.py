@@ -383,6 +383,28 @@ def test_robust_mean_in_one_line(aggregator, dtype):
     virtual.run(5, program)
 
 
+@pytest.mark.parametrize("aggregator", [Mean(), TrimmedMean(), CenteredClip(np.inf)], ids=str)
+def test_what_robust_mean_leaves_out_is_not_zero(aggregator):
+    def program(comm):
+        x = np.full(5, 1.5 if comm.Get_rank() else np.nan)
+        assert robust_mean(comm, x, aggregator, f=1).tolist() == [1.5] * 5
+
+    virtual.run(4, program)
+
+
+def test_a_mean_of_nothing_is_an_error():
+    """Also where f says that all may be wrong, which only a mean takes."""
+
+    def program(comm):
+        with pytest.raises(NonFiniteError, match="3 clients, on ranks 0-2, sent NaN, Inf or nothing"):
+            robust_mean(comm, np.full(5, np.nan), Mean(), f=7)
+        feedback = at_work(comm, aggregator=Mean(), kind=Silent, dense_steps=0)
+        feedback.step(vectors_of(feedback.plan, 0))
+        assert feedback.state.suspicion.tolist() == [1, 0, 0, 0, 0, 1, 0]
+
+    virtual.run(3, program)
+
+
 def test_robust_mean_raises_on_all_ranks():
     def program(comm):
         x, rank = np.ones(4, np.float32), comm.Get_rank()
@@ -418,6 +440,18 @@ def test_what_does_not_fit_is_refused_in_one_line(build, text):
         assert "\n" not in str(error.value)
 
     virtual.run(2, program)
+
+
+@pytest.mark.parametrize("rule", ["clag", "ef21-pp", "ef21-w"])
+def test_rules_with_silent_clients_are_refused(rule):
+    """They would be more than f in most steps, which would be skipped."""
+
+    def program(comm):
+        feedback = ErrorFeedback(rule, RobustMean(comm, TOP, D, np.float32, f=F, clients=N))
+        with pytest.raises(OptionError, match=f"^{rule}: clients keep silent in turn, and to a RobustMean a silent one"):
+            feedback.step(np.zeros(N * D, np.float32))
+
+    virtual.run(1, program)
 
 
 def test_ranks_agree_on_the_aggregator():
@@ -515,6 +549,27 @@ def test_parameters_that_rest_while_another_rank_is_chosen():
                 optimizer.step()
             runs[1][1].load_state_dict(runs[1][1].state_dict())
             assert all(torch.equal(p, q) for p, q in zip(*(net.parameters() for net, _ in runs), strict=True))
+
+    virtual.run(5, program)
+
+
+def test_a_rank_that_overflows_is_silent_also_where_its_gradient_is_clipped():
+    """With GradScaler, which sees it before."""
+
+    def program(comm):
+        net, rank, scaler = net_of(), comm.Get_rank(), torch.amp.GradScaler("cpu")
+        optimizer = ByzEF21(net.parameters(), comm, TopK(0.1), lr=0.1, f=1)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = sum(p.square().sum() for p in net.parameters())
+            scaler.scale(loss * (3e36 if rank == 2 and step == 1 else 1.0)).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_value_(net.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            assert np.flatnonzero(optimizer.buckets[0].feedback.plan.broken).tolist() == [2] * (step == 1)
+        assert optimizer.steps == 3
+        assert all(p.isfinite().all() and p.grad.isfinite().all() for p in net.parameters())
 
     virtual.run(5, program)
 

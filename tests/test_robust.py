@@ -459,6 +459,12 @@ def test_aggregators_are_parsed_as_they_are_printed(aggregator):
     assert registry.built("aggregator", str(aggregator)) == aggregator
 
 
+@pytest.mark.parametrize("f", [1, True, np.int64(1), np.uint8(1)])
+def test_how_many_may_be_wrong_is_an_int(f):
+    """Which saved states name."""
+    assert repr(Median().check(3, f)) == "1"
+
+
 def test_texts_of_aggregators():
     assert registry.built("aggregator", "NNM") == NNM(TrimmedMean())
     assert registry.built("aggregator", "Bucketing(Median(), s=3)") == Bucketing(Median(), s=3)

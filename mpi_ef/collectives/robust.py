@@ -34,7 +34,8 @@ class RobustMean(ClientsMean):
     so does one of a vector that is not finite. The exchange goes on while at most f clients are so broken.
 
     :meth:`add_mean` and :meth:`set_mean` take the aggregate of the messages themselves, those that were sent, with as many
-    fewer that may be wrong as are broken. Of sparse messages that is of little use, as each names other entries: rules such
+    fewer that may be wrong as are broken; in that of an aggregator that is the mean a broken one is zero, as in
+    :class:`ClientsMean`. Of sparse messages that is of little use, as each names other entries: rules such
     as :func:`mpi_ef.feedback.byz_ef21` keep what all messages of a client add up to, its *row*, by :meth:`add_messages`
     and :meth:`aggregate`.
 
@@ -146,7 +147,8 @@ class RobustMean(ClientsMean):
         yield from super().communicate()
         with self._decoding:
             self._look()
-        if (count := int(self.broken.sum())) > self.f:
+        self.suspicion[:] = self.broken
+        if (count := int(self.broken.sum())) > self.f or count == self.clients:
             who = np.flatnonzero(self.broken)
             ranks = tuple(sorted({int(np.searchsorted(np.cumsum(self._counts), client, side="right")) for client in who}))
             raise NonFiniteError(
@@ -313,6 +315,8 @@ def robust_mean(comm: Comm, x: Any, aggregator: Aggregator | None = None, *, f: 
     plan, (vector, target, _, result) = kept_plan(
         "robust_mean", comm, x, out, Identity() if compressor is None else compressor, f"{aggregator}, f={f}",
         lambda compressor, d, dtype, device: RobustMean(comm, compressor, d, dtype, aggregator, f=f, device=device))
+    assert isinstance(plan, RobustMean)  # noqa: S101
     plan.exchange(vector)
-    plan.set_mean(target)
+    gone = int(plan.broken.sum()) if plan.is_mean else 0  # whose vectors count as zero there
+    plan.set_mean(target, plan.clients / (plan.clients - gone))
     return result()

@@ -19,6 +19,9 @@ __all__ = ["EF21BCState", "EF21PPState", "EF21PlusState", "EF21WState", "ef21_bc
 def _clients(rule: str, plan: Plan) -> ClientsMean:
     if not isinstance(plan, ClientsMean):
         raise OptionError(f"{rule}: the plan is a {type(plan).__name__}; this rule needs ClientsMean, which knows clients")
+    if plan.broken is not None and rule != "ef21-plus":
+        raise OptionError(f"{rule}: clients keep silent in turn, and to a {type(plan).__name__} a silent one is wrong; take "
+                          "byz-ef21, or ClientsMean")
     return plan
 
 

@@ -306,6 +306,8 @@ class DistributedOptimizer(FlatOptimizer):
             raise OptionError(f"DistributedOptimizer: the gradient of {self._name(number)} was changed after it had been "
                               "sent, in the backward pass; take overlap=False to clip or clear gradients")
         super()._collect()
+        if self._bears and getattr(self, "found_inf", None):  # whatever it was clipped to since
+            self.flat.gradients.fill(np.nan)
 
     def update(self) -> None:
         """Take the step, see :meth:`FlatOptimizer.update`. Collective."""

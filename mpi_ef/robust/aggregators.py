@@ -59,7 +59,7 @@ class Aggregator(ABC):
         if f is None:
             raise OptionError(f"{begin}: f is missing, the number of clients that may be wrong; of {counted(n, 'client')} "
                               f"take for example f={max(n - 1, 0) // 4}")
-        number = whole(begin, 0, "f clients may be wrong", f=f)
+        number = int(whole(begin, 0, "f clients may be wrong", f=f))  # of True 1, which saved states name
         if n < self.least(number):
             most = max((g for g in range(number) if self.least(g) <= n), default=None)
             hint = f"take f={most} or fewer" if most is not None else f"take {self.least(0)} clients or more"
