@@ -431,7 +431,8 @@ def test_robust_mean_raises_on_all_ranks():
     (lambda comm: RobustMean(comm, TOP, D, f=0, shards=2), "shards=2 is no bool"),
     (lambda comm: RobustMean(comm, TOP, D, f=0, device="meta"), "RobustMean"),
     (lambda comm: ErrorFeedback("byz-ef21", GatherMean(comm, TOP, D)), "this rule needs a RobustMean"),
-    (lambda comm: ErrorFeedback("byz-ef21", RobustMean(comm, TOP, D, f=0), f=1), "f")], ids=str)
+    (lambda comm: ErrorFeedback("byz-ef21", RobustMean(comm, TOP, D, f=0), f=1), "f")], ids=lambda value: value if isinstance(value, str) else
+                         "")
 def test_what_does_not_fit_is_refused_in_one_line(build, text):
     def program(comm):
         with pytest.raises(OptionError) as error:
