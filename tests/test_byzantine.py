@@ -90,7 +90,7 @@ def test_without_wrong_clients_these_are_the_plain_rules(byz, aggregator, compre
             assert same_bits(robust.step(x), usual.step(x))
         assert same_bits(robust.state.own, usual.state.g_i)
 
-    virtual.run(2, program)
+    virtual.results(2, program)
 
 
 def test_one_client_a_rank_is_as_gathered_messages():
@@ -101,7 +101,7 @@ def test_one_client_a_rank_is_as_gathered_messages():
             x = gaussian(comm.Get_rank(), D, np.float32, step=step)
             assert same_bits(robust.step(x), usual.step(x))
 
-    virtual.run(4, program)
+    virtual.results(4, program)
 
 
 @each_rule
@@ -116,7 +116,7 @@ def test_the_result_is_the_aggregate_of_the_rows_bit_for_bit(rule, aggregator):
             if rule != "byz-ef21-bc":
                 assert same_bits(g, aggregate(feedback.state.by_client, aggregator, f=F))
 
-    virtual.run(2, program)
+    virtual.results(2, program)
 
 
 @each_rule
@@ -135,7 +135,7 @@ def test_broken_and_huge_clients_decide_nothing(rule, bad):
         assert feedback.state.suspicion[[2, 5]].min() > 0.9
         assert feedback.state.suspicion[[0, 1, 3, 4, 6]].max() < 0.5
 
-    virtual.run(2, program)
+    virtual.results(2, program)
 
 
 def test_a_mean_never_recovers_from_a_huge_client():
@@ -145,7 +145,7 @@ def test_a_mean_never_recovers_from_a_huge_client():
             g = feedback.step(vectors_of(feedback.plan, step, {2: 1e15} if step == 0 else {}))
         assert np.abs(g).max() > 1e13
 
-    virtual.run(2, program)
+    virtual.results(2, program)
 
 
 @each_rule
@@ -160,7 +160,7 @@ def test_a_client_that_was_broken_goes_on_from_what_all_know_of_it(rule):
             assert np.isfinite(array).all()
         assert np.abs(feedback.state.by_client[[2, 6]]).max() > 0
 
-    virtual.run(3, program)
+    virtual.results(3, program)
 
 
 @pytest.mark.parametrize("rule", ["ef14", "econtrol", "ef14-momentum", "lion", "ef21-sgdm", "ef21-sgd2m", "ef21-page",
@@ -182,7 +182,7 @@ def test_a_nan_breaks_its_client_in_one_step_only(rule):
             if bad:
                 assert all(same_bits(array, before[name]) for name, array in feedback.per_rank().items())
 
-    virtual.run(4, program)
+    virtual.results(4, program)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -254,7 +254,7 @@ def test_silent_clients_stay_where_they_were():
         assert feedback.state.by_client[[1, 2, 3, 4, 6]].any(axis=1).all()
         assert feedback.state.suspicion[[0, 5]].tolist() == [1, 1]
 
-    virtual.run(2, program)
+    virtual.results(2, program)
 
 
 def test_who_participates_stays_what_the_caller_has_said():
@@ -265,7 +265,7 @@ def test_who_participates_stays_what_the_caller_has_said():
         assert said.all()
         assert np.flatnonzero(plan.broken).tolist() == [2]
 
-    virtual.run(2, program)
+    virtual.results(2, program)
 
 
 def test_a_rank_of_shards_sends_no_memory_that_it_receives_in():
@@ -287,7 +287,7 @@ def test_a_rank_of_shards_sends_no_memory_that_it_receives_in():
         for step in range(3):
             feedback.step(vectors_of(feedback.plan, step))
 
-    virtual.run(2, program)
+    virtual.results(2, program)
 
 
 @each_rule
@@ -305,7 +305,7 @@ def test_saved_and_loaded_a_step_is_the_same(rule, shards):
             assert same_bits(first.step(x), second.step(x))
         assert same_bits(first.state.suspicion, second.state.suspicion)
 
-    virtual.run(2, program)
+    virtual.results(2, program)
 
 
 @pytest.mark.parametrize("aggregator", [Median(), TrimmedMean(), Bucketing(Median(), s=1)], ids=str)
@@ -331,7 +331,7 @@ def test_what_is_loaded_has_the_same_aggregator_and_f():
             with pytest.raises(OptionError, match="the saved plan is RobustMean"):
                 other.load_state_dict(saved)
 
-    virtual.run(2, program)
+    virtual.results(2, program)
 
 
 def test_after_forgetting_it_begins_again():
@@ -343,7 +343,7 @@ def test_after_forgetting_it_begins_again():
         for step in range(3, 6):
             assert same_bits(feedback.step(vectors_of(fresh.plan, step)), fresh.step(vectors_of(fresh.plan, step)))
 
-    virtual.run(2, program)
+    virtual.results(2, program)
 
 
 def test_messages_themselves_are_aggregated_where_a_rule_takes_their_mean():
@@ -351,7 +351,7 @@ def test_messages_themselves_are_aggregated_where_a_rule_takes_their_mean():
         plan = RobustMean(comm, Identity(), D, np.float32, Median(), f=2, clients=N)
         for step in range(3):
             x = vectors_of(plan, step, {1: (100.0,), 5: float("nan")})
-            plan.exchange(x)
+            plan.exchange(x.reshape(-1))
             out = np.ones(D, np.float32)
             plan.set_mean(out)
             rows = np.array([gaussian(c, D, np.float32, step=step) + 3 for c in range(N)])
@@ -360,7 +360,7 @@ def test_messages_themselves_are_aggregated_where_a_rule_takes_their_mean():
             plan.add_mean(out, -1.0)
             assert not out.any()
 
-    virtual.run(3, program)
+    virtual.results(3, program)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -380,7 +380,7 @@ def test_robust_mean_in_one_line(aggregator, dtype):
         assert robust_mean(comm, mine, aggregator, f=1, out=mine) is mine
         assert same_bits(mine, result)
 
-    virtual.run(5, program)
+    virtual.results(5, program)
 
 
 @pytest.mark.parametrize("aggregator", [Mean(), TrimmedMean(), CenteredClip(np.inf)], ids=str)
@@ -410,7 +410,7 @@ def test_robust_mean_raises_on_all_ranks():
         x, rank = np.ones(4, np.float32), comm.Get_rank()
         with pytest.raises(OptionError, match="f=2 of n=3 clients; it needs 5 or more; take f=1 or fewer"):
             robust_mean(comm, x, f=2)
-        with pytest.raises(DisagreementError, match="differ|different"):
+        with pytest.raises(DisagreementError, match="disagree"):
             robust_mean(comm, x, f=rank % 2)
         with pytest.raises(DtypeError if rank == 1 else PeerError):
             robust_mean(comm, x.astype(np.int64) if rank == 1 else x, f=1)
@@ -420,14 +420,14 @@ def test_robust_mean_raises_on_all_ranks():
             robust_mean(comm, x, "median", f=1)
         assert (robust_mean(comm, x, f=1) == 1).all()
 
-    virtual.run(3, program)
+    virtual.results(3, program)
 
 
 @pytest.mark.parametrize(("build", "text"), [
     (lambda comm: RobustMean(comm, TOP, D, clients=N), "f is missing, the number of clients that may be wrong"),
     (lambda comm: RobustMean(comm, TOP, D, clients=N, f=4), "f=4 of n=7 clients; it needs 9 or more; take f=3 or fewer"),
     (lambda comm: RobustMean(comm, TOP, D, f=1), "f=1 of n=2 clients; it needs 3 or more; take f=0 or fewer"),
-    (lambda comm: RobustMean(comm, TOP, D, "median", f=0), "aggregator='median' is none"),
+    (lambda comm: RobustMean(comm, TOP, D, aggregator="median", f=0), "aggregator='median' is none"),
     (lambda comm: RobustMean(comm, TOP, D, f=0, shards=2), "shards=2 is no bool"),
     (lambda comm: RobustMean(comm, TOP, D, f=0, device="meta"), "RobustMean"),
     (lambda comm: ErrorFeedback("byz-ef21", GatherMean(comm, TOP, D)), "this rule needs a RobustMean"),
@@ -440,7 +440,7 @@ def test_what_does_not_fit_is_refused_in_one_line(build, text):
         assert text in str(error.value)
         assert "\n" not in str(error.value)
 
-    virtual.run(2, program)
+    virtual.results(2, program)
 
 
 @pytest.mark.parametrize("rule", ["clag", "ef21-pp", "ef21-w"])
@@ -458,9 +458,9 @@ def test_rules_with_silent_clients_are_refused(rule):
 def test_ranks_agree_on_the_aggregator():
     def program(comm):
         with pytest.raises(DisagreementError, match="aggregator"):
-            RobustMean(comm, TOP, D, [Median(), TrimmedMean()][comm.Get_rank()], f=0)
+            RobustMean(comm, TOP, D, aggregator=[Median(), TrimmedMean()][comm.Get_rank()], f=0)
 
-    virtual.run(2, program)
+    virtual.results(2, program)
 
 
 def test_the_trimmed_mean_stays_between_honest_rows():
@@ -472,7 +472,7 @@ def test_the_trimmed_mean_stays_between_honest_rows():
             assert (g >= honest[0] - 1e-6).all()
             assert (g <= honest[-1] + 1e-6).all()
 
-    virtual.run(2, program)
+    virtual.results(2, program)
 
 
 def test_bytes_that_are_counted_are_those_that_travel():
@@ -488,7 +488,7 @@ def test_bytes_that_are_counted_are_those_that_travel():
         assert four - three > one  # parts of distances, and columns of the result
         return [b - a for a, b in pairwise(sent)]
 
-    virtual.run(2, program)
+    virtual.results(2, program)
 
 
 def net_of():
@@ -551,7 +551,7 @@ def test_parameters_that_rest_while_another_rank_is_chosen():
             runs[1][1].load_state_dict(runs[1][1].state_dict())
             assert all(torch.equal(p, q) for p, q in zip(*(net.parameters() for net, _ in runs), strict=True))
 
-    virtual.run(5, program)
+    virtual.results(5, program)
 
 
 def test_a_rank_that_overflows_is_silent_also_where_its_gradient_is_clipped():
@@ -589,7 +589,7 @@ def test_a_step_with_more_broken_ranks_than_f_is_skipped():
         assert optimizer.steps == 4
 
     with pytest.warns(RuntimeWarning, match="step 3 skipped on all ranks: NaN or Inf in the gradient on ranks 0,3"):
-        virtual.run(5, program)
+        virtual.results(5, program)
 
 
 @pytest.mark.parametrize("options", [{}, {"eta": 0.3}, {"reply": TopK(0.5)}], ids=str)
@@ -625,4 +625,4 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(options):
     store = store_of_ten
     for n in (4, 7):
         with pytest.warns(RuntimeWarning, match="of 5 ranks goes on with"):
-            virtual.run(n, lambda comm: program(comm, True, 4))
+            virtual.results(n, lambda comm: program(comm, True, 4))

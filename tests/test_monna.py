@@ -10,7 +10,7 @@ from programs import same_bits
 from stored import MemoryStore
 
 from mpi_ef.compress import TopK
-from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError
+from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError, SilenceError
 from mpi_ef.optim import MoNNA, PeerMixing
 from mpi_ef.robust import Median, aggregate
 from mpi_ef.state.training import Training
@@ -168,7 +168,7 @@ def test_more_broken_ranks_than_f_are_an_error_on_all():
         with pytest.raises(NonFiniteError, match="2 clients"):
             take_step(net, optimizer, rank, 0)
 
-    virtual.run(4, program)
+    virtual.results(4, program)
 
 
 @pytest.mark.parametrize("options", [{}, {"compressor": TopK(0.3), "rate": 0.5}], ids=str)
@@ -228,10 +228,10 @@ def test_on_another_number_of_ranks_all_begin_from_the_median():
         if not store.steps:
             training.save(store, comm, 3)
 
-    virtual.run(5, program)
+    virtual.results(5, program)
     for n in (3, 7):
         with pytest.warns(RuntimeWarning, match="of 5 ranks goes on with"):
-            virtual.run(n, program)
+            virtual.results(n, program)
 
 
 def test_what_is_shared_is_the_median():
@@ -249,7 +249,7 @@ def test_what_is_shared_is_the_median():
                 take_step(net, optimizer, rank, 3)
         assert same_bits(vector_of(net), own)
 
-    virtual.run(5, program)
+    virtual.results(5, program)
 
 
 def test_replicas_are_compared_by_what_is_shared():
@@ -264,13 +264,13 @@ def test_replicas_are_compared_by_what_is_shared():
         with pytest.raises(DisagreementError):
             take_step(net, optimizer, rank, 4)
 
-    virtual.run(4, program)
+    virtual.results(4, program)
 
 
 @pytest.mark.parametrize(("options", "text"), [
     ({"f": 2}, "MoNNA: Median(): f=2 of n=4 clients; it needs 5 or more; take f=1 or fewer"),
     ({"f": None}, "f is missing"), ({"f": 1, "beta": 1.0}, "beta=1.0 is not in [0, 1)"),
-    ({"f": 1, "rate": 0.0}, "rate=0.0 is not in (0, 1]"),
+    ({"f": 1, "rate": 0.0}, "rate=0.0 is not in (0, 1]"), ({"f": 1, "rate": 0.5}, "rate=0.5 without compressor"),
     ({"f": 1, "wait_for": 2}, "wait_for=2 with f=1, which may be most of them; take 3 or more"),
     ({"f": 1, "wait_for": 5}, "wait_for=5"), ({"f": 1, "patience_seconds": 0}, "patience_seconds=0"),
     ({"f": 1, "wait_for": 3, "compressor": TopK(0.1)}, "leave out compressor, or wait_for")], ids=str)
@@ -280,7 +280,7 @@ def test_what_does_not_fit_is_refused_in_one_line(options, text):
             MoNNA(net_of().parameters(), comm, lr=0.1, **options)
         assert text in str(error.value)
 
-    virtual.run(4, program)
+    virtual.results(4, program)
 
 
 def test_join_is_refused():
@@ -289,7 +289,7 @@ def test_join_is_refused():
         with pytest.raises(OptionError, match="give all ranks as many batches"), optimizer.join():
             pass
 
-    virtual.run(2, program)
+    virtual.results(2, program)
 
 
 def test_below_eleven_ranks_for_a_wrong_one_it_says_so():
@@ -297,4 +297,126 @@ def test_below_eleven_ranks_for_a_wrong_one_it_says_so():
         MoNNA(net_of().parameters(), comm, lr=0.1, f=1)
 
     with pytest.warns(RuntimeWarning, match="its theory wants n >= 11 f = 11"):
-        virtual.run(4, program)
+        virtual.results(4, program)
+
+
+def trained(comm, steps=4, wrong=None, **options):
+    """Return a model after some steps from rank to rank; parameters of rank 1 are no numbers before step `wrong`."""
+    net, rank = net_of(), comm.Get_rank()
+    optimizer = MoNNA(net.parameters(), comm, lr=0.3, f=1, beta=0.5, patience_seconds=5, **options)
+    for step in range(steps):
+        if (rank, step) == (1, wrong):
+            lie(net, float("nan"))
+        take_step(net, optimizer, rank, step)
+    return net, optimizer
+
+
+@moves
+@pytest.mark.parametrize("last", [0, 3])
+def test_from_rank_to_rank_one_that_has_gone_astray_goes_on_from_the_others(last):
+    def program(comm, wrong):
+        net, optimizer = trained(comm, last + 1, wrong, wait_for=3)
+        assert optimizer.jumps == (comm.Get_rank() == 1 and wrong is not None)
+        return vector_of(net)
+
+    clean, thetas = (virtual.results(4, lambda comm, wrong=wrong: program(comm, wrong)) for wrong in (None, last))
+    assert np.abs(thetas[1] - clean[0]).max() < 0.1
+
+
+@moves
+def test_from_rank_to_rank_a_loaded_state_is_where_it_goes_back_to():
+    def program(comm):
+        net, optimizer = trained(comm, wait_for=3)
+        state = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+        net, optimizer = trained(comm, 0, wait_for=3)
+        net.load_state_dict(state[0])
+        optimizer.load_state_dict(state[1])
+        before = vector_of(net)
+        if comm.Get_rank() == 1:
+            lie(net, float("inf"))
+        take_step(net, optimizer, comm.Get_rank(), 4)
+        return before, vector_of(net)
+
+    assert max(np.abs(after - before).max() for before, after in virtual.results(4, program)) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_after_silence_the_next_step_waits_on_and_moves_by_nothing(dtype):
+    def program(comm, late):
+        net, rank, silences = net_of().to(dtype), comm.Get_rank(), 0
+        optimizer = MoNNA(net.parameters(), comm, lr=0.3, f=0, beta=0.5, wait_for=3, patience_seconds=0.5)
+        for step in range(4):
+            comm.pause(1.2 * late * (rank == 2 and step == 1))
+            factor = rank + step + 1
+            while optimizer.steps == step:
+                before = [p.detach().clone() for p in net.parameters()]
+                optimizer.zero_grad()
+                (factor * net(torch.ones(2, 6, dtype=dtype)).square().mean()).backward()
+                try:
+                    optimizer.step()
+                except SilenceError:
+                    silences, factor = silences + 1, 100
+                    assert all(map(torch.equal, net.parameters(), before))
+        optimizer.close()
+        assert bool(silences) == (late and rank < 2)
+        return optimizer.flat.values.copy(), [s["momentum"].numpy().copy() for s in optimizer.optimizer.state.values()]
+
+    in_time, late = (virtual.results(3, lambda comm, late=late: program(comm, late)) for late in (0, 1))
+    assert same_bits(in_time, late)
+
+
+@moves
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_that_fails_leaves_parameters_as_they_were(dtype):
+    def program(comm):
+        net, rank = net_of().to(dtype), comm.Get_rank()
+        optimizer = MoNNA(net.parameters(), comm, lr=0.3, f=1, beta=0.5)
+        for step in range(3):
+            if step == 2 and rank < 2:
+                lie(net, float("nan"))
+            before = [p.detach().clone() for p in net.parameters()]
+            optimizer.zero_grad()
+            net(torch.ones(2, 6, dtype=dtype)).square().mean().backward()
+            if step < 2:
+                optimizer.step()
+        masters = optimizer.flat.values.copy()
+        with pytest.raises(NonFiniteError):
+            optimizer.step()
+        if rank >= 2:
+            assert all(map(torch.equal, net.parameters(), before))
+            assert same_bits(optimizer.flat.values, masters)
+
+    virtual.results(4, program)
+
+
+def test_what_travels_from_rank_to_rank_is_counted():
+    def program(comm):
+        _, optimizer = trained(comm, 5, wait_for=4)
+        assert optimizer.sent_nbytes == 5 * 3 * (8 + 4 * optimizer.flat.d)
+        assert optimizer.seconds["communicate"] > 0
+
+    virtual.results(4, program)
+
+
+def test_from_rank_to_rank_no_model_is_of_all_ranks():
+    """Each rank would write its part of another model."""
+    def program(comm):
+        net, optimizer = trained(comm, wait_for=3)
+        for call in (lambda: Training(model=net, optimizer=optimizer, random=False).save(MemoryStore(), comm, 4),
+                     lambda: optimizer.x, optimizer.check_replicas, lambda: optimizer.shared().__enter__()):
+            with pytest.raises(OptionError, match="no rank has the vectors of all"):
+                call()
+
+    virtual.results(4, program)
+
+
+@pytest.mark.parametrize("options", [{}, {"compressor": TopK(0.1)}], ids=str)
+def test_forgetting_leaves_what_all_know(options):
+    """Nothing is owed; parameters are not zero, and shared ones are not either."""
+    def program(comm):
+        _, optimizer = trained(comm, **options)
+        known = optimizer.x.copy(), optimizer.feedback.state.rows.copy()
+        optimizer.forget()
+        assert same_bits(known, (np.array(optimizer.x), optimizer.feedback.state.rows))
+
+    virtual.results(4, program)

@@ -306,4 +306,4 @@ def test_where_an_object_is_in_memory_is_nothing_to_disagree_on():
         def __call__(self, rows):
             return rows.max(axis=0)
 
-    virtual.run(2, program)
+    virtual.results(2, program)

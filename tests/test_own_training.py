@@ -18,7 +18,7 @@ from vectors_for_tests import gaussian
 
 from mpi_ef.collectives import GatherMean
 from mpi_ef.compress import Quantize, TopK
-from mpi_ef.errors import DataError, DisagreementError, MpiEfError
+from mpi_ef.errors import ConfigError, DataError, DisagreementError, MpiEfError
 from mpi_ef.feedback import ErrorFeedback
 from mpi_ef.jobs.bench.methods import methods
 from mpi_ef.jobs.methods import methods_in
@@ -54,6 +54,12 @@ def test_a_specified_optimizer_is_the_one_of_the_options(text, options, tmp_path
     recorded = json.loads((tmp_path / "text" / "summary.json").read_text(encoding="utf-8"))
     assert recorded["config"]["optimizer"] == text
     assert tomllib.loads((tmp_path / "text" / "config.toml").read_text(encoding="utf-8"))["optimizer"] == text
+
+
+@pytest.mark.filterwarnings("ignore:MoNNA. n=")
+def test_ranks_that_do_not_wait_for_each_other_cannot_be_trained_here(tmp_path):
+    with pytest.raises(ConfigError, match=r"optimizer=MoNNA\(f=0, wait_for=1\): with wait_for ranks do not wait"):
+        trained(2, TrainConfig(**SMALL, optimizer="MoNNA(f=0, wait_for=1)", out=tmp_path))
 
 
 def test_an_optimizer_and_a_plan_from_outside_train_stop_and_go_on(tmp_path, capsys):

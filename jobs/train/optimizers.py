@@ -73,6 +73,9 @@ def _specified(chosen: Chosen, groups: Groups, shapes: tuple[tuple[int, ...], ..
     built = what.thing(groups, comm, *what.arguments, **options, **{name: getattr(chosen, name) for name in of_run})
     if not isinstance(built, FlatOptimizer):
         raise ConfigError(f"optimizer={chosen.optimizer} has built a {type(built).__name__}, no FlatOptimizer")
+    if getattr(built, "peers", None) is not None:
+        raise everywhere(ConfigError(f"optimizer={chosen.optimizer}: with wait_for ranks do not wait for each other, and "
+                                     "rows, validation and checkpoints here do; leave it out, or write your own loop"))
     return built
 
 

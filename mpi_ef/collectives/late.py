@@ -84,6 +84,7 @@ class Late:
         Peers of which MPI has said that they are dead: nothing is sent there or received any more.
     garbled : int
         Messages that were too long for a frame.
+    sent_nbytes : int
     """
 
     def __init__(self, comm: Comm, peers: Sequence[int], send_nbytes: int, receive_nbytes: int, number: int) -> None:
@@ -97,7 +98,7 @@ class Late:
         self._sends: dict[int, deque[tuple[Any, Frame]]] = {peer: deque() for peer in peers}
         self._receives: dict[int, tuple[Any, Frame]] = {}
         self.gone: set[int] = set()
-        self.garbled = 0
+        self.garbled = self.sent_nbytes = 0
         for peer in peers:
             self._listen(peer)
         self._end = weakref.finalize(self, _leave, self._mpi, self._receives, self._sends)
@@ -122,6 +123,7 @@ class Late:
             self._lose(peer, error)
             return
         frame.users += 1
+        self.sent_nbytes += frame.bytes.nbytes
         self._sends[peer].append((request, frame))
 
     def under_way(self, peer: int) -> int:

@@ -165,6 +165,16 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
         return tuple(peer.rank for peer in self._peers.values() if peer.silent)
 
     @property
+    def waits(self) -> bool:
+        """Whether the vector of this round was sent, and the round is not over: after `SilenceError`."""
+        return not self._over and self._sent == self.round
+
+    @property
+    def sent_nbytes(self) -> int:
+        """Bytes that have left this rank so far."""
+        return self._late.sent_nbytes
+
+    @property
     def metrics(self) -> dict[str, int]:
         """How many rounds, jumps, late, withheld and non-finite vectors there were, and silent ranks there are."""
         return {"rounds": self.rounds, "jumps": self.jumps, "late": self.late, "withheld": self.withheld,
@@ -191,7 +201,7 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
                                    f"round {self.round}, for which others may wait: pass another vector", (self.rank,))
             error.everywhere = False
             raise error
-        if self._sent != self.round:
+        if not self.waits:
             self.withheld += sum(peer.told < self._sent for peer in self._peers.values())
             self._send(x.view(np.uint8), self.round, self.round)
         for _ in self._looks(self.patience_seconds):

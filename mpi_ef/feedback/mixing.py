@@ -10,9 +10,9 @@ from mpi_ef.compress import Identity, lazy
 from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError
 from mpi_ef.robust import Median, aggregate, nearest_mean
-from mpi_ef.statetree import PER_RANK, Leaf, Reshard
+from mpi_ef.statetree import PER_RANK, REPLICATED, Leaf, Reshard
 
-from .state import State, Steps, replicated, scratch
+from .state import State, Steps, persistent, scratch
 from .table import Rule
 
 __all__ = ["MIXING", "MixingState", "nearest_neighbours"]
@@ -26,8 +26,8 @@ class MixingState(State):
     rank goes to the mean of its neighbours.
     """
 
-    rows: Vector = replicated("rows")
-    x: Vector = replicated()
+    rows: Vector = field(metadata={"size": "rows", "leaf": Leaf(REPLICATED)})  # not forgotten: all begin as x, not as zero
+    x: Vector = persistent()
     mixed: Vector = scratch()
     left_out: Vector = field(metadata={"size": "suspects", "leaf": Leaf(PER_RANK, reshard=Reshard("repeat"))})
     rate: float = 1.0

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mpi_ef.collectives import Peers, RobustMean
+from mpi_ef.collectives.exchange import Timer
 from mpi_ef.collectives.frames import OK
 from mpi_ef.collectives.peers import usable
 from mpi_ef.comm.protocol import Comm
@@ -43,6 +44,7 @@ class PeerMixing(DistributedOptimizer):
     Work is O(n d). With `wait_for` ranks send their vectors to each other, and go on with the first `wait_for` of them, of
     which the nearest ``wait_for - f`` are taken: ranks that are silent, stopped or late are not waited for, see
     :class:`mpi_ef.collectives.Peers`. A rank that has missed a round goes on from the median of the others, without moments.
+    Where more vectors than that have come, all are used, but for the f farthest.
 
     Parameters
     ----------
@@ -60,7 +62,8 @@ class PeerMixing(DistributedOptimizer):
         From 2 f + 1 to n, usually n - f: go on with so many vectors, point to point. By default all ranks meet in one
         allgather.
     patience_seconds : float
-        With `wait_for`: so long a step waits for as many ranks, then `SilenceError` names those that are silent.
+        With `wait_for`: so long a step waits for as many ranks, then `SilenceError` names those that are silent. The next
+        step waits on with what was sent, and makes no move of its own.
     model : torch.nn.Module, optional
         As :class:`DistributedOptimizer`'s.
 
@@ -91,11 +94,13 @@ class PeerMixing(DistributedOptimizer):
         self.f, self.wait_for, self.patience_seconds = f, wait_for, patience_seconds
         self.jumps = self.skipped_local_steps = 0
         self.peers: Peers | None = None
-        options: dict[str, Any] = {} if rate is None else {"rate": rate}
+        self._lost, options = False, dict[str, Any]({} if rate is None else {"rate": rate})
+        self._rate = rate
         super().__init__(optimizer, comm, Identity() if compressor is None else compressor, rule=MIXING, model=model,
                          plan=partial(RobustMean, aggregator=Median(), f=f), **options)
         self._lends, self._state = False, cast("MixingState", self.feedback.state)
-        for known in (*self._state.rows.reshape(-1, self.flat.d), self._state.x):  # all ranks begin as rank 0
+        rows = self._state.rows.reshape(-1, self.flat.d)[: 0 if wait_for is not None else None]
+        for known in (*rows, self._state.x, self._state.mixed):  # all ranks begin as rank 0
             known[:] = self.flat.values
         if wait_for is not None:
             self.peers = Peers(comm, self.flat.d, self.flat.dtype, wait_for=wait_for, patience_seconds=patience_seconds)
@@ -113,6 +118,10 @@ class PeerMixing(DistributedOptimizer):
                 raise OptionError(f"{name}: wait_for={self.wait_for} takes whole vectors of the host; leave out compressor, "
                                   "or wait_for")
         within(name, "(0, inf)", "300 is usual", patience_seconds=self.patience_seconds)
+        if self._rate is not None and self._exact:
+            within(name, "(0, 1]", "it goes with a compressor", rate=self._rate)
+            raise OptionError(f"{name}: rate={briefly(self._rate)} without compressor, where ranks go all the way to the "
+                              "mean; leave it out, or pass a compressor")
         super()._check_arguments()
 
     def _facts(self) -> dict[str, object]:
@@ -120,7 +129,6 @@ class PeerMixing(DistributedOptimizer):
 
     def _allocate(self) -> None:
         self._after, self._aside = None, Aside(self.flat, type(self).__name__)  # torch steps where the parameters are
-        self._last = self.flat.kernels.zeros(self.flat.d if self.wait_for is not None else 0)  # after the last step
 
     @property
     def synchronized(self) -> bool:
@@ -140,8 +148,13 @@ class PeerMixing(DistributedOptimizer):
 
     @property
     def shared_values(self) -> Vector:
-        """The same as `x`; with `wait_for` the parameters of this rank."""
-        return self.flat.values if self.peers is not None else self.x
+        """The same as `x`."""
+        return self.x
+
+    @property
+    def sent_nbytes(self) -> int:
+        """Bytes that have left this rank so far, those from rank to rank included."""
+        return super().sent_nbytes + (0 if self.peers is None else self.peers.sent_nbytes)
 
     @property
     def suspicion(self) -> NDArray[np.floating]:
@@ -158,7 +171,7 @@ class PeerMixing(DistributedOptimizer):
         state = tree.leaves["state"]  # another number of ranks begins without moments: those of a wrong one may be anything
         own = self._aside.values if self._aside.values is not None else self.flat.current()
         tree.leaves.update({
-            "state": Leaf(PER_RANK if self.peers is not None else LOCAL, read=state.read, write=state.write, default={}),
+            "state": Leaf(LOCAL, read=state.read, write=state.write, default={}),
             "own": Leaf(PER_RANK, own, reshard=Reshard("copy", of="x")),
             "jumps": attribute(self, "jumps", LOCAL, default=0),
             "skipped_local_steps": attribute(self, "skipped_local_steps", LOCAL, default=0),
@@ -178,6 +191,7 @@ class PeerMixing(DistributedOptimizer):
         """Derive again what follows from what was written, see :meth:`FlatOptimizer.loaded`. Local."""
         super().loaded()
         self.flat.write_back()
+        self._state.mixed[:] = self.flat.values
 
     def _ready(self, prepare: Callable[[], None]) -> tuple[int, ...]:
         if self.peers is None:
@@ -212,12 +226,25 @@ class PeerMixing(DistributedOptimizer):
 
     def update(self) -> None:
         """Step, exchange and mix, see :meth:`FlatOptimizer.update`. Collective, but with `wait_for`."""
-        values, problem = self.flat.values, self._try_inside()
-        if self.peers is not None:
-            if problem is not None:
-                raise problem from problem.__cause__
-            self._mix_with_some(self.peers)
-            return
+        values, before = self.flat.values, self._state.mixed
+        if self.peers is None or usable(values):
+            before[:] = values
+        try:
+            if self.peers is None:
+                self._mix_with_all(values)
+            else:
+                self._mix_with_some(self.peers, values, before)
+        except BaseException:
+            values[:] = before
+            raise
+
+    def _restart(self) -> None:
+        """Go on without moments. Local."""
+        self.jumps += 1
+        self.optimizer.state.clear()
+
+    def _mix_with_all(self, values: Vector) -> None:
+        problem = self._try_inside()
 
         def take(part: slice, mixed: Vector) -> None:
             values[part] = mixed
@@ -231,27 +258,24 @@ class PeerMixing(DistributedOptimizer):
         if self._state.astray:
             self._restart()
 
-    def _restart(self) -> None:
-        """Go on without moments. Local."""
-        self.jumps += 1
-        self.optimizer.state.clear()
-
-    def _mix_with_some(self, peers: Peers) -> None:
-        values, state = self.flat.values, self._state
-        if not usable(values):
-            values[:] = self._last
-            self._restart()
-        heard = peers.exchange(values)
-        if heard.jumped:
+    def _mix_with_some(self, peers: Peers, values: Vector, before: Vector) -> None:
+        state = self._state
+        if not peers.waits:  # else the others have the vector of this round, and wait for no other one
+            self._step_inside()
+            self._lost = not usable(values)
+            if self._lost:
+                values[:] = before
+        with Timer(self._retired_seconds, "communicate"):
+            heard = peers.exchange(values)
+        if heard.jumped or self._lost:
             values[:] = aggregate(heard.rows, Median(), f=0)
             self._restart()
-        else:
-            chosen = nearest_mean(heard.rows, heard.own, len(heard.rows) - self.f, state.mixed)
-            values[:] = state.mixed
-            left = {heard.ranks[row] for row in range(len(heard.rows)) if row not in set(chosen.tolist())}
-            state.left_out[sorted(left)] += 1
-            state.left_out[-1] += 1
-        self._last[:] = values
+            return
+        chosen = nearest_mean(heard.rows, heard.own, len(heard.rows) - self.f, state.mixed)
+        values[:] = state.mixed
+        left = {heard.ranks[row] for row in range(len(heard.rows)) if row not in set(chosen.tolist())}
+        state.left_out[sorted(left)] += 1
+        state.left_out[-1] += 1
 
     @contextmanager
     def shared(self) -> Iterator[None]:
