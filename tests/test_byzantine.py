@@ -1,5 +1,6 @@
 """Robust plans and rules: what wrong clients can do, and that nobody can tell on how many ranks the clients are."""
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -321,7 +322,7 @@ def test_suspicion_is_that_of_a_run_that_was_not_interrupted(aggregator):
             saved, other = other.state_dict(), at_work(comm, aggregator=aggregator)
             other.load_state_dict(saved)
 
-    virtual.run(2, program)
+    virtual.results(2, program)
 
 
 def test_what_is_loaded_has_the_same_aggregator_and_f():
@@ -389,7 +390,7 @@ def test_what_robust_mean_leaves_out_is_not_zero(aggregator):
         x = np.full(5, 1.5 if comm.Get_rank() else np.nan)
         assert robust_mean(comm, x, aggregator, f=1).tolist() == [1.5] * 5
 
-    virtual.run(4, program)
+    virtual.results(4, program)
 
 
 def test_a_mean_of_nothing_is_an_error():
@@ -402,7 +403,7 @@ def test_a_mean_of_nothing_is_an_error():
         feedback.step(vectors_of(feedback.plan, 0))
         assert feedback.state.suspicion.tolist() == [1, 0, 0, 0, 0, 1, 0]
 
-    virtual.run(3, program)
+    virtual.results(3, program)
 
 
 def test_robust_mean_raises_on_all_ranks():
@@ -427,12 +428,13 @@ def test_robust_mean_raises_on_all_ranks():
     (lambda comm: RobustMean(comm, TOP, D, clients=N), "f is missing, the number of clients that may be wrong"),
     (lambda comm: RobustMean(comm, TOP, D, clients=N, f=4), "f=4 of n=7 clients; it needs 9 or more; take f=3 or fewer"),
     (lambda comm: RobustMean(comm, TOP, D, f=1), "f=1 of n=2 clients; it needs 3 or more; take f=0 or fewer"),
-    (lambda comm: RobustMean(comm, TOP, D, aggregator="median", f=0), "aggregator='median' is none"),
+    (lambda comm: RobustMean(comm, TOP, D, aggregator="median", f=0), "no aggregator 'median'; did you mean Median?"),
+    (lambda comm: RobustMean(comm, TOP, D, aggregator=Median, f=0), "is no aggregator; pass for example NNM(TrimmedMean())"),
     (lambda comm: RobustMean(comm, TOP, D, f=0, shards=2), "shards=2 is no bool"),
     (lambda comm: RobustMean(comm, TOP, D, f=0, device="meta"), "RobustMean"),
     (lambda comm: ErrorFeedback("byz-ef21", GatherMean(comm, TOP, D)), "this rule needs a RobustMean"),
-    (lambda comm: ErrorFeedback("byz-ef21", RobustMean(comm, TOP, D, f=0), f=1), "f")], ids=lambda value: value if isinstance(value, str) else
-                         "")
+    (lambda comm: ErrorFeedback("byz-ef21", RobustMean(comm, TOP, D, f=0), f=1), "f")],
+    ids=lambda value: value if isinstance(value, str) else "")
 def test_what_does_not_fit_is_refused_in_one_line(build, text):
     def program(comm):
         with pytest.raises(OptionError) as error:
@@ -452,7 +454,7 @@ def test_rules_with_silent_clients_are_refused(rule):
         with pytest.raises(OptionError, match=f"^{rule}: clients keep silent in turn, and to a RobustMean a silent one"):
             feedback.step(np.zeros(N * D, np.float32))
 
-    virtual.run(1, program)
+    virtual.results(1, program)
 
 
 def test_ranks_agree_on_the_aggregator():
@@ -572,7 +574,7 @@ def test_a_rank_that_overflows_is_silent_also_where_its_gradient_is_clipped():
         assert optimizer.steps == 3
         assert all(p.isfinite().all() and p.grad.isfinite().all() for p in net.parameters())
 
-    virtual.run(5, program)
+    virtual.results(5, program)
 
 
 def test_a_step_with_more_broken_ranks_than_f_is_skipped():
@@ -608,6 +610,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(options):
         if resume and comm.Get_size() != 5:
             assert (rows == aggregate).all()
             assert not suspicion.any()
+            assert same_bits(getattr(state, "v_i", state.g), state.g)  # nothing of the momentum of a wrong rank
         for step in range(start, start + count):
             take_step(net, optimizer, rank, step, -9.0 if rank == 1 else 1.0)
         if not resume:
@@ -626,3 +629,45 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(options):
     for n in (4, 7):
         with pytest.warns(RuntimeWarning, match="of 5 ranks goes on with"):
             virtual.results(n, lambda comm: program(comm, True, 4))
+
+
+def test_errors_and_momenta_of_wrong_ranks_stay_behind():
+    """On another number of ranks: with any rule on a RobustMean, and with momentum for any rule."""
+    store = MemoryStore()
+
+    def program(comm, rule, **options):
+        plan = RobustMean(comm, TOP, D, np.float32, f=1)
+        feedback = ErrorFeedback(rule, plan, **options)
+        training = Training(rule=feedback, random=False)
+        if store.steps:
+            training.resume(store, comm, policy="redistribute")
+            own = {name: array for name, array in feedback.per_rank().items() if name in ("e_i", "averaged_i")}
+            assert own
+            assert not any(array.any() for array in own.values())
+        feedback.step(gaussian(comm.Get_rank(), D) * np.float32(1e6 if comm.Get_rank() == 2 else 1))
+        if not store.steps:
+            training.save(store, comm, 1)
+
+    for rule, options in (("ef14", {}), ("byz-ef21", {"momentum": 0.5})):
+        store = MemoryStore()
+        virtual.results(5, partial(program, rule=rule, **options))
+        with pytest.warns(RuntimeWarning, match="of robust rules none"):
+            virtual.results(3, partial(program, rule=rule, **options))
+
+
+def test_a_compressed_way_back_has_no_momentum():
+    def program(comm):
+        with pytest.raises(OptionError, match="there is no momentum with a compressed way back"):
+            ByzEF21(net_of().parameters(), comm, TopK(0.2), lr=0.2, f=0, eta=0.1, reply=TopK(0.5))
+
+    virtual.results(2, program)
+
+
+def test_aggregators_are_texts_too():
+    def program(comm):
+        plan = RobustMean(comm, TOP, D, np.float32, "NNM(Median())", f=0)
+        assert plan.aggregator == NNM(Median())
+        x = np.full(3, float(comm.Get_rank()))
+        assert same_bits(robust_mean(comm, x, "Median()", f=1), robust_mean(comm, x, Median(), f=1))
+
+    virtual.results(3, program)

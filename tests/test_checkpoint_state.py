@@ -340,7 +340,7 @@ MOVES = {
     "clag": {"g_i": "copy of g + residual", "y_i": "mean"},
     "d-ec-sgd": {"e_i": "mean", "h_i": "copy of h"},
     "byz-ef21": {"g_i": "copy of g"},
-    "byz-ef21-sgdm": {"g_i": "copy of g", "v_i": "mean"},
+    "byz-ef21-sgdm": {"g_i": "copy of g", "v_i": "copy of g"},
     "byz-ef21-bc": {"g_i": "copy of g"},
 }
 

@@ -143,7 +143,7 @@ class Attacker:
     seed : int
         Of noise and random bytes, which are functions of seed and step.
     every : int
-        A factor is searched in every so manieth step, and kept until the next search.
+        A factor is searched again after so many steps, and kept until then.
 
     Attributes
     ----------

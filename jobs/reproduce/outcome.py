@@ -30,7 +30,7 @@ class ReproduceConfig(Checked):
         shown="those of the experiment")
     seeds: int | None = option(None, "train with so many seeds, and compare means", 1, shown="3")
     search_every: int | None = option(
-        None, "search the factors of alie and foe in every so manieth step, 1: always", 1, shown="20")
+        None, "steps between two searches of the factors of alie and foe", 1, shown="20")
     overwrite: bool = option(False, "replace what the experiment has left in --out before")
 
     def __post_init__(self) -> None:

@@ -131,7 +131,7 @@ def _line(row: dict[str, Any]) -> str:
     if row["val_accuracy"] is not None:
         held_out += f" ({100 * row['val_accuracy']:.1f} %)"
     dense, sent = row["dense_nbytes"], row["sent_nbytes"]  # nothing yet in the first round of local steps
-    less = f" ({dense / sent:.0f}x less than dense)" if dense and sent else ""
+    less = f" ({_ratio(sent, dense)} than dense)" if dense and sent else ""
     return f"loss {row['loss']:.3f}{held_out}  sent {in_bytes(sent)}{less}"
 
 
@@ -179,6 +179,10 @@ def _of_preconditioner(summary: dict[str, Any]) -> str:
     return f"{summary['config']['precondition']}, {counted(summary['updates'], 'exchange')} of {sent} in all{ended}"
 
 
+def _ratio(sent: float, dense: float) -> str:
+    return f"{dense / sent:.0f}x less" if sent < 1.5 * dense else f"{sent / dense:.1f}x more"
+
+
 def _replicas(summary: dict[str, Any]) -> str:
     own = "of each rank its own, their median " if summary.get("own_parameters") else ""
     return own + ("equal bit for bit" if summary["replicas_equal"] else "DIFFERENT")
@@ -186,7 +190,7 @@ def _replicas(summary: dict[str, Any]) -> str:
 
 def _table(summary: dict[str, Any]) -> str:
     sent, dense = summary["sent_nbytes"], summary["dense_nbytes"]
-    share = f"{dense / sent:.0f}x less, {100 * sent / dense:.2f} %" if sent and dense else "one rank sends nothing"
+    share = f"{_ratio(sent, dense)}, {100 * sent / dense:.2f} %" if sent and dense else "one rank sends nothing"
     steps, seconds = summary["untimed_steps"], summary["untimed_seconds"]
     untimed = f"{seconds:.1f} s, {counted(steps, 'step')} in which kernels were compiled or loaded"
     rows = [("validation loss", f"{summary['val_loss']:.4f}"), ("training loss", f"{summary['loss']:.4f}")]

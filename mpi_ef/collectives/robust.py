@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mpi_ef import registry
 from mpi_ef.comm.consensus import ranks_text
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity, Source
@@ -46,8 +47,8 @@ class RobustMean(ClientsMean):
 
     Parameters
     ----------
-    aggregator : Aggregator, optional
-        ``NNM(TrimmedMean())`` by default.
+    aggregator : Aggregator or str, optional
+        ``NNM(TrimmedMean())`` by default; also as a text.
     f : int
         How many clients may be wrong. It has no default: nobody else can know.
     clients : int, optional
@@ -69,9 +70,9 @@ class RobustMean(ClientsMean):
     """
 
     def __init__(self, comm: Comm, compressor: Compressor, d: int, dtype: DTypeLike = np.float32,
-                 aggregator: Aggregator | None = None, *, f: int | None = None, clients: int | None = None,
+                 aggregator: Aggregator | str | None = None, *, f: int | None = None, clients: int | None = None,
                  shards: bool = False, device: str = "cpu") -> None:
-        self.aggregator = NNM(TrimmedMean()) if aggregator is None else aggregator
+        self._named = aggregator
         self.shards, self._one_each, self._most = shards, clients is None, f
         super().__init__(comm, compressor, d, dtype, clients=int(comm.Get_size()) if clients is None else clients,
                          device=device)
@@ -84,9 +85,7 @@ class RobustMean(ClientsMean):
             raise OptionError(f"RobustMean: shards={briefly(self.shards)} is no bool; take True or False")
         facts = super().bind()
         n = self.clients
-        if not isinstance(self.aggregator, Aggregator):
-            raise OptionError(f"RobustMean: aggregator={briefly(self.aggregator)} is none; take for example "
-                              "NNM(TrimmedMean())")
+        self.aggregator = aggregator_of(self._named, "RobustMean")
         self.f, bounds = self.aggregator.check(n, self._most, "RobustMean"), chunk_bounds(PARTS, self.size)
         self.is_mean = self.aggregator.is_mean(n, self.f)
         self._parts = [(bounds[r], bounds[r + 1]) if self.shards else (0, PARTS) for r in range(self.size)]
@@ -280,20 +279,42 @@ class RobustMean(ClientsMean):
         return self.saved_as
 
 
-def robust_mean(comm: Comm, x: Any, aggregator: Aggregator | None = None, *, f: int, compressor: Compressor | None = None,
-                out: Any = None) -> Any:
+def aggregator_of(aggregator: object, subject: str) -> Aggregator:
+    """Return an aggregator, also one that a text specifies; the default for None. Local.
+
+    Raises
+    ------
+    OptionError
+        It is no aggregator, and no text that specifies one.
+    """
+    if aggregator is None:
+        return NNM(TrimmedMean())
+    if isinstance(aggregator, str):
+        try:
+            aggregator = registry.built("aggregator", aggregator)
+        except OptionError as error:
+            raise OptionError(f"{subject}: {error}") from None
+    if not isinstance(aggregator, Aggregator):
+        raise OptionError(f"{subject}: aggregator={briefly(aggregator)} is no aggregator; pass for example "
+                          "NNM(TrimmedMean())")
+    return aggregator
+
+
+def robust_mean(comm: Comm, x: Any, aggregator: Aggregator | str | None = None, *, f: int,
+                compressor: Compressor | None = None, out: Any = None) -> Any:
     """Return what takes the place of the mean of all ranks' vectors where up to f ranks are wrong. Collective.
 
     The same bits on every rank. For codes without torch as well: `x` is an array of NumPy. A vector with a NaN or Inf, and
-    one of which the squared norm overflows, is left out, while there are at most f of these.
+    one of which the squared norm overflows, is left out, while there are at most f of these; each is one of the f, so that
+    so many fewer others may be wrong.
 
     Parameters
     ----------
     comm : MPI.Comm
         The plan, with memory for n + 2 vectors, stays with it until it is freed.
     x : (d1, d2, ...) float32 or float64, contiguous, on the host, this rank's vector, read only
-    aggregator : Aggregator, optional
-        ``NNM(TrimmedMean())`` by default, see :mod:`mpi_ef.robust`.
+    aggregator : Aggregator or str, optional
+        ``NNM(TrimmedMean())`` by default, see :mod:`mpi_ef.robust`. :class:`CenteredClip` begins at zero in every call.
     f : int
     compressor : Compressor, optional
         What of the vectors travels; all by default. Sparse ones are of little use here, see :class:`RobustMean`.

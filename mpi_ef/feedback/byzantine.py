@@ -108,9 +108,12 @@ def byz_ef21(s: ByzEF21State, plan: RobustMean, grad: Vector | Combination) -> S
 
 @dataclass(kw_only=True)
 class ByzEF21SGDMState(ByzEF21State):
-    """Adds v_i: momentum of this rank's gradients. eta: weight of the new gradient."""
+    """Adds v_i: momentum of this rank's gradients. eta: weight of the new gradient.
 
-    v_i: Vector = average()
+    On another number of ranks v_i begins as g: a mean of the old ones would have that of a wrong rank.
+    """
+
+    v_i: Vector = field(metadata={**average().metadata, "leaf": Leaf(PER_RANK, reshard=Reshard("copy", of="g"))})
     spare: Vector = double_buffer()
     eta: float = 0.1
 

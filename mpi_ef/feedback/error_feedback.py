@@ -12,7 +12,7 @@ from mpi_ef.comm.consensus import OnAllRanks, agree
 from mpi_ef.compress.combination import Combination, Vector
 from mpi_ef.errors import MpiEfError, OptionError, briefly, counted, shortage, told
 from mpi_ef.ranges import whole
-from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Leaf, Stateful, StateTree, attribute
+from mpi_ef.statetree import LOCAL, PER_RANK, REPLICATED, Leaf, Reshard, Stateful, StateTree, attribute
 
 from .state import Steps, form, of_broken
 from .table import RULES, Rule, rule_of, with_momentum
@@ -331,7 +331,9 @@ class ErrorFeedback(OnAllRanks, Stateful):
         for name, leaf in own.items():
             if (move := leaf.reshard) is not None and move.how in ("mean", "copy"):
                 owed = f"plan.{move.owed}" if move.owed else ""
-                own[name] = replace(leaf, reshard=share or replace(move, owed=owed))
+                anew = Reshard("repeat", stop=plan.own_d)  # zeros: in a mean those of a wrong rank would be
+                move = anew if move.how == "mean" and plan.broken is not None else replace(move, owed=owed)
+                own[name] = replace(leaf, reshard=share or move)
         if "residual" not in of_plan and share is None and (heir := self.state.heir()):
             own[heir] = replace(own[heir], inherits="plan.residual")
         resets = any(leaf.resets for leaf in own.values())

@@ -192,7 +192,8 @@ class Reply:
 def of_broken(state: State, c: Plan) -> list[tuple[str, slice, Vector]]:
     """Return copies of errors and averages of this rank's clients of which nothing was sent: name, where, content. Local."""
     broken = () if c.broken is None else np.flatnonzero(c.broken[c.first : c.first + c.own]).tolist()
-    names = [name for name, mark in state.marks().items() if broken and mark.reshard == Reshard("mean")]
+    names = [name for name, mark in state.marks().items()
+             if broken and mark.reshard is not None and (mark.reshard.how == "mean" or not mark.resets)]
     places = [slice(j * c.d, (j + 1) * c.d) for j in broken]
     return [(name, place, getattr(state, name)[place].copy()) for name in names for place in places]
 

@@ -11,6 +11,7 @@ from torch.optim import SGD
 from mpi_ef.collectives import RobustMean
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor
+from mpi_ef.errors import OptionError, briefly
 from mpi_ef.feedback.byzantine import ByzEF21State
 from mpi_ef.robust import Aggregator
 
@@ -32,8 +33,8 @@ class ByzEF21(DistributedOptimizer):
     params, comm, compressor, lr, momentum, weight_decay, dense_steps, overlap : as :class:`EF21`'s
     f : int
         How many ranks may be wrong. There is no default.
-    aggregator : Aggregator, optional
-        ``NNM(TrimmedMean())`` by default, see :mod:`mpi_ef.robust`.
+    aggregator : Aggregator or str, optional
+        ``NNM(TrimmedMean())`` by default, see :mod:`mpi_ef.robust`; also as a text.
     eta : float
         Weight of the new gradient in the momentum of each rank, which makes honest ranks differ by less; 1 has none, 0.1
         is usual for small batches.
@@ -49,10 +50,13 @@ class ByzEF21(DistributedOptimizer):
     """
 
     def __init__(self, params: Iterable[Any], comm: Comm, compressor: Compressor, *, lr: float, f: int,
-                 aggregator: Aggregator | None = None, eta: float = 1.0, reply: Compressor | None = None,
+                 aggregator: Aggregator | str | None = None, eta: float = 1.0, reply: Compressor | None = None,
                  momentum: float = 0.0, weight_decay: float = 0.0, dense_steps: int = 1, shards: bool = False,
                  overlap: bool = False) -> None:
         sgd = SGD(parameters_of(params), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        if reply is not None and eta != 1.0:
+            raise OptionError(f"ByzEF21: reply={briefly(reply)} with eta={briefly(eta)}: there is no momentum with a "
+                              "compressed way back; leave one of them out")
         options: dict[str, Any] = {} if eta == 1.0 else {"eta": eta}
         options |= {} if reply is None else {"reply": reply}
         rule = "byz-ef21-bc" if reply is not None else "byz-ef21-sgdm" if options else "byz-ef21"

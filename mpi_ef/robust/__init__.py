@@ -18,6 +18,8 @@ from .aggregators import (
     MultiKrum,
     TrimmedMean,
 )
+from .view import Answer, View
 
-__all__ = ["NNM", "Aggregation", "Aggregator", "Bucketing", "CenteredClip", "ClipLargest", "GeometricMedian", "Krum",
-           "Mean", "Median", "MultiKrum", "TrimmedMean", "aggregate", "nearest_mean"]
+__all__ = ["NNM", "Aggregation", "Aggregator", "Answer", "Bucketing", "CenteredClip", "ClipLargest",
+           "GeometricMedian", "Krum", "Mean", "Median", "MultiKrum", "TrimmedMean", "View", "aggregate",
+           "nearest_mean"]

@@ -236,8 +236,9 @@ class Training:
 
 
 _ABOUT = {
-    "redistribute": "errors and momenta are the mean over the old ranks, estimates their aggregate, residuals cut anew",
-    "reset": "errors, residuals and estimates begin anew, momenta are the mean over the old ranks",
+    "redistribute": "errors and momenta are the mean over the old ranks, of robust rules none, estimates their aggregate, "
+                    "residuals cut anew",
+    "reset": "errors, residuals and estimates begin anew, momenta are the mean over the old ranks, of robust rules none",
 }
 
 
