@@ -671,3 +671,18 @@ def test_aggregators_are_texts_too():
         assert same_bits(robust_mean(comm, x, "Median()", f=1), robust_mean(comm, x, Median(), f=1))
 
     virtual.results(3, program)
+@pytest.mark.parametrize("clients", [None, N])
+@pytest.mark.parametrize("compressor", [TopK(0.1), Identity()], ids=str)
+def test_what_is_lost_is_lost_of_this_message(compressor, clients):
+    """Not of the one of the step before."""
+    def program(comm, kind, **options):
+        plan, lost = kind(comm, compressor, D, np.float32, clients=clients or comm.Get_size(), **options), []
+        plan.watched = True
+        for step in range(3):
+            plan.exchange(np.concatenate([gaussian(c, D, step=step) for c in range(plan.first, plan.first + plan.own)]))
+            lost.append(plan.lost)
+        return lost
+
+    robust = virtual.results(3, lambda comm: program(comm, RobustMean, f=1))
+    assert robust == virtual.results(3, lambda comm: program(comm, ClientsMean))
+    assert all(0 < lost < 1 for lost in robust[0]) or robust[0] == [0] * 3

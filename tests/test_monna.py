@@ -11,8 +11,9 @@ from stored import MemoryStore
 
 from mpi_ef.compress import TopK
 from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError, SilenceError
+from mpi_ef.feedback import mixing
 from mpi_ef.optim import MoNNA, PeerMixing
-from mpi_ef.robust import Median, aggregate
+from mpi_ef.robust import Median, aggregate, nearest_mean
 from mpi_ef.state.training import Training
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoNNA. n=")
@@ -269,7 +270,8 @@ def test_replicas_are_compared_by_what_is_shared():
 
 @pytest.mark.parametrize(("options", "text"), [
     ({"f": 2}, "MoNNA: Median(): f=2 of n=4 clients; it needs 5 or more; take f=1 or fewer"),
-    ({"f": None}, "f is missing"), ({"f": 1, "beta": 1.0}, "beta=1.0 is not in [0, 1)"),
+    ({"f": None}, "f is missing"),
+    ({"f": 1, "lr": None}, "lr=None is not in [0, inf)"), ({"f": 1, "beta": 1.0}, "beta=1.0 is not in [0, 1)"),
     ({"f": 1, "rate": 0.0}, "rate=0.0 is not in (0, 1]"), ({"f": 1, "rate": 0.5}, "rate=0.5 without compressor"),
     ({"f": 1, "wait_for": 2}, "wait_for=2 with f=1, which may be most of them; take 3 or more"),
     ({"f": 1, "wait_for": 5}, "wait_for=5"), ({"f": 1, "patience_seconds": 0}, "patience_seconds=0"),
@@ -277,7 +279,7 @@ def test_replicas_are_compared_by_what_is_shared():
 def test_what_does_not_fit_is_refused_in_one_line(options, text):
     def program(comm):
         with pytest.raises(OptionError) as error:
-            MoNNA(net_of().parameters(), comm, lr=0.1, **options)
+            MoNNA(net_of().parameters(), comm, **({"lr": 0.1} | options))
         assert text in str(error.value)
 
     virtual.results(4, program)
@@ -391,7 +393,12 @@ def test_a_step_that_fails_leaves_parameters_as_they_were(dtype):
 
 def test_what_travels_from_rank_to_rank_is_counted():
     def program(comm):
-        _, optimizer = trained(comm, 5, wait_for=4)
+        net, optimizer = trained(comm, 4, wait_for=4)
+        reports = []
+        optimizer.observer = reports.extend
+        take_step(net, optimizer, comm.Get_rank(), 4)
+        assert reports[0].sent_nbytes == 3 * (8 + 4 * optimizer.flat.d)
+        assert reports[0].seconds["communicate"] > 0
         assert optimizer.sent_nbytes == 5 * 3 * (8 + 4 * optimizer.flat.d)
         assert optimizer.seconds["communicate"] > 0
 
@@ -420,3 +427,39 @@ def test_forgetting_leaves_what_all_know(options):
         assert same_bits(known, (np.array(optimizer.x), optimizer.feedback.state.rows))
 
     virtual.results(4, program)
+
+
+@moves
+def test_where_a_rank_is_broken_the_others_copy_nothing(monkeypatch):
+    called = []
+
+    def watched(rows, *args):
+        called.append(rows.flags.owndata)
+        chosen = nearest_mean(rows, *args)
+        assert 3 not in chosen
+        return chosen
+
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = MoNNA(net.parameters(), comm, lr=0.3, f=1)
+        if rank == 3:
+            lie(net, float("nan"))
+        take_step(net, optimizer, rank, 0)
+
+    monkeypatch.setattr(mixing, "nearest_mean", watched)
+    virtual.results(5, program)
+    assert called == [False] * 4
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_that_are_not_there_are_as_if_they_were_not(dtype):
+    rows = np.random.default_rng(0).normal(size=(6, 70)).astype(dtype)
+    rows[4, 0] = 1e100 if dtype is np.float64 else 1e18
+    rows[5, 0] = 1.2e154 if dtype is np.float64 else 1e19  # its distances overflow
+    among, out, expected = np.array([True, False, True, True, True, True]), np.empty((70,), dtype), np.empty((70,), dtype)
+    rows[1] = 0
+    for keep in (1, 3, 5):
+        chosen = nearest_mean(rows, 2, keep, out, among)
+        of_rest = nearest_mean(rows[among], 1, keep, expected)
+        assert chosen.tolist() == np.flatnonzero(among)[of_rest].tolist()
+        assert same_bits(out, expected)

@@ -171,6 +171,9 @@ class RobustMean(ClientsMean):
 
     def decode(self, out: Vector, scale: float, *, own: bool = False, overwrite: bool = False) -> None:
         """Add or write the aggregate of the messages, or this rank's own, see :meth:`Plan.decode`."""
+        if own and self._exchange.is_open:  # what is there now is that of the exchange before
+            super().decode(out, scale, own=True, overwrite=overwrite)
+            return
         if overwrite and (own or self.is_mean):
             out.fill(0)
         if own:

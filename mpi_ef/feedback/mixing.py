@@ -80,12 +80,10 @@ def nearest_neighbours(s: MixingState, plan: RobustMean, t: Vector) -> Steps:
     c.add_messages(rows)
     s.stale, s.astray = True, bool(c.broken[plan.rank])
     s.left_out[-1] += 1
-    alive = np.flatnonzero(~c.broken)
     if s.astray:
-        s.mixed[:] = aggregate(rows[alive], Median(), f=0)
+        s.mixed[:] = aggregate(rows[~c.broken], Median(), f=0)
         return s.mixed
-    own = int(np.searchsorted(alive, plan.rank))
-    chosen = alive[nearest_mean(rows if alive.size == len(rows) else rows[alive], own, plan.clients - plan.f, s.mixed)]
+    chosen = nearest_mean(rows, plan.rank, plan.clients - plan.f, s.mixed, ~c.broken)
     others = np.ones(plan.clients, np.bool_)
     others[chosen] = False
     s.left_out[:-1] += others

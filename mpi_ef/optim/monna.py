@@ -156,6 +156,9 @@ class PeerMixing(DistributedOptimizer):
         """Bytes that have left this rank so far, those from rank to rank included."""
         return super().sent_nbytes + (0 if self.peers is None else self.peers.sent_nbytes)
 
+    def _account(self) -> list[tuple[int, dict[str, float]]]:
+        return super()._account() if self.peers is None else [(self.sent_nbytes, self.seconds)]
+
     @property
     def suspicion(self) -> NDArray[np.floating]:
         """How much this rank has left out each of them, (n,), from 0 to 1. Local."""
@@ -355,6 +358,7 @@ class MoNNA(PeerMixing):
                  weight_decay: float = 0.0, compressor: Compressor | None = None, rate: float | None = None,
                  wait_for: int | None = None, patience_seconds: float = 300.0) -> None:
         within(type(self).__name__, "[0, 1)", "0.99 is usual", beta=beta)
+        within(type(self).__name__, "[0, inf)", "0 does nothing", lr=lr)
         polyak = _Polyak(parameters_of(params), lr=lr, beta=beta, weight_decay=weight_decay)
         super().__init__(polyak, comm, f=f, compressor=compressor, rate=rate, wait_for=wait_for,
                          patience_seconds=patience_seconds, model=params)

@@ -382,14 +382,18 @@ class DistributedOptimizer(FlatOptimizer):
     @observer.setter
     def observer(self, observer: Callable[[list[BucketReport]], None] | None) -> None:
         self._observer = observer
-        self._accounts = [(channel.sent_nbytes, channel.seconds) for channel in self.channels()]
+        self._accounts = self._account()
         self.watch(observer is not None)
+
+    def _account(self) -> list[tuple[int, dict[str, float]]]:
+        """Return what every bucket has sent so far, and how long that took. Local."""
+        return [(channel.sent_nbytes, channel.seconds) for channel in self.channels()]
 
     def _report(self) -> None:
         if self._observer is None:
             return
         reports, accounts = [], self._accounts
-        self._accounts = [(channel.sent_nbytes, channel.seconds) for channel in self.channels()]
+        self._accounts = self._account()
         for n, (channel, old, new) in enumerate(zip(self.channels(), accounts, self._accounts, strict=True)):
             norms = {name: backend_of(a).norm(a) for name, a in (channel.per_rank() | channel.replicated()).items()}
             seconds = {name: spent - old[1][name] for name, spent in new[1].items()}

@@ -208,11 +208,17 @@ def aggregate(rows: NDArray[np.floating], aggregator: Aggregator, *, f: int, ste
     return Aggregation(aggregator, f - gone, n - gone, d, rows.dtype)(rows[alive], out, step=step)
 
 
-def nearest_mean(rows: NDArray[np.floating], own: int, keep: int, out: NDArray[np.floating]) -> NDArray[np.intp]:
+def nearest_mean(rows: NDArray[np.floating], own: int, keep: int, out: NDArray[np.floating],
+                 among: NDArray[np.bool_] | None = None) -> NDArray[np.intp]:
     """Overwrite `out`, (d,), with the mean of the `keep` rows nearest to row `own`, itself first; return which. Local.
 
     MoNNA's aggregation, Farhadkhani et al. 2023 (arXiv 2209.10931), algorithm 1; of equally near rows the first ones. Work:
     O(m d) for m rows. Sums in the order of the rows.
+
+    Parameters
+    ----------
+    among : (m,) bool, optional
+        Which rows there are; row `own` is one of them, and the others are finite numbers.
     """
     m, d = rows.shape
     if out.shape != (d,):
@@ -224,7 +230,8 @@ def nearest_mean(rows: NDArray[np.floating], own: int, keep: int, out: NDArray[n
     kernels.distances_to_mixture(rows, none, mine, 0, d, scratch, apart)
     apart = np.nan_to_num(apart, nan=np.inf)
     apart[own] = -1.0
-    chosen = np.sort(np.argsort(apart, kind="stable")[:keep])
+    order = np.argsort(apart, kind="stable")
+    chosen = np.sort((order if among is None else order[among[order]])[:keep])
     weights = np.zeros((1, m))
     weights[0, chosen] = 1.0 / chosen.size
     outside, every = np.zeros(1, np.int64), np.zeros(0, np.int64)
