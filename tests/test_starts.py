@@ -1,6 +1,7 @@
 """The starts of the papers: rules and optimizers against plain loops, written from the papers' formulas, from step 0 on."""
 
 import copy
+from functools import partial
 from itertools import pairwise
 from unittest import mock
 
@@ -11,11 +12,12 @@ import virtual
 from programs import same_bits
 from vectors_for_tests import gaussian
 
-from mpi_ef.collectives import ClientsMean, GatherMean
+from mpi_ef.collectives import ClientsMean, GatherMean, RobustMean
 from mpi_ef.compress import Identity, RandK, TopK
 from mpi_ef.errors import NonFiniteError
 from mpi_ef.feedback import RULES, ErrorFeedback
 from mpi_ef.optim import EF21Muon
+from mpi_ef.robust import Median
 
 CLIENTS, D, K, STEPS, GAMMA = 5, 40, 4, 100, 0.05
 DRAWN = np.random.default_rng(17)
@@ -196,6 +198,8 @@ STARTS = {  # of what a rule keeps, after a first step through the identity, as 
     "ef21-hb": {"g_i": 1, "v": 1}, "ef21-pp": {"g_i": 1}, "ef21-w": {"g_i": 1}, "ef21-bc": {"g_i": 1, "g": 1},
     "ef21-plus": {"all_i": 1}, "ef21-page": {"g_i": 1, "v_i": 1}, "marina": {"g": 1}, "clag": {"g_i": 1, "y_i": 1},
     "d-ec-sgd": {"e_i": 0},
+    "byz-ef21": {"rows": 1, "g": 1}, "byz-ef21-sgdm": {"rows": 1, "g": 1, "v_i": 1},
+    "byz-ef21-bc": {"rows": 1, "aggregate": 1, "g": 1, "behind": 0},
 }
 
 
@@ -205,7 +209,9 @@ def test_where_every_rule_starts(rule, momentum):
     """The table of docs/algorithms.md: a dense first step on one rank leaves this in its arrays."""
 
     def program(comm):
-        plan = ClientsMean(comm, RandK(0.2) if rule == "marina" else TopK(0.2), D, np.float64, clients=1, weights=np.ones(1))
+        robust, usual = partial(RobustMean, aggregator=Median(), f=0), partial(ClientsMean, weights=np.ones(1))
+        kind = robust if rule.startswith("byz-") else usual
+        plan = kind(comm, RandK(0.2) if rule == "marina" else TopK(0.2), D, np.float64, clients=1)
         feedback, x = ErrorFeedback(rule, plan, dense_steps=1, **momentum), gaussian(0, D, np.float64)
         feedback.step(x, **({"full": True} if rule == "ef21-page" else {}))
         kept = feedback.per_rank() | feedback.replicated()

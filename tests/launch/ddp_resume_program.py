@@ -208,7 +208,8 @@ def reset(folder):
             assert (row["start"], row["loaded"]["steps"]) == (6, 6)
             anew = hook["rule"] != "ef14"
             assert {saved["steps"] for saved in row["loaded"]["parameters"].values()} == {0 if anew else 6}
-            assert row["notes"] == ("errors, residuals and estimates begin anew, momenta are the mean over the old ranks",
+            assert row["notes"] == ("errors, residuals and estimates begin anew, momenta are the mean over the old ranks, "
+                                    "of robust rules none",
                                     "hook starts without errors and estimates")
         losses = np.mean(of(rows, "losses"), axis=0)
         assert losses[-5:].mean() < losses[0], (case, losses)

@@ -188,7 +188,7 @@ def test_plans_are_cached_with_the_communicator_and_freed_with_it(comm):
         allreduce(world, x, TopK(0.1))
         allgather(world, x, TopK(0.1))
     (key,) = (key for key, kept in kept_with(world, onecall._Plans).items() if kept is plan)
-    assert key[:4] == ("allreduce", TopK(0.1), 50, "float32")
+    assert key[:5] == ("allreduce", "", TopK(0.1), 50, "float32")
     assert plan.exchanges == 4
     gone = weakref.ref(plan)
     del plan
