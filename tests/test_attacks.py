@@ -19,7 +19,7 @@ from mpi_ef.jobs.reproduce import program as reproduce
 from mpi_ef.jobs.reproduce.attacks import ATTACKS, FACTORS, Attack, Attacker, attack_named, attacks_in, searched
 from mpi_ef.jobs.reproduce.byz_ef21 import RULES, Swarm
 from mpi_ef.jobs.reproduce.clients import Images, Mlp, Shards
-from mpi_ef.jobs.reproduce.monna import Peers, Setting, train
+from mpi_ef.jobs.reproduce.monna import Peers, Setting, demanded, train
 from mpi_ef.jobs.reproduce.outcome import ReproduceConfig
 from mpi_ef.jobs.reproduce.problems import LogisticRegression
 from mpi_ef.robust import TrimmedMean, aggregate
@@ -232,6 +232,13 @@ def test_monna_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch):
     assert len({json.loads(row)["models"] for row in seen[0][0].splitlines()}) > 4
     report.main([str(folder), "--plot", str(tmp_path / "drawn.png")])
     assert (tmp_path / "drawn.png").read_text() == "drawn"
+
+
+def test_what_is_demanded_is_of_whole_runs():
+    """Those to which no number of steps was given."""
+    steps = ReproduceConfig().steps
+    assert demanded(steps, lambda: ["rows"]) == ["rows"]
+    assert demanded(3, lambda: ["rows"]) != ["rows"]
 
 
 def test_what_is_demanded_is_compared_with_what_there_is():

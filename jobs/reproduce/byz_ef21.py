@@ -22,7 +22,7 @@ from mpi_ef.jobs.reproduce import figures
 from mpi_ef.jobs.reproduce.attacks import Attack, Attacker, attacks_in
 from mpi_ef.jobs.reproduce.clients import Drawer, Gathered, Images, Mlp, Shards, digits
 from mpi_ef.jobs.reproduce.experiments import CLIENTS, carriers, logistic_regression, own_clients
-from mpi_ef.jobs.reproduce.monna import SHORTENED, verdicts
+from mpi_ef.jobs.reproduce.monna import demanded, verdicts
 from mpi_ef.jobs.reproduce.outcome import Outcome, ReproduceConfig
 from mpi_ef.jobs.reproduce.problems import LogisticRegression, Vector
 from mpi_ef.jobs.reproduce.simulate import Curve
@@ -253,8 +253,8 @@ def byz_ef21(comm: MpiComm, config: ReproduceConfig) -> Outcome:
     rows += [{"panel": f"digits, {attack}", "run": f"{rule}, {form}", "seed": seed, "step": config.steps or _TRAINING,
               "accuracy": accuracy}
              for (rule, form, attack), found in runs.trained.items() for seed, accuracy in enumerate(found)]
-    demanded = _acceptance(runs) if config.steps is None else [SHORTENED]
-    lines += ["", f"factors of alie and foe are searched every {runs.every} steps", "", *demanded]
+    lines += ["", f"factors of alie and foe are searched every {runs.every} steps", "",
+              *demanded(config.steps, lambda: _acceptance(runs))]
     shown = {panel: curves for panel, curves in runs.curves.items() if "shuffled" not in panel}
     return Outcome(rows, "\n".join(lines), lambda path: figures.against("steps")(shown, path) if shown else None, runs.data)
 

@@ -186,7 +186,7 @@ def monna(comm: MpiComm, config: ReproduceConfig) -> Outcome:
             for (setting, attack, rule, beta), runs in found.items() for seed, run in enumerate(runs)]
     names = [str(attack) for attack in attacks]
     lines = [*_tables(found, names, len(seeds)), *missing, "", *_searches(attacks, every), "",
-             *(_acceptance(found) if config.steps in (None, _STEPS) else [SHORTENED])]
+             *demanded(config.steps, lambda: _acceptance(found))]
     drawn: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         drawn.setdefault(str(row["panel"]), {}).setdefault(str(row["run"]), []).append(row["accuracy"])
@@ -254,6 +254,11 @@ def _acceptance(found: Found) -> list[str]:
                  (f"digits, batch 5, momentum: accuracy without attack - with {attack}", "<= 0.05", lost(digits_5, attack))]
     rows.append(("MNIST-5k, alie: accuracy with momentum - without", ">= 0.2", gain(many, "alie")))
     return verdicts(rows)
+
+
+def demanded(steps: int, rows: Callable[[], list[str]]) -> list[str]:
+    """Return the rows of what was demanded, or that there are none, where a run was given its own number of steps. Local."""
+    return [SHORTENED] if steps else rows()
 
 
 def verdicts(rows: Sequence[tuple[str, str, Callable[[], float]]]) -> list[str]:
