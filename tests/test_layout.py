@@ -30,6 +30,7 @@ ROOMS = {
     "robust": ("errors ranges kernels", "numpy"),
     "registry": ("errors", ""),  # the modules of what it finds are loaded by name
     "collectives": ("errors ranges kernels comm runtime compress registry robust statetree", "numpy mpi4py"),
+    "coded": ("errors ranges kernels comm runtime compress collectives registry statetree", "numpy"),
     "feedback": ("errors ranges kernels comm compress collectives registry robust statetree", "numpy"),
     "vectors": ("errors kernels kernels.device comm compress", "numpy torch"),
     "reference": ("", "numpy torch"),

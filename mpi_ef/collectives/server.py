@@ -1,0 +1,304 @@
+"""One rank that decides, and workers of which it awaits some: who is late, stopped, resumed or dead stops nobody.
+
+The server gives each worker one *order* at a time, and the next one when that was answered: nothing is concluded from a send
+that has completed (see late.py), so that a worker that was stopped finds one old order, and not all that it has missed. The
+server's receives are posted all the time, and it looks at what has come and rests between; a worker does the same.
+
+::
+
+    server   order (step >= 0) ...........................  last order (step < 0)  verdict (who is missing)
+    worker                       answer (the same step)                              last answer (step < 0)
+"""
+
+import atexit
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from socket import gethostname
+from typing import Any
+
+from mpi_ef.comm.attributes import mpi_of
+from mpi_ef.comm.protocol import Comm
+from mpi_ef.errors import counted, say
+from mpi_ef.runtime.ending import abort
+
+from .late import Frame, Late
+
+__all__ = ["Server", "Worker", "host_of", "next_number"]
+
+LAST = -(2**62)  # the step of the last order is this one and the number of steps
+_LONGEST_LOOK = 0.1  # seconds between two looks that count as waiting: a server that was stopped itself has not waited
+_numbers = count()
+
+
+def next_number() -> int:
+    """Return a number for messages that no other engine of this process has. Local; rank 0's is that of all."""
+    return next(_numbers)
+
+
+def host_of(comm: Comm) -> str:
+    """Return the name of this rank's node."""
+    return str(getattr(comm, "node_name", None) or gethostname())
+
+
+class Server:
+    """The rank that decides. All is local; workers build a :class:`Worker` at the same time.
+
+    Parameters
+    ----------
+    comm : Communicator
+    hosts : mapping of int to str
+        The node of each worker, by rank.
+    order_nbytes, answer_nbytes : int
+        Sizes of the wires of orders and answers.
+    number : int
+        Of :func:`next_number`, that of rank 0.
+    patience_seconds : float
+        For :meth:`wait` and :meth:`close`.
+
+    Attributes
+    ----------
+    under_way : dict of int to int
+        The step of the order that a worker has and has not answered yet, by rank.
+    since : dict of int to float
+        When a worker was given that, in seconds of :meth:`now`.
+    """
+
+    def __init__(self, comm: Comm, hosts: Mapping[int, str], order_nbytes: int, answer_nbytes: int, number: int,
+                 patience_seconds: float) -> None:
+        self._comm, self.hosts, self.patience_seconds = comm, dict(hosts), patience_seconds
+        self._late = Late(comm, list(hosts), order_nbytes, answer_nbytes, number)
+        self.now: Callable[[], float] = self._late.now
+        self.under_way: dict[int, int] = {}
+        self.since: dict[int, float] = {}
+        self._ended: set[int] = set()
+        self._waits_for: set[int] = set()  # for whom MPI would wait at its end
+        self.closed = False
+
+    @property
+    def sent_nbytes(self) -> int:
+        """Bytes that have left this rank so far."""
+        return self._late.sent_nbytes
+
+    @property
+    def gone(self) -> set[int]:
+        """Workers that MPI has said are dead."""
+        return self._late.gone
+
+    def frame(self) -> Frame:
+        """Return a frame for an order, with one user."""
+        return self._late.frame()
+
+    def drop(self, frame: Frame) -> None:
+        """Have one user less."""
+        self._late.drop(frame)
+
+    def free(self, rank: int) -> bool:
+        """Tell whether a worker has answered what it was given."""
+        return rank not in self.under_way and rank not in self._late.gone and rank not in self._ended
+
+    def order(self, rank: int, frame: Frame) -> None:
+        """Give a worker that is free its next order."""
+        self.under_way[rank], self.since[rank] = frame.step, self.now()
+        self._late.send(rank, frame)
+
+    def also(self, rank: int, frame: Frame) -> None:
+        """Send a free worker something that needs no answer, before its next order."""
+        self._late.send(rank, frame)
+
+    def look(self) -> list[tuple[int, Frame]]:
+        """Return what has come: ranks and frames, whose one user is the caller. Does not wait."""
+        arrived = self._late.poll()
+        for rank, frame in arrived:
+            if frame.step < 0:
+                self._ended.add(rank)
+            self.under_way.pop(rank, None)
+        return arrived
+
+    def looks(self, patience: float | None = None) -> Iterator[list[tuple[int, Frame]]]:
+        """Yield what has come, again and again, until that has taken so many seconds."""
+        patience, waited, before = self.patience_seconds if patience is None else patience, 0.0, self.now()
+        while True:
+            arrived = self.look()
+            yield arrived
+            if waited > patience:
+                return
+            if not arrived:
+                self._late.rest()
+            now = self.now()
+            waited += min(now - before, _LONGEST_LOOK)
+            before = now
+
+    def wait(self, enough: Callable[[], bool], take: Callable[[int, Frame], None]) -> bool:
+        """Hand over what comes until there is enough; return False where patience is over before.
+
+        `take` drops the frame. What it does may make :meth:`order`.
+        """
+        for arrived in self.looks():
+            for rank, frame in arrived:
+                take(rank, frame)
+            if enough():
+                return True
+            if not self.under_way and not arrived:
+                return False  # nobody is left to wait for
+        return False
+
+    def listed(self, ranks: object) -> str:
+        """Return "rank 3 on node1, rank 7 on node2", the first eight of them."""
+        them = sorted(ranks)  # type: ignore[call-overload]
+        more = f" and {len(them) - 8} more" if len(them) > 8 else ""
+        return ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in them[:8]) + more
+
+    def close(self, last: Frame, take: Callable[[int, Frame], None], subject: str) -> tuple[int, ...]:
+        """Send the last order to each worker, when it has answered the one before, and wait for their last answers.
+
+        A worker that has been silent for `patience_seconds` is not waited for.
+
+        Parameters
+        ----------
+        last : Frame
+            Its step is made that of a last order.
+        take : callable
+            Gets late answers, and drops them.
+        subject : str
+            Of the line on stderr about those that have not ended.
+
+        Returns
+        -------
+        tuple of int
+            Ranks that have not ended. MPI_Finalize would wait for them: at the end of Python all processes are ended,
+            after the other workers have come to their end.
+        """
+        if self.closed:
+            return tuple(sorted(self._waits_for))
+        last.step = LAST + max(0, last.step)
+        told = set[int]()
+        for arrived in self.looks(float("inf")):
+            for rank, frame in arrived:
+                if frame.step >= 0:
+                    take(rank, frame)
+                else:
+                    self._late.drop(frame)
+            for rank in self.hosts:
+                if rank not in told and self.free(rank):
+                    told.add(rank)
+                    self.order(rank, last)
+            now = self.now()
+            open_ones = [rank for rank in self.under_way if rank not in self._late.gone and rank not in self._ended]
+            if all(now - self.since[rank] > self.patience_seconds for rank in open_ones):
+                break
+        self.closed = True
+        self._waits_for = set(self.hosts) - self._ended
+        for rank in sorted(self._ended):
+            verdict = self._late.frame()
+            verdict.wire[:] = 0
+            verdict.step = LAST + len(self._waits_for)
+            self._late.send(rank, verdict)
+            self._late.drop(verdict)
+        if self._waits_for:
+            atexit.register(self.leave)
+            say(sys.stderr, f"mpi-ef: {subject}: {self.listed(self._waits_for)} did not come to the end; MPI_Finalize would "
+                            "wait for ever, so that all processes are ended when the others have come to theirs\n")
+        self._late.close()
+        return tuple(sorted(self._waits_for))
+
+    def leave(self, status: int = 1) -> None:
+        """End all processes, where MPI_Finalize would wait for workers that have not ended; where all have, return.
+
+        It waits for the other workers to come to the end of their programs, as long as its patience is. It is called at the
+        end of Python with status 1.
+        """
+        atexit.unregister(self.leave)
+        if (mpi := mpi_of(self._comm)) is None or not self._waits_for or mpi.Is_finalized():
+            return
+        self._late.meet(sorted(self._ended), self.patience_seconds)
+        abort(mpi.COMM_WORLD, status)
+
+    def abandon(self) -> None:
+        """Wait for nobody: after an error. At the end of Python all processes are ended."""
+        if not self.closed:
+            self.closed = True
+            self._waits_for = set(self.hosts) - self._ended
+            self._ended.clear()
+            self._late.close()
+            if self._waits_for:
+                atexit.register(self.leave)
+
+    def __str__(self) -> str:
+        return f"server of {counted(len(self.hosts), 'worker')}"
+
+
+class Worker:
+    """A rank that works for the server. All is local.
+
+    Parameters
+    ----------
+    comm, order_nbytes, answer_nbytes, number, patience_seconds
+        As the :class:`Server`'s.
+    server : int
+        Its rank.
+    """
+
+    def __init__(self, comm: Comm, server: int, order_nbytes: int, answer_nbytes: int, number: int,
+                 patience_seconds: float) -> None:
+        self._comm, self._server, self.patience_seconds = comm, server, patience_seconds
+        self._late = Late(comm, [server], answer_nbytes, order_nbytes, number)
+        self.now: Callable[[], float] = self._late.now
+        self.closed = False
+
+    @property
+    def sent_nbytes(self) -> int:
+        """Bytes that have left this rank so far."""
+        return self._late.sent_nbytes
+
+    def next(self) -> Frame:
+        """Wait for the next order, however long that takes; its step is negative where it is the last one.
+
+        The caller is its one user.
+        """
+        while not (arrived := self._late.poll()):
+            if self._server in self._late.gone:
+                raise ConnectionError(f"the server, rank {self._server}, is dead")
+            self._late.rest()
+        return arrived[0][1]
+
+    def frame(self) -> Frame:
+        """Return a frame for an answer, with one user."""
+        return self._late.frame()
+
+    def drop(self, frame: Frame) -> None:
+        """Have one user less."""
+        self._late.drop(frame)
+
+    def answer(self, frame: Frame) -> None:
+        """Send an answer, whose step is that of the order."""
+        self._late.send(self._server, frame)
+
+    def close(self) -> None:
+        """Answer the last order, and wait for the server's verdict on whether all have come to the end."""
+        if self.closed:
+            return
+        self.closed = True
+        last = self._late.frame()
+        last.wire[:] = 0
+        last.step = LAST
+        self._late.listen(self._server)
+        self._late.send(self._server, last)
+        self._late.drop(last)
+        verdict = self.next()
+        if verdict.step != LAST:
+            atexit.register(self.leave)
+        self._late.drop(verdict)
+        while self._late.under_way(self._server):
+            self._late.poll()
+            self._late.rest()
+        self._late.close()
+
+    def leave(self) -> None:
+        """Tell the server that this rank has come to its end, which ends all processes then."""
+        atexit.unregister(self.leave)
+        if (mpi := mpi_of(self._comm)) is not None and not mpi.Is_finalized():
+            self._late.meet([self._server], self.patience_seconds)
+
+
+_ = Any
