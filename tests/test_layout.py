@@ -40,7 +40,7 @@ ROOMS = {
     "devices": ("errors comm", "torch mpi4py"),
     "shares": ("errors comm data", "torch"),
     "precondition": ("errors ranges statetree kernels comm compress collectives", "numpy torch"),
-    "optim": ("errors ranges statetree kernels comm compress collectives feedback robust vectors buffers precondition",
+    "optim": ("errors ranges statetree kernels comm compress collectives coded feedback robust vectors buffers precondition",
               "numpy torch"),
     "ddp": ("errors statetree kernels comm compress collectives feedback vectors", "numpy torch"),
     "checkpoint": ("errors documents comm", "numpy h5py"),

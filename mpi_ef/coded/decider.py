@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from mpi_ef.errors import DisagreementError, NonFiniteError, SilenceError, say
 
 from .codes import Cyclic, FractionalRepetition, GradientCode, mask_of, members
 from .twins import Dispute, Twins
-from .wire import NOT_FINITE, ROW, WHOLE, Decoded, Layout
+from .wire import NOT_FINITE, ROW, WHOLE, Decoded, Layout, Numbers
 
 __all__ = ["Decider"]
 
@@ -59,7 +60,7 @@ class Decider:
         self.rows[:], self.step = rows, step
         self._knows_row = 0 if self._codec is not None else self._knows_row
 
-    def begin(self, x: Vector, extras: Sequence[float]) -> Frame:
+    def begin(self, x: Vector, extras: Sequence[float] | Numbers) -> Frame:
         """Send the order of the next step to those that are free, and return it."""
         if self._newest is not None:
             self.server.drop(self._newest)
@@ -111,7 +112,7 @@ class Decider:
         """Take the answer of the server itself."""
         self._take_answer(self._number[self._own], frame)
 
-    def close(self, x: Vector, extras: Sequence[float]) -> tuple[int, ...]:
+    def close(self, x: Vector, extras: Sequence[float] | Numbers) -> tuple[int, ...]:
         """Let workers end with these parameters; return the ranks that do not."""
         self.open = False
         last = self.server.frame()
@@ -181,10 +182,12 @@ class Decider:
         approximate = not self.code.decodable(mask, self.n)
         a = self.code.approximate(mask, self.n) if approximate else self.code.decode(mask, self.n)
         used = [i for i in range(self.n) if a[i]]
+        if isinstance(self.code, FractionalRepetition):  # the same bits whichever of a group it is
+            used.sort(key=partial(self.code.group, n=self.n))
         self._add_up(a, used, self._sum)
         if self._codec is None and isinstance(self.code, Cyclic) and mask.bit_count() > self.n - self.code.s:
             self._check_parity(mask)
-        return Decoded(self._sum, a[used] @ self._extra_rows[used], self.step, tuple(used), approximate)
+        return Decoded(self._sum, a[used] @ self._extra_rows[used], self.step, tuple(sorted(used)), approximate)
 
     def _add_up(self, a: NDArray[np.float64], used: Sequence[int], out: Vector) -> None:
         """Add rows up in their order, without memory of their size."""

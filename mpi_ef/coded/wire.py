@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mpi_ef.collectives.late import Frame
 from mpi_ef.compress.compressor import words
 
-__all__ = ["NOT_FINITE", "ROW", "WHOLE", "Decoded", "Layout", "Order"]
+__all__ = ["NOT_FINITE", "ROW", "WHOLE", "Decoded", "Layout", "Numbers", "Order"]
 
 WHOLE, NOT_FINITE, ROW = 1, 2, 4  # flags: of an answer, m_i itself, or none; of an order, x is the row of that worker
 _HEAD = 24  # of an answer
@@ -121,7 +121,8 @@ class Layout:
         """Return the extras of an order, a view."""
         return frame.wire[8 : 8 + 8 * self.order_extras].view(np.float64)
 
-    def write_answer(self, frame: Frame, flags: int, said: int, seconds: float, extras: Sequence[float]) -> int:
+    def write_answer(self, frame: Frame, flags: int, said: int, seconds: float,
+                     extras: Sequence[float] | Numbers) -> int:
         """Fill all but the payload; return how many bytes of the wire the answer takes."""
         frame.wire[:16].view(np.uint64)[:] = flags, said
         frame.wire[16:24].view(np.float64)[0] = seconds
