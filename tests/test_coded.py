@@ -289,7 +289,7 @@ def test_too_many_silent_ranks_are_named(code, eager, capsys):
             return None
         if coded.is_server:
             coded.answer(coded_sum(coded.begin(np.zeros(D))))
-            with pytest.raises(SilenceError, match="rank 1 on node 1, rank 3 on node 3 silent for 0.5 s at step 0") as caught:
+            with pytest.raises(SilenceError, match="rank 1 on node 1, rank 3 on node 3 silent for 0.5 s at step") as caught:
                 coded.end()
             assert caught.value.ranks == (1, 3)
             with pytest.raises(SilenceError):  # again, and no harm is done
