@@ -1,8 +1,8 @@
 """Logistic regression with coded gradients, with workers that sleep, are stopped, go on, or are killed.
 
 ``python coded_program.py OPTIONS``; OPTIONS is JSON: code; steps; k, entries that a message names, 0 for whole vectors; lr;
-part, seconds that a part of the gradient takes; stopped, [rank, step, step from which it goes on or null], by rank 0's steps;
-killed, [rank, step]; sleepers, ranks that sleep at random for `sleep` seconds; patience; status, with which to leave.
+part, seconds that a part of the gradient takes; stopped, a list of [rank, step, step from which it goes on or null], by
+rank 0's steps; killed, a list of [rank, step]; sleepers, ranks that sleep at random for `sleep` seconds; patience; status, with which to leave.
 Every rank that comes to its end prints one line of JSON.
 """
 
@@ -20,18 +20,15 @@ from mpi_ef.coded import CodedGradients, code_of
 from mpi_ef.compress import TopK
 from mpi_ef.errors import MpiEfError
 
-options = {"code": "fr:1", "steps": 40, "k": 0, "lr": 0.5, "part": 0.004, "stopped": [None, 0, None], "killed": [None, 0],
+options = {"code": "fr:1", "steps": 40, "k": 0, "lr": 0.5, "part": 0.004, "stopped": [], "killed": [],
            "sleepers": [], "sleep": 0.5, "patience": 30.0, "status": None, "d": 68, "samples": 40, "out": "", "spread": 0.5,
            "seed": 0, "dedicated": False}
 options |= json.loads(sys.argv[1])
 N, D, SAMPLES = comm.size - options["dedicated"], options["d"], options["samples"]
 process = comm.allgather(os.getpid())
-(stopped, stop_at, go_at), (killed, kill_at) = options["stopped"], options["killed"]
 truth = np.random.default_rng(0).standard_normal(D)
 data = [np.random.default_rng((1, part)).standard_normal((SAMPLES, D)) + options["spread"] * part for part in range(N)]
 labels = [np.sign(x @ truth + np.random.default_rng((2, part)).standard_normal(SAMPLES)) for part, x in enumerate(data)]
-if killed is not None:  # its last word, while all are there
-    comm.Barrier()
 
 
 def gradient(x, part):
@@ -69,12 +66,12 @@ def coded_sum(order):
 
 
 def signals(t):
-    if stopped is not None and t == stop_at:
-        os.kill(process[stopped], signal.SIGSTOP)
-    if stopped is not None and go_at is not None and t == go_at:
-        os.kill(process[stopped], signal.SIGCONT)
-    if killed is not None and t == kill_at:
-        os.kill(process[killed], signal.SIGKILL)
+    for rank, stop_at, go_at in options["stopped"]:
+        if t in (stop_at, go_at):
+            os.kill(process[rank], signal.SIGSTOP if t == stop_at else signal.SIGCONT)
+    for rank, kill_at in options["killed"]:
+        if t == kill_at:
+            os.kill(process[rank], signal.SIGKILL)
 
 
 compressor = TopK(k=options["k"]) if options["k"] else None
@@ -103,10 +100,27 @@ else:
     for order in coded.orders():
         coded.answer(coded_sum(order))
     x = coded.last[0]
+
+
+def undisturbed():
+    """Return what one process makes of it, adding up groups as `FractionalRepetition` does."""
+    y, code = np.zeros(D), code_of(options["code"])
+    for _ in range(options["steps"]):
+        total = np.zeros(D)
+        for first in range(0, N, code.s + 1):
+            block = np.zeros(D)
+            for part in range(first, first + code.s + 1):
+                block += gradient(y, part)
+            total += block
+        y = y - options["lr"] / (N * SAMPLES) * total
+    return y
+
+
 told = {"rank": comm.rank, "x": crc32(x.tobytes()), "computed": len(computed), "h": crc32(coded.h.tobytes()), "rows": rows,
         "norm2": float(np.sum(mean_gradient(x) ** 2)), "left": left, "sent": coded.sent_nbytes}
 if coded.is_server:
-    told |= {"p50": float(np.median(seconds)), "p95": float(np.quantile(seconds, 0.95)), "late": coded.metrics["late"]}
+    told |= {"p50": float(np.median(seconds)), "p95": float(np.quantile(seconds, 0.95)), "late": coded.metrics["late"],
+             "same": bool(x.tobytes() == undisturbed().tobytes())}
 print(json.dumps(told), flush=True)
 if options["status"] is not None:
     coded.leave(options["status"])
