@@ -286,10 +286,10 @@ def test_too_many_silent_ranks_are_named(code, eager, capsys):
     def program(comm):
         coded = CodedGradients(comm, D, np.float64, code, patience_seconds=0.5)
         if comm.Get_rank() in (1, 3):
-            return None
+            return comm.pause(1000)
         if coded.is_server:
             coded.answer(coded_sum(coded.begin(np.zeros(D))))
-            with pytest.raises(SilenceError, match="rank 1 on node 1, rank 3 on node 3 silent for 0.5 s at step") as caught:
+            with pytest.raises(SilenceError, match="rank 1 on node 1, rank 3 on node 3 silent for 0.5 s, at") as caught:
                 coded.end()
             assert caught.value.ranks == (1, 3)
             with pytest.raises(SilenceError):  # again, and no harm is done
@@ -321,8 +321,86 @@ def test_an_approximate_sum_is_scaled_to_all_parts(code, n):
             np.testing.assert_allclose(decoded.vector, n)
             np.testing.assert_allclose(decoded.extras, n)
             coded.close()
+        else:
+            comm.pause(1000)
 
     virtual.results(n, program, virtual=True)
+
+
+@both
+def test_a_worker_that_has_ended_is_not_waited_for(eager):
+    def program(comm):
+        coded = CodedGradients(comm, D, np.float64, FractionalRepetition(1), patience_seconds=100)
+        if comm.Get_rank() == 1:
+            return None
+        if coded.is_server:
+            for t in range(3):
+                coded.answer(coded_sum(coded.begin(np.zeros(D))))
+                if t == 2:
+                    with pytest.raises(SilenceError, match="rank 1 on node 1, rank 3 on node 3 ended before, at step 2"):
+                        coded.end()
+                else:
+                    coded.end()
+            assert comm.clock() < 1
+            return coded.close()
+        for order in coded.orders():
+            coded.answer(coded_sum(order))
+            if comm.Get_rank() == 3 and order.step == 1:
+                break
+        return None
+
+    assert virtual.results(4, program, eager=eager, virtual=True)[0] == ()
+
+
+@both
+@pytest.mark.parametrize("fails", [False, True])
+def test_workers_learn_that_the_server_has_gone(eager, fails):
+    def program(comm):
+        coded = CodedGradients(comm, D, np.float64, FractionalRepetition(1), patience_seconds=3)
+        if coded.is_server:
+            coded.begin(np.zeros(D))
+            if fails:
+                with pytest.raises(ZeroDivisionError), coded:
+                    raise ZeroDivisionError
+            return
+        orders = coded.orders()
+        coded.answer(coded_sum(next(orders)))
+        with pytest.raises(PeerError, match="has failed; see what it has said" if fails else "has gone without"):
+            next(orders)
+        assert (comm.clock() > 3) == fails
+
+    virtual.results(2, program, eager=eager, virtual=True)
+
+
+@both
+def test_answers_to_orders_before_a_restore_are_none_of_the_steps_after_it(eager):
+    """Rank 1 answers step 1 of the first life when step 1 of the second one is open."""
+    def program(comm):
+        with CodedGradients(comm, D, np.float64, FractionalRepetition(1), TopK(k=2)) as coded:
+            if not coded.is_server:
+                for order in coded.orders():
+                    if comm.Get_rank() == 1 and order.step == 1 and order.x[0] == 0:
+                        comm.pause(0.5)
+                    coded.answer(coded_sum(order))
+                return coded.h
+            rows, x = None, np.zeros(D)
+            for t in range(3):
+                coded.answer(coded_sum(coded.begin(x)))
+                coded.end()
+                if t == 0:
+                    rows = coded.rows.copy()
+            coded.restore(rows, 1)
+            comm.pause(0.495)
+            x = np.ones(D)
+            for _ in range(4):
+                coded.answer(coded_sum(coded.begin(x)))
+                comm.pause(0.02)
+                coded.end()
+            coded.close(x)
+            return coded.rows
+
+    rows, *hs = virtual.results(4, program, eager=eager)
+    assert all(same_bits(h, row) for h, row in zip(hs, rows[1:], strict=True))
 
 
 def test_a_server_that_waits_says_for_whom(capsys):
@@ -338,7 +416,7 @@ def test_a_server_that_waits_says_for_whom(capsys):
         return None
 
     assert virtual.results(2, program, virtual=True)[0] == ()
-    assert "rank 1 on node 1 silent for 0.2 s at step 0" in capsys.readouterr().err
+    assert "rank 1 on node 1 silent for 0.2 s, at step 0" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ wrong workers
@@ -391,6 +469,13 @@ def test_of_two_twins_nobody_knows_which_is_wrong(capsys):
     assert wrong == {1: 1, 3: 1}
     assert len(xs) == 4
     assert capsys.readouterr().err.count("computed different sums") == 1
+
+
+def test_votes_that_nobody_gets():
+    """All three twins say something else."""
+    error = run_with(FractionalRepetition(2, votes=2), 3, wrong_in({1, 2}, 1), twins="warn")
+    assert isinstance(error, DisagreementError)
+    assert "too few workers agree at step 1; 2 of each 3 twins needed, 0 of 3 are here" in str(error)
 
 
 def test_a_cyclic_code_notices_a_wrong_answer_beyond_those_it_needs():

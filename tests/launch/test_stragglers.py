@@ -52,7 +52,7 @@ def test_too_many_silent_ranks_end_the_run_with_a_line_and_what_was_computed(tmp
                 within=LIMIT)
     assert ended.status not in (0, None), ended.text
     (line,) = ended.lines_with("caught: CodedGradients: ") or pytest.fail(ended.text)
-    assert re.search(r"rank 1 on \S+, rank 3 on \S+ silent for [\d.]+ s at step \d+; 1 of each 2 twins needed", line), line
+    assert re.search(r"rank 1 on \S+, rank 3 on \S+ silent for [\d.]+ s, at step \d+; 1 of each 2 twins needed", line), line
     assert np.load(saved).any()
 
 
