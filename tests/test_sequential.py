@@ -15,6 +15,7 @@ from mpi_ef.coded import (
     choose,
     code_for,
     gilbert_elliott,
+    profile_of,
     scheduled,
     simulate,
 )
@@ -326,3 +327,16 @@ def test_slow_workers_come_in_bursts():
     assert slow.mean() == pytest.approx(0.05 / 0.55, rel=0.1)
     begun = slow[1:] & ~slow[:-1]
     assert slow.sum() / begun.sum() == pytest.approx(2.0, rel=0.1)
+
+
+def test_what_was_recorded_is_a_profile():
+    """Worker 1 answers its first step late, and is asked nothing meanwhile; worker 2 has answered for the last time."""
+    rows = np.array([[0, 9, 0], [0, np.inf, np.inf], [0, np.inf, np.inf], [1, 0, np.inf]], np.float32)
+    profile = profile_of(rows)
+    assert profile.tolist() == [[0, 9, 0], [0, pytest.approx(np.nan, nan_ok=True), np.inf],
+                                [0, pytest.approx(np.nan, nan_ok=True), np.inf], [1, 0, np.inf]]
+    times = {"part_seconds": 1.0, "rest_seconds": 0.0}
+    assert simulate(GC(0), profile[:, :2], **times).seconds == 9 + 4 + 1
+    assert simulate(GC(0), profile, **times).seconds == np.inf
+    with pytest.raises(ShapeError, match="\\(3,\\), where"):
+        profile_of([1, 2, 3])

@@ -2,9 +2,13 @@
 
 from .blocks import Blocks, code_for
 from .codes import Cyclic, FractionalRepetition, GradientCode, code_of
+from .gradients import CodedGradients
 from .schemes import GC, MSGC, SRSGC, Scheme, Task
 from .sequential import Schedule, scheduled
-from .simulator import Run, choose, gilbert_elliott, simulate
+from .serve import Served, serve
+from .simulator import Run, choose, gilbert_elliott, profile_of, simulate
+from .wire import Decoded, Order
 
-__all__ = ["GC", "MSGC", "SRSGC", "Blocks", "Cyclic", "FractionalRepetition", "GradientCode", "Run", "Schedule", "Scheme",
-           "Task", "choose", "code_for", "code_of", "gilbert_elliott", "scheduled", "simulate"]
+__all__ = ["GC", "MSGC", "SRSGC", "Blocks", "CodedGradients", "Cyclic", "Decoded", "FractionalRepetition", "GradientCode",
+           "Order", "Run", "Schedule", "Scheme", "Served", "Task", "choose", "code_for", "code_of", "gilbert_elliott",
+           "profile_of", "scheduled", "serve", "simulate"]

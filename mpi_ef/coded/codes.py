@@ -1,6 +1,6 @@
 """Gradient codes: which parts of the data each worker adds up, and how their sum is found without the slowest. No MPI.
 
-Tandon, Lei, Dimakis, Karampatziakis 2017. The data are in n parts, g_j is the sum of the gradients over part j. Worker i of n
+Tandon, Lei, Dimakis, Karampatziakis 2017. The data are in n parts, g_j is the sum of the gradients over part j. Worker i
 sends ``m_i = sum_j B[i, j] g_j``. From the workers F that have answered ``g = sum_{i in F} a_i m_i``, where ``a' B_F = 1'``.
 """
 
@@ -76,6 +76,14 @@ class GradientCode(ABC):
             The workers of `mask` are not enough.
         """
 
+    def approximate(self, mask: int, n: int) -> Coefficients:
+        """Return a, (n,), with which the workers of `mask`, at least one, come nearest to the sum, scaled to n parts."""
+        there = members(mask)
+        rows = self.matrix(n)[there]
+        a = np.zeros(n)
+        a[there] = np.linalg.lstsq(rows.T, np.ones(n), rcond=None)[0]
+        return a * (n / float((a[there] @ rows).sum()))
+
     def matrix(self, n: int) -> Coefficients:
         """Return B, (n, n)."""
         self.check(n)
@@ -110,7 +118,7 @@ class GradientCode(ABC):
 class FractionalRepetition(GradientCode):
     """n / (s + 1) groups of s + 1 workers: all of a group add up the same s + 1 parts, and one answer of each is enough.
 
-    The sum is the same bits whoever is missing: groups are added in their order, and *twins*, the workers of a group, send the
+    The sum is the same bits whoever is missing: groups are added in their order, and *twins*, workers of a group, send the
     same. Worker i is of group ``i mod n / (s + 1)``. Many larger sets may be missing, as long as no group is.
 
     Parameters
@@ -161,6 +169,13 @@ class FractionalRepetition(GradientCode):
         """Tell whether of each group `votes` workers are there."""
         q = self.groups(n)
         return all(sum(mask >> i & 1 for i in range(g, n, q)) >= self.votes for g in range(q))
+
+    def approximate(self, mask: int, n: int) -> Coefficients:
+        """Return as much for the first worker of each group that is there."""
+        a, q = np.zeros(n), self.groups(n)
+        firsts = {i % q: i for i in reversed(members(mask))}
+        a[list(firsts.values())] = q / len(firsts)
+        return a
 
     def decode(self, mask: int, n: int) -> Coefficients:
         """Return 1 for the first worker of each group."""
@@ -217,7 +232,7 @@ class Cyclic(GradientCode):
 @lru_cache(_CACHED)
 def _generator(s: int, n: int) -> Coefficients:
     angles = 2 * np.pi * (n / 2 + np.arange(s) - (s - 1) / 2) / n
-    coefficients = np.real(np.poly(np.exp(1j * angles))) if s else np.ones(1)
+    coefficients: Coefficients = np.real(np.poly(np.exp(1j * angles))) if s else np.ones(1)
     coefficients /= coefficients.sum()
     coefficients.flags.writeable = False
     return coefficients
@@ -258,7 +273,7 @@ def code_of(text: "str | GradientCode") -> GradientCode:
     if isinstance(text, GradientCode):
         return text
     if match := _TEXTS.fullmatch(text):
-        return {"fr": FractionalRepetition, "cyclic": Cyclic}[match[1].lower()](int(match[2]))
+        return (FractionalRepetition if match[1].lower() == "fr" else Cyclic)(int(match[2]))
     if match := re.fullmatch(r"\s*(FractionalRepetition|Cyclic)\((?:s=)?(\d+)(?:,\s*votes=(\d+))?\)\s*", text):
         if match[1] == "Cyclic" and match[3] is None:
             return Cyclic(int(match[2]))

@@ -216,8 +216,8 @@ class MSGC(Scheme):
     """Multiplexed sequential gradient coding: many small tasks of W - 1 + B jobs in a round, most of them not coded.
 
     Of a job's data each worker has W - 1 chunks of its own, of size (lam + 1) c; the rest are B groups of n chunks of size
-    c, each group with an (n, lam) code. Task m of round r is of job r - m: a chunk of the worker's own that has not come yet;
-    where all have, from m = W - 1 on the coded sum of group m - (W - 1). T = W - 2 + B, and the load is
+    c, each group with an (n, lam) code. Task m of round r is of job r - m: a chunk of the worker's own that has not come
+    yet; where all have, from m = W - 1 on the coded sum of group m - (W - 1). T = W - 2 + B, and the load is
     (lam + 1) (W - 1 + B) / (n (B + (W - 1) (lam + 1))): hardly more than 1 / n. With lam = n there are no groups, and all
     workers may be slow at once: (W - 1 + B) / (n (W - 1)). Where there is no code for n and lam, the next larger lam of
     which there is one takes its place.

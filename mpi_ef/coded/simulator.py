@@ -1,7 +1,7 @@
 """What schemes would have taken where workers were late as recorded, and which is the fastest. No MPI.
 
 A *profile* is an array (rounds, n), how many seconds each worker took beyond the fastest of the round: inf where no answer
-came, NaN where it had nothing to do (counted as 0). `mpi_ef.collectives.lateness` records such rows.
+came, NaN where it had nothing to do (counted as 0). :func:`profile_of` makes one of what `Lateness` has recorded.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from mpi_ef.ranges import whole, within
 from .schemes import GC, MSGC, SRSGC, Scheme
 from .sequential import Schedule, scheduled
 
-__all__ = ["Run", "candidates", "choose", "gilbert_elliott", "simulate"]
+__all__ = ["Run", "candidates", "choose", "gilbert_elliott", "profile_of", "simulate"]
 
 Profile = NDArray[np.float64]
 
@@ -67,6 +67,20 @@ def gilbert_elliott(rounds: int, n: int, enter: float, leave: float, late: float
         slow = np.where(slow, drawn >= leave, drawn < enter)
         row[slow] = late
     return profile
+
+
+def profile_of(rows: ArrayLike) -> Profile:
+    """Return the profile of what was recorded, `Lateness.rows`, (rounds, n). Local.
+
+    A worker of which an answer is awaited is asked nothing more: its inf before a later answer say that it had nothing to
+    do, and become NaN. Those after its last answer stay.
+    """
+    late = np.array(rows, np.float64)
+    if late.ndim != 2:
+        raise ShapeError(f"profile: shape {late.shape}, where (rounds, workers) was expected; take Lateness.rows")
+    answers_later = np.isfinite(late)[::-1].cumsum(axis=0)[::-1] > 0
+    late[np.isinf(late) & answers_later] = np.nan
+    return late
 
 
 def simulate(scheme: Scheme, profile: ArrayLike, *, part_seconds: float, rest_seconds: float, jobs: int | None = None,
@@ -154,7 +168,7 @@ def choose(profile: ArrayLike, *, part_seconds: float, rest_seconds: float, dela
     Parameters
     ----------
     profile : array_like
-        (rounds, n).
+        (rounds, n); of a recorded run ``profile_of(lateness.rows)``.
     part_seconds, rest_seconds : float
     delay : int
         The largest T: one less than the number of models.
@@ -191,7 +205,8 @@ def candidates(n: int, delay: int, rule: str = "lazy") -> list[Scheme]:
 def _checked(profile: ArrayLike, **seconds: float) -> Profile:
     late = np.asarray(profile, np.float64)
     if late.ndim != 2 or not late.size:
-        raise ShapeError(f"profile: shape {late.shape}, where (rounds, workers) was expected; take Lateness.rows")
+        raise ShapeError(f"profile: shape {late.shape}, where (rounds, workers) was expected; take "
+                         "profile_of(Lateness.rows)")
     late = np.where(np.isnan(late), 0.0, late)
     if (late < 0).any():
         raise OptionError(f"profile: {late.min():.3g} seconds in round {int(late.min(axis=1).argmin())} are negative; they "

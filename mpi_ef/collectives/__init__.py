@@ -15,6 +15,7 @@ from .direct import use_gpu_aware_mpi
 from .exchange import Round
 from .frames import Frames
 from .gather import GatherMean
+from .lateness import Lateness
 from .lowrank import LowRankMean
 from .node import NodeMean
 from .onecall import allgather, allreduce
@@ -23,7 +24,7 @@ from .plan import LinkTraffic, Offer, Plan, Traffic
 from .robust import RobustMean, robust_mean
 from .two_phase import TwoPhaseMean, chunk_bounds
 
-__all__ = ["Advice", "ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "Heard", "LinkTraffic",
-           "LowRankMean", "NodeMean", "Offer", "Peers", "Plan", "PlanBuilder", "RobustMean", "Round", "Traffic",
-           "TwoPhaseMean", "advise", "allgather", "allreduce", "build_plan", "chunk_bounds", "plan_for", "robust_mean",
-           "use_gpu_aware_mpi"]
+__all__ = ["Advice", "ClientsMean", "Combine", "Comm", "DenseMean", "Frames", "GatherMean", "Heard", "Lateness",
+           "LinkTraffic", "LowRankMean", "NodeMean", "Offer", "Peers", "Plan", "PlanBuilder", "RobustMean", "Round",
+           "Traffic", "TwoPhaseMean", "advise", "allgather", "allreduce", "build_plan", "chunk_bounds", "plan_for",
+           "robust_mean", "use_gpu_aware_mpi"]

@@ -19,6 +19,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import count
 from time import monotonic, sleep
 from typing import Any
 
@@ -32,7 +33,7 @@ from .frames import LARGEST_COUNT
 from .in_flight import outlives, took_off
 from .pairwise import apart
 
-__all__ = ["LONGEST_NBYTES", "Frame", "Late"]
+__all__ = ["LONGEST_NBYTES", "Frame", "Late", "next_number"]
 
 _HEADER_NBYTES = 8
 LONGEST_NBYTES = LARGEST_COUNT - _HEADER_NBYTES  # of a wire
@@ -40,6 +41,12 @@ _SHORTEST_REST, _LONGEST_REST = 20e-6, 1e-3  # seconds
 _ENDING_SECONDS = 1.0  # for a receive that was cancelled after its message had begun to come
 _FIRST_TAG, _TAGS = 0x4E00, 0x2000
 _MEETING_TAG = 0x4DFF
+_numbers = count()
+
+
+def next_number() -> int:
+    """Return a `number` that nothing else of this process has. Local; ranks take that of rank 0."""
+    return next(_numbers)
 
 
 class Frame:
@@ -100,7 +107,7 @@ class Late:
         self.gone: set[int] = set()
         self.garbled = self.sent_nbytes = 0
         for peer in peers:
-            self._listen(peer)
+            self.listen(peer)
         self._end = weakref.finalize(self, _leave, self._mpi, self._receives, self._sends)
 
     def frame(self) -> Frame:
@@ -113,17 +120,18 @@ class Late:
         if not frame.users:
             self._free[frame.wire.size].append(frame)
 
-    def send(self, peer: int, frame: Frame) -> None:
-        """Send a frame, which does not change until MPI is done with it. Does not wait."""
+    def send(self, peer: int, frame: Frame, nbytes: int | None = None) -> None:
+        """Send a frame, or the first `nbytes` of its wire; it does not change until MPI is done with it. Does not wait."""
         if peer in self.gone:
             return
+        sent = frame.bytes if nbytes is None else frame.bytes[: _HEADER_NBYTES + nbytes]
         try:
-            request = self._comm.Isend(frame.bytes, peer, self._tag)
+            request = self._comm.Isend(sent, peer, self._tag)
         except Exception as error:
             self._lose(peer, error)
             return
         frame.users += 1
-        self.sent_nbytes += frame.bytes.nbytes
+        self.sent_nbytes += sent.nbytes
         self._sends[peer].append((request, frame))
 
     def under_way(self, peer: int) -> int:
@@ -143,7 +151,7 @@ class Late:
             if self._done(peer, request):
                 del self._receives[peer]
                 if frame.step >= 0:
-                    self._listen(peer)
+                    self.listen(peer)
                 arrived.append((peer, frame))
         if arrived:
             self._rest = _SHORTEST_REST
@@ -177,7 +185,8 @@ class Late:
         frame.users = 1
         return frame
 
-    def _listen(self, peer: int) -> None:
+    def listen(self, peer: int) -> None:
+        """Post the receive for a peer whose final message has come, or that has none yet."""
         frame = self._new(self._receive_nbytes)
         frame.step = 0
         try:
@@ -200,7 +209,7 @@ class Late:
             raise error
         if error.Get_error_class() == self._mpi.ERR_TRUNCATE:
             self.garbled += 1
-            self._listen(peer)
+            self.listen(peer)
             return
         self.gone.add(peer)
 

@@ -3,7 +3,6 @@
 import atexit
 import sys
 from collections.abc import Iterator
-from itertools import count
 from socket import gethostname
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -19,7 +18,7 @@ from mpi_ef.ranges import whole, within
 from mpi_ef.runtime.ending import abort
 from mpi_ef.runtime.world import check_alone
 
-from .late import LONGEST_NBYTES, Frame, Late
+from .late import LONGEST_NBYTES, Frame, Late, next_number
 from .misfit import misfit
 from .peer import NONE, Peer, listed
 
@@ -27,7 +26,6 @@ __all__ = ["Heard", "Peers", "usable"]
 
 _LONGEST_LOOK = 0.1  # seconds between two looks that count as waiting: a rank that was stopped itself has not waited
 _FAILED = 2**62  # less in the step of a final message of a rank that takes nothing any more
-_numbers = count()
 
 Vector = NDArray[Any]
 
@@ -147,7 +145,7 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
             return {"d": self.d, "dtype": self.dtype, "wait_for": self.wait_for, "window": self.window}
 
         said = agree(comm, "Peers", facts, "build them from the same arguments everywhere", call=self.built,
-                     value=(next(_numbers), getattr(comm, "node_name", None) or gethostname()))
+                     value=(next_number(), getattr(comm, "node_name", None) or gethostname()))
         others = [rank for rank in range(self.size) if rank != self.rank]
         nbytes = self.d * self.dtype.itemsize
         self._late = Late(comm, others, nbytes, nbytes, number=said[0][0])  # of rank 0, which has all of this communicator

@@ -13,9 +13,7 @@ server's receives are posted all the time, and it looks at what has come and res
 import atexit
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from itertools import count
 from socket import gethostname
-from typing import Any
 
 from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.protocol import Comm
@@ -24,16 +22,10 @@ from mpi_ef.runtime.ending import abort
 
 from .late import Frame, Late
 
-__all__ = ["Server", "Worker", "host_of", "next_number"]
+__all__ = ["Server", "Worker", "host_of"]
 
 LAST = -(2**62)  # the step of the last order is this one and the number of steps
 _LONGEST_LOOK = 0.1  # seconds between two looks that count as waiting: a server that was stopped itself has not waited
-_numbers = count()
-
-
-def next_number() -> int:
-    """Return a number for messages that no other engine of this process has. Local; rank 0's is that of all."""
-    return next(_numbers)
 
 
 def host_of(comm: Comm) -> str:
@@ -52,7 +44,7 @@ class Server:
     order_nbytes, answer_nbytes : int
         Sizes of the wires of orders and answers.
     number : int
-        Of :func:`next_number`, that of rank 0.
+        As :class:`Late`'s.
     patience_seconds : float
         For :meth:`wait` and :meth:`close`.
 
@@ -270,9 +262,9 @@ class Worker:
         """Have one user less."""
         self._late.drop(frame)
 
-    def answer(self, frame: Frame) -> None:
-        """Send an answer, whose step is that of the order."""
-        self._late.send(self._server, frame)
+    def answer(self, frame: Frame, nbytes: int | None = None) -> None:
+        """Send an answer, whose step is that of the order, or the first `nbytes` of its wire."""
+        self._late.send(self._server, frame, nbytes)
 
     def close(self) -> None:
         """Answer the last order, and wait for the server's verdict on whether all have come to the end."""
@@ -300,5 +292,3 @@ class Worker:
         if (mpi := mpi_of(self._comm)) is not None and not mpi.Is_finalized():
             self._late.meet([self._server], self.patience_seconds)
 
-
-_ = Any

@@ -1,0 +1,226 @@
+"""The server of coded gradients: orders out, answers in, and the sum over all parts from those that have come."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpi_ef.collectives.late import Frame
+from mpi_ef.collectives.lateness import Lateness
+from mpi_ef.collectives.server import Server
+from mpi_ef.comm.consensus import ranks_text
+from mpi_ef.comm.protocol import Comm
+from mpi_ef.compress.compressor import Codec
+from mpi_ef.errors import DisagreementError, NonFiniteError, SilenceError, say
+
+from .codes import Cyclic, FractionalRepetition, GradientCode, mask_of, members
+from .twins import Dispute, Twins
+from .wire import NOT_FINITE, ROW, WHOLE, Decoded, Layout
+
+__all__ = ["Decider"]
+
+Vector = NDArray[Any]
+
+
+class Decider:
+    """What the server does, see :class:`CodedGradients`. All is local.
+
+    Parameters
+    ----------
+    ranks : tuple of int
+        Of the workers; the server's own may be one of them, whose answers come by :meth:`take_own`.
+    """
+
+    def __init__(self, subject: str, comm: Comm, ranks: tuple[int, ...], hosts: Mapping[int, str], number: int,
+                 code: GradientCode, layout: Layout, codec: Codec | None, *, patience_seconds: float, on_silence: str,
+                 twins: str) -> None:
+        self._subject, self._own = subject, int(comm.Get_rank())
+        self.ranks, self.n, self.code, self._layout, self._codec = ranks, len(ranks), code, layout, codec
+        self._on_silence, self._raises = on_silence, twins == "raise"
+        self.server = Server(comm, {rank: hosts[rank] for rank in ranks if rank != self._own}, layout.order_nbytes,
+                             layout.answer_nbytes, number, patience_seconds)
+        self.rows = np.zeros((self.n, layout.d), layout.dtype)
+        self._extra_rows = np.zeros((self.n, layout.extras))
+        self._sum, self._spare = np.zeros(layout.d, layout.dtype), np.zeros(layout.d, layout.dtype)
+        self._number = {rank: i for i, rank in enumerate(ranks)}
+        self._knows_row = mask_of(range(self.n))
+        self._newest: Frame | None = None
+        self.twins, self.lateness = Twins(code, self.n), Lateness(self.n)
+        self._computed, self._firsts = 0.0, 0  # seconds of the first answers of steps, and how many these are
+        self._heard = self._bad = 0  # masks of this step
+        self.open = False  # a step has begun
+        self.step = self.late = self.not_finite = 0
+        self.parity = 0.0
+
+    def restore(self, rows: Vector, step: int) -> None:
+        """Go on from the rows and step of another one; workers are told theirs, with their next order."""
+        self.rows[:], self.step = rows, step
+        self._knows_row = 0 if self._codec is not None else self._knows_row
+
+    def begin(self, x: Vector, extras: Sequence[float]) -> Frame:
+        """Send the order of the next step to those that are free, and return it."""
+        if self._newest is not None:
+            self.server.drop(self._newest)
+        self._newest = frame = self.server.frame()
+        self._layout.write_order(frame, self.step, x, extras)
+        self._heard = self._bad = 0
+        self.open = True
+        self.lateness.begin(self.step)
+        self.look()  # late answers, which free their workers
+        for i in range(self.n):
+            self._give(i)
+        return frame
+
+    def look(self) -> None:
+        """Take what has come, and give orders; does not wait."""
+        for rank, frame in self.server.look():
+            self.take(rank, frame)
+
+    def end(self) -> Decoded:
+        """Wait for enough answers, and return the sum."""
+        while not self.server.wait(self.enough, self.take):
+            problem = self._silence()
+            if self._on_silence == "raise" or isinstance(problem, NonFiniteError):
+                raise problem
+            if self._on_silence == "approximate" and self._heard:
+                break
+            if not self.server.under_way:
+                raise problem
+            say(sys.stderr, f"mpi-ef: {problem}; waiting on\n")
+        decoded = self._decode()
+        self.open = False
+        self.lateness.over(self.step)
+        self.step += 1
+        return decoded
+
+    def enough(self) -> bool:
+        """Tell whether the answers of this step are enough."""
+        return self.open and self.code.decodable(self._usable(), self.n)
+
+    def take(self, rank: int, frame: Frame) -> None:
+        """Take an answer, drop it, and give its worker the newest order."""
+        i = self._number[rank]
+        if frame.step >= 0:
+            self._take_answer(i, frame)
+        self.server.drop(frame)
+        self._give(i)
+
+    def take_own(self, frame: Frame) -> None:
+        """Take the answer of the server itself."""
+        self._take_answer(self._number[self._own], frame)
+
+    def close(self, x: Vector, extras: Sequence[float]) -> tuple[int, ...]:
+        """Let workers end with these parameters; return the ranks that do not."""
+        self.open = False
+        last = self.server.frame()
+        self._layout.write_order(last, self.step, x, extras)
+        return self.server.close(last, self.take, self._subject)
+
+    def _usable(self) -> int:
+        return self._heard & ~self.twins.undecided(self.step)
+
+    def _give(self, i: int) -> None:
+        """Give a worker the newest order, if it is free and has not answered it."""
+        rank = self.ranks[i]
+        if rank == self._own or self._newest is None or not self.open:
+            return
+        if (self._heard | self._bad) >> i & 1 or not self.server.free(rank):
+            return
+        if not self._knows_row >> i & 1:
+            frame = self.server.frame()
+            self._layout.write_order(frame, self.step, self.rows[i], (), ROW)
+            self.server.also(rank, frame)
+            self.server.drop(frame)
+            self._knows_row |= 1 << i
+        self.server.order(rank, self._newest)
+
+    def _take_answer(self, i: int, frame: Frame) -> None:
+        flags, said, seconds = self._layout.read_answer(frame)
+        in_time = self.open and frame.step == self.step
+        self.late += not in_time
+        self.lateness.arrived(frame.step, i, self.server.now())
+        if flags & NOT_FINITE:
+            self.not_finite += 1
+            self._bad |= in_time << i
+            return
+        if flags & WHOLE:
+            self.rows[i] = self._layout.whole_of(frame)
+        elif self._codec is not None:
+            self._codec.add(self._layout.compressed_of(frame)[None], self.rows[i])
+        if in_time:
+            if not self._heard:
+                self._computed, self._firsts = self._computed + seconds, self._firsts + 1
+                self.lateness.part_seconds = self._computed / self._firsts / (self.code.s + 1)
+            self._extra_rows[i] = self._layout.answer_extras_of(frame)
+            self._heard |= 1 << i
+        for dispute in self.twins.note(i, frame.step, said):
+            self._settle(dispute)
+
+    def _settle(self, dispute: Dispute) -> None:
+        """Say who is wrong, or raise where nobody knows."""
+        wrong, right = (ranks_text(self.ranks[j] for j in side) for side in (dispute.wrong, dispute.right))
+        first = max(self.twins.wrong[j] for j in dispute.wrong) == 1
+        if dispute.decided:
+            text = (f"{wrong} computed another sum than {right} of the same parts in step {dispute.step}, which is not used")
+            if dispute.step == self.step:
+                self._heard &= ~mask_of(dispute.wrong)
+                self._bad |= mask_of(dispute.wrong)
+        else:
+            text = (f"{wrong} and {right} computed different sums of the same parts in step {dispute.step}, and no majority "
+                    "tells which is wrong; compute them from (seed, step, part) alone, dropout and batches included; where "
+                    "processors differ take twins='warn'")
+            if self._raises:
+                raise DisagreementError(f"{self._subject}: {text}")
+        if first:
+            say(sys.stderr, f"mpi-ef: {self._subject}: {text}\n")
+
+    def _decode(self) -> Decoded:
+        mask = self._usable()
+        approximate = not self.code.decodable(mask, self.n)
+        a = self.code.approximate(mask, self.n) if approximate else self.code.decode(mask, self.n)
+        used = [i for i in range(self.n) if a[i]]
+        self._add_up(a, used, self._sum)
+        if self._codec is None and isinstance(self.code, Cyclic) and mask.bit_count() > self.n - self.code.s:
+            self._check_parity(mask)
+        return Decoded(self._sum, a[used] @ self._extra_rows[used], self.step, tuple(used), approximate)
+
+    def _add_up(self, a: NDArray[np.float64], used: Sequence[int], out: Vector) -> None:
+        """Add rows up in their order, without memory of their size."""
+        out[:] = 0
+        for i in used:
+            if a[i] == 1.0:
+                np.add(out, self.rows[i], out=out)
+            else:
+                np.multiply(self.rows[i], out.dtype.type(a[i]), out=self._spare)
+                np.add(out, self._spare, out=out)
+
+    def _check_parity(self, mask: int) -> None:
+        """Compare answers beyond those that are needed with the others."""
+        there = members(mask)
+        zero = np.zeros(self.n)
+        zero[there] = np.linalg.svd(self.code.matrix(self.n)[there].T)[2][-1]
+        keep = self._sum.copy()
+        self._add_up(zero, there, self._sum)
+        size = max(float(np.linalg.norm(self.rows[i])) for i in there)
+        self.parity = max(self.parity, float(np.linalg.norm(self._sum)) / size if size else 0.0)
+        self._sum[:] = keep
+
+    def _silence(self) -> SilenceError | NonFiniteError:
+        """Return the error where too few have answered."""
+        here = f"{self._usable().bit_count()} of {self.n} are here"
+        needed = (f"{self.code.votes} of each {self.code.s + 1} twins needed" if isinstance(self.code, FractionalRepetition)
+                  else f"n - s = {self.n - self.code.s} answers needed")
+        waiting = [rank for rank, step in self.server.under_way.items() if not self._answered(rank)]
+        if self._bad and not waiting:
+            ranks = tuple(self.ranks[i] for i in members(self._bad))
+            return NonFiniteError(f"{self._subject}: {ranks_text(ranks)} sent NaN or Inf, or what twins did not, in step "
+                                  f"{self.step}; {needed}, {here}; take a smaller learning rate, or look for the NaN", ranks)
+        silent = [rank for rank in self.ranks if not self._answered(rank)]
+        return SilenceError(f"{self._subject}: {self.server.listed(silent)} silent for {self.server.patience_seconds:g} s "
+                            f"at step {self.step}; {needed}, {here}; start again without them, from what was saved",
+                            tuple(silent))
+
+    def _answered(self, rank: int) -> bool:
+        return bool((self._heard | self._bad) >> self._number[rank] & 1)

@@ -1,0 +1,148 @@
+"""What orders and answers of coded gradients look like.
+
+::
+
+    order    | flags (u64) | extras (f64 each) | x                                                       |
+    answer   | flags (u64) | hash of m_i (u64) | seconds it took (f64) | coded extras (f64 each) | m_i, or the wire of C |
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpi_ef.collectives.late import Frame
+from mpi_ef.compress.compressor import words
+
+__all__ = ["NOT_FINITE", "ROW", "WHOLE", "Decoded", "Layout", "Order"]
+
+WHOLE, NOT_FINITE, ROW = 1, 2, 4  # flags: of an answer, m_i itself, or none; of an order, x is the row of that worker
+_HEAD = 24  # of an answer
+
+Vector = NDArray[Any]
+Numbers = NDArray[np.float64]
+
+
+class Order(NamedTuple):
+    """What a worker is to compute.
+
+    Attributes
+    ----------
+    step : int
+        From 0 on; a worker that was late has missed some.
+    x : (d,)
+        Read only; it stays until the next order.
+    extras : (e,) float64
+        What the server sends along; read only.
+    parts : tuple of int
+    weights : (s + 1,) float64
+        ``B[i, parts]``: the answer is the sum over parts of weight times the sum of the part's gradients.
+    """
+
+    step: int
+    x: Vector
+    extras: Numbers
+    parts: tuple[int, ...]
+    weights: Numbers
+
+
+class Decoded(NamedTuple):
+    """The sum over all parts.
+
+    Attributes
+    ----------
+    vector : (d,)
+        It stays until the next step.
+    extras : (e,) float64
+        The sums of the extras of all parts.
+    step : int
+    heard : tuple of int
+        The workers whose answers it is made of.
+    approximate : bool
+        Whether too few have answered: it is then the best estimate from those that have, ``on_silence="approximate"``.
+    """
+
+    vector: Vector
+    extras: Numbers
+    step: int
+    heard: tuple[int, ...]
+    approximate: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where in a wire what is."""
+
+    d: int
+    dtype: "np.dtype[Any]"
+    order_extras: int
+    extras: int
+    compressed_nbytes: int  # of the wire of C
+
+    @property
+    def order_nbytes(self) -> int:
+        """Bytes of the wire of an order."""
+        return 8 + 8 * self.order_extras + self._whole_nbytes
+
+    @property
+    def answer_nbytes(self) -> int:
+        """Bytes of the wire of the longest answer."""
+        return self.payload_at + max(self.compressed_nbytes, self._whole_nbytes)
+
+    @property
+    def payload_at(self) -> int:
+        """Where the payload of an answer begins."""
+        return _HEAD + 8 * self.extras
+
+    @property
+    def _whole_nbytes(self) -> int:
+        return words(self.d * self.dtype.itemsize)
+
+    def write_order(self, frame: Frame, step: int, x: Vector, extras: Sequence[float] | Numbers, flags: int = 0) -> None:
+        """Fill a frame with an order; without extras these are zero."""
+        frame.step = step
+        frame.wire[:8].view(np.uint64)[0] = flags
+        self.order_extras_of(frame)[:] = extras if len(extras) else 0.0
+        self.x_of(frame)[:] = x
+
+    def is_row(self, frame: Frame) -> bool:
+        """Tell whether x of an order is a row."""
+        return bool(int(frame.wire[:8].view(np.uint64)[0]) & ROW)
+
+    def x_of(self, frame: Frame) -> Vector:
+        """Return x of an order, a view."""
+        at = 8 + 8 * self.order_extras
+        view: Vector = frame.wire[at : at + self.d * self.dtype.itemsize].view(self.dtype)
+        return view
+
+    def order_extras_of(self, frame: Frame) -> Numbers:
+        """Return the extras of an order, a view."""
+        return frame.wire[8 : 8 + 8 * self.order_extras].view(np.float64)
+
+    def write_answer(self, frame: Frame, flags: int, said: int, seconds: float, extras: Sequence[float]) -> int:
+        """Fill all but the payload; return how many bytes of the wire the answer takes."""
+        frame.wire[:16].view(np.uint64)[:] = flags, said
+        frame.wire[16:24].view(np.float64)[0] = seconds
+        self.answer_extras_of(frame)[:] = extras
+        payload = 0 if flags & NOT_FINITE else self._whole_nbytes if flags & WHOLE else self.compressed_nbytes
+        return self.payload_at + payload
+
+    def read_answer(self, frame: Frame) -> tuple[int, int, float]:
+        """Return flags, hash and seconds of an answer."""
+        flags, said = frame.wire[:16].view(np.uint64)
+        return int(flags), int(said), float(frame.wire[16:24].view(np.float64)[0])
+
+    def answer_extras_of(self, frame: Frame) -> Numbers:
+        """Return the coded extras of an answer, a view."""
+        return frame.wire[_HEAD : self.payload_at].view(np.float64)
+
+    def whole_of(self, frame: Frame) -> Vector:
+        """Return m_i of an answer, a view."""
+        view: Vector = frame.wire[self.payload_at : self.payload_at + self.d * self.dtype.itemsize].view(self.dtype)
+        return view
+
+    def compressed_of(self, frame: Frame) -> NDArray[np.uint8]:
+        """Return the wire of C, a view."""
+        return frame.wire[self.payload_at : self.payload_at + self.compressed_nbytes]

@@ -1,0 +1,218 @@
+"""Who is slow, by numbers that were worked out by hand."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from mpi_ef import MpiEfError
+from mpi_ef.collectives import Lateness
+
+INF = np.inf
+
+
+def told(n, steps, keep=4096):
+    """Return what has seen these rows of delays."""
+    lateness = Lateness(n, keep)
+    for row in steps:
+        lateness.add(row)
+    return lateness
+
+
+class TestCounts:
+    def test_answers_in_time_late_and_missing(self):
+        """Of four workers one is late in step 0, one does not come in it; in step 1 all come, one of them twice."""
+        lateness = Lateness(4)
+        lateness.begin(0)
+        for i, seconds in ((2, 10.0), (0, 10.5)):
+            lateness.arrived(0, i, seconds)
+        lateness.over(0)
+        lateness.over(0)
+        lateness.begin(1)
+        lateness.arrived(0, 1, 11.0)  # late
+        for i in (0, 1, 2, 3, 3):
+            lateness.arrived(1, i, 12.0 + i)
+        assert lateness.in_time.tolist() == [1, 0, 1, 0]
+        assert lateness.steps == 1  # step 1 is not over
+        lateness.over(1)
+        assert lateness.in_time.tolist() == [2, 1, 2, 1]
+        assert lateness.late.tolist() == [0, 1, 0, 0]
+        assert lateness.missing.tolist() == [0, 0, 0, 1]
+        assert lateness.rows.tolist() == [[0.5, 1.0, 0.0, INF], [0.0, 1.0, 2.0, 3.0]]
+        assert lateness.rows.dtype == np.float32
+        assert lateness.numbers.tolist() == [0, 1]
+
+    def test_an_answer_that_came_before_the_one_told_first(self):
+        lateness = Lateness(3)
+        lateness.begin(7)
+        for i, seconds in ((0, 5.0), (1, 5.25), (2, 4.0)):
+            lateness.arrived(7, i, seconds)
+        assert lateness.rows.tolist() == [[1.0, 1.25, 0.0]]
+
+    def test_a_step_without_an_answer_in_time(self):
+        lateness = Lateness(2)
+        lateness.begin(0)
+        lateness.over(0)
+        lateness.arrived(0, 1, 3.0)
+        assert lateness.rows.tolist() == [[INF, 0.0]]
+        assert lateness.late.tolist() == [0, 1]
+
+    def test_the_ring_forgets_rows_but_no_count_and_no_sum(self):
+        """Long runs say the same as if all had been kept; what comes for a row that is gone counts as late."""
+        generator = np.random.default_rng(1)
+        steps = generator.exponential(size=(50, 5))
+        steps[generator.random(steps.shape) < 0.1] = INF
+        short, long = told(5, steps, keep=8), told(5, steps)
+        assert short.rows.shape == (8, 5)
+        assert (short.rows == long.rows[-8:]).all()
+        assert short.numbers.tolist() == [*range(42, 50)]
+        assert (short.in_time == np.isfinite(steps).sum(axis=0)).all()
+        assert (short.missing == long.missing).all()
+        assert short.steps == 50
+        assert [short.would_save(s) for s in range(5)] == pytest.approx([long.would_save(s) for s in range(5)], rel=1e-12)
+        short.arrived(3, 2, 1.0)
+        assert short.late.tolist() == [0, 0, 1, 0, 0]
+
+    def test_steps_with_gaps(self):
+        lateness = Lateness(2, keep=2)
+        for step in (3, 10, 11):
+            lateness.begin(step)
+            lateness.arrived(step, 0, 1.0)
+            lateness.over(step)
+        lateness.arrived(10, 1, 4.0)
+        lateness.arrived(3, 1, 9.0)
+        assert lateness.rows.tolist() == [[0.0, 3.0], [0.0, INF]]
+        assert lateness.late.tolist() == [0, 2]
+
+    def test_nothing_is_kept_of_a_step_but_its_row(self):
+        lateness = Lateness(16, keep=32)
+
+        def steps(first):
+            for step in range(first, first + 200):
+                lateness.begin(step)
+                for i in range(16):
+                    lateness.arrived(step, i, step + 0.01 * i)
+                lateness.over(step)
+
+        steps(0)
+        tracemalloc.start()
+        steps(200)
+        before = tracemalloc.get_traced_memory()[0]
+        steps(400)
+        after, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert abs(after - before) < 512
+        assert peak - before < 4096
+
+
+class TestWhoIsSlow:
+    STEPS = ([0, 0.1, 0.6, 0.2], [0.1, 0, 0.5, 0.2], [0.1, 0.4, 0.15, 0], [0, 0.1, 0.8, INF])
+
+    def test_what_a_code_would_have_saved(self):
+        """By hand: largest less (n - s)-th of each step; with one that has not come, the last that has."""
+        lateness = told(4, self.STEPS)
+        assert lateness.would_save(0) == 0
+        assert lateness.would_save(1) == pytest.approx(0.4 + 0.3 + 0.25 + 0.0)
+        assert lateness.would_save(2) == pytest.approx(0.5 + 0.4 + 0.3 + 0.7)
+        lateness.part_seconds = 0.125
+        assert lateness.would_save(1) == pytest.approx(0.95 - 4 * 0.125)
+        assert lateness.would_save(2) == pytest.approx(1.9 - 4 * 2 * 0.125)
+        lateness.part_seconds = 10.0
+        assert lateness.would_save(1) == pytest.approx(0.95 - 40)
+        assert lateness.best() == (0, 0.0)
+
+    def test_who_holds_up_the_others(self):
+        lateness = told(4, self.STEPS)
+        assert lateness.holding().astype(int).tolist() == [[0, 0, 1, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 1]]
+        assert lateness.quantiles() == pytest.approx(np.array([[0, 0.1, 0.5, 0.2], *[[0.1, 0.4, 0.8, INF]] * 2]))
+
+    def test_two_slow_ranks_are_both_named_and_two_answers_less_are_needed(self):
+        lateness = told(6, [[0, 0.01, 0.02, 1.0, 1.1, 0.01]] * 20)
+        assert lateness.best()[0] == 2
+        assert lateness.lines(40.0) == [
+            "rank 3 is last in 100 % of steps, by .99 s (median)", "rank 4 is last in 100 % of steps, by 1.09 s (median)",
+            "s=2 would have saved 54 % of 40 s, not counting that each rank computes 3 parts instead of 1"]
+
+    def test_most_workers_are_slow_where_one_is_quick(self):
+        assert not told(3, [[0, 1.0, 1.0]] * 9).holding().any()
+
+    def test_one_slow_rank_by_name(self):
+        lateness = told(4, [[0, 0.01, 0.02, 0.53]] * 71 + [[0, 0.01, 0.02, 0.02]] * 29)
+        lateness.part_seconds = 0.01
+        assert lateness.lines(100.0, [f"rank {i} on node{i + 4}" for i in range(4)]) == [
+            "rank 3 on node7 is last in 71 % of steps, by .52 s (median)", "s=1 would have saved 35 % of 100 s"]
+
+    def test_nothing_to_say(self):
+        generator = np.random.default_rng(2)
+        assert Lateness(4).lines(0.0) == []
+        assert told(1, [[0.0]]).lines(1.0) == []
+        assert told(4, generator.random((100, 4)) * 1e-4).lines(10.0) == []  # all alike, and quick
+        assert told(3, [[0, 0, 1.0]]).lines(100.0) == []  # 1 %
+
+    @pytest.mark.parametrize("n", [2, 3, 8])
+    def test_no_rank_is_named_where_each_is_last_as_often(self, n):
+        """One of them is last, each in its turn: the code would help, and nobody is slow."""
+        lines = told(n, [np.eye(n)[step % n] for step in range(24 * n)]).lines(48.0 * n)
+        assert len(lines) == 1
+        assert lines[0].startswith("no rank is last more often than others; s=1 would have saved 50 %")
+
+    def test_a_run_with_a_code(self):
+        """What it has saved, and whose answers nobody has waited for."""
+        lateness = told(4, [[0, 0.1, 0, 5.0]] * 10)
+        lateness.late[3], lateness.in_time[3] = 9, 1
+        assert lateness.lines(10.0, s=1) == [
+            "rank 3 is last in 100 % of steps, by 5 s (median)",
+            "s=1 has saved 490 % of 10 s, not counting that each rank computes 2 parts instead of 1",
+            "rank 3: of 10 answers 9 came late, 0 not at all"]
+
+
+class TestOverRestarts:
+    def test_goes_on_as_if_it_had_not_stopped(self):
+        generator = np.random.default_rng(3)
+        steps = generator.exponential(size=(40, 3))
+        whole, first, second = told(3, steps, 16), told(3, steps[:25], 16), Lateness(3, 16)
+        second.load_state_dict(first.state_dict())
+        for row in steps[25:]:
+            second.add(row)
+        for name, array in whole.state_dict().items():
+            np.testing.assert_allclose(second.state_dict()[name], array, rtol=1e-12, err_msg=name)
+        assert second.late is not first.late
+        assert second.numbers.tolist() == [*range(24, 40)]
+
+    def test_a_step_that_is_not_over_is_saved_as_over_and_goes_on_here(self):
+        lateness = Lateness(2)
+        lateness.begin(0)
+        lateness.arrived(0, 0, 1.0)
+        saved = Lateness(2)
+        saved.load_state_dict(lateness.state_dict())
+        assert saved.missing.tolist() == [0, 1]
+        assert lateness.steps == 0
+        lateness.arrived(0, 1, 2.0)
+        lateness.over(0)
+        assert lateness.in_time.tolist() == [1, 1]
+
+    def test_into_a_shorter_ring(self):
+        steps = np.random.default_rng(4).exponential(size=(30, 3))
+        whole, short = told(3, steps), Lateness(3, 7)
+        short.load_state_dict(whole.state_dict())
+        assert (short.rows == whole.rows[-7:]).all()
+        assert short.would_save(1) == pytest.approx(whole.would_save(1), rel=1e-6)
+
+    def test_of_another_number_of_workers(self):
+        with pytest.raises(MpiEfError, match=r"^Lateness: a state of 3 workers with 2 here; begin anew$"):
+            Lateness(2).load_state_dict(Lateness(3).state_dict())
+
+
+@pytest.mark.parametrize(("wrong", "text"), [
+    (lambda: Lateness(0), r"Lateness: n=0 is not a positive integer; as many as there are workers"),
+    (lambda: Lateness(2, keep=0), r"Lateness: keep=0 is not a positive integer; 4096 is usual"),
+    (lambda: Lateness(2).arrived(0, 1, 1.0), r"Lateness: step 0 has not begun; call begin\(0\) first"),
+    (lambda: Lateness(2).over(3), r"Lateness: step 3 has not begun; call begin\(3\) first"),
+    (lambda: told(2, [[0, 1]]).begin(0), r"Lateness: step 0 begins after step 0; numbers of steps grow"),
+    (lambda: told(2, [[0, 1]]).add([1, 2, 3]), r"Lateness.add: delays have shape \(3,\), not \(2,\): one for each worker"),
+    (lambda: Lateness(2).would_save(2),
+     r"Lateness.would_save: s=2 is not a non-negative integer up to 1; there are 2 workers"),
+])
+def test_what_it_refuses(wrong, text):
+    with pytest.raises(MpiEfError, match=rf"^{text}$"):
+        wrong()
