@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import virtual
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,10 @@ from mpi_ef.coded.blocks import quorums
 from mpi_ef.coded.codes import mask_of
 from mpi_ef.coded.simulator import candidates
 from mpi_ef.errors import OptionError, ShapeError
+from mpi_ef.jobs import figures
+from mpi_ef.jobs.report import program as report
+from mpi_ef.jobs.reproduce import program as reproduce
+from mpi_ef.jobs.reproduce.outcome import ReproduceConfig
 
 
 @pytest.mark.parametrize(("n", "burst", "window", "lam", "reattempt", "multiplexed"), [
@@ -232,6 +237,25 @@ def test_selective_reattempt_asks_only_as_many_as_are_needed():
     assert [(task.worker, a) for task, a in schedule.decode(0)] == [(0, 1.0), (1, 1.0)]
 
 
+def test_what_comes_of_a_finished_job_does_not_count():
+    """The job is decoded from what it was finished with: nothing else was kept."""
+    schedule = scheduled(SRSGC(1, 2, 2), 4, jobs=3)
+    schedule.begin()
+    for worker in schedule.free():
+        schedule.tasks(worker)
+    schedule.delivered(2), schedule.delivered(3)
+    assert schedule.finished() == [0]
+    assert schedule.finished() == []
+    assert schedule.delivered(0) == (None,)
+    assert [task.worker for task, _ in schedule.decode(0)] == [2, 3]
+    schedule.begin(), schedule.tasks(0), schedule.tasks(2)
+    assert schedule.delivered(1) == (None,)
+    assert [task.worker for task, _ in schedule.decode(0)] == [2, 3]
+    schedule.tasks(1), schedule.delivered(0), schedule.delivered(1), schedule.begin()
+    with pytest.raises(OptionError, match="job 0 cannot be decoded in round 2"):
+        schedule.decode(0)
+
+
 def test_the_rule_of_the_paper_lets_rounds_with_few_slow_workers_pass():
     """The second model of SR-SGC: up to s slow workers in each round, whoever they are."""
     def waits(scheme, slow):
@@ -239,13 +263,17 @@ def test_the_rule_of_the_paper_lets_rounds_with_few_slow_workers_pass():
         return Workers(scheme, 6, len(slow) - scheme.delay, "paper", rng).run(np.array(slow, bool), restart=True).waits
 
     one_each = np.eye(6)
-    assert waits(SRSGC(1, 2, 2), one_each) == 0  # s = 1, with 2 distinct ones in each window of 2
-    assert waits(SRSGC(1, 3, 3), one_each) == 0  # s = 1, 3 distinct ones in 3
+    always = np.eye(6)[[0] * 6]
+    assert waits(SRSGC(1, 2, 2), one_each) == waits(SRSGC(1, 2, 2), always) == 0  # s = 1
+    assert waits(SRSGC(1, 3, 2), np.eye(6)[[0, 0, 1, 2, 3, 4]]) == 0  # the same of windows of 3
+    assert waits(SRSGC(1, 2, 2), np.eye(6)[[0] * 6] + np.eye(6)[[1] * 6]) == 2  # 2 > s: every other round
     assert waits(MSGC(1, 2, 1), one_each) == 3  # lam = 1: of two rounds one; none at the end is left out
     twice = np.zeros((5, 6))
     twice[:3:2, :3] = 1
     assert waits(MSGC(1, 3, 5), twice) == 1  # who was slow in round 0 is so in round 2, more than B = 1 round later
+    assert waits(MSGC(2, 3, 5), twice) == 1
     assert waits(MSGC(3, 3, 5), twice) == 0
+    assert waits(MSGC(2, 3, 5), twice[[0, 0, 1, 1, 1]]) == 0
 
 
 @pytest.mark.parametrize(("make", "text"), [
@@ -301,6 +329,7 @@ def test_times_by_hand():
     late[1, 2] = np.inf
     assert simulate(GC(0), late, **times).seconds == np.inf
     assert simulate(GC(1), late, **times).seconds == 4 * 5
+    assert simulate(MSGC(1, 3, 4), late, grace=0.0, **times).seconds == 5 * 4  # what was lost is given again
     late[1, 2] = np.nan
     assert simulate(GC(0), late, **times).seconds == 4 * 3
     assert simulate(SRSGC(1, 2, 2), late, vector_seconds=5.0, **times).seconds == 4 * 5  # nothing is left for round 4
@@ -327,6 +356,14 @@ def test_slow_workers_come_in_bursts():
     assert slow.mean() == pytest.approx(0.05 / 0.55, rel=0.1)
     begun = slow[1:] & ~slow[:-1]
     assert slow.sum() / begun.sum() == pytest.approx(2.0, rel=0.1)
+
+
+def test_a_report_draws_what_was_simulated(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "save", lambda figure, path: path.write_text("drawn"))
+    virtual.results(1, lambda comm: reproduce.run(comm, "sequential", ReproduceConfig(out=tmp_path, steps=4)))
+    report.main([str(tmp_path / "sequential"), "--plot", str(tmp_path / "drawn.png")])
+    assert (tmp_path / "drawn.png").read_text() == "drawn"
+    assert "what is demanded is of runs of all steps" in (tmp_path / "sequential" / "table.txt").read_text()
 
 
 def test_what_was_recorded_is_a_profile():

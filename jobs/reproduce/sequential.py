@@ -119,7 +119,7 @@ def sequential(comm: MpiComm, config: ReproduceConfig) -> Outcome:
                 load = N * best.scheme.load(N)
                 lines.append(f"{title:26}{family.name:16}{_parameters(best.scheme):26}{load:7.2f}{best.scheme.delay:4}"
                              f"{best.searched:10.1f}{best.seconds:8.1f}")
-                rows.append({"panel": f"{part}, {p:g}, {q:g}", "run": family.name, "seconds": best.seconds,
+                rows.append({"panel": f"{part}, {p:g}, {q:g}", "run": family.name, "step": jobs, "seconds": best.seconds,
                              "searched_seconds": best.searched, "load": best.scheme.load(N), "delay": best.scheme.delay,
                              "parameters": _parameters(best.scheme)})
     lines += ["", f"{'n, lam: load of':26}{'GC':>10}{'SR-SGC':>10}{'M-SGC':>10}"]
