@@ -18,6 +18,7 @@ from mpi_ef.coded import (
     gilbert_elliott,
     profile_of,
     scheduled,
+    scheme_of,
     simulate,
 )
 from mpi_ef.coded.blocks import quorums
@@ -287,6 +288,9 @@ def test_the_rule_of_the_paper_lets_rounds_with_few_slow_workers_pass():
     (lambda: scheduled(GC(4), 4), "s=4 of 4 workers cannot all be missing; take s=3 or less"),
     (lambda: scheduled(GC(1), 4, rule="lzy"), "there is no rule 'lzy'; did you mean lazy"),
     (lambda: scheduled("gc", 4), "'gc' is no scheme"),
+    (lambda: scheme_of("sgc:1"), "scheme 'sgc:1' is not known; take for example gc:1, srsgc:1,2,2 or"),
+    (lambda: scheme_of("msgc:1,2"), "scheme 'msgc:1,2' is not known"),
+    (lambda: scheme_of("srsgc:2,4,1"), "SRSGC: burst=2 does not divide window - 1=3"),
     (lambda: scheduled(GC(1), 4).tasks(0), "worker 0 of 4 is not free in round -1"),
     (lambda: scheduled(GC(1), 4).delivered(0), "nothing of worker 0 is under way in round -1"),
     (lambda: scheduled(GC(1), 4).decode(0), "job 0 cannot be decoded in round -1"),
@@ -300,6 +304,29 @@ def test_wrong_options_are_told_in_one_line(make, text):
         make()
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", [GC(3), SRSGC(2, 5, 3), MSGC(1, 3, 4)])
+def test_schemes_are_texts_too(scheme):
+    text = repr(scheme).lower().replace("(", ":").rstrip(")")
+    assert scheme_of(repr(scheme)) == scheme_of(text) == scheme_of(scheme) == scheme
+
+
+@pytest.mark.parametrize("scheme", [GC(1), SRSGC(2, 3, 2), MSGC(2, 3, 2), MSGC(1, 3, 4)])
+def test_there_may_be_no_last_job(scheme):
+    """The same tasks as with a number of jobs, up to that."""
+    endless, ending = scheduled(scheme, 4), scheduled(scheme, 4, jobs=9)
+    for number in range(9):
+        assert endless.begin()
+        assert ending.begin()
+        for worker in range(4):
+            assert endless.tasks(worker) == ending.tasks(worker)
+            endless.delivered(worker), ending.delivered(worker)
+        assert endless.finished() == ending.finished() == [
+            job for job in [number - (scheme.delay if isinstance(scheme, MSGC) and scheme.lam < 4 else
+                                      scheme.own - 1 if isinstance(scheme, MSGC) else 0)] if job >= 0]
+    assert endless.begin()
+    assert ending.begin() == (scheme.delay > 0)
 
 
 def test_a_round_that_must_not_end_does_not():

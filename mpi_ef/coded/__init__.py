@@ -3,7 +3,7 @@
 from .blocks import Blocks, code_for
 from .codes import Cyclic, FractionalRepetition, GradientCode, code_of
 from .gradients import CodedGradients
-from .schemes import GC, MSGC, SRSGC, Scheme, Task
+from .schemes import GC, MSGC, SRSGC, Scheme, Task, scheme_of
 from .sequential import Schedule, scheduled
 from .serve import Served, serve
 from .simulator import Run, choose, gilbert_elliott, profile_of, simulate
@@ -11,4 +11,4 @@ from .wire import Decoded, Order
 
 __all__ = ["GC", "MSGC", "SRSGC", "Blocks", "CodedGradients", "Cyclic", "Decoded", "FractionalRepetition", "GradientCode",
            "Order", "Run", "Schedule", "Scheme", "Served", "Task", "choose", "code_for", "code_of", "gilbert_elliott",
-           "profile_of", "scheduled", "serve", "simulate"]
+           "profile_of", "scheduled", "scheme_of", "serve", "simulate"]

@@ -6,6 +6,7 @@ is one of model t mod (T + 1). A round's work of a worker is made of *tasks*, ea
 vector, the weighted sum of the gradients over a few *chunks* of that job's data.
 """
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,13 +14,13 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from mpi_ef.errors import OptionError, counted
+from mpi_ef.errors import OptionError, briefly, counted
 from mpi_ef.ranges import whole
 
 from .blocks import code_for
 from .codes import Coefficients, GradientCode
 
-__all__ = ["GC", "MSGC", "SRSGC", "Scheme", "Task"]
+__all__ = ["GC", "MSGC", "SRSGC", "Scheme", "Task", "scheme_of"]
 
 
 @dataclass(frozen=True)
@@ -308,3 +309,23 @@ def _at_most(lam: int, n: int, subject: str) -> None:
         raise OptionError(f"{subject}: lam={lam} of {counted(n, 'worker')} cannot be slow; take lam={n} or less")
 
 
+
+
+def scheme_of(text: "str | Scheme") -> Scheme:
+    """Return the scheme that a text names: ``gc:1``, ``srsgc:1,2,2``, ``msgc:1,3,4``, or as schemes print themselves. Local.
+
+    Raises
+    ------
+    OptionError
+        ``"scheme 'sgc:1' is not known; ..."``, or its numbers are wrong.
+    """
+    if isinstance(text, Scheme):
+        return text
+    kinds: dict[str, tuple[type[GC | SRSGC | MSGC], int]] = {"gc": (GC, 1), "srsgc": (SRSGC, 3), "msgc": (MSGC, 3)}
+    if match := re.fullmatch(r"\s*(gc|srsgc|msgc)\s*[:(]\s*(\d+(?:\s*,\s*\d+)*)\s*\)?\s*", text, re.IGNORECASE):
+        kind, count = kinds[match[1].lower()]
+        numbers = [int(number) for number in match[2].split(",")]
+        if len(numbers) == count:
+            return kind(*numbers)
+    raise OptionError(f"scheme {briefly(text)} is not known; take for example gc:1, srsgc:1,2,2 or msgc:1,3,4: s, or "
+                      "B, W, lam")

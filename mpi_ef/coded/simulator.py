@@ -125,7 +125,7 @@ def simulate(scheme: Scheme, profile: ArrayLike, *, part_seconds: float, rest_se
     schedule, load = scheduled(scheme, n, jobs=jobs, rule=rule), scheme.load(n)
     own = rest_seconds + n * load * part_seconds + (scheme.vectors - 1) * vector_seconds
     takes = own + late * (own if relative else 1.0)
-    patience = 0.0 if isinstance(scheme, GC) else 1.0 + grace
+    at_once = isinstance(scheme, GC)
     now, waits, until = 0.0, 0, np.full(n, inf)  # until: when an answer comes
     while schedule.begin():
         busy = np.array(schedule.awaited(), np.intp)
@@ -133,7 +133,8 @@ def simulate(scheme: Scheme, profile: ArrayLike, *, part_seconds: float, rest_se
         row, waited = takes[schedule.round % rounds], False
         fresh = _given(schedule)
         until[fresh] = now + row[fresh]
-        enough = now + patience * float(row.min())
+        patient = now + (1.0 + grace) * float(row.min())
+        enough = now if at_once else patient
         while (waiting := np.array(schedule.awaited(), np.intp)).size:
             times = until[waiting]
             nearest = float(times.min())
@@ -143,7 +144,7 @@ def simulate(scheme: Scheme, profile: ArrayLike, *, part_seconds: float, rest_se
                     break
                 if nearest == inf:
                     return Run(scheme, rule, load, scheme.delay, jobs, inf, waits)
-                waited = True
+                waited |= nearest > patient
             come = waiting[times <= max(enough, nearest)]
             now = max(now, float(until[come].max()))
             schedule.deliver(come)
