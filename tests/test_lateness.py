@@ -4,9 +4,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
+import virtual
 
 from mpi_ef import MpiEfError
 from mpi_ef.collectives import Lateness
+from mpi_ef.compress import TopK
+from mpi_ef.optim import DistributedOptimizer, LocalSteps, OneBitAdam, waits
 
 INF = np.inf
 
@@ -129,8 +133,10 @@ class TestWhoIsSlow:
     def test_two_slow_ranks_are_both_named_and_two_answers_less_are_needed(self):
         lateness = told(6, [[0, 0.01, 0.02, 1.0, 1.1, 0.01]] * 20)
         assert lateness.best()[0] == 2
+        assert lateness.slow() == [3, 4]
         assert lateness.lines(40.0) == [
             "rank 3 is last in 100 % of steps, by .99 s (median)", "rank 4 is last in 100 % of steps, by 1.09 s (median)",
+            "waiting for the last rank took 55 % of 40 s",
             "s=2 would have saved 54 % of 40 s, not counting that each rank computes 3 parts instead of 1"]
 
     def test_most_workers_are_slow_where_one_is_quick(self):
@@ -140,7 +146,12 @@ class TestWhoIsSlow:
         lateness = told(4, [[0, 0.01, 0.02, 0.53]] * 71 + [[0, 0.01, 0.02, 0.02]] * 29)
         lateness.part_seconds = 0.01
         assert lateness.lines(100.0, [f"rank {i} on node{i + 4}" for i in range(4)]) == [
-            "rank 3 on node7 is last in 71 % of steps, by .52 s (median)", "s=1 would have saved 35 % of 100 s"]
+            "rank 3 on node7 is last in 71 % of steps, by .52 s (median)",
+            "waiting for the last rank took 37 % of 100 s", "s=1 would have saved 35 % of 100 s"]
+        lateness.part_seconds = 0.5  # a second part takes longer than waiting; who is slow is true all the same
+        assert lateness.lines(100.0)[1:] == [
+            "waiting for the last rank took 37 % of 100 s",
+            "no code would have saved much: what it has each rank compute takes longer than waiting"]
 
     def test_nothing_to_say(self):
         generator = np.random.default_rng(2)
@@ -153,8 +164,9 @@ class TestWhoIsSlow:
     def test_no_rank_is_named_where_each_is_last_as_often(self, n):
         """One of them is last, each in its turn: the code would help, and nobody is slow."""
         lines = told(n, [np.eye(n)[step % n] for step in range(24 * n)]).lines(48.0 * n)
-        assert len(lines) == 1
-        assert lines[0].startswith("no rank is last more often than others; s=1 would have saved 50 %")
+        assert lines[0] == f"waiting for the last rank took 50 % of {48 * n} s, and no rank is it more often than others"
+        assert lines[1].startswith(f"s=1 would have saved 50 % of {48 * n} s, not counting")
+        assert len(lines) == 2
 
     def test_a_run_with_a_code(self):
         """What it has saved, and whose answers nobody has waited for."""
@@ -162,7 +174,7 @@ class TestWhoIsSlow:
         lateness.late[3], lateness.in_time[3] = 9, 1
         assert lateness.lines(10.0, s=1) == [
             "rank 3 is last in 100 % of steps, by 5 s (median)",
-            "s=1 has saved 490 % of 10 s, not counting that each rank computes 2 parts instead of 1",
+            "s=1 has saved 49 s, in steps that took 10 s, not counting that each rank computes 2 parts instead of 1",
             "rank 3: of 10 answers 9 came late, 0 not at all"]
 
 
@@ -216,3 +228,110 @@ class TestOverRestarts:
 def test_what_it_refuses(wrong, text):
     with pytest.raises(MpiEfError, match=rf"^{text}$"):
         wrong()
+
+
+# ---- of optimizers, by the clock of virtual ranks, which stands still while a rank computes
+
+BUILT = {
+    "gradient": lambda net, comm: DistributedOptimizer(sgd(net), comm, TopK(0.5), placement="gradient"),
+    "overlap": lambda net, comm: DistributedOptimizer(sgd(net), comm, TopK(0.5), placement="gradient", overlap=True,
+                                                     bucket_nbytes=24),
+    "update": lambda net, comm: DistributedOptimizer(sgd(net), comm, TopK(0.5)),
+    "one-bit": lambda net, comm: OneBitAdam(net.parameters(), comm, freeze_step=3),
+    "local": lambda net, comm: LocalSteps(sgd(net), comm, TopK(0.5), every=3),
+}
+
+
+def sgd(net):
+    return torch.optim.SGD(net.parameters(), lr=0.1)
+
+
+def walk(net, optimizer, comm, pauses):
+    """Take a step after each of these pauses, of this rank."""
+    for seconds in pauses:
+        comm.pause(seconds)
+        optimizer.zero_grad()
+        net(torch.ones(1, 3) + comm.Get_rank()).sum().backward()
+        optimizer.step()
+
+
+def seen(n, name, pauses):
+    """Return the rows of delays that each rank has, given the pauses of each rank before each step."""
+    def program(comm):
+        net = torch.nn.Linear(3, 2)
+        optimizer = BUILT[name](net, comm)
+        walk(net, optimizer, comm, pauses[:, comm.Get_rank()])
+        return optimizer.lateness().rows
+
+    return virtual.results(n, program)
+
+
+class TestOfOptimizers:
+    @pytest.mark.parametrize("name", BUILT)
+    def test_rows_are_how_late_each_rank_comes(self, name):
+        """Ranks that have met begin the next step at one time, so they are as late as they have paused longer."""
+        pauses = np.array([[5.0, 0, 0], [0, 0, 0.5], [0.25, 0, 1.0], [0, 0, 0], [0.5, 0.75, 0.125], [0, 0, 2.0]])
+        expected = pauses[1:]  # the first meeting does not count
+        if name == "local":
+            expected = pauses.reshape(2, 3, 3).sum(axis=1)[1:]  # a round
+        expected = expected - expected.min(axis=1, keepdims=True)
+        for rows in seen(3, name, pauses):
+            np.testing.assert_allclose(rows, expected, atol=1e-6)
+
+    def test_calls_add_what_is_new_and_two_optimizers_have_their_own(self):
+        def program(comm):
+            nets = [torch.nn.Linear(3, 2) for _ in range(2)]
+            optimizers = [BUILT["gradient"](net, comm) for net in nets]
+            for step in range(6):
+                for number, (net, optimizer) in enumerate(zip(nets, optimizers, strict=True)):
+                    walk(net, optimizer, comm, [(1 + number) * (comm.Get_rank() == number)])
+                if step == 3:
+                    assert [optimizer.lateness().steps for optimizer in optimizers] == [3, 3]
+            found = [optimizer.lateness() for optimizer in optimizers]
+            assert found[0] is optimizers[0].lateness()
+            return [(lateness.rows.tolist(), lateness.lines(15.0)) for lateness in found]
+
+        for (first, said), (second, said_second) in virtual.results(2, program):
+            assert (first, second) == ([[1.0, 0.0]] * 5, [[0.0, 2.0]] * 5)
+            assert said[0] == "rank 0 is last in 100 % of steps, by 1 s (median)"
+            assert said_second[:2] == ["rank 1 is last in 100 % of steps, by 2 s (median)",
+                                       "waiting for the last rank took 67 % of 15 s"]
+
+    def test_steps_in_which_a_rank_has_no_data_are_no_rows(self):
+        def program(comm):
+            net, rank = torch.nn.Linear(3, 2), comm.Get_rank()
+            optimizer = BUILT["gradient"](net, comm)
+            with optimizer.join():
+                walk(net, optimizer, comm, [rank] * (3 if rank == 0 else 7))
+            return optimizer.lateness().rows.tolist()
+
+        assert virtual.results(2, program) == [[[0.0, 1.0]] * 2] * 2
+
+    def test_only_the_last_are_kept(self, monkeypatch):
+        monkeypatch.setattr(waits, "KEEP", 3)
+        pauses = np.zeros((9, 2))
+        pauses[:, 1] = np.arange(9)
+        for rows in seen(2, "gradient", pauses):
+            assert rows.tolist() == [[0.0, 6.0], [0.0, 7.0], [0.0, 8.0]]
+
+    def test_ranks_that_have_met_another_number_of_times_say_nothing(self):
+        """So that no row is of different steps on different ranks."""
+        def program(comm):
+            net = torch.nn.Linear(3, 2)
+            optimizer = BUILT["gradient"](net, comm)
+            walk(net, optimizer, comm, [0.0] * 3)
+            optimizer._handshake.waits.count += comm.Get_rank()
+            walk(net, optimizer, comm, [0.0] * 2)
+            return optimizer.lateness().steps
+
+        assert virtual.results(2, program) == [0, 0]
+
+    def test_of_one_rank_and_without_a_step(self):
+        def program(comm):
+            net = torch.nn.Linear(3, 2)
+            optimizer = BUILT["gradient"](net, comm)
+            none = optimizer.lateness().rows.shape
+            walk(net, optimizer, comm, [0.0] * 3)
+            return none, optimizer.lateness().rows.tolist(), optimizer.lateness().lines(10.0)
+
+        assert virtual.results(1, program) == [((0, 1), [[0.0], [0.0]], [])]

@@ -17,7 +17,7 @@ from socket import gethostname
 
 from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import counted, say
+from mpi_ef.errors import PeerError, counted, say
 from mpi_ef.runtime.ending import abort
 
 from .late import Frame, Late
@@ -25,6 +25,7 @@ from .late import Frame, Late
 __all__ = ["Server", "Worker", "host_of"]
 
 LAST = -(2**62)  # the step of the last order is this one and the number of steps
+_FAILED = -(2**62) - 1  # that of an order after which there are no more, for an error of the server
 _LONGEST_LOOK = 0.1  # seconds between two looks that count as waiting: a server that was stopped itself has not waited
 
 
@@ -207,9 +208,14 @@ class Server:
         abort(mpi.COMM_WORLD, status)
 
     def abandon(self) -> None:
-        """Wait for nobody: after an error. At the end of Python all processes are ended."""
+        """Wait for nobody: after an error. Workers are told, and at the end of Python all processes are ended."""
         if not self.closed:
             self.closed = True
+            failed = self._late.frame()
+            failed.wire[:] = 0
+            failed.step = _FAILED
+            for rank in self.hosts:
+                self._late.send(rank, failed)
             self._waits_for = set(self.hosts) - self._ended
             self._ended.clear()
             self._late.close()
@@ -247,12 +253,25 @@ class Worker:
         """Wait for the next order, however long that takes; its step is negative where it is the last one.
 
         The caller is its one user.
+
+        Raises
+        ------
+        PeerError
+            The server has failed, or is dead. It has time to save something, and to end all processes, before.
         """
         while not (arrived := self._late.poll()):
             if self._server in self._late.gone:
-                raise ConnectionError(f"the server, rank {self._server}, is dead")
+                raise PeerError(f"worker {self._comm.Get_rank()}: the server, rank {self._server}, is dead; start again "
+                                "from what it has saved")
             self._late.rest()
-        return arrived[0][1]
+        frame = arrived[0][1]
+        if frame.step == _FAILED:
+            end = self.now() + self.patience_seconds
+            while self.now() < end:
+                self._late.rest()
+            raise PeerError(f"worker {self._comm.Get_rank()}: the server, rank {self._server}, has failed; see what it "
+                            "has said")
+        return frame
 
     def frame(self) -> Frame:
         """Return a frame for an answer, with one user."""
