@@ -24,6 +24,7 @@ from mpi_ef.coded import (
 from mpi_ef.coded.blocks import quorums
 from mpi_ef.coded.codes import mask_of
 from mpi_ef.coded.simulator import candidates
+from mpi_ef.collectives.lateness import Lateness
 from mpi_ef.errors import OptionError, ShapeError
 from mpi_ef.jobs import figures
 from mpi_ef.jobs.report import program as report
@@ -395,8 +396,15 @@ def test_a_report_draws_what_was_simulated(tmp_path, monkeypatch):
 
 def test_what_was_recorded_is_a_profile():
     """Worker 1 answers its first step late, and is asked nothing meanwhile; worker 2 has answered for the last time."""
-    rows = np.array([[0, 9, 0], [0, np.inf, np.inf], [0, np.inf, np.inf], [1, 0, np.inf]], np.float32)
-    profile = profile_of(rows)
+    seen = Lateness(3)
+    for step, answers in enumerate([{0: 5, 2: 5}, {0: 6}, {0: 7}, {1: 15, 0: 16}]):
+        seen.begin(step)
+        for worker, seconds in answers.items():
+            if step == 3 and worker == 1:
+                seen.arrived(0, 1, 14)
+            seen.arrived(step, worker, seconds)
+        seen.over(step)
+    profile = profile_of(seen.rows)
     assert profile.tolist() == [[0, 9, 0], [0, pytest.approx(np.nan, nan_ok=True), np.inf],
                                 [0, pytest.approx(np.nan, nan_ok=True), np.inf], [1, 0, np.inf]]
     times = {"part_seconds": 1.0, "rest_seconds": 0.0}
