@@ -182,11 +182,14 @@ def _reproduced(path: Path) -> Section:
 
     panels: dict[str, dict[str, Curve]] = {}
     accuracies: dict[str, dict[str, list[float]]] = {}
+    times: dict[str, dict[str, float]] = {}
     try:
         text = read(path / PROOF, MARK, follow=True).decode("utf-8").rstrip()
         for row in _rows(path):
             if "accuracy" in row:
                 accuracies.setdefault(row["panel"], {}).setdefault(row["run"], []).append(float(row["accuracy"]))
+            elif "seconds" in row:
+                times.setdefault(row["panel"], {})[row["run"]] = float(row["seconds"])
             else:
                 panels.setdefault(row["panel"], {}).setdefault(row["run"], Curve()).append_row(row)
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -197,6 +200,8 @@ def _reproduced(path: Path) -> Section:
 
         if panels:
             figures.against("sent_bits", "steps")(panels, target)
+        elif times:
+            figures.times(times, target)
         else:
             figures.accuracies(accuracies, target)
 
