@@ -160,7 +160,8 @@ def _summary(path: Path) -> dict[str, Any]:
     figures = [summary[name] for name in ("val_loss", "sent_nbytes", "dense_nbytes", "seconds_per_step")]
     figures += [summary[name] for name in ("nodes", "link_nbytes") if name in summary]
     figures += summary.get("suspicion", [])
-    table_of(summary.get("lateness", {"lines": []}))
+    if "lateness" in summary:
+        table_of(summary["lateness"])
     if not all(map(is_number, figures)) or not isinstance(summary["config"]["compressor"], str):
         raise ValueError("summary.json has figures that are no numbers")
     return summary

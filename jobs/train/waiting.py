@@ -64,8 +64,8 @@ class Waiting:
         Parameters
         ----------
         seconds, computing : float
-            That all steps have taken, and what data and gradients have on this rank. A part of a code would take what they do
-            on the median rank.
+            That all steps have taken, and what data and gradients have on this rank. A part of a code would take what they
+            do on the median rank.
         rounds : bool
             Whether rows are of rounds of several steps.
         """
