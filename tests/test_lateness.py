@@ -222,6 +222,15 @@ class TestOverRestarts:
         with pytest.raises(MpiEfError, match=r"^Lateness: a state of 3 workers with 2 here; begin anew$"):
             Lateness(2).load_state_dict(Lateness(3).state_dict())
 
+    def test_what_is_no_state_changes_nothing(self):
+        lateness = told(2, [[0, 1.0]])
+        before = lateness.state_dict()
+        short = before | {"numbers": np.zeros(3)}
+        for wrong, text in (({}, "the state has no rows"), (short, r"numbers .* \(3,\), not \(1,\)")):
+            with pytest.raises(MpiEfError, match=rf"^Lateness: {text}.*; load what state_dict\(\) has returned$"):
+                lateness.load_state_dict(wrong)
+        assert all((lateness.state_dict()[name] == array).all() for name, array in before.items())
+
 
 @pytest.mark.parametrize(("wrong", "text"), [
     (lambda: Lateness(0), r"Lateness: n=0 is not a positive integer; as many as there are workers"),
@@ -333,6 +342,14 @@ class TestOfOptimizers:
             return optimizer.lateness().steps
 
         assert virtual.results(2, program) == [0, 0]
+
+    def test_ranks_that_ask_different_optimizers_raise(self):
+        def program(comm):
+            optimizers = [BUILT["gradient"](net, comm) for net in [torch.nn.Linear(3, 2) for _ in range(2)]]
+            with pytest.raises(MpiEfError, match=r"lateness of optimizer \d+: ranks are in different calls"):
+                optimizers[comm.Get_rank()].lateness()
+
+        virtual.results(2, program)
 
     def test_of_one_rank_and_without_a_step(self):
         def program(comm):
