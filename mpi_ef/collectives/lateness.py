@@ -204,7 +204,7 @@ class Lateness:
                 seen = by[holding[:, i] & np.isfinite(by[:, i]), i]
                 later = f", by {_short(float(np.median(seen)))} s (median)" if seen.size else ""
                 lines.append(f"{names[i]} is last in {_share(held[i] / len(rows))} {of}{later}")
-            whom = "" if slow else ", and no rank is it more often than others"
+            whom = "" if slow else ", and no rank is it clearly more often than others"
             if not s:
                 lines.append(f"waiting for the last rank took {_share(waited / seconds)} of {_short(seconds)} s{whom}")
             lines += self._of_code(seconds, s)
