@@ -1,8 +1,12 @@
 """Who is slow, by numbers that were worked out by hand."""
 
+import json
 import tracemalloc
+from dataclasses import replace
+from io import BytesIO
 
 import numpy as np
+import programs
 import pytest
 import torch
 import virtual
@@ -10,6 +14,10 @@ import virtual
 from mpi_ef import MpiEfError
 from mpi_ef.collectives import Lateness
 from mpi_ef.compress import TopK
+from mpi_ef.jobs.delays import load_lateness, table_of
+from mpi_ef.jobs.report import program as report
+from mpi_ef.jobs.train import loop
+from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.optim import DistributedOptimizer, LocalSteps, OneBitAdam, waits
 
 INF = np.inf
@@ -164,7 +172,8 @@ class TestWhoIsSlow:
     def test_no_rank_is_named_where_each_is_last_as_often(self, n):
         """One of them is last, each in its turn: the code would help, and nobody is slow."""
         lines = told(n, [np.eye(n)[step % n] for step in range(24 * n)]).lines(48.0 * n)
-        assert lines[0] == f"waiting for the last rank took 50 % of {48 * n} s, and no rank is it more often than others"
+        whom = "and no rank is it clearly more often than others"
+        assert lines[0] == f"waiting for the last rank took 50 % of {48 * n} s, {whom}"
         assert lines[1].startswith(f"s=1 would have saved 50 % of {48 * n} s, not counting")
         assert len(lines) == 2
 
@@ -213,6 +222,15 @@ class TestOverRestarts:
     def test_of_another_number_of_workers(self):
         with pytest.raises(MpiEfError, match=r"^Lateness: a state of 3 workers with 2 here; begin anew$"):
             Lateness(2).load_state_dict(Lateness(3).state_dict())
+
+    def test_what_is_no_state_changes_nothing(self):
+        lateness = told(2, [[0, 1.0]])
+        before = lateness.state_dict()
+        short = before | {"numbers": np.zeros(3)}
+        for wrong, text in (({}, "the state has no rows"), (short, r"numbers .* \(3,\), not \(1,\)")):
+            with pytest.raises(MpiEfError, match=rf"^Lateness: {text}.*; load what state_dict\(\) has returned$"):
+                lateness.load_state_dict(wrong)
+        assert all((lateness.state_dict()[name] == array).all() for name, array in before.items())
 
 
 @pytest.mark.parametrize(("wrong", "text"), [
@@ -326,6 +344,14 @@ class TestOfOptimizers:
 
         assert virtual.results(2, program) == [0, 0]
 
+    def test_ranks_that_ask_different_optimizers_raise(self):
+        def program(comm):
+            optimizers = [BUILT["gradient"](net, comm) for net in [torch.nn.Linear(3, 2) for _ in range(2)]]
+            with pytest.raises(MpiEfError, match=r"lateness of optimizer \d+: ranks are in different calls"):
+                optimizers[comm.Get_rank()].lateness()
+
+        virtual.results(2, program)
+
     def test_of_one_rank_and_without_a_step(self):
         def program(comm):
             net = torch.nn.Linear(3, 2)
@@ -335,3 +361,102 @@ class TestOfOptimizers:
             return none, optimizer.lateness().rows.tolist(), optimizer.lateness().lines(10.0)
 
         assert virtual.results(1, program) == [((0, 1), [[0.0], [0.0]], [])]
+
+
+# ---- of runs of mpi-ef train, by the same clock
+
+
+@pytest.fixture
+def slow_second_rank(monkeypatch):
+    """Let rank 1 load its batches .25 s later than others."""
+    next_batch = loop.Trainer.next_batch
+
+    def slow(trainer):
+        trainer.comm.pause(0.25 * (trainer.comm.Get_rank() == 1))
+        return next_batch(trainer)
+
+    monkeypatch.setattr(loop.Trainer, "next_batch", slow)
+
+
+MLP = TrainConfig(model="mlp", batch=4, steps=12, warmup=2, log_every=3)
+
+
+@pytest.mark.usefixtures("slow_second_rank")
+class TestOfRuns:
+    def test_a_run_says_who_was_slow(self, tmp_path, capsys):
+        programs.trained(3, replace(MLP, out=tmp_path))
+        assert "\nwho is slow           rank 1 is last in 100 % of steps, by .25 s (median)\n" in capsys.readouterr().out
+        rows = load_lateness(tmp_path / "lateness.npz").rows  # of all steps but those in which kernels were loaded
+        assert 4 <= len(rows) <= 11
+        np.testing.assert_allclose(rows, np.tile([0, 0.25, 0], (len(rows), 1)), atol=1e-6)
+        report.main([str(tmp_path)])
+        shown = capsys.readouterr().out.splitlines()
+        assert f"{tmp_path.name}: rank 1 is last in 100 % of steps, by .25 s (median)" in shown
+        assert "  1         100 %     0.25 s     0.25 s     0.25 s" in shown
+
+    def test_a_run_of_one_rank_says_nothing(self, tmp_path, capsys):
+        programs.trained(1, replace(MLP, out=tmp_path))
+        report.main([str(tmp_path)])
+        assert "last in" not in capsys.readouterr().out
+        assert not (tmp_path / "lateness.npz").exists()
+
+    def test_rounds_of_local_steps(self, tmp_path):
+        summary = programs.trained(2, replace(MLP, out=tmp_path, exchange_every=3))[0]
+        assert summary["lateness"]["lines"][0] == "rank 1 is last in 100 % of rounds, by .75 s (median)"
+
+    def test_a_run_that_went_on_tells_of_all_its_steps(self, tmp_path):
+        """On another number of ranks of those there."""
+        config = replace(MLP, out=tmp_path, checkpoint_every=4)
+        programs.trained(2, replace(config, stop_after=4))
+        first = load_lateness(tmp_path / "lateness.npz").steps
+        programs.trained(2, replace(config, stop_after=4, resume="exact"))
+        second = load_lateness(tmp_path / "lateness.npz").steps
+        assert second >= first + 3 > 3
+        with pytest.warns(RuntimeWarning, match="goes on with 3"):
+            programs.trained(3, replace(config, resume="redistribute"))
+        last = load_lateness(tmp_path / "lateness.npz")
+        assert (last.n, last.steps) == (3, 3)
+
+    def test_a_file_that_is_something_else_hinders_no_run(self, tmp_path):
+        config = replace(MLP, out=tmp_path, checkpoint_every=4)
+        programs.trained(2, replace(config, stop_after=4))
+        (tmp_path / "lateness.npz").write_bytes(b"PK")
+        programs.trained(2, replace(config, resume="exact"))
+        assert load_lateness(tmp_path / "lateness.npz").steps <= 8
+
+
+def archive(**arrays):
+    content = BytesIO()
+    np.savez_compressed(content, **arrays)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"PK", b"\x93NUMPY", archive(), archive(rows=np.zeros((2, 2))), archive(in_time=np.array({}, object)),
+    archive(zeros=np.zeros(9 << 20)), archive(**told(2, [[0, 1]]).state_dict() | {"late": np.zeros(3, np.int64)}),
+    archive(**told(2, [[0, 1]]).state_dict() | {"numbers": np.zeros(3)})])
+def test_what_is_no_file_of_delays(tmp_path, content):
+    path = tmp_path / "lateness.npz"
+    path.write_bytes(content)
+    with pytest.raises(MpiEfError, match=r"lateness.npz: holds no delays of a run \(.*\); mpi-ef train writes them$"):
+        load_lateness(path)
+
+
+def test_a_table_of_many_ranks_has_those_that_are_last_most_often():
+    many = {name: [rank / 100 for rank in range(40)] for name in ("last", "median", "quantile_95", "largest")}
+    table = table_of({"lines": ["rank 39 is\x1b[2J slow"], **many})
+    assert table[0] == "rank 39 is\\x1b[2J slow"
+    assert [line.split()[0] for line in table[2:-1]] == [str(rank) for rank in range(24, 40)]
+    assert table[-1] == "  and 24 ranks that are last less often"
+    assert table_of({"lines": [], **many}) == []
+
+
+@pytest.mark.parametrize("wrong", [
+    {}, {"lines": [3]}, {"lines": ["a"], "last": [1]}, {"lines": ["a"], "last": [1], "median": ["x"]}, [], "x",
+    {"lines": ["a"], "last": [1], "median": [1, 2], "quantile_95": [1], "largest": [1]}])
+def test_a_summary_with_wrong_lateness(tmp_path, wrong):
+    programs.trained(1, replace(MLP, out=tmp_path, steps=3))
+    found = json.loads((tmp_path / "summary.json").read_text())
+    (tmp_path / "summary.json").write_text(json.dumps(found | {"lateness": wrong}))
+    with pytest.raises(SystemExit, match="holds no finished run"):
+        report.main([str(tmp_path)])

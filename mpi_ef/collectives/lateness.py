@@ -204,7 +204,7 @@ class Lateness:
                 seen = by[holding[:, i] & np.isfinite(by[:, i]), i]
                 later = f", by {_short(float(np.median(seen)))} s (median)" if seen.size else ""
                 lines.append(f"{names[i]} is last in {_share(held[i] / len(rows))} {of}{later}")
-            whom = "" if slow else ", and no rank is it more often than others"
+            whom = "" if slow else ", and no rank is it clearly more often than others"
             if not s:
                 lines.append(f"waiting for the last rank took {_share(waited / seconds)} of {_short(seconds)} s{whom}")
             lines += self._of_code(seconds, s)
@@ -230,21 +230,29 @@ class Lateness:
 
         Raises
         ------
-        ShapeError
-            Where it is of another number of workers.
+        ShapeError, OptionError
+            Where it is of another number of workers, or something else; nothing is changed then.
         """
-        rows = np.asarray(state["rows"], np.float32)
-        if rows.ndim != 2 or rows.shape[1] != self.n:
-            raise ShapeError(f"Lateness: a state of {counted(rows.shape[-1], 'worker')} with {self.n} here; begin anew")
-        self.steps, self.part_seconds = int(np.asarray(state["steps"])), float(np.asarray(state["part_seconds"]))
-        for name, array in (("in_time", self.in_time), ("late", self.late), ("sums", self._sums)):
-            array[...] = np.asarray(state[name])
+        if lacking := [name for name in self.state_dict() if name not in state]:
+            raise OptionError(f"Lateness: the state has no {lacking[0]}; load what state_dict() has returned")
+        found = {name: np.asarray(state[name]) for name in self.state_dict()}
+        rows, late = found["rows"], found["late"]
+        if late.shape != (self.n,):
+            raise ShapeError(f"Lateness: a state of {counted(late.size, 'worker')} with {self.n} here; begin anew")
+        m = len(rows) if rows.ndim else 0
+        shapes = {"rows": (m, self.n), "numbers": (m,), "firsts": (m,), "steps": (), "part_seconds": ()}
+        for name, array in found.items():
+            if array.shape != (shape := shapes.get(name, (self.n,))):
+                raise ShapeError(f"Lateness: {name} of the state has shape {array.shape}, not {shape}; load what "
+                                 "state_dict() has returned")
+        self.steps, self.part_seconds = int(found["steps"]), float(found["part_seconds"])
+        self.in_time[:], self.late[:], self._sums[:] = found["in_time"], late, found["sums"]
         self._begun, kept = 0, min(self.keep, len(rows))
         for row in rows[: len(rows) - kept]:
             self._add_up(row, self._sums)
         self._delays[:kept], self._open[:] = rows[len(rows) - kept:], False
-        self._names[:kept] = np.asarray(state["numbers"])[len(rows) - kept:]
-        self._firsts[:kept] = np.asarray(state["firsts"])[len(rows) - kept:]
+        self._names[:kept] = found["numbers"][len(rows) - kept:]
+        self._firsts[:kept] = found["firsts"][len(rows) - kept:]
         self._begun = kept
 
     def _arrays(self) -> dict[str, NDArray[Any]]:

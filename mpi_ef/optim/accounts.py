@@ -112,6 +112,11 @@ class Communicating(OnAllRanks, Optimizer, metaclass=SharedErrors):
         """
         return self._handshake.waits.gathered()
 
+    @property
+    def waited(self) -> tuple[int, float]:
+        """How often this rank has met the others for :meth:`lateness`, and how many seconds it has waited the last time."""
+        return self._handshake.waits.count, self._handshake.waits.last
+
     def plans(self) -> list[Plan]:
         """Return the plans of the channels. Local."""
         return [channel if isinstance(channel, Plan) else channel.plan for channel in self.channels()]

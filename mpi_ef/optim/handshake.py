@@ -47,7 +47,7 @@ class Handshake:
         self._table = self._answers.view(np.uint32).reshape(self._answers.size, -1)[:, :_BUT_THE_NORM]
         self._alike = False  # all ranks have sent the same, but for the norm
         self.steps = 0  # that were completed
-        self.waits = Waits(comm, name)
+        self.waits = Waits(comm, f"{name}.lateness of optimizer {number}")
 
     def note(self, **fields: float) -> None:
         """Set `fields` of what is sent next. Local."""

@@ -31,8 +31,8 @@ class Waits:
         Seconds of the last one; NaN where it does not count.
     """
 
-    def __init__(self, comm: Comm, name: str) -> None:
-        self._comm, self._name = comm, name
+    def __init__(self, comm: Comm, call: str) -> None:
+        self._comm, self._call = comm, call
         self._seconds = np.zeros(KEEP, np.float32)
         self.count, self._taken, self.last = 0, 0, np.nan
         self._rows: Lateness | None = None
@@ -47,11 +47,14 @@ class Waits:
         self.count += 1
 
     def gathered(self) -> Lateness:
-        """Return the delays of all ranks, with the rows since the last call. Collective."""
+        """Return the delays of all ranks, with the rows since the last call. Collective.
+
+        Raises `DisagreementError` on all ranks where they are in other calls, or in that of another optimizer.
+        """
         if self._rows is None:
             self._rows = Lateness(int(self._comm.Get_size()), KEEP)
         new = range(max(self._taken, self.count - KEEP), self.count)
-        answers = gather_values(self._comm, f"{self._name}.lateness", (new.start, new.stop))
+        answers = gather_values(self._comm, self._call, (new.start, new.stop))
         self._taken = self.count
         if answers.count(answers[0]) == len(answers) and new:  # else an error was caught on some ranks
             waits = np.empty((len(answers), len(new)), np.float32)
