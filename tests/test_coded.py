@@ -8,7 +8,7 @@ import virtual
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpi_ef.coded import CodedGradients, Cyclic, FractionalRepetition, code_of, serve
+from mpi_ef.coded import Blocks, CodedGradients, Cyclic, FractionalRepetition, code_of, serve
 from mpi_ef.coded.codes import mask_of, members
 from mpi_ef.compress import Identity, RandK, Sign, TopK
 from mpi_ef.errors import (
@@ -24,7 +24,8 @@ from mpi_ef.testing.law import same_bits
 
 both = pytest.mark.parametrize("eager", [True, False], ids=["eager", "rendezvous"])  # what MPI libraries make of a send
 CODES = [(FractionalRepetition(0), 3), (FractionalRepetition(1), 4), (FractionalRepetition(2), 6),
-         (FractionalRepetition(2), 3), (Cyclic(0), 4), (Cyclic(1), 4), (Cyclic(2), 5), (Cyclic(3), 6), (Cyclic(4), 7)]
+         (FractionalRepetition(2), 3), (Cyclic(0), 4), (Cyclic(1), 4), (Cyclic(2), 5), (Cyclic(3), 6),
+         (Cyclic(4), 7), (Blocks(3), 10)]
 codes = pytest.mark.parametrize(("code", "n"), CODES, ids=str)
 D = 7
 
@@ -99,7 +100,7 @@ def test_members_are_what_a_mask_was_made_of():
 
 
 @pytest.mark.parametrize(("text", "code"), [("fr:1", FractionalRepetition(1)), (" FR : 2 ", FractionalRepetition(2)),
-                                            ("cyclic:3", Cyclic(3)), ("Cyclic(3)", Cyclic(3)),
+                                            ("cyclic:3", Cyclic(3)), ("Cyclic(3)", Cyclic(3)), ("blocks:4", Blocks(4)),
                                             ("FractionalRepetition(2, votes=2)", FractionalRepetition(2, 2))])
 def test_codes_are_texts(text, code):
     assert code_of(text) == code == code_of(code) == code_of(str(code))

@@ -1,12 +1,13 @@
 """Coded computing: redundant work and a code let a step end without the slowest ranks. It knows no torch."""
 
 from .blocks import Blocks, code_for
-from .codes import Cyclic, FractionalRepetition, GradientCode, code_of
+from .codes import Cyclic, FractionalRepetition, GradientCode
 from .gradients import CodedGradients
 from .schemes import GC, MSGC, SRSGC, Scheme, Task, scheme_of
 from .sequential import Schedule, scheduled
 from .serve import Served, serve
 from .simulator import Run, choose, gilbert_elliott, profile_of, simulate
+from .texts import code_of
 from .wire import Decoded, Order
 
 __all__ = ["GC", "MSGC", "SRSGC", "Blocks", "CodedGradients", "Cyclic", "Decoded", "FractionalRepetition", "GradientCode",
