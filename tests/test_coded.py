@@ -112,7 +112,7 @@ def test_codes_are_texts(text, code):
     (lambda: Cyclic(2).check(6), r"where n - s is even, n=6 workers and s=2; take s=1 or s=3, or FractionalRepetition\(2\)"),
     (lambda: Cyclic(1).check(1), "s=1 of 1 worker cannot all be missing; take s=0 or less"),
     (lambda: Cyclic(-1), "s=-1"), (lambda: FractionalRepetition(1.5), "s=1.5"),
-    (lambda: FractionalRepetition(1, 3), "votes=3"), (lambda: code_of("mds:1"), "'mds:1' is not known; take .* fr:1"),
+    (lambda: FractionalRepetition(1, 3), "votes=3"), (lambda: code_of("mds:1"), "'mds:1' is not known; take fr:1"),
 ])
 def test_a_code_that_there_is_not_is_refused(what, line):
     with pytest.raises(OptionError, match=line):
