@@ -1,12 +1,24 @@
 """Who is slow, by numbers that were worked out by hand."""
 
+import json
 import tracemalloc
+from dataclasses import replace
+from io import BytesIO
 
 import numpy as np
+import programs
 import pytest
+import torch
+import virtual
 
 from mpi_ef import MpiEfError
 from mpi_ef.collectives import Lateness
+from mpi_ef.compress import TopK
+from mpi_ef.jobs.delays import load_lateness, table_of
+from mpi_ef.jobs.report import program as report
+from mpi_ef.jobs.train import loop
+from mpi_ef.jobs.train.config import TrainConfig
+from mpi_ef.optim import DistributedOptimizer, LocalSteps, OneBitAdam, waits
 
 INF = np.inf
 
@@ -129,8 +141,10 @@ class TestWhoIsSlow:
     def test_two_slow_ranks_are_both_named_and_two_answers_less_are_needed(self):
         lateness = told(6, [[0, 0.01, 0.02, 1.0, 1.1, 0.01]] * 20)
         assert lateness.best()[0] == 2
+        assert lateness.slow() == [3, 4]
         assert lateness.lines(40.0) == [
             "rank 3 is last in 100 % of steps, by .99 s (median)", "rank 4 is last in 100 % of steps, by 1.09 s (median)",
+            "waiting for the last rank took 55 % of 40 s",
             "s=2 would have saved 54 % of 40 s, not counting that each rank computes 3 parts instead of 1"]
 
     def test_most_workers_are_slow_where_one_is_quick(self):
@@ -140,7 +154,12 @@ class TestWhoIsSlow:
         lateness = told(4, [[0, 0.01, 0.02, 0.53]] * 71 + [[0, 0.01, 0.02, 0.02]] * 29)
         lateness.part_seconds = 0.01
         assert lateness.lines(100.0, [f"rank {i} on node{i + 4}" for i in range(4)]) == [
-            "rank 3 on node7 is last in 71 % of steps, by .52 s (median)", "s=1 would have saved 35 % of 100 s"]
+            "rank 3 on node7 is last in 71 % of steps, by .52 s (median)",
+            "waiting for the last rank took 37 % of 100 s", "s=1 would have saved 35 % of 100 s"]
+        lateness.part_seconds = 0.5  # a second part takes longer than waiting; who is slow is true all the same
+        assert lateness.lines(100.0)[1:] == [
+            "waiting for the last rank took 37 % of 100 s",
+            "no code would have saved much: what it has each rank compute takes longer than waiting"]
 
     def test_nothing_to_say(self):
         generator = np.random.default_rng(2)
@@ -153,8 +172,10 @@ class TestWhoIsSlow:
     def test_no_rank_is_named_where_each_is_last_as_often(self, n):
         """One of them is last, each in its turn: the code would help, and nobody is slow."""
         lines = told(n, [np.eye(n)[step % n] for step in range(24 * n)]).lines(48.0 * n)
-        assert len(lines) == 1
-        assert lines[0].startswith("no rank is last more often than others; s=1 would have saved 50 %")
+        whom = "and no rank is it clearly more often than others"
+        assert lines[0] == f"waiting for the last rank took 50 % of {48 * n} s, {whom}"
+        assert lines[1].startswith(f"s=1 would have saved 50 % of {48 * n} s, not counting")
+        assert len(lines) == 2
 
     def test_a_run_with_a_code(self):
         """What it has saved, and whose answers nobody has waited for."""
@@ -162,7 +183,7 @@ class TestWhoIsSlow:
         lateness.late[3], lateness.in_time[3] = 9, 1
         assert lateness.lines(10.0, s=1) == [
             "rank 3 is last in 100 % of steps, by 5 s (median)",
-            "s=1 has saved 490 % of 10 s, not counting that each rank computes 2 parts instead of 1",
+            "s=1 has saved 49 s, in steps that took 10 s, not counting that each rank computes 2 parts instead of 1",
             "rank 3: of 10 answers 9 came late, 0 not at all"]
 
 
@@ -202,6 +223,15 @@ class TestOverRestarts:
         with pytest.raises(MpiEfError, match=r"^Lateness: a state of 3 workers with 2 here; begin anew$"):
             Lateness(2).load_state_dict(Lateness(3).state_dict())
 
+    def test_what_is_no_state_changes_nothing(self):
+        lateness = told(2, [[0, 1.0]])
+        before = lateness.state_dict()
+        short = before | {"numbers": np.zeros(3)}
+        for wrong, text in (({}, "the state has no rows"), (short, r"numbers .* \(3,\), not \(1,\)")):
+            with pytest.raises(MpiEfError, match=rf"^Lateness: {text}.*; load what state_dict\(\) has returned$"):
+                lateness.load_state_dict(wrong)
+        assert all((lateness.state_dict()[name] == array).all() for name, array in before.items())
+
 
 @pytest.mark.parametrize(("wrong", "text"), [
     (lambda: Lateness(0), r"Lateness: n=0 is not a positive integer; as many as there are workers"),
@@ -216,3 +246,217 @@ class TestOverRestarts:
 def test_what_it_refuses(wrong, text):
     with pytest.raises(MpiEfError, match=rf"^{text}$"):
         wrong()
+
+
+# ---- of optimizers, by the clock of virtual ranks, which stands still while a rank computes
+
+BUILT = {
+    "gradient": lambda net, comm: DistributedOptimizer(sgd(net), comm, TopK(0.5), placement="gradient"),
+    "overlap": lambda net, comm: DistributedOptimizer(sgd(net), comm, TopK(0.5), placement="gradient", overlap=True,
+                                                     bucket_nbytes=24),
+    "update": lambda net, comm: DistributedOptimizer(sgd(net), comm, TopK(0.5)),
+    "one-bit": lambda net, comm: OneBitAdam(net.parameters(), comm, freeze_step=3),
+    "local": lambda net, comm: LocalSteps(sgd(net), comm, TopK(0.5), every=3),
+}
+
+
+def sgd(net):
+    return torch.optim.SGD(net.parameters(), lr=0.1)
+
+
+def walk(net, optimizer, comm, pauses):
+    """Take a step after each of these pauses, of this rank."""
+    for seconds in pauses:
+        comm.pause(seconds)
+        optimizer.zero_grad()
+        net(torch.ones(1, 3) + comm.Get_rank()).sum().backward()
+        optimizer.step()
+
+
+def seen(n, name, pauses):
+    """Return the rows of delays that each rank has, given the pauses of each rank before each step."""
+    def program(comm):
+        net = torch.nn.Linear(3, 2)
+        optimizer = BUILT[name](net, comm)
+        walk(net, optimizer, comm, pauses[:, comm.Get_rank()])
+        return optimizer.lateness().rows
+
+    return virtual.results(n, program)
+
+
+class TestOfOptimizers:
+    @pytest.mark.parametrize("name", BUILT)
+    def test_rows_are_how_late_each_rank_comes(self, name):
+        """Ranks that have met begin the next step at one time, so they are as late as they have paused longer."""
+        pauses = np.array([[5.0, 0, 0], [0, 0, 0.5], [0.25, 0, 1.0], [0, 0, 0], [0.5, 0.75, 0.125], [0, 0, 2.0]])
+        expected = pauses[1:]  # the first meeting does not count
+        if name == "local":
+            expected = pauses.reshape(2, 3, 3).sum(axis=1)[1:]  # a round
+        expected = expected - expected.min(axis=1, keepdims=True)
+        for rows in seen(3, name, pauses):
+            np.testing.assert_allclose(rows, expected, atol=1e-6)
+
+    def test_calls_add_what_is_new_and_two_optimizers_have_their_own(self):
+        def program(comm):
+            nets = [torch.nn.Linear(3, 2) for _ in range(2)]
+            optimizers = [BUILT["gradient"](net, comm) for net in nets]
+            for step in range(6):
+                for number, (net, optimizer) in enumerate(zip(nets, optimizers, strict=True)):
+                    walk(net, optimizer, comm, [(1 + number) * (comm.Get_rank() == number)])
+                if step == 3:
+                    assert [optimizer.lateness().steps for optimizer in optimizers] == [3, 3]
+            found = [optimizer.lateness() for optimizer in optimizers]
+            assert found[0] is optimizers[0].lateness()
+            return [(lateness.rows.tolist(), lateness.lines(15.0)) for lateness in found]
+
+        for (first, said), (second, said_second) in virtual.results(2, program):
+            assert (first, second) == ([[1.0, 0.0]] * 5, [[0.0, 2.0]] * 5)
+            assert said[0] == "rank 0 is last in 100 % of steps, by 1 s (median)"
+            assert said_second[:2] == ["rank 1 is last in 100 % of steps, by 2 s (median)",
+                                       "waiting for the last rank took 67 % of 15 s"]
+
+    def test_steps_in_which_a_rank_has_no_data_are_no_rows(self):
+        def program(comm):
+            net, rank = torch.nn.Linear(3, 2), comm.Get_rank()
+            optimizer = BUILT["gradient"](net, comm)
+            with optimizer.join():
+                walk(net, optimizer, comm, [rank] * (3 if rank == 0 else 7))
+            return optimizer.lateness().rows.tolist()
+
+        assert virtual.results(2, program) == [[[0.0, 1.0]] * 2] * 2
+
+    def test_only_the_last_are_kept(self, monkeypatch):
+        monkeypatch.setattr(waits, "KEEP", 3)
+        pauses = np.zeros((9, 2))
+        pauses[:, 1] = np.arange(9)
+        for rows in seen(2, "gradient", pauses):
+            assert rows.tolist() == [[0.0, 6.0], [0.0, 7.0], [0.0, 8.0]]
+
+    def test_ranks_that_have_met_another_number_of_times_say_nothing(self):
+        """So that no row is of different steps on different ranks."""
+        def program(comm):
+            net = torch.nn.Linear(3, 2)
+            optimizer = BUILT["gradient"](net, comm)
+            walk(net, optimizer, comm, [0.0] * 3)
+            optimizer._handshake.waits.count += comm.Get_rank()
+            walk(net, optimizer, comm, [0.0] * 2)
+            return optimizer.lateness().steps
+
+        assert virtual.results(2, program) == [0, 0]
+
+    def test_ranks_that_ask_different_optimizers_raise(self):
+        def program(comm):
+            optimizers = [BUILT["gradient"](net, comm) for net in [torch.nn.Linear(3, 2) for _ in range(2)]]
+            with pytest.raises(MpiEfError, match=r"lateness of optimizer \d+: ranks are in different calls"):
+                optimizers[comm.Get_rank()].lateness()
+
+        virtual.results(2, program)
+
+    def test_of_one_rank_and_without_a_step(self):
+        def program(comm):
+            net = torch.nn.Linear(3, 2)
+            optimizer = BUILT["gradient"](net, comm)
+            none = optimizer.lateness().rows.shape
+            walk(net, optimizer, comm, [0.0] * 3)
+            return none, optimizer.lateness().rows.tolist(), optimizer.lateness().lines(10.0)
+
+        assert virtual.results(1, program) == [((0, 1), [[0.0], [0.0]], [])]
+
+
+# ---- of runs of mpi-ef train, by the same clock
+
+
+@pytest.fixture
+def slow_second_rank(monkeypatch):
+    """Let rank 1 load its batches .25 s later than others."""
+    next_batch = loop.Trainer.next_batch
+
+    def slow(trainer):
+        trainer.comm.pause(0.25 * (trainer.comm.Get_rank() == 1))
+        return next_batch(trainer)
+
+    monkeypatch.setattr(loop.Trainer, "next_batch", slow)
+
+
+MLP = TrainConfig(model="mlp", batch=4, steps=12, warmup=2, log_every=3)
+
+
+@pytest.mark.usefixtures("slow_second_rank")
+class TestOfRuns:
+    def test_a_run_says_who_was_slow(self, tmp_path, capsys):
+        programs.trained(3, replace(MLP, out=tmp_path))
+        assert "\nwho is slow           rank 1 is last in 100 % of steps, by .25 s (median)\n" in capsys.readouterr().out
+        rows = load_lateness(tmp_path / "lateness.npz").rows  # of all steps but those in which kernels were loaded
+        assert 4 <= len(rows) <= 11
+        np.testing.assert_allclose(rows, np.tile([0, 0.25, 0], (len(rows), 1)), atol=1e-6)
+        report.main([str(tmp_path)])
+        shown = capsys.readouterr().out.splitlines()
+        assert f"{tmp_path.name}: rank 1 is last in 100 % of steps, by .25 s (median)" in shown
+        assert "  1         100 %     0.25 s     0.25 s     0.25 s" in shown
+
+    def test_a_run_of_one_rank_says_nothing(self, tmp_path, capsys):
+        programs.trained(1, replace(MLP, out=tmp_path))
+        report.main([str(tmp_path)])
+        assert "last in" not in capsys.readouterr().out
+        assert not (tmp_path / "lateness.npz").exists()
+
+    def test_rounds_of_local_steps(self, tmp_path):
+        summary = programs.trained(2, replace(MLP, out=tmp_path, exchange_every=3))[0]
+        assert summary["lateness"]["lines"][0] == "rank 1 is last in 100 % of rounds, by .75 s (median)"
+
+    def test_a_run_that_went_on_tells_of_all_its_steps(self, tmp_path):
+        """On another number of ranks of those there."""
+        config = replace(MLP, out=tmp_path, checkpoint_every=4)
+        programs.trained(2, replace(config, stop_after=4))
+        first = load_lateness(tmp_path / "lateness.npz").steps
+        programs.trained(2, replace(config, stop_after=4, resume="exact"))
+        second = load_lateness(tmp_path / "lateness.npz").steps
+        assert second >= first + 3 > 3
+        with pytest.warns(RuntimeWarning, match="goes on with 3"):
+            programs.trained(3, replace(config, resume="redistribute"))
+        last = load_lateness(tmp_path / "lateness.npz")
+        assert (last.n, last.steps) == (3, 3)
+
+    def test_a_file_that_is_something_else_hinders_no_run(self, tmp_path):
+        config = replace(MLP, out=tmp_path, checkpoint_every=4)
+        programs.trained(2, replace(config, stop_after=4))
+        (tmp_path / "lateness.npz").write_bytes(b"PK")
+        programs.trained(2, replace(config, resume="exact"))
+        assert load_lateness(tmp_path / "lateness.npz").steps <= 8
+
+
+def archive(**arrays):
+    content = BytesIO()
+    np.savez_compressed(content, **arrays)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"PK", b"\x93NUMPY", archive(), archive(rows=np.zeros((2, 2))), archive(in_time=np.array({}, object)),
+    archive(zeros=np.zeros(9 << 20)), archive(**told(2, [[0, 1]]).state_dict() | {"late": np.zeros(3, np.int64)}),
+    archive(**told(2, [[0, 1]]).state_dict() | {"numbers": np.zeros(3)})])
+def test_what_is_no_file_of_delays(tmp_path, content):
+    path = tmp_path / "lateness.npz"
+    path.write_bytes(content)
+    with pytest.raises(MpiEfError, match=r"lateness.npz: holds no delays of a run \(.*\); mpi-ef train writes them$"):
+        load_lateness(path)
+
+
+def test_a_table_of_many_ranks_has_those_that_are_last_most_often():
+    many = {name: [rank / 100 for rank in range(40)] for name in ("last", "median", "quantile_95", "largest")}
+    table = table_of({"lines": ["rank 39 is\x1b[2J slow"], **many})
+    assert table[0] == "rank 39 is\\x1b[2J slow"
+    assert [line.split()[0] for line in table[2:-1]] == [str(rank) for rank in range(24, 40)]
+    assert table[-1] == "  and 24 ranks that are last less often"
+    assert table_of({"lines": [], **many}) == []
+
+
+@pytest.mark.parametrize("wrong", [
+    {}, {"lines": [3]}, {"lines": ["a"], "last": [1]}, {"lines": ["a"], "last": [1], "median": ["x"]}, [], "x",
+    {"lines": ["a"], "last": [1], "median": [1, 2], "quantile_95": [1], "largest": [1]}])
+def test_a_summary_with_wrong_lateness(tmp_path, wrong):
+    programs.trained(1, replace(MLP, out=tmp_path, steps=3))
+    found = json.loads((tmp_path / "summary.json").read_text())
+    (tmp_path / "summary.json").write_text(json.dumps(found | {"lateness": wrong}))
+    with pytest.raises(SystemExit, match="holds no finished run"):
+        report.main([str(tmp_path)])

@@ -555,7 +555,7 @@ def test_what_a_run_has_written_is_known_and_other_names_are_kept(tmp_path):
     programs.trained(2, replace(config, overwrite=True))
     left = content(tmp_path)
     assert {name: left.pop(name) for name in mine} == mine
-    assert left.keys() == {"summary.json", "metrics.jsonl", "metrics.csv", "config.toml"}
+    assert left.keys() == {"summary.json", "metrics.jsonl", "metrics.csv", "config.toml", "lateness.npz"}
 
 
 def test_the_record_of_a_run_that_went_on_runs_anew(tmp_path):

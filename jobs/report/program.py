@@ -13,6 +13,7 @@ from typing import Any
 
 from mpi_ef.documents import MARK, lines, read, read_json, shown
 from mpi_ef.errors import DataError, MpiEfError, briefly, nearest
+from mpi_ef.jobs.delays import table_of
 from mpi_ef.jobs.metrics import in_bytes, is_number, made_in, row_of, suspects
 from mpi_ef.jobs.report.html import Section, write
 from mpi_ef.jobs.report.naming import method, methods
@@ -110,7 +111,14 @@ def read_sections(paths: Sequence[Path], *, best: bool = False, panels: Sequence
     made = "\n".join(f"{run.name}: {run.made}" for run in trained)
     left_out = [f"{run.name}: left out were {suspects(run.summary['suspicion'])}" for run in trained
                 if run.summary.get("suspicion")]
-    return [Section("train", "Training", "\n".join([table(trained), *left_out]), draw, made), *others]
+    slow = [line for run in trained for line in _who_is_slow(run)]
+    return [Section("train", "Training", "\n".join([table(trained), *left_out, *slow]), draw, made), *others]
+
+
+def _who_is_slow(run: _Run) -> list[str]:
+    found = table_of(run.summary["lateness"]) if "lateness" in run.summary else []
+    return [f"{run.name}: {found[0]}", *(line if line.startswith(" ") else f"{run.name}: {line}" for line in found[1:])] \
+        if found else []
 
 
 def _best(runs: Sequence[_Run]) -> list[_Run]:
@@ -152,6 +160,8 @@ def _summary(path: Path) -> dict[str, Any]:
     figures = [summary[name] for name in ("val_loss", "sent_nbytes", "dense_nbytes", "seconds_per_step")]
     figures += [summary[name] for name in ("nodes", "link_nbytes") if name in summary]
     figures += summary.get("suspicion", [])
+    if "lateness" in summary:
+        table_of(summary["lateness"])
     if not all(map(is_number, figures)) or not isinstance(summary["config"]["compressor"], str):
         raise ValueError("summary.json has figures that are no numbers")
     return summary
@@ -182,11 +192,14 @@ def _reproduced(path: Path) -> Section:
 
     panels: dict[str, dict[str, Curve]] = {}
     accuracies: dict[str, dict[str, list[float]]] = {}
+    times: dict[str, dict[str, float]] = {}
     try:
         text = read(path / PROOF, MARK, follow=True).decode("utf-8").rstrip()
         for row in _rows(path):
             if "accuracy" in row:
                 accuracies.setdefault(row["panel"], {}).setdefault(row["run"], []).append(float(row["accuracy"]))
+            elif "seconds" in row:
+                times.setdefault(row["panel"], {})[row["run"]] = float(row["seconds"])
             else:
                 panels.setdefault(row["panel"], {}).setdefault(row["run"], Curve()).append_row(row)
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -197,6 +210,8 @@ def _reproduced(path: Path) -> Section:
 
         if panels:
             figures.against("sent_bits", "steps")(panels, target)
+        elif times:
+            figures.times(times, target)
         else:
             figures.accuracies(accuracies, target)
 

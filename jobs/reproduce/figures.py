@@ -9,7 +9,7 @@ import numpy as np
 from mpi_ef.jobs import figures
 from mpi_ef.jobs.reproduce.simulate import Curve
 
-__all__ = ["Curves", "accuracies", "against", "floors", "stability"]
+__all__ = ["Curves", "accuracies", "against", "floors", "stability", "times"]
 
 Curves = Mapping[str, Curve]
 
@@ -101,6 +101,22 @@ def accuracies(found: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -
     axes.set_xlabel("test accuracy")
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figures.save(figure, path)
+
+
+def times(found: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Draw seconds of every run in every panel as bars, those of a run in one colour."""
+    figure, axes = figures.pyplot().subplots(figsize=(8.0, 1.2 + 0.22 * sum(map(len, found.values()))), layout="constrained")
+    runs, places, names = list(dict.fromkeys(run for panel in found.values() for run in panel)), list[float](), list[str]()
+    for number, (panel, seconds) in enumerate(found.items()):
+        for place, (run, value) in enumerate(seconds.items(), start=len(places)):
+            axes.barh(place + number, value, color=f"C{runs.index(run) % 10}")
+            places.append(place + number)
+            names.append(f"{panel}: {run}")
+    axes.set_yticks(places, names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    axes.grid(visible=True, alpha=0.3, axis="x")
     figures.save(figure, path)
 
 

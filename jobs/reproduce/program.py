@@ -59,6 +59,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
                         _UNDER_ATTACK, module="monna"),
     "byz-ef21": Experiment("Byz-EF21 and Byz-EF21-SGDM under attack, 20 clients of which 4 are wrong (arXiv 2310.09804)",
                            "byz_ef21", ("data", *_UNDER_ATTACK), module="byz_ef21"),
+    "sequential": Experiment("sequential gradient coding, simulated: 32 workers that are slow in bursts (arXiv 2211.13802)",
+                             "sequential", module="sequential"),
 }
 
 

@@ -175,6 +175,7 @@ FILES: Mapping[str, Callable[[str], bool]] = {
     "metrics.jsonl": lambda text: text.startswith('{"step": '),
     "metrics.csv": lambda text: text.startswith("step,"),
     "config.toml": _is_record,
+    "lateness.npz": lambda text: text.startswith("PK"),
     "requeue": lambda _: True,
 }
 

@@ -10,7 +10,6 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from torch.nn import functional as F  # noqa: N812
 
 from mpi_ef import registry
 from mpi_ef.collectives import chunk_bounds, use_gpu_aware_mpi
@@ -26,6 +25,7 @@ from mpi_ef.jobs.train.changes import Changes
 from mpi_ef.jobs.train.config import PHASES, TrainConfig, learning_rate
 from mpi_ef.jobs.train.datasets import Dataset, Digits, Loss, Text, batches, own_problem, shard
 from mpi_ef.jobs.train.settings import CHANGES, SPECIFIED, rule_in
+from mpi_ef.jobs.train.waiting import Waiting
 from mpi_ef.kernels import machine_code
 from mpi_ef.kernels.backend import backend_of
 
@@ -59,6 +59,8 @@ class Trainer:
         Devices and what their kernels are written in, each with its ranks.
     changes : Changes or None
         What makes the gradients of rules whose inputs are changes.
+    waiting : Waiting
+        For whom ranks wait in steps that have times.
     untimed_steps, untimed_seconds : int, float
         Those of the other steps, on this rank; up to the last row.
     """
@@ -72,7 +74,7 @@ class Trainer:
 
         def facts() -> dict[str, object]:
             self.data, self.model, *loss = _build(config)
-            self._loss_of = loss[0] if loss else _cross_entropy
+            self._loss_of = loss[0] if loss else models.cross_entropy
             if config.data not in (None, self.data.content):
                 raise DataError(f"data={config.data}, but here there are {self.data.content}; give the same, or leave the "
                                 "option out")
@@ -101,7 +103,8 @@ class Trainer:
         self._loss_sum, self._loss_count, self._loss = 0.0, 0, 0.0  # since the last row; in that row
         self._seconds = {"data": 0.0, "compute": 0.0, "optimizer": 0.0}
         self._earlier = dict.fromkeys(_TIMES, 0.0)  # before the run was interrupted
-        self._latest: list[tuple[bool, np.ndarray]] = []  # steps: were kernels made here? what was spent
+        self.waiting = Waiting(comm, self.optimizer)
+        self._latest: list[tuple[bool, float, np.ndarray]] = []  # steps: were kernels made here? what was waited, spent
         self._left_out = np.zeros(len(_TIMES))
         self.untimed_steps, self.untimed_seconds = 0, 0.0
         self._began = perf_counter()
@@ -136,7 +139,7 @@ class Trainer:
         """
         made, spent = machine_code.made, self._measured()
         self._step(watched=watched)
-        self._latest.append((machine_code.made > made, self._measured() - spent))
+        self._latest.append((machine_code.made > made, self.waiting.last(), self._measured() - spent))
         if len(self._latest) == _UNSETTLED:
             self._settle()
 
@@ -181,8 +184,10 @@ class Trainer:
         """Leave out of the times those of the latest steps in which any rank's kernels were made."""
         if not self._latest:
             return
-        made = self._all([made for made, _ in self._latest]).max(axis=0).tolist()
-        for left_out, (_, spent) in zip(made, self._latest, strict=True):
+        told = self._all([value for made, waited, _ in self._latest for value in (made, waited)])
+        made = np.asarray(told[:, ::2].any(axis=0))
+        self.waiting.add(told[:, 1::2], made)
+        for left_out, (_, _, spent) in zip(made, self._latest, strict=True):
             if left_out:
                 self._left_out += spent
                 self.untimed_steps += 1
@@ -396,10 +401,6 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _specify_the_same(name: str, first: Any, second: Any) -> bool:
     texts = name in SPECIFIED and isinstance(first, str) and isinstance(second, str)
     return texts and registry.same(name, first, second)
-
-
-def _cross_entropy(logits: "Tensor", targets: "Tensor") -> "Tensor":
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
 def _build(config: TrainConfig) -> "tuple[Dataset, nn.Module] | tuple[Dataset, nn.Module, Loss]":

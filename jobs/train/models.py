@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["GPT", "cnn", "mlp"]
+__all__ = ["GPT", "cnn", "cross_entropy", "mlp"]
 
 
 class GPT(nn.Module):
@@ -58,3 +58,8 @@ def cnn(width: int = 16) -> nn.Module:
         nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(),
         nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2 * width * 16, 10),
     )
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over all targets, of any shape."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,7 @@ def _train(trainer: "Trainer", run: "Interruptible") -> dict[str, Any]:
     summary = _summary(trainer, row or trainer.row(evaluate=True))  # no row: there was nothing left to do
     if root:
         with run.folder.writing():
+            trainer.waiting.save(config.out)
             write_whole(config.out / PROOF, json.dumps(summary, indent=2) + "\n")
         print(_table(summary), flush=True)
     return summary
@@ -150,6 +152,7 @@ def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:
         "untimed_steps": trainer.untimed_steps, "untimed_seconds": trainer.untimed_seconds,
         "skipped_steps": trainer.optimizer.skipped_steps,
         **trainer.rounds(), **_learned(trainer.optimizer), **_suspected(trainer),
+        **_late(trainer, row["seconds"]),
         **({"own_parameters": True} if not getattr(trainer.optimizer, "synchronized", True) else {}),
         "replicas_equal": len(set(fingerprints)) == 1, "parameters_crc32": fingerprints[0],
         **made_here(trainer.comm), "devices": trainer.devices, "optimizer": trainer.optimizer.identity(),
@@ -171,6 +174,12 @@ def _suspected(trainer: "Trainer") -> dict[str, Any]:
 
     found = suspicion_of(trainer.optimizer, trainer.comm)
     return {} if found is None else {"suspicion": found}
+
+
+def _late(trainer: "Trainer", seconds: float) -> dict[str, Any]:
+    """Return for whom ranks have waited in steps of so many seconds, where they meet. Collective."""
+    own = trainer.position()["seconds"]
+    return trainer.waiting.summary(seconds, own["data"] + own["compute"], rounds=bool(trainer.config.fragments))
 
 
 def _of_preconditioner(summary: dict[str, Any]) -> str:
@@ -208,6 +217,7 @@ def _table(summary: dict[str, Any]) -> str:
           for _ in range("rounds" in summary)],
         *[("preconditioner", _of_preconditioner(summary)) for _ in range("updates" in summary)],
         *[("left out", suspects(summary["suspicion"])) for _ in range("suspicion" in summary)],
+        *zip(chain(["who is slow"], repeat("")), summary.get("lateness", {}).get("lines", []), strict=False),
         *(("computed on", f"{text} ({ranks})") for text, ranks in summary["devices"].items()),
         ("replicas", _replicas(summary)),
         ("written to", summary["config"]["out"]),

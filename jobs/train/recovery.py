@@ -96,6 +96,8 @@ class Interruptible:
             return 0
         start = self._training.resume(self._store, self.comm, policy=self._policy)
         changed = self.trainer.go_on(start, self._training.document) if start else []
+        if start:
+            self.trainer.waiting.load(self.config.out)
         if start == self.config.steps:
             self.finished = self.folder.finished(PROOF)
         if self.finished is not None:
@@ -119,6 +121,8 @@ class Interruptible:
                 all_are_here(self.comm)  # so that nothing is saved that a death has spoiled
             background = bool(config.save_in_background) and not ends
             self._training.save(self._store, self.comm, step, document=self.trainer.position(), background=background)
+            with self.folder.writing():
+                self.trainer.waiting.save(config.out)
         if not ends or step == config.steps:
             return False
         self.stopped = self._stopper.reason or f"after {config.stop_after} steps of this launch"

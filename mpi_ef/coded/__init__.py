@@ -1,9 +1,15 @@
 """Coded computing: redundant work and a code let a step end without the slowest ranks. It knows no torch."""
 
-from .codes import Cyclic, FractionalRepetition, GradientCode, code_of
+from .blocks import Blocks, code_for
+from .codes import Cyclic, FractionalRepetition, GradientCode
 from .gradients import CodedGradients
+from .schemes import GC, MSGC, SRSGC, Scheme, Task, scheme_of
+from .sequential import Schedule, scheduled
 from .serve import Served, serve
+from .simulator import Run, choose, gilbert_elliott, profile_of, simulate
+from .texts import code_of
 from .wire import Decoded, Order
 
-__all__ = ["CodedGradients", "Cyclic", "Decoded", "FractionalRepetition", "GradientCode", "Order", "Served", "code_of",
-           "serve"]
+__all__ = ["GC", "MSGC", "SRSGC", "Blocks", "CodedGradients", "Cyclic", "Decoded", "FractionalRepetition", "GradientCode",
+           "Order", "Run", "Schedule", "Scheme", "Served", "Task", "choose", "code_for", "code_of", "gilbert_elliott",
+           "profile_of", "scheduled", "scheme_of", "serve", "simulate"]

@@ -52,20 +52,23 @@ class Decider:
         self._computed, self._firsts = 0.0, 0  # seconds of the first answers of steps, and how many these are
         self._heard = self._bad = 0  # masks of this step
         self.open = False  # a step has begun
-        self.step = self.late = self.not_finite = 0
+        self.step = self.late = self.not_finite = self._restored = 0
         self.parity = 0.0
 
-    def restore(self, rows: Vector, step: int) -> None:
+    def restore(self, rows: Vector | None, step: int) -> None:
         """Go on from the rows and step of another one; workers are told theirs, with their next order."""
-        self.rows[:], self.step = rows, step
-        self._knows_row = 0 if self._codec is not None else self._knows_row
+        self.step, self._restored, self.open = step, self._restored + 1, False
+        if rows is not None:
+            self.rows[:] = rows
+            self._knows_row = 0 if self._codec is not None else self._knows_row
+        self.twins, self.lateness = Twins(self.code, self.n), Lateness(self.n)
 
     def begin(self, x: Vector, extras: Sequence[float] | Numbers) -> Frame:
         """Send the order of the next step to those that are free, and return it."""
         if self._newest is not None:
             self.server.drop(self._newest)
         self._newest = frame = self.server.frame()
-        self._layout.write_order(frame, self.step, x, extras)
+        self._layout.write_order(frame, self.step, x, extras, restored=self._restored)
         self._heard = self._bad = 0
         self.open = True
         self.lateness.begin(self.step)
@@ -83,7 +86,7 @@ class Decider:
         """Wait for enough answers, and return the sum."""
         while not self.server.wait(self.enough, self.take):
             problem = self._silence()
-            if self._on_silence == "raise" or isinstance(problem, NonFiniteError):
+            if self._on_silence == "raise" or not isinstance(problem, SilenceError):
                 raise problem
             if self._on_silence == "approximate" and self._heard:
                 break
@@ -116,7 +119,7 @@ class Decider:
         """Let workers end with these parameters; return the ranks that do not."""
         self.open = False
         last = self.server.frame()
-        self._layout.write_order(last, self.step, x, extras)
+        self._layout.write_order(last, self.step, x, extras, restored=self._restored)
         return self.server.close(last, self.take, self._subject)
 
     def _usable(self) -> int:
@@ -131,13 +134,15 @@ class Decider:
             return
         if not self._knows_row >> i & 1:
             frame = self.server.frame()
-            self._layout.write_order(frame, self.step, self.rows[i], (), ROW)
+            self._layout.write_order(frame, self.step, self.rows[i], (), restored=self._restored, flags=ROW)
             self.server.also(rank, frame)
             self.server.drop(frame)
             self._knows_row |= 1 << i
         self.server.order(rank, self._newest)
 
     def _take_answer(self, i: int, frame: Frame) -> None:
+        if self._layout.restored_of(frame) != self._restored:
+            return  # of an order from before
         flags, said, seconds = self._layout.read_answer(frame)
         in_time = self.open and frame.step == self.step
         self.late += not in_time
@@ -210,7 +215,7 @@ class Decider:
         self.parity = max(self.parity, float(np.linalg.norm(self._sum)) / size if size else 0.0)
         self._sum[:] = keep
 
-    def _silence(self) -> SilenceError | NonFiniteError:
+    def _silence(self) -> SilenceError | NonFiniteError | DisagreementError:
         """Return the error where too few have answered."""
         here = f"{self._usable().bit_count()} of {self.n} are here"
         needed = (f"{self.code.votes} of each {self.code.s + 1} twins needed" if isinstance(self.code, FractionalRepetition)
@@ -220,10 +225,16 @@ class Decider:
             ranks = tuple(self.ranks[i] for i in members(self._bad))
             return NonFiniteError(f"{self._subject}: {ranks_text(ranks)} sent NaN or Inf, or what twins did not, in step "
                                   f"{self.step}; {needed}, {here}; take a smaller learning rate, or look for the NaN", ranks)
-        silent = [rank for rank in self.ranks if not self._answered(rank)]
-        return SilenceError(f"{self._subject}: {self.server.listed(silent)} silent for {self.server.patience_seconds:g} s "
-                            f"at step {self.step}; {needed}, {here}; start again without them, from what was saved",
-                            tuple(silent))
+        missing = [rank for rank in self.ranks if not self._answered(rank)]
+        if not missing:
+            return DisagreementError(f"{self._subject}: too few workers agree at step {self.step}; {needed}, {here}; look "
+                                     f"for what makes {sorted(self.twins.wrong)} compute something else")
+        ended = [rank for rank in missing if rank in self.server.ended]
+        silent = [rank for rank in missing if rank not in self.server.ended]
+        why = [f"{self.server.listed(silent)} silent for {self.server.patience_seconds:g} s"] if silent else []
+        why += [f"{self.server.listed(ended)} ended before"] if ended else []
+        return SilenceError(f"{self._subject}: {', '.join(why)}, at step {self.step}; {needed}, {here}; start again without "
+                            "them, from what was saved", tuple(missing))
 
     def _answered(self, rank: int) -> bool:
         return bool((self._heard | self._bad) >> self._number[rank] & 1)

@@ -130,7 +130,7 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         self._codec = self.compressor.codec(self.d, self.dtype)
         self._kernels, self._ends, self._hashed = backend(self.dtype, "cpu"), np.array([0, self.d]), np.zeros(1, np.uint64)
         self._frame: Frame | None = None  # of the order that is computed, on the server of its answer
-        self._began, self._step = 0.0, 0
+        self._began, self._step, self._restored = 0.0, 0, 0
         self.h = np.zeros(self.d if self.worker is not None and self._compresses else 0, self.dtype)
         self._knows = False  # whether h is the server's row
         if self.is_server:
@@ -247,14 +247,11 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         Without rows workers begin with whole answers.
         """
         decider = self._deciding("restore")
-        if rows is None:
-            decider.step = step
-            return
-        if np.shape(rows) != decider.rows.shape:
+        if rows is not None and np.shape(rows) != decider.rows.shape:
             raise OptionError(f"{self._name}: rows have shape {np.shape(rows)}; with n={self.n} workers it is "
                               f"{decider.rows.shape}; leave them out, and workers begin anew")
         decider.restore(rows, step)
-        if self.h.size:
+        if self.h.size and rows is not None:
             self.h[:], self._knows = rows[self.worker], True
 
     def orders(self) -> Iterator[Order]:
@@ -358,7 +355,7 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
             raise OptionError(f"{self._name}: {len(extras)} extras; it was built for {count}")
 
     def _order_of(self, frame: Frame) -> Order:
-        self._step, self._began = frame.step, self._now()
+        self._step, self._began, self._restored = frame.step, self._now(), self._layout.restored_of(frame)
         x, extras = self._layout.x_of(frame), self._layout.order_extras_of(frame)
         x.flags.writeable = extras.flags.writeable = False
         worker = self.worker or 0
@@ -379,4 +376,5 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
             wire = self._layout.compressed_of(frame)
             self._codec.encode(source(lazy(vector) - self.h), wire, step=self._step, rank=self.worker or 0)
             self._codec.add_encoded(wire, self.h)
-        return self._layout.write_answer(frame, flags, int(self._hashed[0]), self._now() - self._began, extras)
+        return self._layout.write_answer(frame, flags, int(self._hashed[0]), self._now() - self._began, extras,
+                                         restored=self._restored)

@@ -18,7 +18,10 @@ from mpi_ef.compress.compressor import words
 
 __all__ = ["NOT_FINITE", "ROW", "WHOLE", "Decoded", "Layout", "Numbers", "Order"]
 
-WHOLE, NOT_FINITE, ROW = 1, 2, 4  # flags: of an answer, m_i itself, or none; of an order, x is the row of that worker
+# Flags: of an answer, m_i itself, or none; of an order, x is the row of that worker. Above them is how often the server was
+# restored: an answer has that of its order.
+WHOLE, NOT_FINITE, ROW = 1, 2, 4
+_BITS = 8
 _HEAD = 24  # of an answer
 
 Vector = NDArray[Any]
@@ -100,16 +103,21 @@ class Layout:
     def _whole_nbytes(self) -> int:
         return words(self.d * self.dtype.itemsize)
 
-    def write_order(self, frame: Frame, step: int, x: Vector, extras: Sequence[float] | Numbers, flags: int = 0) -> None:
+    def write_order(self, frame: Frame, step: int, x: Vector, extras: Sequence[float] | Numbers, *, restored: int,
+                    flags: int = 0) -> None:
         """Fill a frame with an order; without extras these are zero."""
         frame.step = step
-        frame.wire[:8].view(np.uint64)[0] = flags
+        frame.wire[:8].view(np.uint64)[0] = flags | restored << _BITS
         self.order_extras_of(frame)[:] = extras if len(extras) else 0.0
         self.x_of(frame)[:] = x
 
     def is_row(self, frame: Frame) -> bool:
         """Tell whether x of an order is a row."""
         return bool(int(frame.wire[:8].view(np.uint64)[0]) & ROW)
+
+    def restored_of(self, frame: Frame) -> int:
+        """Return how often the server was restored before an order, or before that of an answer."""
+        return int(frame.wire[:8].view(np.uint64)[0]) >> _BITS
 
     def x_of(self, frame: Frame) -> Vector:
         """Return x of an order, a view."""
@@ -121,10 +129,10 @@ class Layout:
         """Return the extras of an order, a view."""
         return frame.wire[8 : 8 + 8 * self.order_extras].view(np.float64)
 
-    def write_answer(self, frame: Frame, flags: int, said: int, seconds: float,
-                     extras: Sequence[float] | Numbers) -> int:
+    def write_answer(self, frame: Frame, flags: int, said: int, seconds: float, extras: Sequence[float] | Numbers, *,
+                     restored: int) -> int:
         """Fill all but the payload; return how many bytes of the wire the answer takes."""
-        frame.wire[:16].view(np.uint64)[:] = flags, said
+        frame.wire[:16].view(np.uint64)[:] = flags | restored << _BITS, said
         frame.wire[16:24].view(np.float64)[0] = seconds
         self.answer_extras_of(frame)[:] = extras
         payload = 0 if flags & NOT_FINITE else self._whole_nbytes if flags & WHOLE else self.compressed_nbytes
@@ -133,7 +141,7 @@ class Layout:
     def read_answer(self, frame: Frame) -> tuple[int, int, float]:
         """Return flags, hash and seconds of an answer."""
         flags, said = frame.wire[:16].view(np.uint64)
-        return int(flags), int(said), float(frame.wire[16:24].view(np.float64)[0])
+        return int(flags) & (1 << _BITS) - 1, int(said), float(frame.wire[16:24].view(np.float64)[0])
 
     def answer_extras_of(self, frame: Frame) -> Numbers:
         """Return the coded extras of an answer, a view."""

@@ -136,23 +136,24 @@ class Lateness:
     def holding(self) -> NDArray[np.bool_]:
         """Return which workers held up the others in each of the rows, (m, n) bool; the rows of steps that are over.
 
-        That is: the delay was over 1.5 times the median of the step, at least half of its largest, and over a tenth of the mean
-        over rows of their largest; or no answer came in a step in which those of half of the workers did.
+        That is: the delay was over 1.5 times the median of the step, at least half of its largest, and over a tenth of the
+        mean over rows of their largest; or no answer came in a step in which those of half of the workers did.
         """
         rows = self._over()
         if not len(rows):
             return np.zeros((0, self.n), bool)
         came = np.isfinite(rows)
         largest = np.where(came, rows, np.float32(0)).max(axis=1, keepdims=True)
-        held: NDArray[np.bool_] = (rows > FACTOR * self._medians(rows)) & (rows >= largest / 2)
-        return held & (rows > FLOOR * largest.mean())
+        long = rows > np.maximum(FACTOR * self._medians(rows), FLOOR * largest.mean())
+        held: NDArray[np.bool_] = long & (rows >= largest / 2)
+        return held
 
     def would_save(self, s: int) -> float:
         """Return how many seconds less all steps would have taken if nobody had waited for the last s workers of each.
 
-        That is, over all steps, the largest delay less the (n - s)-th in order, and less s `part_seconds`, where that is known.
-        Answers that have not come count as if they had come with the last one that has, so it is never too much. It is negative
-        where the code costs more than it saves. Cost: keep n log n.
+        That is, over all steps, the largest delay less the (n - s)-th in order, and less s `part_seconds`, where that is
+        known. Answers that have not come count as if they had come with the last one that has, so this is never too much. It
+        is negative where the code costs more than it saves. Cost: keep n log n.
         """
         s = whole("Lateness.would_save", 0, f"there are {counted(self.n, 'worker')}", most=self.n - 1, s=s)
         sums = self._ordered_sums()
@@ -167,8 +168,20 @@ class Lateness:
         s = -max(savings)[1]
         return s, self.would_save(s)
 
-    def lines(self, seconds: float, names: Sequence[str] = (), s: int = 0) -> list[str]:
-        """Return what there is to say at the end of a run, in plain lines; none where all workers are alike.
+    def waited(self) -> float:
+        """Return how many seconds less all steps would have taken if no worker were slower than the one in the middle."""
+        sums = self._ordered_sums()
+        return float(sums[-1] - sums[(self.n - 1) // 2])
+
+    def slow(self) -> list[int]:
+        """Return which workers hold up the others in more steps than others do, the most often first."""
+        held = self.holding()
+        counts, least = held.sum(axis=0), max(_FEWEST, _WORTH * len(held))
+        fair = counts.sum() * min(_OFTEN / self.n, (1 + 1 / self.n) / 2)
+        return [i for i in np.argsort(-counts, kind="stable").tolist() if counts[i] >= max(least, fair)]
+
+    def lines(self, seconds: float, names: Sequence[str] = (), *, s: int = 0, steps: str = "steps") -> list[str]:
+        """Return what there is to say at the end of a run, in plain lines; none where nobody has waited long.
 
         Parameters
         ----------
@@ -177,24 +190,24 @@ class Lateness:
         names : sequence of str, optional
             Of the workers; without: "rank 0" and so on.
         s : int
-            Of the code that was in use: what it has saved is not what another one would have saved.
+            Of the code that was in use: what it has saved is said, not what another one would have saved.
+        steps : str
+            What a row is of.
         """
         within("Lateness.lines", "[0, inf)", "the time of all steps", seconds=seconds)
-        names, lines = names or [f"rank {i}" for i in range(self.n)], list[str]()
-        best, saved = (s, self.would_save(s)) if s else self.best()
-        if saved > 0 and saved >= _WORTH * seconds > 0:
+        names, lines, waited = names or [f"rank {i}" for i in range(self.n)], list[str](), self.waited()
+        if waited >= _WORTH * seconds and waited > 0 < seconds:
             holding, rows = self.holding(), self._over()
-            held, by = holding.sum(axis=0), rows - self._medians(rows)
-            fair = held.sum() * min(_OFTEN / self.n, (1 + 1 / self.n) / 2)
-            of_steps = "of steps" if len(rows) == self.steps else f"of the last {len(rows)} steps"
-            for i in np.argsort(-held, kind="stable").tolist():
-                if held[i] >= max(_FEWEST, fair, _WORTH * len(rows)):
-                    seen = by[holding[:, i] & np.isfinite(by[:, i]), i]
-                    later = f", by {_short(float(np.median(seen)))} s (median)" if seen.size else ""
-                    lines.append(f"{names[i]} is last in {_share(held[i] / len(rows))} {of_steps}{later}")
-            text = (f"s={best} {'has' if s else 'would have'} saved {_share(saved / seconds)} of {_short(seconds)} s"
-                    + f", not counting that each rank computes {best + 1} parts instead of 1" * (not self.part_seconds))
-            lines.append(text if lines else f"no rank is last more often than others; {text}")
+            held, by, slow = holding.sum(axis=0), rows - self._medians(rows), self.slow()
+            of = f"of {steps}" if len(rows) == self.steps else f"of the last {len(rows)} {steps}"
+            for i in slow:
+                seen = by[holding[:, i] & np.isfinite(by[:, i]), i]
+                later = f", by {_short(float(np.median(seen)))} s (median)" if seen.size else ""
+                lines.append(f"{names[i]} is last in {_share(held[i] / len(rows))} {of}{later}")
+            whom = "" if slow else ", and no rank is it clearly more often than others"
+            if not s:
+                lines.append(f"waiting for the last rank took {_share(waited / seconds)} of {_short(seconds)} s{whom}")
+            lines += self._of_code(seconds, s)
         for i, (late_ones, missing) in enumerate(zip(self.late.tolist(), self.missing.tolist(), strict=True)):
             if late_ones or missing:
                 lines.append(f"{names[i]}: of {counted(self.steps, 'answer')} {late_ones} came late, {missing} not at all")
@@ -217,26 +230,43 @@ class Lateness:
 
         Raises
         ------
-        ShapeError
-            Where it is of another number of workers.
+        ShapeError, OptionError
+            Where it is of another number of workers, or something else; nothing is changed then.
         """
-        rows = np.asarray(state["rows"], np.float32)
-        if rows.ndim != 2 or rows.shape[1] != self.n:
-            raise ShapeError(f"Lateness: a state of {counted(rows.shape[-1], 'worker')} with {self.n} here; begin anew")
-        self.steps, self.part_seconds = int(np.asarray(state["steps"])), float(np.asarray(state["part_seconds"]))
-        for name, array in (("in_time", self.in_time), ("late", self.late), ("sums", self._sums)):
-            array[...] = np.asarray(state[name])
+        if lacking := [name for name in self.state_dict() if name not in state]:
+            raise OptionError(f"Lateness: the state has no {lacking[0]}; load what state_dict() has returned")
+        found = {name: np.asarray(state[name]) for name in self.state_dict()}
+        rows, late = found["rows"], found["late"]
+        if late.shape != (self.n,):
+            raise ShapeError(f"Lateness: a state of {counted(late.size, 'worker')} with {self.n} here; begin anew")
+        m = len(rows) if rows.ndim else 0
+        shapes = {"rows": (m, self.n), "numbers": (m,), "firsts": (m,), "steps": (), "part_seconds": ()}
+        for name, array in found.items():
+            if array.shape != (shape := shapes.get(name, (self.n,))):
+                raise ShapeError(f"Lateness: {name} of the state has shape {array.shape}, not {shape}; load what "
+                                 "state_dict() has returned")
+        self.steps, self.part_seconds = int(found["steps"]), float(found["part_seconds"])
+        self.in_time[:], self.late[:], self._sums[:] = found["in_time"], late, found["sums"]
         self._begun, kept = 0, min(self.keep, len(rows))
         for row in rows[: len(rows) - kept]:
             self._add_up(row, self._sums)
         self._delays[:kept], self._open[:] = rows[len(rows) - kept:], False
-        self._names[:kept] = np.asarray(state["numbers"])[len(rows) - kept:]
-        self._firsts[:kept] = np.asarray(state["firsts"])[len(rows) - kept:]
+        self._names[:kept] = found["numbers"][len(rows) - kept:]
+        self._firsts[:kept] = found["firsts"][len(rows) - kept:]
         self._begun = kept
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {"delays": self._delays, "names": self._names, "firsts": self._firsts, "open": self._open, "sums": self._sums,
                 "in_time": self.in_time, "late": self.late}
+
+    def _of_code(self, seconds: float, s: int) -> list[str]:
+        best, saved = (s, self.would_save(s)) if s else self.best()
+        free = "" if self.part_seconds else f", not counting that each rank computes {best + 1} parts instead of 1"
+        if s:
+            return [f"s={s} has saved {_short(max(0.0, saved))} s, in steps that took {_short(seconds)} s{free}"]
+        if saved < _WORTH * seconds:
+            return ["no code would have saved much: what it has each rank compute takes longer than waiting"]
+        return [f"s={best} would have saved {_share(saved / seconds)} of {_short(seconds)} s{free}"]
 
     def _order(self) -> NDArray[np.intp]:
         """Return the places of the rows, the newest last."""

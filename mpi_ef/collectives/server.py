@@ -12,12 +12,14 @@ server's receives are posted all the time, and it looks at what has come and res
 
 import atexit
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from socket import gethostname
 
 from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import counted, say
+from mpi_ef.errors import PeerError, counted, say
 from mpi_ef.runtime.ending import abort
 
 from .late import Frame, Late
@@ -25,6 +27,7 @@ from .late import Frame, Late
 __all__ = ["Server", "Worker", "host_of"]
 
 LAST = -(2**62)  # the step of the last order is this one and the number of steps
+_FAILED, _DROPPED = LAST - 1, LAST - 2  # those of orders after which there are no more: an error, or the server was dropped
 _LONGEST_LOOK = 0.1  # seconds between two looks that count as waiting: a server that was stopped itself has not waited
 
 
@@ -63,9 +66,10 @@ class Server:
         self.now: Callable[[], float] = self._late.now
         self.under_way: dict[int, int] = {}
         self.since: dict[int, float] = {}
-        self._ended: set[int] = set()
+        self.ended: set[int] = set()  # workers that have sent their last answer
         self._waits_for: set[int] = set()  # for whom MPI would wait at its end
         self.closed = False
+        self._dropped = weakref.finalize(self, _send_all, self._late, tuple(hosts), _DROPPED)
 
     @property
     def sent_nbytes(self) -> int:
@@ -87,7 +91,7 @@ class Server:
 
     def free(self, rank: int) -> bool:
         """Tell whether a worker has answered what it was given."""
-        return rank not in self.under_way and rank not in self._late.gone and rank not in self._ended
+        return rank not in self.under_way and rank not in self._late.gone and rank not in self.ended
 
     def order(self, rank: int, frame: Frame) -> None:
         """Give a worker that is free its next order."""
@@ -103,7 +107,7 @@ class Server:
         arrived = self._late.poll()
         for rank, frame in arrived:
             if frame.step < 0:
-                self._ended.add(rank)
+                self.ended.add(rank)
             self.under_way.pop(rank, None)
         return arrived
 
@@ -176,17 +180,13 @@ class Server:
                     told.add(rank)
                     self.order(rank, last)
             now = self.now()
-            open_ones = [rank for rank in self.under_way if rank not in self._late.gone and rank not in self._ended]
+            open_ones = [rank for rank in self.under_way if rank not in self._late.gone and rank not in self.ended]
             if all(now - self.since[rank] > self.patience_seconds for rank in open_ones):
                 break
         self.closed = True
-        self._waits_for = set(self.hosts) - self._ended
-        for rank in sorted(self._ended):
-            verdict = self._late.frame()
-            verdict.wire[:] = 0
-            verdict.step = LAST + len(self._waits_for)
-            self._late.send(rank, verdict)
-            self._late.drop(verdict)
+        self._dropped.detach()
+        self._waits_for = set(self.hosts) - self.ended
+        _send_all(self._late, sorted(self.ended), LAST + len(self._waits_for))
         if self._waits_for:
             atexit.register(self.leave)
             say(sys.stderr, f"mpi-ef: {subject}: {self.listed(self._waits_for)} did not come to the end; MPI_Finalize would "
@@ -203,15 +203,17 @@ class Server:
         atexit.unregister(self.leave)
         if (mpi := mpi_of(self._comm)) is None or not self._waits_for or mpi.Is_finalized():
             return
-        self._late.meet(sorted(self._ended), self.patience_seconds)
+        self._late.meet(sorted(self.ended), self.patience_seconds)
         abort(mpi.COMM_WORLD, status)
 
     def abandon(self) -> None:
-        """Wait for nobody: after an error. At the end of Python all processes are ended."""
+        """Wait for nobody: after an error. Workers are told, and at the end of Python all processes are ended."""
         if not self.closed:
             self.closed = True
-            self._waits_for = set(self.hosts) - self._ended
-            self._ended.clear()
+            self._dropped.detach()
+            _send_all(self._late, tuple(self.hosts), _FAILED)
+            self._waits_for = set(self.hosts) - self.ended
+            self.ended.clear()
             self._late.close()
             if self._waits_for:
                 atexit.register(self.leave)
@@ -237,6 +239,7 @@ class Worker:
         self._late = Late(comm, [server], answer_nbytes, order_nbytes, number)
         self.now: Callable[[], float] = self._late.now
         self.closed = False
+        self._dropped = weakref.finalize(self, _send_all, self._late, (server,), LAST)
 
     @property
     def sent_nbytes(self) -> int:
@@ -247,12 +250,28 @@ class Worker:
         """Wait for the next order, however long that takes; its step is negative where it is the last one.
 
         The caller is its one user.
+
+        Raises
+        ------
+        PeerError
+            The server has failed, or is dead. It has time to save something, and to end all processes, before.
         """
         while not (arrived := self._late.poll()):
             if self._server in self._late.gone:
-                raise ConnectionError(f"the server, rank {self._server}, is dead")
+                raise PeerError(f"worker {self._comm.Get_rank()}: the server, rank {self._server}, is dead; start again "
+                                "from what it has saved")
             self._late.rest()
-        return arrived[0][1]
+        frame = arrived[0][1]
+        if frame.step == _DROPPED:
+            raise PeerError(f"worker {self._comm.Get_rank()}: the server, rank {self._server}, has gone without close(); "
+                            "call it when its work is done")
+        if frame.step == _FAILED:
+            end = self.now() + self.patience_seconds
+            while self.now() < end:
+                self._late.rest()
+            raise PeerError(f"worker {self._comm.Get_rank()}: the server, rank {self._server}, has failed; see what it "
+                            "has said")
+        return frame
 
     def frame(self) -> Frame:
         """Return a frame for an answer, with one user."""
@@ -271,12 +290,9 @@ class Worker:
         if self.closed:
             return
         self.closed = True
-        last = self._late.frame()
-        last.wire[:] = 0
-        last.step = LAST
+        self._dropped.detach()
         self._late.listen(self._server)
-        self._late.send(self._server, last)
-        self._late.drop(last)
+        _send_all(self._late, (self._server,), LAST)
         verdict = self.next()
         if verdict.step != LAST:
             atexit.register(self.leave)
@@ -292,3 +308,13 @@ class Worker:
         if (mpi := mpi_of(self._comm)) is not None and not mpi.Is_finalized():
             self._late.meet([self._server], self.patience_seconds)
 
+
+def _send_all(late: Late, ranks: Iterable[int], step: int) -> None:
+    """Send an empty message with such a step."""
+    with suppress(Exception):  # of MPI, at its end
+        frame = late.frame()
+        frame.wire[:] = 0
+        frame.step = step
+        for rank in ranks:
+            late.send(rank, frame)
+        late.drop(frame)

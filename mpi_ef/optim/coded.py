@@ -1,10 +1,7 @@
 """Any torch optimizer on one rank, with gradients of which those of the slowest workers are not waited for."""
 
-import atexit
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from inspect import Parameter, signature
 from typing import Any
 
 import numpy as np
@@ -16,19 +13,17 @@ from torch.optim import Optimizer
 from mpi_ef.buffers import broadcast_buffers
 from mpi_ef.coded import CodedGradients, Decoded, GradientCode, Order
 from mpi_ef.collectives import Lateness
-from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity, for_parameters
 from mpi_ef.compress.combination import Vector
-from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError, briefly, counted, say
+from mpi_ef.errors import MpiEfError, NonFiniteError, OptionError, counted
 from mpi_ef.ranges import whole, within
 from mpi_ef.vectors import FlatParameters
 from mpi_ef.vectors.places import host_copy, on_host
 
-from .flat import FlatOptimizer
-from .groups import Listed, check_options, described, hyper_parameters, names_of
-from .parts import Part, Statistics, alone_at_random, seed_of
+from .groups import Listed, described, hyper_parameters, names_of
+from .parts import Part, Statistics, alone_at_random, check_inner, seed_of
 from .writes import Writes
 
 __all__ = ["CodedOptimizer"]
@@ -88,6 +83,8 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         Ranks that have not come to the end. Of the server.
     skipped_steps : int
         Steps in which no part had any samples. Of the server.
+    is_server : bool
+        Whether this rank decides.
     coded : CodedGradients
 
     Raises
@@ -113,13 +110,15 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         self.loss, self.missing = float("nan"), tuple[int, ...]()
 
         def facts() -> Mapping[str, object]:
-            self._check_arguments()
-            check_options(optimizer)
+            check_inner(name, optimizer)
+            whole(name, 0, "0 is usual", seed=seed)
+            within(name, "[0, inf)", "0 for no limit", clip=clip)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            self._named, self._listed = names_of(optimizer, model), Listed(optimizer)
+            self._listed = Listed(optimizer)
             self.flat, self._statistics = FlatParameters(parameters), Statistics(name, model)
-            return {**described(parameters, self._named), "the optimizer": type(optimizer).__name__, "seed": seed,
-                    "clip": clip, "hyper-parameters": hyper_parameters(optimizer), "statistics": self._statistics.described,
+            names = names_of(optimizer, model)
+            return {**described(parameters, names), "the optimizer": type(optimizer).__name__, "seed": seed, "clip": clip,
+                    "hyper-parameters": hyper_parameters(optimizer), "statistics": self._statistics.described,
                     "whether a model is given": isinstance(model, nn.Module)}
 
         agree(comm, name, facts, "build the same model and optimizer on every rank")
@@ -129,35 +128,19 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         self._statistics.settle()
         self._writes = Writes(self.flat)
         shapes = tuple(tuple(p.shape) for p in self.flat.parameters)
-        bound = None if compressor is None else for_parameters(compressor, shapes)
-        self._compresses = bound is not None and bound != Identity()
+        bound = Identity() if compressor is None else for_parameters(compressor, shapes)
+        self._compresses = bound != Identity()
         self._extras = np.zeros(2 + len(shapes) + self._statistics.count)  # samples, loss, which had a gradient, statistics
         self.coded = CodedGradients(comm, self.flat.d, self.flat.dtype, code, bound, extras=self._extras.size,
                                     order_extras=self._statistics.count, dedicated=dedicated, on_silence=on_silence,
                                     patience_seconds=patience_seconds, twins=twins)
+        kernels = self.flat.kernels
+        self._host: Vector = kernels.on_host(0 if self.flat.device == "cpu" else self.flat.d, self.flat.dtype)
+        self.is_server = self.coded.is_server
         self._order: Order | None = None
         self._sent: NDArray[np.float64] = np.empty(0)  # the statistics of the order
         self._looping = self._open = self._inside = self._begun = self._failed = self._answered = False
         self._computed = -1  # parts of this order; -1 before they are asked for
-
-    def _check_arguments(self) -> None:
-        name, optimizer = self._name, self.optimizer
-        if isinstance(optimizer, FlatOptimizer) or not isinstance(optimizer, Optimizer):
-            what = f"{type(optimizer).__name__}, which exchanges already" if isinstance(optimizer, FlatOptimizer) else \
-                f"{briefly(optimizer)}"
-            raise OptionError(f"{name}: optimizer is {what}; pass a torch optimizer, for example "
-                              "SGD(model.parameters(), lr=0.1)")
-        closure = signature(optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is Parameter.empty:
-            raise OptionError(f"{name}: {type(optimizer).__name__} evaluates the model several times in a step; take an "
-                              "optimizer whose step needs no closure")
-        whole(name, 0, "0 is usual", seed=self.seed)
-        within(name, "[0, inf)", "0 for no limit", clip=self.clip)
-
-    @property
-    def is_server(self) -> bool:
-        """Whether this rank decides."""
-        return self.coded.is_server
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -183,7 +166,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         """Yield the numbers of steps, from 0, or what was loaded, up to `steps`; on workers of those that they are given.
 
         At the end all ranks have the last parameters. When the server leaves the loop before, workers end as well; after an
-        error that is not caught all ranks end. A worker that leaves before is missing from then on.
+        error that is not caught all ranks end. A worker that leaves before counts as silent from then on.
 
         Raises
         ------
@@ -222,7 +205,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         self._failed = False
 
     def _work(self) -> Iterator[int]:
-        self._looping, ended = True, False
+        self._looping = True
         try:
             for order in self.coded.orders():
                 self._load(order.x, order.extras)
@@ -231,26 +214,15 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
                 yield order.step
                 self._check_over()
             self._load(*self.coded.last)
-            ended = True
         finally:
             self._looping = self._open = False
-            if not ended and mpi_of(self.comm) is not None:
-                atexit.register(self._leave_early)  # not reached where an error ends all ranks
-
-    def _leave_early(self) -> None:
-        """Answer nothing but that there is nothing, until the server has closed."""
-        say(sys.stderr, f"mpi-ef: {self._name}: rank {self.coded.rank} has left steps() in step {self.done}, before its "
-                        "end; it counts as missing, and waits for the others\n")
-        nothing, extras = np.full(self.flat.d, np.nan, self.flat.dtype), np.zeros_like(self._extras)
-        if not self._answered:
-            self.coded.answer(nothing, extras)
-        for _ in self.coded.orders():
-            self.coded.answer(nothing, extras)
 
     def _load(self, x: Vector, statistics: Sequence[float] | NDArray[np.float64]) -> None:
         """Let parameters and statistics be those of the server. Local."""
         self._writes.adopt()
-        self.flat.values[:] = x
+        if self._host.size:
+            self._host[:] = x
+        self.flat.values[:] = self._host if self._host.size else x
         self.flat.write_back()
         self._writes.settle()
         self._statistics.write(statistics)
@@ -275,10 +247,11 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
             again = f"were asked for already in step {self.done}; ask once, and call step() after them" if self._open else \
                 "there are inside of a loop over steps() alone"
             raise OptionError(f"{self._name}: parts {again}")
+        self._computed = 0
         return iter(()) if self._order is None else self._parts(self._order)
 
     def _parts(self, order: Order) -> Iterator[Part]:
-        self._inside, self._computed = True, 0
+        self._inside = True
         self.flat.zero_gradients()
         self._extras[:] = 0
         marks = self._marks()

@@ -15,6 +15,7 @@ from mpi_ef.errors import DisagreementError, PeerError
 from mpi_ef.vectors import Mask
 
 from .line import Line
+from .waits import Waits
 
 __all__ = ["DONE", "WEIGHS", "Handshake", "check_order"]
 
@@ -46,6 +47,7 @@ class Handshake:
         self._table = self._answers.view(np.uint32).reshape(self._answers.size, -1)[:, :_BUT_THE_NORM]
         self._alike = False  # all ranks have sent the same, but for the norm
         self.steps = 0  # that were completed
+        self.waits = Waits(comm, f"{name}.lateness of optimizer {number}")
 
     def note(self, **fields: float) -> None:
         """Set `fields` of what is sent next. Local."""
@@ -66,10 +68,12 @@ class Handshake:
         answers = self._answers.view(np.uint8)
         if not self._line.gone:
             answers.fill(0xFF)  # no valid answer
-            self._line.allgather(self._mine, answers, lambda: f"step {self._fields['steps']} of {self._name}")
+            waited = self._line.allgather(self._mine, answers, lambda: f"step {self._fields['steps']} of {self._name}")
             self._alike = self._are_alike()
             if not self._alike:
                 self._line.gone = np.flatnonzero(self._answers["status"] == LEFT).tolist()
+            if self._alike or self.same("number"):
+                self.waits.note(waited, counts=self.all_at_work and not self._line.gone)
         if self._line.gone:
             last = self._answers[self._line.gone[0]]
             ours = last["status"] == LEFT and last["number"] == self._fields["number"]  # it sent after which step

@@ -38,6 +38,7 @@ class Line:
         self._mpi = mpi_of(comm)
         mpi_comm: Any = comm
         self._comm: Any = mpi_comm.Dup() if self._mpi else comm
+        self._now: Callable[[], float] = getattr(comm, "clock", perf_counter)  # virtual ranks have one of their own
         self._users = 0
         self._left: Any = None  # the request of a farewell
         self._farewell: Bytes | None = None  # of the optimizer that was the last to go
@@ -57,20 +58,22 @@ class Line:
             self._left = None
         self._users += 1
 
-    def allgather(self, mine: Bytes, answers: Bytes, what: Callable[[], str]) -> None:
-        """Send `mine` to all ranks and receive `answers`. Collective.
+    def allgather(self, mine: Bytes, answers: Bytes, what: Callable[[], str]) -> float:
+        """Send `mine` to all ranks, receive `answers`, and return how many seconds this rank has waited. Collective.
 
         A rank that waits for over a minute says on stderr in `what`, and for which ranks.
         """
         if self._mpi is None:
+            began = self._now()
             self._comm.Allgather(mine, answers)
-            return
+            return self._now() - began
         request, began, calls, told = self._comm.Iallgather(mine, answers), perf_counter(), 0, False
         while not request.Test():
             calls += 1
             if not told and calls % _LOOK_EVERY == 0 and perf_counter() - began > PATIENCE_SECONDS:
                 told = True
                 self._miss(request, what())
+        return perf_counter() - began
 
     def _miss(self, request: Any, what: str) -> None:
         """Say who waits for whom: ranks that wait tell each other."""

@@ -2,19 +2,36 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import Parameter, signature
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mpi_ef.errors import OptionError, briefly, told
 from mpi_ef.ranges import whole
-from mpi_ef.vectors.places import is_on_device, on_host, overwrite
+from mpi_ef.vectors.places import on_host, overwrite
 
-__all__ = ["Part", "Statistics", "alone_at_random", "seed_of"]
+from .flat import FlatOptimizer
+from .groups import check_options
+
+__all__ = ["Part", "Statistics", "alone_at_random", "check_inner", "seed_of"]
 
 Numbers = NDArray[np.float64]
+
+
+def check_inner(subject: str, optimizer: object) -> None:
+    """Raise `OptionError` unless this is an optimizer of torch whose step needs no closure. Local."""
+    if isinstance(optimizer, FlatOptimizer) or not isinstance(optimizer, Optimizer):
+        what = type(optimizer).__name__ if isinstance(optimizer, FlatOptimizer) else briefly(optimizer)
+        raise OptionError(f"{subject}: optimizer is {what}; pass one of torch's, such as SGD(model.parameters(), lr=0.1)")
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise OptionError(f"{subject}: {type(optimizer).__name__} evaluates the model several times in a step; take an "
+                          "optimizer whose step needs no closure")
+    check_options(optimizer)
 
 
 def seed_of(seed: int, step: int, part: int) -> int:
@@ -25,7 +42,7 @@ def seed_of(seed: int, step: int, part: int) -> int:
 @contextmanager
 def alone_at_random(device: torch.device) -> Iterator[None]:
     """Put torch's generators, of the CPU and of a device, back to where they were. Local."""
-    there = is_on_device(torch.empty(0, device=device))
+    there = device.type != "cpu"
     with torch.random.fork_rng([device] if there else [], device_type=device.type if there else "cuda"):
         yield
 

@@ -33,9 +33,9 @@ class Ended:
 READ_EARLY = ("MPI4PY_", "NUMBA_", "OMP_", "PYTHON")
 
 
-def start(n: int, *arguments: object, launcher: Sequence[str] = (), real: bool = False,
+def start(n: int, *arguments: object, launcher: Sequence[str] = (), before: Sequence[str] = (), real: bool = False,
           **environment: str) -> subprocess.Popen[str]:
-    """Start ``python ARGUMENTS`` on `n` ranks, with more options for the launcher.
+    """Start ``python ARGUMENTS`` on `n` ranks, with more options for the launcher, and what comes before Python.
 
     They are forks of a resident process, which saves their imports (see resident.py), unless `real` ones are asked for.
 
@@ -45,7 +45,7 @@ def start(n: int, *arguments: object, launcher: Sequence[str] = (), real: bool =
     _remove_folders_of_dead_launchers()
     real = real or any(name.startswith(READ_EARLY) for name in environment)
     environment = {"PYTHONUNBUFFERED": ""} | environment
-    command = [MPIEXEC, *launcher, "-n", str(n), *resident.command(*arguments, real=real)]
+    command = [MPIEXEC, *launcher, "-n", str(n), *before, *resident.command(*arguments, real=real)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                             env=os.environ | environment, start_new_session=True)
 

@@ -19,13 +19,14 @@ BLOCKS = FENCED.findall(TEXT)
 TRAINING = FENCED.findall((ROOT / "docs" / "training.md").read_text(encoding="utf-8"))
 RULES = FENCED.findall((ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8"))
 DEVICES = FENCED.findall((ROOT / "docs" / "gpu.md").read_text(encoding="utf-8"))
+STRAGGLERS = FENCED.findall((ROOT / "docs" / "stragglers.md").read_text(encoding="utf-8"))
 ROBUST = (ROOT / "docs" / "robust.md").read_text(encoding="utf-8").partition("\n## From rank to rank")[0]
 KINDS = {"python", "diff", "console", "text"}
 
 
 def programs():
     """The Python blocks as they are, and the diffs as the script that they lead to; not those for torchrun."""
-    for kind, body in BLOCKS + TRAINING + RULES + DEVICES:
+    for kind, body in BLOCKS + TRAINING + RULES + DEVICES + STRAGGLERS:
         if kind == "python" and "mpi4py" in body:
             yield body
         elif kind == "diff":
