@@ -52,7 +52,7 @@ ROOMS = {
                  "precondition checkpoint state", ""),
     "jobs": ("__init__ errors documents ranges registry kernels comm devices runtime slurm compress collectives feedback "
              "checkpoint state", "numpy torch matplotlib mpi4py tensorboard"),
-    "jobs.train": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback optim "
+    "jobs.train": ("__init__ errors documents moved registry kernels comm runtime compress collectives coded feedback optim "
                    "checkpoint state jobs", "numpy torch sklearn"),
     "jobs.bench": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback "
                    "checkpoint jobs", "numpy torch mpi4py"),

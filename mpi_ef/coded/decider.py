@@ -52,16 +52,20 @@ class Decider:
         self._computed, self._firsts = 0.0, 0  # seconds of the first answers of steps, and how many these are
         self._heard = self._bad = 0  # masks of this step
         self.open = False  # a step has begun
-        self.step = self.late = self.not_finite = self._restored = 0
+        self.step = self.late = self.not_finite = self.received_nbytes = self._restored = 0
         self.parity = 0.0
 
     def restore(self, rows: Vector | None, step: int) -> None:
         """Go on from the rows and step of another one; workers are told theirs, with their next order."""
         self.step, self._restored, self.open = step, self._restored + 1, False
-        if rows is not None:
-            self.rows[:] = rows
-            self._knows_row = 0 if self._codec is not None else self._knows_row
+        self.rows[:] = 0 if rows is None else rows
+        self._knows_row = 0 if self._codec is not None and rows is not None else mask_of(range(self.n))
         self.twins, self.lateness = Twins(self.code, self.n), Lateness(self.n)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether no step has begun."""
+        return self._newest is None
 
     def begin(self, x: Vector, extras: Sequence[float] | Numbers) -> Frame:
         """Send the order of the next step to those that are free, and return it."""
@@ -144,6 +148,8 @@ class Decider:
         if self._layout.restored_of(frame) != self._restored:
             return  # of an order from before
         flags, said, seconds = self._layout.read_answer(frame)
+        if self.ranks[i] != self._own:
+            self.received_nbytes += self._layout.answer_nbytes_of(flags)
         in_time = self.open and frame.step == self.step
         self.late += not in_time
         self.lateness.arrived(frame.step, i, self.server.now())

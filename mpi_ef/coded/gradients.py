@@ -196,6 +196,17 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         """Bytes that have left this rank so far."""
         return self.decider.server.sent_nbytes if self.is_server else self._link.sent_nbytes
 
+    @property
+    def received_nbytes(self) -> int:
+        """Bytes of answers that have come so far. Local, of the server."""
+        return self._deciding("received_nbytes").received_nbytes
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of a step, orders and answers of all workers together, if nothing is compressed."""
+        workers = self.n - (self.server in self.ranks)
+        return workers * (self._layout.order_nbytes + self._layout.answer_nbytes_of(WHOLE))
+
     def begin(self, x: Vector, extras: Sequence[float] | Numbers = ()) -> Order | None:
         """Send the order of the next step to all workers that are free. Return what the server itself is to compute, if any.
 
@@ -244,15 +255,17 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
     def restore(self, rows: Vector | None, step: int) -> None:
         """Go on from the rows, (n, d), and the step that were saved; workers are told their rows. Local, of the server.
 
-        Without rows workers begin with whole answers.
+        Without rows, before the first step, workers begin with whole answers.
         """
         decider = self._deciding("restore")
+        if rows is None and not decider.fresh:
+            raise OptionError(f"{self._name}: steps were made, and workers know their rows; pass the rows to go on from")
         if rows is not None and np.shape(rows) != decider.rows.shape:
             raise OptionError(f"{self._name}: rows have shape {np.shape(rows)}; with n={self.n} workers it is "
                               f"{decider.rows.shape}; leave them out, and workers begin anew")
         decider.restore(rows, step)
-        if self.h.size and rows is not None:
-            self.h[:], self._knows = rows[self.worker], True
+        if self.h.size:
+            self.h[:], self._knows = 0 if rows is None else rows[self.worker], rows is not None
 
     def orders(self) -> Iterator[Order]:
         """Yield what this worker is to compute, until the server has closed. Local, of workers.

@@ -135,6 +135,10 @@ class Layout:
         frame.wire[:16].view(np.uint64)[:] = flags | restored << _BITS, said
         frame.wire[16:24].view(np.float64)[0] = seconds
         self.answer_extras_of(frame)[:] = extras
+        return self.answer_nbytes_of(flags)
+
+    def answer_nbytes_of(self, flags: int) -> int:
+        """Return how many bytes of the wire an answer with these flags takes."""
         payload = 0 if flags & NOT_FINITE else self._whole_nbytes if flags & WHOLE else self.compressed_nbytes
         return self.payload_at + payload
 

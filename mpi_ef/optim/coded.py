@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,8 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         The mean over all samples of the last step. Of the server.
     missing : tuple of int
         Ranks that have not come to the end. Of the server.
+    waited : float
+        Seconds that the server has waited for answers.
     skipped_steps : int
         Steps in which no part had any samples. Of the server.
     is_server : bool
@@ -107,7 +110,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         check_not_freed(comm, name)
         self.optimizer, self.comm, self.seed, self.clip = optimizer, comm, seed, clip
         self.done = self.skipped_steps = 0
-        self.loss, self.missing = float("nan"), tuple[int, ...]()
+        self.loss, self.missing, self.waited = float("nan"), tuple[int, ...](), 0.0
 
         def facts() -> Mapping[str, object]:
             check_inner(name, optimizer)
@@ -309,7 +312,10 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         self._failed = True
         self._answer()
         if self.is_server:
-            self._update(self.coded.end())
+            began = perf_counter()
+            decoded = self.coded.end()
+            self.waited += perf_counter() - began
+            self._update(decoded)
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # noqa: SLF001  # else schedulers of workers warn
         self._failed = self._open = False
 
@@ -389,6 +395,11 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
             self.flat.load_masters(state["masters"])
         self.coded.restore(None if rows is None else on_host(rows).numpy(), state["done"])
         self.done, self.skipped_steps = state["done"], state["skipped_steps"]
+
+    def forget(self) -> None:
+        """Let workers begin with whole answers, whatever was loaded. Local, of the server, before the first step."""
+        self._refuse_on_workers("forget")
+        self.coded.restore(None, self.done)
 
     def _refuse_on_workers(self, call: str) -> None:
         if not self.is_server:
