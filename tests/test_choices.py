@@ -35,7 +35,7 @@ OTHER = {
     "compressor": [*choices.COMPRESSORS],
     "plan": ["my_plan:TrimmedMean(trim=0)"], "ratio": [0.3], "block": [64], "rank": [2], "freeze": [7], "local_steps": [7],
     "precondition": [*choices.PRECONDITIONS], "sides": ["inputs"], "precondition_every": [7], "statistics": ["bf16"],
-    "code": ["fr:1"], "dedicated": [True], "patience_seconds": [7.0], "on_silence": ["wait", "approximate"],
+    "code": ["cyclic:0"], "dedicated": [True], "patience_seconds": [7.0], "on_silence": ["wait", "approximate"],
     "fallback": [0.3], "exchange_every": [7], "decay": [0.7],
     "outer_lr": [0.7], "outer_momentum": [0.3], "fragments": [2], "late": [True],
     "overlap": [True], "per_parameter": [True], "values": [*choices.VALUES], "dense_steps": [7], "weight_decay": [0.3],
@@ -58,7 +58,7 @@ CONTEXTS = {
        for name in choices.RULES},
     "rounds": {"exchange_every": 4},
     "preconditioned": {"precondition": "blended"},
-    "coded": {"code": "fr:1"},
+    "coded": {"code": "fr:0"},
     "coded, dedicated": {"optimizer": "sgd", "code": "fr:0", "dedicated": True, "compressor": "identity"},
     "gpt": {"model": "gpt", "layers": 2},
     "cnn": {"model": "cnn"},
@@ -112,8 +112,8 @@ def described_with_code(trained):
     shapes = [tuple(p.shape) for p in trained.model.parameters()]
     layers = [(type(layer).__name__, getattr(layer, "heads", None)) for layer in trained.model.modules()]
     batch = [crc32(part.numpy().tobytes()) for part in trained.batch(0, 0)]
-    return [type(optimizer.optimizer).__name__, repr(coded.code), plain(coded.compressor), coded.ranks, optimizer.clip, groups,
-            server, shapes, layers, batch]
+    return [type(optimizer.optimizer).__name__, repr(coded.code), plain(coded.compressor), coded.ranks, optimizer.clip,
+            groups, server, shapes, layers, batch]
 
 
 def built(config, record=False):
