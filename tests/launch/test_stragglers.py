@@ -69,7 +69,7 @@ def library():
 def outliving(options):
     name = library()
     command = ["sh", "-c", 'trap "" USR1 TERM; "$@" || exit 0', "sh"] if name == "MPICH" else []
-    process = start(4, PROGRAM, json.dumps(options), launcher=OUTLIVING[name], before=command)
+    process = start(4, PROGRAM, json.dumps(options), launcher=OUTLIVING[name], before=command, real=True)
     return finish(process, within=LIMIT)
 
 
