@@ -23,7 +23,7 @@ from .berrut import HOW, BerrutCode, rows_of
 from .locator import Parity, locate
 from .pieces import Pieces, sent_in_pieces
 
-__all__ = ["CodedMap", "Mapped", "coded_map"]
+__all__ = ["CodedMap", "Mapped", "coded_map", "leave"]
 
 Array = NDArray[Any]
 
@@ -299,7 +299,8 @@ def coded_map(comm: Comm, f: Callable[[Array], Array], blocks: Array | Sequence[
     floor : float or Parity, optional
         What parity right answers have at most, see :class:`Parity`.
     sample : (K, ...) array, optional
-        Typical blocks, small ones, of which rank 0 computes all N evaluations itself to learn that.
+        Typical blocks of which rank 0 computes all N evaluations itself to learn that; their answers are to have hundreds of
+        numbers, else all that is not like them is refused.
     decode : {"auto", "berrut", "least-squares"}
     kind : {"sbacc", "bacc"}
 
@@ -340,6 +341,18 @@ def coded_map(comm: Comm, f: Callable[[Array], Array], blocks: Array | Sequence[
     coded = CodedMap(comm, f, form[0], form[1], form[2], **options)
     with coded:
         return coded.map(blocks) if rank == 0 and blocks is not None else None
+
+
+def leave(status: int = 0) -> None:
+    """End well after :func:`coded_map`, also where ranks are still missing, for whom MPI would wait. Local, on all ranks.
+
+    The last call of a program: rank 0 waits for those that are late, as long as its patience is, and ends all processes with
+    `status` where some have not come. Without it that happens at the end of Python, with status 1.
+    """
+    while _unsettled:
+        one = _unsettled.pop()
+        if not one.settled():
+            one.settle(status)
 
 
 def _read_only(array: Array) -> Array:

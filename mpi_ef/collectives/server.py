@@ -183,7 +183,7 @@ class Server:
             self._dropped.detach()
             self.closed = True
             if mpi_of(self._comm) is not None:
-                atexit.register(self._settle_at_exit)
+                atexit.register(self.settle)
             return ()
         for arrived in self.looks(float("inf")):
             self._take_last(arrived)
@@ -200,17 +200,19 @@ class Server:
         self._take_last(self.look())
         if not set(self.hosts) <= self.ended:
             return False
-        atexit.unregister(self._settle_at_exit)
+        atexit.unregister(self.settle)
         self._settled()
         return True
 
-    def _settle_at_exit(self) -> None:
+    def settle(self, status: int = 1) -> None:
+        """Wait for the last answers, after a close `at_exit`, and leave with this status, see :meth:`leave`."""
+        atexit.unregister(self.settle)
         for arrived in self.looks(float("inf")):
             self._take_last(arrived)
             if self._all_ended():
                 break
         self._settled()
-        self.leave()
+        self.leave(status)
 
     def _take_last(self, arrived: list[tuple[int, Frame]]) -> None:
         for rank, frame in arrived:
@@ -339,17 +341,19 @@ class Worker:
         if not at_exit:
             self._settle(self.next())
         elif mpi_of(self._comm) is not None:
-            atexit.register(self._settle_at_exit)
+            atexit.register(self.settle)
 
     def settled(self) -> bool:
         """Tell whether the verdict is here, after a close `at_exit`; nothing is left to do at the end of Python then."""
         for _, verdict in self._late.poll():
-            atexit.unregister(self._settle_at_exit)
+            atexit.unregister(self.settle)
             self._settle(verdict)
             return True
         return False
 
-    def _settle_at_exit(self) -> None:
+    def settle(self, status: int = 1) -> None:  # noqa: ARG002 - it is the server's
+        """Wait for the verdict, after a close `at_exit`, and leave where some ranks are missing."""
+        atexit.unregister(self.settle)
         if self._settle(self.next()):
             self.leave()
 
