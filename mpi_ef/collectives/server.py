@@ -20,7 +20,7 @@ from socket import gethostname
 from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import PeerError, counted, say
-from mpi_ef.runtime.ending import abort
+from mpi_ef.runtime.ending import end_without_all, outliving
 
 from .late import Frame, Late
 
@@ -249,7 +249,7 @@ class Server:
         if (mpi := mpi_of(self._comm)) is None or not self._waits_for or mpi.Is_finalized():
             return
         self._late.meet(sorted(self.ended), self.patience_seconds)
-        abort(mpi.COMM_WORLD, status)
+        end_without_all(mpi.COMM_WORLD, status)
 
     def abandon(self) -> None:
         """Wait for nobody: after an error. Workers are told, and at the end of Python all processes are ended."""
@@ -374,6 +374,8 @@ class Worker:
         atexit.unregister(self.leave)
         if (mpi := mpi_of(self._comm)) is not None and not mpi.Is_finalized():
             self._late.meet([self._server], self.patience_seconds)
+            if outliving():
+                end_without_all(mpi.COMM_WORLD, 0)
 
 
 def _send_all(late: Late, ranks: Iterable[int], step: int) -> None:
