@@ -59,6 +59,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
                         _UNDER_ATTACK, module="monna"),
     "byz-ef21": Experiment("Byz-EF21 and Byz-EF21-SGDM under attack, 20 clients of which 4 are wrong (arXiv 2310.09804)",
                            "byz_ef21", ("data", *_UNDER_ATTACK), module="byz_ef21"),
+    "berrut": Experiment("BACC and SBACC: any function of blocks, answers lost, workers that are wrong (arXiv 2507.01330)",
+                         "berrut", module="berrut"),
 }
 
 
