@@ -1,6 +1,6 @@
 """Berrut's codes for any function of blocks: BACC and SBACC (Borah and Harshan, arXiv 2507.01330), losses, who is wrong.
 
-All of it is computed on every rank alike: the numbers do not depend on how many there are.
+All of it is computed on rank 0: the numbers do not depend on how many ranks there are.
 """
 
 from collections import Counter
@@ -198,10 +198,12 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def berrut(comm: MpiComm, config: ReproduceConfig) -> Outcome:
-    """Decode with losses, and locate wrong workers, of Berrut's codes; ``--steps`` is the number of trials. Local."""
-    del comm
+    """Decode with losses, and locate wrong workers, of Berrut's codes; ``--steps`` is the number of trials of a row, three times that of the
+    locator's. Local."""
+    if comm.Get_rank() != 0:
+        return Outcome([], "", lambda _: None)  # rank 0 writes what comes out
     rows, lines = list[Row](), list[str]()
-    for made, text in (_all_survive(), _losses(config.steps or _DECODED), _located(config.steps or _LOCATED)):
+    for made, text in (_all_survive(), _losses(config.steps or _DECODED), _located(max(1, config.steps // 3) if config.steps else _LOCATED)):
         rows += made
         lines += [*text, ""]
     lines += demanded(config.steps, lambda: _acceptance(rows))
