@@ -296,6 +296,17 @@ def test_parity_that_is_learned_sees_smaller_errors():
     assert learned["exact"] >= 5
 
 
+def test_parity_may_be_learned_from_some_entries():
+    """The floor grows with the root of how many entries answers have: what a tenth of them had named right workers wrong."""
+    rng = np.random.default_rng(0)
+    answers = np.tanh(CODE.encode(np.sort(rng.normal(size=8 * 4000)).reshape(8, 4000)))
+    parity = Parity.learned(answers[:, ::100], 8)
+    assert locate(answers, range(40), parity) == ()
+    assert parity.largest(answers) > parity.floor
+    answers[[4, 30]] += rng.normal(size=(2, 4000))
+    assert locate(answers, range(40), parity) == (4, 30)
+
+
 def test_more_colluding_workers_than_are_looked_for_are_refused():
     found = count(15, wrong=4, colluding=4, limit=3, together=0.0)
     assert found["FALSE"] == 0

@@ -198,12 +198,15 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def berrut(comm: MpiComm, config: ReproduceConfig) -> Outcome:
-    """Decode with losses, and locate wrong workers, of Berrut's codes; ``--steps`` is the number of trials of a row, three times that of the
-    locator's. Local."""
+    """Decode with losses, and locate wrong workers, with Berrut's codes. Local.
+
+    ``--steps`` is the number of trials of a row, and three times that of the locator's.
+    """
     if comm.Get_rank() != 0:
         return Outcome([], "", lambda _: None)  # rank 0 writes what comes out
     rows, lines = list[Row](), list[str]()
-    for made, text in (_all_survive(), _losses(config.steps or _DECODED), _located(max(1, config.steps // 3) if config.steps else _LOCATED)):
+    located = max(1, config.steps // 3) if config.steps else _LOCATED
+    for made, text in (_all_survive(), _losses(config.steps or _DECODED), _located(located)):
         rows += made
         lines += [*text, ""]
     lines += demanded(config.steps, lambda: _acceptance(rows))

@@ -49,11 +49,14 @@ class Parity:
         What is made of the answers: rows of the DCT, scaled.
     floor : float
         The largest singular value that ``matrix @ answers`` of right answers has, at most.
+    entries : int
+        Of the answers that the floor is for; for others it goes with the square root of their number. 0: it is for all.
     """
 
     evaluations: int
     matrix: Floats
     floor: float
+    entries: int = 0
 
     @classmethod
     def of(cls, evaluations: int, floor: float, low: int | None = None) -> "Parity":
@@ -100,7 +103,8 @@ class Parity:
         lower = np.linalg.cholesky(together * scaled + (1 - together) * np.eye(n - low))
         matrix = np.linalg.solve(lower, dct / sizes[:, None])
         seen = np.linalg.solve(lower, np.linalg.solve(lower, scaled).T)
-        return cls(n, matrix, margin * scale * float(np.sqrt(max(np.linalg.eigvalsh(seen)[-1], least**2))))
+        return cls(n, matrix, margin * scale * float(np.sqrt(max(np.linalg.eigvalsh(seen)[-1], least**2))),
+                   np.asarray(answers[0]).size)
 
     def largest(self, answers: Array | Sequence[Array]) -> float:
         """Return the largest singular value that answers of all N evaluations have. Local."""
@@ -153,7 +157,9 @@ def locate(answers: Array | Sequence[Array], heard: Sequence[int] | NDArray[np.i
         gram, scale = _gram([rows[at] for at in left], f[left], columns)
         values, vectors = np.linalg.eigh(gram)
         signal = (vectors * np.sqrt(np.maximum(values, 0.0)))[:, ::-1]  # (P, P): the parity, turned so that it is no wider
-        floor = parity.floor / scale + _ROUNDING * _unit(rows) * float(np.linalg.norm(columns, 2)) * np.sqrt(len(left))
+        wider = np.sqrt(rows[0].size / parity.entries) if parity.entries else 1.0
+        rounding = _ROUNDING * _unit(rows) * np.sqrt(len(left)) * float(np.linalg.norm(columns, 2))
+        floor = parity.floor * wider / scale + rounding
         size = float(np.linalg.norm(signal, 2))
         if size <= floor:
             return tuple(sorted(named))
