@@ -56,8 +56,8 @@ ROOMS = {
                    "checkpoint state jobs", "numpy torch sklearn"),
     "jobs.bench": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback "
                    "checkpoint jobs", "numpy torch mpi4py"),
-    "jobs.reproduce": ("__init__ errors documents moved registry comm runtime compress robust collectives feedback optim "
-                       "testing jobs jobs.train", "numpy torch sklearn mlxtend"),
+    "jobs.reproduce": ("__init__ errors documents moved registry comm runtime compress robust collectives coded feedback "
+                       "optim testing jobs jobs.train", "numpy torch sklearn mlxtend"),
     "jobs.scale": ("errors documents compress collectives jobs", ""),
     "jobs.report": ("errors documents moved jobs jobs.train jobs.bench jobs.reproduce", "numpy"),
     "jobs.doctor": ("__init__ errors moved kernels comm runtime slurm compress collectives feedback data optim testing jobs "

@@ -59,6 +59,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
                         _UNDER_ATTACK, module="monna"),
     "byz-ef21": Experiment("Byz-EF21 and Byz-EF21-SGDM under attack, 20 clients of which 4 are wrong (arXiv 2310.09804)",
                            "byz_ef21", ("data", *_UNDER_ATTACK), module="byz_ef21"),
+    "gradient-coding": Experiment("gradient codes (Tandon et al. 2017) with EF21 where workers are late or die; times on 4 "
+                                  "ranks or more", "gradient_coding", ("data",), module="gradient_coding"),
 }
 
 

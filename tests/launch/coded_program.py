@@ -2,7 +2,8 @@
 
 ``python coded_program.py OPTIONS``; OPTIONS is JSON: code; steps; k, entries that a message names, 0 for whole vectors; lr;
 part, seconds that a part of the gradient takes; stopped, a list of [rank, step, step from which it goes on or null], by
-rank 0's steps; killed, a list of [rank, step]; sleepers, ranks that sleep at random for `sleep` seconds; patience; status, with which to leave.
+rank 0's steps; killed, a list of [rank, step]; sleepers, ranks that sleep at random for `sleep` seconds; patience; status,
+with which to leave.
 Every rank that comes to its end prints one line of JSON.
 """
 
