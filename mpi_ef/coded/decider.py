@@ -184,14 +184,14 @@ class Decider:
         mask = self._usable()
         approximate = not self.code.decodable(mask, self.n)
         a = self.code.approximate(mask, self.n) if approximate else self.code.decode(mask, self.n)
-        used = [i for i in range(self.n) if a[i]]
+        used = sorted((i for i in range(self.n) if a[i]), key=lambda i: self.code.place(i, self.n))
         self._add_up(a, used, self._sum)
         if self._codec is None and isinstance(self.code, Cyclic) and mask.bit_count() > self.n - self.code.s:
             self._check_parity(mask)
-        return Decoded(self._sum, a[used] @ self._extra_rows[used], self.step, tuple(used), approximate)
+        return Decoded(self._sum, a[used] @ self._extra_rows[used], self.step, tuple(sorted(used)), approximate)
 
     def _add_up(self, a: NDArray[np.float64], used: Sequence[int], out: Vector) -> None:
-        """Add rows up in their order, without memory of their size."""
+        """Add rows up in this order, without memory of their size."""
         out[:] = 0
         for i in used:
             if a[i] == 1.0:

@@ -149,3 +149,15 @@ def test_steps_are_short_though_workers_sleep():
     assert np.median(ratios) >= 2.5
     assert stopped <= 1.5 * quiet
 
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(300)
+def test_reproduce_stops_a_rank_and_lets_it_go_on(tmp_path):
+    """On five ranks, of which four take the times; with the numbers that are demanded where they are not of time."""
+    ended = run(5, "-m", "mpi_ef.jobs.cli", "reproduce", "gradient-coding", "--out", str(tmp_path), within=250)
+    assert ended.status == 0, ended.text
+    table = (tmp_path / "gradient-coding" / "table.txt").read_text()
+    assert "repetition s=1, rank 3 stopped" in table
+    assert re.search(r"uncoded, rank 3 stopped +CodedGradients: rank 3 on \S+ silent for 2 s at step 5", table)
+    assert not re.search(r"(gradient|grad f|a_i).* MISSED", table)
