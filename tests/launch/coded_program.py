@@ -4,8 +4,6 @@
 part, seconds that a part of the gradient takes; stopped, a list of [rank, step, step from which it goes on or null], by
 rank 0's steps; killed, a list of [rank, step]; sleepers, ranks that sleep at random for `sleep` seconds; patience; status,
 with which to leave. Every rank that comes to its end prints one line of JSON.
-with which to leave.
-Every rank that comes to its end prints one line of JSON.
 """
 
 import json
