@@ -48,7 +48,7 @@ class Decider:
         self._knows_row = mask_of(range(self.n))
         self._newest: Frame | None = None
         self.twins, self.lateness = Twins(code, self.n), Lateness(self.n)
-        self._computed, self._firsts = 0.0, 0  # seconds of the first answers of steps, and how many these are
+        self._computed, self._firsts, self._began = 0.0, 0, 0.0  # seconds to first answers, and how many these are
         self._heard = self._bad = 0  # masks of this step
         self.open = False  # a step has begun
         self.step = self.late = self.not_finite = self._restored = 0
@@ -68,7 +68,7 @@ class Decider:
         self._newest = frame = self.server.frame()
         self._layout.write_order(frame, self.step, x, extras, restored=self._restored)
         self._heard = self._bad = 0
-        self.open = True
+        self.open, self._began = True, self.server.now()
         self.lateness.begin(self.step)
         self.look()  # late answers, which free their workers
         for i in range(self.n):
@@ -141,7 +141,7 @@ class Decider:
     def _take_answer(self, i: int, frame: Frame) -> None:
         if self._layout.restored_of(frame) != self._restored:
             return  # of an order from before
-        flags, said, seconds = self._layout.read_answer(frame)
+        flags, said = self._layout.read_answer(frame)
         in_time = self.open and frame.step == self.step
         self.late += not in_time
         self.lateness.arrived(frame.step, i, self.server.now())
@@ -155,7 +155,7 @@ class Decider:
             self._codec.add(self._layout.compressed_of(frame)[None], self.rows[i])
         if in_time:
             if not self._heard:
-                self._computed, self._firsts = self._computed + seconds, self._firsts + 1
+                self._computed, self._firsts = self._computed + self.server.now() - self._began, self._firsts + 1
                 self.lateness.part_seconds = self._computed / self._firsts / (self.code.s + 1)
             self._extra_rows[i] = self._layout.answer_extras_of(frame)
             self._heard |= 1 << i
