@@ -128,7 +128,6 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         self.flat.broadcast(comm)
         if isinstance(model, nn.Module):
             broadcast_buffers(model, comm)
-        self._statistics.settle()
         self._writes = Writes(self.flat)
         shapes = tuple(tuple(p.shape) for p in self.flat.parameters)
         bound = Identity() if compressor is None else for_parameters(compressor, shapes)
@@ -142,7 +141,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         self.is_server = self.coded.is_server
         self._order: Order | None = None
         self._sent: NDArray[np.float64] = np.empty(0)  # the statistics of the order
-        self._looping = self._open = self._inside = self._begun = self._failed = self._answered = False
+        self._looping = self._open = self._inside = self._begun = self._failed = self._answered = self._noted = False
         self._computed = -1  # parts of this order; -1 before they are asked for
 
     @property
@@ -199,6 +198,8 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
 
     def _begin(self) -> None:
         """Send the order of the next step. Local."""
+        if not self._begun:
+            self._statistics.settle(again=True)
         self._begun = self._failed = True
         self._writes.adopt()
         self._writes.settle()
@@ -256,6 +257,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
     def _parts(self, order: Order) -> Iterator[Part]:
         self._inside = True
         self.flat.zero_gradients()
+        self._statistics.settle()
         self._extras[:] = 0
         marks = self._marks()
         with alone_at_random(self.flat.parameters[0].device):
@@ -277,10 +279,11 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
     def _note(self, part: Part, reached: list[bool]) -> None:
         """Add what goes along with the gradient of a part; let statistics be those of the order again. Local."""
         statistics, extras = self._statistics, self._extras
-        if self.done:
+        if self._noted:
             statistics.check()
         else:
             statistics.check_all()
+        self._noted = True
         mine = np.concatenate([[part.samples, part.loss], reached, statistics.values() - self._sent])
         extras += part.weight * mine
         statistics.write(self._sent)
