@@ -15,15 +15,18 @@ itself, and takes what comes:
 * Sends are never cancelled: MPI 4 has deprecated it, and it may not return. Receives are, at the end.
 """
 
+import atexit
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.protocol import Comm
@@ -172,6 +175,17 @@ class Late:
                 outlives((room, word))
         return wait_until(lambda: all(request.Test() for request in requests), seconds, rest=_LONGEST_REST)
 
+    def word_at_the_end(self, step: int) -> Callable[[], None]:
+        """Send this step to all peers, with an empty wire, at the end of Python, unless what is returned is called.
+
+        Also when this object is no more. Peers that have dropped theirs do not miss it.
+        """
+        word = np.zeros(_HEADER_NBYTES, np.uint8)
+        word.view(np.int64)[0] = step
+        told = partial(_tell, self._mpi, self._comm, self._tag, tuple(self._sends), word)
+        atexit.register(told)
+        return partial(atexit.unregister, told)
+
     def close(self) -> None:
         """Receive no more. What is still being sent keeps its memory."""
         self._end.detach()
@@ -226,6 +240,15 @@ def _cancelled(mpi: Any, receives: dict[int, tuple[Any, Frame]], sends: dict[int
             left.append(entry)
     receives.clear()
     return left
+
+
+def _tell(mpi: Any, comm: Any, tag: int, peers: Iterable[int], word: NDArray[np.uint8]) -> None:
+    if mpi is None or mpi.Is_finalized():
+        return
+    outlives(word)
+    for peer in peers:
+        with suppress(Exception):  # of MPI, where it has died, or the communicator is no more
+            comm.Isend(word, peer, tag)
 
 
 def _leave(mpi: Any, receives: dict[int, tuple[Any, Frame]], sends: dict[int, deque[tuple[Any, Frame]]]) -> None:

@@ -26,6 +26,7 @@ __all__ = ["Server", "Worker", "host_of"]
 
 LAST = -(2**62)  # the step of the last order is this one and the number of steps
 _FAILED = -(2**62) - 1  # that of an order after which there are no more, for an error of the server
+_LEFT = -(2**62) - 2  # the same, of a server that has come to the end of its program without a last order
 _LONGEST_LOOK = 0.1  # seconds between two looks that count as waiting: a server that was stopped itself has not waited
 
 
@@ -66,7 +67,8 @@ class Server:
         self.since: dict[int, float] = {}
         self._ended: set[int] = set()
         self._waits_for: set[int] = set()  # for whom MPI would wait at its end
-        self.closed = False
+        self.closed = self._abandoned = False
+        self._left = self._late.word_at_the_end(_LEFT)
 
     @property
     def sent_nbytes(self) -> int:
@@ -181,6 +183,7 @@ class Server:
             if all(now - self.since[rank] > self.patience_seconds for rank in open_ones):
                 break
         self.closed = True
+        self._left()
         self._waits_for = set(self.hosts) - self._ended
         for rank in sorted(self._ended):
             verdict = self._late.frame()
@@ -204,13 +207,17 @@ class Server:
         atexit.unregister(self.leave)
         if (mpi := mpi_of(self._comm)) is None or not self._waits_for or mpi.Is_finalized():
             return
+        if self._abandoned:
+            say(sys.stderr, f"mpi-ef: rank {self._comm.Get_rank()}, the server, has left its workers after an error; all "
+                            "processes are ended\n")
         self._late.meet(sorted(self._ended), self.patience_seconds)
         abort(mpi.COMM_WORLD, status)
 
     def abandon(self) -> None:
         """Wait for nobody: after an error. Workers are told, and at the end of Python all processes are ended."""
         if not self.closed:
-            self.closed = True
+            self.closed = self._abandoned = True
+            self._left()
             failed = self._late.frame()
             failed.wire[:] = 0
             failed.step = _FAILED
@@ -257,7 +264,8 @@ class Worker:
         Raises
         ------
         PeerError
-            The server has failed, or is dead. It has time to save something, and to end all processes, before.
+            The server has failed, or is dead: it has time to save something, and to end all processes, before. Or it has
+            come to its end without a last order.
         """
         while not (arrived := self._late.poll()):
             if self._server in self._late.gone:
@@ -265,6 +273,9 @@ class Worker:
                                 "from what it has saved")
             self._late.rest()
         frame = arrived[0][1]
+        if frame.step == _LEFT:
+            raise PeerError(f"worker {self._comm.Get_rank()}: the server, rank {self._server}, has come to the end of its "
+                            "program and left its workers waiting; call close() there, or use it in a with statement")
         if frame.step == _FAILED:
             end = self.now() + self.patience_seconds
             while self.now() < end:
