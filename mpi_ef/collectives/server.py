@@ -68,7 +68,7 @@ class Server:
         self.since: dict[int, float] = {}
         self.ended: set[int] = set()  # workers that have sent their last answer
         self._waits_for: set[int] = set()  # for whom MPI would wait at its end
-        self.closed = False
+        self.closed = self._abandoned = False
         self._dropped = weakref.finalize(self, _send_all, self._late, tuple(hosts), _DROPPED)
 
     @property
@@ -248,13 +248,16 @@ class Server:
         atexit.unregister(self.leave)
         if (mpi := mpi_of(self._comm)) is None or not self._waits_for or mpi.Is_finalized():
             return
+        if self._abandoned:
+            say(sys.stderr, f"mpi-ef: rank {self._comm.Get_rank()}, the server, has left its workers after an error; all "
+                            "processes are ended\n")
         self._late.meet(sorted(self.ended), self.patience_seconds)
         end_without_all(mpi.COMM_WORLD, status)
 
     def abandon(self) -> None:
         """Wait for nobody: after an error. Workers are told, and at the end of Python all processes are ended."""
         if not self.closed:
-            self.closed = True
+            self.closed = self._abandoned = True
             self._dropped.detach()
             _send_all(self._late, tuple(self.hosts), _FAILED)
             self._waits_for = set(self.hosts) - self.ended
