@@ -1,7 +1,7 @@
 """The server of many trainings: tasks out round by round, results in, and the gradients of jobs that can be decoded."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -222,8 +222,9 @@ class Rounds:
         rows, slot = self._rows.setdefault(task.job, {}), self._slot(task)
         if (task.worker, slot) in rows:
             row, more = rows[task.worker, slot]
-            np.add(row, vector, out=row)
-            np.add(more, extras, out=more)
+            with np.errstate(all="ignore"):
+                np.add(row, vector, out=row)
+                np.add(more, extras, out=more)
             return
         layout = self._layout
         row, more = self._pool.pop() if self._pool else (np.empty(layout.d, layout.dtype), np.empty(layout.extras))
@@ -238,18 +239,9 @@ class Rounds:
         models = len(self._samples)
         model, step, rows = job % models, self._first_step + job // models, self._rows.pop(job)
         total, extras = self._sum, np.zeros(self._layout.extras)
-        total[:] = 0
         if model not in self.ended:
-            for task, a in schedule.decode(job):
-                if self._slot(task) != task.slot:
-                    continue  # is in the sum of the worker's own
-                row, more = rows[task.worker, task.slot]
-                if a == 1.0:
-                    np.add(total, row, out=total)
-                else:
-                    np.multiply(row, total.dtype.type(a), out=self._spare)
-                    np.add(total, self._spare, out=total)
-                extras += a * more
+            with np.errstate(all="ignore"):
+                self._add_up(schedule.decode(job), rows, total, extras)
         self._pool += rows.values()
         if model in self.ended:
             return None
@@ -258,6 +250,20 @@ class Rounds:
             return None
         total /= self._samples[model]
         return Finished(model, step, total, extras)
+
+    def _add_up(self, of: Iterable[tuple[Task, float]], rows: Mapping[tuple[int, int], tuple[Vector, Numbers]],
+                total: Vector, extras: Numbers) -> None:
+        total[:] = 0
+        for task, a in of:
+            if self._slot(task) != task.slot:
+                continue  # is in the sum of the worker's own
+            row, more = rows[task.worker, task.slot]
+            if a == 1.0:
+                np.add(total, row, out=total)
+            else:
+                np.multiply(row, total.dtype.type(a), out=self._spare)
+                np.add(total, self._spare, out=total)
+            extras += a * more
 
     def _end(self, model: int, step: int) -> None:
         """Let a model be as it is from here on."""

@@ -144,12 +144,13 @@ class Tasks:
                              "expected: that of x")
         if len(more) != extras.size:
             raise OptionError(f"{self._subject}: gradient() has returned {len(more)} extras; it was built for {extras.size}")
-        if weight == 1.0:
-            np.add(total, vector, out=total, casting="same_kind")
-        else:
-            np.multiply(vector, total.dtype.type(weight), out=self._spare, casting="same_kind")
-            np.add(total, self._spare, out=total)
-        extras += weight * np.asarray(more, np.float64)
+        with np.errstate(all="ignore"):  # a training may diverge
+            if weight == 1.0:
+                np.add(total, vector, out=total, casting="same_kind")
+            else:
+                np.multiply(vector, total.dtype.type(weight), out=self._spare, casting="same_kind")
+                np.add(total, self._spare, out=total)
+            extras += weight * np.asarray(more, np.float64)
 
     def _pieces_of(self, slot: int, samples: int) -> list[tuple[range, float]]:
         """Return which samples are added with which weight: chunks that follow each other with one weight are one piece."""
