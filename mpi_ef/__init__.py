@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         EF21,
         MKOR,
         ByzEF21,
+        CodedOptimizer,
         DistributedOptimizer,
         EControl,
         EF21Muon,
@@ -62,8 +63,8 @@ find_moved()
 _HOME = {name: module for module, names in {
     "collectives": "advise allgather allreduce ClientsMean DenseMean GatherMean LowRankMean NodeMean plan_for RobustMean "
                    "robust_mean TwoPhaseMean use_gpu_aware_mpi",
-    "optim": "ByzEF21 DistributedOptimizer EControl EF21 EF21Muon Lion LocalSteps MKOR MoNNA OneBitAdam OneBitLamb "
-             "PeerMixing PowerSGD Signum ZeroOneAdam",
+    "optim": "ByzEF21 CodedOptimizer DistributedOptimizer EControl EF21 EF21Muon Lion LocalSteps MKOR MoNNA OneBitAdam "
+             "OneBitLamb PeerMixing PowerSGD Signum ZeroOneAdam",
     "precondition": "Preconditioner",
     "feedback": "ErrorFeedback",
     "ddp": "FeedbackHook",
@@ -79,8 +80,8 @@ _HOME = {name: module for module, names in {
     "state.training": "Training",
 }.items() for name in names.split()}
 
-__all__ = ["EF21", "MKOR", "ByzEF21", "ClientsMean", "DenseMean", "DistributedOptimizer", "EControl", "EF21Muon",
-           "ErrorFeedback", "FeedbackHook", "GatherMean", "Identity", "Lion", "LocalSteps", "LowRank",
+__all__ = ["EF21", "MKOR", "ByzEF21", "ClientsMean", "CodedOptimizer", "DenseMean", "DistributedOptimizer", "EControl",
+           "EF21Muon", "ErrorFeedback", "FeedbackHook", "GatherMean", "Identity", "Lion", "LocalSteps", "LowRank",
            "LowRankMean", "MoNNA", "MpiEfError", "NodeMean", "OneBitAdam", "OneBitLamb", "PeerMixing", "PowerSGD",
            "Preconditioner", "Quantize", "RandK", "RobustMean", "ShardedSampler", "Sign", "Signum", "Stopper",
            "Store", "TopK", "Training", "TwoBits", "TwoPhaseMean", "Vote", "ZeroOneAdam", "advise", "allgather",

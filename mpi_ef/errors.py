@@ -10,7 +10,7 @@ from typing import TextIO, TypeVar
 
 __all__ = ["CheckpointError", "ConfigError", "DataError", "DisagreementError", "DtypeError", "LaunchError",
            "MpiEfError", "NonFiniteError", "OptionError", "OutOfMemoryError", "PeerError", "ShapeError", "SilenceError",
-           "briefly", "counted", "everywhere", "nearest", "say", "shortage", "told"]
+           "WrongAnswersError", "briefly", "counted", "everywhere", "nearest", "say", "shortage", "told"]
 
 
 class MpiEfError(Exception):
@@ -83,6 +83,20 @@ class NonFiniteError(MpiEfError, ArithmeticError):
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.ranks = ranks
+
+
+class WrongAnswersError(MpiEfError, RuntimeError):
+    """Workers have answered wrongly, and which ones cannot be told.
+
+    Attributes
+    ----------
+    named : tuple of int
+        Those of which it could be told, before others were left over.
+    """
+
+    def __init__(self, message: str, named: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.named = named
 
 
 class OutOfMemoryError(MpiEfError, MemoryError):

@@ -18,6 +18,7 @@ from mpi_ef.feedback import RULES, ErrorFeedback
 from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train import choices
 from mpi_ef.jobs.train import loop as trainer
+from mpi_ef.jobs.train.coded import CodedTrainer
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.loop import Trainer
 from mpi_ef.jobs.train.optimizers import build_compressor
@@ -34,6 +35,7 @@ OTHER = {
     "compressor": [*choices.COMPRESSORS],
     "plan": ["my_plan:TrimmedMean(trim=0)"], "ratio": [0.3], "block": [64], "rank": [2], "freeze": [7], "local_steps": [7],
     "precondition": [*choices.PRECONDITIONS], "sides": ["inputs"], "precondition_every": [7], "statistics": ["bf16"],
+    "code": ["cyclic:0"], "dedicated": [True], "patience_seconds": [7.0], "on_silence": ["wait", "approximate"],
     "fallback": [0.3], "exchange_every": [7], "decay": [0.7],
     "outer_lr": [0.7], "outer_momentum": [0.3], "fragments": [2], "late": [True],
     "overlap": [True], "per_parameter": [True], "values": [*choices.VALUES], "dense_steps": [7], "weight_decay": [0.3],
@@ -56,6 +58,8 @@ CONTEXTS = {
        for name in choices.RULES},
     "rounds": {"exchange_every": 4},
     "preconditioned": {"precondition": "blended"},
+    "coded": {"code": "fr:0"},
+    "coded, dedicated": {"optimizer": "sgd", "code": "fr:0", "dedicated": True, "compressor": "identity"},
     "gpt": {"model": "gpt", "layers": 2},
     "cnn": {"model": "cnn"},
 }
@@ -100,6 +104,18 @@ def described(trained, comm):
             None if trained.changes is None else trained.changes.whole]
 
 
+def described_with_code(trained):
+    """The same of a training with a code."""
+    optimizer, coded = trained.optimizer, trained.optimizer.coded
+    groups = [{name: plain(value) for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    server = [coded.decider._on_silence, coded.decider.server.patience_seconds] if optimizer.is_server else []
+    shapes = [tuple(p.shape) for p in trained.model.parameters()]
+    layers = [(type(layer).__name__, getattr(layer, "heads", None)) for layer in trained.model.modules()]
+    batch = [crc32(part.numpy().tobytes()) for part in trained.batch(0, 0)]
+    return [type(optimizer.optimizer).__name__, repr(coded.code), plain(coded.compressor), coded.ranks, optimizer.clip,
+            groups, server, shapes, layers, batch]
+
+
 def built(config, record=False):
     """What two ranks build; or what they record of it."""
     build, one_at_a_time = trainer._build, threading.Lock()
@@ -109,8 +125,11 @@ def built(config, record=False):
             return build(config)
 
     def program(comm):
-        made = Trainer(comm, config)
-        return made.record() if record else described(made, comm)
+        if config.code in (None, "none"):
+            made = Trainer(comm, config)
+            return made.record() if record else described(made, comm)
+        coded = CodedTrainer(comm, config)
+        return coded.record() if record else described_with_code(coded)
 
     with mock.patch.object(trainer, "_build", alone):
         return virtual.results(2, program)
@@ -183,6 +202,8 @@ def test_every_option_is_taken_by_its_choices_and_by_no_others(name):
             given = {chooser: 5 * choice}
         if chooser == "exchange_every":
             given = {chooser: 1 + 5 * choice}
+        if chooser == "code":
+            given = {chooser: "none" if choice == "none" else "fr:1"}
         if chooser == "rule":
             given |= {**GRADIENT, "compressor": "randk", **robust(choice)}
         if name == "overlap":

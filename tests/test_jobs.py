@@ -36,7 +36,8 @@ from mpi_ef.jobs.train import loop as trainer
 from mpi_ef.jobs.train.config import PHASES, TrainConfig, learning_rate
 from mpi_ef.jobs.train.datasets import Digits, Text, batches, shard
 from mpi_ef.jobs.train.optimizers import build_compressor
-from mpi_ef.jobs.train.program import _line, train
+from mpi_ef.jobs.train.program import train
+from mpi_ef.jobs.train.showing import line
 from mpi_ef.kernels import _jit, machine_code
 from mpi_ef.runtime import ending
 from mpi_ef.runtime.launch import check_world
@@ -336,7 +337,7 @@ def test_every_compressor_can_be_built():
     (1500, 0, "sent 1.5 kB"), (1500, 150_000, "sent 1.5 kB (100x less than dense)"), (0, 150_000, "sent 0 B")])
 def test_bytes_are_compared_where_some_are_sent(sent, dense, shown):
     row = {"loss": 1.0, "val_loss": None, "val_accuracy": None, "sent_nbytes": sent, "dense_nbytes": dense}
-    assert _line(row) == f"loss 1.000  {shown}"
+    assert line(row) == f"loss 1.000  {shown}"
 
 
 @pytest.mark.parametrize("model", ["gpt", "mlp", "cnn"])

@@ -40,7 +40,7 @@ ROOMS = {
     "devices": ("errors comm", "torch mpi4py"),
     "shares": ("errors comm data", "torch"),
     "precondition": ("errors ranges statetree kernels comm compress collectives", "numpy torch"),
-    "optim": ("errors ranges statetree kernels comm compress collectives feedback robust vectors buffers precondition",
+    "optim": ("errors ranges statetree kernels comm compress collectives coded feedback robust vectors buffers precondition",
               "numpy torch"),
     "ddp": ("errors statetree kernels comm compress collectives feedback vectors", "numpy torch"),
     "checkpoint": ("errors documents comm", "numpy h5py"),
@@ -52,7 +52,7 @@ ROOMS = {
                  "precondition checkpoint state", ""),
     "jobs": ("__init__ errors documents ranges registry kernels comm devices runtime slurm compress collectives feedback "
              "checkpoint state", "numpy torch matplotlib mpi4py tensorboard"),
-    "jobs.train": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback optim "
+    "jobs.train": ("__init__ errors documents moved registry kernels comm runtime compress collectives coded feedback optim "
                    "checkpoint state jobs", "numpy torch sklearn"),
     "jobs.bench": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback "
                    "checkpoint jobs", "numpy torch mpi4py"),

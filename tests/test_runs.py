@@ -269,6 +269,10 @@ ANOTHER = {
 MAY_CHANGE = {"steps": 9, "batch": 5, "lr": 0.01, "warmup": 3, "clip": 0.5, "log_every": 3, "eval_every": 7, "keep": 2,
               "checkpoint_every": 3, "save_in_background": True}
 ELSEWHERE = {
+    "code",
+    "dedicated",
+    "patience_seconds",
+    "on_silence",
     "tensorboard",
     "text",
     "data",

@@ -35,7 +35,7 @@ MODELS: Mapping[str, Takes] = {
 }
 _ANY_RULE: Takes = {"placement": "update", "rule": "ef14", "compressor": "topk", "plan": Depends("that of the compressor"),
                     "dense_steps": 0}
-_UPDATES: Takes = {"precondition": "none", "exchange_every": 1, **_ANY_RULE}
+_UPDATES: Takes = {"code": "none", "precondition": "none", "exchange_every": 1, **_ANY_RULE}
 _GRADIENT: Takes = {"placement": Only("gradient"), "dense_steps": 0}
 _ONE_BIT: Takes = {"beta1": 0.9, "beta2": 0.99, "compressor": "sign", "freeze": 0}
 # Sparse feedback delays updates, and delay acts like momentum; dense updates need the usual one.
@@ -104,11 +104,16 @@ _ROUNDS: Mapping[Any, Takes] = {
     True: {"outer_lr": 1.0, "outer_momentum": 0.0, "fragments": 1, "late": False},
     False: {},
 }
+_CODED = "fr:S, cyclic:S, blocks:S"
+_CODES: Mapping[Any, Takes] = {"none": {}, _CODED: {"dedicated": False, "patience_seconds": 300.0, "on_silence": "raise"}}
+# Of what a server takes the place.
+_UNCODED = ("precondition", "exchange_every", "placement", "rule", "plan", "dense_steps")
 # What the options depend on, in this order; what is saved, on whether there is any saving; rounds, on
 # whether they have several steps.
 CHOOSERS: Mapping[str, Mapping[Any, Takes]] = {
     "model": MODELS,
     "optimizer": OPTIMIZERS,
+    "code": _CODES,
     "precondition": PRECONDITIONS,
     "exchange_every": _ROUNDS,
     "placement": PLACEMENTS,
@@ -148,6 +153,8 @@ def resolve(given: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
                 chosen[name] = default.value
             else:
                 chosen[name] = given.get(name, default)
+        if chooser == "code" and chosen.get("code", "none") != "none":
+            chosen = {name: value for name, value in chosen.items() if name not in _UNCODED}
     without = [name for name in given if name not in chosen]
     if strict and without:
         raise ConfigError(_no_effect(without[0], given[without[0]], chosen))
@@ -171,7 +178,7 @@ def kept() -> set[str]:
     """
     tables = [table.values() for chooser, table in CHOOSERS.items() if chooser != "checkpoint_every"]
     names = {name for table in tables for takes in table for name in takes}
-    return {"model", "seed", "optimizer", "weight_decay"} | names - {"text", "overlap", "whole"}
+    return {"model", "seed", "optimizer", "weight_decay"} | names - {"text", "overlap", "whole", "code", *_CODES[_CODED]}
 
 
 def owners(name: str) -> dict[str, list[Any]]:
@@ -199,6 +206,8 @@ def _taken(chooser: str, table: Mapping[Any, Takes], chosen: Mapping[str, Any]) 
 
 
 def _choice(chooser: str, chosen: Mapping[str, Any]) -> Any:
+    if chooser == "code":
+        return "none" if chosen[chooser] == "none" else _CODED
     return chosen[chooser] >= _LEAST[chooser] if chooser in _LEAST else chosen[chooser]
 
 
@@ -210,6 +219,9 @@ def _belongs(chooser: str, optimizer: str) -> bool:
 def _no_effect(name: str, value: Any, chosen: Mapping[str, Any]) -> str:
     """Say with what an option goes that was given, and has no effect here."""
     ((chooser, choices),) = owners(name).items()
+    if chosen.get("code", "none") != "none" and (name in _UNCODED or chooser in _UNCODED):
+        return (f"{name}={value} has no effect with code={chosen['code']}, where a server has the parameters; it goes with "
+                "code=none")
     goes = _named(chooser, [c for c in choices if not isinstance(CHOOSERS[chooser][c][name], Only)])
     if chooser in chosen and not _belongs(chooser, chosen["optimizer"]):
         now = _named(chooser, [_choice(chooser, chosen)])

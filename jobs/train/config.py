@@ -54,6 +54,13 @@ class TrainConfig(Checked):
     beta2: float | None = _for("beta2", "weight of the past in the variance, of Adam's kind; in the momentum of lion",
                                "[0, 1)")
     weight_decay: float | None = option(None, "of the optimizer", "[0, inf)", shown=choices_of.DECAY.text)
+    code: str | None = _for("code", "gradients of which those of the slowest S ranks are not waited for; rank 0 has the "
+                            "parameters, see docs/stragglers.md", choices=("none",), others="fr:S, cyclic:S")
+    dedicated: bool | None = _for("dedicated", "let rank 0 compute no gradients")
+    patience_seconds: float | None = _for("patience_seconds", "how long a step waits for the ranks that it needs",
+                                          "(0, inf)")
+    on_silence: str | None = _for("on_silence", "what is done then: save and end, wait on, or take what is there",
+                                  choices=("raise", "wait", "approximate"))
     precondition: str | None = _for("precondition", "what gradients are multiplied by, learned from vectors that ranks "
                                     "exchange; see docs/algorithms.md", choices=tuple(choices_of.PRECONDITIONS))
     sides: str | None = _for("sides", "of layers, which learn", choices=("both", "inputs", "outputs"))

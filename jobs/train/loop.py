@@ -1,6 +1,5 @@
 """The training loop's inside: model, shards, optimizer, validation, times."""
 
-import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -9,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import numpy as np
-import torch
 
-from mpi_ef import registry
 from mpi_ef.collectives import chunk_bounds, use_gpu_aware_mpi
 from mpi_ef.comm.consensus import agree, ranks_text
 from mpi_ef.comm.protocol import Comm
@@ -23,19 +20,22 @@ from mpi_ef.jobs.train import choices, models
 from mpi_ef.jobs.train.advised import built
 from mpi_ef.jobs.train.changes import Changes
 from mpi_ef.jobs.train.config import PHASES, TrainConfig, learning_rate
-from mpi_ef.jobs.train.datasets import Dataset, Digits, Loss, Text, batches, own_problem, shard
-from mpi_ef.jobs.train.settings import CHANGES, SPECIFIED, rule_in
+from mpi_ef.jobs.train.datasets import batches, shard
+from mpi_ef.jobs.train.problem import EVALUATION_BATCH, evaluated
+from mpi_ef.jobs.train.problem import build as _build
+from mpi_ef.jobs.train.problem import differences as _differences
+from mpi_ef.jobs.train.problem import shaping as _shaping
+from mpi_ef.jobs.train.settings import CHANGES, rule_in
 from mpi_ef.jobs.train.waiting import Waiting
 from mpi_ef.kernels import machine_code
 from mpi_ef.kernels.backend import backend_of
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 __all__ = ["Trainer"]
 
 _TIMES = ("all", *PHASES)
-_EVALUATION_BATCH = 256
 _UNSETTLED = 1000  # steps after which the ranks compare their latest ones without a row
 
 
@@ -176,7 +176,7 @@ class Trainer:
 
     def _backward_all(self) -> float:
         """Add the gradient of the mean loss over all samples of this rank; return that. Local."""
-        parts = [self._own[start : start + _EVALUATION_BATCH] for start in range(0, self._own.size, _EVALUATION_BATCH)]
+        parts = [self._own[start : start + EVALUATION_BATCH] for start in range(0, self._own.size, EVALUATION_BATCH)]
         return sum(self.backward(*self._there(self.data.batch(part, self.epoch)), part.size / self._own.size)
                    for part in parts)
 
@@ -341,19 +341,9 @@ class Trainer:
         return {"lost": None if np.isnan(means[0]) else float(means[0]), **row}
 
     def _evaluate(self) -> dict[str, float | None]:
-        total, right, count = 0.0, 0, 0
-        self.model.eval()
-        # In a round of steps of each rank by itself, what all share.
-        with torch.no_grad(), getattr(self.optimizer, "shared", nullcontext)():
-            for start in range(0, self._held_out.size, _EVALUATION_BATCH):
-                samples = self._held_out[start : start + _EVALUATION_BATCH]
-                inputs, targets = self._there(self.data.held_out(samples))
-                logits = self.model(inputs)
-                total += float(self._loss_of(logits, targets)) * targets.numel()
-                right += 0 if self.data.labels is None else int((logits.argmax(-1) == targets).sum())
-                count += targets.numel()
-        self.model.train()
-        total, hits, number = self._sum(total, right, count)
+        with getattr(self.optimizer, "shared", nullcontext)():  # in a round of steps of each rank by itself, what all share
+            counted_here = evaluated(self.model, self.data, self._loss_of, self._held_out, self.device)
+        total, hits, number = self._sum(*counted_here)
         return {"val_loss": total / number, "val_accuracy": None if self.data.labels is None else hits / number}
 
     def _sum(self, *values: float) -> list[float]:
@@ -384,33 +374,3 @@ class Trainer:
                 f"mpi-ef train: after step {self.steps} parameters on {ranks_text(others)} are not those on rank 0; "
                 f"{type(self.optimizer).__name__} gives ranks different results, and the laws in mpi_ef.testing find why"
             )
-
-
-def _shaping(config: TrainConfig) -> dict[str, Any]:
-    """Return the options that the parameters depend on, as a checkpoint can hold them; the text is known by its content."""
-    apart = ("out", "overwrite", "resume", "keep", "checkpoint_every", "save_in_background", "stop_after", "on_failure",
-             "log_every", "eval_every", "tensorboard", "text", "data", "device", "gpu_aware_mpi")
-    return {name: value for name, value in asdict(config).items() if name not in apart and value is not None}
-
-
-def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [f"{name} was {then.get(name)}, is {value}" for name, value in now.items()
-            if then.get(name) != value and not _specify_the_same(name, then.get(name), value)]
-
-
-def _specify_the_same(name: str, first: Any, second: Any) -> bool:
-    texts = name in SPECIFIED and isinstance(first, str) and isinstance(second, str)
-    return texts and registry.same(name, first, second)
-
-
-def _build(config: TrainConfig) -> "tuple[Dataset, nn.Module] | tuple[Dataset, nn.Module, Loss]":
-    torch.manual_seed(config.seed)
-    random.seed(config.seed)  # models of users may draw from these; equal runs have equal checkpoints
-    np.random.seed(config.seed % (1 << 32))  # noqa: NPY002
-    if config.model not in choices.MODELS:
-        return own_problem(config)
-    if config.model != "gpt":
-        return Digits(), models.mlp() if config.model == "mlp" else models.cnn()
-    sizes = {name: int(getattr(config, name)) for name in ("context", "layers", "heads", "width")}
-    text = Text(config.text, context=sizes["context"], seed=config.seed)
-    return text, models.GPT(text.vocabulary, **sizes)

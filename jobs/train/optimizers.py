@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mpi_ef import optim, registry
+from mpi_ef.coded import code_of
 from mpi_ef.collectives import ClientsMean, Plan, RobustMean, TwoPhaseMean, build_plan, plan_for
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress import Compressor, Identity, LowRank, Quantize, RandK, Sign, TopK, TwoBits, Vote, for_parameters
@@ -23,7 +24,7 @@ from mpi_ef.optim.flat import FlatOptimizer
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["build_compressor", "build_optimizer"]
+__all__ = ["build_coded", "build_compressor", "build_optimizer"]
 
 Groups = list[dict[str, Any]]
 Chosen = Any  # the options that apply, as attributes: to ask for another one is an error
@@ -170,17 +171,26 @@ def _decayed(chosen: Chosen, model: "nn.Module") -> Groups:
              "weight_decay": chosen.weight_decay if matrices else 0.0} for matrices in (True, False)]
 
 
+def _inner(chosen: Chosen, model: "nn.Module") -> torch.optim.Optimizer:
+    if chosen.optimizer == "adamw":
+        return torch.optim.AdamW(_decayed(chosen, model), lr=chosen.lr, betas=(chosen.beta1, chosen.beta2))
+    return torch.optim.SGD(model.parameters(), lr=chosen.lr, momentum=chosen.momentum, weight_decay=chosen.weight_decay)
+
+
+def build_coded(config: TrainConfig, model: "nn.Module", comm: Comm) -> optim.CodedOptimizer:
+    """Return the optimizer of a run with a code. Collective."""
+    chosen = _chosen(config)
+    return optim.CodedOptimizer(_inner(chosen, model), comm, code_of(chosen.code), _compressor(chosen), model=model,
+                                seed=chosen.seed, clip=chosen.clip, dedicated=chosen.dedicated,
+                                patience_seconds=chosen.patience_seconds, on_silence=chosen.on_silence)
+
+
 def _wrapped(chosen: Chosen, model: "nn.Module", comm: Comm) -> FlatOptimizer:
     shared: dict[str, Any] = {"dense_steps": chosen.dense_steps, "overlap": getattr(chosen, "overlap", False)}
     if chosen.optimizer == "ef21-muon":
         return optim.EF21Muon(_decayed(chosen, model), comm, _compressor(chosen), lr=chosen.lr, beta=1.0 - chosen.momentum,
                               **shared)
-    inner: torch.optim.Optimizer
-    if chosen.optimizer == "adamw":
-        inner = torch.optim.AdamW(_decayed(chosen, model), lr=chosen.lr, betas=(chosen.beta1, chosen.beta2))
-    else:
-        inner = torch.optim.SGD(model.parameters(), lr=chosen.lr, momentum=chosen.momentum,
-                                weight_decay=chosen.weight_decay)
+    inner = _inner(chosen, model)
     if chosen.__dict__.get("exchange_every", 1) > 1:
         names = ("decay", "outer_lr", "outer_momentum", "fragments", "late")
         return optim.LocalSteps(inner, comm, _compressor(chosen), every=chosen.exchange_every, plan=_plan(chosen),

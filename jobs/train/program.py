@@ -6,16 +6,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
-from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpi_ef.comm.protocol import MpiComm
-from mpi_ef.errors import counted
 from mpi_ef.jobs.folder import write_whole
-from mpi_ef.jobs.metrics import Metrics, Progress, announcing, in_bytes, made_here, suspects
+from mpi_ef.jobs.metrics import Metrics, Progress, announcing, made_here
 from mpi_ef.jobs.options import parse, to_toml
 from mpi_ef.jobs.train.config import PHASES, PROOF, TrainConfig
+from mpi_ef.jobs.train.showing import record, table
 from mpi_ef.jobs.visible import count_once
 from mpi_ef.runtime import early_signals, launch, ulfm
 
@@ -59,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(comm: MpiComm, config: TrainConfig, attempts: ulfm.Attempts | None = None) -> dict[str, Any]:
     """Run one training and return its summary, the same on all ranks but for times. Collective.
 
+    With a code the server alone has that, see :func:`mpi_ef.jobs.train.coded.train_coded`.
+
     Rank 0 prints progress and writes ``metrics.jsonl``, ``metrics.csv``, ``config.toml`` and ``summary.json`` into
     ``config.out``. When a finished run is to go on and nothing is left to do, its files stay and its summary is returned.
 
@@ -68,6 +69,10 @@ def train(comm: MpiComm, config: TrainConfig, attempts: ulfm.Attempts | None = N
         On all ranks, for unusable data or options; for a folder with another run, active or finished; for fewer steps than
         the run that is to go on has done.
     """
+    if config.code not in (None, "none"):
+        from mpi_ef.jobs.train.coded import train_coded
+
+        return train_coded(comm, config)
     from mpi_ef.jobs.train.loop import Trainer
     from mpi_ef.jobs.train.recovery import Interruptible
 
@@ -104,7 +109,7 @@ def _train(trainer: "Trainer", run: "Interruptible") -> dict[str, Any]:
                 row = trainer.row(evaluate=evaluate)
                 timed = step - trainer.untimed_steps
                 with run.folder.writing():
-                    _record(row, metrics, progress, step_seconds=row["seconds"] / timed if timed else None)
+                    record(row, metrics, progress, step_seconds=row["seconds"] / timed if timed else None)
             if run.ends_after(step):
                 break
     if root:
@@ -116,25 +121,8 @@ def _train(trainer: "Trainer", run: "Interruptible") -> dict[str, Any]:
         with run.folder.writing():
             trainer.waiting.save(config.out)
             write_whole(config.out / PROOF, json.dumps(summary, indent=2) + "\n")
-        print(_table(summary), flush=True)
+        print(table(summary), flush=True)
     return summary
-
-
-def _record(row: dict[str, Any], metrics: Metrics | None, progress: Progress, *, step_seconds: float | None) -> None:
-    """Let rank 0 write a row, and show it after a validation, or when the last one is a while ago."""
-    if metrics is not None:
-        metrics.write(row)
-        if row["val_loss"] is not None or progress.due():
-            progress.show(row["step"], _line(row), step_seconds=step_seconds)
-
-
-def _line(row: dict[str, Any]) -> str:
-    held_out = "" if row["val_loss"] is None else f"  val {row['val_loss']:.3f}"
-    if row["val_accuracy"] is not None:
-        held_out += f" ({100 * row['val_accuracy']:.1f} %)"
-    dense, sent = row["dense_nbytes"], row["sent_nbytes"]  # nothing yet in the first round of local steps
-    less = f" ({_ratio(sent, dense)} than dense)" if dense and sent else ""
-    return f"loss {row['loss']:.3f}{held_out}  sent {in_bytes(sent)}{less}"
 
 
 def _summary(trainer: "Trainer", row: dict[str, Any]) -> dict[str, Any]:
@@ -180,49 +168,6 @@ def _late(trainer: "Trainer", seconds: float) -> dict[str, Any]:
     """Return for whom ranks have waited in steps of so many seconds, where they meet. Collective."""
     own = trainer.position()["seconds"]
     return trainer.waiting.summary(seconds, own["data"] + own["compute"], rounds=bool(trainer.config.fragments))
-
-
-def _of_preconditioner(summary: dict[str, Any]) -> str:
-    sent, given_up = in_bytes(summary["statistics_nbytes"]), summary["fallen_back_at"]
-    ended = "" if given_up is None else f"; given up in step {given_up}"
-    return f"{summary['config']['precondition']}, {counted(summary['updates'], 'exchange')} of {sent} in all{ended}"
-
-
-def _ratio(sent: float, dense: float) -> str:
-    return f"{dense / sent:.0f}x less" if sent < 1.5 * dense else f"{sent / dense:.1f}x more"
-
-
-def _replicas(summary: dict[str, Any]) -> str:
-    own = "of each rank its own, their median " if summary.get("own_parameters") else ""
-    return own + ("equal bit for bit" if summary["replicas_equal"] else "DIFFERENT")
-
-
-def _table(summary: dict[str, Any]) -> str:
-    sent, dense = summary["sent_nbytes"], summary["dense_nbytes"]
-    share = f"{_ratio(sent, dense)}, {100 * sent / dense:.2f} %" if sent and dense else "one rank sends nothing"
-    steps, seconds = summary["untimed_steps"], summary["untimed_seconds"]
-    untimed = f"{seconds:.1f} s, {counted(steps, 'step')} in which kernels were compiled or loaded"
-    rows = [("validation loss", f"{summary['val_loss']:.4f}"), ("training loss", f"{summary['loss']:.4f}")]
-    if summary["val_accuracy"] is not None:
-        rows.append(("validation accuracy", f"{100 * summary['val_accuracy']:.2f} %"))
-    nodes = summary["nodes"]
-    rows += [
-        ("bytes sent per rank", f"{in_bytes(sent)} (dense: {in_bytes(dense)}; {share})"),
-        *[("bytes per node", f"{in_bytes(summary['link_nbytes'])} each way over the link of one of {nodes}")] * (nodes > 1),
-        ("time", f"{summary['seconds']:.1f} s, {1e3 * summary['seconds_per_step']:.1f} ms per step"),
-        *((f"  {name}", f"{1e3 * value:.2f} ms per step") for name, value in summary["phases_seconds_per_step"].items()),
-        *[("  not counted", untimed)] * bool(steps),
-        ("steps skipped", str(summary["skipped_steps"])),
-        *[("exchanges", f"{summary['rounds']} in {summary['steps']} steps, {summary['skipped_rounds']} skipped")
-          for _ in range("rounds" in summary)],
-        *[("preconditioner", _of_preconditioner(summary)) for _ in range("updates" in summary)],
-        *[("left out", suspects(summary["suspicion"])) for _ in range("suspicion" in summary)],
-        *zip(chain(["who is slow"], repeat("")), summary.get("lateness", {}).get("lines", []), strict=False),
-        *(("computed on", f"{text} ({ranks})") for text, ranks in summary["devices"].items()),
-        ("replicas", _replicas(summary)),
-        ("written to", summary["config"]["out"]),
-    ]
-    return "\n".join(["", *(f"{name:<22}{value}" for name, value in rows)])
 
 
 if __name__ == "__main__":

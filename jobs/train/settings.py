@@ -68,6 +68,7 @@ def check(chosen: Mapping[str, Any]) -> None:
         smoothness_of(chosen["smoothness"])
     check_device(chosen.get("device"))
     _check_combinations(chosen)
+    _check_code(chosen)
 
 
 def smoothness_of(text: str) -> list[float]:
@@ -121,6 +122,22 @@ def _check_rounds(chosen: Mapping[str, Any]) -> None:
     if chosen["outer_momentum"] and chosen["decay"] < 1:
         raise ConfigError(f"outer_momentum={chosen['outer_momentum']} counts old messages again, decay={chosen['decay']} "
                           "lets old errors fade; pass decay=1, or leave one of them out")
+
+
+def _check_code(chosen: Mapping[str, Any]) -> None:
+    """Refuse what is no code, and what all ranks would have to do together."""
+    if (code := chosen.get("code", "none")) == "none":
+        return
+    from mpi_ef.coded import code_of
+
+    try:
+        code_of(code)
+    except OptionError as error:
+        raise ConfigError(f"code={code}: {error}") from None
+    for name, value in (("on_failure", "stop"), ("gpu_aware_mpi", False)):
+        if chosen.get(name, value) != value:
+            raise ConfigError(f"{name}={chosen[name]} is for ranks that do all together, code={code} for those that do not; "
+                              "leave one of them out")
 
 
 def _check_compressor(chosen: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from mpi_ef.errors import DisagreementError, NonFiniteError, SilenceError, say
 
 from .codes import Cyclic, FractionalRepetition, GradientCode, mask_of, members
 from .twins import Dispute, Twins
-from .wire import NOT_FINITE, ROW, WHOLE, Decoded, Layout
+from .wire import NOT_FINITE, ROW, WHOLE, Decoded, Layout, Numbers
 
 __all__ = ["Decider"]
 
@@ -51,17 +52,22 @@ class Decider:
         self._computed, self._firsts = 0.0, 0  # seconds of the first answers of steps, and how many these are
         self._heard = self._bad = 0  # masks of this step
         self.open = False  # a step has begun
-        self.step = self.late = self.not_finite = self._restored = 0
+        self.step = self.late = self.not_finite = self.received_nbytes = self._restored = 0
         self.parity = 0.0
 
-    def restore(self, rows: Vector, step: int) -> None:
+    def restore(self, rows: Vector | None, step: int) -> None:
         """Go on from the rows and step of another one; workers are told theirs, with their next order."""
-        self.rows[:], self.step = rows, step
-        self._restored, self.open = self._restored + 1, False
-        self._knows_row = 0 if self._codec is not None else self._knows_row
+        self.step, self._restored, self.open = step, self._restored + 1, False
+        self.rows[:] = 0 if rows is None else rows
+        self._knows_row = 0 if self._codec is not None and rows is not None else mask_of(range(self.n))
         self.twins, self.lateness = Twins(self.code, self.n), Lateness(self.n)
 
-    def begin(self, x: Vector, extras: Sequence[float]) -> Frame:
+    @property
+    def fresh(self) -> bool:
+        """Whether no step has begun."""
+        return self._newest is None
+
+    def begin(self, x: Vector, extras: Sequence[float] | Numbers) -> Frame:
         """Send the order of the next step to those that are free, and return it."""
         if self._newest is not None:
             self.server.drop(self._newest)
@@ -113,7 +119,7 @@ class Decider:
         """Take the answer of the server itself."""
         self._take_answer(self._number[self._own], frame)
 
-    def close(self, x: Vector, extras: Sequence[float]) -> tuple[int, ...]:
+    def close(self, x: Vector, extras: Sequence[float] | Numbers) -> tuple[int, ...]:
         """Let workers end with these parameters; return the ranks that do not."""
         self.open = False
         last = self.server.frame()
@@ -142,6 +148,8 @@ class Decider:
         if self._layout.restored_of(frame) != self._restored:
             return  # of an order from before
         flags, said, seconds = self._layout.read_answer(frame)
+        if self.ranks[i] != self._own:
+            self.received_nbytes += self._layout.answer_nbytes_of(flags)
         in_time = self.open and frame.step == self.step
         self.late += not in_time
         self.lateness.arrived(frame.step, i, self.server.now())
@@ -185,10 +193,12 @@ class Decider:
         approximate = not self.code.decodable(mask, self.n)
         a = self.code.approximate(mask, self.n) if approximate else self.code.decode(mask, self.n)
         used = [i for i in range(self.n) if a[i]]
+        if isinstance(self.code, FractionalRepetition):  # the same bits whichever of a group it is
+            used.sort(key=partial(self.code.group, n=self.n))
         self._add_up(a, used, self._sum)
         if self._codec is None and isinstance(self.code, Cyclic) and mask.bit_count() > self.n - self.code.s:
             self._check_parity(mask)
-        return Decoded(self._sum, a[used] @ self._extra_rows[used], self.step, tuple(used), approximate)
+        return Decoded(self._sum, a[used] @ self._extra_rows[used], self.step, tuple(sorted(used)), approximate)
 
     def _add_up(self, a: NDArray[np.float64], used: Sequence[int], out: Vector) -> None:
         """Add rows up in their order, without memory of their size."""

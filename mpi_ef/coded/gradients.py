@@ -35,7 +35,7 @@ from mpi_ef.runtime.world import check_alone
 
 from .codes import FractionalRepetition, GradientCode
 from .decider import Decider
-from .wire import NOT_FINITE, WHOLE, Decoded, Layout, Order
+from .wire import NOT_FINITE, WHOLE, Decoded, Layout, Numbers, Order
 
 __all__ = ["CodedGradients"]
 
@@ -196,7 +196,18 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         """Bytes that have left this rank so far."""
         return self.decider.server.sent_nbytes if self.is_server else self._link.sent_nbytes
 
-    def begin(self, x: Vector, extras: Sequence[float] = ()) -> Order | None:
+    @property
+    def received_nbytes(self) -> int:
+        """Bytes of answers that have come so far. Local, of the server."""
+        return self._deciding("received_nbytes").received_nbytes
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of a step, orders and answers of all workers together, if nothing is compressed."""
+        workers = self.n - (self.server in self.ranks)
+        return workers * (self._layout.order_nbytes + self._layout.answer_nbytes_of(WHOLE))
+
+    def begin(self, x: Vector, extras: Sequence[float] | Numbers = ()) -> Order | None:
         """Send the order of the next step to all workers that are free. Return what the server itself is to compute, if any.
 
         Parameters
@@ -241,15 +252,20 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         self._answered = True  # or not wanted any more
         return decider.end()
 
-    def restore(self, rows: Vector, step: int) -> None:
-        """Go on from the rows, (n, d), and the step that were saved; workers are told their rows. Local, of the server."""
+    def restore(self, rows: Vector | None, step: int) -> None:
+        """Go on from the rows, (n, d), and the step that were saved; workers are told their rows. Local, of the server.
+
+        Without rows, before the first step, workers begin with whole answers.
+        """
         decider = self._deciding("restore")
-        if np.shape(rows) != decider.rows.shape:
+        if rows is None and not decider.fresh:
+            raise OptionError(f"{self._name}: steps were made, and workers know their rows; pass the rows to go on from")
+        if rows is not None and np.shape(rows) != decider.rows.shape:
             raise OptionError(f"{self._name}: rows have shape {np.shape(rows)}; with n={self.n} workers it is "
                               f"{decider.rows.shape}; leave them out, and workers begin anew")
         decider.restore(rows, step)
         if self.h.size:
-            self.h[:], self._knows = rows[self.worker], True
+            self.h[:], self._knows = 0 if rows is None else rows[self.worker], rows is not None
 
     def orders(self) -> Iterator[Order]:
         """Yield what this worker is to compute, until the server has closed. Local, of workers.
@@ -283,7 +299,7 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         """The parameters, (d,), and extras that the server has sent last. Local, of workers, after :meth:`orders`."""
         return self._last
 
-    def answer(self, vector: Vector, extras: Sequence[float] = ()) -> None:
+    def answer(self, vector: Vector, extras: Sequence[float] | Numbers = ()) -> None:
         """Send the coded gradient of the order, ``sum_j weights[j] g_j``. Local, of workers and of a server that works.
 
         Parameters
@@ -310,7 +326,7 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         self._link.answer(frame, nbytes)
         self._link.drop(frame)
 
-    def close(self, x: Vector | None = None, extras: Sequence[float] = ()) -> tuple[int, ...]:
+    def close(self, x: Vector | None = None, extras: Sequence[float] | Numbers = ()) -> tuple[int, ...]:
         """Let workers end; they get these parameters last. Local, of the server; workers end with :meth:`orders`.
 
         Returns
@@ -347,7 +363,7 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
             raise OptionError(f"{self._name}: it is closed; build another one on all ranks")
         return self.decider
 
-    def _check_extras(self, extras: Sequence[float], count: int) -> None:
+    def _check_extras(self, extras: Sequence[float] | Numbers, count: int) -> None:
         if len(extras) != count:
             raise OptionError(f"{self._name}: {len(extras)} extras; it was built for {count}")
 
@@ -358,7 +374,7 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         worker = self.worker or 0
         return Order(frame.step, x, extras, self.code.parts(worker, self.n), self.code.row(worker, self.n))
 
-    def _encode(self, vector: Vector, extras: Sequence[float], frame: Frame) -> int:
+    def _encode(self, vector: Vector, extras: Sequence[float] | Numbers, frame: Frame) -> int:
         """Write the answer, and let h follow; return how many bytes of the wire it takes."""
         frame.step, flags = self._step, 0
         self._kernels.fingerprints(vector, self._ends, self._hashed)

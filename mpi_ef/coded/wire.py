@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mpi_ef.collectives.late import Frame
 from mpi_ef.compress.compressor import words
 
-__all__ = ["NOT_FINITE", "ROW", "WHOLE", "Decoded", "Layout", "Order"]
+__all__ = ["NOT_FINITE", "ROW", "WHOLE", "Decoded", "Layout", "Numbers", "Order"]
 
 # Flags: of an answer, m_i itself, or none; of an order, x is the row of that worker. Above them is how often the server was
 # restored: an answer has that of its order.
@@ -129,12 +129,16 @@ class Layout:
         """Return the extras of an order, a view."""
         return frame.wire[8 : 8 + 8 * self.order_extras].view(np.float64)
 
-    def write_answer(self, frame: Frame, flags: int, said: int, seconds: float, extras: Sequence[float], *,
+    def write_answer(self, frame: Frame, flags: int, said: int, seconds: float, extras: Sequence[float] | Numbers, *,
                      restored: int) -> int:
         """Fill all but the payload; return how many bytes of the wire the answer takes."""
         frame.wire[:16].view(np.uint64)[:] = flags | restored << _BITS, said
         frame.wire[16:24].view(np.float64)[0] = seconds
         self.answer_extras_of(frame)[:] = extras
+        return self.answer_nbytes_of(flags)
+
+    def answer_nbytes_of(self, flags: int) -> int:
+        """Return how many bytes of the wire an answer with these flags takes."""
         payload = 0 if flags & NOT_FINITE else self._whole_nbytes if flags & WHOLE else self.compressed_nbytes
         return self.payload_at + payload
 

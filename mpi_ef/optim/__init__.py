@@ -2,6 +2,7 @@
 
 from .adam import OneBitAdam
 from .byzantine import ByzEF21
+from .coded import CodedOptimizer
 from .descent import EF21, EControl, PowerSGD
 from .lamb import OneBitLamb
 from .local_steps import LocalSteps
@@ -13,5 +14,6 @@ from .signs import Lion, Signum
 from .wrapper import BucketReport, DistributedOptimizer
 from .zero_one import ZeroOneAdam
 
-__all__ = ["EF21", "MKOR", "BucketReport", "ByzEF21", "DistributedOptimizer", "EControl", "EF21Muon", "Lion", "LocalSteps",
-           "MoNNA", "OneBitAdam", "OneBitLamb", "PeerMixing", "PowerSGD", "ReplicatedOptimizer", "Signum", "ZeroOneAdam"]
+__all__ = ["EF21", "MKOR", "BucketReport", "ByzEF21", "CodedOptimizer", "DistributedOptimizer", "EControl", "EF21Muon",
+           "Lion", "LocalSteps", "MoNNA", "OneBitAdam", "OneBitLamb", "PeerMixing", "PowerSGD", "ReplicatedOptimizer",
+           "Signum", "ZeroOneAdam"]
