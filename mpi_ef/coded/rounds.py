@@ -81,7 +81,7 @@ class Rounds:
         self._computed, self._firsts = 0.0, 0  # seconds of the first answers of rounds, and how many these are
         self.ended: dict[int, int] = {}
         self.lateness = Lateness(self.n)
-        self.late = self.waits = 0
+        self.late = self.waits = self.received_nbytes = 0
 
     def run(self, xs: Vector, steps: int, first: int) -> Iterator[Finished]:
         """Yield what is finished; whoever is told so changes xs[model] before going on."""
@@ -213,7 +213,9 @@ class Rounds:
             self._until = self._began + (1.0 + self._grace) * (now - self._began)
             self._computed, self._firsts = self._computed + float(self._layout.seconds_of(frame)[0]), self._firsts + 1
             self.lateness.part_seconds = self._computed / self._firsts / (self.n * self._scheme.load(self.n))
-        for k, task in enumerate(schedule.delivered(i)):
+        tasks = schedule.delivered(i)
+        self.received_nbytes += 0 if i == self._own else self._layout.answer_nbytes(len(tasks))
+        for k, task in enumerate(tasks):
             if task is not None:
                 self._keep(task, *self._layout.result_of(frame, k))
 
