@@ -221,7 +221,14 @@ def _choice(chooser: str, chosen: Mapping[str, Any]) -> Any:
 
 def _not_with(chosen: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what has no effect with the code."""
-    return _UNSWEPT if _choice("code", chosen) == _SCHEMES else _UNCODED
+    return (*_UNSWEPT, *_differs(chosen)) if _choice("code", chosen) == _SCHEMES else _UNCODED
+
+
+def _differs(chosen: Mapping[str, Any]) -> set[str]:
+    """Return the option of which each training of a sweep has its own value, where it goes with some choices only."""
+    sweep = chosen.get("sweep")
+    name = sweep.partition("=")[0].strip().replace("-", "_") if isinstance(sweep, str) else ""
+    return {name} if owners(name) and name != "sweep" else set()
 
 
 def _belongs(chooser: str, optimizer: str) -> bool:
@@ -232,8 +239,11 @@ def _belongs(chooser: str, optimizer: str) -> bool:
 def _no_effect(name: str, value: Any, chosen: Mapping[str, Any]) -> str:
     """Say with what an option goes that was given, and has no effect here."""
     ((chooser, choices),) = owners(name).items()
+    if name in _differs(chosen):
+        return f"{name}={value} has no effect with sweep={chosen['sweep']}; leave it out"
     if chosen.get("code", "none") != "none" and {name, chooser} & {*_not_with(chosen)}:
-        why = "a server has the parameters" if {name, chooser} & {*_UNCODED} else "all draw from all samples, and send vectors"
+        served = bool({name, chooser} & {*_UNCODED})
+        why = "a server has the parameters" if served else "all draw from all samples, and send vectors"
         return f"{name}={value} has no effect with code={chosen['code']}, where {why}; it goes with code=none"
     goes = _named(chooser, [c for c in choices if not isinstance(CHOOSERS[chooser][c][name], Only)])
     if chooser in chosen and not _belongs(chooser, chosen["optimizer"]):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpi_ef.coded import choose, profile_of
+from mpi_ef.coded import GC, choose, profile_of
 from mpi_ef.documents import shown
 from mpi_ef.errors import ConfigError, counted
 from mpi_ef.jobs.delays import load_lateness
@@ -42,10 +42,10 @@ def chosen_scheme(path: Path, workers: int, models: int, part_seconds: Callable[
     seconds = late.part_seconds if told else part_seconds()
     runs = choose(profile_of(rows), part_seconds=seconds, rest_seconds=0.0, delay=min(models - 1, _LONGEST_DELAY),
                   jobs=min(_JOBS, max(len(rows), models)))
-    uncoded = next(run for run in runs if run.scheme.code(workers) is not None and run.load * workers == 1 and not run.delay)
+    uncoded = next(run for run in runs if run.scheme == GC(0))
     source = "as that run says" if told else "as measured now"
-    lines = [f"code=auto: {shown(str(path))}, {counted(len(rows), 'row')}; a part takes {1e3 * seconds:.3g} ms, {source}; "
-             "messages are not counted; per step:"]
+    of = f"{shown(str(path))}, {counted(len(rows), 'row')}"
+    lines = [f"code=auto: {of}; a part takes {1e3 * seconds:.3g} ms, {source}; messages not counted; per step:"]
     for run in dict.fromkeys([*runs[:_SHOWN], uncoded]):
         each = 1e3 * run.seconds / run.jobs if np.isfinite(run.seconds) else np.inf
         lines.append(f"  {run.scheme!r:<16} {each:10.3g} ms, each worker computes {100 * run.load:.0f} % of a step's data"

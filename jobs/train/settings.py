@@ -8,6 +8,7 @@ from mpi_ef.errors import ConfigError, OptionError, briefly, counted, nearest
 from mpi_ef.jobs.events import check_installed
 from mpi_ef.jobs.methods import check_part
 from mpi_ef.jobs.options import check_device
+from mpi_ef.jobs.train import choices as choices_of
 
 if TYPE_CHECKING:
     from mpi_ef.jobs.train.config import TrainConfig
@@ -161,7 +162,7 @@ def _check_sweep(code: str, chosen: Mapping[str, Any]) -> None:
         scheme = scheme_of(code)
     except OptionError as error:
         raise ConfigError(f"code={code}: {error}") from None
-    if (jobs := len(_values_of(chosen["sweep"])[1])) <= scheme.delay:
+    if 0 < (jobs := len(_values_of(chosen["sweep"])[1])) <= scheme.delay:
         raise ConfigError(f"sweep={chosen['sweep']} is of {counted(jobs, 'training')}, and code={code} is for "
                           f"{scheme.delay + 1} or more; take another code, or more values")
 
@@ -177,7 +178,7 @@ def swept(config: "TrainConfig") -> "dict[str, TrainConfig]":
     if name not in SWEPT or not values or len(set(values)) < len(values):
         raise ConfigError(f"sweep={config.sweep} is no option with different values; write for example lr=0.1,0.03,0.01; "
                           f"options are {', '.join(SWEPT)}")
-    if config.__dict__[name] is None and name not in config.chosen():
+    if config.optimizer not in choices_of.owners(name).get("optimizer", [config.optimizer]):
         raise ConfigError(f"sweep={config.sweep}: {name} has no effect with optimizer={config.optimizer}; take another one")
     plain: dict[str, Any] = dict.fromkeys(("code", "sweep", "profile", "dedicated", "patience_seconds"))
     kind = int if name in ("seed", "warmup") else float
