@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpi_ef.errors import ConfigError, OptionError, briefly, counted, nearest
 from mpi_ef.jobs.events import check_installed
@@ -11,11 +11,11 @@ from mpi_ef.jobs.options import check_device
 from mpi_ef.jobs.train import choices as choices_of
 
 if TYPE_CHECKING:
-    from mpi_ef.jobs.train.config import TrainConfig
     from mpi_ef.registry import Specification
 
 __all__ = ["SPECIFIED", "check", "check_specified", "optimizer_in", "rule_in", "smoothness_of", "swept"]
 
+Config = TypeVar("Config", bound=Any)
 _VOTERS = ("lion", "signum")  # optimizers that step by the signs of a majority, without error feedback
 CHANGES = ("ef21-page", "marina")  # rules whose inputs are changes of gradients, see changes.py
 CLIENTS = ("ef21-pp", "ef21-w", "ef21-plus", "clag")  # rules in which a rank may be silent, or choose between two messages
@@ -172,8 +172,8 @@ def _values_of(text: str) -> tuple[str, list[str]]:
     return name.strip().replace("-", "_"), [value.strip() for value in values.split(",") if value.strip()]
 
 
-def swept(config: "TrainConfig") -> "dict[str, TrainConfig]":
-    """Return by name the options of each training of a sweep, as those of a run without a code."""
+def swept(config: Config) -> dict[str, Config]:
+    """Return by name the options of each training of a sweep, a `TrainConfig`, as those of a run without a code."""
     name, values = _values_of(str(config.sweep))
     if name not in SWEPT or not values or len(set(values)) < len(values):
         raise ConfigError(f"sweep={config.sweep} is no option with different values; write for example lr=0.1,0.03,0.01; "
