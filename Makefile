@@ -9,6 +9,7 @@
 # make bench  all methods against dense allreduce, medians over five launches (about four minutes; D=100000 for short vectors)
 # make torture  kill trainings on 4 ranks sixty times, and compare their ends with undisturbed ones (twenty minutes)
 # make test-slurm  submit batch templates to a Slurm of four nodes on this machine; as root
+# make stragglers  what docs/stragglers.md says was measured, and what was to be reached (four minutes)
 # make scale  the tables of docs/scaling.md on throttled hosts of this machine, and what is to be reached; as root (an hour)
 # make worlds  the picture of a training that goes on with other numbers of ranks (three minutes)
 # make optimizers  the runs behind the picture and the tables of optimizers in the README (half an hour)
@@ -55,7 +56,7 @@ DENSE := --compressor identity --placement gradient --beta1 0.9
 PYTEST := $(BIN)/python -m pytest -q --durations=20 -m "$(MARKS)"
 PARALLEL := -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo check test test-all lint types kernels launch test-mpich test-slurm test-loops test-device test-gpu coverage bench torture scale worlds optimizers clean
+.PHONY: demo check test test-all lint types kernels launch test-mpich test-slurm test-loops test-device test-gpu coverage bench torture scale stragglers worlds optimizers clean
 
 demo: $(VENV)/run $(READY)
 	$(TRAIN) --out $(OUT)/demo --overwrite
@@ -115,6 +116,11 @@ test-gpu:
 # Hosts on this machine: namespaces with links of 100 Mbit/s and 1 Gbit/s. PARTS="exchanges advice" measures some of it alone.
 scale: $(VENV)/run $(READY)
 	$(BASE)/python tests/hosts/scale.py "$(TEXT)" $(OUT)/scale $(PARTS)
+
+# With four ranks, some of which sleep or are stopped.
+stragglers: $(VENV)/run $(READY)
+	for each in gradient-coding sequential berrut; do \
+	$(BIN)/mpiexec -n 4 $(BIN)/mpi-ef reproduce $$each --out $(OUT)/reproduce --overwrite || exit 1; done
 
 # Brings Slurm up from Debian's packages, installed where they are missing, and takes it down again. Needs root.
 test-slurm: $(VENV)/test $(READY)

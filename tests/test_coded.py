@@ -206,6 +206,15 @@ def test_steps_are_those_of_one_process_whoever_sleeps(code, n, dtype, eager):
         assert computed == sorted(set(computed))
 
 
+@pytest.mark.parametrize("sleepers", [(1,), (1, 2), (1, 5), (2,), (4, 5)])
+def test_three_groups_are_added_in_their_order_whichever_twin_answered(sleepers):
+    """Answers were added by rank: of (a, c, b) where rank 1 slept, the sum was of other bits than of (a, b, c)."""
+    pauses = lambda rank, t: 0.2 if rank in sleepers else 0.001  # noqa: E731
+    result = virtual.results(6, train(FractionalRepetition(1), 9, pauses=pauses, lr=1.0), virtual=True)[0]
+    assert result[1]["late"]
+    assert same_bits(result[0], plain(FractionalRepetition(1), 6, 9, lr=1.0))
+
+
 @given(st.integers(0, 2**32), st.sampled_from([0, 1, 3, 5]))
 def test_law_any_pattern_of_sleepers_gives_the_same_bits(seed, which):
     """More than s may sleep: the server waits for as many as it needs."""

@@ -10,10 +10,11 @@ import pytest
 import virtual
 from test_runs import somebody_in
 
+from mpi_ef.coded import Cyclic, FractionalRepetition
 from mpi_ef.compress import TopK
 from mpi_ef.errors import DataError, DisagreementError
 from mpi_ef.jobs import figures
-from mpi_ef.jobs.reproduce import experiments, second_order
+from mpi_ef.jobs.reproduce import experiments, gradient_coding, second_order
 from mpi_ef.jobs.reproduce import program as reproduce
 from mpi_ef.jobs.reproduce.libsvm import content_of, load_libsvm
 from mpi_ef.jobs.reproduce.outcome import ReproduceConfig
@@ -39,6 +40,38 @@ def test_experiments_do_not_depend_on_the_number_of_ranks(name, tmp_path):
         assert rows
         assert all(np.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
     assert seen[0] == seen[1]
+
+
+def test_gradient_coding_is_the_same_on_any_number_of_ranks(tmp_path, monkeypatch):
+    """Without phishing, of made data; times are of real ranks, and a line says how to get them."""
+    monkeypatch.setattr(gradient_coding, "_SIZES", ((6, 1), (10, 3)))
+    monkeypatch.setattr(gradient_coding, "_DECODED", ((FractionalRepetition(1), 6), (Cyclic(3), 6)))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    seen = []
+    for n in (1, 3):
+        config = ReproduceConfig(out=tmp_path / str(n), steps=25)
+        virtual.results(n, lambda comm, config=config: reproduce.run(comm, "gradient-coding", config), virtual=True)
+        folder = tmp_path / str(n) / "gradient-coding"
+        seen.append(((folder / "metrics.jsonl").read_text(), (folder / "table.txt").read_text()))
+        assert (folder / "gradient-coding.png").read_bytes()[1:4] == b"PNG"
+    assert seen[0] == seen[1]
+    rows = [json.loads(line) for line in seen[0][0].splitlines()]
+    assert all(np.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+    repetition, cyclic = (row for row in rows if row["panel"] == "sums")
+    assert repetition["different"] == 1
+    assert max(repetition["relative"], cyclic["relative"]) <= 1e-12
+    assert {row["run"] for row in rows if row["panel"] == "a worker dies"} == {
+        run.name for run in gradient_coding.RUNS if not run.late}
+    assert "data: made, no phishing in ../shared/data" in seen[0][1]
+    assert "mpiexec -n 4 mpi-ef reproduce gradient-coding" in seen[0][1]
+
+
+def test_gradient_coding_wants_the_data_that_it_was_told_of(tmp_path):
+    config = ReproduceConfig(data=tmp_path, out=tmp_path)
+    for error in virtual.run(2, lambda comm: reproduce.run(comm, "gradient-coding", config), virtual=True):
+        assert isinstance(error, DataError)
+        assert f"{tmp_path} has no file phishing" in str(error)
 
 
 def test_mkor_trains_and_says_what_is_reached(tmp_path, monkeypatch):

@@ -61,6 +61,10 @@ EXPERIMENTS: Mapping[str, Experiment] = {
                            "byz_ef21", ("data", *_UNDER_ATTACK), module="byz_ef21"),
     "sequential": Experiment("sequential gradient coding, simulated: 32 workers that are slow in bursts (arXiv 2211.13802)",
                              "sequential", module="sequential"),
+    "berrut": Experiment("BACC and SBACC: any function of blocks, answers lost, workers that are wrong (arXiv 2507.01330)",
+                         "berrut", module="berrut"),
+    "gradient-coding": Experiment("gradient codes (Tandon et al. 2017) with EF21 where workers are late or die; times on 4 "
+                                  "ranks or more", "gradient_coding", ("data",), module="gradient_coding"),
 }
 
 

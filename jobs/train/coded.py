@@ -217,12 +217,13 @@ class CodedTrainer:
         """Return the summary of the server at the end of a run."""
         coded, timed = self.optimizer, max(1, self.steps - self.untimed_steps)
         used = {name: value for name, value in asdict(self.record()).items() if value is not None}
-        kept = ("loss", "val_loss", "val_accuracy", "sent_nbytes", "dense_nbytes", "seconds", "late", "wrong", "not_finite")
+        kept = ("loss", "val_loss", "val_accuracy", "sent_nbytes", "dense_nbytes", "seconds")
         return {
             "ranks": int(self.comm.Get_size()), "parameters": coded.flat.d, "steps": self.steps,
             **{name: row[name] for name in kept}, "seconds_per_step": row["seconds"] / timed,
             "phases_seconds_per_step": {name: row[f"seconds_{name}"] / timed for name in PHASES},
             "untimed_steps": self.untimed_steps, "untimed_seconds": self.untimed_seconds,
+            **{name: coded.metrics[name] for name in ("late", "wrong", "not_finite")},
             "skipped_steps": coded.skipped_steps, "missing": list(coded.missing), **self._late(row["seconds"]),
             "parameters_crc32": self.fingerprint(), **self._made, "devices": self.devices,
             "optimizer": {"optimizer": f"{type(coded).__name__} of {type(coded.optimizer).__name__}",

@@ -185,13 +185,13 @@ class BerrutCode:
             self.input(rows, i, row if row.ndim else made[i : i + 1].reshape(()))
         return made
 
-    def decoding(self, heard: Sequence[int], how: str = "auto") -> Decoding:
+    def decoding(self, heard: Sequence[int] | NDArray[np.int64], how: str = "auto") -> Decoding:
         """Return how the blocks are made of the answers of the evaluations `heard`. Local; |F| N^2 operations, no data.
 
         ``"auto"``: an answer that is of a block itself is taken as it is. Missing blocks are interpolated by least squares
         in Chebyshev polynomials, with the largest even number of them up to 0.6 N for which the problem is well-conditioned
-        (30); by Berrut's formula where fewer than 0.6 N have answered. ``"berrut"`` and ``"least-squares"`` force one; an
-        answer of a block itself is taken as it is by Berrut's formula by its nature, and not by least squares.
+        (30); by Berrut's formula where fewer than 0.6 N have answered, or no more polynomials than blocks are left.
+        ``"berrut"`` and ``"least-squares"`` force one; the latter takes no answer as it is.
         """
         if how not in HOW:
             raise OptionError(f"BerrutCode: there is no decoding {how!r}; {nearest(str(how), HOW, f'take {HOW[0]}')}")
@@ -201,6 +201,8 @@ class BerrutCode:
         berrut = self._berrut(f, taken)
         few = f.size < _SHARE * self.evaluations
         terms = 0 if how == "berrut" or (how == "auto" and (few or min(taken) >= 0)) else self._terms(f)
+        if how == "auto" and terms <= self.blocks:  # as where many neighbours are lost: Berrut's formula is nearer then
+            terms = 0
         fitted = self._fitted(f, terms) if terms else berrut
         weights = fitted.copy()
         if how != "least-squares":
@@ -211,7 +213,8 @@ class BerrutCode:
             taken = (-1,) * self.blocks
         return Decoding(tuple(f.tolist()), weights, taken, terms, self._checks(f, taken, terms, weights, berrut))
 
-    def decode(self, answers: Array | Sequence[Array], heard: Sequence[int], how: str = "auto") -> Decoded:
+    def decode(self, answers: Array | Sequence[Array], heard: Sequence[int] | NDArray[np.int64],
+               how: str = "auto") -> Decoded:
         """Return f of all blocks from the answers that were heard. Local; K |F| operations for each number.
 
         Parameters
@@ -313,7 +316,7 @@ def _berrut_at(at: Floats, nodes: Floats, taken: Sequence[int]) -> Floats:
     return rows
 
 
-def indices_in(heard: Sequence[int], n: int, subject: str) -> NDArray[np.int64]:
+def indices_in(heard: Sequence[int] | NDArray[np.int64], n: int, subject: str) -> NDArray[np.int64]:
     """Return distinct evaluations, ascending; raise `OptionError` unless they are such, of n, and at least one. Local."""
     given = [int(i) for i in heard]
     if not given or len(set(given)) < len(given) or min(given) < 0 or max(given) >= n:

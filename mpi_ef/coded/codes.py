@@ -90,6 +90,10 @@ class GradientCode(ABC):
             b[i, list(self.parts(i, n))] = self.row(i, n)
         return b
 
+    def place(self, i: int, n: int) -> int:  # noqa: ARG002
+        """Return a number: answers are added in ascending order of it, so that the sum is of the same bits."""
+        return i
+
     def load(self, n: int) -> float:
         """Return the share of the data that a worker computes."""
         return (self.s + 1) / n
@@ -154,6 +158,10 @@ class FractionalRepetition(GradientCode):
     def group(self, i: int, n: int) -> int:
         """Return of which group worker i is."""
         return i % self.groups(n)
+
+    def place(self, i: int, n: int) -> int:
+        """Return the group: a twin that is added in place of a missing one has its place."""
+        return self.group(i, n)
 
     def parts(self, i: int, n: int) -> tuple[int, ...]:
         """Return those of its group: they lie one after the other."""

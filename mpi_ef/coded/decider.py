@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,7 @@ class Decider:
         self._knows_row = mask_of(range(self.n))
         self._newest: Frame | None = None
         self.twins, self.lateness = Twins(code, self.n), Lateness(self.n)
-        self._computed, self._firsts = 0.0, 0  # seconds of the first answers of steps, and how many these are
+        self._computed, self._firsts, self._began = 0.0, 0, 0.0  # seconds to first answers, and how many these are
         self._heard = self._bad = 0  # masks of this step
         self.open = False  # a step has begun
         self.step = self.late = self.not_finite = self.received_nbytes = self._restored = 0
@@ -74,7 +73,7 @@ class Decider:
         self._newest = frame = self.server.frame()
         self._layout.write_order(frame, self.step, x, extras, restored=self._restored)
         self._heard = self._bad = 0
-        self.open = True
+        self.open, self._began = True, self.server.now()
         self.lateness.begin(self.step)
         self.look()  # late answers, which free their workers
         for i in range(self.n):
@@ -147,7 +146,7 @@ class Decider:
     def _take_answer(self, i: int, frame: Frame) -> None:
         if self._layout.restored_of(frame) != self._restored:
             return  # of an order from before
-        flags, said, seconds = self._layout.read_answer(frame)
+        flags, said = self._layout.read_answer(frame)
         if self.ranks[i] != self._own:
             self.received_nbytes += self._layout.answer_nbytes_of(flags)
         in_time = self.open and frame.step == self.step
@@ -163,7 +162,7 @@ class Decider:
             self._codec.add(self._layout.compressed_of(frame)[None], self.rows[i])
         if in_time:
             if not self._heard:
-                self._computed, self._firsts = self._computed + seconds, self._firsts + 1
+                self._computed, self._firsts = self._computed + self.server.now() - self._began, self._firsts + 1
                 self.lateness.part_seconds = self._computed / self._firsts / (self.code.s + 1)
             self._extra_rows[i] = self._layout.answer_extras_of(frame)
             self._heard |= 1 << i
@@ -192,16 +191,14 @@ class Decider:
         mask = self._usable()
         approximate = not self.code.decodable(mask, self.n)
         a = self.code.approximate(mask, self.n) if approximate else self.code.decode(mask, self.n)
-        used = [i for i in range(self.n) if a[i]]
-        if isinstance(self.code, FractionalRepetition):  # the same bits whichever of a group it is
-            used.sort(key=partial(self.code.group, n=self.n))
+        used = sorted((i for i in range(self.n) if a[i]), key=lambda i: self.code.place(i, self.n))
         self._add_up(a, used, self._sum)
         if self._codec is None and isinstance(self.code, Cyclic) and mask.bit_count() > self.n - self.code.s:
             self._check_parity(mask)
         return Decoded(self._sum, a[used] @ self._extra_rows[used], self.step, tuple(sorted(used)), approximate)
 
     def _add_up(self, a: NDArray[np.float64], used: Sequence[int], out: Vector) -> None:
-        """Add rows up in their order, without memory of their size."""
+        """Add rows up in this order, without memory of their size."""
         out[:] = 0
         for i in used:
             if a[i] == 1.0:

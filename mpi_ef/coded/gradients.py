@@ -130,17 +130,15 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         self._codec = self.compressor.codec(self.d, self.dtype)
         self._kernels, self._ends, self._hashed = backend(self.dtype, "cpu"), np.array([0, self.d]), np.zeros(1, np.uint64)
         self._frame: Frame | None = None  # of the order that is computed, on the server of its answer
-        self._began, self._step, self._restored = 0.0, 0, 0
+        self._step = self._restored = 0
         self.h = np.zeros(self.d if self.worker is not None and self._compresses else 0, self.dtype)
         self._knows = False  # whether h is the server's row
         if self.is_server:
             self.decider = Decider(name, comm, self.ranks, {rank: host for rank, (_, host) in enumerate(said)}, number, code,
                                    layout, self._codec if self._compresses else None, on_silence=on_silence, twins=twins,
                                    patience_seconds=float(patience_seconds))
-            self._now = self.decider.server.now
         else:
             self._link = Worker(comm, server, layout.order_nbytes, layout.answer_nbytes, number, float(patience_seconds))
-            self._now = self._link.now
 
     def _laid_out(self, d: int, dtype: DTypeLike, extras: int, order_extras: int) -> Layout:
         name, kind = self._name, np.dtype(dtype)
@@ -368,7 +366,7 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
             raise OptionError(f"{self._name}: {len(extras)} extras; it was built for {count}")
 
     def _order_of(self, frame: Frame) -> Order:
-        self._step, self._began, self._restored = frame.step, self._now(), self._layout.restored_of(frame)
+        self._step, self._restored = frame.step, self._layout.restored_of(frame)
         x, extras = self._layout.x_of(frame), self._layout.order_extras_of(frame)
         x.flags.writeable = extras.flags.writeable = False
         worker = self.worker or 0
@@ -389,5 +387,5 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
             wire = self._layout.compressed_of(frame)
             self._codec.encode(source(lazy(vector) - self.h), wire, step=self._step, rank=self.worker or 0)
             self._codec.add_encoded(wire, self.h)
-        return self._layout.write_answer(frame, flags, int(self._hashed[0]), self._now() - self._began, extras,
+        return self._layout.write_answer(frame, flags, int(self._hashed[0]) & 0xFFFFFFFF, extras,
                                          restored=self._restored)

@@ -29,6 +29,7 @@ _ROUNDING = 8.0  # units in the last place of the answers that the floor has at 
 _RANGE = 1e-5  # what is less than that of the largest error is looked at when this one has been named and left out
 _SEARCHED = 3  # workers whose errors may be proportional to each other
 _COMPARED = 3  # workers of a set that a smaller one is compared with
+_SEEN = 0.3  # of the floor: smaller singular values do not choose sets, they are looked at when one is accepted
 _DEPENDENT = 1e-9  # the square of what is left of a column, at most, where others are as good as it
 _BATCH = 4096
 _MANY = 2000  # sets that are looked at closely
@@ -48,11 +49,14 @@ class Parity:
         What is made of the answers: rows of the DCT, scaled.
     floor : float
         The largest singular value that ``matrix @ answers`` of right answers has, at most.
+    entries : int
+        Of the answers that the floor is for; for others it goes with the square root of their number. 0: it is for all.
     """
 
     evaluations: int
     matrix: Floats
     floor: float
+    entries: int = 0
 
     @classmethod
     def of(cls, evaluations: int, floor: float, low: int | None = None) -> "Parity":
@@ -99,7 +103,8 @@ class Parity:
         lower = np.linalg.cholesky(together * scaled + (1 - together) * np.eye(n - low))
         matrix = np.linalg.solve(lower, dct / sizes[:, None])
         seen = np.linalg.solve(lower, np.linalg.solve(lower, scaled).T)
-        return cls(n, matrix, margin * scale * float(np.sqrt(max(np.linalg.eigvalsh(seen)[-1], least**2))))
+        return cls(n, matrix, margin * scale * float(np.sqrt(max(np.linalg.eigvalsh(seen)[-1], least**2))),
+                   np.asarray(answers[0]).size)
 
     def largest(self, answers: Array | Sequence[Array]) -> float:
         """Return the largest singular value that answers of all N evaluations have. Local."""
@@ -107,11 +112,14 @@ class Parity:
         return scale * float(np.sqrt(max(np.linalg.eigvalsh(gram)[-1], 0.0)))
 
 
-def locate(answers: Array | Sequence[Array], heard: Sequence[int], parity: Parity, wrong: int = 2) -> tuple[int, ...]:
+def locate(answers: Array | Sequence[Array], heard: Sequence[int] | NDArray[np.int64], parity: Parity,
+           wrong: int = 2) -> tuple[int, ...]:
     """Return the evaluations whose answers are wrong, ascending; none where all are right as far as can be seen. Local.
 
-    What makes less of the parity than the floor is not seen. As long as right answers stay below the floor and errors are no
-    conspiracy of more workers than are looked for, a worker whose answer is right is not named.
+    What makes less of the parity than the floor is not seen. A set is named when it is the smallest that explains the
+    answers, and no other set of up to three workers does, nor one that is one larger, up to `wrong`. So a worker whose
+    answer is right is not named as long as right answers stay below the floor, and errors of more than three workers are not
+    proportional to each other.
 
     N (N - low) operations for each number of the answers, which are read in parts and copied once, and seconds at most
     for the search, which depends on N and `wrong` only.
@@ -149,7 +157,9 @@ def locate(answers: Array | Sequence[Array], heard: Sequence[int], parity: Parit
         gram, scale = _gram([rows[at] for at in left], f[left], columns)
         values, vectors = np.linalg.eigh(gram)
         signal = (vectors * np.sqrt(np.maximum(values, 0.0)))[:, ::-1]  # (P, P): the parity, turned so that it is no wider
-        floor = parity.floor / scale + _ROUNDING * _unit(rows) * float(np.linalg.norm(columns, 2)) * np.sqrt(len(left))
+        wider = np.sqrt(rows[0].size / parity.entries) if parity.entries else 1.0
+        rounding = _ROUNDING * _unit(rows) * np.sqrt(len(left)) * float(np.linalg.norm(columns, 2))
+        floor = parity.floor * wider / scale + rounding
         size = float(np.linalg.norm(signal, 2))
         if size <= floor:
             return tuple(sorted(named))
@@ -172,7 +182,9 @@ class _Search:
         self.columns, self.floor = columns, floor
         self.signal = signal[:, np.linalg.norm(signal, axis=0) > 1e-3 * floor / np.sqrt(signal.shape[1])]
         self.rows = len(columns)
-        self.rank = int((np.linalg.norm(signal, axis=0) > floor).sum())
+        sizes = np.linalg.norm(self.signal, axis=0)
+        self.rank = int((sizes > floor).sum())
+        self.most = max(1, int((sizes > _SEEN * floor).sum()))  # columns that sets are searched by
 
     def named(self, wrong: int) -> tuple[int, ...]:
         """Return the smallest set of up to `wrong` columns, if no other does as well; else ()."""
@@ -185,7 +197,7 @@ class _Search:
     def _nearest(self, size: int) -> tuple[int, ...] | None:
         """Return the set of a size that leaves least, if that is not more than the floor."""
         if size <= _SEARCHED:
-            ((_, best),) = _best(self.columns, self.signal, size)
+            ((_, best),) = _best(self.columns, self.signal[:, : self.most], size)
             return best if self.leaves(best) <= self.floor else None
         basis = np.linalg.svd(self.signal, full_matrices=False)[0]
         norms = np.linalg.norm(self.columns, axis=0)
@@ -199,7 +211,7 @@ class _Search:
 
     def _added(self, base: Sequence[int], size: int) -> tuple[int, ...]:
         columns, signal = self._without(base)
-        ((_, best),) = _best(columns, signal, size, base)
+        ((_, best),) = _best(columns, signal[:, : self.most], size, base)
         return best
 
     def _descend(self, found: Sequence[int]) -> tuple[int, ...]:
@@ -226,6 +238,7 @@ class _Search:
                 if len(kept) + size > self.rows - 2:
                     return False
                 columns, signal = self._without(kept)
+                signal = signal[:, : self.most]
                 sets = _best(columns, signal, size, found, self.floor**2 * min(signal.shape))
                 if len(sets) > _MANY or any(self.leaves([*kept, *other]) <= self.floor for _, other in sets):
                     return False

@@ -2,8 +2,8 @@
 
 ::
 
-    order    | flags (u64) | extras (f64 each) | x                                                       |
-    answer   | flags (u64) | hash of m_i (u64) | seconds it took (f64) | coded extras (f64 each) | m_i, or the wire of C |
+    order    | flags (u32) | 0 (u32)           | extras (f64 each)       | x                     |
+    answer   | flags (u32) | hash of m_i (u32) | coded extras (f64 each) | m_i, or the wire of C |
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ __all__ = ["NOT_FINITE", "ROW", "WHOLE", "Decoded", "Layout", "Numbers", "Order"
 # restored: an answer has that of its order.
 WHOLE, NOT_FINITE, ROW = 1, 2, 4
 _BITS = 8
-_HEAD = 24  # of an answer
+_HEAD = 8
 
 Vector = NDArray[Any]
 Numbers = NDArray[np.float64]
@@ -87,7 +87,7 @@ class Layout:
     @property
     def order_nbytes(self) -> int:
         """Bytes of the wire of an order."""
-        return 8 + 8 * self.order_extras + self._whole_nbytes
+        return _HEAD + 8 * self.order_extras + self._whole_nbytes
 
     @property
     def answer_nbytes(self) -> int:
@@ -107,33 +107,32 @@ class Layout:
                     flags: int = 0) -> None:
         """Fill a frame with an order; without extras these are zero."""
         frame.step = step
-        frame.wire[:8].view(np.uint64)[0] = flags | restored << _BITS
+        frame.wire[:_HEAD].view(np.uint32)[:] = flags | restored << _BITS, 0
         self.order_extras_of(frame)[:] = extras if len(extras) else 0.0
         self.x_of(frame)[:] = x
 
     def is_row(self, frame: Frame) -> bool:
         """Tell whether x of an order is a row."""
-        return bool(int(frame.wire[:8].view(np.uint64)[0]) & ROW)
+        return bool(int(frame.wire[:_HEAD].view(np.uint32)[0]) & ROW)
 
     def restored_of(self, frame: Frame) -> int:
         """Return how often the server was restored before an order, or before that of an answer."""
-        return int(frame.wire[:8].view(np.uint64)[0]) >> _BITS
+        return int(frame.wire[:_HEAD].view(np.uint32)[0]) >> _BITS
 
     def x_of(self, frame: Frame) -> Vector:
         """Return x of an order, a view."""
-        at = 8 + 8 * self.order_extras
+        at = _HEAD + 8 * self.order_extras
         view: Vector = frame.wire[at : at + self.d * self.dtype.itemsize].view(self.dtype)
         return view
 
     def order_extras_of(self, frame: Frame) -> Numbers:
         """Return the extras of an order, a view."""
-        return frame.wire[8 : 8 + 8 * self.order_extras].view(np.float64)
+        return frame.wire[_HEAD : _HEAD + 8 * self.order_extras].view(np.float64)
 
-    def write_answer(self, frame: Frame, flags: int, said: int, seconds: float, extras: Sequence[float] | Numbers, *,
+    def write_answer(self, frame: Frame, flags: int, said: int, extras: Sequence[float] | Numbers, *,
                      restored: int) -> int:
         """Fill all but the payload; return how many bytes of the wire the answer takes."""
-        frame.wire[:16].view(np.uint64)[:] = flags | restored << _BITS, said
-        frame.wire[16:24].view(np.float64)[0] = seconds
+        frame.wire[:_HEAD].view(np.uint32)[:] = flags | restored << _BITS, said
         self.answer_extras_of(frame)[:] = extras
         return self.answer_nbytes_of(flags)
 
@@ -142,10 +141,10 @@ class Layout:
         payload = 0 if flags & NOT_FINITE else self._whole_nbytes if flags & WHOLE else self.compressed_nbytes
         return self.payload_at + payload
 
-    def read_answer(self, frame: Frame) -> tuple[int, int, float]:
-        """Return flags, hash and seconds of an answer."""
-        flags, said = frame.wire[:16].view(np.uint64)
-        return int(flags) & (1 << _BITS) - 1, int(said), float(frame.wire[16:24].view(np.float64)[0])
+    def read_answer(self, frame: Frame) -> tuple[int, int]:
+        """Return flags and hash of an answer."""
+        flags, said = frame.wire[:_HEAD].view(np.uint32)
+        return int(flags) & (1 << _BITS) - 1, int(said)
 
     def answer_extras_of(self, frame: Frame) -> Numbers:
         """Return the coded extras of an answer, a view."""

@@ -5,7 +5,6 @@ ask first whether they may come, and the answer waits behind all that is being s
 both directions of every link busy, and do not meet.
 """
 
-import os
 from collections import deque
 from itertools import pairwise
 from time import perf_counter
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from mpi_ef.comm.attributes import kept_with, mpi_of
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.kernels.backend import Backend
+from mpi_ef.runtime.ending import outliving
 
 from .in_flight import took_off
 
@@ -26,7 +26,6 @@ MESSAGE_NBYTES = 60 << 10  # MPI sends up to 64 KiB over TCP without asking
 ARRIVING_NBYTES = 16 << 20  # of all ranks, for two blocks; messages are shorter where so many ranks would need more
 UNDER_WAY = 8  # messages to others, and as many from them
 _TAG = 0x4D46
-_OUTLIVING = "OMPI_MCA_mpi_ft_enable"  # 1 where ranks may go on without others that have died
 
 Vector = NDArray[Any]
 
@@ -47,7 +46,7 @@ def apart(comm: Any) -> Any:
 
     Where ranks may outlive others, it is `comm`: a rank that waits there for one of the living learns when it is revoked.
     """
-    if mpi_of(comm) is None or os.environ.get(_OUTLIVING) == "1":
+    if mpi_of(comm) is None or outliving():
         return comm
     known = kept_with(comm, _Apart)
     if known.comm is None:

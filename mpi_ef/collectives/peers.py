@@ -15,7 +15,7 @@ from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_fre
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, SilenceError, briefly, say
 from mpi_ef.ranges import whole, within
-from mpi_ef.runtime.ending import abort
+from mpi_ef.runtime.ending import end_without_all
 from mpi_ef.runtime.world import check_alone
 
 from .late import LONGEST_NBYTES, Frame, Late, next_number
@@ -251,7 +251,7 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
         if (mpi := mpi_of(self.comm)) is None or not self._waits_for or mpi.Is_finalized():
             return
         self._late.meet([rank for rank in self._peers if rank not in self._waits_for], self.patience_seconds)
-        abort(mpi.COMM_WORLD, status)
+        end_without_all(mpi.COMM_WORLD, status)
 
     def __enter__(self) -> Self:
         return self

@@ -20,7 +20,7 @@ from socket import gethostname
 from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import PeerError, counted, say
-from mpi_ef.runtime.ending import abort
+from mpi_ef.runtime.ending import end_without_all, outliving
 
 from .late import Frame, Late
 
@@ -98,6 +98,10 @@ class Server:
         self.under_way[rank], self.since[rank] = frame.step, self.now()
         self._late.send(rank, frame, nbytes)
 
+    def still(self, rank: int, step: int) -> None:
+        """Say that what has come from a worker was not all of its answer."""
+        self.under_way[rank] = step
+
     def also(self, rank: int, frame: Frame) -> None:
         """Send a free worker something that needs no answer, before its next order."""
         self._late.send(rank, frame)
@@ -145,10 +149,12 @@ class Server:
         more = f" and {len(them) - 8} more" if len(them) > 8 else ""
         return ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in them[:8]) + more
 
-    def close(self, last: Frame, take: Callable[[int, Frame], None], subject: str) -> tuple[int, ...]:
+    def close(self, last: Frame, take: Callable[[int, Frame], None], subject: str, *,
+              at_exit: bool = False) -> tuple[int, ...]:
         """Send the last order to each worker, when it has answered the one before, and wait for their last answers.
 
-        A worker that has been silent for `patience_seconds` is not waited for.
+        A worker that has been silent for `patience_seconds` is not waited for. With `at_exit` all are sent the last order at
+        once, and are waited for at the end of Python; workers do the same.
 
         Parameters
         ----------
@@ -168,29 +174,68 @@ class Server:
         if self.closed:
             return tuple(sorted(self._waits_for))
         last.step = LAST + max(0, last.step)
+        self._take, self._subject, begun = take, subject, self.now()
         told = set[int]()
+        if at_exit:
+            for rank in set(self.hosts) - self.ended:
+                self._late.send(rank, last)
+                self.since[rank] = begun
+            self._dropped.detach()
+            self.closed = True
+            if mpi_of(self._comm) is not None:
+                atexit.register(self.settle)
+            return ()
         for arrived in self.looks(float("inf")):
-            for rank, frame in arrived:
-                if frame.step >= 0:
-                    take(rank, frame)
-                else:
-                    self._late.drop(frame)
+            self._take_last(arrived)
             for rank in self.hosts:
                 if rank not in told and self.free(rank):
                     told.add(rank)
                     self.order(rank, last)
-            now = self.now()
-            open_ones = [rank for rank in self.under_way if rank not in self._late.gone and rank not in self.ended]
-            if all(now - self.since[rank] > self.patience_seconds for rank in open_ones):
+            if self._all_ended():
                 break
+        return self._settled()
+
+    def settled(self) -> bool:
+        """Tell whether all have ended, after a close `at_exit`; nothing is left to do at the end of Python then."""
+        self._take_last(self.look())
+        if not set(self.hosts) <= self.ended:
+            return False
+        atexit.unregister(self.settle)
+        self._settled()
+        return True
+
+    def settle(self, status: int = 1) -> None:
+        """Wait for the last answers, after a close `at_exit`, and leave with this status, see :meth:`leave`."""
+        atexit.unregister(self.settle)
+        for arrived in self.looks(float("inf")):
+            self._take_last(arrived)
+            if self._all_ended():
+                break
+        self._settled()
+        self.leave(status)
+
+    def _take_last(self, arrived: list[tuple[int, Frame]]) -> None:
+        for rank, frame in arrived:
+            if frame.step >= 0:
+                self._take(rank, frame)
+            else:
+                self._late.drop(frame)
+
+    def _all_ended(self) -> bool:
+        """Tell whether nobody is left to wait for: all others are dead, or were silent for long."""
+        now = self.now()
+        return all(now - self.since.setdefault(rank, now) > self.patience_seconds for rank in self.hosts
+                   if rank not in self.ended and rank not in self._late.gone)
+
+    def _settled(self) -> tuple[int, ...]:
         self.closed = True
         self._dropped.detach()
         self._waits_for = set(self.hosts) - self.ended
         _send_all(self._late, sorted(self.ended), LAST + len(self._waits_for))
         if self._waits_for:
             atexit.register(self.leave)
-            say(sys.stderr, f"mpi-ef: {subject}: {self.listed(self._waits_for)} did not come to the end; MPI_Finalize would "
-                            "wait for ever, so that all processes are ended when the others have come to theirs\n")
+            say(sys.stderr, f"mpi-ef: {self._subject}: {self.listed(self._waits_for)} did not come to the end; MPI_Finalize "
+                            "would wait for ever, so that all processes are ended when the others have come to theirs\n")
         self._late.close()
         return tuple(sorted(self._waits_for))
 
@@ -204,7 +249,7 @@ class Server:
         if (mpi := mpi_of(self._comm)) is None or not self._waits_for or mpi.Is_finalized():
             return
         self._late.meet(sorted(self.ended), self.patience_seconds)
-        abort(mpi.COMM_WORLD, status)
+        end_without_all(mpi.COMM_WORLD, status)
 
     def abandon(self) -> None:
         """Wait for nobody: after an error. Workers are told, and at the end of Python all processes are ended."""
@@ -285,28 +330,52 @@ class Worker:
         """Send an answer, whose step is that of the order, or the first `nbytes` of its wire."""
         self._late.send(self._server, frame, nbytes)
 
-    def close(self) -> None:
-        """Answer the last order, and wait for the server's verdict on whether all have come to the end."""
+    def close(self, *, at_exit: bool = False) -> None:
+        """Answer the last order, and wait for the server's verdict on who has come to the end; or at Python's end."""
         if self.closed:
             return
         self.closed = True
         self._dropped.detach()
         self._late.listen(self._server)
         _send_all(self._late, (self._server,), LAST)
-        verdict = self.next()
-        if verdict.step != LAST:
+        if not at_exit:
+            self._settle(self.next())
+        elif mpi_of(self._comm) is not None:
+            atexit.register(self.settle)
+
+    def settled(self) -> bool:
+        """Tell whether the verdict is here, after a close `at_exit`; nothing is left to do at the end of Python then."""
+        for _, verdict in self._late.poll():
+            atexit.unregister(self.settle)
+            self._settle(verdict)
+            return True
+        return False
+
+    def settle(self, status: int = 1) -> None:  # noqa: ARG002 - it is the server's
+        """Wait for the verdict, after a close `at_exit`, and leave where some ranks are missing."""
+        atexit.unregister(self.settle)
+        if self._settle(self.next()):
+            self.leave()
+
+    def _settle(self, verdict: Frame) -> bool:
+        """Take the verdict; return whether some ranks are missing."""
+        missing = verdict.step != LAST
+        if missing:
             atexit.register(self.leave)
         self._late.drop(verdict)
         while self._late.under_way(self._server):
             self._late.poll()
             self._late.rest()
         self._late.close()
+        return missing
 
     def leave(self) -> None:
         """Tell the server that this rank has come to its end, which ends all processes then."""
         atexit.unregister(self.leave)
         if (mpi := mpi_of(self._comm)) is not None and not mpi.Is_finalized():
             self._late.meet([self._server], self.patience_seconds)
+            if outliving():
+                end_without_all(mpi.COMM_WORLD, 0)
 
 
 def _send_all(late: Late, ranks: Iterable[int], step: int) -> None:

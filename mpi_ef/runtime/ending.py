@@ -11,10 +11,11 @@ from typing import Any, NoReturn
 
 from mpi_ef.errors import say
 
-__all__ = ["CATCHES", "abort", "abort_on_exception", "die", "end_together", "keep_status"]
+__all__ = ["CATCHES", "abort", "abort_on_exception", "die", "end_together", "end_without_all", "keep_status", "outliving"]
 
 PATIENCE_SECONDS = 5.0
 FORWARDING_SECONDS = 0.3
+_OUTLIVING = "OMPI_MCA_mpi_ft_enable"  # of Open MPI
 CATCHES = "MPI_EF_ABORT"  # 0 leaves uncaught exceptions to Python: the rank ends, and others may wait for it for ever
 
 
@@ -70,6 +71,24 @@ def abort(comm: Any, status: int, *, seconds: float = FORWARDING_SECONDS) -> NoR
     sleep(seconds)
     comm.Abort(status)
     sleep(PATIENCE_SECONDS)
+    os._exit(status)
+
+
+def outliving() -> bool:
+    """Tell whether ranks were started so that they may go on without others that have died. Local."""
+    return os.environ.get(_OUTLIVING) == "1"
+
+
+def end_without_all(comm: Any, status: int) -> NoReturn:
+    """End this process, and all of `comm`, where MPI_Finalize would wait for ranks that do not come. Local.
+
+    Where ranks may outlive others an abort ends this one alone, and the others would wait for it in MPI_Finalize: each ends
+    by itself then, without that.
+    """
+    if not outliving():
+        abort(comm, status)
+    say(sys.stdout)
+    say(sys.stderr)
     os._exit(status)
 
 

@@ -70,6 +70,47 @@ def test_many_trainings_do_not_wait_for_a_worker_that_is_stopped(scheme, go):
     assert told[2]["computed"] <= 2 * (40 - (go - 5)) + 2
 
 
+MAP = """
+import json, os, signal, sys
+import numpy as np
+from mpi4py.MPI import COMM_WORLD as comm
+from mpi_ef.coded import CodedMap, leave
+
+options, calls = json.loads(sys.argv[1]), []
+
+def f(x):
+    calls.append(0)
+    if comm.rank in options["stopped"] and len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return np.tanh(x) + (comm.rank == options["wrong"]) * np.random.default_rng(len(calls)).standard_normal(x.shape)
+
+x = np.linspace(-1, 1, 8 * 500).reshape(8, 500)
+with CodedMap(comm, f, 8, (500,), np.float64, evaluations=40, patience_seconds=options["patience"], wrong=5,
+              sample=x[:, ::4]) as coded:
+    for again in range(2 if comm.rank == 0 else 0):
+        out = coded.map(x)
+        print(json.dumps({"missing": out.missing, "wrong": out.wrong_ranks,
+                          "error": float(np.abs(out.values - np.tanh(x)).max())}), flush=True)
+print(f"rank {comm.rank} is here", flush=True)
+leave(options["status"])
+"""
+
+
+def test_a_map_goes_on_without_a_rank_that_is_stopped(tmp_path):
+    """Rank 2 of 9 is stopped in its second evaluation, rank 5 computes wrongly: five of the 40 evaluations each."""
+    script = tmp_path / "program.py"
+    script.write_text(MAP, encoding="utf-8")
+    ended = run(9, script, json.dumps({"stopped": [2], "wrong": 5, "patience": limit(3), "status": 0}), within=LIMIT)
+    assert ended.status == 0, ended.text
+    first, second = (json.loads(line) for line in ended.text.splitlines() if line.startswith("{"))
+    assert first["missing"] == [9, 17, 25, 33]
+    assert second["missing"] == [1, 9, 17, 25, 33]
+    for told in (first, second):
+        assert told["wrong"] == [5]
+        assert told["error"] < 0.05
+    assert len(ended.lines_with("is here")) == 8, ended.text
+
+
 # Launchers end the other ranks when one dies, unless they are told not to; MPICH's does where a signal was the cause.
 OUTLIVING = {"Open MPI": ["--with-ft", "ulfm", "--mca", "coll", "^han", "--mca", "mpi_preconnect_mpi", "1"],
              "MPICH": ["-disable-auto-cleanup"]}
@@ -83,7 +124,7 @@ def library():
 def outliving(options):
     name = library()
     command = ["sh", "-c", 'trap "" USR1 TERM; "$@" || exit 0', "sh"] if name == "MPICH" else []
-    process = start(4, PROGRAM, json.dumps(options), launcher=OUTLIVING[name], before=command)
+    process = start(4, PROGRAM, json.dumps(options), launcher=OUTLIVING[name], before=command, real=True)
     return finish(process, within=LIMIT)
 
 
@@ -122,3 +163,15 @@ def test_steps_are_short_though_workers_sleep():
     assert np.median(ratios) >= 2.5
     assert stopped <= 1.5 * quiet
 
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(300)
+def test_reproduce_stops_a_rank_and_lets_it_go_on(tmp_path):
+    """On five ranks, of which four take the times; with the numbers that are demanded where they are not of time."""
+    ended = run(5, "-m", "mpi_ef.jobs.cli", "reproduce", "gradient-coding", "--out", str(tmp_path), within=250)
+    assert ended.status == 0, ended.text
+    table = (tmp_path / "gradient-coding" / "table.txt").read_text()
+    assert "repetition s=1, rank 3 stopped" in table
+    assert re.search(r"uncoded, rank 3 stopped +CodedGradients: rank 3 on \S+ silent for 2 s at step 5", table)
+    assert not re.search(r"(gradient|grad f|a_i).* MISSED", table)
