@@ -22,6 +22,7 @@ from mpi_ef.jobs.train.coded import CodedTrainer
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.loop import Trainer
 from mpi_ef.jobs.train.optimizers import build_compressor
+from mpi_ef.jobs.train.sweep import SweepTrainer
 
 TEXT = Path(__file__)  # any text
 GRADIENT = {"placement": "gradient", "clip": 0.0}
@@ -36,11 +37,14 @@ OTHER = {
     "plan": ["my_plan:TrimmedMean(trim=0)"], "ratio": [0.3], "block": [64], "rank": [2], "freeze": [7], "local_steps": [7],
     "precondition": [*choices.PRECONDITIONS], "sides": ["inputs"], "precondition_every": [7], "statistics": ["bf16"],
     "code": ["cyclic:0"], "dedicated": [True], "patience_seconds": [7.0], "on_silence": ["wait", "approximate"],
+    "sweep": ["lr=0.03,0.1"], "profile": [Path("lateness.npz")],
     "fallback": [0.3], "exchange_every": [7], "decay": [0.7],
     "outer_lr": [0.7], "outer_momentum": [0.3], "fragments": [2], "late": [True],
     "overlap": [True], "per_parameter": [True], "values": [*choices.VALUES], "dense_steps": [7], "weight_decay": [0.3],
     "clip": [0.3],
 }
+CODED, SWEPT = [choice for choice in choices.CHOOSERS["code"] if choice != "none"]
+CODES = {"none": {"code": "none"}, CODED: {"code": "fr:1"}, SWEPT: {"code": "srsgc:1,2,2"}}
 SAVING = {"keep": 7, "save_in_background": True, "stop_after": 7, "on_failure": "shrink"}
 
 
@@ -60,6 +64,8 @@ CONTEXTS = {
     "preconditioned": {"precondition": "blended"},
     "coded": {"code": "fr:0"},
     "coded, dedicated": {"optimizer": "sgd", "code": "fr:0", "dedicated": True, "compressor": "identity"},
+    "sweep": {"code": "gc:0", "sweep": "seed=1,2,3"},
+    "sweep, dedicated": {"optimizer": "sgd", "code": "gc:0", "dedicated": True, "sweep": "momentum=0.5"},
     "gpt": {"model": "gpt", "layers": 2},
     "cnn": {"model": "cnn"},
 }
@@ -116,6 +122,19 @@ def described_with_code(trained):
             groups, server, shapes, layers, batch]
 
 
+def described_with_sweep(trained):
+    """The same of several trainings at once."""
+    many, rounds = trained.many, getattr(trained.many, "rounds", None)
+    jobs = [([{name: plain(value) for name, value in group.items() if name != "params"} for group in
+              job.optimizer.param_groups], job.config.clip, job.config.lr, crc32(job.values().data)) for job in trained.jobs]
+    server = [rounds.server.patience_seconds, trained.names] if rounds is not None else []
+    layers = [(type(layer).__name__, getattr(layer, "heads", None)) for layer in trained.model.modules()]
+    shapes = [tuple(p.shape) for p in trained.model.parameters()]
+    batches = [trained.samples(job, 0).tolist() for job in range(len(trained.names))]
+    content = [crc32(part.numpy().tobytes()) for part in trained.data.batch(trained.samples(0, 0), 0)]
+    return [repr(many.scheme), many.n, jobs, server, layers, shapes, batches, content]
+
+
 def built(config, record=False):
     """What two ranks build; or what they record of it."""
     build, one_at_a_time = trainer._build, threading.Lock()
@@ -128,6 +147,9 @@ def built(config, record=False):
         if config.code in (None, "none"):
             made = Trainer(comm, config)
             return made.record() if record else described(made, comm)
+        if config.sweep is not None:
+            swept = SweepTrainer(comm, config)
+            return swept.record() if record else described_with_sweep(swept)
         coded = CodedTrainer(comm, config)
         return coded.record() if record else described_with_code(coded)
 
@@ -203,7 +225,8 @@ def test_every_option_is_taken_by_its_choices_and_by_no_others(name):
         if chooser == "exchange_every":
             given = {chooser: 1 + 5 * choice}
         if chooser == "code":
-            given = {chooser: "none" if choice == "none" else "fr:1"}
+            given = CODES[choice] | ({"sweep": "seed=1,2"} if choice == SWEPT and name != "sweep" else {})
+            given |= {"code": "auto"} if name == "profile" and choice == SWEPT else {}
         if chooser == "rule":
             given |= {**GRADIENT, "compressor": "randk", **robust(choice)}
         if name == "overlap":

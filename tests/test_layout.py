@@ -52,8 +52,8 @@ ROOMS = {
                  "precondition checkpoint state", ""),
     "jobs": ("__init__ errors documents ranges registry kernels comm devices runtime slurm compress collectives feedback "
              "checkpoint state", "numpy torch matplotlib mpi4py tensorboard"),
-    "jobs.train": ("__init__ errors documents moved registry kernels comm runtime compress collectives coded feedback optim "
-                   "checkpoint state jobs", "numpy torch sklearn"),
+    "jobs.train": ("__init__ errors documents moved registry kernels comm runtime compress collectives coded feedback "
+                   "vectors optim checkpoint state jobs", "numpy torch sklearn"),
     "jobs.bench": ("__init__ errors documents moved registry kernels comm runtime compress collectives feedback "
                    "checkpoint jobs", "numpy torch mpi4py"),
     "jobs.reproduce": ("__init__ errors documents moved registry comm runtime compress robust collectives coded feedback "

@@ -264,7 +264,7 @@ ANOTHER = {
     "compressor": "sign", "plan": "TwoPhaseMean", "ratio": 0.3, "block": 64, "rank": 2, "freeze": 3,
     "local_steps": 3, "exchange_every": 3, "decay": 0.3, "outer_lr": 0.3, "outer_momentum": 0.3, "fragments": 2,
     "late": True, "precondition": "window", "sides": "inputs", "precondition_every": 3, "statistics": "bf16",
-    "fallback": 0.3, "per_parameter": True, "values": "full", "dense_steps": 3,
+    "fallback": 0.3, "per_parameter": True, "values": "full", "dense_steps": 3, "sweep": "lr=0.3",
 }
 MAY_CHANGE = {"steps": 9, "batch": 5, "lr": 0.01, "warmup": 3, "clip": 0.5, "log_every": 3, "eval_every": 7, "keep": 2,
               "checkpoint_every": 3, "save_in_background": True}
@@ -273,6 +273,7 @@ ELSEWHERE = {
     "dedicated",
     "patience_seconds",
     "on_silence",
+    "profile",
     "tensorboard",
     "text",
     "data",

@@ -82,7 +82,7 @@ def read_sections(paths: Sequence[Path], *, best: bool = False, panels: Sequence
         When a path holds no finished run.
     """
     trained, others = [], []
-    for path in paths:
+    for path in _each(paths):
         if path.is_file():
             others.append(_benched(path))
         elif (path / PROOF).is_file():
@@ -113,6 +113,18 @@ def read_sections(paths: Sequence[Path], *, best: bool = False, panels: Sequence
                 if run.summary.get("suspicion")]
     slow = [line for run in trained for line in _who_is_slow(run)]
     return [Section("train", "Training", "\n".join([table(trained), *left_out, *slow]), draw, made), *others]
+
+
+def _each(paths: Sequence[Path]) -> list[Path]:
+    """Return the paths; in place of a sweep of ``mpi-ef train`` the folders of its trainings."""
+    found = list[Path]()
+    for path in paths:
+        try:
+            jobs = read_json(path / "summary.json", follow=True)["jobs"]
+            found += [path / name for name in jobs if (path / name).resolve().parent == path.resolve()]
+        except (OSError, ValueError, LookupError, TypeError):
+            found.append(path)
+    return found
 
 
 def _who_is_slow(run: _Run) -> list[str]:

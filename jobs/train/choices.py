@@ -40,7 +40,7 @@ _GRADIENT: Takes = {"placement": Only("gradient"), "dense_steps": 0}
 _ONE_BIT: Takes = {"beta1": 0.9, "beta2": 0.99, "compressor": "sign", "freeze": 0}
 # Sparse feedback delays updates, and delay acts like momentum; dense updates need the usual one.
 _DELAYED = Depends("0.5, or 0.9 with compressor=identity",
-                   lambda chosen: 0.9 if chosen["compressor"] == "identity" else 0.5)
+                   lambda chosen: 0.9 if chosen.get("compressor", "identity") == "identity" else 0.5)
 OPTIMIZERS: Mapping[str, Takes] = {
     "adamw": {"beta1": _DELAYED, "beta2": 0.99, **_UPDATES},
     "sgd": {"momentum": 0.9, **_UPDATES},
@@ -104,10 +104,16 @@ _ROUNDS: Mapping[Any, Takes] = {
     True: {"outer_lr": 1.0, "outer_momentum": 0.0, "fragments": 1, "late": False},
     False: {},
 }
-_CODED = "fr:S, cyclic:S, blocks:S"
-_CODES: Mapping[Any, Takes] = {"none": {}, _CODED: {"dedicated": False, "patience_seconds": 300.0, "on_silence": "raise"}}
-# Of what a server takes the place.
+_CODED, _SCHEMES = "fr:S, cyclic:S, blocks:S", "gc:S, srsgc:B,W,LAM, msgc:B,W,LAM, auto"
+_CODES: Mapping[Any, Takes] = {
+    "none": {},
+    _CODED: {"dedicated": False, "patience_seconds": 300.0, "on_silence": "raise"},
+    _SCHEMES: {"sweep": Depends("none, it has to be given"), "profile": Depends("none, auto wants one"), "dedicated": False,
+               "patience_seconds": 300.0},
+}
+# Of what a server takes the place; and in a sweep, where all draw from all samples and whole vectors are sent.
 _UNCODED = ("precondition", "exchange_every", "placement", "rule", "plan", "dense_steps")
+_UNSWEPT = (*_UNCODED, "compressor", "split")
 # What the options depend on, in this order; what is saved, on whether there is any saving; rounds, on
 # whether they have several steps.
 CHOOSERS: Mapping[str, Mapping[Any, Takes]] = {
@@ -154,7 +160,7 @@ def resolve(given: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
             else:
                 chosen[name] = given.get(name, default)
         if chooser == "code" and chosen.get("code", "none") != "none":
-            chosen = {name: value for name, value in chosen.items() if name not in _UNCODED}
+            chosen = {name: value for name, value in chosen.items() if name not in _not_with(chosen)}
     without = [name for name in given if name not in chosen]
     if strict and without:
         raise ConfigError(_no_effect(without[0], given[without[0]], chosen))
@@ -178,7 +184,8 @@ def kept() -> set[str]:
     """
     tables = [table.values() for chooser, table in CHOOSERS.items() if chooser != "checkpoint_every"]
     names = {name for table in tables for takes in table for name in takes}
-    return {"model", "seed", "optimizer", "weight_decay"} | names - {"text", "overlap", "whole", "code", *_CODES[_CODED]}
+    apart = {"text", "overlap", "whole", "code", "profile", *_CODES[_CODED]}
+    return {"model", "seed", "optimizer", "weight_decay"} | names - apart
 
 
 def owners(name: str) -> dict[str, list[Any]]:
@@ -207,8 +214,21 @@ def _taken(chooser: str, table: Mapping[Any, Takes], chosen: Mapping[str, Any]) 
 
 def _choice(chooser: str, chosen: Mapping[str, Any]) -> Any:
     if chooser == "code":
-        return "none" if chosen[chooser] == "none" else _CODED
+        kind = str(chosen[chooser]).strip().lower()
+        return "none" if kind == "none" else _SCHEMES if kind.startswith(("gc", "srsgc", "msgc", "auto")) else _CODED
     return chosen[chooser] >= _LEAST[chooser] if chooser in _LEAST else chosen[chooser]
+
+
+def _not_with(chosen: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what has no effect with the code."""
+    return (*_UNSWEPT, *_differs(chosen)) if _choice("code", chosen) == _SCHEMES else _UNCODED
+
+
+def _differs(chosen: Mapping[str, Any]) -> set[str]:
+    """Return the option of which each training of a sweep has its own value, where it goes with some choices only."""
+    sweep = chosen.get("sweep")
+    name = sweep.partition("=")[0].strip().replace("-", "_") if isinstance(sweep, str) else ""
+    return {name} if owners(name) and name != "sweep" else set()
 
 
 def _belongs(chooser: str, optimizer: str) -> bool:
@@ -219,9 +239,12 @@ def _belongs(chooser: str, optimizer: str) -> bool:
 def _no_effect(name: str, value: Any, chosen: Mapping[str, Any]) -> str:
     """Say with what an option goes that was given, and has no effect here."""
     ((chooser, choices),) = owners(name).items()
-    if chosen.get("code", "none") != "none" and (name in _UNCODED or chooser in _UNCODED):
-        return (f"{name}={value} has no effect with code={chosen['code']}, where a server has the parameters; it goes with "
-                "code=none")
+    if name in _differs(chosen):
+        return f"{name}={value} has no effect with sweep={chosen['sweep']}; leave it out"
+    if chosen.get("code", "none") != "none" and {name, chooser} & {*_not_with(chosen)}:
+        served = bool({name, chooser} & {*_UNCODED})
+        why = "a server has the parameters" if served else "all draw from all samples, and send vectors"
+        return f"{name}={value} has no effect with code={chosen['code']}, where {why}; it goes with code=none"
     goes = _named(chooser, [c for c in choices if not isinstance(CHOOSERS[chooser][c][name], Only)])
     if chooser in chosen and not _belongs(chooser, chosen["optimizer"]):
         now = _named(chooser, [_choice(chooser, chosen)])

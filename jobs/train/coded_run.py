@@ -19,8 +19,6 @@ from mpi_ef.state.training import Training
 if TYPE_CHECKING:
     from torch import nn
 
-    from mpi_ef.optim import CodedOptimizer
-
 __all__ = ["CodedRun"]
 
 
@@ -33,7 +31,7 @@ class CodedRun:
     config : TrainConfig
         All options that apply.
     model : torch.nn.Module
-    optimizer : CodedOptimizer
+    optimizer : CodedOptimizer, or what has its state
     position : callable
         Returns what `go_on` needs.
     go_on : callable
@@ -41,18 +39,20 @@ class CodedRun:
 
     Attributes
     ----------
+    alone : communicator
+        Of this rank alone.
     stopped : str or None
         Why the run has stopped before its end. Of the server.
     finished : dict or None
         The summary of a run that was finished when this one was to go on with it.
     """
 
-    def __init__(self, comm: MpiComm, config: TrainConfig, model: "nn.Module", optimizer: "CodedOptimizer",
+    def __init__(self, comm: MpiComm, config: TrainConfig, model: "nn.Module", optimizer: object,
                  position: Callable[[], dict[str, Any]], go_on: Callable[[int, dict[str, Any], str], list[str]]) -> None:
-        self.comm, self.config, self._optimizer, self._position, self._go_on = comm, config, optimizer, position, go_on
+        self.comm, self.config, self._position, self._go_on = comm, config, position, go_on
         self.stopped: str | None = None
         self.finished: dict[str, Any] | None = None
-        self._alone: Any = comm.Split(int(comm.Get_rank()))
+        self.alone: Any = comm.Split(int(comm.Get_rank()))
         self._saved, self._last, self._claimed = -1, config.steps, False
         job, restart = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
         restarts = int(restart) if restart.isdecimal() else 0
@@ -61,7 +61,7 @@ class CodedRun:
         if config.checkpoint_every:  # workers have one as well, and end when the server does
             end = os.environ.get("SLURM_JOB_END_TIME", "")
             signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
-            self._stopper = Stopper(self._alone, signals=signals, deadline=float(end) if end.isdecimal() else None)
+            self._stopper = Stopper(self.alone, signals=signals, deadline=float(end) if end.isdecimal() else None)
             if number := early_signals.pending():
                 self._stopper.request(number)
         self._training = Training(model=model, optimizer=optimizer, seed=config.seed, random=False)
@@ -101,7 +101,7 @@ class CodedRun:
             self._claim(new=config.resume == "no")
         if config.resume == "no":
             return 0
-        start = self._training.resume(self._store, self._alone)
+        start = self._training.resume(self._store, self.alone)
         changed = self._go_on(start, self._training.document, config.resume) if start else []
         self._saved = start or -1
         left = f"{config.steps - start} steps left" if start < config.steps else "nothing is left to do"
@@ -112,10 +112,10 @@ class CodedRun:
 
     def _claim(self, *, new: bool) -> None:
         self._claimed = True
-        self._store.claim(self._alone, new=new)
+        self._store.claim(self.alone, new=new)
 
     def _save(self, step: int, *, background: bool = False) -> None:
-        self._training.save(self._store, self._alone, step, document=self._position(), background=background)
+        self._training.save(self._store, self.alone, step, document=self._position(), background=background)
         self._saved = step
 
     def ends_after(self, step: int) -> bool:
@@ -123,7 +123,7 @@ class CodedRun:
         config = self.config
         if self._stopper is None:
             return False
-        self._store.poll(self._alone)
+        self._store.poll(self.alone)
         ends = self._stopper.should_stop() or step == self._last
         if ends or step % config.checkpoint_every == 0:
             self._save(step, background=bool(config.save_in_background) and not ends)
@@ -144,7 +144,7 @@ class CodedRun:
                 self._claim(new=False)
             if step != self._saved:
                 self._save(step)
-            self._store.finish(self._alone)
+            self._store.finish(self.alone)
         except MpiEfError as error:
             say(sys.stderr, f"mpi-ef: step {step} could not be saved: {shown(error)}\n")
             return

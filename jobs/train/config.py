@@ -55,7 +55,10 @@ class TrainConfig(Checked):
                                "[0, 1)")
     weight_decay: float | None = option(None, "of the optimizer", "[0, inf)", shown=choices_of.DECAY.text)
     code: str | None = _for("code", "gradients of which those of the slowest S ranks are not waited for; rank 0 has the "
-                            "parameters, see docs/stragglers.md", choices=("none",), others="fr:S, cyclic:S")
+                            "parameters, see docs/stragglers.md", choices=("none",),
+                            others="fr:S, cyclic:S, srsgc:B,W,LAM, auto")
+    sweep: str | None = _for("sweep", "trainings at once, each with another value of an option, as lr=0.1,0.03,0.01")
+    profile: Path | None = _for("profile", "lateness.npz of a run, from which code=auto takes the fastest scheme")
     dedicated: bool | None = _for("dedicated", "let rank 0 compute no gradients")
     patience_seconds: float | None = _for("patience_seconds", "how long a step waits for the ranks that it needs",
                                           "(0, inf)")
@@ -143,6 +146,8 @@ class TrainConfig(Checked):
                 settings.check_specified(name, value, known)
         super().__post_init__()
         settings.check(self.chosen())
+        if self.sweep is not None:
+            settings.swept(self)
 
     @classmethod
     def of_file(cls, values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:

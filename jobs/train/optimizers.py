@@ -24,7 +24,7 @@ from mpi_ef.optim.flat import FlatOptimizer
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["build_coded", "build_compressor", "build_optimizer"]
+__all__ = ["build_coded", "build_compressor", "build_inner", "build_optimizer"]
 
 Groups = list[dict[str, Any]]
 Chosen = Any  # the options that apply, as attributes: to ask for another one is an error
@@ -183,6 +183,11 @@ def build_coded(config: TrainConfig, model: "nn.Module", comm: Comm) -> optim.Co
     return optim.CodedOptimizer(_inner(chosen, model), comm, code_of(chosen.code), _compressor(chosen), model=model,
                                 seed=chosen.seed, clip=chosen.clip, dedicated=chosen.dedicated,
                                 patience_seconds=chosen.patience_seconds, on_silence=chosen.on_silence)
+
+
+def build_inner(config: TrainConfig, model: "nn.Module") -> torch.optim.Optimizer:
+    """Return torch's optimizer that a rule, or a server, puts to work. Local."""
+    return _inner(_chosen(config), model)
 
 
 def _wrapped(chosen: Chosen, model: "nn.Module", comm: Comm) -> FlatOptimizer:

@@ -69,6 +69,10 @@ def train(comm: MpiComm, config: TrainConfig, attempts: ulfm.Attempts | None = N
         On all ranks, for unusable data or options; for a folder with another run, active or finished; for fewer steps than
         the run that is to go on has done.
     """
+    if config.sweep is not None:
+        from mpi_ef.jobs.train.sweep_run import train_sweep
+
+        return train_sweep(comm, config)
     if config.code not in (None, "none"):
         from mpi_ef.jobs.train.coded import train_coded
 

@@ -1,18 +1,21 @@
 """What the options of ``mpi-ef train`` may be, alone and together; before MPI is started."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mpi_ef.errors import ConfigError, OptionError, briefly, nearest
+from mpi_ef.errors import ConfigError, OptionError, briefly, counted, nearest
 from mpi_ef.jobs.events import check_installed
 from mpi_ef.jobs.methods import check_part
 from mpi_ef.jobs.options import check_device
+from mpi_ef.jobs.train import choices as choices_of
 
 if TYPE_CHECKING:
     from mpi_ef.registry import Specification
 
-__all__ = ["SPECIFIED", "check", "check_specified", "optimizer_in", "rule_in", "smoothness_of"]
+__all__ = ["SPECIFIED", "check", "check_specified", "optimizer_in", "rule_in", "smoothness_of", "swept"]
 
+Config = TypeVar("Config", bound=Any)
 _VOTERS = ("lion", "signum")  # optimizers that step by the signs of a majority, without error feedback
 CHANGES = ("ef21-page", "marina")  # rules whose inputs are changes of gradients, see changes.py
 CLIENTS = ("ef21-pp", "ef21-w", "ef21-plus", "clag")  # rules in which a rank may be silent, or choose between two messages
@@ -21,6 +24,7 @@ ROBUST = ("byz-ef21", "byz-ef21-sgdm", "byz-ef21-bc")  # rules that some ranks m
 
 # What may also be written as in Python, with its options, see :mod:`mpi_ef.registry`.
 SPECIFIED = ("compressor", "rule", "plan", "optimizer", "model", "aggregator")
+SWEPT = ("lr", "warmup", "momentum", "beta1", "beta2", "weight_decay", "clip", "seed")  # of which trainings differ
 OF_RUN = ("lr", "weight_decay", "clip")  # options of optimizers that are options of the run
 
 
@@ -128,16 +132,62 @@ def _check_code(chosen: Mapping[str, Any]) -> None:
     """Refuse what is no code, and what all ranks would have to do together."""
     if (code := chosen.get("code", "none")) == "none":
         return
-    from mpi_ef.coded import code_of
+    if "sweep" in chosen:
+        _check_sweep(code, chosen)
+    else:
+        from mpi_ef.coded import code_of
 
-    try:
-        code_of(code)
-    except OptionError as error:
-        raise ConfigError(f"code={code}: {error}") from None
+        try:
+            code_of(code)
+        except OptionError as error:
+            raise ConfigError(f"code={code}: {error}") from None
     for name, value in (("on_failure", "stop"), ("gpu_aware_mpi", False)):
         if chosen.get(name, value) != value:
             raise ConfigError(f"{name}={chosen[name]} is for ranks that do all together, code={code} for those that do not; "
                               "leave one of them out")
+
+
+def _check_sweep(code: str, chosen: Mapping[str, Any]) -> None:
+    from mpi_ef.coded import scheme_of
+
+    if chosen["sweep"] is None:
+        raise ConfigError(f"code={code} is for several trainings at once; pass sweep=lr=0.1,0.03,0.01 or the like, or "
+                          "code=fr:1 for one of them")
+    if (code == "auto") != (chosen["profile"] is not None):
+        raise ConfigError(f"code={code} {'wants' if code == 'auto' else 'takes no'} profile, a lateness.npz of a run; "
+                          f"{'pass one' if code == 'auto' else 'leave it out, or take code=auto'}")
+    if code == "auto":
+        return
+    try:
+        scheme = scheme_of(code)
+    except OptionError as error:
+        raise ConfigError(f"code={code}: {error}") from None
+    if 0 < (jobs := len(_values_of(chosen["sweep"])[1])) <= scheme.delay:
+        raise ConfigError(f"sweep={chosen['sweep']} is of {counted(jobs, 'training')}, and code={code} is for "
+                          f"{scheme.delay + 1} or more; take another code, or more values")
+
+
+def _values_of(text: str) -> tuple[str, list[str]]:
+    name, _, values = text.partition("=")
+    return name.strip().replace("-", "_"), [value.strip() for value in values.split(",") if value.strip()]
+
+
+def swept(config: Config) -> dict[str, Config]:
+    """Return by name the options of each training of a sweep, a `TrainConfig`, as those of a run without a code."""
+    name, values = _values_of(str(config.sweep))
+    if name not in SWEPT or not values or len(set(values)) < len(values):
+        raise ConfigError(f"sweep={config.sweep} is no option with different values; write for example lr=0.1,0.03,0.01; "
+                          f"options are {', '.join(SWEPT)}")
+    if config.optimizer not in choices_of.owners(name).get("optimizer", [config.optimizer]):
+        raise ConfigError(f"sweep={config.sweep}: {name} has no effect with optimizer={config.optimizer}; take another one")
+    plain: dict[str, Any] = dict.fromkeys(("code", "sweep", "profile", "dedicated", "patience_seconds"))
+    kind = int if name in ("seed", "warmup") else float
+    try:
+        numbers = [kind(value) for value in values]
+    except ValueError:
+        raise ConfigError(f"sweep={config.sweep}: values of {name} are numbers") from None
+    return {f"{name}={value}": replace(config, **(plain | {"compressor": "identity", name: number}))
+            for value, number in zip(values, numbers, strict=True)}
 
 
 def _check_compressor(chosen: Mapping[str, Any]) -> None:

@@ -173,6 +173,10 @@ class Schedule(ABC):
             self._over[job % self._depth] = True
         return found
 
+    def open(self) -> list[int]:
+        """Return the jobs that have begun, and that :meth:`finished` has not named."""
+        return self._open_jobs()
+
     def decode(self, job: int) -> tuple[tuple[Task, float], ...]:
         """Return whose results make up the gradient of a job, in the order in which to add them, and their coefficients.
 

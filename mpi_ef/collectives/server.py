@@ -93,10 +93,10 @@ class Server:
         """Tell whether a worker has answered what it was given."""
         return rank not in self.under_way and rank not in self._late.gone and rank not in self.ended
 
-    def order(self, rank: int, frame: Frame) -> None:
-        """Give a worker that is free its next order."""
+    def order(self, rank: int, frame: Frame, nbytes: int | None = None) -> None:
+        """Give a worker that is free its next order, or the first `nbytes` of its wire."""
         self.under_way[rank], self.since[rank] = frame.step, self.now()
-        self._late.send(rank, frame)
+        self._late.send(rank, frame, nbytes)
 
     def still(self, rank: int, step: int) -> None:
         """Say that what has come from a worker was not all of its answer."""

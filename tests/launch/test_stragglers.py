@@ -10,7 +10,7 @@ import pytest
 from launching import MPIEXEC, finish, run, start
 from patience import limit
 
-PROGRAM = Path(__file__).with_name("coded_program.py")
+PROGRAM, MANY = (Path(__file__).with_name(name) for name in ("coded_program.py", "many_program.py"))
 LIMIT = 100
 
 
@@ -54,6 +54,20 @@ def test_too_many_silent_ranks_end_the_run_with_a_line_and_what_was_computed(tmp
     (line,) = ended.lines_with("caught: CodedGradients: ") or pytest.fail(ended.text)
     assert re.search(r"rank 1 on \S+, rank 3 on \S+ silent for [\d.]+ s, at step \d+; 1 of each 2 twins needed", line), line
     assert np.load(saved).any()
+
+
+@pytest.mark.parametrize(("scheme", "go"), [("srsgc:1,2,2", 25)])
+def test_many_trainings_do_not_wait_for_a_worker_that_is_stopped(scheme, go):
+    """It has computed one step of each model in that time, at most; each training is as by itself."""
+    ended = run(4, MANY, scheme, "40", "2", "5", str(go), str(limit(20)), within=LIMIT)
+    assert ended.status == 0, ended.text
+    told = told_by(ended)
+    assert sorted(told) == [0, 1, 2, 3]
+    assert len({one["x"] for one in told.values()}) == 1
+    assert told[0]["error"] < 1e-12
+    assert told[0]["late"] >= 1
+    assert told[0]["missing"] == []
+    assert told[2]["computed"] <= 2 * (40 - (go - 5)) + 2
 
 
 MAP = """
