@@ -81,7 +81,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
     loss : float
         The mean over all samples of the last step. Of the server.
     missing : tuple of int
-        Ranks that have not come to the end. Of the server.
+        Ranks that have not come to the end; not known after a break. Of the server.
     waited : float
         Seconds that the server has waited for answers.
     skipped_steps : int
@@ -181,20 +181,22 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         return self._decide(steps) if self.is_server else self._work()
 
     def _decide(self, steps: int) -> Iterator[int]:
-        self._looping = True
+        self._looping, ended = True, False
         try:
             while self.done < steps:
                 self._begin()
                 yield self.done
                 self._check_over()
-            self._failed = False
+            self._failed, ended = False, True
         finally:
             self._looping = self._open = False
             if self._failed or self._inside:  # by an error, which says why
                 self.coded.__exit__(MpiEfError, None, None)
             else:
                 self._writes.adopt()
-                self.missing = self.coded.close(self.flat.kernels.fetch(self.flat.values), self._statistics.values())
+                # After a break, or an error of the program, which are the same here: nothing is waited for.
+                self.missing = self.coded.close(self.flat.kernels.fetch(self.flat.values), self._statistics.values(),
+                                                at_exit=not ended)
 
     def _begin(self) -> None:
         """Send the order of the next step. Local."""
