@@ -435,6 +435,31 @@ def test_a_buffer_that_is_no_statistic_may_not_change():
         assert line.startswith("CodedOptimizer: a forward pass has changed buffer seen, which is no running statistic")
 
 
+def test_a_buffer_may_be_written_to_between_steps():
+    """As loading does, in place or not: it is a forward pass that may not."""
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.line = nn.Linear(7, 3)
+            self.register_buffer("mask", torch.ones(3))
+
+        def forward(self, x):
+            return self.line(x) * self.mask
+
+    def program(comm):
+        net = Masked()
+        coded = CodedOptimizer(sgd(net), comm, FR(1), model=net, patience_seconds=0.3)
+        if coded.is_server:
+            net.mask = torch.ones(3)
+            net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()})
+        for step in coded.steps(3):
+            net.mask.fill_(1.0)
+            ordinary(coded, net, step)
+        return coded.done
+
+    assert virtual.results(2, program)[0] == 3
+
+
 def test_too_many_silent_workers_are_named_and_the_state_is_that_of_the_last_step():
     """It may be saved then, and another call of step() waits on."""
     def program(comm):

@@ -185,6 +185,8 @@ class TestWhoIsSlow:
             "rank 3 is last in 100 % of steps, by 5 s (median)",
             "s=1 has saved 49 s, in steps that took 10 s, not counting that each rank computes 2 parts instead of 1",
             "rank 3: of 10 answers 9 came late, 0 not at all"]
+        lateness.part_seconds = 100.0  # a code that has only cost
+        assert lateness.lines(10.0, s=1)[1] == "s=1 has saved 0 s, in steps that took 10 s"
 
 
 class TestOverRestarts:

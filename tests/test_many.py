@@ -102,7 +102,8 @@ def test_law_any_pattern_of_sleepers(seed, which, dedicated):
     np.testing.assert_allclose(result[0], plain(models, 3), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("scheme", "n"), [SCHEMES[1], SCHEMES[2], SCHEMES[3], SCHEMES[6], SCHEMES[7]], ids=str)
+@pytest.mark.parametrize(("scheme", "n"), [SCHEMES[1], SCHEMES[3], SCHEMES[7], (SRSGC(1, 2, 2), 6), (MSGC(1, 2, 1), 6)],
+                         ids=str)
 def test_with_codes_of_repetition_a_model_is_the_same_bits_whoever_is_late(scheme, n):
     models = scheme.delay + 1
     expected = trained(n, scheme, models, 4)[0][0]

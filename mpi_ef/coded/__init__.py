@@ -15,7 +15,8 @@ from .simulator import Run, choose, gilbert_elliott, profile_of, simulate
 from .texts import code_of
 from .wire import Decoded, Order
 
-__all__ = ["GC", "MSGC", "SRSGC", "BerrutCode", "Blocks", "CodedGradients", "CodedMap", "Cyclic", "Decoded", "Finished",
-           "FractionalRepetition", "GradientCode", "ManyTrainings", "Mapped", "Order", "Parity", "Run", "Schedule", "Scheme",
-           "Served", "ServedMany", "Task", "choose", "code_for", "code_of", "coded_map", "gilbert_elliott", "leave",
-           "locate", "profile_of", "scheduled", "scheme_of", "serve", "serve_many", "simulate"]
+__all__ = ["GC", "MSGC", "SRSGC", "BerrutCode", "Blocks", "CodedGradients", "CodedMap", "Cyclic", "Decoded",
+           "Finished", "FractionalRepetition", "GradientCode", "ManyTrainings", "Mapped", "Order", "Parity", "Run",
+           "Schedule", "Scheme", "Served", "ServedMany", "Task", "choose", "code_for", "code_of", "coded_map",
+           "gilbert_elliott", "leave", "locate", "profile_of", "scheduled", "scheme_of", "serve", "serve_many",
+           "simulate"]

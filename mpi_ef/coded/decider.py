@@ -118,12 +118,12 @@ class Decider:
         """Take the answer of the server itself."""
         self._take_answer(self._number[self._own], frame)
 
-    def close(self, x: Vector, extras: Sequence[float] | Numbers) -> tuple[int, ...]:
+    def close(self, x: Vector, extras: Sequence[float] | Numbers, *, at_exit: bool = False) -> tuple[int, ...]:
         """Let workers end with these parameters; return the ranks that do not."""
         self.open = False
         last = self.server.frame()
         self._layout.write_order(last, self.step, x, extras, restored=self._restored)
-        return self.server.close(last, self.take, self._subject)
+        return self.server.close(last, self.take, self._subject, at_exit=at_exit)
 
     def _usable(self) -> int:
         return self._heard & ~self.twins.undecided(self.step)

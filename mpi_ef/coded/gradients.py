@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 from mpi_ef.collectives.late import LONGEST_NBYTES, Frame, next_number
 from mpi_ef.collectives.lateness import Lateness
 from mpi_ef.collectives.misfit import misfit
-from mpi_ef.collectives.server import Worker, host_of
+from mpi_ef.collectives.server import AT_EXIT, Worker, host_of
 from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
@@ -281,9 +281,10 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
             frame = self._link.next()
             if frame.step < 0:
                 self._last = self._layout.x_of(frame).copy(), self._layout.order_extras_of(frame).copy()
+                at_exit = frame.step >= AT_EXIT
                 self._link.drop(frame)
                 self.closed = True
-                self._link.close()
+                self._link.close(at_exit=at_exit)
                 return
             if self._layout.is_row(frame):
                 self.h[:], self._knows = self._layout.x_of(frame), True
@@ -324,8 +325,12 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         self._link.answer(frame, nbytes)
         self._link.drop(frame)
 
-    def close(self, x: Vector | None = None, extras: Sequence[float] | Numbers = ()) -> tuple[int, ...]:
+    def close(self, x: Vector | None = None, extras: Sequence[float] | Numbers = (), *,
+              at_exit: bool = False) -> tuple[int, ...]:
         """Let workers end; they get these parameters last. Local, of the server; workers end with :meth:`orders`.
+
+        With `at_exit` it returns at once, and workers that have not ended are waited for at the end of Python, or in
+        :meth:`leave`.
 
         Returns
         -------
@@ -336,7 +341,7 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         if not self.is_server or self.closed:
             return ()
         self.closed = True
-        return self.decider.close(np.zeros(self.d, self.dtype) if x is None else x, extras)
+        return self.decider.close(np.zeros(self.d, self.dtype) if x is None else x, extras, at_exit=at_exit)
 
     def leave(self, status: int = 1) -> None:
         """End all processes where some have not ended, see :meth:`close`; else return. Local, of the server."""

@@ -321,7 +321,7 @@ class Lateness:
 
 
 def _short(seconds: float) -> str:
-    return f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}".removeprefix("0")
+    return f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}".removeprefix("0") or "0"
 
 
 def _share(part: float) -> str:

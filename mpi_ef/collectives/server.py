@@ -27,6 +27,7 @@ from .late import Frame, Late
 __all__ = ["Server", "Worker", "host_of"]
 
 LAST = -(2**62)  # the step of the last order is this one and the number of steps
+AT_EXIT = LAST + 2**61  # in place of LAST, where the server waits for last answers at the end of Python
 _FAILED, _DROPPED = LAST - 1, LAST - 2  # those of orders after which there are no more: an error, or the server was dropped
 _LONGEST_LOOK = 0.1  # seconds between two looks that count as waiting: a server that was stopped itself has not waited
 
@@ -68,7 +69,7 @@ class Server:
         self.since: dict[int, float] = {}
         self.ended: set[int] = set()  # workers that have sent their last answer
         self._waits_for: set[int] = set()  # for whom MPI would wait at its end
-        self.closed = False
+        self.closed = self._abandoned = self._pending = False
         self._dropped = weakref.finalize(self, _send_all, self._late, tuple(hosts), _DROPPED)
 
     @property
@@ -173,7 +174,7 @@ class Server:
         """
         if self.closed:
             return tuple(sorted(self._waits_for))
-        last.step = LAST + max(0, last.step)
+        last.step = (AT_EXIT if at_exit else LAST) + max(0, last.step)
         self._take, self._subject, begun = take, subject, self.now()
         told = set[int]()
         if at_exit:
@@ -183,6 +184,7 @@ class Server:
             self._dropped.detach()
             self.closed = True
             if mpi_of(self._comm) is not None:
+                self._pending = True
                 atexit.register(self.settle)
             return ()
         for arrived in self.looks(float("inf")):
@@ -201,12 +203,14 @@ class Server:
         if not set(self.hosts) <= self.ended:
             return False
         atexit.unregister(self.settle)
+        self._pending = False
         self._settled()
         return True
 
     def settle(self, status: int = 1) -> None:
         """Wait for the last answers, after a close `at_exit`, and leave with this status, see :meth:`leave`."""
         atexit.unregister(self.settle)
+        self._pending = False
         for arrived in self.looks(float("inf")):
             self._take_last(arrived)
             if self._all_ended():
@@ -245,16 +249,21 @@ class Server:
         It waits for the other workers to come to the end of their programs, as long as its patience is. It is called at the
         end of Python with status 1.
         """
+        if self._pending:
+            self.settle(status)
         atexit.unregister(self.leave)
         if (mpi := mpi_of(self._comm)) is None or not self._waits_for or mpi.Is_finalized():
             return
+        if self._abandoned:
+            say(sys.stderr, f"mpi-ef: rank {self._comm.Get_rank()}, the server, has left its workers after an error; all "
+                            "processes are ended\n")
         self._late.meet(sorted(self.ended), self.patience_seconds)
         end_without_all(mpi.COMM_WORLD, status)
 
     def abandon(self) -> None:
         """Wait for nobody: after an error. Workers are told, and at the end of Python all processes are ended."""
         if not self.closed:
-            self.closed = True
+            self.closed = self._abandoned = True
             self._dropped.detach()
             _send_all(self._late, tuple(self.hosts), _FAILED)
             self._waits_for = set(self.hosts) - self.ended

@@ -81,7 +81,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
     loss : float
         The mean over all samples of the last step. Of the server.
     missing : tuple of int
-        Ranks that have not come to the end. Of the server.
+        Ranks that have not come to the end; not known after a break. Of the server.
     waited : float
         Seconds that the server has waited for answers.
     skipped_steps : int
@@ -128,7 +128,6 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         self.flat.broadcast(comm)
         if isinstance(model, nn.Module):
             broadcast_buffers(model, comm)
-        self._statistics.settle()
         self._writes = Writes(self.flat)
         shapes = tuple(tuple(p.shape) for p in self.flat.parameters)
         bound = Identity() if compressor is None else for_parameters(compressor, shapes)
@@ -142,7 +141,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         self.is_server = self.coded.is_server
         self._order: Order | None = None
         self._sent: NDArray[np.float64] = np.empty(0)  # the statistics of the order
-        self._looping = self._open = self._inside = self._begun = self._failed = self._answered = False
+        self._looping = self._open = self._inside = self._begun = self._failed = self._answered = self._noted = False
         self._computed = -1  # parts of this order; -1 before they are asked for
 
     @property
@@ -182,23 +181,27 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         return self._decide(steps) if self.is_server else self._work()
 
     def _decide(self, steps: int) -> Iterator[int]:
-        self._looping = True
+        self._looping, ended = True, False
         try:
             while self.done < steps:
                 self._begin()
                 yield self.done
                 self._check_over()
-            self._failed = False
+            self._failed, ended = False, True
         finally:
             self._looping = self._open = False
             if self._failed or self._inside:  # by an error, which says why
                 self.coded.__exit__(MpiEfError, None, None)
             else:
                 self._writes.adopt()
-                self.missing = self.coded.close(self.flat.kernels.fetch(self.flat.values), self._statistics.values())
+                # After a break, or an error of the program, which are the same here: nothing is waited for.
+                self.missing = self.coded.close(self.flat.kernels.fetch(self.flat.values), self._statistics.values(),
+                                                at_exit=not ended)
 
     def _begin(self) -> None:
         """Send the order of the next step. Local."""
+        if not self._begun:
+            self._statistics.settle(again=True)
         self._begun = self._failed = True
         self._writes.adopt()
         self._writes.settle()
@@ -256,6 +259,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
     def _parts(self, order: Order) -> Iterator[Part]:
         self._inside = True
         self.flat.zero_gradients()
+        self._statistics.settle()
         self._extras[:] = 0
         marks = self._marks()
         with alone_at_random(self.flat.parameters[0].device):
@@ -277,10 +281,11 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
     def _note(self, part: Part, reached: list[bool]) -> None:
         """Add what goes along with the gradient of a part; let statistics be those of the order again. Local."""
         statistics, extras = self._statistics, self._extras
-        if self.done:
+        if self._noted:
             statistics.check()
         else:
             statistics.check_all()
+        self._noted = True
         mine = np.concatenate([[part.samples, part.loss], reached, statistics.values() - self._sent])
         extras += part.weight * mine
         statistics.write(self._sent)

@@ -122,9 +122,9 @@ class Statistics:
 
     def __init__(self, subject: str, model: object) -> None:
         self._subject, self._model = subject, model if isinstance(model, nn.Module) else None
-        named = self._buffers()
-        self._taken = {name: b for name, b in named.items() if _is_statistic(name, b)}
-        self._others = {name: (b, b._version) for name, b in named.items() if name not in self._taken}  # noqa: SLF001
+        self._taken: dict[str, Tensor] = {}
+        self._others: dict[str, tuple[Tensor, int]] = {}  # with their versions
+        self._look()
         self.count = sum(b.numel() for b in self._taken.values())
         self.described = ", ".join(f"{name} {tuple(b.shape)}" for name, b in self._taken.items())
 
@@ -147,10 +147,17 @@ class Statistics:
             overwrite(b, (part if b.is_floating_point() else part.round()).to(b.dtype))
             start += b.numel()
 
-    def settle(self) -> None:
-        """Take all other buffers as they are now."""
-        now = self._buffers()
-        self._others = {name: (now[name], now[name]._version) for name in self._others if name in now}  # noqa: SLF001
+    def settle(self, *, again: bool = False) -> None:
+        """Take all other buffers as they are now; with `again` look which there are, at the cost of all modules."""
+        if again:
+            self._look()
+        else:
+            self._others = {name: (b, b._version) for name, (b, _) in self._others.items()}  # noqa: SLF001
+
+    def _look(self) -> None:
+        named = self._buffers()
+        self._taken = {name: b for name, b in named.items() if _is_statistic(name, b)}
+        self._others = {name: (b, b._version) for name, b in named.items() if name not in self._taken}  # noqa: SLF001
 
     def check(self) -> None:
         """Raise where something else than statistics has changed: other ranks would not get it."""

@@ -3,7 +3,8 @@
 ``python coded_program.py OPTIONS``; OPTIONS is JSON: code; steps; k, entries that a message names, 0 for whole vectors; lr;
 part, seconds that a part of the gradient takes; stopped, a list of [rank, step, step from which it goes on or null], by
 rank 0's steps; killed, a list of [rank, step]; sleepers, ranks that sleep at random for `sleep` seconds; patience; status,
-with which to leave. Every rank that comes to its end prints one line of JSON.
+with which to leave; ending: "close", or of a server that leaves without a word, "none", or in a with statement, "exit".
+Every rank that comes to its end prints one line of JSON.
 """
 
 import json
@@ -22,7 +23,7 @@ from mpi_ef.errors import MpiEfError
 
 options = {"code": "fr:1", "steps": 40, "k": 0, "lr": 0.5, "part": 0.004, "stopped": [], "killed": [],
            "sleepers": [], "sleep": 0.5, "patience": 30.0, "status": None, "d": 68, "samples": 40, "out": "", "spread": 0.5,
-           "seed": 0, "dedicated": False}
+           "seed": 0, "dedicated": False, "ending": "close"}
 options |= json.loads(sys.argv[1])
 N, D, SAMPLES = comm.size - options["dedicated"], options["d"], options["samples"]
 process = comm.allgather(os.getpid())
@@ -88,6 +89,11 @@ if coded.is_server:
                 coded.answer(coded_sum(order))
             x = x - options["lr"] / (N * SAMPLES) * coded.end().vector
             seconds.append(perf_counter() - began)
+        if options["ending"] == "none":
+            sys.exit(0)
+        if options["ending"] == "exit":
+            with coded:
+                sys.exit(3)
         coded.decider.server.patience_seconds = min(3.0, options["patience"])
         left = coded.close(x)
     except MpiEfError as error:

@@ -111,6 +111,17 @@ def test_a_map_goes_on_without_a_rank_that_is_stopped(tmp_path):
     assert len(ended.lines_with("is here")) == 8, ended.text
 
 
+@pytest.mark.parametrize(("ending", "line"), [
+    ("none", r"worker 1: the server, rank 0, has gone without close\(\); call it when its work is done"),
+    ("exit", "mpi-ef: rank 0, the server, has left its workers after an error; all processes are ended"),
+], ids=["none", "exit"])
+def test_a_server_that_leaves_its_workers_keeps_nobody_waiting(ending, line):
+    """Workers waited for ever for the next order of a server that waited for them in MPI_Finalize; or nothing was said."""
+    ended = run(2, PROGRAM, json.dumps({"steps": 3, "ending": ending, "patience": limit(20)}), within=LIMIT)
+    assert ended.status not in (0, None), ended.text
+    assert re.search(line, ended.text), ended.text
+
+
 # Launchers end the other ranks when one dies, unless they are told not to; MPICH's does where a signal was the cause.
 OUTLIVING = {"Open MPI": ["--with-ft", "ulfm", "--mca", "coll", "^han", "--mca", "mpi_preconnect_mpi", "1"],
              "MPICH": ["-disable-auto-cleanup"]}
