@@ -389,6 +389,8 @@ def test_slow_workers_come_in_bursts():
 def test_a_report_draws_what_was_simulated(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "save", lambda figure, path: path.write_text("drawn"))
     virtual.results(1, lambda comm: reproduce.run(comm, "sequential", ReproduceConfig(out=tmp_path, steps=4)))
+    assert "times: on real ranks, 4 or more; mpiexec -n 4 mpi-ef reproduce sequential" in (tmp_path / "sequential" /
+                                                                                         "table.txt").read_text()
     report.main([str(tmp_path / "sequential"), "--plot", str(tmp_path / "drawn.png")])
     assert (tmp_path / "drawn.png").read_text() == "drawn"
     assert "what is demanded is of runs of all steps" in (tmp_path / "sequential" / "table.txt").read_text()

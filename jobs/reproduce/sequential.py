@@ -1,4 +1,7 @@
-"""Sequential gradient coding against gradient coding (Krishnan et al. 2023, arXiv 2211.13802), simulated: no gradients."""
+"""Sequential gradient coding against gradient coding (Krishnan et al. 2023, arXiv 2211.13802).
+
+Simulated, and on four real ranks or more also timed: see interleaved.py.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +12,7 @@ from numpy.typing import NDArray
 
 from mpi_ef.coded import GC, MSGC, SRSGC, Cyclic, GradientCode, Scheme, gilbert_elliott, simulate
 from mpi_ef.comm.protocol import MpiComm
-from mpi_ef.jobs.reproduce import figures
+from mpi_ef.jobs.reproduce import figures, interleaved
 from mpi_ef.jobs.reproduce.monna import demanded, verdicts
 from mpi_ef.jobs.reproduce.outcome import Outcome, ReproduceConfig
 
@@ -104,7 +107,7 @@ class _Best:
 
 
 def sequential(comm: MpiComm, config: ReproduceConfig) -> Outcome:
-    """Search the best parameters of every scheme over a profile, and simulate them over others. Collective."""
+    """Search the best parameters of every scheme over a profile, simulate them over others, and time some. Collective."""
     jobs = config.steps or _JOBS
     delay = min(_LARGEST_DELAY, max(1, jobs // 4))
     lines, rows, found = list[str](), list[dict[str, object]](), dict[tuple[str, tuple[float, float], str], _Best]()
@@ -128,11 +131,12 @@ def sequential(comm: MpiComm, config: ReproduceConfig) -> Outcome:
         loads = [scheme.load(n) for scheme in (_CountedGC(lam), _CountedSRSGC(burst, window, lam),
                                                _CountedMSGC(burst, window, lam))]
         lines.append(f"{f'{n}, {lam}; B={burst}, W={window}':26}" + "".join(f"{load:10.5f}" for load in loads))
-    lines += ["", *demanded(config.steps, lambda: verdicts(list(_acceptance(found))))]
+    timed = interleaved.timed(comm, config.steps and max(1, config.steps // interleaved.MODELS))
+    lines += ["", *timed.lines, "", *demanded(config.steps, lambda: verdicts(list(_acceptance(found))))]
     drawn: dict[str, dict[str, float]] = {}
     for (part, (p, q), name), best in found.items():
         drawn.setdefault(f"{part}, {p:g}, {q:g}", {})[name] = best.seconds
-    return Outcome(rows, "\n".join(lines), partial(figures.times, drawn))
+    return Outcome(rows + timed.rows, "\n".join(lines), partial(figures.times, drawn))
 
 
 def _parameters(scheme: Scheme) -> str:

@@ -45,7 +45,7 @@ def chosen_scheme(path: Path, workers: int, models: int, part_seconds: Callable[
     uncoded = next(run for run in runs if run.scheme == GC(0))
     source = "as that run says" if told else "as measured now"
     of = f"{shown(str(path))}, {counted(len(rows), 'row')}"
-    lines = [f"code=auto: {of}; a part takes {1e3 * seconds:.3g} ms, {source}; messages not counted; per step:"]
+    lines = [f"code=auto: {of}; a part takes {1e3 * seconds:.3g} ms, {source}; messages not counted; per step of one:"]
     for run in dict.fromkeys([*runs[:_SHOWN], uncoded]):
         each = 1e3 * run.seconds / run.jobs if np.isfinite(run.seconds) else np.inf
         lines.append(f"  {run.scheme!r:<16} {each:10.3g} ms, each worker computes {100 * run.load:.0f} % of a step's data"

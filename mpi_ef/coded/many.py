@@ -119,7 +119,7 @@ class ManyTrainings(OnAllRanks, metaclass=SharedErrors):
         layout, number = self._layout, said[0][0]
         self.models, self.d, self.dtype = models, layout.d, layout.dtype
         self.is_server, self.closed, self._running = self.rank == 0, False, False
-        self.last: Vector | None = None
+        self._round = -1
         worker = self.rank - self.dedicated
         self._tasks = Tasks(name, gradient, self.scheme, self.n, worker, self.samples, layout) if worker >= 0 else None
         if self.is_server:
@@ -161,6 +161,11 @@ class ManyTrainings(OnAllRanks, metaclass=SharedErrors):
             raise OptionError(f"{name}: {counted(layout.most, 'vector')} of d={d} are longer than a message of MPI may be; "
                               "take SRSGC, or smaller models")
         return layout
+
+    @property
+    def round(self) -> int:
+        """The round that goes on, over all runs; of a worker, that of the tasks that it computes. Local."""
+        return self.rounds.round if self.is_server else self._round
 
     @property
     def lateness(self) -> Lateness:
@@ -224,7 +229,7 @@ class ManyTrainings(OnAllRanks, metaclass=SharedErrors):
                     self._link.drop(held[model])
                 held[model] = frame
             if given := layout.given_of(frame):
-                answer = self._link.frame()
+                answer, self._round = self._link.frame(), frame.step
                 nbytes = self._tasks.compute(given, lambda model: _read_only(layout.x_of(held[model])), answer,
                                              self._link.now)
                 answer.step = frame.step
@@ -232,11 +237,11 @@ class ManyTrainings(OnAllRanks, metaclass=SharedErrors):
                 self._link.drop(answer)
             if model < 0:
                 self._link.drop(frame)
-        self.last = np.array([layout.x_of(held[model]) for model in range(self.models)])
+        last: Vector = np.array([layout.x_of(held[model]) for model in range(self.models)])
         self._link.drop(frame)
         self.closed = True
         self._link.close()
-        return self.last
+        return last
 
     def close(self, xs: Vector) -> tuple[int, ...]:
         """Let workers end; they get these models last. Local, of the server; workers end with :meth:`work`.

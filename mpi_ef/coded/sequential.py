@@ -24,7 +24,7 @@ from mpi_ef.errors import OptionError, briefly, nearest
 from mpi_ef.ranges import whole
 
 from .blocks import quorums
-from .codes import mask_of
+from .codes import Coefficients, GradientCode, mask_of
 from .schemes import GC, MSGC, SRSGC, Scheme, Task
 
 __all__ = ["RULES", "Schedule", "scheduled"]
@@ -296,7 +296,7 @@ class _Reattempts(Schedule):
 
     def _decode(self, job: int) -> tuple[tuple[Task, float], ...]:
         a = self._code.decode(mask_of(np.flatnonzero(self._done[job % self._depth]).tolist()), self.n)
-        return tuple((self.scheme.task(job, int(i), 0, self.n), float(a[i])) for i in np.flatnonzero(a))
+        return tuple((self.scheme.task(job, i, 0, self.n), float(a[i])) for i in _in_order(self._code, a))
 
 
 class _Multiplexed(Schedule):
@@ -381,5 +381,10 @@ class _Multiplexed(Schedule):
         if self._code is not None:
             for group, have in enumerate(self._sums[job % self._depth]):
                 a = self._code.decode(mask_of(np.flatnonzero(have).tolist()), n)
-                found += [(scheme.task(job, int(i), self._own + group, n), float(a[i])) for i in np.flatnonzero(a)]
+                found += [(scheme.task(job, i, self._own + group, n), float(a[i])) for i in _in_order(self._code, a)]
         return tuple(found)
+
+
+def _in_order(code: GradientCode, a: Coefficients) -> list[int]:
+    """Return whose results are added, in the order of their groups: a twin has the place of the one that is missing."""
+    return sorted(np.flatnonzero(a).tolist(), key=lambda i: code.place(i, a.size))

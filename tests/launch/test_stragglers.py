@@ -186,3 +186,15 @@ def test_reproduce_stops_a_rank_and_lets_it_go_on(tmp_path):
     assert "repetition s=1, rank 3 stopped" in table
     assert re.search(r"uncoded, rank 3 stopped +CodedGradients: rank 3 on \S+ silent for 2 s at step 5", table)
     assert not re.search(r"(gradient|grad f|a_i).* MISSED", table)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(300)
+def test_reproduce_times_many_trainings_on_real_ranks(tmp_path):
+    """On five ranks, of which four take the times; all models are those of trainings by themselves."""
+    ended = run(5, "-m", "mpi_ef.jobs.cli", "reproduce", "sequential", "--steps", "8", "--out", str(tmp_path), within=250)
+    assert ended.status == 0, ended.text
+    rows = [json.loads(line) for line in (tmp_path / "sequential" / "metrics.jsonl").read_text().splitlines()]
+    timed = [row for row in rows if row["panel"].startswith("real ranks")]
+    assert len(timed) == 3 * 6
+    assert all(row["error"] < 1e-12 and row["seconds"] > 0 for row in timed)
