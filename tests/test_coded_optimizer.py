@@ -398,6 +398,73 @@ def test_misuse_is_told_in_one_line():
     virtual.results(2, on_a_worker)
 
 
+def turn(coded, net, step, *, before=None, between=None, after=None):
+    for part in coded.parts():
+        x, y = batch(step, part.number)
+        if before is not None:
+            before(net, x, y)
+        part.backward(loss_of(net, x, y), samples=len(y))
+        if between is not None:
+            between(net)
+    if after is not None:
+        after(net)
+    coded.step()
+
+
+def zero(net, *_):
+    net.zero_grad()
+
+
+def zero_in_place(net, *_):
+    net.zero_grad(set_to_none=False)
+
+
+def limit(net):
+    nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+
+
+def backward(net, x, y):
+    loss_of(net, x, y).backward()
+
+
+@pytest.mark.parametrize(("options", "where"), [
+    ({"before": zero}, "part 1 of step 0"), ({"before": zero_in_place}, "part 1 of step 0"),
+    ({"before": backward}, "part 0 of step 0"), ({"between": limit}, "part 0 of step 0"),
+    ({"between": zero}, "part 0 of step 0"), ({"after": limit}, "step: step 0"), ({"after": zero}, "step: step 0")])
+def test_what_else_changes_gradients_is_told(options, where):
+    """Each of these has lost parts, or let them count otherwise, without a word."""
+    line = said(lambda coded, net, step: turn(coded, net, step, **options))
+    assert "something else than part.backward() has changed gradients since; leave out zero_grad()" in line
+    assert where in line
+
+
+class Rests(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.rests = nn.Linear(7, 3), nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_zero_grad_that_changes_gradients_before_the_first_part_does_no_harm():
+    def ended(before):
+        def program(comm):
+            torch.manual_seed(0)
+            net = Rests()
+            coded = CodedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.5), comm, FR(0))
+            for step in coded.steps(2):
+                turn(coded, net, step, before=before)
+            return state_of(net)
+
+        return virtual.results(2, program)[0]
+
+    wanted = ended(None)
+    assert float(wanted["rests"]) == 1.0  # no gradient, no decay
+    assert same(ended(zero), wanted)
+    assert same(ended(zero_in_place), wanted)
+
+
 def test_what_cannot_be_built_is_told_on_all_ranks():
     def line(kind=OptionError, **options):
         def program(comm):

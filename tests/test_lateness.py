@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+import warnings
 from dataclasses import replace
 from io import BytesIO
 
@@ -68,6 +69,12 @@ class TestCounts:
         lateness.arrived(0, 1, 3.0)
         assert lateness.rows.tolist() == [[INF, 0.0]]
         assert lateness.late.tolist() == [0, 1]
+
+    def test_lines_of_steps_in_which_most_are_missing_warn_of_nothing(self):
+        lateness = told(4, [[0.0, INF, INF, INF], [0.0, 0.1, 0.2, 5.0], [0.0, 0.1, 0.2, 5.0]])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert lateness.lines(10.0)[0].startswith("waiting for the last rank took 98 % of 10 s")
 
     def test_the_ring_forgets_rows_but_no_count_and_no_sum(self):
         """Long runs say the same as if all had been kept; what comes for a row that is gone counts as late."""

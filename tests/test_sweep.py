@@ -98,6 +98,21 @@ def test_a_training_that_diverges_ends_alone(tmp_path, capsys):
     assert "model 0 ends: its gradient of step " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("log_every", [1, 5])
+def test_a_training_that_has_diverged_has_a_last_row_and_a_place_in_a_report(log_every, tmp_path, capsys):
+    options = {"code": "gc:0", "sweep": "lr=1e30,0.1", "warmup": 0, "log_every": log_every, "out": tmp_path}
+    done = trained(2, **options, checkpoint_every=3, stop_after=3)[0]
+    assert done["stopped"]
+    done = trained(2, **options, checkpoint_every=3, resume="exact")[0]["jobs"]["lr=1e30"]
+    last = rows(tmp_path / "lr=1e30")
+    assert [row["step"] for row in last].count(done["ended_at"]) == (2 if log_every == 1 else 1)
+    assert last[-1]["step"] == done["steps"] == done["ended_at"]
+    assert last[-1]["val_loss"] == pytest.approx(done["val_loss"], nan_ok=True)
+    capsys.readouterr()
+    report.main([str(tmp_path)])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["lr=1e30", "lr=0.1"]
+
+
 def test_a_scheme_is_chosen_from_what_was_recorded(tmp_path, capsys):
     """One rank in its turn is late by much: a scheme with delay; nobody is: uncoded. The choice is recorded."""
     late, quiet = Lateness(4), Lateness(4)

@@ -86,10 +86,15 @@ def _decide(trainer: SweepTrainer, run: CodedRun, start: int) -> dict[str, Any]:
                      for job in trainer.jobs}
             write_whole(config.out / "config.toml", to_toml(trainer.record()))
         print(trainer.headline(), flush=True)
+        ended = set(trainer.many.ended)
         while trainer.steps < steps:
             try:
                 for job in trainer.run_to(_next_end(config, start, trainer.steps)):
                     _after(trainer, job, files[job.name], run, progress)
+                for number in trainer.many.ended.keys() - ended:  # with a last row, for its summary and for reports
+                    job = trainer.jobs[number]
+                    _after(trainer, job, files[job.name], run, progress, last=True)
+                ended |= trainer.many.ended.keys()
             except SilenceError:
                 where = "checkpoints alone; go on with --resume redistribute, on the ranks that are left" \
                     if config.checkpoint_every else "the end alone; pass --checkpoint-every next time"
@@ -122,17 +127,20 @@ def _next_end(config: TrainConfig, start: int, step: int) -> int:
     return min(end for end in ends if end > step)
 
 
-def _after(trainer: SweepTrainer, job: Job, metrics: Metrics, run: CodedRun, progress: Progress) -> None:
-    """Write and show a row of a training, if it is time."""
+def _after(trainer: SweepTrainer, job: Job, metrics: Metrics, run: CodedRun, progress: Progress, *,
+           last: bool = False) -> None:
+    """Write and show a row of a training, if it is time, or its last one."""
     config, step = trainer.config, job.steps
-    evaluate = step == config.steps or step % config.eval_every == 0
+    if last and job.row.get("step") == step and job.row["val_loss"] is not None:
+        return
+    evaluate = last or step == config.steps or step % config.eval_every == 0
     if not evaluate and step % config.log_every:
         return
     row = trainer.row(job, evaluate=evaluate)
     with run.folder.writing():
         metrics.write(row)
         if evaluate or progress.due():
-            progress.show(step, f"{job.name}  {line(row)}", step_seconds=row["seconds"] * len(trainer.jobs) / step)
+            progress.show(step, f"{job.name}  {line(row)}", step_seconds=row["seconds"] * len(trainer.jobs) / max(1, step))
 
 
 def _table(trainer: SweepTrainer, whole: dict[str, Any], missing: tuple[int, ...]) -> str:

@@ -198,7 +198,9 @@ class Lateness:
         names, lines, waited = names or [f"rank {i}" for i in range(self.n)], list[str](), self.waited()
         if waited >= _WORTH * seconds and waited > 0 < seconds:
             holding, rows = self.holding(), self._over()
-            held, by, slow = holding.sum(axis=0), rows - self._medians(rows), self.slow()
+            held, slow = holding.sum(axis=0), self.slow()
+            with np.errstate(invalid="ignore"):  # half of the answers may be missing
+                by = rows - self._medians(rows)
             of = f"of {steps}" if len(rows) == self.steps else f"of the last {len(rows)} {steps}"
             for i in slow:
                 seen = by[holding[:, i] & np.isfinite(by[:, i]), i]

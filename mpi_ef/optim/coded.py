@@ -24,7 +24,7 @@ from mpi_ef.vectors import FlatParameters
 from mpi_ef.vectors.places import host_copy, on_host
 
 from .groups import Listed, described, hyper_parameters, names_of
-from .parts import Part, Statistics, alone_at_random, check_inner, seed_of
+from .parts import Part, Reached, Statistics, alone_at_random, check_inner, seed_of
 from .writes import Writes
 
 __all__ = ["CodedOptimizer"]
@@ -128,7 +128,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         self.flat.broadcast(comm)
         if isinstance(model, nn.Module):
             broadcast_buffers(model, comm)
-        self._writes = Writes(self.flat)
+        self._writes, self._reached = Writes(self.flat), Reached(self.flat.parameters)
         shapes = tuple(tuple(p.shape) for p in self.flat.parameters)
         bound = Identity() if compressor is None else for_parameters(compressor, shapes)
         self._compresses = bound != Identity()
@@ -261,22 +261,17 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         self.flat.zero_gradients()
         self._statistics.settle()
         self._extras[:] = 0
-        marks = self._marks()
+        self._reached.begin()
         with alone_at_random(self.flat.parameters[0].device):
             for number, weight in zip(order.parts, order.weights.tolist(), strict=True):
-                part = Part(self._name, number, order.step, seed_of(self.seed, order.step, number), weight)
+                part = Part(self._name, number, order.step, seed_of(self.seed, order.step, number), weight, self._reached)
                 torch.manual_seed(part.seed)
                 yield part
                 part.end()
-                before, marks = marks, self._marks()
-                self._note(part, [mark != old for mark, old in zip(marks, before, strict=True)])
+                self._note(part, self._reached.which)
+                self._reached.clear()
                 self.coded.progress()
         self._inside = False
-
-    def _marks(self) -> list[tuple[int, int] | None]:
-        """Return for each parameter what is another one after a backward pass that has reached it. Local."""
-        grads = [p.grad for p in self.flat.parameters]
-        return [None if grad is None else (id(grad), grad._version) for grad in grads]  # noqa: SLF001
 
     def _note(self, part: Part, reached: list[bool]) -> None:
         """Add what goes along with the gradient of a part; let statistics be those of the order again. Local."""
@@ -331,6 +326,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         if self._computed < len(self._order.parts):
             raise OptionError(f"{self._name}.step: {max(0, self._computed)} of {counted(len(self._order.parts), 'part')} "
                               f"were computed in step {self.done}; let the loop over parts() come to its end")
+        self._reached.check(f"{self._name}.step: step {self.done}")
         self.flat.collect_gradients()
         self.flat.spend_gradients()
         self._answered = True

@@ -17,7 +17,7 @@ from mpi_ef.vectors.places import on_host, overwrite
 from .flat import FlatOptimizer
 from .groups import check_options
 
-__all__ = ["Part", "Statistics", "alone_at_random", "check_inner", "seed_of"]
+__all__ = ["Part", "Reached", "Statistics", "alone_at_random", "check_inner", "seed_of"]
 
 Numbers = NDArray[np.float64]
 
@@ -47,6 +47,41 @@ def alone_at_random(device: torch.device) -> Iterator[None]:
         yield
 
 
+class Reached:
+    """Which parameters backward passes reach, and whether something else changes gradients between them. Local."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self.begin()
+
+    def begin(self) -> None:
+        """Take note of a step whose gradients are empty."""
+        self._marks, self._empty = self._now(), True
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget who was reached."""
+        self.which = [False] * len(self._parameters)
+
+    def check(self, where: str) -> None:
+        """Raise where gradients are not what backward passes have added up: parts would be lost, or count otherwise."""
+        now = self._now()
+        if now != self._marks and not (self._empty and all(p.grad is None or not p.grad.any() for p in self._parameters)):
+            raise OptionError(f"{where}: something else than part.backward() has changed gradients since; leave out "
+                              "zero_grad() and other calls of backward(), and pass clip=... for a limit of the norm")
+        self._marks = now
+
+    def added(self) -> None:
+        """Take note of a backward pass."""
+        before, self._marks, self._empty = self._marks, self._now(), False
+        self.which = [was or mark != old for was, mark, old in zip(self.which, self._marks, before, strict=True)]
+
+    def _now(self) -> list[tuple[int, int] | None]:
+        """Return for each parameter what is another one after a backward pass that has reached it."""
+        grads = [p.grad for p in self._parameters]
+        return [None if grad is None else (id(grad), grad._version) for grad in grads]  # noqa: SLF001
+
+
 class Part:
     """One part of the data of a step, see :meth:`CodedOptimizer.parts`.
 
@@ -65,8 +100,9 @@ class Part:
         The sum over these samples.
     """
 
-    def __init__(self, subject: str, number: int, step: int, seed: int, weight: float) -> None:
-        self._subject, self.number, self.step, self.seed, self.weight = subject, number, step, seed, weight
+    def __init__(self, subject: str, number: int, step: int, seed: int, weight: float, reached: Reached) -> None:
+        self._reached, self._subject, self.number, self.step, self.seed, self.weight = (
+            reached, subject, number, step, seed, weight)
         self.samples, self.loss, self._called, self._over = 0, 0.0, False, False
 
     def backward(self, loss: Tensor, *, samples: int) -> None:
@@ -95,12 +131,14 @@ class Part:
             raise OptionError(f"{where}: loss {shape}; pass the mean over the samples, a tensor of one entry")
         if not loss.requires_grad:
             raise OptionError(f"{where}: loss does not depend on parameters; compute it from the model, with gradients on")
+        self._reached.check(where)
         try:
             (loss * (self.weight * samples)).sum().backward()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise OptionError(f"{where}: backward: {told(error)}") from error
+        self._reached.added()
         self.samples += samples
         self.loss += float(loss.detach()) * samples
 
@@ -110,6 +148,7 @@ class Part:
         if not self._called:
             raise OptionError(f"{self._subject}: backward() of part {self.number} of step {self.step} was not called; call "
                               "part.backward(loss, samples=...) in each turn of the loop, also for no samples")
+        self._reached.check(f"{self._subject}: part {self.number} of step {self.step}")
 
 
 class Statistics:
