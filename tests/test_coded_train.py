@@ -132,6 +132,7 @@ def test_too_many_silent_ranks_end_a_run_with_a_checkpoint_of_its_last_step(tmp_
     ({"checkpoint_every": 2, "on_failure": "shrink"}, "on_failure=shrink is for ranks that do all together"),
     ({"optimizer": "lion"}, "code=fr:1 has no effect with optimizer=lion; it goes with optimizer=adamw, sgd"),
     ({"patience_seconds": 0.0}, "patience_seconds"),
+    ({"seed": 1 << 63}, "seed=9223372036854775808 is too large for torch's generators; take one below 2**63"),
 ])
 def test_what_does_not_go_with_a_code_is_told_before_mpi_starts(options, line):
     with pytest.raises(ConfigError) as caught:

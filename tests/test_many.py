@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpi_ef.coded import GC, MSGC, SRSGC, ManyTrainings, profile_of, serve_many
-from mpi_ef.errors import DisagreementError, MpiEfError, NonFiniteError, OptionError, ShapeError, SilenceError
+from mpi_ef.errors import (
+    DisagreementError,
+    DtypeError,
+    MpiEfError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+    SilenceError,
+)
 
 D, SAMPLES = 5, 24
 SCHEMES = [(GC(0), 3), (GC(1), 4), (SRSGC(1, 2, 2), 4), (SRSGC(2, 3, 2), 4), (SRSGC(1, 2, 3), 5), (MSGC(1, 3, 4), 4),
@@ -282,6 +290,8 @@ def test_ranks_agree_on_what_they_build():
 @pytest.mark.parametrize(("answer", "kind", "line"), [
     (np.zeros(3), ShapeError, r"gradient\(\) has returned shape \(3,\), where \(5,\) was expected"),
     ((np.zeros(5), [1.0]), OptionError, r"gradient\(\) has returned 1 extras; it was built for 0"),
+    ((np.zeros(5), 1.0), OptionError, r"gradient\(\) has returned 1 extras; it was built for 0, in a sequence"),
+    (np.zeros(5, complex), DtypeError, r"gradient\(\) has returned complex128; it was built for float64"),
 ])
 def test_a_gradient_that_does_not_fit_is_one_line(answer, kind, line):
     def program(comm):

@@ -168,6 +168,8 @@ def test_what_another_program_has_written_stays(tmp_path):
     ({"code": "gc:1", "profile": "x.npz"}, "code=gc:1 takes no profile"),
     ({"code": "gc:1", "sweep": "lr"}, "sweep=lr is no option with different values; write for example lr="),
     ({"code": "gc:1", "sweep": "lr=0.1,0.1"}, "sweep=lr=0.1,0.1 is no option with different values"),
+    ({"code": "gc:1", "sweep": "lr=0.1,0.10"}, "sweep=lr=0.1,0.10: two values are the same number; leave one of them out"),
+    ({"code": "gc:1", "sweep": f"seed=1,{1 << 63}"}, "seed=9223372036854775808 is too large for torch's generators"),
     ({"code": "gc:1", "sweep": "width=1,2"}, "sweep=width=1,2 is no option with different values"),
     ({"code": "gc:1", "sweep": "lr=0.1,x"}, "sweep=lr=0.1,x: values of lr are numbers"),
     ({"code": "gc:1", "sweep": "lr=0.1,-1"}, "lr=-1"),

@@ -71,6 +71,8 @@ def check(chosen: Mapping[str, Any]) -> None:
     if chosen.get("smoothness") is not None:
         smoothness_of(chosen["smoothness"])
     check_device(chosen.get("device"))
+    if chosen["seed"] >= 1 << 63:
+        raise ConfigError(f"seed={chosen['seed']} is too large for torch's generators; take one below 2**63")
     _check_combinations(chosen)
     _check_code(chosen)
 
@@ -186,6 +188,8 @@ def swept(config: Config) -> dict[str, Config]:
         numbers = [kind(value) for value in values]
     except ValueError:
         raise ConfigError(f"sweep={config.sweep}: values of {name} are numbers") from None
+    if len(set(numbers)) < len(numbers):
+        raise ConfigError(f"sweep={config.sweep}: two values are the same number; leave one of them out")
     return {f"{name}={value}": replace(config, **(plain | {"compressor": "identity", name: number}))
             for value, number in zip(values, numbers, strict=True)}
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mpi_ef.collectives.late import Frame
 from mpi_ef.compress.compressor import words
-from mpi_ef.errors import OptionError, ShapeError
+from mpi_ef.errors import DtypeError, OptionError, ShapeError
 
 from .schemes import Scheme
 
@@ -142,8 +142,12 @@ class Tasks:
         if np.shape(vector) != total.shape:
             raise ShapeError(f"{self._subject}: gradient() has returned shape {np.shape(vector)}, where {total.shape} was "
                              "expected: that of x")
-        if len(more) != extras.size:
-            raise OptionError(f"{self._subject}: gradient() has returned {len(more)} extras; it was built for {extras.size}")
+        if np.ndim(more) != 1 or len(more) != extras.size:
+            raise OptionError(f"{self._subject}: gradient() has returned {np.size(more)} extras; it was built for "
+                              f"{extras.size}, in a sequence")
+        if not np.can_cast(np.result_type(vector), total.dtype, "same_kind"):
+            raise DtypeError(f"{self._subject}: gradient() has returned {np.result_type(vector)}; it was built for "
+                             f"{total.dtype}")
         with np.errstate(all="ignore"):  # a training may diverge
             if weight == 1.0:
                 np.add(total, vector, out=total, casting="same_kind")
