@@ -186,6 +186,8 @@ def swept(config: Config) -> dict[str, Config]:
         numbers = [kind(value) for value in values]
     except ValueError:
         raise ConfigError(f"sweep={config.sweep}: values of {name} are numbers") from None
+    if len(set(numbers)) < len(numbers):
+        raise ConfigError(f"sweep={config.sweep}: two values are the same; leave one out")
     return {f"{name}={value}": replace(config, **(plain | {"compressor": "identity", name: number}))
             for value, number in zip(values, numbers, strict=True)}
 

@@ -106,7 +106,8 @@ class ManyTrainings(OnAllRanks, metaclass=SharedErrors):
             within(name, "(0, inf)", "300 is usual", patience_seconds=patience_seconds)
             within(name, "[0, inf)", "0.25 is usual", grace=grace)
             if rule not in RULES:
-                raise OptionError(f"{name}: there is no rule {rule!r}; {nearest(str(rule), RULES, 'take lazy or paper')}")
+                hint = nearest(str(rule), RULES, "take lazy or paper")
+                raise OptionError(f"{name}: there is no rule {briefly(rule)}; {hint}")
             self.scheme = scheme_of(scheme)
             self._check_scheme(whole(name, 1, "how many trainings there are", models=models), np.dtype(dtype))
             self.samples = self._checked_samples(samples, models)
