@@ -23,6 +23,7 @@ from mpi_ef.errors import PeerError, counted, say
 from mpi_ef.runtime.ending import end_without_all, outliving
 
 from .late import Frame, Late
+from .pairwise import before_free
 
 __all__ = ["Server", "Worker", "host_of"]
 
@@ -30,6 +31,7 @@ LAST = -(2**62)  # the step of the last order is this one and the number of step
 AT_EXIT = LAST + 2**61  # in place of LAST, where the server waits for last answers at the end of Python
 _FAILED, _DROPPED = LAST - 1, LAST - 2  # those of orders after which there are no more: an error, or the server was dropped
 _LONGEST_LOOK = 0.1  # seconds between two looks that count as waiting: a server that was stopped itself has not waited
+_LEAST_SECONDS = 5.0  # that the end looks for what has come since the last look, before it says that a worker is silent
 
 
 def host_of(comm: Comm) -> str:
@@ -69,7 +71,8 @@ class Server:
         self.since: dict[int, float] = {}
         self.ended: set[int] = set()  # workers that have sent their last answer
         self._waits_for: set[int] = set()  # for whom MPI would wait at its end
-        self.closed = self._abandoned = self._pending = False
+        self.closed = self._abandoned = False
+        self._settling: Callable[[], None] | None = None  # takes back that it is settled at the end
         self._dropped = weakref.finalize(self, _send_all, self._late, tuple(hosts), _DROPPED)
 
     @property
@@ -117,7 +120,7 @@ class Server:
         return arrived
 
     def looks(self, patience: float | None = None) -> Iterator[list[tuple[int, Frame]]]:
-        """Yield what has come, again and again, until that has taken so many seconds."""
+        """Yield what has come, again and again, until nothing has come for so many seconds."""
         patience, waited, before = self.patience_seconds if patience is None else patience, 0.0, self.now()
         while True:
             arrived = self.look()
@@ -127,11 +130,14 @@ class Server:
             if not arrived:
                 self._late.rest()
             now = self.now()
-            waited += min(now - before, _LONGEST_LOOK)
-            before = now
+            took, before = now - before, now
+            waited = 0.0 if arrived else waited + min(took, _LONGEST_LOOK)
+            if took > _LONGEST_LOOK:  # nor has a worker been silent while nobody looked
+                for rank in self.since:
+                    self.since[rank] += took - _LONGEST_LOOK
 
     def wait(self, enough: Callable[[], bool], take: Callable[[int, Frame], None]) -> bool:
-        """Hand over what comes until there is enough; return False where patience is over before.
+        """Hand over what comes until there is enough; return False where nothing comes for as long as patience is.
 
         `take` drops the frame. What it does may make :meth:`order`.
         """
@@ -183,9 +189,7 @@ class Server:
                 self.since[rank] = begun
             self._dropped.detach()
             self.closed = True
-            if mpi_of(self._comm) is not None:
-                self._pending = True
-                atexit.register(self.settle)
+            self._settling = _later(self._comm, self.settle)
             return ()
         for arrived in self.looks(float("inf")):
             self._take_last(arrived)
@@ -199,27 +203,36 @@ class Server:
 
     def settled(self) -> bool:
         """Tell whether all have ended, after a close `at_exit`; nothing is left to do at the end of Python then."""
-        self._take_last(self.look())
-        if not set(self.hosts) <= self.ended:
-            return False
-        atexit.unregister(self.settle)
-        self._pending = False
-        self._settled()
+        if self._settling is not None:
+            self._take_last(self.look())
+            if not set(self.hosts) <= self.ended:
+                return False
+            self._settle()
         return True
 
     def settle(self, status: int = 1) -> None:
         """Wait for the last answers, after a close `at_exit`, and leave with this status, see :meth:`leave`."""
-        atexit.unregister(self.settle)
-        self._pending = False
+        if self._settling is None:
+            return
+        longest = self.now() - self.patience_seconds + min(self.patience_seconds, _LEAST_SECONDS)
+        for rank, since in self.since.items():
+            self.since[rank] = max(since, longest)
         for arrived in self.looks(float("inf")):
             self._take_last(arrived)
             if self._all_ended():
                 break
-        self._settled()
+        self._settle()
         self.leave(status)
+
+    def _settle(self) -> None:
+        if self._settling is not None:
+            self._settling()
+        self._settling = None
+        self._settled()
 
     def _take_last(self, arrived: list[tuple[int, Frame]]) -> None:
         for rank, frame in arrived:
+            self.since[rank] = self.now()
             if frame.step >= 0:
                 self._take(rank, frame)
             else:
@@ -249,7 +262,7 @@ class Server:
         It waits for the other workers to come to the end of their programs, as long as its patience is. It is called at the
         end of Python with status 1.
         """
-        if self._pending:
+        if self._settling is not None:
             self.settle(status)
         atexit.unregister(self.leave)
         if (mpi := mpi_of(self._comm)) is None or not self._waits_for or mpi.Is_finalized():
@@ -293,6 +306,7 @@ class Worker:
         self._late = Late(comm, [server], answer_nbytes, order_nbytes, number)
         self.now: Callable[[], float] = self._late.now
         self.closed = False
+        self._settling: Callable[[], None] | None = None  # takes back that it is settled at the end
         self._dropped = weakref.finalize(self, _send_all, self._late, (server,), LAST)
 
     @property
@@ -349,25 +363,25 @@ class Worker:
         _send_all(self._late, (self._server,), LAST)
         if not at_exit:
             self._settle(self.next())
-        elif mpi_of(self._comm) is not None:
-            atexit.register(self.settle)
+        else:
+            self._settling = _later(self._comm, self.settle)
 
     def settled(self) -> bool:
         """Tell whether the verdict is here, after a close `at_exit`; nothing is left to do at the end of Python then."""
-        for _, verdict in self._late.poll():
-            atexit.unregister(self.settle)
+        for _, verdict in self._late.poll() if self._settling is not None else ():
             self._settle(verdict)
-            return True
-        return False
+        return self._settling is None
 
     def settle(self, status: int = 1) -> None:  # noqa: ARG002 - it is the server's
         """Wait for the verdict, after a close `at_exit`, and leave where some ranks are missing."""
-        atexit.unregister(self.settle)
-        if self._settle(self.next()):
+        if self._settling is not None and self._settle(self.next()):
             self.leave()
 
     def _settle(self, verdict: Frame) -> bool:
         """Take the verdict; return whether some ranks are missing."""
+        if self._settling is not None:
+            self._settling()
+        self._settling = None
         missing = verdict.step != LAST
         if missing:
             atexit.register(self.leave)
@@ -385,6 +399,24 @@ class Worker:
             self._late.meet([self._server], self.patience_seconds)
             if outliving():
                 end_without_all(mpi.COMM_WORLD, 0)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _later(comm: Comm, settle: Callable[[], None]) -> Callable[[], None]:
+    """Have `settle` called at the end of Python, or when MPI's `comm` is freed before; return what takes that back."""
+    if mpi_of(comm) is None:
+        return _nothing
+    back = before_free(comm, settle)
+    atexit.register(settle)
+
+    def take_back() -> None:
+        atexit.unregister(settle)
+        back()
+
+    return take_back
 
 
 def _send_all(late: Late, ranks: Iterable[int], step: int) -> None:
