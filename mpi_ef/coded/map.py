@@ -8,8 +8,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from mpi_ef.collectives.ends import host_of
 from mpi_ef.collectives.late import Frame, next_number
-from mpi_ef.collectives.server import Server, Worker, host_of
+from mpi_ef.collectives.server import Server
+from mpi_ef.collectives.worker import Worker
 from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
@@ -166,7 +168,7 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
         ------
         SilenceError
             Fewer answers than blocks came, or fewer that are finite and of one shape; what came is lost.
-    NonFiniteError
+        NonFiniteError
         Blocks have NaN or Inf.
         WrongAnswersError
             Wrong answers are there, and cannot be named.

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ef.collectives.late import Frame
-from mpi_ef.collectives.server import Worker
+from mpi_ef.collectives.worker import Worker
 
 __all__ = ["Pieces", "Whole", "sent_in_pieces"]
 
