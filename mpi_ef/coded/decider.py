@@ -144,14 +144,14 @@ class Decider:
         self.server.order(rank, self._newest)
 
     def _take_answer(self, i: int, frame: Frame) -> None:
-        if self._layout.restored_of(frame) != self._restored:
+        if self._layout.restored_of(frame) != self._restored % 256:
             return  # of an order from before
-        flags, said = self._layout.read_answer(frame)
+        step, (flags, said) = self._layout.step_of(frame), self._layout.read_answer(frame)
         if self.ranks[i] != self._own:
             self.received_nbytes += self._layout.answer_nbytes_of(flags)
-        in_time = self.open and frame.step == self.step
+        in_time = self.open and step == self.step
         self.late += not in_time
-        self.lateness.arrived(frame.step, i, self.server.now())
+        self.lateness.arrived(step, i, self.server.now())
         if flags & NOT_FINITE:
             self.not_finite += 1
             self._bad |= in_time << i
@@ -166,7 +166,7 @@ class Decider:
                 self.lateness.part_seconds = self._computed / self._firsts / (self.code.s + 1)
             self._extra_rows[i] = self._layout.answer_extras_of(frame)
             self._heard |= 1 << i
-        for dispute in self.twins.note(i, frame.step, said):
+        for dispute in self.twins.note(i, step, said):
             self._settle(dispute)
 
     def _settle(self, dispute: Dispute) -> None:

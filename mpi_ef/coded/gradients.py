@@ -17,10 +17,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mpi_ef.collectives.ends import AT_EXIT, host_of
 from mpi_ef.collectives.late import LONGEST_NBYTES, Frame, next_number
 from mpi_ef.collectives.lateness import Lateness
 from mpi_ef.collectives.misfit import misfit
-from mpi_ef.collectives.server import AT_EXIT, Worker, host_of
+from mpi_ef.collectives.worker import Worker
 from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
@@ -371,15 +372,15 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
             raise OptionError(f"{self._name}: {len(extras)} extras; it was built for {count}")
 
     def _order_of(self, frame: Frame) -> Order:
-        self._step, self._restored = frame.step, self._layout.restored_of(frame)
+        self._step, self._restored = self._layout.step_of(frame), self._layout.restored_of(frame)
         x, extras = self._layout.x_of(frame), self._layout.order_extras_of(frame)
         x.flags.writeable = extras.flags.writeable = False
         worker = self.worker or 0
-        return Order(frame.step, x, extras, self.code.parts(worker, self.n), self.code.row(worker, self.n))
+        return Order(self._step, x, extras, self.code.parts(worker, self.n), self.code.row(worker, self.n))
 
     def _encode(self, vector: Vector, extras: Sequence[float] | Numbers, frame: Frame) -> int:
         """Write the answer, and let h follow; return how many bytes of the wire it takes."""
-        frame.step, flags = self._step, 0
+        flags = 0
         self._kernels.fingerprints(vector, self._ends, self._hashed)
         if not self._kernels.finite([vector]) or not np.isfinite(extras).all():
             flags = NOT_FINITE
@@ -392,5 +393,5 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
             wire = self._layout.compressed_of(frame)
             self._codec.encode(source(lazy(vector) - self.h), wire, step=self._step, rank=self.worker or 0)
             self._codec.add_encoded(wire, self.h)
-        return self._layout.write_answer(frame, flags, int(self._hashed[0]) & 0xFFFFFFFF, extras,
+        return self._layout.write_answer(frame, self._step, flags, int(self._hashed[0]), extras,
                                          restored=self._restored)

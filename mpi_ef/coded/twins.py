@@ -27,7 +27,7 @@ class Dispute(NamedTuple):
 
 
 class Twins:
-    """Compares hashes of what the workers of a group have computed. Local.
+    """Compares hashes, of 16 bits, of what the workers of a group have computed. Local.
 
     Attributes
     ----------

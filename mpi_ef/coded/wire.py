@@ -2,8 +2,12 @@
 
 ::
 
-    order    | flags (u32) | 0 (u32)           | extras (f64 each)       | x                     |
-    answer   | flags (u32) | hash of m_i (u32) | coded extras (f64 each) | m_i, or the wire of C |
+    order     | word (i64) | extras (f64 each)       | x                     |
+    answer    | word (i64) | coded extras (f64 each) | m_i, or the wire of C |
+
+    word      | 00 | flags (2 bits) | restored (8) | hash of m_i (16) | step (36) |
+
+restored: how often the server was, modulo 256; an answer has that of its order.
 """
 
 from collections.abc import Sequence
@@ -18,11 +22,8 @@ from mpi_ef.compress.compressor import words
 
 __all__ = ["NOT_FINITE", "ROW", "WHOLE", "Decoded", "Layout", "Numbers", "Order"]
 
-# Flags: of an answer, m_i itself, or none; of an order, x is the row of that worker. Above them is how often the server was
-# restored: an answer has that of its order.
-WHOLE, NOT_FINITE, ROW = 1, 2, 4
-_BITS = 8
-_HEAD = 8
+WHOLE, NOT_FINITE, ROW = 1, 2, 1  # flags: of an answer, m_i itself, or none; of an order, x is the row of that worker
+_STEP, _HASH, _RESTORED = (1 << 36) - 1, (1 << 16) - 1, (1 << 8) - 1
 
 Vector = NDArray[Any]
 Numbers = NDArray[np.float64]
@@ -87,7 +88,7 @@ class Layout:
     @property
     def order_nbytes(self) -> int:
         """Bytes of the wire of an order."""
-        return _HEAD + 8 * self.order_extras + self._whole_nbytes
+        return 8 * self.order_extras + self._whole_nbytes
 
     @property
     def answer_nbytes(self) -> int:
@@ -97,7 +98,7 @@ class Layout:
     @property
     def payload_at(self) -> int:
         """Where the payload of an answer begins."""
-        return _HEAD + 8 * self.extras
+        return 8 * self.extras
 
     @property
     def _whole_nbytes(self) -> int:
@@ -106,33 +107,36 @@ class Layout:
     def write_order(self, frame: Frame, step: int, x: Vector, extras: Sequence[float] | Numbers, *, restored: int,
                     flags: int = 0) -> None:
         """Fill a frame with an order; without extras these are zero."""
-        frame.step = step
-        frame.wire[:_HEAD].view(np.uint32)[:] = flags | restored << _BITS, 0
+        frame.step = _word(step, 0, restored, flags)
         self.order_extras_of(frame)[:] = extras if len(extras) else 0.0
         self.x_of(frame)[:] = x
 
+    def step_of(self, frame: Frame) -> int:
+        """Return the step of an order, or that an answer is to."""
+        return frame.step & _STEP
+
     def is_row(self, frame: Frame) -> bool:
         """Tell whether x of an order is a row."""
-        return bool(int(frame.wire[:_HEAD].view(np.uint32)[0]) & ROW)
+        return bool(frame.step >> 60 & ROW)
 
     def restored_of(self, frame: Frame) -> int:
-        """Return how often the server was restored before an order, or before that of an answer."""
-        return int(frame.wire[:_HEAD].view(np.uint32)[0]) >> _BITS
+        """Return how often the server was restored before an order, or before that of an answer, modulo 256."""
+        return frame.step >> 52 & _RESTORED
 
     def x_of(self, frame: Frame) -> Vector:
         """Return x of an order, a view."""
-        at = _HEAD + 8 * self.order_extras
+        at = 8 * self.order_extras
         view: Vector = frame.wire[at : at + self.d * self.dtype.itemsize].view(self.dtype)
         return view
 
     def order_extras_of(self, frame: Frame) -> Numbers:
         """Return the extras of an order, a view."""
-        return frame.wire[_HEAD : _HEAD + 8 * self.order_extras].view(np.float64)
+        return frame.wire[: 8 * self.order_extras].view(np.float64)
 
-    def write_answer(self, frame: Frame, flags: int, said: int, extras: Sequence[float] | Numbers, *,
+    def write_answer(self, frame: Frame, step: int, flags: int, said: int, extras: Sequence[float] | Numbers, *,
                      restored: int) -> int:
         """Fill all but the payload; return how many bytes of the wire the answer takes."""
-        frame.wire[:_HEAD].view(np.uint32)[:] = flags | restored << _BITS, said
+        frame.step = _word(step, said, restored, flags)
         self.answer_extras_of(frame)[:] = extras
         return self.answer_nbytes_of(flags)
 
@@ -143,12 +147,11 @@ class Layout:
 
     def read_answer(self, frame: Frame) -> tuple[int, int]:
         """Return flags and hash of an answer."""
-        flags, said = frame.wire[:_HEAD].view(np.uint32)
-        return int(flags) & (1 << _BITS) - 1, int(said)
+        return frame.step >> 60, frame.step >> 36 & _HASH
 
     def answer_extras_of(self, frame: Frame) -> Numbers:
         """Return the coded extras of an answer, a view."""
-        return frame.wire[_HEAD : self.payload_at].view(np.float64)
+        return frame.wire[: self.payload_at].view(np.float64)
 
     def whole_of(self, frame: Frame) -> Vector:
         """Return m_i of an answer, a view."""
@@ -158,3 +161,7 @@ class Layout:
     def compressed_of(self, frame: Frame) -> NDArray[np.uint8]:
         """Return the wire of C, a view."""
         return frame.wire[self.payload_at : self.payload_at + self.compressed_nbytes]
+
+
+def _word(step: int, said: int, restored: int, flags: int) -> int:
+    return step & _STEP | (said & _HASH) << 36 | (restored & _RESTORED) << 52 | flags << 60
