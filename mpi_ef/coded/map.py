@@ -166,8 +166,8 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
         ------
         SilenceError
             Fewer answers than blocks came, or fewer that are finite and of one shape; what came is lost.
-    NonFiniteError
-        Blocks have NaN or Inf.
+        NonFiniteError
+            Blocks have NaN or Inf.
         WrongAnswersError
             Wrong answers are there, and cannot be named.
         """

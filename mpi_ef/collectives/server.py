@@ -14,7 +14,7 @@ import atexit
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from socket import gethostname
 
 from mpi_ef.comm.attributes import mpi_of
@@ -395,22 +395,14 @@ class Worker:
                 end_without_all(mpi.COMM_WORLD, 0)
 
 
-def _nothing() -> None:
-    pass
-
-
 def _later(comm: Comm, settle: Callable[[], None]) -> Callable[[], None]:
     """Have `settle` called at the end of Python, or when MPI's `comm` is freed before; return what takes that back."""
-    if mpi_of(comm) is None:
-        return _nothing
-    back = before_free(comm, settle)
-    atexit.register(settle)
-
-    def take_back() -> None:
-        atexit.unregister(settle)
-        back()
-
-    return take_back
+    back = ExitStack()
+    if mpi_of(comm) is not None:
+        back.callback(before_free(comm, settle))
+        atexit.register(settle)
+        back.callback(atexit.unregister, settle)
+    return back.close
 
 
 def _send_all(late: Late, ranks: Iterable[int], step: int) -> None:
