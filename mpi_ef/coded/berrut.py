@@ -97,7 +97,7 @@ class BerrutCode:
         n = whole("BerrutCode", 1, "3 to 5 for each block is usual", evaluations=self.evaluations)
         if self.kind not in self.KINDS:
             hint = nearest(str(self.kind), self.KINDS, "take sbacc")
-            raise OptionError(f"BerrutCode: there is no kind {self.kind!r}; {hint}")
+            raise OptionError(f"BerrutCode: there is no kind {briefly(self.kind)}; {hint}")
         if k > n or (n == 1 and self.kind == "bacc"):
             raise OptionError(f"BerrutCode: blocks={k} is more than evaluations={n} can give; take at least "
                               f"{BerrutCode.at_least(k, k, self.kind).evaluations} evaluations")
@@ -194,7 +194,7 @@ class BerrutCode:
         ``"berrut"`` and ``"least-squares"`` force one; the latter takes no answer as it is.
         """
         if how not in HOW:
-            raise OptionError(f"BerrutCode: there is no decoding {how!r}; {nearest(str(how), HOW, f'take {HOW[0]}')}")
+            raise OptionError(f"BerrutCode: there is no decoding {briefly(how)}; {nearest(str(how), HOW, f'take {HOW[0]}')}")
         f = indices_in(heard, self.evaluations, "BerrutCode")
         place = {i: at for at, i in enumerate(f.tolist())}
         taken = tuple(place.get(i, -1) for i in self.systematic)

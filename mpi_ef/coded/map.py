@@ -126,7 +126,7 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
         if not callable(f):
             raise OptionError(f"{name}: f={briefly(f)} cannot be called; pass a function of an array")
         if decode not in HOW:
-            raise OptionError(f"{name}: there is no decoding {decode!r}; {nearest(str(decode), HOW, f'take {HOW[0]}')}")
+            raise OptionError(f"{name}: there is no decoding {briefly(decode)}; {nearest(str(decode), HOW, f'take {HOW[0]}')}")
         if self._wrong and kind != "sbacc":
             raise OptionError(f"{name}: wrong={self._wrong} answers are located with kind='sbacc' alone")
 
@@ -169,7 +169,7 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
         SilenceError
             Fewer answers than blocks came, or fewer that are finite and of one shape; what came is lost.
         NonFiniteError
-        Blocks have NaN or Inf.
+            Blocks have NaN or Inf.
         WrongAnswersError
             Wrong answers are there, and cannot be named.
         """

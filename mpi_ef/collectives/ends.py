@@ -2,7 +2,7 @@
 
 import atexit
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from socket import gethostname
 
 from mpi_ef.comm.attributes import mpi_of
@@ -23,22 +23,14 @@ def host_of(comm: Comm) -> str:
     return str(getattr(comm, "node_name", None) or gethostname())
 
 
-def _nothing() -> None:
-    pass
-
-
 def later(comm: Comm, settle: Callable[[], None]) -> Callable[[], None]:
     """Have `settle` called at the end of Python, or when MPI's `comm` is freed before; return what takes that back."""
-    if mpi_of(comm) is None:
-        return _nothing
-    back = before_free(comm, settle)
-    atexit.register(settle)
-
-    def take_back() -> None:
-        atexit.unregister(settle)
-        back()
-
-    return take_back
+    back = ExitStack()
+    if mpi_of(comm) is not None:
+        back.callback(before_free(comm, settle))
+        atexit.register(settle)
+        back.callback(atexit.unregister, settle)
+    return back.close
 
 
 def send_all(late: Late, ranks: Iterable[int], step: int) -> None:
