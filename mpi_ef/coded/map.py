@@ -126,7 +126,8 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
         if not callable(f):
             raise OptionError(f"{name}: f={briefly(f)} cannot be called; pass a function of an array")
         if decode not in HOW:
-            raise OptionError(f"{name}: there is no decoding {briefly(decode)}; {nearest(str(decode), HOW, f'take {HOW[0]}')}")
+            hint = nearest(str(decode), HOW, f"take {HOW[0]}")
+            raise OptionError(f"{name}: there is no decoding {briefly(decode)}; {hint}")
         if self._wrong and kind != "sbacc":
             raise OptionError(f"{name}: wrong={self._wrong} answers are located with kind='sbacc' alone")
 
