@@ -215,7 +215,7 @@ def test_what_cannot_be_is_refused_on_all_ranks(options, error, line):
 
 @pytest.mark.parametrize(("x", "line"), [
     (blocks().astype(np.int64), "int64"), ([np.zeros(2), np.zeros(3)], "shape"), (np.zeros((0, 3)), "blocks=0"),
-    (None, "None"),
+    (None, "None"), (np.ma.masked_array(blocks(), mask=False), "masked array"),
 ])
 def test_blocks_that_cannot_be_are_refused_on_all_ranks(x, line):
     def program(comm):

@@ -338,7 +338,10 @@ def rows_of(arrays: Array | Sequence[Array], count: int, subject: str) -> list[A
     ------
     ShapeError, DtypeError
     """
-    rows = [np.asarray(row) for row in arrays]
+    given = list(arrays)
+    if masks := [i for i, row in enumerate(given) if isinstance(row, np.ma.MaskedArray)]:
+        raise DtypeError(f"{subject}: number {masks[0]} is a masked array, and masks are not kept; pass it filled(0)")
+    rows = [np.asarray(row) for row in given]
     if len(rows) != count:
         raise ShapeError(f"{subject}: there are {len(rows)} in place of {count}; give one array for each")
     for i, row in enumerate(rows):

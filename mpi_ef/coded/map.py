@@ -355,9 +355,9 @@ def coded_map(comm: Comm, f: Callable[[Array], Array], blocks: Array | Sequence[
     form = None
     if blocks is not None and rank == 0:
         try:
-            rows = [np.asarray(block) for block in blocks]
+            rows = list(blocks)
             whole("coded_map", 1, "8 is usual", blocks=len(rows))
-            rows_of(rows, len(rows), "coded_map: blocks")
+            rows = rows_of(rows, len(rows), "coded_map: blocks")
             form = (len(rows), rows[0].shape, rows[0].dtype.str)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
