@@ -9,6 +9,7 @@ from mpi_ef.errors import (
     DisagreementError,
     DtypeError,
     MpiEfError,
+    NonFiniteError,
     OptionError,
     PeerError,
     ShapeError,
@@ -199,6 +200,10 @@ def test_a_map_again_and_again_with_a_rank_that_is_late_in_one(eager):
     ({"kind": "bac"}, OptionError, "no kind 'bac'"), ({"wrong": -1}, OptionError, "wrong=-1"),
     ({"wrong": 2, "kind": "bacc", "floor": 1.0}, OptionError, "kind='sbacc' alone"),
     ({"f": 3}, OptionError, "f=3 cannot be called"),
+    ({"spare": 17}, OptionError, "spare=17 is not a non-negative integer up to 16; as many answers as blocks"),
+    ({"floor": 1.0}, MpiEfError, "wrong=0 looks for none"), ({"sample": blocks()}, MpiEfError, "wrong=0 looks for none"),
+    ({"wrong": 2, "sample": blocks()[:3]}, MpiEfError, "sample: there are 3 in place of 8"),
+    ({"wrong": 2, "floor": Parity.of(40, 1.0)}, MpiEfError, "parity of 40 evaluations, and here are 24"),
 ])
 def test_what_cannot_be_is_refused_on_all_ranks(options, error, line):
     def program(comm):
@@ -210,7 +215,7 @@ def test_what_cannot_be_is_refused_on_all_ranks(options, error, line):
 
 @pytest.mark.parametrize(("x", "line"), [
     (blocks().astype(np.int64), "int64"), ([np.zeros(2), np.zeros(3)], "shape"), (np.zeros((0, 3)), "blocks=0"),
-    (None, "None"),
+    (None, "None"), (np.ma.masked_array(blocks(), mask=False), "masked array"),
 ])
 def test_blocks_that_cannot_be_are_refused_on_all_ranks(x, line):
     def program(comm):
@@ -256,6 +261,110 @@ def test_misuse_of_the_object():
         coded.close()
         with pytest.raises(OptionError, match="before close"):
             coded.map(blocks())
+        return None
+
+    virtual.results(2, program)
+
+
+def test_a_rank_whose_answer_a_map_has_not_waited_for_to_the_end_is_free_again():
+    """The first map ends with the short answer of rank 1, when one piece of four of that of rank 2 is here."""
+    def program(comm):
+        calls = []
+
+        def f(x):
+            calls.append(0)
+            if comm.Get_rank() == 1 and len(calls) > 1:
+                comm.pause(1000)
+            comm.pause(1e-3)  # both answers come at once
+            return np.full(1 if comm.Get_rank() == 1 else 450_000, x[0])
+
+        with CodedMap(comm, f, 1, (1,), np.float64, spare=2, patience_seconds=5) as coded:
+            return [coded.map([np.full(1, value)]).values[0, -1] for value in (1.0, 2.0)] if comm.Get_rank() == 0 else None
+
+    assert virtual.results(3, program, virtual=True, eager=True)[0] == [1.0, 2.0]
+
+
+def test_patience_begins_again_with_all_that_comes():
+    x = blocks()
+    result = mapped(3, x=x, per_rank=lambda comm: lambda u: comm.pause(1) or np.tanh(u), patience_seconds=2)[0]
+    assert result.missing == ()
+    assert same_bits(result.values, np.tanh(x))
+
+
+@both
+def test_a_rank_that_was_late_is_no_missing_one_though_rank_0_looks_later_than_patience(eager):
+    def program(comm):
+        def f(x):
+            comm.pause(1 if comm.Get_rank() == 2 else 0.01)
+            return np.full(300_000, x[0])  # three pieces
+
+        coded = CodedMap(comm, f, 1, (1,), np.float64, spare=2, patience_seconds=2)
+        with coded:
+            if comm.Get_rank() == 0:
+                coded.map([np.zeros(1)])
+        if comm.Get_rank():
+            return coded._worker.settle()
+        comm.pause(10)
+        coded._server.settle()
+        return coded._server.ended
+
+    assert virtual.results(3, program, virtual=True, eager=eager)[0] == {1, 2}
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_f_may_return_the_same_memory_every_time(n):
+    def per_rank(comm):
+        mine = np.zeros((5, 4))
+        return lambda x: np.tanh(x, out=mine[: len(x), : x.shape[1]])
+
+    x = blocks()
+    result = mapped(n, x=x, per_rank=per_rank, evaluations=40, wrong=2, sample=x[:, :, :3])[0]
+    assert same_bits(result.values, np.tanh(x))
+    assert result.wrong == ()
+
+
+def test_an_error_in_the_sample_lets_the_others_end():
+    def program(comm):
+        if comm.Get_rank():
+            return coded_map(comm, np.tanh, None, wrong=2)
+        with pytest.raises(ZeroDivisionError) as caught:  # and is kept, with all that belongs to it
+            coded_map(comm, lambda _: 1 / 0, blocks(), wrong=2, sample=blocks())
+        return caught
+
+    assert virtual.results(3, program, virtual=True)[1:] == [None, None]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(("f", "line"), [
+    (lambda x: (x > 0).astype(int), "f returns int64"), (lambda _: None, "f returns object"),
+    (lambda x: x + 1j, "f returns complex128"), (lambda x: x * np.nan, "24 of 24 answers are here, 24 of them with NaN"),
+    (lambda x: np.zeros(1 + int(abs(x[0, 0]) * 1e6) % 13), "blocks need as many that are neither"),
+])
+def test_answers_that_no_block_is_made_of_are_an_error_that_says_what_they_are(f, line, n):
+    def program(comm):
+        if comm.Get_rank():
+            return coded_map(comm, f, None)
+        with pytest.raises(MpiEfError, match=line):
+            coded_map(comm, f, blocks())
+        return None
+
+    virtual.results(n, program, virtual=True)
+
+
+def test_blocks_may_be_made_as_they_are_read():
+    x = blocks()
+    assert same_bits(mapped(3, x=(block for block in x))[0].values, np.tanh(x))
+
+
+def test_blocks_with_nan_are_refused():
+    """Their neighbours would be taken for them."""
+    def program(comm):
+        x = blocks()
+        x[2, 0, 0] = np.nan
+        if comm.Get_rank():
+            return coded_map(comm, np.tanh, None)
+        with pytest.raises(NonFiniteError, match=r"blocks \[2\] have NaN or Inf"):
+            coded_map(comm, np.tanh, x)
         return None
 
     virtual.results(2, program)

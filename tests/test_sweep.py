@@ -96,6 +96,12 @@ def test_a_training_that_diverges_ends_alone(tmp_path, capsys):
     assert done["lr=1e30"]["steps"] == done["lr=1e30"]["ended_at"] < 6
     assert (done["lr=0.1"]["ended_at"], done["lr=0.1"]["steps"]) == (None, 6)
     assert "model 0 ends: its gradient of step " in capsys.readouterr().err
+    options = {"code": "srsgc:1,2,1", "sweep": "lr=1e30,0.1", "clip": 0.0, "warmup": 0, "checkpoint_every": 2}
+    trained(2, **options, stop_after=4, out=tmp_path / "parts")
+    again = trained(2, **options, resume="exact", out=tmp_path / "parts")[0]["jobs"]  # it stays as it was
+    for name, one in again.items():
+        for what in ("ended_at", "steps", "parameters_crc32"):
+            assert one[what] == done[name][what]
 
 
 @pytest.mark.parametrize("log_every", [1, 5])
@@ -168,8 +174,8 @@ def test_what_another_program_has_written_stays(tmp_path):
     ({"code": "gc:1", "profile": "x.npz"}, "code=gc:1 takes no profile"),
     ({"code": "gc:1", "sweep": "lr"}, "sweep=lr is no option with different values; write for example lr="),
     ({"code": "gc:1", "sweep": "lr=0.1,0.1"}, "sweep=lr=0.1,0.1 is no option with different values"),
-    ({"code": "gc:1", "sweep": "lr=0.1,0.10"}, "sweep=lr=0.1,0.10: two values are the same number; leave one of them out"),
     ({"code": "gc:1", "sweep": f"seed=1,{1 << 63}"}, "seed=9223372036854775808 is too large for torch's generators"),
+    ({"code": "gc:1", "sweep": "lr=0.1,.1"}, "sweep=lr=0.1,.1: two values are the same; leave one out"),
     ({"code": "gc:1", "sweep": "width=1,2"}, "sweep=width=1,2 is no option with different values"),
     ({"code": "gc:1", "sweep": "lr=0.1,x"}, "sweep=lr=0.1,x: values of lr are numbers"),
     ({"code": "gc:1", "sweep": "lr=0.1,-1"}, "lr=-1"),

@@ -48,6 +48,6 @@ def chosen_scheme(path: Path, workers: int, models: int, part_seconds: Callable[
     lines = [f"code=auto: {of}; a part takes {1e3 * seconds:.3g} ms, {source}; messages not counted; per step of one:"]
     for run in dict.fromkeys([*runs[:_SHOWN], uncoded]):
         each = 1e3 * run.seconds / run.jobs if np.isfinite(run.seconds) else np.inf
-        lines.append(f"  {run.scheme!r:<16} {each:10.3g} ms, each worker computes {100 * run.load:.0f} % of a step's data"
+        lines.append(f"  {run.scheme!s:<16} {each:10.3g} ms, each worker computes {100 * run.load:.0f} % of a step's data"
                      f"{'; taken' * (run is runs[0])}{'; uncoded' * (run is uncoded)}")
     return repr(runs[0].scheme), lines

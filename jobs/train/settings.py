@@ -189,7 +189,7 @@ def swept(config: Config) -> dict[str, Config]:
     except ValueError:
         raise ConfigError(f"sweep={config.sweep}: values of {name} are numbers") from None
     if len(set(numbers)) < len(numbers):
-        raise ConfigError(f"sweep={config.sweep}: two values are the same number; leave one of them out")
+        raise ConfigError(f"sweep={config.sweep}: two values are the same; leave one out")
     return {f"{name}={value}": replace(config, **(plain | {"compressor": "identity", name: number}))
             for value, number in zip(values, numbers, strict=True)}
 

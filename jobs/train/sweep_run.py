@@ -91,7 +91,7 @@ def _decide(trainer: SweepTrainer, run: CodedRun, start: int) -> dict[str, Any]:
             try:
                 for job in trainer.run_to(_next_end(config, start, trainer.steps)):
                     _after(trainer, job, files[job.name], run, progress)
-                for number in trainer.many.ended.keys() - ended:  # with a last row, for its summary and for reports
+                for number in sorted(trainer.many.ended.keys() - ended):  # with a last row, for its summary and for reports
                     job = trainer.jobs[number]
                     _after(trainer, job, files[job.name], run, progress, last=True)
                 ended |= trainer.many.ended.keys()

@@ -97,7 +97,7 @@ class BerrutCode:
         n = whole("BerrutCode", 1, "3 to 5 for each block is usual", evaluations=self.evaluations)
         if self.kind not in self.KINDS:
             hint = nearest(str(self.kind), self.KINDS, "take sbacc")
-            raise OptionError(f"BerrutCode: there is no kind {self.kind!r}; {hint}")
+            raise OptionError(f"BerrutCode: there is no kind {briefly(self.kind)}; {hint}")
         if k > n or (n == 1 and self.kind == "bacc"):
             raise OptionError(f"BerrutCode: blocks={k} is more than evaluations={n} can give; take at least "
                               f"{BerrutCode.at_least(k, k, self.kind).evaluations} evaluations")
@@ -194,7 +194,7 @@ class BerrutCode:
         ``"berrut"`` and ``"least-squares"`` force one; the latter takes no answer as it is.
         """
         if how not in HOW:
-            raise OptionError(f"BerrutCode: there is no decoding {how!r}; {nearest(str(how), HOW, f'take {HOW[0]}')}")
+            raise OptionError(f"BerrutCode: there is no decoding {briefly(how)}; {nearest(str(how), HOW, f'take {HOW[0]}')}")
         f = indices_in(heard, self.evaluations, "BerrutCode")
         place = {i: at for at, i in enumerate(f.tolist())}
         taken = tuple(place.get(i, -1) for i in self.systematic)
@@ -338,7 +338,10 @@ def rows_of(arrays: Array | Sequence[Array], count: int, subject: str) -> list[A
     ------
     ShapeError, DtypeError
     """
-    rows = [np.asarray(row) for row in arrays]
+    given = list(arrays)
+    if masks := [i for i, row in enumerate(given) if isinstance(row, np.ma.MaskedArray)]:
+        raise DtypeError(f"{subject}: number {masks[0]} is a masked array, and masks are not kept; pass it filled(0)")
+    rows = [np.asarray(row) for row in given]
     if len(rows) != count:
         raise ShapeError(f"{subject}: there are {len(rows)} in place of {count}; give one array for each")
     for i, row in enumerate(rows):

@@ -17,10 +17,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mpi_ef.collectives.ends import AT_EXIT, host_of
 from mpi_ef.collectives.late import LONGEST_NBYTES, Frame, next_number
 from mpi_ef.collectives.lateness import Lateness
 from mpi_ef.collectives.misfit import misfit
-from mpi_ef.collectives.server import AT_EXIT, Worker, host_of
+from mpi_ef.collectives.worker import Worker
 from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed
 from mpi_ef.comm.protocol import Comm

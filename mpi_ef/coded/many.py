@@ -12,9 +12,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mpi_ef.collectives.ends import host_of
 from mpi_ef.collectives.late import LONGEST_NBYTES, Frame, next_number
 from mpi_ef.collectives.lateness import Lateness
-from mpi_ef.collectives.server import Worker, host_of
+from mpi_ef.collectives.worker import Worker
 from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
@@ -106,7 +107,8 @@ class ManyTrainings(OnAllRanks, metaclass=SharedErrors):
             within(name, "(0, inf)", "300 is usual", patience_seconds=patience_seconds)
             within(name, "[0, inf)", "0.25 is usual", grace=grace)
             if rule not in RULES:
-                raise OptionError(f"{name}: there is no rule {rule!r}; {nearest(str(rule), RULES, 'take lazy or paper')}")
+                hint = nearest(str(rule), RULES, "take lazy or paper")
+                raise OptionError(f"{name}: there is no rule {briefly(rule)}; {hint}")
             self.scheme = scheme_of(scheme)
             self._check_scheme(whole(name, 1, "how many trainings there are", models=models), np.dtype(dtype))
             self.samples = self._checked_samples(samples, models)

@@ -8,13 +8,15 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from mpi_ef.collectives.ends import host_of
 from mpi_ef.collectives.late import Frame, next_number
-from mpi_ef.collectives.server import Server, Worker, host_of
+from mpi_ef.collectives.server import Server
+from mpi_ef.collectives.worker import Worker
 from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress.compressor import words
-from mpi_ef.errors import DtypeError, OptionError, ShapeError, SilenceError, briefly, nearest
+from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError, SilenceError, briefly, nearest
 from mpi_ef.ranges import whole, within
 from mpi_ef.runtime.ending import end_together
 from mpi_ef.runtime.world import check_alone
@@ -82,6 +84,9 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
         end_together(comm)
         self.comm, self.rank = comm, int(comm.Get_rank())
         self._f, self._wrong, self._decode, self.closed, self._round = f, wrong, decode, False, 0
+        self._pieces = Pieces()  # of answers, also of those that a map has not waited for
+        self._parity: Parity | None = None
+        self._sample: list[Array] = []
 
         def facts() -> dict[str, object]:
             self._check(f, decode=decode, kind=kind)
@@ -91,11 +96,10 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
             k = whole(name, 1, "8 is usual", blocks=blocks)
             self.code = BerrutCode.at_least(k, 3 * k if evaluations is None else evaluations, kind)
             within(name, "(0, inf)", "60 is usual", patience_seconds=patience_seconds)
-            whole(name, 0, "so many answers need not be waited for", spare=spare, most=self.code.evaluations - 1)
+            whole(name, 0, "as many answers as blocks are needed", spare=spare, most=self.code.evaluations - k)
             whole(name, 0, "so many answers may be wrong", wrong=wrong)
-            if wrong and self.rank == 0 and (floor is None) == (sample is None):
-                raise OptionError(f"{name}: wrong={wrong} needs floor=, or sample= (what parity right answers have is not "
-                                  "guessed): pass typical blocks, small ones, whose evaluations rank 0 computes itself")
+            if self.rank == 0:
+                self._check_parity(floor, sample)
             return {"shape": self.shape, "dtype": self.dtype, "code": self.code, "patience_seconds": patience_seconds,
                     "spare": spare, "wrong": wrong, "decode": decode}
 
@@ -105,13 +109,12 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
         order = 8 + self._nbytes
         self._server: Server | None = None
         self._worker: Worker | None = None
-        self._parity: Parity | None = None
         if self.rank == 0:
             hosts = {rank: host for rank, (_, host) in enumerate(said) if rank}
             if hosts:
                 self._server = Server(comm, hosts, order, Pieces.nbytes, number, float(patience_seconds))
-            if wrong:
-                self._parity = self._learned(floor, sample)
+            if self._sample:
+                self._learn()
         else:
             self._worker = Worker(comm, 0, order, Pieces.nbytes, number, float(patience_seconds))
 
@@ -123,18 +126,36 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
         if not callable(f):
             raise OptionError(f"{name}: f={briefly(f)} cannot be called; pass a function of an array")
         if decode not in HOW:
-            raise OptionError(f"{name}: there is no decoding {decode!r}; {nearest(str(decode), HOW, f'take {HOW[0]}')}")
+            hint = nearest(str(decode), HOW, f"take {HOW[0]}")
+            raise OptionError(f"{name}: there is no decoding {briefly(decode)}; {hint}")
         if self._wrong and kind != "sbacc":
             raise OptionError(f"{name}: wrong={self._wrong} answers are located with kind='sbacc' alone")
 
-    def _learned(self, floor: "float | Parity | None", sample: Array | Sequence[Array] | None) -> Parity:
-        if isinstance(floor, Parity):
-            return floor
+    def _check_parity(self, floor: "float | Parity | None", sample: Array | Sequence[Array] | None) -> None:
+        name, n, wrong = type(self).__name__, self.code.evaluations, self._wrong
+        if wrong and (floor is None) == (sample is None):
+            raise OptionError(f"{name}: wrong={wrong} needs floor=, or sample= (what parity right answers have is not "
+                              "guessed): pass typical blocks, small ones, whose evaluations rank 0 computes itself")
+        if not wrong and (floor is not None or sample is not None):
+            raise OptionError(f"{name}: floor= and sample= are for wrong answers, and wrong=0 looks for none; pass wrong=1 "
+                              "or more")
+        if isinstance(floor, Parity) and floor.evaluations != n:
+            raise OptionError(f"{name}: floor is the parity of {floor.evaluations} evaluations, and here are {n}; learn it "
+                              "with as many")
         if floor is not None:
-            return Parity.of(self.code.evaluations, floor)
-        assert sample is not None  # noqa: S101 - checked at construction
-        answers = [np.asarray(self._f(_read_only(u))) for u in self.code.encode(sample)]
-        return Parity.learned(answers, self.code.blocks)
+            self._parity = floor if isinstance(floor, Parity) else Parity.of(n, floor)
+        if sample is not None:
+            self._sample = rows_of(sample, self.code.blocks, f"{name}: sample")
+
+    def _learn(self) -> None:
+        """Measure what parity right answers have; after an error the others end well."""
+        try:
+            answers = [np.array(self._f(_read_only(u))) for u in self.code.encode(self._sample)]
+            self._parity = Parity.learned(answers, self.code.blocks)
+            self._sample.clear()
+        except BaseException:
+            self.close()
+            raise
 
     def rank_of(self, i: int) -> int:
         """Return which rank computes evaluation i. Local."""
@@ -147,7 +168,9 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
         Raises
         ------
         SilenceError
-            Fewer answers than blocks came within patience; what came is lost.
+            Fewer answers than blocks came, or fewer that are finite and of one shape; what came is lost.
+        NonFiniteError
+            Blocks have NaN or Inf.
         WrongAnswersError
             Wrong answers are there, and cannot be named.
         """
@@ -158,9 +181,12 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
         if rows[0].shape != self.shape or rows[0].dtype != self.dtype:
             raise ShapeError(f"{name}: blocks are {rows[0].dtype} of shape {rows[0].shape}; it was built for {self.dtype} "
                              f"of shape {self.shape}")
+        if bad := [j for j, row in enumerate(rows) if not np.isfinite(row).all()]:
+            raise NonFiniteError(f"{name}: blocks {briefly(bad)} have NaN or Inf, and so would all that is mixed of them; "
+                                 "leave them out, or fill them", (0,))
         self._round += 1
-        if self._server is None:
-            answers = {i: np.asarray(self._f(_read_only(self.code.input(rows, i)))) for i in range(n)}
+        if self._server is None:  # f may return the same memory every time
+            answers = {i: np.array(self._f(_read_only(self.code.input(rows, i)))) for i in range(n)}
         else:
             answers = self._collected(self._server, rows)
         return self._decoded(answers)
@@ -169,7 +195,7 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
         """Return the answers that come, by evaluation."""
         n = self.code.evaluations
         waiting = {rank: [i for i in range(n) if self.rank_of(i) == rank] for rank in server.hosts}
-        pieces, answers = Pieces(), dict[int, Array]()
+        answers = dict[int, Array]()
 
         def give() -> None:
             for rank, mine in waiting.items():
@@ -182,7 +208,7 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
                     server.drop(frame)
 
         def take(rank: int, frame: Frame) -> None:
-            done = pieces.add(rank, frame) if frame.step >= 0 else None
+            done = self._pieces.add(rank, frame) if frame.step >= 0 else None
             if frame.step >= 0 and done is None:
                 server.still(rank, frame.step)
             server.drop(frame)
@@ -197,7 +223,7 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
             raise SilenceError(f"{type(self).__name__}: {server.listed(silent)} silent for {server.patience_seconds:g} s, "
                                f"{len(answers)} of {n} answers are here, and {self.code.blocks} blocks need as many",
                                tuple(silent))
-        return answers
+        return dict(sorted(answers.items()))
 
     def _block_of(self, frame: Frame) -> Array:
         nbytes = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
@@ -213,8 +239,10 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
             raise DtypeError(f"{type(self).__name__}: f returns {most[1]}; let it return float32 or float64")
         not_finite = [i for i, array in answers.items() if i not in misfits and not np.isfinite(array).all()]
         heard = sorted(set(answers) - set(misfits) - set(not_finite))
-        if not heard:
-            raise SilenceError(f"{type(self).__name__}: no answer is finite and of the shape of most; look at f")
+        if len(heard) < self.code.blocks:
+            raise SilenceError(f"{type(self).__name__}: {len(answers)} of {n} answers are here, {len(not_finite)} of them "
+                               f"with NaN or Inf and {len(misfits)} not of the shape and dtype of most, and "
+                               f"{self.code.blocks} blocks need as many that are neither; look at f")
         wrong: tuple[int, ...] = ()
         if self._parity is not None:
             wrong = locate([answers[i] for i in heard], heard, self._parity, self._wrong)
@@ -284,16 +312,17 @@ def coded_map(comm: Comm, f: Callable[[Array], Array], blocks: Array | Sequence[
     ----------
     comm : MPI.Comm
     f : callable
-        Of an array of the shape and dtype of a block, read only, returns an array of float32 or float64, always of one
-        shape. The same on all ranks.
-    blocks : (K, ...) array, or sequence of K arrays of one shape, float32 or float64
+        Of an array of the shape and dtype of a block, read only and its own until it returns, returns an array of float32
+        or float64, always of one shape. The same on all ranks. An exception ends all of them, as any that is not caught.
+    blocks : (K, ...) array, or sequence of K arrays of one shape, float32 or float64, all finite
         On rank 0; None on the others.
     evaluations : int, optional
         N at least; 3 K by default. It becomes an odd multiple of K.
     spare : int
-        Go on when all but so many answers are here. By default all are waited for.
+        Go on when all but so many answers are here, N - K at most. By default all are waited for.
     patience_seconds : float
-        So long at most, then with what is here; a rank that has not ended by then does not keep Python from its end.
+        When nothing has come for so long, go on with what is here; a rank that has not ended by then does not keep Python
+        from its end.
     wrong : int
         Locate up to so many wrong answers, with `floor` or `sample`.
     floor : float or Parity, optional
@@ -311,7 +340,7 @@ def coded_map(comm: Comm, f: Callable[[Array], Array], blocks: Array | Sequence[
 
     Raises
     ------
-    SilenceError, WrongAnswersError
+    SilenceError, WrongAnswersError, NonFiniteError
         On rank 0, see :meth:`CodedMap.map`.
     """
     _unsettled[:] = [one for one in _unsettled if not one.settled()]
@@ -326,9 +355,9 @@ def coded_map(comm: Comm, f: Callable[[Array], Array], blocks: Array | Sequence[
     form = None
     if blocks is not None and rank == 0:
         try:
-            rows = [np.asarray(block) for block in blocks]
+            rows = list(blocks)
             whole("coded_map", 1, "8 is usual", blocks=len(rows))
-            rows_of(rows, len(rows), "coded_map: blocks")
+            rows = rows_of(rows, len(rows), "coded_map: blocks")
             form = (len(rows), rows[0].shape, rows[0].dtype.str)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
@@ -340,7 +369,7 @@ def coded_map(comm: Comm, f: Callable[[Array], Array], blocks: Array | Sequence[
         raise OptionError(f"coded_map: blocks of rank 0 are unusable: {problem}")
     coded = CodedMap(comm, f, form[0], form[1], form[2], **options)
     with coded:
-        return coded.map(blocks) if rank == 0 and blocks is not None else None
+        return coded.map(rows) if rank == 0 else None
 
 
 def leave(status: int = 0) -> None:

@@ -7,13 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpi_ef.collectives.late import Frame
-from mpi_ef.collectives.server import Worker
+from mpi_ef.collectives.worker import Worker
 
 __all__ = ["Pieces", "Whole", "sent_in_pieces"]
 
 _DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
-_OTHER = len(_DTYPES)
-_MOST_DIMENSIONS = 16
+_OTHER = len(_DTYPES)  # the bytes are the text of a dtype
+_MOST_DIMENSIONS = 64  # of NumPy
 _HEAD = 8 * (5 + _MOST_DIMENSIONS)  # round, which piece of how many, dtype, dimensions, shape
 _PIECE = 1 << 20
 
@@ -29,11 +29,11 @@ class Whole(NamedTuple):
 
 
 def sent_in_pieces(worker: Worker, array: Array, step: int, number: int) -> Iterator[tuple[Frame, int]]:
-    """Yield frames, and how many bytes of each are to be sent; what cannot be sent is an empty array of another dtype."""
-    if array.dtype not in _DTYPES or array.ndim > _MOST_DIMENSIONS:
-        array, kind = np.zeros(0, np.float32), _OTHER
-    else:
-        kind = _DTYPES.index(array.dtype)
+    """Yield frames, and how many bytes of each are to be sent; of another dtype that is sent alone."""
+    kind = _DTYPES.index(array.dtype) if array.dtype in _DTYPES else _OTHER
+    if kind == _OTHER:
+        text = array.dtype.str if array.dtype.kind in "biufcmMSU" else "O"
+        array = np.frombuffer(text.encode(), np.uint8)
     data = array.reshape(-1).view(np.uint8)
     count = max(1, -(-data.size // _PIECE))
     for piece in range(count):
@@ -62,18 +62,16 @@ class Pieces:
         number, piece, count, kind, dimensions = (int(word) for word in head[:5])
         if piece == 0:
             shape = tuple(head[5 : 5 + min(max(dimensions, 0), _MOST_DIMENSIONS)].tolist())
-            array = np.zeros(0, np.int8) if kind == _OTHER else np.empty(shape, _DTYPES[kind])
+            array = np.empty(shape, np.uint8 if kind == _OTHER else _DTYPES[kind])
             self._open[rank] = (number, frame.step, array, 0)
         if rank not in self._open:
             return None
         number, step, array, here = self._open[rank]
-        if array.dtype in _DTYPES:
-            data = array.reshape(-1).view(np.uint8)
-            part = data[piece * _PIECE : (piece + 1) * _PIECE]
-            part[:] = frame.wire[_HEAD : _HEAD + part.size]
+        part = array.reshape(-1).view(np.uint8)[piece * _PIECE : (piece + 1) * _PIECE]
+        part[:] = frame.wire[_HEAD : _HEAD + part.size]
         here += 1
         self._open[rank] = (number, step, array, here)
         if here < count:
             return None
         del self._open[rank]
-        return Whole(step, number, array)
+        return Whole(step, number, np.zeros(0, array.tobytes().decode()) if kind == _OTHER else array)

@@ -60,7 +60,7 @@ def scheduled(scheme: Scheme, n: int, *, jobs: int | None = None, rule: str = "l
     if jobs is not None:
         whole("scheduled", 1, "how many jobs there are", jobs=jobs)
     if rule not in RULES:
-        raise OptionError(f"scheduled: there is no rule {rule!r}; {nearest(str(rule), RULES, 'take lazy or paper')}")
+        raise OptionError(f"scheduled: there is no rule {briefly(rule)}; {nearest(str(rule), RULES, 'take lazy or paper')}")
     scheme.check(n)
     if isinstance(scheme, MSGC):
         return _Multiplexed(scheme, n, jobs, rule)

@@ -6,6 +6,7 @@ both directions of every link busy, and do not meet.
 """
 
 from collections import deque
+from collections.abc import Callable
 from itertools import pairwise
 from time import perf_counter
 from typing import Any, Self
@@ -20,7 +21,7 @@ from mpi_ef.runtime.ending import outliving
 
 from .in_flight import took_off
 
-__all__ = ["PairwiseMean", "apart"]
+__all__ = ["PairwiseMean", "apart", "before_free"]
 
 MESSAGE_NBYTES = 60 << 10  # MPI sends up to 64 KiB over TCP without asking
 ARRIVING_NBYTES = 16 << 20  # of all ranks, for two blocks; messages are shorter where so many ranks would need more
@@ -35,8 +36,13 @@ class _Apart:
 
     comm: Any = None
 
+    def __init__(self) -> None:
+        self.first: list[Callable[[], None]] = []
+
     def free(self) -> None:
         """Free it. Collective."""
+        for call in tuple(self.first):
+            call()
         if self.comm is not None:
             self.comm.Free()
 
@@ -52,6 +58,13 @@ def apart(comm: Any) -> Any:
     if known.comm is None:
         known.comm = comm.Dup()
     return known.comm
+
+
+def before_free(comm: Any, call: Callable[[], None]) -> Callable[[], None]:
+    """Have `call` called when MPI's `comm` is freed, while messages still go; return what takes that back. Local."""
+    first = kept_with(comm, _Apart).first
+    first.append(call)
+    return lambda: first.remove(call) if call in first else None
 
 
 class PairwiseMean:

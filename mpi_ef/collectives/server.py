@@ -13,28 +13,20 @@ server's receives are posted all the time, and it looks at what has come and res
 import atexit
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
-from socket import gethostname
+from collections.abc import Callable, Iterator, Mapping
 
 from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import PeerError, counted, say
-from mpi_ef.runtime.ending import end_without_all, outliving
+from mpi_ef.errors import counted, say
+from mpi_ef.runtime.ending import end_without_all
 
+from .ends import AT_EXIT, DROPPED, FAILED, LAST, later, send_all
 from .late import Frame, Late
 
-__all__ = ["Server", "Worker", "host_of"]
+__all__ = ["Server"]
 
-LAST = -(2**62)  # the step of the last order is this one and the number of steps
-AT_EXIT = LAST + 2**61  # in place of LAST, where the server waits for last answers at the end of Python
-_FAILED, _DROPPED = LAST - 1, LAST - 2  # those of orders after which there are no more: an error, or the server was dropped
 _LONGEST_LOOK = 0.1  # seconds between two looks that count as waiting: a server that was stopped itself has not waited
-
-
-def host_of(comm: Comm) -> str:
-    """Return the name of this rank's node."""
-    return str(getattr(comm, "node_name", None) or gethostname())
+_LEAST_SECONDS = 5.0  # that the end looks for what has come since the last look, before it says that a worker is silent
 
 
 class Server:
@@ -69,8 +61,9 @@ class Server:
         self.since: dict[int, float] = {}
         self.ended: set[int] = set()  # workers that have sent their last answer
         self._waits_for: set[int] = set()  # for whom MPI would wait at its end
-        self.closed = self._abandoned = self._pending = False
-        self._dropped = weakref.finalize(self, _send_all, self._late, tuple(hosts), _DROPPED)
+        self.closed = self._abandoned = False
+        self._settling: Callable[[], None] | None = None  # takes back that it is settled at the end
+        self._dropped = weakref.finalize(self, send_all, self._late, tuple(hosts), DROPPED)
 
     @property
     def sent_nbytes(self) -> int:
@@ -117,7 +110,7 @@ class Server:
         return arrived
 
     def looks(self, patience: float | None = None) -> Iterator[list[tuple[int, Frame]]]:
-        """Yield what has come, again and again, until that has taken so many seconds."""
+        """Yield what has come, again and again, until nothing has come for so many seconds."""
         patience, waited, before = self.patience_seconds if patience is None else patience, 0.0, self.now()
         while True:
             arrived = self.look()
@@ -127,11 +120,14 @@ class Server:
             if not arrived:
                 self._late.rest()
             now = self.now()
-            waited += min(now - before, _LONGEST_LOOK)
-            before = now
+            took, before = now - before, now
+            waited = 0.0 if arrived else waited + min(took, _LONGEST_LOOK)
+            if took > _LONGEST_LOOK:  # nor has a worker been silent while nobody looked
+                for rank in self.since:
+                    self.since[rank] += took - _LONGEST_LOOK
 
     def wait(self, enough: Callable[[], bool], take: Callable[[int, Frame], None]) -> bool:
-        """Hand over what comes until there is enough; return False where patience is over before.
+        """Hand over what comes until there is enough; return False where nothing comes for as long as patience is.
 
         `take` drops the frame. What it does may make :meth:`order`.
         """
@@ -183,9 +179,7 @@ class Server:
                 self.since[rank] = begun
             self._dropped.detach()
             self.closed = True
-            if mpi_of(self._comm) is not None:
-                self._pending = True
-                atexit.register(self.settle)
+            self._settling = later(self._comm, self.settle)
             return ()
         for arrived in self.looks(float("inf")):
             self._take_last(arrived)
@@ -199,27 +193,36 @@ class Server:
 
     def settled(self) -> bool:
         """Tell whether all have ended, after a close `at_exit`; nothing is left to do at the end of Python then."""
-        self._take_last(self.look())
-        if not set(self.hosts) <= self.ended:
-            return False
-        atexit.unregister(self.settle)
-        self._pending = False
-        self._settled()
+        if self._settling is not None:
+            self._take_last(self.look())
+            if not set(self.hosts) <= self.ended:
+                return False
+            self._settle()
         return True
 
     def settle(self, status: int = 1) -> None:
         """Wait for the last answers, after a close `at_exit`, and leave with this status, see :meth:`leave`."""
-        atexit.unregister(self.settle)
-        self._pending = False
+        if self._settling is None:
+            return
+        longest = self.now() - self.patience_seconds + min(self.patience_seconds, _LEAST_SECONDS)
+        for rank, since in self.since.items():
+            self.since[rank] = max(since, longest)
         for arrived in self.looks(float("inf")):
             self._take_last(arrived)
             if self._all_ended():
                 break
-        self._settled()
+        self._settle()
         self.leave(status)
+
+    def _settle(self) -> None:
+        if self._settling is not None:
+            self._settling()
+        self._settling = None
+        self._settled()
 
     def _take_last(self, arrived: list[tuple[int, Frame]]) -> None:
         for rank, frame in arrived:
+            self.since[rank] = self.now()
             if frame.step >= 0:
                 self._take(rank, frame)
             else:
@@ -235,7 +238,7 @@ class Server:
         self.closed = True
         self._dropped.detach()
         self._waits_for = set(self.hosts) - self.ended
-        _send_all(self._late, sorted(self.ended), LAST + len(self._waits_for))
+        send_all(self._late, sorted(self.ended), LAST + len(self._waits_for))
         if self._waits_for:
             atexit.register(self.leave)
             say(sys.stderr, f"mpi-ef: {self._subject}: {self.listed(self._waits_for)} did not come to the end; MPI_Finalize "
@@ -249,7 +252,7 @@ class Server:
         It waits for the other workers to come to the end of their programs, as long as its patience is. It is called at the
         end of Python with status 1.
         """
-        if self._pending:
+        if self._settling is not None:
             self.settle(status)
         atexit.unregister(self.leave)
         if (mpi := mpi_of(self._comm)) is None or not self._waits_for or mpi.Is_finalized():
@@ -265,7 +268,7 @@ class Server:
         if not self.closed:
             self.closed = self._abandoned = True
             self._dropped.detach()
-            _send_all(self._late, tuple(self.hosts), _FAILED)
+            send_all(self._late, tuple(self.hosts), FAILED)
             self._waits_for = set(self.hosts) - self.ended
             self.ended.clear()
             self._late.close()
@@ -274,125 +277,3 @@ class Server:
 
     def __str__(self) -> str:
         return f"server of {counted(len(self.hosts), 'worker')}"
-
-
-class Worker:
-    """A rank that works for the server. All is local.
-
-    Parameters
-    ----------
-    comm, order_nbytes, answer_nbytes, number, patience_seconds
-        As the :class:`Server`'s.
-    server : int
-        Its rank.
-    """
-
-    def __init__(self, comm: Comm, server: int, order_nbytes: int, answer_nbytes: int, number: int,
-                 patience_seconds: float) -> None:
-        self._comm, self._server, self.patience_seconds = comm, server, patience_seconds
-        self._late = Late(comm, [server], answer_nbytes, order_nbytes, number)
-        self.now: Callable[[], float] = self._late.now
-        self.closed = False
-        self._dropped = weakref.finalize(self, _send_all, self._late, (server,), LAST)
-
-    @property
-    def sent_nbytes(self) -> int:
-        """Bytes that have left this rank so far."""
-        return self._late.sent_nbytes
-
-    def next(self) -> Frame:
-        """Wait for the next order, however long that takes; its step is negative where it is the last one.
-
-        The caller is its one user.
-
-        Raises
-        ------
-        PeerError
-            The server has failed, or is dead. It has time to save something, and to end all processes, before.
-        """
-        while not (arrived := self._late.poll()):
-            if self._server in self._late.gone:
-                raise PeerError(f"worker {self._comm.Get_rank()}: the server, rank {self._server}, is dead; start again "
-                                "from what it has saved")
-            self._late.rest()
-        frame = arrived[0][1]
-        if frame.step == _DROPPED:
-            raise PeerError(f"worker {self._comm.Get_rank()}: the server, rank {self._server}, has gone without close(); "
-                            "call it when its work is done")
-        if frame.step == _FAILED:
-            end = self.now() + self.patience_seconds
-            while self.now() < end:
-                self._late.rest()
-            raise PeerError(f"worker {self._comm.Get_rank()}: the server, rank {self._server}, has failed; see what it "
-                            "has said")
-        return frame
-
-    def frame(self) -> Frame:
-        """Return a frame for an answer, with one user."""
-        return self._late.frame()
-
-    def drop(self, frame: Frame) -> None:
-        """Have one user less."""
-        self._late.drop(frame)
-
-    def answer(self, frame: Frame, nbytes: int | None = None) -> None:
-        """Send an answer, whose step is that of the order, or the first `nbytes` of its wire."""
-        self._late.send(self._server, frame, nbytes)
-
-    def close(self, *, at_exit: bool = False) -> None:
-        """Answer the last order, and wait for the server's verdict on who has come to the end; or at Python's end."""
-        if self.closed:
-            return
-        self.closed = True
-        self._dropped.detach()
-        self._late.listen(self._server)
-        _send_all(self._late, (self._server,), LAST)
-        if not at_exit:
-            self._settle(self.next())
-        elif mpi_of(self._comm) is not None:
-            atexit.register(self.settle)
-
-    def settled(self) -> bool:
-        """Tell whether the verdict is here, after a close `at_exit`; nothing is left to do at the end of Python then."""
-        for _, verdict in self._late.poll():
-            atexit.unregister(self.settle)
-            self._settle(verdict)
-            return True
-        return False
-
-    def settle(self, status: int = 1) -> None:  # noqa: ARG002 - it is the server's
-        """Wait for the verdict, after a close `at_exit`, and leave where some ranks are missing."""
-        atexit.unregister(self.settle)
-        if self._settle(self.next()):
-            self.leave()
-
-    def _settle(self, verdict: Frame) -> bool:
-        """Take the verdict; return whether some ranks are missing."""
-        missing = verdict.step != LAST
-        if missing:
-            atexit.register(self.leave)
-        self._late.drop(verdict)
-        while self._late.under_way(self._server):
-            self._late.poll()
-            self._late.rest()
-        self._late.close()
-        return missing
-
-    def leave(self) -> None:
-        """Tell the server that this rank has come to its end, which ends all processes then."""
-        atexit.unregister(self.leave)
-        if (mpi := mpi_of(self._comm)) is not None and not mpi.Is_finalized():
-            self._late.meet([self._server], self.patience_seconds)
-            if outliving():
-                end_without_all(mpi.COMM_WORLD, 0)
-
-
-def _send_all(late: Late, ranks: Iterable[int], step: int) -> None:
-    """Send an empty message with such a step."""
-    with suppress(Exception):  # of MPI, at its end
-        frame = late.frame()
-        frame.wire[:] = 0
-        frame.step = step
-        for rank in ranks:
-            late.send(rank, frame)
-        late.drop(frame)

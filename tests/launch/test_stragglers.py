@@ -122,6 +122,29 @@ def test_a_server_that_leaves_its_workers_keeps_nobody_waiting(ending, line):
     assert re.search(line, ended.text), ended.text
 
 
+FREED = """
+import numpy as np
+from mpi4py.MPI import COMM_WORLD as comm
+from mpi_ef.coded import coded_map, leave
+
+part = comm.Split(comm.rank % 2)
+for again in range(3):
+    out = coded_map(part, np.tanh, np.ones((2, 5)) if part.rank == 0 else None)
+part.Free()
+leave(0)
+print(f"rank {comm.rank} is here", flush=True)
+"""
+
+
+def test_a_communicator_may_be_freed_after_a_map(tmp_path):
+    """What its ranks say to each other at their end, they say before."""
+    script = tmp_path / "program.py"
+    script.write_text(FREED, encoding="utf-8")
+    ended = run(4, script, within=LIMIT)
+    assert ended.status == 0, ended.text
+    assert len(ended.lines_with("is here")) == 4, ended.text
+
+
 # Launchers end the other ranks when one dies, unless they are told not to; MPICH's does where a signal was the cause.
 OUTLIVING = {"Open MPI": ["--with-ft", "ulfm", "--mca", "coll", "^han", "--mca", "mpi_preconnect_mpi", "1"],
              "MPICH": ["-disable-auto-cleanup"]}
