@@ -263,10 +263,10 @@ class Lateness:
         best, saved = (s, self.would_save(s)) if s else self.best()
         free = "" if self.part_seconds else f", not counting that each rank computes {best + 1} parts instead of 1"
         if s:
-            return [f"s={s} has saved {_short(max(0.0, saved))} s, in steps that took {_short(seconds)} s{free}"]
+            return [f"the code (s={s}) has saved {_short(max(0.0, saved))} s, in steps that took {_short(seconds)} s{free}"]
         if saved < _WORTH * seconds:
             return ["no code would have saved much: what it has each rank compute takes longer than waiting"]
-        return [f"s={best} would have saved {_share(saved / seconds)} of {_short(seconds)} s{free}"]
+        return [f"a code with s={best} would have saved {_share(saved / seconds)} of {_short(seconds)} s{free}"]
 
     def _order(self) -> NDArray[np.intp]:
         """Return the places of the rows, the newest last."""
