@@ -564,7 +564,8 @@ def test_serve_trains_numpy_vectors():
 
 
 @pytest.mark.parametrize(("change", "line"), [
-    ({"code": FractionalRepetition(2)}, "3 does not divide 4"), ({"code": "fr:1"}, "code='fr:1' is no code"),
+    ({"code": FractionalRepetition(2)}, "3 does not divide 4"),
+    ({"code": "fr:1"}, r"code='fr:1' is no code.* code_of\('fr:1'"),
     ({"dtype": np.float16}, "float16 is neither"), ({"d": -1}, "d=-1"), ({"compressor": TopK}, "is no compressor"),
     ({"server": 4}, "server=4"), ({"patience_seconds": 0}, "patience_seconds=0"),
     ({"on_silence": "stop"}, "on_silence='stop'"), ({"twins": "no"}, "twins='no'"), ({"extras": -1}, "extras=-1"),

@@ -152,7 +152,7 @@ class TestWhoIsSlow:
         assert lateness.lines(40.0) == [
             "rank 3 is last in 100 % of steps, by .99 s (median)", "rank 4 is last in 100 % of steps, by 1.09 s (median)",
             "waiting for the last rank took 55 % of 40 s",
-            "s=2 would have saved 54 % of 40 s, not counting that each rank computes 3 parts instead of 1"]
+            "a code with s=2 would have saved 54 % of 40 s, not counting that each rank computes 3 parts instead of 1"]
 
     def test_most_workers_are_slow_where_one_is_quick(self):
         assert not told(3, [[0, 1.0, 1.0]] * 9).holding().any()
@@ -162,7 +162,7 @@ class TestWhoIsSlow:
         lateness.part_seconds = 0.01
         assert lateness.lines(100.0, [f"rank {i} on node{i + 4}" for i in range(4)]) == [
             "rank 3 on node7 is last in 71 % of steps, by .52 s (median)",
-            "waiting for the last rank took 37 % of 100 s", "s=1 would have saved 35 % of 100 s"]
+            "waiting for the last rank took 37 % of 100 s", "a code with s=1 would have saved 35 % of 100 s"]
         lateness.part_seconds = 0.5  # a second part takes longer than waiting; who is slow is true all the same
         assert lateness.lines(100.0)[1:] == [
             "waiting for the last rank took 37 % of 100 s",
@@ -181,7 +181,7 @@ class TestWhoIsSlow:
         lines = told(n, [np.eye(n)[step % n] for step in range(24 * n)]).lines(48.0 * n)
         whom = "and no rank is it clearly more often than others"
         assert lines[0] == f"waiting for the last rank took 50 % of {48 * n} s, {whom}"
-        assert lines[1].startswith(f"s=1 would have saved 50 % of {48 * n} s, not counting")
+        assert lines[1].startswith(f"a code with s=1 would have saved 50 % of {48 * n} s, not counting")
         assert len(lines) == 2
 
     def test_a_run_with_a_code(self):
@@ -190,10 +190,11 @@ class TestWhoIsSlow:
         lateness.late[3], lateness.in_time[3] = 9, 1
         assert lateness.lines(10.0, s=1) == [
             "rank 3 is last in 100 % of steps, by 5 s (median)",
-            "s=1 has saved 49 s, in steps that took 10 s, not counting that each rank computes 2 parts instead of 1",
+            "the code (s=1) has saved 49 s, in steps that took 10 s, "
+            "not counting that each rank computes 2 parts instead of 1",
             "rank 3: of 10 answers 9 came late, 0 not at all"]
         lateness.part_seconds = 100.0  # a code that has only cost
-        assert lateness.lines(10.0, s=1)[1] == "s=1 has saved 0 s, in steps that took 10 s"
+        assert lateness.lines(10.0, s=1)[1] == "the code (s=1) has saved 0 s, in steps that took 10 s"
 
 
 class TestOverRestarts:

@@ -33,7 +33,9 @@ MODELS: Mapping[str, Takes] = {
     "mlp": {"split": "shuffled"},
     "cnn": {"split": "shuffled"},
 }
-_ANY_RULE: Takes = {"placement": "update", "rule": "ef14", "compressor": "topk", "plan": Depends("that of the compressor"),
+# Orders of coded training are whole vectors, so that short answers save half of the bytes at most.
+_SPARSE = Depends("topk, or identity with a code", lambda chosen: "topk" if chosen["code"] == "none" else "identity")
+_ANY_RULE: Takes = {"placement": "update", "rule": "ef14", "compressor": _SPARSE, "plan": Depends("that of the compressor"),
                     "dense_steps": 0}
 _UPDATES: Takes = {"code": "none", "precondition": "none", "exchange_every": 1, **_ANY_RULE}
 _GRADIENT: Takes = {"placement": Only("gradient"), "dense_steps": 0}
@@ -158,7 +160,8 @@ def resolve(given: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
                                       f"{name} is always {default.value}")
                 chosen[name] = default.value
             else:
-                chosen[name] = given.get(name, default)
+                value = given.get(name, default)
+                chosen[name] = value.value(chosen) if name in CHOOSERS and isinstance(value, Depends) else value
         if chooser == "code" and chosen.get("code", "none") != "none":
             chosen = {name: value for name, value in chosen.items() if name not in _not_with(chosen)}
     without = [name for name in given if name not in chosen]

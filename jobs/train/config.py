@@ -56,7 +56,7 @@ class TrainConfig(Checked):
     weight_decay: float | None = option(None, "of the optimizer", "[0, inf)", shown=choices_of.DECAY.text)
     code: str | None = _for("code", "gradients of which those of the slowest S ranks are not waited for; rank 0 has the "
                             "parameters, see docs/stragglers.md", choices=("none",),
-                            others="fr:S, cyclic:S, srsgc:B,W,LAM, auto")
+                            others="fr:S, cyclic:S, blocks:S, gc:S, srsgc:B,W,LAM, msgc:B,W,LAM, auto")
     sweep: str | None = _for("sweep", "trainings at once, each with another value of an option, as lr=0.1,0.03,0.01")
     profile: Path | None = _for("profile", "lateness.npz of a run, from which code=auto takes the fastest scheme")
     dedicated: bool | None = _for("dedicated", "let rank 0 compute no gradients")

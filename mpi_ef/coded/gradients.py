@@ -156,7 +156,8 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
     def _check_code(self, n: int) -> None:
         name, code = self._name, self.code
         if not isinstance(code, GradientCode):
-            raise OptionError(f"{name}: code={briefly(code)} is no code; take for example FractionalRepetition(1)")
+            raise OptionError(f"{name}: code={briefly(code)} is no code; take for example FractionalRepetition(1), "
+                              "of a text code_of('fr:1')")
         if not n:
             raise OptionError(f"{name}: dedicated=True on one rank, which leaves no worker; start more ranks")
         code.check(n)

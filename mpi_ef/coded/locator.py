@@ -172,7 +172,7 @@ def locate(answers: Array | Sequence[Array], heard: Sequence[int] | NDArray[np.i
         named += [int(f[left[at]]) for at in found]
 
 
-_MORE = "ask for more evaluations, wait for more answers, or compute again on other nodes"
+_MORE = "ask for more evaluations on more ranks, wait for more answers, or compute again on other nodes"
 
 
 class _Search:

@@ -162,9 +162,10 @@ class Lateness:
     def best(self) -> tuple[int, float]:
         """Return the s that is worth most, and how many seconds it would have saved; (0, 0) where none saves any.
 
-        Where `part_seconds` is not known, it is the one that saves most for each of its s + 1 parts.
+        Of those for which there is a code for n workers: s + 1 divides n, or n - s is odd. Where `part_seconds` is not known, it is the one that saves most for each of its s + 1 parts.
         """
-        savings = [(self.would_save(s) / (1 if self.part_seconds else s + 1), -s) for s in range(self.n // 2 + 1)]
+        there = [s for s in range(self.n // 2 + 1) if self.n % (s + 1) == 0 or (self.n - s) % 2]
+        savings = [(self.would_save(s) / (1 if self.part_seconds else s + 1), -s) for s in there]
         s = -max(savings)[1]
         return s, self.would_save(s)
 
@@ -265,10 +266,10 @@ class Lateness:
         best, saved = (s, self.would_save(s)) if s else self.best()
         free = "" if self.part_seconds else f", not counting that each rank computes {best + 1} parts instead of 1"
         if s:
-            return [f"s={s} has saved {_short(max(0.0, saved))} s, in steps that took {_short(seconds)} s{free}"]
+            return [f"the code (s={s}) has saved {_short(max(0.0, saved))} s, in steps that took {_short(seconds)} s{free}"]
         if saved < _WORTH * seconds:
             return ["no code would have saved much: what it has each rank compute takes longer than waiting"]
-        return [f"s={best} would have saved {_share(saved / seconds)} of {_short(seconds)} s{free}"]
+        return [f"a code with s={best} would have saved {_share(saved / seconds)} of {_short(seconds)} s{free}"]
 
     def _order(self) -> NDArray[np.intp]:
         """Return the places of the rows, the newest last."""
