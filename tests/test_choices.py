@@ -427,3 +427,12 @@ def test_a_strength_without_a_default_is_asked_for_before_mpi_starts(optimizer):
     with pytest.raises(ConfigError, match=r"rule=econtrol has no default for eta with compressor=low-rank; pass one"):
         TrainConfig(**options)
     built(TrainConfig(**options, eta=0.1))
+
+
+@pytest.mark.parametrize(("given", "compressor"), [({}, "topk"), ({"code": "fr:1"}, "identity"), ({"optimizer": "sgd"}, "topk"),
+                                                   ({"optimizer": "sgd", "code": "fr:1"}, "identity"),
+                                                   ({"code": "fr:1", "compressor": "sign"}, "sign")])
+def test_with_a_code_answers_are_whole_unless_another_compressor_is_given(given, compressor):
+    config = TrainConfig(model="mlp", **given).resolved()
+    assert config.compressor == compressor
+    assert (config.ratio is not None) == (compressor == "topk")

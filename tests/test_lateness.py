@@ -13,8 +13,11 @@ import torch
 import virtual
 
 from mpi_ef import MpiEfError
+from mpi_ef.coded import Blocks, Cyclic, FractionalRepetition
 from mpi_ef.collectives import Lateness
+from mpi_ef.collectives.lateness import _has_code
 from mpi_ef.compress import TopK
+from mpi_ef.errors import OptionError
 from mpi_ef.jobs.delays import load_lateness, table_of
 from mpi_ef.jobs.report import program as report
 from mpi_ef.jobs.train import loop
@@ -182,6 +185,7 @@ class TestWhoIsSlow:
         whom = "and no rank is it clearly more often than others"
         assert lines[0] == f"waiting for the last rank took 50 % of {48 * n} s, {whom}"
         assert lines[1].startswith(f"a code with s=1 would have saved 50 % of {48 * n} s, not counting")
+        assert lines[1].endswith("; there is none for 3 ranks, start one more or less") == (n == 3)
         assert len(lines) == 2
 
     def test_a_run_with_a_code(self):
@@ -195,6 +199,19 @@ class TestWhoIsSlow:
             "rank 3: of 10 answers 9 came late, 0 not at all"]
         lateness.part_seconds = 100.0  # a code that has only cost
         assert lateness.lines(10.0, s=1)[1] == "the code (s=1) has saved 0 s, in steps that took 10 s"
+
+
+def test_it_is_known_for_how_many_workers_there_is_a_code():
+    def there(code, n):
+        try:
+            code.check(n)
+        except OptionError:
+            return False
+        return True
+
+    for n in range(1, 49):
+        for s in range(n):
+            assert _has_code(n, s) == any(there(kind(s), n) for kind in (FractionalRepetition, Cyclic, Blocks)), (n, s)
 
 
 class TestOverRestarts:

@@ -162,10 +162,9 @@ class Lateness:
     def best(self) -> tuple[int, float]:
         """Return the s that is worth most, and how many seconds it would have saved; (0, 0) where none saves any.
 
-        Of those for which there is a code for n workers: s + 1 divides n, or n - s is odd. Where `part_seconds` is not known, it is the one that saves most for each of its s + 1 parts.
+        Where `part_seconds` is not known, it is the one that saves most for each of its s + 1 parts.
         """
-        there = [s for s in range(self.n // 2 + 1) if self.n % (s + 1) == 0 or (self.n - s) % 2]
-        savings = [(self.would_save(s) / (1 if self.part_seconds else s + 1), -s) for s in there]
+        savings = [(self.would_save(s) / (1 if self.part_seconds else s + 1), -s) for s in range(self.n // 2 + 1)]
         s = -max(savings)[1]
         return s, self.would_save(s)
 
@@ -269,7 +268,8 @@ class Lateness:
             return [f"the code (s={s}) has saved {_short(max(0.0, saved))} s, in steps that took {_short(seconds)} s{free}"]
         if saved < _WORTH * seconds:
             return ["no code would have saved much: what it has each rank compute takes longer than waiting"]
-        return [f"a code with s={best} would have saved {_share(saved / seconds)} of {_short(seconds)} s{free}"]
+        where = "" if _has_code(self.n, best) else f"; there is none for {self.n} ranks, start one more or less"
+        return [f"a code with s={best} would have saved {_share(saved / seconds)} of {_short(seconds)} s{free}{where}"]
 
     def _order(self) -> NDArray[np.intp]:
         """Return the places of the rows, the newest last."""
@@ -329,3 +329,10 @@ def _short(seconds: float) -> str:
 
 def _share(part: float) -> str:
     return f"{100 * part:.0f} %"
+
+
+def _has_code(n: int, s: int) -> bool:
+    """Tell whether there is a gradient code for n workers of which s may be missing, see ``mpi_ef.coded``."""
+    rest = n % (s + 1)
+    odd = rest + (s + 1) * (1 + rest % 2)  # the length of the last block of `Blocks`, where s is even
+    return rest == 0 or (n - s) % 2 == 1 or (s % 2 == 0 and odd <= n)
