@@ -429,9 +429,10 @@ def test_a_strength_without_a_default_is_asked_for_before_mpi_starts(optimizer):
     built(TrainConfig(**options, eta=0.1))
 
 
-@pytest.mark.parametrize(("given", "compressor"), [({}, "topk"), ({"code": "fr:1"}, "identity"), ({"optimizer": "sgd"}, "topk"),
-                                                   ({"optimizer": "sgd", "code": "fr:1"}, "identity"),
-                                                   ({"code": "fr:1", "compressor": "sign"}, "sign")])
+@pytest.mark.parametrize(("given", "compressor"), [
+    ({}, "topk"), ({"code": "fr:1"}, "identity"), ({"optimizer": "sgd"}, "topk"),
+    ({"optimizer": "sgd", "code": "fr:1"}, "identity"), ({"code": "fr:1", "compressor": "sign"}, "sign"),
+])
 def test_with_a_code_answers_are_whole_unless_another_compressor_is_given(given, compressor):
     config = TrainConfig(model="mlp", **given).resolved()
     assert config.compressor == compressor
