@@ -325,6 +325,22 @@ def test_from_rank_to_rank_one_that_has_gone_astray_goes_on_from_the_others(last
     assert np.abs(thetas[1] - clean[0]).max() < 0.1
 
 
+def test_from_rank_to_rank_one_that_has_missed_rounds_leaves_them_out_and_ends_with_the_others():
+    def program(comm):
+        net, rank = net_of(), comm.Get_rank()
+        optimizer = MoNNA(net.parameters(), comm, lr=0.3, f=1, beta=0.5, wait_for=3, patience_seconds=5)
+        while optimizer.peers.round < 30:
+            comm.pause(1 if (rank, optimizer.peers.round) == (1, 4) else 0.01)
+            take_step(net, optimizer, rank, optimizer.peers.round)
+        return optimizer.close(), optimizer.steps, optimizer.jumps, vector_of(net)
+
+    results = virtual.results(4, program)
+    assert all(left == () for left, *_ in results)
+    assert [steps == 30 for _, steps, _, _ in results] == [True, False, True, True]
+    assert [jumps for _, _, jumps, _ in results] == [0, 1, 0, 0]
+    assert np.ptp([theta for *_, theta in results], axis=0).max() < 0.3
+
+
 @moves
 def test_from_rank_to_rank_a_loaded_state_is_where_it_goes_back_to():
     def program(comm):

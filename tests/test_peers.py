@@ -294,6 +294,22 @@ def test_ranks_that_end_early_are_not_waited_for():
     assert all(seconds < 0.1 for seconds in virtual.results(4, program)[:2])
 
 
+def test_a_rank_that_counts_its_calls_is_told_that_jumps_have_left_rounds_out():
+    def program(comm):
+        with Peers(comm, 3, np.float64, wait_for=3, patience_seconds=3) as peers:
+            for number in range(20):
+                comm.pause(1 if (comm.Get_rank(), number) == (1, 4) else 0.01)
+                try:
+                    peers.exchange(vector(comm.Get_rank(), number))
+                except SilenceError as error:
+                    return str(error)
+        return peers.round
+
+    told = virtual.results(4, program)
+    assert [told[rank] for rank in (0, 2, 3)] == [20] * 3
+    assert told[1].endswith("ended before; 1 jump left rounds out: take steps while peers.round is below theirs at the end")
+
+
 @both
 def test_a_rank_that_fails_is_not_waited_for_at_the_end(eager):
     def program(comm):

@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from mpi_ef.comm.attributes import mpi_of
 from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed
 from mpi_ef.comm.protocol import Comm
-from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, SilenceError, briefly, say
+from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, SilenceError, briefly, counted, say
 from mpi_ef.ranges import whole, within
 from mpi_ef.runtime.ending import end_without_all
 from mpi_ef.runtime.world import check_alone
@@ -181,7 +181,8 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
     def exchange(self, x: Vector) -> Heard:
         """Send `x`, (d,), to all others, and return the vectors of this round: `wait_for` of them, or more that have come.
 
-        After a jump the caller makes a vector of what is returned, and the next exchange is one of :attr:`round`.
+        After a jump the caller makes a vector of what is returned, and the next exchange is one of :attr:`round`: programs
+        go on ``while peers.round < rounds`` and do not count their calls.
 
         Raises
         ------
@@ -387,9 +388,12 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
         there = 1 + sum(self.round in peer.frames for peer in self._peers.values())
         why = [f"no vector of {listed(silent)} for {self.patience_seconds:g} s"] if silent else []
         why += [f"{listed(ended)} ended before"] if ended else []
+        todo = "start again without them, from what was saved"
+        if not silent and self.jumps:
+            todo = f"{counted(self.jumps, 'jump')} left rounds out: take steps while peers.round is below theirs at the end"
         self._leave_later(silent)
         return SilenceError(f"Peers: rank {self.rank} has {there} of the {self.wait_for} vectors awaited in round "
-                            f"{self.round}: {', '.join(why)}; start again without them, from what was saved",
+                            f"{self.round}: {', '.join(why)}; {todo}",
                             tuple(peer.rank for peer in missing))
 
     def _leave_later(self, left: list[Peer]) -> None:

@@ -60,7 +60,8 @@ class PeerMixing(DistributedOptimizer):
         default, at most 1. Far above that parameters of ranks drift apart.
     wait_for : int, optional
         From 2 f + 1 to n, usually n - f: go on with so many vectors, point to point. By default all ranks meet in one
-        allgather.
+        allgather. Then a rank that has missed rounds leaves them out, and makes fewer steps than others: train ``while
+        optimizer.peers.round < rounds``, and do not count steps.
     patience_seconds : float
         With `wait_for`: so long a step waits for as many ranks, then `SilenceError` names those that are silent. The next
         step waits on with what was sent, and makes no move of its own.

