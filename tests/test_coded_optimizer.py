@@ -99,8 +99,11 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def plainly(n, s, *, model=Net, optimizer=sgd, dtype=torch.float32, steps=STEPS, seed=0):
-    """A torch loop over all parts of each step, in groups of s + 1, whose gradients are added up in their order."""
+def plainly(n, s, *, model=Net, optimizer=sgd, dtype=torch.float32, steps=STEPS, seed=0, follow=lambda t, values: values):
+    """A torch loop over all parts of each step, in groups of s + 1, whose gradients are added up in their order.
+
+    They are computed where `follow` says.
+    """
     from mpi_ef.optim.parts import seed_of
 
     net = model().to(dtype)
@@ -110,6 +113,9 @@ def plainly(n, s, *, model=Net, optimizer=sgd, dtype=torch.float32, steps=STEPS,
     for step in range(steps):
         total, samples, before = {}, 0, [b.clone() for b in tracked]
         changes = [torch.zeros_like(b, dtype=torch.float64) for b in tracked]
+        here = flat.values.copy()
+        flat.values[:] = follow(step, here)
+        flat.write_back()
         for group in range(n // (s + 1)):
             net.zero_grad()
             for part in range(group * (s + 1), (group + 1) * (s + 1)):
@@ -125,6 +131,8 @@ def plainly(n, s, *, model=Net, optimizer=sgd, dtype=torch.float32, steps=STEPS,
                 if p.grad is not None:
                     total[p] = total[p] + p.grad if p in total else p.grad.clone()
         net.zero_grad()
+        flat.values[:] = here
+        flat.write_back()
         for p, place in zip(flat.parameters, flat.views(flat.gradients), strict=True):
             p.grad = place.copy_(total[p] / samples) if p in total else None
         inner.step()

@@ -10,6 +10,7 @@ from my_compressor import BlockMax
 from vectors_for_tests import DTYPES, gaussian, vectors
 
 from mpi_ef.compress import Codec, Identity, Quantize, RandK, Sign, TopK, TwoBits, source
+from mpi_ef.compress.combination import lazy
 from mpi_ef.errors import DtypeError, OptionError, ShapeError
 
 COMPRESSORS = [
@@ -295,4 +296,18 @@ def test_wires_of_another_size_are_refused(compressor, dtype):
         with pytest.raises(ShapeError, match=f"must be nbytes = {codec.nbytes}"):
             codec.decode(wire)
     assert (before == 7).all()
-    assert codec.encode(x, before[: codec.nbytes])
+
+
+@each_compressor
+@each_dtype
+def test_vectors_of_another_length_are_refused(compressor, dtype):
+    """Kernels read as many entries as the codec says: what lies behind a vector that is too short would be sent."""
+    codec = compressor.codec(4000, dtype)
+    wire = np.zeros(codec.nbytes, np.uint8)
+    for length in (3999, 4001):
+        x = np.zeros(length, dtype)
+        for each in (x, source(lazy(x) - x.copy())):
+            with pytest.raises(ShapeError, match=rf"x has shape \({length},\); it must be d = 4000 long"):
+                codec.encode(each, wire)
+        with pytest.raises(ShapeError, match=rf"out has shape \({length},\); it must be d = 4000 long"):
+            codec.add(wire[None], x)

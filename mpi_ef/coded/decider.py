@@ -16,10 +16,13 @@ from mpi_ef.compress.compressor import Codec
 from mpi_ef.errors import DisagreementError, NonFiniteError, SilenceError, say
 
 from .codes import Cyclic, FractionalRepetition, GradientCode, mask_of, members
+from .moves import Moves
 from .twins import Dispute, Twins
 from .wire import NOT_FINITE, ROW, WHOLE, Decoded, Layout, Numbers
 
 __all__ = ["Decider"]
+
+_NONE = -2  # before the step before any
 
 Vector = NDArray[Any]
 
@@ -34,11 +37,11 @@ class Decider:
     """
 
     def __init__(self, subject: str, comm: Comm, ranks: tuple[int, ...], hosts: Mapping[int, str], number: int,
-                 code: GradientCode, layout: Layout, codec: Codec | None, *, patience_seconds: float, on_silence: str,
-                 twins: str) -> None:
+                 code: GradientCode, layout: Layout, codec: Codec | None, moves: Moves, *, patience_seconds: float,
+                 on_silence: str, twins: str) -> None:
         self._subject, self._own = subject, int(comm.Get_rank())
         self.ranks, self.n, self.code, self._layout, self._codec = ranks, len(ranks), code, layout, codec
-        self._on_silence, self._raises = on_silence, twins == "raise"
+        self._on_silence, self._raises, self.moves = on_silence, twins == "raise", moves
         self.server = Server(comm, {rank: hosts[rank] for rank in ranks if rank != self._own}, layout.order_nbytes,
                              layout.answer_nbytes, number, patience_seconds)
         self.rows = np.zeros((self.n, layout.d), layout.dtype)
@@ -46,7 +49,10 @@ class Decider:
         self._sum, self._spare = np.zeros(layout.d, layout.dtype), np.zeros(layout.d, layout.dtype)
         self._number = {rank: i for i, rank in enumerate(ranks)}
         self._knows_row = mask_of(range(self.n))
-        self._newest: Frame | None = None
+        self._newest: Frame | None = None  # the order of this step
+        self._whole: Frame | None = None  # for workers that do not have the model before, where that is a move
+        self._moves = False
+        self._has = [_NONE] * self.n  # the step of the newest order that a worker was given
         self.twins, self.lateness = Twins(code, self.n), Lateness(self.n)
         self._computed, self._firsts, self._began = 0.0, 0, 0.0  # seconds to first answers, and how many these are
         self._heard = self._bad = 0  # masks of this step
@@ -54,8 +60,10 @@ class Decider:
         self.step = self.late = self.not_finite = self.received_nbytes = self._restored = 0
         self.parity = 0.0
 
-    def restore(self, rows: Vector | None, step: int) -> None:
-        """Go on from the rows and step of another one; workers are told theirs, with their next order."""
+    def restore(self, rows: Vector | None, step: int, w: Vector | None) -> None:
+        """Go on from the rows, step and w of another one; workers are told theirs, with their next order."""
+        self.moves.restore(w)
+        self._has[:] = [_NONE] * self.n
         self.step, self._restored, self.open = step, self._restored + 1, False
         self.rows[:] = 0 if rows is None else rows
         self._knows_row = 0 if self._codec is not None and rows is not None else mask_of(range(self.n))
@@ -68,10 +76,12 @@ class Decider:
 
     def begin(self, x: Vector, extras: Sequence[float] | Numbers) -> Frame:
         """Send the order of the next step to those that are free, and return it."""
-        if self._newest is not None:
-            self.server.drop(self._newest)
+        for old in (self._newest, self._whole):
+            if old is not None:
+                self.server.drop(old)
         self._newest = frame = self.server.frame()
-        self._layout.write_order(frame, self.step, x, extras, restored=self._restored)
+        self._whole = None
+        self._moves = self.moves.write(frame, self.step, x, extras, restored=self._restored)
         self._heard = self._bad = 0
         self.open, self._began = True, self.server.now()
         self.lateness.begin(self.step)
@@ -141,7 +151,17 @@ class Decider:
             self.server.also(rank, frame)
             self.server.drop(frame)
             self._knows_row |= 1 << i
-        self.server.order(rank, self._newest)
+        if self._moves and self._has[i] == self.step - 1:
+            self.server.order(rank, self._newest, self._layout.move_order_nbytes)
+        else:
+            self.server.order(rank, self._whole_order(self._newest) if self._moves else self._newest)
+        self._has[i] = self.step
+
+    def _whole_order(self, newest: Frame) -> Frame:
+        if self._whole is None:
+            self._whole = self.server.frame()
+            self.moves.write_whole(self._whole, self.step, self._layout.order_extras_of(newest), restored=self._restored)
+        return self._whole
 
     def _take_answer(self, i: int, frame: Frame) -> None:
         if self._layout.restored_of(frame) != self._restored % 256:

@@ -7,7 +7,8 @@
     when those that answered t, F, are enough:  g = sum_{i in F} a_i rows[i]
 
 Tandon et al. 2017; what follows the *coded* gradients is EF21 (Richtarik, Sokolov, Fatkhullin 2021, arXiv 2106.05203). The
-first answer of a worker is m_i whole, as are all where nothing is compressed.
+first answer of a worker is m_i whole, as are all where nothing is compressed. Orders may be compressed too: then gradients
+are computed at a w that follows x, see moves.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,7 @@ from mpi_ef.runtime.world import check_alone
 
 from .codes import FractionalRepetition, GradientCode
 from .decider import Decider
+from .moves import Moves
 from .wire import NOT_FINITE, WHOLE, Decoded, Layout, Numbers, Order
 
 __all__ = ["CodedGradients"]
@@ -57,8 +59,8 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
     answers; then the newest. Late answers are dropped where they are whole, and added to the worker's row where they are
     differences. With `FractionalRepetition` and nothing compressed the sum is the same bits whoever is late.
 
-    Cost of a step: n orders of d values out, n answers of a compressed vector, or of d values, in, all through the server.
-    Memory of the server: n d values, and about 2 n orders; of a worker 4 d.
+    Cost of a step: n orders and n answers of d values, or of compressed vectors, all through the server. Memory of the
+    server: n d values, and about 2 n orders; of a worker 4 d.
 
     Parameters
     ----------
@@ -68,6 +70,9 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
     code : GradientCode
     compressor : Compressor, optional
         Of what a coded gradient differs by from what the server knows of it. By default whole vectors are sent.
+    order_compressor : Compressor, optional
+        Of what x differs by from w, which follows it, and where all compute their gradients then. Workers that have missed
+        an order are sent w whole. By default orders are x.
     extras : int
         Numbers that go along with each answer, coded as the gradient is, for example samples and loss.
     order_extras : int
@@ -93,8 +98,9 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
     saved_by = "the parameters, and rows"
 
     def __init__(self, comm: Comm, d: int, dtype: DTypeLike, code: GradientCode, compressor: Compressor | None = None, *,
-                 extras: int = 0, order_extras: int = 0, dedicated: bool = False, server: int = 0,
-                 patience_seconds: float = 300.0, on_silence: str = "raise", twins: str = "raise") -> None:
+                 order_compressor: Compressor | None = None, extras: int = 0, order_extras: int = 0,
+                 dedicated: bool = False, server: int = 0, patience_seconds: float = 300.0, on_silence: str = "raise",
+                 twins: str = "raise") -> None:
         name = self._name = type(self).__name__
         check_not_freed(comm, name)
         if not hasattr(comm, "Iallgather") or comm.Is_inter():
@@ -104,6 +110,7 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         self.comm, self.rank, size = comm, int(comm.Get_rank()), int(comm.Get_size())
         self.code, self.dedicated, self.server = code, bool(dedicated), server
         self.compressor = Identity() if compressor is None else compressor
+        self.order_compressor = Identity() if order_compressor is None else order_compressor
 
         def facts() -> dict[str, object]:
             if mpi_of(comm) is None and not hasattr(comm, "pause"):
@@ -116,8 +123,9 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
                     raise OptionError(f"{name}: {option}={briefly(value)} is not known; take one of {', '.join(known)}")
             self._layout = self._laid_out(d, dtype, extras, order_extras)
             self._check_code(size - self.dedicated)
-            return {"layout": self._layout, "code": code, "compressor": self.compressor, "dedicated": self.dedicated,
-                    "server": server, "patience_seconds": patience_seconds, "on_silence": on_silence, "twins": twins}
+            return {"layout": self._layout, "code": code, "compressor": self.compressor,
+                    "order_compressor": self.order_compressor, "dedicated": self.dedicated, "server": server,
+                    "patience_seconds": patience_seconds, "on_silence": on_silence, "twins": twins}
 
         said = agree(comm, name, facts, "build them from the same arguments everywhere",
                      value=(next_number(), host_of(comm)))
@@ -134,10 +142,12 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         self._step = self._restored = 0
         self.h = np.zeros(self.d if self.worker is not None and self._compresses else 0, self.dtype)
         self._knows = False  # whether h is the server's row
+        follows = self.order_compressor != Identity()
+        self._moves = Moves(layout, self.order_compressor.codec(self.d, self.dtype) if follows else None, self.n)
         if self.is_server:
             self.decider = Decider(name, comm, self.ranks, {rank: host for rank, (_, host) in enumerate(said)}, number, code,
-                                   layout, self._codec if self._compresses else None, on_silence=on_silence, twins=twins,
-                                   patience_seconds=float(patience_seconds))
+                                   layout, self._codec if self._compresses else None, self._moves, twins=twins,
+                                   on_silence=on_silence, patience_seconds=float(patience_seconds))
         else:
             self._link = Worker(comm, server, layout.order_nbytes, layout.answer_nbytes, number, float(patience_seconds))
 
@@ -146,9 +156,11 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         if kind not in (np.float32, np.float64):
             raise DtypeError(f"{name}: dtype={kind} is neither float32 nor float64; convert the vectors")
         check_compressor(name, compressor=self.compressor)
-        length = whole(name, 0, "take the length of the vectors", d=d)
+        check_compressor(name, order_compressor=self.order_compressor)
+        length, moves = whole(name, 0, "take the length of the vectors", d=d), self.order_compressor != Identity()
         layout = Layout(length, kind, whole(name, 0, "0 is usual", order_extras=order_extras),
-                        whole(name, 0, "0 is usual", extras=extras), self.compressor.wire_nbytes(length, kind))
+                        whole(name, 0, "0 is usual", extras=extras), self.compressor.wire_nbytes(length, kind),
+                        self.order_compressor.wire_nbytes(length, kind) if moves else 0)
         if max(layout.order_nbytes, layout.answer_nbytes) > LONGEST_NBYTES:
             raise OptionError(f"{name}: d={d} is longer than a message of MPI may be; split the vector")
         return layout
@@ -175,6 +187,11 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
     def rows(self) -> Vector:
         """What the server knows of each coded gradient, (n, d): to be saved, see `restore`. Local, of the server."""
         return self._deciding("rows").rows
+
+    @property
+    def w(self) -> Vector:
+        """Where gradients were computed last, (d,), with compressed orders; else empty. Local."""
+        return self._moves.w
 
     @property
     def lateness(self) -> Lateness:
@@ -252,10 +269,10 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         self._answered = True  # or not wanted any more
         return decider.end()
 
-    def restore(self, rows: Vector | None, step: int) -> None:
-        """Go on from the rows, (n, d), and the step that were saved; workers are told their rows. Local, of the server.
+    def restore(self, rows: Vector | None, step: int, w: Vector | None = None) -> None:
+        """Go on from the rows, (n, d), step and w that were saved; workers are told their rows. Local, of the server.
 
-        Without rows, before the first step, workers begin with whole answers.
+        Without rows, before the first step, workers begin with whole answers. Without w the next order is x.
         """
         decider = self._deciding("restore")
         if rows is None and not decider.fresh:
@@ -263,7 +280,9 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         if rows is not None and np.shape(rows) != decider.rows.shape:
             raise OptionError(f"{self._name}: rows have shape {np.shape(rows)}; with n={self.n} workers it is "
                               f"{decider.rows.shape}; leave them out, and workers begin anew")
-        decider.restore(rows, step)
+        if w is not None and np.shape(w) != (self.d,):
+            raise OptionError(f"{self._name}: w has shape {np.shape(w)}; it is ({self.d},)")
+        decider.restore(rows, step, w)
         if self.h.size:
             self.h[:], self._knows = 0 if rows is None else rows[self.worker], rows is not None
 
@@ -374,7 +393,8 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
 
     def _order_of(self, frame: Frame) -> Order:
         self._step, self._restored = self._layout.step_of(frame), self._layout.restored_of(frame)
-        x, extras = self._layout.x_of(frame), self._layout.order_extras_of(frame)
+        extras = self._layout.order_extras_of(frame)
+        x = self._moves.w.view() if self.is_server and self._moves.w.size else self._moves.read(frame)
         x.flags.writeable = extras.flags.writeable = False
         worker = self.worker or 0
         return Order(self._step, x, extras, self.code.parts(worker, self.n), self.code.row(worker, self.n))

@@ -2,8 +2,8 @@
 
 ::
 
-    order     | word (i64) | extras (f64 each)       | x                     |
-    answer    | word (i64) | coded extras (f64 each) | m_i, or the wire of C |
+    order     | word (i64) | extras (f64 each)       | x, or the wire of C of a move  |
+    answer    | word (i64) | coded extras (f64 each) | m_i, or the wire of C          |
 
     word      | 00 | flags (2 bits) | restored (8) | hash of m_i (16) | step (36) |
 
@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from mpi_ef.collectives.late import Frame
 from mpi_ef.compress.compressor import words
 
-__all__ = ["NOT_FINITE", "ROW", "WHOLE", "Decoded", "Layout", "Numbers", "Order"]
+__all__ = ["MOVE", "NOT_FINITE", "ROW", "WHOLE", "Decoded", "Layout", "Numbers", "Order"]
 
-WHOLE, NOT_FINITE, ROW = 1, 2, 1  # flags: of an answer, m_i itself, or none; of an order, x is the row of that worker
+WHOLE, NOT_FINITE = 1, 2  # flags of an answer: m_i itself, or none
+ROW, MOVE = 1, 2  # flags of an order: x is the row of that worker, or there is a move of x, see moves.py
 _STEP, _HASH, _RESTORED = (1 << 36) - 1, (1 << 16) - 1, (1 << 8) - 1
 
 Vector = NDArray[Any]
@@ -84,11 +85,17 @@ class Layout:
     order_extras: int
     extras: int
     compressed_nbytes: int  # of the wire of C
+    move_nbytes: int = 0  # of that of a move
 
     @property
     def order_nbytes(self) -> int:
         """Bytes of the wire of an order."""
-        return 8 * self.order_extras + self._whole_nbytes
+        return 8 * self.order_extras + max(self._whole_nbytes, self.move_nbytes)
+
+    @property
+    def move_order_nbytes(self) -> int:
+        """Bytes of that of an order with a move."""
+        return 8 * self.order_extras + self.move_nbytes
 
     @property
     def answer_nbytes(self) -> int:
@@ -107,9 +114,13 @@ class Layout:
     def write_order(self, frame: Frame, step: int, x: Vector, extras: Sequence[float] | Numbers, *, restored: int,
                     flags: int = 0) -> None:
         """Fill a frame with an order; without extras these are zero."""
+        self.head_order(frame, step, extras, restored=restored, flags=flags)
+        self.x_of(frame)[:] = x
+
+    def head_order(self, frame: Frame, step: int, extras: Sequence[float] | Numbers, *, restored: int, flags: int) -> None:
+        """Fill all but the payload of an order."""
         frame.step = _word(step, 0, restored, flags)
         self.order_extras_of(frame)[:] = extras if len(extras) else 0.0
-        self.x_of(frame)[:] = x
 
     def step_of(self, frame: Frame) -> int:
         """Return the step of an order, or that an answer is to."""
@@ -118,6 +129,10 @@ class Layout:
     def is_row(self, frame: Frame) -> bool:
         """Tell whether x of an order is a row."""
         return bool(frame.step >> 60 & ROW)
+
+    def is_move(self, frame: Frame) -> bool:
+        """Tell whether an order has a move in place of x."""
+        return bool(frame.step >> 60 & MOVE)
 
     def restored_of(self, frame: Frame) -> int:
         """Return how often the server was restored before an order, or before that of an answer, modulo 256."""
@@ -128,6 +143,11 @@ class Layout:
         at = 8 * self.order_extras
         view: Vector = frame.wire[at : at + self.d * self.dtype.itemsize].view(self.dtype)
         return view
+
+    def move_of(self, frame: Frame) -> NDArray[np.uint8]:
+        """Return the wire of C of a move, a view."""
+        at = 8 * self.order_extras
+        return frame.wire[at : at + self.move_nbytes]
 
     def order_extras_of(self, frame: Frame) -> Numbers:
         """Return the extras of an order, a view."""

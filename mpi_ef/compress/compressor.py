@@ -51,6 +51,8 @@ def _of_one_size(encode: Any) -> Any:
     def checked(self: "Codec", x: Vector | Source, wire: Wires, *, step: int = 0, rank: int = 0) -> bool:
         if wire.shape != (self.nbytes,):
             raise ShapeError(f"{type(self).__name__}: a wire is {wire.shape} bytes; it must be nbytes = {self.nbytes}")
+        if (shape := (x.terms[0] if isinstance(x, Source) else x).shape) != (self.d,):
+            raise ShapeError(f"{type(self).__name__}: x has shape {tuple(shape)}; it must be d = {self.d} long")
         return said_finite(encode(self, x, wire, step=step, rank=rank), f"{type(self).__name__}.encode")
 
     return checked
@@ -58,10 +60,12 @@ def _of_one_size(encode: Any) -> Any:
 
 def _of_many_sizes(decode: Any) -> Any:
     @wraps(decode)
-    def checked(self: "Codec", wires: Wires, *arguments: Any, **options: Any) -> None:
+    def checked(self: "Codec", wires: Wires, out: Vector, *arguments: Any, **options: Any) -> None:
         if wires.shape[1:] != (self.nbytes,):
             raise ShapeError(f"{type(self).__name__}: wires are {wires.shape} bytes; rows must be nbytes = {self.nbytes}")
-        decode(self, wires, *arguments, **options)
+        if out.shape != (self.d,):
+            raise ShapeError(f"{type(self).__name__}: out has shape {tuple(out.shape)}; it must be d = {self.d} long")
+        decode(self, wires, out, *arguments, **options)
 
     return checked
 
@@ -90,7 +94,7 @@ class Codec(ABC):
         self._kernels = backend(self.dtype, device)
 
     def __init_subclass__(cls) -> None:
-        """Let wires of another size be refused: kernels write where the codec says, beyond memory that is too short."""
+        """Let wires and vectors of another size be refused: kernels go beyond memory that is too short."""
         super().__init_subclass__()
         if "encode" in vars(cls):
             cls.encode = _of_one_size(cls.encode)  # type: ignore[method-assign]

@@ -43,13 +43,16 @@ class Aside:
             self.values[:] = flat.values
             flat.values[:] = others
             flat.write_back()
-            try:
-                yield
-            finally:
-                flat.values[:] = self.values
-                flat.write_back()
+            yield
         finally:
-            self.active, self.values = False, None
+            self.back()
+
+    def back(self) -> None:
+        """Let the parameters be what they were, also where such a context was left half-way and not closed."""
+        if self.values is not None:
+            self._flat.values[:] = self.values
+            self._flat.write_back()
+        self.active, self.values = False, None
 
     def refuse(self, call: str) -> None:
         """Raise where parameters are others now, or may be."""

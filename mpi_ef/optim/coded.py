@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from mpi_ef.buffers import broadcast_buffers
@@ -23,8 +23,9 @@ from mpi_ef.ranges import whole, within
 from mpi_ef.vectors import FlatParameters
 from mpi_ef.vectors.places import host_copy, on_host
 
+from .aside import Aside
 from .groups import Listed, described, hyper_parameters, names_of
-from .parts import Part, Reached, Statistics, alone_at_random, check_inner, seed_of
+from .parts import Part, Reached, Statistics, alone_at_random, check_inner, seed_of, take_mean, widen_moments
 from .writes import Writes
 
 __all__ = ["CodedOptimizer"]
@@ -63,6 +64,9 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         ``FractionalRepetition(s)`` or ``Cyclic(s)``: s of the n workers may be missing.
     compressor : Compressor, optional
         Of what a coded gradient differs by from what the server knows of it. By default whole vectors are sent.
+    order_compressor : Compressor, optional
+        Of what parameters differ by from those that workers have, which follow them (EF21-P) and at which all gradients are
+        computed then, on the server too: inside of a loop over parts() its parameters are those.
     model : torch.nn.Module, optional
         Whose parameters these are; wanted where it has buffers. Those named ``running_*``, and ``num_batches_tracked``, are
         running statistics: each part begins with those of the order, and the server adds the mean of what parts have changed
@@ -104,13 +108,13 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
     _step_supports_amp_scaling = True  # GradScaler hands over its scale then, which step() refuses
 
     def __init__(self, optimizer: Optimizer, comm: Comm, code: GradientCode, compressor: Compressor | None = None, *,
-                 model: object = None, seed: int = 0, clip: float = 0.0, dedicated: bool = False,
-                 patience_seconds: float = 300.0, on_silence: str = "raise", twins: str = "raise") -> None:
+                 order_compressor: Compressor | None = None, model: object = None, seed: int = 0, clip: float = 0.0,
+                 dedicated: bool = False, patience_seconds: float = 300.0, on_silence: str = "raise",
+                 twins: str = "raise") -> None:
         name = self._name = type(self).__name__
         check_not_freed(comm, name)
         self.optimizer, self.comm, self.seed, self.clip = optimizer, comm, seed, clip
-        self.done = self.skipped_steps = 0
-        self.loss, self.missing, self.waited = float("nan"), tuple[int, ...](), 0.0
+        self.done, self.skipped_steps, self.loss, self.missing, self.waited = 0, 0, float("nan"), tuple[int, ...](), 0.0
 
         def facts() -> Mapping[str, object]:
             check_inner(name, optimizer)
@@ -130,15 +134,16 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
             broadcast_buffers(model, comm)
         self._writes, self._reached = Writes(self.flat), Reached(self.flat.parameters)
         shapes = tuple(tuple(p.shape) for p in self.flat.parameters)
-        bound = Identity() if compressor is None else for_parameters(compressor, shapes)
+        bound, orders = (Identity() if each is None else for_parameters(each, shapes)
+                         for each in (compressor, order_compressor))
         self._compresses = bound != Identity()
         self._extras = np.zeros(2 + len(shapes) + self._statistics.count)  # samples, loss, which had a gradient, statistics
-        self.coded = CodedGradients(comm, self.flat.d, self.flat.dtype, code, bound, extras=self._extras.size,
-                                    order_extras=self._statistics.count, dedicated=dedicated, on_silence=on_silence,
-                                    patience_seconds=patience_seconds, twins=twins)
+        self.coded = CodedGradients(comm, self.flat.d, self.flat.dtype, code, bound, order_compressor=orders,
+                                    extras=self._extras.size, order_extras=self._statistics.count, dedicated=dedicated,
+                                    on_silence=on_silence, patience_seconds=patience_seconds, twins=twins)
         kernels = self.flat.kernels
         self._host: Vector = kernels.on_host(0 if self.flat.device == "cpu" else self.flat.d, self.flat.dtype)
-        self.is_server = self.coded.is_server
+        self.is_server, self._aside = self.coded.is_server, Aside(self.flat, name)
         self._order: Order | None = None
         self._sent: NDArray[np.float64] = np.empty(0)  # the statistics of the order
         self._looping = self._open = self._inside = self._begun = self._failed = self._answered = self._noted = False
@@ -190,6 +195,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
             self._failed, ended = False, True
         finally:
             self._looping = self._open = False
+            self._aside.back()
             if self._failed or self._inside:  # by an error, which says why
                 self.coded.__exit__(MpiEfError, None, None)
             else:
@@ -226,13 +232,17 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
     def _load(self, x: Vector, statistics: Sequence[float] | NDArray[np.float64]) -> None:
         """Let parameters and statistics be those of the server. Local."""
         self._writes.adopt()
-        if self._host.size:
-            self._host[:] = x
-        self.flat.values[:] = self._host if self._host.size else x
+        self.flat.values[:] = self._near(x)
         self.flat.write_back()
         self._writes.settle()
         self._statistics.write(statistics)
         self._sent = np.array(statistics)
+
+    def _near(self, x: Vector) -> Vector:
+        """Return a vector of the host where vectors of the parameters' device are copied from."""
+        if self._host.size:
+            self._host[:] = x
+        return self._host if self._host.size else x
 
     def _take_up(self, order: Order | None) -> None:
         self._order, self._open, self._computed, self._answered = order, True, -1, False
@@ -262,7 +272,8 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         self._statistics.settle()
         self._extras[:] = 0
         self._reached.begin()
-        with alone_at_random(self.flat.parameters[0].device):
+        elsewhere = self._near(order.x) if self.is_server and self.coded.w.size else None
+        with alone_at_random(self.flat.parameters[0].device), self._aside.instead(elsewhere):
             for number, weight in zip(order.parts, order.weights.tolist(), strict=True):
                 part = Part(self._name, number, order.step, seed_of(self.seed, order.step, number), weight, self._reached)
                 torch.manual_seed(part.seed)
@@ -336,19 +347,13 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         """Step with the mean over all samples. Local."""
         flat, samples, layers = self.flat, round(float(decoded.extras[0])), len(self.flat.parameters)
         if samples:
-            self.loss, mean = float(decoded.extras[1]) / samples, decoded.vector
-            mean /= mean.dtype.type(samples)
-            flat.gradients[:] = mean
-            if self.clip and (norm := float(flat.kernels.norm(flat.gradients))) > self.clip:
-                flat.gradients *= flat.dtype.type(self.clip / norm)
-            if not flat.kernels.finite([flat.gradients]):
+            self.loss = float(decoded.extras[1]) / samples
+            if not take_mean(flat, decoded.vector, samples, self.clip):
                 raise NonFiniteError(f"{self._name}: the sum of gradients has overflowed in step {self.done}; take a "
                                      "smaller learning rate", ())
             with flat.lent((decoded.extras[2 : 2 + layers] > 0.5).tolist()):
-                for state in self.optimizer.state.values() if flat.mixed else ():
-                    for name, value in state.items():
-                        if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
-                            state[name] = value.float()
+                if flat.mixed:
+                    widen_moments(self.optimizer)
                 self.optimizer.step()
             flat.write_back()
         else:
@@ -368,6 +373,8 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
                  "skipped_steps": self.skipped_steps, "code": repr(self.coded.code), "workers": self.coded.n}
         if self._compresses:
             state["rows"] = torch.from_numpy(self.coded.rows.copy())
+        if self.coded.w.size:
+            state["w"] = torch.from_numpy(self.coded.w.copy())
         if masters := self.flat.masters():
             state["masters"] = {number: on_host(master) for number, master in masters.items()}
         return state
@@ -389,12 +396,13 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
             raise OptionError(f"{self._name}.load_state_dict: the state is of something else; load what state_dict() of a "
                               "CodedOptimizer has returned")
         alike = state["code"] == repr(self.coded.code) and state["workers"] == self.coded.n and self._compresses
-        rows = state.get("rows") if alike else None
+        rows, w = (None if each is None else on_host(each).numpy() for each in
+                   (state.get("rows") if alike else None, state.get("w") if self.coded.w.size else None))
         with self.flat.lent():  # torch rounds moments to the precision of their parameter
             self.optimizer.load_state_dict(state["optimizer"])
         if self.flat.mixed and "masters" in state:
             self.flat.load_masters(state["masters"])
-        self.coded.restore(None if rows is None else on_host(rows).numpy(), state["done"])
+        self.coded.restore(rows, state["done"], w)
         self.done, self.skipped_steps = state["done"], state["skipped_steps"]
 
     def forget(self) -> None:

@@ -10,14 +10,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mpi_ef.compress.combination import Vector
 from mpi_ef.errors import OptionError, briefly, told
 from mpi_ef.ranges import whole
+from mpi_ef.vectors import FlatParameters
 from mpi_ef.vectors.places import on_host, overwrite
 
 from .flat import FlatOptimizer
 from .groups import check_options
 
-__all__ = ["Part", "Reached", "Statistics", "alone_at_random", "check_inner", "seed_of"]
+__all__ = ["Part", "Reached", "Statistics", "alone_at_random", "check_inner", "seed_of", "take_mean",
+           "widen_moments"]
 
 Numbers = NDArray[np.float64]
 
@@ -37,6 +40,23 @@ def check_inner(subject: str, optimizer: object) -> None:
 def seed_of(seed: int, step: int, part: int) -> int:
     """Return a number below 2**63 that is made of these three. Local."""
     return int(np.random.SeedSequence((seed, step, part)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def take_mean(flat: FlatParameters, total: Vector, samples: int, clip: float) -> bool:
+    """Let gradients be the mean, of norm `clip` at most, of a sum, which is overwritten; tell whether finite. Local."""
+    total /= total.dtype.type(samples)
+    flat.gradients[:] = total
+    if clip and (norm := float(flat.kernels.norm(flat.gradients))) > clip:
+        flat.gradients *= flat.dtype.type(clip / norm)
+    return bool(flat.kernels.finite([flat.gradients]))
+
+
+def widen_moments(optimizer: Optimizer) -> None:
+    """Let moments in 16 bits be in float32, as masters of parameters are. Local."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+                state[name] = value.float()
 
 
 @contextmanager

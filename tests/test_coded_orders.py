@@ -1,0 +1,295 @@
+"""Compressed orders: all compute gradients at the same w, which follows the server's parameters."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import virtual
+from test_coded import CODES, D, coded_sum, sleeper, train
+from test_coded_optimizer import (
+    FR,
+    PATTERNS,
+    N,
+    Net,
+    Pairs,
+    adamw,
+    batch,
+    compute,
+    loss_of,
+    plainly,
+    same,
+    sgd,
+    trained,
+)
+
+from mpi_ef import CodedOptimizer, Identity, Quantize, RandK, Sign, TopK
+from mpi_ef.coded import CodedGradients, Order, serve
+from mpi_ef.errors import DisagreementError, NonFiniteError, OptionError, PeerError
+from mpi_ef.testing.law import same_bits
+
+both = pytest.mark.parametrize("eager", [True, False], ids=["eager", "rendezvous"])
+compressors = pytest.mark.parametrize("compressor", [TopK(k=2), RandK(k=3), Sign()], ids=str)
+
+
+def watched(comm, code, compressor, order_compressor, steps, *, x=None, late=lambda rank, t: 0.0, going_on=(), **options):
+    """Train; return x, at which w of each step this rank has computed, and what it has sent."""
+    x, seen = np.zeros(D) if x is None else x, {}
+    with CodedGradients(comm, D, np.float64, code, compressor, order_compressor=order_compressor, order_extras=1,
+                        **options) as coded:
+        def answer(order):
+            seen[order.step] = order.x.copy()
+            assert order.extras.tolist() == [order.step / 2]
+            comm.pause(late(comm.Get_rank(), order.step))
+            coded.answer(coded_sum(order))
+
+        if not coded.is_server:
+            for order in coded.orders():
+                answer(order)
+            return coded.last[0], seen, coded
+        if going_on:
+            coded.restore(*going_on)
+        while coded.step < steps:
+            order = coded.begin(x, [coded.step / 2])
+            seen[coded.step] = coded.w.copy()
+            if order is not None:
+                answer(order)
+            x = x - 0.05 * coded.end().vector
+        saved = coded.rows.copy(), coded.step, coded.w.copy()
+        coded.close(x)
+    return x, seen, (coded, saved)
+
+
+@both
+@compressors
+@pytest.mark.parametrize(("code", "n"), [CODES[1], CODES[6], CODES[0]], ids=str)
+def test_law_all_compute_at_the_same_bits_whoever_has_missed_orders(code, n, compressor, eager):
+    program = lambda comm: watched(comm, code, TopK(k=3), compressor, 25, late=sleeper(3, n, code.s))  # noqa: E731
+    (x, ws, _), *workers = virtual.results(n, program, eager=eager)
+    for last, seen, _ in workers:
+        assert same_bits(last, x)
+        assert all(same_bits(at, ws[step]) for step, at in seen.items())
+        assert len(seen) < 25 or not code.s or last is workers[-1][0] or len(workers) > 1
+    assert not code.s or min(len(seen) for _, seen, _ in workers) < 25
+
+
+@compressors
+def test_w_follows_x_by_what_the_compressor_leaves_of_the_difference(compressor):
+    """EF21-P by hand: w_0 = x_0, w += C(x - w)."""
+    codec, n = compressor.codec(D, np.float64), 4
+    _, ws, _ = virtual.results(n, lambda comm: watched(comm, FR(1), None, compressor, 10))[0]
+    x, w, wire = np.zeros(D), np.zeros(D), np.zeros(codec.nbytes, np.uint8)
+    for t in range(10):
+        codec.encode(x - w, wire, step=t, rank=n)
+        w = w.copy()
+        codec.add(wire[None], w)
+        np.testing.assert_allclose(ws[t], w, rtol=1e-13, atol=1e-15)
+        orders = [virtual_order(t, w, group) for group in range(2)]
+        x = x - 0.05 * sum(coded_sum(order) for order in orders)
+
+
+def virtual_order(t, w, group):
+    return Order(t, w, np.zeros(0), FR(1).parts(group, 4), FR(1).row(group, 4))
+
+
+@both
+def test_repetition_gives_the_same_bits_whoever_is_late(eager):
+    def program(comm, late):
+        return watched(comm, FR(1), None, TopK(k=2), 15, late=late)
+
+    awake, asleep = (virtual.results(6, lambda comm, late=late: program(comm, late), eager=eager)
+                     for late in (lambda rank, t: 0.0, sleeper(5, 6, 1)))
+    assert same_bits(awake[0][0], asleep[0][0])
+    assert min(len(seen) for _, seen, _ in asleep[1:]) < 15
+
+
+def test_the_identity_is_no_order_compressor():
+    plain, identity = (virtual.results(4, train(FR(1), 8, **options))[0][0]
+                       for options in ({}, {"order_compressor": Identity()}))
+    assert same_bits(plain, identity)
+
+
+@pytest.mark.parametrize("pause", [0.01, 0.025])
+def test_only_the_first_order_is_whole_and_that_of_a_worker_that_has_missed_one(pause):
+    """Rank 3 sleeps while the others have other steps, and gets a whole order afterwards."""
+    def program(comm, order_compressor):
+        _, seen, coded = watched(comm, FR(1), None, order_compressor, 12,
+                                 late=lambda rank, t: pause if (rank, t) == (3, 4) else 0.01)
+        return set(seen), coded[0].sent_nbytes if isinstance(coded, tuple) else 0
+
+    n, saved = 4, 8 * D - TopK(k=2).wire_nbytes(D, np.float64)
+    whole, moves = (virtual.results(n, lambda comm, each=each: program(comm, each), virtual=True)
+                    for each in (None, TopK(k=2)))
+    assert [steps for steps, _ in whole] == [steps for steps, _ in moves]
+    assert moves[1][0] == moves[2][0] == set(range(12))
+    assert (moves[3][0] == set(range(12))) == (pause == 0.01)
+    next_ones = sum(step - 1 in steps for steps, _ in moves[1:] for step in steps)
+    assert whole[0][1] - moves[0][1] == next_ones * saved
+
+
+@both
+@pytest.mark.parametrize("compressor", [None, TopK(k=2)], ids=str)
+def test_a_server_that_was_saved_goes_on_as_if_nothing_had_been(compressor, eager):
+    def program(comm, steps, x=None, going_on=()):
+        return watched(comm, FR(1), compressor, TopK(k=2), steps, x=x, going_on=going_on)
+
+    (expected, ws, _), *_ = virtual.results(4, lambda comm: program(comm, 12), eager=eager)
+    (x, _, (_, saved)), *_ = virtual.results(4, lambda comm: program(comm, 7), eager=eager)
+    rows, step, w = saved
+    (last, seen, _), *workers = virtual.results(4, lambda comm: program(comm, 12, x.copy(), (rows, step, w)), eager=eager)
+    assert same_bits(last, expected)
+    assert all(same_bits(seen[t], ws[t]) for t in range(7, 12))
+    assert all(same_bits(at, ws[t]) for _, at_of, _ in workers for t, at in at_of.items())
+    without, *_ = virtual.results(4, lambda comm: program(comm, 12, x.copy(), (rows, step)), eager=eager)
+    assert same_bits(without[1][7], x)  # w is x again
+
+
+def test_after_x_that_is_not_finite_the_next_order_is_whole():
+    def program(comm):
+        with CodedGradients(comm, D, np.float64, FR(1), order_compressor=TopK(k=2)) as coded:
+            if not coded.is_server:
+                return [order.x.copy() for order in coded.orders() if coded.answer(np.array(order.x)) is None]
+            for x in (np.zeros(D), np.full(D, np.nan), np.ones(D), np.full(D, 2.0)):
+                order = coded.begin(x)
+                coded.answer(np.array(order.x))
+                try:
+                    coded.end()
+                except NonFiniteError:
+                    coded.restore(None if coded.step == 0 else coded.rows, coded.step + 1, coded.w)
+            return None
+
+    for seen in virtual.results(4, program)[1:]:
+        assert np.isnan(seen[1]).all()
+        assert (seen[2] == 1).all()
+        assert sorted(seen[3]) == [1] * (D - 2) + [2] * 2
+
+
+def test_serve_computes_at_w():
+    """x and w come to the same minimum, with far fewer bytes."""
+    def program(comm, order_compressor):
+        x, rng = np.zeros(200), np.random.default_rng(0)
+        target = rng.normal(size=(comm.Get_size(), 200))
+        served = serve(comm, lambda w, part, t: (w - target[part], 1), x, FR(1), order_compressor=order_compressor,
+                       step=lambda x, g, t: x - 0.05 * g, steps=600)
+        return x, np.abs(x - target.mean(axis=0)).max(), served.coded.sent_nbytes
+
+    whole, followed = (virtual.results(4, lambda comm, each=each: program(comm, each)) for each in (None, TopK(k=20)))
+    assert whole[0][1] < 1e-12
+    assert followed[0][1] < 1e-6
+    assert all(same_bits(x, followed[0][0]) for x, *_ in followed)
+    assert followed[0][2] < 0.2 * whole[0][2]
+
+
+@pytest.mark.parametrize(("option", "error", "line"), [
+    ("top", OptionError, "CodedGradients: order_compressor='top' is no compressor"),
+    (TopK(k=9), OptionError, "k=9"),
+    ("differs", DisagreementError, "ranks disagree on layout")])
+def test_what_cannot_be_is_refused_on_all_ranks(option, error, line):
+    def program(comm):
+        each = TopK(k=1 + comm.Get_rank()) if option == "differs" else option
+        with pytest.raises(error, match=line):
+            CodedGradients(comm, 7, np.float32, FR(1), order_compressor=each)
+
+    virtual.results(4, program)
+
+
+# ------------------------------------------------------------------ torch
+
+
+def following(compressor, d, dtype, n):
+    """Return w of each step for :func:`plainly`."""
+    codec = compressor.codec(d, dtype)
+    w, wire = np.zeros(0), np.zeros(codec.nbytes, np.uint8)
+
+    def follow(t, values):
+        nonlocal w
+        if not w.size:
+            w = values.copy()
+        else:
+            codec.encode(values - w, wire, step=t, rank=n)
+            codec.add(wire[None], w)
+        return w
+    return follow
+
+
+def size_of(model):
+    return sum(p.numel() for p in model().parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("late", ["all in time", "in turns"])
+@pytest.mark.parametrize(("model", "optimizer"), [(Net, sgd), (Pairs, adamw)])
+@pytest.mark.parametrize("compressor", [TopK(0.2), Quantize("int8")], ids=str)
+def test_a_training_is_that_of_a_torch_loop_that_computes_gradients_at_w(compressor, model, optimizer, late):
+    wanted = plainly(N, 1, model=model, optimizer=optimizer, follow=following(compressor, size_of(model), np.float32, N))
+    other = plainly(N, 1, model=model, optimizer=optimizer)
+    for _, state, _ in trained(N, FR(1), model=model, optimizer=optimizer, order_compressor=compressor, late=PATTERNS[late]):
+        assert same(state, wanted)
+        assert not same(state, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dedicated", [False, True])
+def test_whoever_is_late_a_training_has_the_same_bits_and_resumes_with_them(dtype, dedicated):
+    """Also in 16 bits, and from a checkpoint in the middle."""
+    options = {"order_compressor": TopK(0.2), "dtype": dtype, "dedicated": dedicated}
+    late = {rank + dedicated: steps for rank, steps in PATTERNS["in turns"].items()}
+    whole, sleepy = trained(N + dedicated, FR(1), **options), trained(N + dedicated, FR(1), late=late, **options)
+    assert all(same(state, whole[0][1]) for _, state, _ in [*whole, *sleepy])
+    saved = {}
+
+    def save(coded, net, comm):
+        if coded.is_server:
+            saved.update(net=copy.deepcopy(net.state_dict()), optimizer=copy.deepcopy(coded.state_dict()))
+
+    def load(coded, net, comm):
+        if coded.is_server:
+            net.load_state_dict(saved["net"])
+            coded.load_state_dict(saved["optimizer"])
+
+    trained(N + dedicated, FR(1), steps=3, then=save, **options)
+    assert all(same(state, whole[0][1]) for _, state, _ in trained(N + dedicated, FR(1), first=load, **options))
+
+
+@pytest.mark.parametrize("leaves", ["never", "breaks", "fails"])
+def test_outside_of_parts_the_parameters_of_the_server_are_its_own(leaves):
+    """However a loop over parts ends."""
+    class Over(Exception):
+        pass
+
+    def program(comm):
+        torch.manual_seed(0)
+        net = Net()
+        coded = CodedOptimizer(sgd(net), comm, FR(1), order_compressor=TopK(k=1), model=net)
+        x, at = None, None
+        try:
+            for step in coded.steps(4):
+                if coded.is_server:
+                    assert x is None or torch.equal(x, values_of(net))
+                    x = values_of(net)
+                    for part in coded.parts():
+                        assert torch.equal(values_of(net), x) == (step == 0)
+                        if step == 3 and leaves != "never":
+                            if leaves == "fails":
+                                raise Over
+                            break
+                        take(coded, net, part, step)
+                    assert torch.equal(values_of(net), x) or leaves == "breaks"
+                else:
+                    compute(coded, net, step)
+                coded.step()
+                x = values_of(net)
+        except (Over, OptionError, PeerError):
+            assert leaves != "never"
+            coded.leave(0)
+        return None if x is None else (torch.equal(values_of(net), x) or not coded.is_server), at
+
+    assert all(answer is None or answer[0] for answer in virtual.results(4, program))
+
+
+def values_of(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def take(coded, net, part, step):
+    x, y = batch(step, part.number)
+    part.backward(loss_of(net, x, y), samples=len(y))
