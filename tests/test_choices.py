@@ -36,7 +36,8 @@ OTHER = {
     "compressor": [*choices.COMPRESSORS],
     "plan": ["my_plan:TrimmedMean(trim=0)"], "ratio": [0.3], "block": [64], "rank": [2], "freeze": [7], "local_steps": [7],
     "precondition": [*choices.PRECONDITIONS], "sides": ["inputs"], "precondition_every": [7], "statistics": ["bf16"],
-    "code": ["cyclic:0"], "dedicated": [True], "patience_seconds": [7.0], "on_silence": ["wait", "approximate"],
+    "code": ["cyclic:0"], "dedicated": [True],
+    "compress_orders": [True], "patience_seconds": [7.0], "on_silence": ["wait", "approximate"],
     "sweep": ["lr=0.03,0.1"], "profile": [Path("lateness.npz")],
     "fallback": [0.3], "exchange_every": [7], "decay": [0.7],
     "outer_lr": [0.7], "outer_momentum": [0.3], "fragments": [2], "late": [True],
@@ -64,6 +65,7 @@ CONTEXTS = {
     "preconditioned": {"precondition": "blended"},
     "coded": {"code": "fr:0"},
     "coded, dedicated": {"optimizer": "sgd", "code": "fr:0", "dedicated": True, "compressor": "identity"},
+    "coded, compressed": {"code": "fr:0", "compressor": "topk"},
     "sweep": {"code": "gc:0", "sweep": "seed=1,2,3"},
     "sweep, dedicated": {"optimizer": "sgd", "code": "gc:0", "dedicated": True, "sweep": "momentum=0.5"},
     "gpt": {"model": "gpt", "layers": 2},
@@ -118,8 +120,8 @@ def described_with_code(trained):
     shapes = [tuple(p.shape) for p in trained.model.parameters()]
     layers = [(type(layer).__name__, getattr(layer, "heads", None)) for layer in trained.model.modules()]
     batch = [crc32(part.numpy().tobytes()) for part in trained.batch(0, 0)]
-    return [type(optimizer.optimizer).__name__, repr(coded.code), plain(coded.compressor), coded.ranks, optimizer.clip,
-            groups, server, shapes, layers, batch]
+    return [type(optimizer.optimizer).__name__, repr(coded.code), plain(coded.compressor), plain(coded.order_compressor),
+            coded.ranks, optimizer.clip, groups, server, shapes, layers, batch]
 
 
 def described_with_sweep(trained):
@@ -229,8 +231,8 @@ def test_every_option_is_taken_by_its_choices_and_by_no_others(name):
             given |= {"code": "auto"} if name == "profile" and choice == SWEPT else {}
         if chooser == "rule":
             given |= {**GRADIENT, "compressor": "randk", **robust(choice)}
-        if name == "overlap":
-            given |= {"clip": 0.0}
+        given |= {"clip": 0.0} if name == "overlap" else {}
+        given |= {"compressor": "topk"} if name == "compress_orders" and choice == CODED else {}
         default = choices.CHOOSERS[chooser][choice].get(name)
         if isinstance(default, choices.Only):
             assert getattr(TrainConfig(**small(given), **{name: default.value}).resolved(), name) == default.value

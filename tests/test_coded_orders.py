@@ -1,6 +1,7 @@
 """Compressed orders: all compute gradients at the same w, which follows the server's parameters."""
 
 import copy
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -109,22 +110,25 @@ def test_the_identity_is_no_order_compressor():
     assert same_bits(plain, identity)
 
 
-@pytest.mark.parametrize("pause", [0.01, 0.025])
-def test_only_the_first_order_is_whole_and_that_of_a_worker_that_has_missed_one(pause):
-    """Rank 3 sleeps while the others have other steps, and gets a whole order afterwards."""
+@pytest.mark.parametrize("pause", [0.01, 0.025, 0.1])
+def test_only_the_first_order_is_whole_and_that_of_a_worker_that_has_missed_more_moves_than_are_less(pause):
+    """Rank 3 sleeps while the others have other steps, and gets the moves that it has missed, or a whole order."""
     def program(comm, order_compressor):
-        _, seen, coded = watched(comm, FR(1), None, order_compressor, 12,
+        _, seen, coded = watched(comm, FR(1), None, order_compressor, 20,
                                  late=lambda rank, t: pause if (rank, t) == (3, 4) else 0.01)
-        return set(seen), coded[0].sent_nbytes if isinstance(coded, tuple) else 0
+        return sorted(seen), coded[0].sent_nbytes if isinstance(coded, tuple) else 0
 
-    n, saved = 4, 8 * D - TopK(k=2).wire_nbytes(D, np.float64)
+    n, nbytes = 4, TopK(k=1).wire_nbytes(D, np.float64)
     whole, moves = (virtual.results(n, lambda comm, each=each: program(comm, each), virtual=True)
-                    for each in (None, TopK(k=2)))
+                    for each in (None, TopK(k=1)))
     assert [steps for steps, _ in whole] == [steps for steps, _ in moves]
-    assert moves[1][0] == moves[2][0] == set(range(12))
-    assert (moves[3][0] == set(range(12))) == (pause == 0.01)
-    next_ones = sum(step - 1 in steps for steps, _ in moves[1:] for step in steps)
-    assert whole[0][1] - moves[0][1] == next_ones * saved
+    assert moves[1][0] == moves[2][0] == list(range(20))
+    assert (moves[3][0] == list(range(20))) == (pause == 0.01)
+    missed = [step - before - 1 for steps, _ in moves[1:] for before, step in pairwise(steps)]
+    shorter = [count for count in missed if (count + 1) * (8 + nbytes) < 8 + 8 * D]
+    assert whole[0][1] - moves[0][1] == sum(8 * D - nbytes - count * (8 + 8 + nbytes) for count in shorter)
+    assert bool(sum(shorter)) == (pause > 0.01)
+    assert (len(shorter) < len(missed)) == (pause == 0.1)
 
 
 @both

@@ -271,6 +271,7 @@ MAY_CHANGE = {"steps": 9, "batch": 5, "lr": 0.01, "warmup": 3, "clip": 0.5, "log
 ELSEWHERE = {
     "code",
     "dedicated",
+    "compress_orders",
     "patience_seconds",
     "on_silence",
     "profile",

@@ -198,14 +198,17 @@ class Run:
     dies: bool = True
     late: bool = False
     kept: bool = False
+    follows: bool = False  # orders are compressed as well
 
 
 _CODES = {"repetition, s=1": FractionalRepetition(1), "repetition, s=2": FractionalRepetition(2), "Cyclic, s=1": Cyclic(1),
           "Cyclic, s=3": Cyclic(3)}
 ALL, DROPPED, KEPT = "EF21, all answer", "EF21, the dead one dropped", "EF21, the dead one's estimate kept"
+BOTH_WAYS = "repetition, s=1, orders too"
 RUNS = (Run(ALL, FractionalRepetition(0), dies=False), Run(DROPPED, FractionalRepetition(0)),
         Run(KEPT, FractionalRepetition(0), kept=True), *(Run(name, code) for name, code in _CODES.items()),
-        *(Run(name, code, dies=False, late=True) for name, code in _CODES.items()))
+        *(Run(name, code, dies=False, late=True) for name, code in _CODES.items()),
+        *(Run(BOTH_WAYS, FractionalRepetition(1), dies=not late, late=late, follows=True) for late in (False, True)))
 
 
 @dataclass(frozen=True)
@@ -240,6 +243,7 @@ class _Setting:
         def program(comm: Any) -> Any:
             uncoded = run.dies and not s
             coded = CodedGradients(comm, self.x0.size, np.float64, run.code, TopK(k=K), dedicated=True,
+                                   order_compressor=TopK(k=K) if run.follows else None,
                                    patience_seconds=_SILENT if uncoded else 1e3,
                                    on_silence="approximate" if uncoded else "raise")
             with coded:
@@ -263,13 +267,14 @@ class _Setting:
                 measured(x, self.steps, curve)
                 over.append(True)
                 coded.decider.server.patience_seconds = 1e3
+                sent = coded.sent_nbytes
                 coded.close(x)
-                return curve, coded.metrics["late"], coded.rows
+                return curve, coded.metrics["late"], coded.rows, sent
 
-        (curve, late_ones, rows), *workers = virtual.results(N + 1, program, virtual=True)
+        (curve, late_ones, rows, sent), *workers = virtual.results(N + 1, program, virtual=True)
         nbytes, answers = (sum(worker[i] for worker in workers) for i in (1, 2))
         head = workers[0][3] - 8 * self.x0.size
-        return {"curve": curve, "late": late_ones, "nbytes": nbytes / answers,
+        return {"curve": curve, "late": late_ones, "nbytes": nbytes / answers, "order": sent / answers,
                 "bare": (nbytes / answers - head) / (workers[0][3] - head), "dense": workers[0][3],
                 "same": all(row.tobytes() == h.tobytes() for row, (h, *_) in zip(rows, workers, strict=True))}
 
@@ -286,14 +291,15 @@ def _late(steps: int, most: int) -> NDArray[np.bool_]:
 
 def _of_runs(runs: Sequence[dict[str, Any]]) -> Lines:
     lines = [f"||grad f||^2 at the end; {N} workers, rows sorted by label, Top-{K}, {FACTOR:g} times theory's step size",
-             f"{'':36}{f'worker {DEAD} dies':>16}{f'late with {LATE:g}':>16}{'late answers':>14}{'bytes an answer':>17}"]
+             f"{'':36}{f'worker {DEAD} dies':>16}{f'late with {LATE:g}':>16}{'late answers':>14}{'bytes an answer':>17}"
+             f"{'an order':>10}"]
     of = {(run.name, run.late): found for run, found in zip(RUNS, runs, strict=True)}
     for run in RUNS:
         if not run.late:
             ends = [f"{of[run.name, late]['curve'].squared_norms[-1]:.1e}" if (run.name, late) in of else "-"
                     for late in (False, True)]
             last = of.get((run.name, True), of[run.name, False])
-            lines.append(f"{run.name:36}{ends[0]:>16}{ends[1]:>16}{last['late']:14}{last['nbytes']:17.1f}")
+            lines.append(f"{run.name:36}{ends[0]:>16}{ends[1]:>16}{last['late']:14}{last['nbytes']:17.1f}{last['order']:10.1f}")
     return lines
 
 
@@ -332,9 +338,12 @@ def _acceptance(codes: Sequence[dict[str, float]], sums: Sequence[dict[str, Any]
         ("decoded gradient, repetition: relative error", "<= 1e-12", lambda: max(one["relative"] for one in kinds[0])),
         ("decoded gradient, Cyclic: relative error", "<= 1e-12", lambda: max(one["relative"] for one in kinds[1])),
         ("decoded gradient, repetition: different bits", "<= 1", lambda: max(one["different"] for one in kinds[0])),
-        *((f"||grad f||^2: {name}, a worker dead or late", "<= 1e-20", partial(max, at[name])) for name in _CODES),
+        *((f"||grad f||^2: {name}, a worker dead or late", "<= 1e-20", partial(max, at[name]))
+          for name in (*_CODES, BOTH_WAYS)),
         *((f"||grad f||^2: {name}", ">= 1e-4", partial(max, at[name])) for name in (DROPPED, KEPT)),
         ("bytes of an answer / of a dense one", "<= 0.125", lambda: max(one["nbytes"] / one["dense"] for one in runs)),
+        ("bytes of an order / of a whole one, where orders are compressed", "<= 0.15",
+         lambda: max(one["order"] / one["dense"] for run, one in zip(RUNS, runs, strict=True) if run.follows)),
         ("the same of vectors alone, without the heads of messages", "<= 0.125", lambda: max(one["bare"] for one in runs)),
         ("runs at whose end a row is not what its worker has told", "<= 0", lambda: sum(not one["same"] for one in runs)),
         ("largest |a_i| at n = 10, s = 3: Cyclic / median of random", "<= 0.05", lambda: ten["cyclic"] / ten["median"]),

@@ -86,11 +86,11 @@ class CodedTrainer:
     def headline(self) -> str:
         """Return a line about the model, its data and the code."""
         coded, config = self.optimizer.coded, self.config
-        whole = in_bytes(self.optimizer.flat.d * self.optimizer.flat.dtype.itemsize)
+        order = in_bytes(coded.order_compressor.wire_nbytes(coded.d, coded.dtype))
         answer = in_bytes(coded.compressor.wire_nbytes(coded.d, coded.dtype))
         return (f"{config.model}: {coded.d:,} parameters, a server {'and' if coded.dedicated else 'that is one of'} "
                 f"{counted(coded.n, 'worker')}, {self.data.size:,} training samples; {config.optimizer}, {coded.code}, "
-                f"{coded.compressor}: an order of {whole} and an answer of {answer} per step and worker")
+                f"{coded.compressor}: an order of {order} and an answer of {answer} per step and worker")
 
     @property
     def columns(self) -> list[str]:
@@ -227,7 +227,8 @@ class CodedTrainer:
             "skipped_steps": coded.skipped_steps, "missing": list(coded.missing), **self._late(row["seconds"]),
             "parameters_crc32": self.fingerprint(), **self._made, "devices": self.devices,
             "optimizer": {"optimizer": f"{type(coded).__name__} of {type(coded.optimizer).__name__}",
-                          "code": repr(coded.coded.code), "compressor": repr(coded.coded.compressor)},
+                          "code": repr(coded.coded.code), "compressor": repr(coded.coded.compressor),
+                          "order_compressor": repr(coded.coded.order_compressor)},
             "config": {name: str(value) if isinstance(value, Path) else value for name, value in used.items()},
         }
 

@@ -60,6 +60,7 @@ class TrainConfig(Checked):
     sweep: str | None = _for("sweep", "trainings at once, each with another value of an option, as lr=0.1,0.03,0.01")
     profile: Path | None = _for("profile", "lateness.npz of a run, from which code=auto takes the fastest scheme")
     dedicated: bool | None = _for("dedicated", "let rank 0 compute no gradients")
+    compress_orders: bool | None = _for("compress_orders", "compress what rank 0 sends as well, as answers are")
     patience_seconds: float | None = _for("patience_seconds", "how long a step waits for the ranks that it needs",
                                           "(0, inf)")
     on_silence: str | None = _for("on_silence", "what is done then: save and end, wait on, or take what is there",

@@ -180,7 +180,9 @@ def _inner(chosen: Chosen, model: "nn.Module") -> torch.optim.Optimizer:
 def build_coded(config: TrainConfig, model: "nn.Module", comm: Comm) -> optim.CodedOptimizer:
     """Return the optimizer of a run with a code. Collective."""
     chosen = _chosen(config)
-    return optim.CodedOptimizer(_inner(chosen, model), comm, code_of(chosen.code), _compressor(chosen), model=model,
+    compressor = _compressor(chosen)
+    return optim.CodedOptimizer(_inner(chosen, model), comm, code_of(chosen.code), compressor,
+                                order_compressor=compressor if chosen.compress_orders else None, model=model,
                                 seed=chosen.seed, clip=chosen.clip, dedicated=chosen.dedicated,
                                 patience_seconds=chosen.patience_seconds, on_silence=chosen.on_silence)
 

@@ -202,5 +202,8 @@ def _check_compressor(chosen: Mapping[str, Any]) -> None:
         raise ConfigError("compressor=vote sends signs without magnitudes, for majority votes: with optimizer="
                           f"{' or '.join(_VOTERS)}, or rule=lion and placement=gradient; with {with_them} take "
                           "compressor=sign")
+    if chosen.get("compress_orders") and chosen["compressor"] == "identity":
+        raise ConfigError("compress_orders with compressor=identity compresses nothing; pass another one, for example "
+                          "compressor=topk and ratio=0.05")
     if rule == "econtrol" and chosen["compressor"] == "low-rank" and chosen.get("eta") is None:
         raise ConfigError("rule=econtrol has no default for eta with compressor=low-rank; pass one, for example eta=0.1")

@@ -151,10 +151,17 @@ class Decider:
             self.server.also(rank, frame)
             self.server.drop(frame)
             self._knows_row |= 1 << i
-        if self._moves and self._has[i] == self.step - 1:
-            self.server.order(rank, self._newest, self._layout.move_order_nbytes)
+        if not self._moves:
+            self.server.order(rank, self._newest)
+        elif (missed := self.moves.since(self._has[i], self.step)) is None:
+            self.server.order(rank, self._whole_order(self._newest))
         else:
-            self.server.order(rank, self._whole_order(self._newest) if self._moves else self._newest)
+            for wire in missed:
+                frame = self.server.frame()
+                self.moves.write_missed(frame, wire)
+                self.server.also(rank, frame, self._layout.move_order_nbytes)
+                self.server.drop(frame)
+            self.server.order(rank, self._newest, self._layout.move_order_nbytes)
         self._has[i] = self.step
 
     def _whole_order(self, newest: Frame) -> Frame:

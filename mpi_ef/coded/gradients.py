@@ -71,8 +71,8 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
     compressor : Compressor, optional
         Of what a coded gradient differs by from what the server knows of it. By default whole vectors are sent.
     order_compressor : Compressor, optional
-        Of what x differs by from w, which follows it, and where all compute their gradients then. Workers that have missed
-        an order are sent w whole. By default orders are x.
+        Of what x differs by from w, which follows it, and where all compute their gradients then, see moves.py. Steps want
+        to be shorter with it, about as with `compressor`. By default orders are x.
     extras : int
         Numbers that go along with each answer, coded as the gradient is, for example samples and loss.
     order_extras : int
@@ -109,8 +109,7 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         end_together(comm)
         self.comm, self.rank, size = comm, int(comm.Get_rank()), int(comm.Get_size())
         self.code, self.dedicated, self.server = code, bool(dedicated), server
-        self.compressor = Identity() if compressor is None else compressor
-        self.order_compressor = Identity() if order_compressor is None else order_compressor
+        self.compressor, self.order_compressor = (Identity() if c is None else c for c in (compressor, order_compressor))
 
         def facts() -> dict[str, object]:
             if mpi_of(comm) is None and not hasattr(comm, "pause"):
@@ -280,8 +279,8 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         if rows is not None and np.shape(rows) != decider.rows.shape:
             raise OptionError(f"{self._name}: rows have shape {np.shape(rows)}; with n={self.n} workers it is "
                               f"{decider.rows.shape}; leave them out, and workers begin anew")
-        if w is not None and np.shape(w) != (self.d,):
-            raise OptionError(f"{self._name}: w has shape {np.shape(w)}; it is ({self.d},)")
+        if w is not None and (problem := misfit(w, self.d, self.dtype, self._name, "w")):
+            raise problem
         decider.restore(rows, step, w)
         if self.h.size:
             self.h[:], self._knows = 0 if rows is None else rows[self.worker], rows is not None
@@ -307,8 +306,11 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
                 self.closed = True
                 self._link.close(at_exit=at_exit)
                 return
-            if self._layout.is_row(frame):
-                self.h[:], self._knows = self._layout.x_of(frame), True
+            if (row := self._layout.is_row(frame)) or self._layout.is_missed(frame):
+                if row:
+                    self.h[:], self._knows = self._layout.x_of(frame), True
+                else:
+                    self._moves.read(frame)
                 self._link.drop(frame)
                 continue
             self._frame, self._answered = frame, False

@@ -2,24 +2,29 @@
 
 ::
 
-    server, step t:  m = C(x - w);  w += m;  sends (t, m) to workers that have the w before, and w itself to the others
-    worker:          w += m, or w as it was sent
+    server, step t:  m = C(x - w);  w += m;  sends (t, m)
+    worker:          w += m
 
-EF21-P (Gruntkowska, Tyurin, Richtarik 2022, arXiv 2209.15218, Algorithm 1). The first w is x. All have the same bits of w.
+A worker that has missed orders is sent their moves before, as long as these are less than w itself, and else w. EF21-P
+(Gruntkowska, Tyurin, Richtarik 2022, arXiv 2209.15218, Algorithm 1). The first w is x. All have the same bits of w.
 """
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpi_ef.collectives.late import Frame
 from mpi_ef.compress.combination import Vector, lazy, source
 from mpi_ef.compress.compressor import Codec
 from mpi_ef.kernels.backend import backend
 
-from .wire import MOVE, Layout, Numbers
+from .wire import MISSED, MOVE, Layout, Numbers
 
 __all__ = ["Moves"]
+
+Wire = NDArray[np.uint8]
 
 
 class Moves:
@@ -36,10 +41,13 @@ class Moves:
         self._kernels = backend(layout.dtype, "cpu")
         self.w = np.zeros(layout.d if codec is not None else 0, layout.dtype)
         self._known = False
+        most = (layout.order_nbytes - 1) // layout.move_order_nbytes if layout.move_nbytes else 0
+        self._latest = deque[tuple[int, Wire]](maxlen=most)  # steps and moves
 
     def restore(self, w: Vector | None) -> None:
         """Go on from such a w, or from the next x."""
         self._known = w is not None and self._codec is not None
+        self._latest.clear()
         if w is not None and self._codec is not None:
             self.w[:] = w
 
@@ -51,18 +59,30 @@ class Moves:
             if self._codec.encode(difference, wire, step=step, rank=self._n):
                 self._codec.add_encoded(wire, self.w)
                 self._layout.head_order(frame, step, extras, restored=restored, flags=MOVE)
+                self._latest.append((step, wire.copy()))
                 return True
+        self._latest.clear()
         if self._codec is not None:
             self.w[:], self._known = x, self._kernels.finite([x])
         self._layout.write_order(frame, step, x, extras, restored=restored)
         return False
+
+    def since(self, step: int, now: int) -> list[Wire] | None:
+        """Return the moves between those of two steps; None where w itself is less, or they are not known."""
+        between = [wire for at, wire in self._latest if step < at < now]
+        return between if len(between) == now - step - 1 and len(between) < (self._latest.maxlen or 0) else None
+
+    def write_missed(self, frame: Frame, wire: Wire) -> None:
+        """Fill a frame with the move of an order that a worker has missed."""
+        self._layout.head_order(frame, 0, (), restored=0, flags=MISSED)
+        self._layout.move_of(frame)[:] = wire
 
     def write_whole(self, frame: Frame, step: int, extras: Sequence[float] | Numbers, *, restored: int) -> None:
         """Fill a frame with the same order for those that do not have the w before."""
         self._layout.write_order(frame, step, self.w, extras, restored=restored)
 
     def read(self, frame: Frame) -> Vector:
-        """Return where an order wants gradients computed, a view. On workers; not of a row."""
+        """Return where gradients are computed after an order, or a missed move, a view. On workers; not of a row."""
         if self._codec is None:
             return self._layout.x_of(frame)
         if self._layout.is_move(frame):

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from mpi_ef.collectives.late import Frame
 from mpi_ef.compress.compressor import words
 
-__all__ = ["MOVE", "NOT_FINITE", "ROW", "WHOLE", "Decoded", "Layout", "Numbers", "Order"]
+__all__ = ["MISSED", "MOVE", "NOT_FINITE", "ROW", "WHOLE", "Decoded", "Layout", "Numbers", "Order"]
 
 WHOLE, NOT_FINITE = 1, 2  # flags of an answer: m_i itself, or none
-ROW, MOVE = 1, 2  # flags of an order: x is the row of that worker, or there is a move of x, see moves.py
+# Flags of an order: x is the row of that worker; there is a move, see moves.py; or one of an order that it has missed.
+ROW, MOVE, MISSED = 1, 2, 3
 _STEP, _HASH, _RESTORED = (1 << 36) - 1, (1 << 16) - 1, (1 << 8) - 1
 
 Vector = NDArray[Any]
@@ -128,11 +129,15 @@ class Layout:
 
     def is_row(self, frame: Frame) -> bool:
         """Tell whether x of an order is a row."""
-        return bool(frame.step >> 60 & ROW)
+        return frame.step >> 60 == ROW
+
+    def is_missed(self, frame: Frame) -> bool:
+        """Tell whether it is the move of an order that the worker has missed, and no order."""
+        return frame.step >> 60 == MISSED
 
     def is_move(self, frame: Frame) -> bool:
-        """Tell whether an order has a move in place of x."""
-        return bool(frame.step >> 60 & MOVE)
+        """Tell whether there is a move in place of x."""
+        return frame.step >> 60 in {MOVE, MISSED}
 
     def restored_of(self, frame: Frame) -> int:
         """Return how often the server was restored before an order, or before that of an answer, modulo 256."""

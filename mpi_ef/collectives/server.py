@@ -96,9 +96,9 @@ class Server:
         """Say that what has come from a worker was not all of its answer."""
         self.under_way[rank] = step
 
-    def also(self, rank: int, frame: Frame) -> None:
-        """Send a free worker something that needs no answer, before its next order."""
-        self._late.send(rank, frame)
+    def also(self, rank: int, frame: Frame, nbytes: int | None = None) -> None:
+        """Send a free worker something that needs no answer, before its next order, or the first `nbytes` of its wire."""
+        self._late.send(rank, frame, nbytes)
 
     def look(self) -> list[tuple[int, Frame]]:
         """Return what has come: ranks and frames, whose one user is the caller. Does not wait."""
