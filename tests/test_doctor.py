@@ -602,7 +602,7 @@ def test_a_check_that_breaks_on_one_rank_is_a_finding(collect, expected, uses_mp
     name, _, rest = expected.partition("|")
     places = [Placement(rank, "n0", rank) for rank in range(2)]
     broken, whole = check(collect, uses_mpi=uses_mpi), check(lambda _: {"a": 1}, uses_mpi=uses_mpi)
-    facts = [some.facts(context(), 1.0 if name == "check-hangs" else 30.0) for some in (whole, broken)]
+    facts = [whole.facts(context(), 30.0), broken.facts(context(), 1.0 if name == "check-hangs" else 30.0)]
     findings = list(registry.judge(broken, places, facts))
     agrees(findings, {name: f"{rest}|(1,)"})
     assert [one.name for one in findings] == [name, "it"]

@@ -329,6 +329,33 @@ def test_a_rank_that_fails_is_not_waited_for_at_the_end(eager):
                if seconds is not None)
 
 
+class Suspended(virtual.VirtualComm):
+    """Is stopped for two seconds, from the first rest on that ends after 2 s of the clock."""
+
+    def pause(self, seconds):
+        super().pause(seconds)
+        if self.clock() > 2 and not vars(self).setdefault("over", False):
+            self.over = True
+            super().pause(2)
+
+
+@both
+def test_where_all_ranks_are_stopped_and_go_on_no_slow_one_is_named_as_silent(eager, capsys):
+    """As a batch system does with jobs: rank 3, which is slow, was silent no longer than the others have listened."""
+    def program(comm):
+        late = comm.Get_rank() == 3
+        with Peers(Suspended(comm._world, comm.Get_rank()), 3, np.float64, wait_for=3, patience_seconds=1) as peers:
+            while peers.round < 250:
+                peers.exchange(vector(comm.Get_rank(), peers.round))
+                comm.pause((2.8 if 1.5 < comm.clock() < 2 else 0.8) if late else 0.01)
+                assert peers.silent == ()
+            assert peers.close(100) == ()
+            return comm.clock()
+
+    assert all(seconds > 4 for seconds in virtual.results(4, program, eager=eager))
+    assert capsys.readouterr().err == ""
+
+
 @both
 def test_a_silent_rank_gets_few_messages(eager):
     """Whatever MPI makes of a send; a message that is not taken stays in its memory, or the receiver's."""

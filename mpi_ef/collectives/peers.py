@@ -303,8 +303,10 @@ class Peers(OnAllRanks, metaclass=SharedErrors):
             if not something:
                 self._late.rest()
             now = self._late.now()
-            waited += min(now - before, _LONGEST_LOOK)
-            before = now
+            took, before = now - before, now
+            waited += min(took, _LONGEST_LOOK)
+            for peer in self._peers.values() if took > _LONGEST_LOOK else ():  # nor was a peer silent while nobody looked
+                peer.heard += took - _LONGEST_LOOK
 
     def _look(self) -> bool:
         """Take what has come, and send what is wanted; tell whether anything has come."""

@@ -94,7 +94,6 @@ if coded.is_server:
         if options["ending"] == "exit":
             with coded:
                 sys.exit(3)
-        coded.decider.server.patience_seconds = min(3.0, options["patience"])
         left = coded.close(x)
     except MpiEfError as error:
         if options["out"]:

@@ -1,4 +1,7 @@
-"""A training in which rank 1 loads its data late, in all steps but every fourth: what rank 0 prints is JSON."""
+"""A training in which rank 1 loads its data late, in all steps but every fourth: what rank 0 prints is JSON.
+
+``python slow_rank_program.py plain|overlap SECONDS``: how late.
+"""
 
 import json
 import sys
@@ -10,7 +13,7 @@ from mpi4py.MPI import COMM_WORLD as comm
 from mpi_ef.compress import TopK
 from mpi_ef.optim import DistributedOptimizer
 
-SECONDS = 0.2
+SECONDS = float(sys.argv[2])
 
 net = torch.nn.Linear(4, 2)
 optimizer = DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), comm, TopK(0.5),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import resident
 from launching import finish, run, start
+from patience import limit
 
 STEPS = 140
 SMALL = ["--steps", STEPS, "--warmup", 20, "--batch", 4, "--log-every", 10, "--eval-every", 100,
@@ -51,7 +52,7 @@ def ranks_of(out):
 
 def comes_true(condition, process):
     """Wait until it does, or the program has ended."""
-    until = time.monotonic() + LIMIT
+    until = time.monotonic() + limit(LIMIT)
     while not condition():
         if process.poll() is not None:
             return condition()  # it may have come true just before

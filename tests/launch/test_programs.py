@@ -157,9 +157,10 @@ def test_what_a_killed_launcher_has_left_does_not_stop_another(tmp_path, monkeyp
 @pytest.mark.parametrize("told", [False, True], ids=["", "the first to leave ends the others"])
 def test_n_copies_of_rank_zero(told):
     """Each says what is wrong before the first leaves, and ends with the same status, also when srun ends it."""
+    began = time.monotonic()
     task = subprocess.Popen([sys.executable, "-m", "mpi_ef.jobs.train.program"], stdout=subprocess.PIPE, text=True,
                             stderr=subprocess.STDOUT, env=os.environ | {"SLURM_STEP_NUM_TASKS": "2"})
-    began, first = time.monotonic(), task.stdout.readline()
+    first = task.stdout.readline()
     if told:
         wait_for(lambda: handles(task.pid, signal.SIGTERM), task)
         task.terminate()
@@ -263,12 +264,7 @@ def test_a_terminated_run_leaves_its_metrics(tmp_path):
         2, "-m", "mpi_ef.jobs.train.program", *SMALL, "--steps", 100000, "--eval-every", 100000, "--out", tmp_path
     )
     rows = tmp_path / "metrics.jsonl"
-    for _ in range(600):
-        if rows.exists() and len(rows.read_text().splitlines()) > 3:
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail("no metrics were written within a minute")
+    wait_for(lambda: rows.exists() and len(rows.read_text().splitlines()) > 3, process)
     process.send_signal(signal.SIGTERM)
     assert finish(process, within=30).status != 0
     assert all(json.loads(line)["step"] for line in rows.read_text().splitlines())

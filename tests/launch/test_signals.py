@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from launching import finish, run, start
+from test_interruption import wait_for
 
 PROGRAM = Path(__file__).with_name("stopping_program.py")
 
@@ -20,10 +21,8 @@ def left_after(folder, n):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_to_one_rank(tmp_path, number):
     process = start(3, "-m", "mpi4py", PROGRAM, tmp_path, 0)
-    until = time.monotonic() + 60
-    while not all((tmp_path / f"pid-{rank}").exists() for rank in range(3)):
-        assert time.monotonic() < until, finish(process, within=1).text
-        time.sleep(0.05)
+    files = [tmp_path / f"pid-{rank}" for rank in range(3)]
+    wait_for(lambda: all(file.exists() and file.read_text() for file in files), process)
     time.sleep(0.3)
     os.kill(int((tmp_path / "pid-1").read_text()), number)
     ended = finish(process, within=30)

@@ -103,7 +103,8 @@ def test_ranks_that_are_stopped_for_good_do_not_keep_mpi_from_ending(left_behind
     ended = left_behind(4, wait_for=3, stopped=[2])
     assert ended.status not in (0, None), ended.text
     assert len(ended.lines_with("has not heard (2,)")) == 3, ended.text
-    assert len(ended.lines_with("mpi-ef: Peers: rank 2 on ")) == 3, ended.text
+    lines = ended.lines_with("mpi-ef: Peers: rank 2 on ")  # where the last rounds take long, others name it as silent before
+    assert len([line for line in lines if " did not end with rank " in line]) == 3, ended.text
 
 
 @pytest.mark.exhaustive

@@ -42,7 +42,7 @@ def test_a_worker_that_is_stopped_for_good_keeps_nobody_from_the_end():
     assert told[0]["left"] == [2]
     assert len({one["x"] for one in told.values()}) == 1
     assert all(told[0]["rows"][rank] == told[rank]["h"] for rank in told)
-    assert 8 * told[1]["sent"] < 9 * told[1]["computed"] * 68 * 8  # of dense ones
+    assert told[1]["sent"] < 1200 + told[1]["computed"] * 68 * 8 / 4  # the first answer is whole, and so is the last word
     assert len(ended.lines_with("rank 2 on ")) == 1
 
 
