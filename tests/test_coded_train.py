@@ -1,6 +1,7 @@
 """``mpi-ef train --code``: a run whose server evaluates, writes and saves alone."""
 
 import json
+import re
 from dataclasses import replace
 from unittest import mock
 
@@ -9,6 +10,7 @@ import torch
 import virtual
 
 from mpi_ef.checkpoint.manifest import committed_steps
+from mpi_ef.coded import code_of, gradients
 from mpi_ef.errors import ConfigError, DataError, MpiEfError, SilenceError
 from mpi_ef.jobs.cli import main
 from mpi_ef.jobs.train.coded import CodedTrainer
@@ -140,13 +142,33 @@ def test_what_does_not_go_with_a_code_is_told_before_mpi_starts(options, line):
     assert str(caught.value).startswith(line), caught.value
 
 
-def test_a_code_that_the_ranks_do_not_fit_is_told_on_all_of_them(tmp_path):
-    errors = virtual.run(3, lambda comm: train(comm, TrainConfig(**MLP, out=tmp_path / "run")))
-    assert "2 does not divide 3; take s=0, s=2" in str(errors[0])
+@pytest.mark.parametrize(("n", "code", "line"), [
+    (3, "fr:1", "fr:1: s=1 with 3 workers; 2 does not divide 3; take fr:0, fr:2, or cyclic:2"),
+    (4, "FractionalRepetition(2)", "fr:2: s=2 with 4 workers; 3 does not divide 4; take fr:1, fr:3, or cyclic:3"),
+    (6, "cyclic:2", "cyclic:2: there is no such code where n - s is even, n=6 workers and s=2; take cyclic:1 or cyclic:3, "
+     "or fr:2"),
+    (4, "cyclic:4", "cyclic:4: s=4 of 4 workers cannot all be missing; take cyclic:3 or less"),
+    (4, "blocks:2", "blocks:2: there is no such code for 4 workers; take blocks:3"),
+])
+def test_a_code_that_the_ranks_do_not_fit_is_told_on_all_of_them(n, code, line, tmp_path):
+    """With advice that --code takes."""
+    errors = virtual.run(n, lambda comm: train(comm, TrainConfig(**MLP | {"code": code}, out=tmp_path / "run")))
+    assert [str(error) for error in errors] == [line] * n
     assert all(isinstance(error, MpiEfError) for error in errors)
     assert not (tmp_path / "run").exists()
 
 
+    for advised in re.findall(r"\b(?:fr|cyclic|blocks):\d+", line.partition("; take ")[2]):
+        code_of(advised).check(n)
+
+
+def test_a_code_that_rounds_too_much_is_told_with_one_that_does_not(tmp_path):
+    config = TrainConfig(**MLP | {"code": "cyclic:3"}, out=tmp_path / "run")
+    with mock.patch.object(gradients, "LARGEST_AMPLIFICATION", 1.5):
+        errors = virtual.run(8, lambda comm: train(comm, config))
+    assert re.fullmatch(r"CodedGradients: cyclic:3 lets rounding grow \d+ times with n=8 workers, too much for float32; "
+                        "take fr:3, a smaller s, or float64", str(errors[0]))
+    assert len({*map(str, errors)}) == 1
 def test_a_model_with_statistics_of_its_own_trains(tmp_path):
     """BatchNorm's are the server's; text models too."""
     torch.manual_seed(0)

@@ -191,3 +191,6 @@ def test_what_does_not_go_with_a_sweep_is_one_line(options, line):
         TrainConfig(**MLP | options)
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+    ({"code": "srsgc:2,4,1"}, "code=srsgc:2,4,1: srsgc: B=2 does not divide W - 1=3; take srsgc:2,3,1"),
+    ({"code": "SRSGC(2, 4, 1)"}, "code=SRSGC(2, 4, 1): srsgc: B=2 does not divide W - 1=3; take srsgc:2,3,1"),
+    ({"code": "msgc:1,1,1"}, "code=msgc:1,1,1: msgc: W=1 is less than 2; a window has 2 rounds or more"),

@@ -32,6 +32,7 @@ from mpi_ef.jobs.train.optimizers import build_inner
 from mpi_ef.jobs.train.problem import build, differences, evaluated, shaping
 from mpi_ef.jobs.train.scheming import chosen_scheme
 from mpi_ef.jobs.train.settings import swept
+from mpi_ef.jobs.train.texts import naming_texts
 from mpi_ef.optim.parts import Statistics, alone_at_random, seed_of
 from mpi_ef.vectors import FlatParameters
 
@@ -139,9 +140,10 @@ class SweepTrainer:
         if config.code == "auto":
             config = replace(config, code=by_first(comm, config.out, lambda: self._chosen(config)), profile=None)
         self.config = config
-        self.many = ManyTrainings(comm, self._gradient, len(self.names), self.flat.d, self.flat.dtype, str(config.code),
-                                  samples=self.sample_count, extras=1, dedicated=bool(config.dedicated),
-                                  patience_seconds=float(config.patience_seconds or 300.0))
+        with naming_texts(str(config.code)):
+            self.many = ManyTrainings(comm, self._gradient, len(self.names), self.flat.d, self.flat.dtype, str(config.code),
+                                      samples=self.sample_count, extras=1, dedicated=bool(config.dedicated),
+                                      patience_seconds=float(config.patience_seconds or 300.0))
         self.xs = np.array([job.values() for job in self.jobs])
 
     def _chosen(self, config: TrainConfig) -> str:
