@@ -53,7 +53,9 @@ def test_a_rank_that_sleeps_changes_no_bit_and_is_named(tmp_path, optimizer, cap
     assert any(line.startswith("rank 2") for line in late["lateness"]["lines"])
     capsys.readouterr()
     main(["report", str(tmp_path / "late"), str(tmp_path / "whole"), "--plot", str(tmp_path / "figure.png")])
-    assert "rank 2" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "rank 2" in told
+    assert [line.rpartition("  ")[2] for line in told.splitlines()[1:3]] == [f"{optimizer}, dense, fr:1"] * 2
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
@@ -156,8 +158,6 @@ def test_a_code_that_the_ranks_do_not_fit_is_told_on_all_of_them(n, code, line, 
     assert [str(error) for error in errors] == [line] * n
     assert all(isinstance(error, MpiEfError) for error in errors)
     assert not (tmp_path / "run").exists()
-
-
     for advised in re.findall(r"\b(?:fr|cyclic|blocks):\d+", line.partition("; take ")[2]):
         code_of(advised).check(n)
 
@@ -169,6 +169,8 @@ def test_a_code_that_rounds_too_much_is_told_with_one_that_does_not(tmp_path):
     assert re.fullmatch(r"CodedGradients: cyclic:3 lets rounding grow \d+ times with n=8 workers, too much for float32; "
                         "take fr:3, a smaller s, or float64", str(errors[0]))
     assert len({*map(str, errors)}) == 1
+
+
 def test_a_model_with_statistics_of_its_own_trains(tmp_path):
     """BatchNorm's are the server's; text models too."""
     torch.manual_seed(0)

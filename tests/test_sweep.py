@@ -156,6 +156,7 @@ def test_a_report_of_a_sweep_is_of_its_trainings(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+    assert [line.rpartition("  ")[2] for line in told.splitlines()[1:4]] == ["sgd, dense, gc:0"] * 3
 def test_what_another_program_has_written_stays(tmp_path):
     (tmp_path / "lr=0.1").mkdir()
     (tmp_path / "lr=0.1" / "metrics.csv").write_text("mine")
