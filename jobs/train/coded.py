@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from mpi_ef.comm.consensus import agree
 from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.errors import ConfigError, DataError, MpiEfError, counted
-from mpi_ef.jobs.delays import COLUMNS, save_lateness
 from mpi_ef.jobs.delays import FILE as DELAYS
+from mpi_ef.jobs.delays import said_of, save_lateness
 from mpi_ef.jobs.device import described, device_for, move_to
 from mpi_ef.jobs.folder import write_whole
 from mpi_ef.jobs.metrics import Metrics, Progress, announcing, in_bytes, made_here
@@ -235,9 +235,7 @@ class CodedTrainer:
         late, code = self.optimizer.lateness, self.optimizer.coded.code
         if late.n < 2 or not late.steps:
             return {}
-        numbers = zip(COLUMNS, [late.holding().mean(axis=0), *late.quantiles()], strict=True)
-        return {"lateness": {"lines": late.lines(seconds, self.names(), s=code.s),
-                             **{name: [float(f"{value:.4g}") for value in values] for name, values in numbers}}}
+        return {"lateness": said_of(late, late.lines(seconds, self.names(), s=code.s), self.optimizer.coded.ranks)}
 
 
 def train_coded(comm: MpiComm, config: TrainConfig) -> dict[str, Any]:

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from mpi_ef.coded import ManyTrainings
+from mpi_ef.coded import GC, ManyTrainings
 from mpi_ef.comm.consensus import agree
 from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.errors import ConfigError, DataError, counted
-from mpi_ef.jobs.delays import COLUMNS
+from mpi_ef.jobs.delays import said_of
 from mpi_ef.jobs.device import described, device_for, move_to
 from mpi_ef.jobs.folder import by_first
 from mpi_ef.jobs.metrics import in_bytes, made_here
@@ -309,12 +309,10 @@ class SweepTrainer:
 
     def late(self) -> dict[str, Any]:
         """Return who was slow, for a summary."""
-        late = self.many.lateness
+        late, scheme = self.many.lateness, self.many.scheme
         if late.n < 2 or not late.steps:
             return {}
-        several = len(set(self.hosts)) > 1
-        names = [f"rank {rank}" + f" on {host}" * several for rank, host in enumerate(self.hosts)][self.many.dedicated :]
-        numbers = zip(COLUMNS, [late.holding().mean(axis=0), *late.quantiles()], strict=True)
-        lines = late.lines(self._spent["all"], names, steps="rounds") if len(late.rows) else []
-        return {"lateness": {"lines": [text for text in lines if "would have" not in text],
-                             **{name: [float(f"{value:.4g}") for value in values] for name, values in numbers}}}
+        several, ranks = len(set(self.hosts)) > 1, range(self.many.dedicated, len(self.hosts))
+        names = [f"rank {rank}" + f" on {self.hosts[rank]}" * several for rank in ranks]
+        s = scheme.code(late.n).s if isinstance(scheme, GC) else None  # others finish jobs in later rounds
+        return {"lateness": said_of(late, late.lines(self._spent["all"], names, s=s, steps="rounds"), ranks)}
