@@ -20,7 +20,7 @@ from mpi_ef.compress import TopK
 from mpi_ef.errors import OptionError
 from mpi_ef.jobs.delays import load_lateness, table_of
 from mpi_ef.jobs.report import program as report
-from mpi_ef.jobs.train import loop
+from mpi_ef.jobs.train import loop, waiting
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.optim import DistributedOptimizer, LocalSteps, OneBitAdam, waits
 
@@ -445,6 +445,11 @@ class TestOfRuns:
         assert f"{tmp_path.name}: rank 1 is last in 100 % of steps, by .25 s (median)" in shown
         assert "  1         100 %     0.25 s     0.25 s     0.25 s" in shown
 
+    def test_waiting_for_a_slow_rank_is_communicating(self, tmp_path):
+        """Of the times of a step, the mean over ranks, of which two of three wait .25 s; it is no part of the update."""
+        phases = programs.trained(3, replace(MLP, out=tmp_path))[0]["phases_seconds_per_step"]
+        assert phases["communicate"] > 0.25 * 2 / 3 * 0.99
+
     def test_a_run_of_one_rank_says_nothing(self, tmp_path, capsys):
         programs.trained(1, replace(MLP, out=tmp_path))
         report.main([str(tmp_path)])
@@ -474,6 +479,18 @@ class TestOfRuns:
         (tmp_path / "lateness.npz").write_bytes(b"PK")
         programs.trained(2, replace(config, resume="exact"))
         assert load_lateness(tmp_path / "lateness.npz").steps <= 8
+
+
+def test_what_a_part_takes_is_not_what_the_slow_one_of_two_ranks_takes():
+    class Two:
+        def Get_size(self): return 2
+        def Get_rank(self): return 0
+        def allgather(self, mine): return [mine] * 2 if isinstance(mine, dict) else [("n", 0.1), ("n", 10.0)]
+
+    late = waiting.Waiting(Two(), None)
+    late.add(np.array([[0.25] * 40, [0.0] * 40]), np.zeros(40, bool))
+    lines = late.summary(11.0, 0.1, rounds=False)["lateness"]["lines"]
+    assert lines[-1] == "a code with s=1 would have saved 90 % of 11 s"
 
 
 def archive(**arrays):

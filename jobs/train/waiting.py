@@ -73,7 +73,7 @@ class Waiting:
         said = dict[str, Any]()
         if self.lateness is not None and self.lateness.n > 1 and self.lateness.steps:
             late = self.lateness
-            late.part_seconds = sorted(spent)[late.n // 2] / late.steps
+            late.part_seconds = sorted(spent)[(late.n - 1) // 2] / late.steps  # of two the quick one: the other may be slow
             names = [f"rank {rank}" + f" on {host}" * (len({*hosts}) > 1) for rank, host in enumerate(hosts)]
             said = said_of(late, late.lines(seconds, names, steps="rounds" if rounds else "steps"), range(late.n))
         everybodys: list[dict[str, Any]] = self._comm.allgather(said)
