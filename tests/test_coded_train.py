@@ -13,6 +13,7 @@ from mpi_ef.checkpoint.manifest import committed_steps
 from mpi_ef.coded import code_of, gradients
 from mpi_ef.errors import ConfigError, DataError, MpiEfError, SilenceError
 from mpi_ef.jobs.cli import main
+from mpi_ef.jobs.delays import load_lateness
 from mpi_ef.jobs.train.coded import CodedTrainer
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.program import train
@@ -42,6 +43,9 @@ def rows_of(folder):
 def test_a_rank_that_sleeps_changes_no_bit_and_is_named(tmp_path, optimizer, capsys):
     config = TrainConfig(**MLP, optimizer=optimizer, compressor="identity")
     whole, *workers = trained(4, replace(config, out=tmp_path / "whole"))
+    told = capsys.readouterr().out
+    assert f"; {optimizer}, fr:1, Identity(): an order of 19.2 kB and an answer of 19.2 kB per step and worker\n" in told
+    assert re.search(r"bytes sent per rank +\S+ kB \(dense: \S+ kB; \d+ % of dense\)\n", told)
     assert [one["steps"] for one in workers] == [7] * 3
     late = trained(4, replace(config, out=tmp_path / "late"), late=[2])[0]
     assert late["parameters_crc32"] == whole["parameters_crc32"]
@@ -51,6 +55,9 @@ def test_a_rank_that_sleeps_changes_no_bit_and_is_named(tmp_path, optimizer, cap
     assert json.loads((tmp_path / "late/summary.json").read_text()) == late
     assert [row["step"] for row in rows_of(tmp_path / "late")] == [2, 4, 6, 8]
     assert any(line.startswith("rank 2") for line in late["lateness"]["lines"])
+    phases = late["phases_seconds_per_step"]  # in which no kernels are loaded; a part takes half of what s + 1 = 2 do
+    part = load_lateness(tmp_path / "late/lateness.npz").part_seconds
+    assert part == pytest.approx((phases["data"] + phases["compute"]) / 2)
     capsys.readouterr()
     main(["report", str(tmp_path / "late"), str(tmp_path / "whole"), "--plot", str(tmp_path / "figure.png")])
     told = capsys.readouterr().out

@@ -204,15 +204,19 @@ class TestWhoIsSlow:
     def test_a_rank_that_is_stopped_for_good_is_missing_and_not_late_by_what_it_was_before(self):
         """No time from two answers before, no inf; and its answers, which have no time, are not what a code has saved."""
         lateness = told(4, [[0, 0.1, 0.005, 0.1]] * 2 + [[0, 0.1, INF, 0.11]] * 38)
-        assert lateness.lines(4.0, s=1) == ["rank 2 is missing in 38 of 40 steps",
+        assert lateness.lines(4.0, s=1) == ["rank 2 is missing in the last 38 of 40 steps",
                                             "what the code (s=1) has saved is not known: 38 answers never came"]
+        later = told(4, [[0, 0.1, INF, 0.1]] + [[0, 0.1, 5, 0.1]] * 15 + [[0, 0.1, INF, 0.1]] * 24)  # also after 15 answers
+        assert later.lines(4.0)[0] == "rank 2 is missing in 25 of 40 steps"
         lateness.late[2], lateness.in_time[2] = 1, 1
         assert lateness.lines(4.0, s=1)[2:] == ["rank 2: of 40 answers 1 came late, 38 not at all"]
         short = told(4, [[0, 0.1, INF, 0.2]] * 20, keep=10)
-        assert short.lines(1.0)[0] == "rank 2 is missing in 10 of the last 10 steps"
+        assert short.lines(1.0)[0] == "rank 2 is missing in all of the last 10 steps"
         assert short.lines(1.0)[-1] == "rank 2: of 20 answers 0 came late, 20 not at all"  # the rows tell of 10
 
     def test_a_rank_that_is_late_and_skips_steps_is_late_by_those_that_came(self):
+        often = told(4, [[0, 0, 0.01, 0.31]] * 15 + [[0, 0, 0.01, INF]])  # its last answer is still to come
+        assert often.lines(5.0, s=1)[0] == "rank 3 is last in 100 % of steps: missing in 1, else by .31 s (median of 15)"
         lateness = told(4, [[0, 0, 0.01, 0.31], [0, 0, 0.01, INF]] * 15)
         lateness.part_seconds = 0.01
         assert lateness.lines(5.0, s=1) == [

@@ -180,6 +180,7 @@ def test_a_sweep_and_its_report_say_once_who_was_slow(code, dedicated, tmp_path,
     assert late["ranks"] == list(range(dedicated, n))
     assert f"rank {n - 1}: of 18 answers" in late["lines"][-1]
     told = capsys.readouterr().out
+    assert f"; sgd, {code}: an order of 19.2 kB and an answer of as much per round and worker\n" in told
     assert told.count("who is slow") == 1
     assert "waiting for" not in told
     report.main([str(tmp_path)])

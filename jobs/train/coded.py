@@ -32,6 +32,7 @@ from mpi_ef.jobs.train.models import cross_entropy
 from mpi_ef.jobs.train.optimizers import build_coded
 from mpi_ef.jobs.train.problem import build, differences, evaluated, shaping
 from mpi_ef.jobs.train.showing import record, table
+from mpi_ef.jobs.train.texts import in_texts
 from mpi_ef.kernels import machine_code
 
 if TYPE_CHECKING:
@@ -88,8 +89,9 @@ class CodedTrainer:
         coded, config = self.optimizer.coded, self.config
         whole = in_bytes(self.optimizer.flat.d * self.optimizer.flat.dtype.itemsize)
         answer = in_bytes(coded.compressor.wire_nbytes(coded.d, coded.dtype))
-        return (f"{config.model}: {coded.d:,} parameters, a server {'and' if coded.dedicated else 'that is one of'} "
-                f"{counted(coded.n, 'worker')}, {self.data.size:,} training samples; {config.optimizer}, {coded.code}, "
+        of = "and" if coded.dedicated else "that is one of"
+        return (f"{config.model}: {coded.d:,} parameters, a server {of} {counted(coded.n, 'worker')}, "
+                f"{self.data.size:,} training samples; {config.optimizer}, {in_texts(str(coded.code))}, "
                 f"{coded.compressor}: an order of {whole} and an answer of {answer} per step and worker")
 
     @property
@@ -235,6 +237,8 @@ class CodedTrainer:
         late, code = self.optimizer.lateness, self.optimizer.coded.code
         if late.n < 2 or not late.steps:
             return {}
+        if (timed := self.steps - self.untimed_steps) and not self.optimizer.coded.dedicated:  # without kernels being loaded
+            late.part_seconds = (self._seconds["data"] + self._seconds["compute"]) / timed / (code.s + 1)
         return {"lateness": said_of(late, late.lines(seconds, self.names(), s=code.s), self.optimizer.coded.ranks)}
 
 

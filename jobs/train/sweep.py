@@ -32,7 +32,7 @@ from mpi_ef.jobs.train.optimizers import build_inner
 from mpi_ef.jobs.train.problem import build, differences, evaluated, shaping
 from mpi_ef.jobs.train.scheming import chosen_scheme
 from mpi_ef.jobs.train.settings import swept
-from mpi_ef.jobs.train.texts import naming_texts
+from mpi_ef.jobs.train.texts import in_texts, naming_texts
 from mpi_ef.optim.parts import Statistics, alone_at_random, seed_of
 from mpi_ef.vectors import FlatParameters
 
@@ -163,10 +163,12 @@ class SweepTrainer:
     def headline(self) -> str:
         """Return a line about models, data and the scheme."""
         many, whole = self.many, in_bytes(self.flat.d * self.flat.dtype.itemsize)
+        most = many.scheme.vectors
+        answer = "an answer of as much" if most == 1 else f"an answer of up to {most} times that"
         return (f"{self.config.model}: {counted(many.models, 'training')} of {self.flat.d:,} parameters at once "
                 f"({', '.join(self.names)}); {counted(many.n, 'worker')}, {self.data.size:,} training samples; "
-                f"{self.config.optimizer}, {many.scheme}: an order of {whole} and an answer of up to "
-                f"{counted(many.scheme.vectors, 'vector')} of that per round and worker")
+                f"{self.config.optimizer}, {in_texts(str(many.scheme))}: an order of {whole} and {answer} per round and "
+                "worker")
 
     def epoch(self, step: int) -> int:
         """Return how often all samples have been drawn, on average, before step 0, 1, ..."""

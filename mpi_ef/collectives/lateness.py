@@ -183,8 +183,8 @@ class Lateness:
     def lines(self, seconds: float, names: Sequence[str] = (), *, s: int | None = 0, steps: str = "steps") -> list[str]:
         """Return what there is to say at the end of a run, in plain lines; none where nobody has waited long.
 
-        A worker whose answers did not come is missing in those steps; how late it was is said of those that came, if these
-        are three or more.
+        A worker whose answers did not come is missing in those steps; how late it was is said of those that came, unless
+        more are missing and either less than three came, or none in most of those steps at the end.
 
         Parameters
         ----------
@@ -206,14 +206,17 @@ class Lateness:
             held, slow = holding.sum(axis=0), self.slow()
             with np.errstate(invalid="ignore"):  # half of the answers may be missing
                 by = rows - self._medians(rows)
-            of = f"of {steps}" if len(rows) == self.steps else f"of the last {len(rows)} {steps}"
+            of, all_of = f"of {steps}", f"of {len(rows)} {steps}"
+            if len(rows) < self.steps:
+                of = all_of = f"of the last {len(rows)} {steps}"
             for i in slow:
                 seen = by[holding[:, i] & np.isfinite(by[:, i]), i]
-                missed = int(held[i]) - seen.size
-                if missed and seen.size < _FEWEST:
+                missed, came = int(held[i]) - seen.size, np.flatnonzero(np.isfinite(rows[:, i]))
+                since = len(rows) - 1 - int(came[-1]) if came.size else len(rows)  # its last answer
+                if missed > seen.size and (seen.size < _FEWEST or 2 * since > missed):
                     told |= {i} if missed == self.missing[i] and not self.late[i] else set()
-                    which = f"of {len(rows)} {steps}" if len(rows) == self.steps else of
-                    lines.append(f"{names[i]} is missing in {missed} {which}")
+                    which = "all" if missed == len(rows) else f"the last {missed}" if since >= missed else str(missed)
+                    lines.append(f"{names[i]} is missing in {which} {all_of}")
                     continue
                 later = f"by {_short(float(np.median(seen)))} s (median{f' of {seen.size}' if missed else ''})"
                 later = f": missing in {missed}, else {later}" if missed else f", {later}"
