@@ -1,7 +1,8 @@
 """Who was slow in a run: a file of delays, and a table of what its summary says. Needs no MPI."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import ZipFile
@@ -13,10 +14,10 @@ from mpi_ef.jobs.folder import replacing
 if TYPE_CHECKING:
     from mpi_ef.collectives import Lateness
 
-__all__ = ["COLUMNS", "FILE", "load_lateness", "save_lateness", "table_of"]
+__all__ = ["FILE", "load_lateness", "said_of", "save_lateness", "table_of"]
 
 FILE = "lateness.npz"
-COLUMNS = ("last", "median", "quantile_95", "largest")  # of "lateness" in a summary, a number for each rank
+_COLUMNS = ("last", "median", "quantile_95", "largest")  # of "lateness" in a summary, a number for each worker
 _MOST = 16  # ranks in a table
 
 
@@ -59,20 +60,30 @@ def _archive(path: Path) -> BytesIO:
     return content
 
 
+def said_of(lateness: "Lateness", lines: Sequence[str], ranks: Sequence[int]) -> dict[str, Any]:
+    """Return what a summary says under "lateness": these lines, and numbers of the workers, which are these ranks. Local."""
+    numbers = zip(_COLUMNS, [lateness.holding().mean(axis=0), *lateness.quantiles()], strict=True)
+    return {"lines": list(lines), "ranks": list(ranks),
+            **{name: [float(f"{value:.4g}") for value in values] for name, values in numbers}}
+
+
 def table_of(said: Mapping[str, Any]) -> list[str]:
     """Return lines of a report, given what a summary says under "lateness"; none where nobody was slow.
 
     Raises `ValueError` or another error of types and names where it is not what ``mpi-ef train`` has written.
     """
-    lines, columns = list(said["lines"]), [[float(value) for value in said[name]] for name in COLUMNS]
-    if not all(isinstance(line, str) for line in lines) or not all(len(column) == len(columns[0]) for column in columns):
+    lines, columns = list(said["lines"]), [[float(value) for value in said[name]] for name in _COLUMNS]
+    ranks = list(said.get("ranks", range(len(columns[0]))))
+    if not all(isinstance(line, str) for line in lines) or not all(isinstance(rank, int) for rank in ranks) or not all(
+            len(column) == len(ranks) for column in columns):
         raise ValueError("lateness in summary.json is no report")
     if not lines:
         return []
-    ranks = sorted(range(len(columns[0])), key=lambda rank: -columns[0][rank])[:_MOST]
+    shown_ones = sorted(range(len(ranks)), key=lambda worker: -columns[0][worker])[:_MOST]
     table = [f"  {'rank':<6}{'last in':>9}{'median':>11}{'95 %':>11}{'largest':>11}"]
-    for rank in sorted(ranks):
-        last, *seconds = (column[rank] for column in columns)
-        table.append(f"  {rank:<6}{100 * last:7.0f} %" + "".join(f"{value:9.3g} s" for value in seconds))
-    left = len(columns[0]) - len(ranks)
+    for worker in sorted(shown_ones):
+        last, *seconds = (column[worker] for column in columns)
+        table.append(f"  {ranks[worker]:<6}{100 * last:7.0f} %" + "".join(
+            f"{value:9.3g} s" if isfinite(value) else f"{'missing':>11}" for value in seconds))
+    left = len(ranks) - len(shown_ones)
     return [*map(shown, lines), *table, *[f"  and {left} ranks that are last less often"] * bool(left)]

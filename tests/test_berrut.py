@@ -8,6 +8,7 @@ from berrut_cases import CODE, FUNCTIONS, blocks_of, count, heard_of
 
 from mpi_ef.coded import BerrutCode, Parity, locate
 from mpi_ef.errors import DtypeError, MpiEfError, NonFiniteError, OptionError, ShapeError, WrongAnswersError
+from mpi_ef.jobs.reproduce import berrut as experiment
 
 
 def test_golden_values():
@@ -311,3 +312,18 @@ def test_more_colluding_workers_than_are_looked_for_are_refused():
     found = count(15, wrong=4, colluding=4, limit=3, together=0.0)
     assert found["FALSE"] == 0
     assert found["refused"] >= 14
+
+
+def test_tables_of_the_experiment_say_what_their_numbers_are(monkeypatch):
+    """What a row and a column are, above each; and fit a terminal of 80 columns, also with all draws."""
+    monkeypatch.setattr(experiment, "_SMOOTH", ("sigmoid",))
+    monkeypatch.setattr(experiment, "_trial", lambda *_: "exact")
+    monkeypatch.setattr(experiment, "_DEMANDED", 21)
+    for rows, lines in (experiment._all_survive(), experiment._losses(1), experiment._located(experiment._LOCATED)):
+        assert rows
+        (first,) = [n for n, line in enumerate(lines) if line.lstrip().startswith(("f ", "f,", "1 "))]
+        legend = " ".join(lines[:first])
+        for words in ("A row is a function f", "column", "N"):
+            assert words in legend
+        assert max(map(len, lines)) <= 80
+    assert "of 20 draws (21 of 'together .9' with 5 or 2 coll.) in which it names exactly those / only some" in legend

@@ -291,7 +291,7 @@ def test_the_server_may_be_any_rank():
 
 
 @both
-@pytest.mark.parametrize("code", [FractionalRepetition(1), Cyclic(1)], ids=str)
+@pytest.mark.parametrize("code", [kind(s) for s in (1, 0) for kind in (FractionalRepetition, Cyclic)], ids=str)
 def test_too_many_silent_ranks_are_named(code, eager, capsys):
     def program(comm):
         coded = CodedGradients(comm, D, np.float64, code, patience_seconds=0.5)
@@ -312,7 +312,8 @@ def test_too_many_silent_ranks_are_named(code, eager, capsys):
         return None
 
     said = virtual.results(4, program, eager=eager, virtual=True)[0]
-    assert ("n - s = 3 answers needed" if isinstance(code, Cyclic) else "1 of each 2 twins needed") in said
+    coded = "n - s = 3 answers needed" if isinstance(code, Cyclic) else "1 of each 2 twins needed"
+    assert f"; {coded if code.s else 'all of 4 workers needed'}, " in said
     assert "2 of 4 are here" in said
     assert "rank 1 on node 1, rank 3 on node 3 did not come to the end" in capsys.readouterr().err
 

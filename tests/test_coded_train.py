@@ -1,6 +1,7 @@
 """``mpi-ef train --code``: a run whose server evaluates, writes and saves alone."""
 
 import json
+import re
 from dataclasses import replace
 from unittest import mock
 
@@ -9,8 +10,10 @@ import torch
 import virtual
 
 from mpi_ef.checkpoint.manifest import committed_steps
+from mpi_ef.coded import code_of, gradients
 from mpi_ef.errors import ConfigError, DataError, MpiEfError, SilenceError
 from mpi_ef.jobs.cli import main
+from mpi_ef.jobs.delays import load_lateness
 from mpi_ef.jobs.train.coded import CodedTrainer
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.program import train
@@ -40,6 +43,9 @@ def rows_of(folder):
 def test_a_rank_that_sleeps_changes_no_bit_and_is_named(tmp_path, optimizer, capsys):
     config = TrainConfig(**MLP, optimizer=optimizer, compressor="identity")
     whole, *workers = trained(4, replace(config, out=tmp_path / "whole"))
+    told = capsys.readouterr().out
+    assert f"; {optimizer}, fr:1, Identity(): an order of 19.2 kB and an answer of 19.2 kB per step and worker\n" in told
+    assert re.search(r"bytes sent per rank +\S+ kB \(dense: \S+ kB; \d+ % of dense\)\n", told)
     assert [one["steps"] for one in workers] == [7] * 3
     late = trained(4, replace(config, out=tmp_path / "late"), late=[2])[0]
     assert late["parameters_crc32"] == whole["parameters_crc32"]
@@ -49,9 +55,14 @@ def test_a_rank_that_sleeps_changes_no_bit_and_is_named(tmp_path, optimizer, cap
     assert json.loads((tmp_path / "late/summary.json").read_text()) == late
     assert [row["step"] for row in rows_of(tmp_path / "late")] == [2, 4, 6, 8]
     assert any(line.startswith("rank 2") for line in late["lateness"]["lines"])
+    phases = late["phases_seconds_per_step"]  # in which no kernels are loaded; a part takes half of what s + 1 = 2 do
+    part = load_lateness(tmp_path / "late/lateness.npz").part_seconds
+    assert part == pytest.approx((phases["data"] + phases["compute"]) / 2)
     capsys.readouterr()
     main(["report", str(tmp_path / "late"), str(tmp_path / "whole"), "--plot", str(tmp_path / "figure.png")])
-    assert "rank 2" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "rank 2" in told
+    assert [line.rpartition("  ")[2] for line in told.splitlines()[1:3]] == [f"{optimizer}, dense, fr:1"] * 2
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
@@ -140,11 +151,31 @@ def test_what_does_not_go_with_a_code_is_told_before_mpi_starts(options, line):
     assert str(caught.value).startswith(line), caught.value
 
 
-def test_a_code_that_the_ranks_do_not_fit_is_told_on_all_of_them(tmp_path):
-    errors = virtual.run(3, lambda comm: train(comm, TrainConfig(**MLP, out=tmp_path / "run")))
-    assert "2 does not divide 3; take s=0, s=2" in str(errors[0])
+@pytest.mark.parametrize(("n", "code", "line"), [
+    (3, "fr:1", "fr:1: s=1 with 3 workers; 2 does not divide 3; take fr:0, fr:2, or cyclic:2"),
+    (4, "FractionalRepetition(2)", "fr:2: s=2 with 4 workers; 3 does not divide 4; take fr:1, fr:3, or cyclic:3"),
+    (6, "cyclic:2", "cyclic:2: there is no such code where n - s is even, n=6 workers and s=2; take cyclic:1 or cyclic:3, "
+     "or fr:2"),
+    (4, "cyclic:4", "cyclic:4: s=4 of 4 workers cannot all be missing; take cyclic:3 or less"),
+    (4, "blocks:2", "blocks:2: there is no such code for 4 workers; take blocks:3"),
+])
+def test_a_code_that_the_ranks_do_not_fit_is_told_on_all_of_them(n, code, line, tmp_path):
+    """With advice that --code takes."""
+    errors = virtual.run(n, lambda comm: train(comm, TrainConfig(**MLP | {"code": code}, out=tmp_path / "run")))
+    assert [str(error) for error in errors] == [line] * n
     assert all(isinstance(error, MpiEfError) for error in errors)
     assert not (tmp_path / "run").exists()
+    for advised in re.findall(r"\b(?:fr|cyclic|blocks):\d+", line.partition("; take ")[2]):
+        code_of(advised).check(n)
+
+
+def test_a_code_that_rounds_too_much_is_told_with_one_that_does_not(tmp_path):
+    config = TrainConfig(**MLP | {"code": "cyclic:3"}, out=tmp_path / "run")
+    with mock.patch.object(gradients, "LARGEST_AMPLIFICATION", 1.5):
+        errors = virtual.run(8, lambda comm: train(comm, config))
+    assert re.fullmatch(r"CodedGradients: cyclic:3 lets rounding grow \d+ times with n=8 workers, too much for float32; "
+                        "take fr:3, a smaller s, or float64", str(errors[0]))
+    assert len({*map(str, errors)}) == 1
 
 
 def test_a_model_with_statistics_of_its_own_trains(tmp_path):

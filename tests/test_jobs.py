@@ -334,7 +334,9 @@ def test_every_compressor_can_be_built():
 
 
 @pytest.mark.parametrize(("sent", "dense", "shown"), [
-    (1500, 0, "sent 1.5 kB"), (1500, 150_000, "sent 1.5 kB (100x less than dense)"), (0, 150_000, "sent 0 B")])
+    (1500, 0, "sent 1.5 kB"), (1500, 150_000, "sent 1.5 kB (100x less than dense)"), (0, 150_000, "sent 0 B"),
+    (1500, 1000, "sent 1.5 kB (1.5x more than dense)"), (1500, 2000, "sent 1.5 kB (75 % of dense)"),
+    (1500, 1500, "sent 1.5 kB (100 % of dense)"), (1500, 3000, "sent 1.5 kB (2x less than dense)")])
 def test_bytes_are_compared_where_some_are_sent(sent, dense, shown):
     row = {"loss": 1.0, "val_loss": None, "val_accuracy": None, "sent_nbytes": sent, "dense_nbytes": dense}
     assert line(row) == f"loss 1.000  {shown}"

@@ -20,7 +20,7 @@ from mpi_ef.compress import TopK
 from mpi_ef.errors import OptionError
 from mpi_ef.jobs.delays import load_lateness, table_of
 from mpi_ef.jobs.report import program as report
-from mpi_ef.jobs.train import loop
+from mpi_ef.jobs.train import loop, waiting
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.optim import DistributedOptimizer, LocalSteps, OneBitAdam, waits
 
@@ -199,6 +199,34 @@ class TestWhoIsSlow:
             "rank 3: of 10 answers 9 came late, 0 not at all"]
         lateness.part_seconds = 100.0  # a code that has only cost
         assert lateness.lines(10.0, s=1)[1] == "the code (s=1) has saved 0 s, in steps that took 10 s"
+
+
+    def test_a_rank_that_is_stopped_for_good_is_missing_and_not_late_by_what_it_was_before(self):
+        """No time from two answers before, no inf; and its answers, which have no time, are not what a code has saved."""
+        lateness = told(4, [[0, 0.1, 0.005, 0.1]] * 2 + [[0, 0.1, INF, 0.11]] * 38)
+        assert lateness.lines(4.0, s=1) == ["rank 2 is missing in the last 38 of 40 steps",
+                                            "what the code (s=1) has saved is not known: 38 answers never came"]
+        later = told(4, [[0, 0.1, INF, 0.1]] + [[0, 0.1, 5, 0.1]] * 15 + [[0, 0.1, INF, 0.1]] * 24)  # also after 15 answers
+        assert later.lines(4.0)[0] == "rank 2 is missing in 25 of 40 steps"
+        lateness.late[2], lateness.in_time[2] = 1, 1
+        assert lateness.lines(4.0, s=1)[2:] == ["rank 2: of 40 answers 1 came late, 38 not at all"]
+        short = told(4, [[0, 0.1, INF, 0.2]] * 20, keep=10)
+        assert short.lines(1.0)[0] == "rank 2 is missing in all of the last 10 steps"
+        assert short.lines(1.0)[-1] == "rank 2: of 20 answers 0 came late, 20 not at all"  # the rows tell of 10
+
+    def test_a_rank_that_is_late_and_skips_steps_is_late_by_those_that_came(self):
+        often = told(4, [[0, 0, 0.01, 0.31]] * 15 + [[0, 0, 0.01, INF]])  # its last answer is still to come
+        assert often.lines(5.0, s=1)[0] == "rank 3 is last in 100 % of steps: missing in 1, else by .31 s (median of 15)"
+        lateness = told(4, [[0, 0, 0.01, 0.31], [0, 0, 0.01, INF]] * 15)
+        lateness.part_seconds = 0.01
+        assert lateness.lines(5.0, s=1) == [
+            "rank 3 is last in 100 % of steps: missing in 15, else by .31 s (median of 15)",
+            "the code (s=1) has saved 4.2 s or more, in steps that took 5 s; 15 answers never came",
+            "rank 3: of 30 answers 0 came late, 15 not at all"]
+
+    def test_where_nobody_has_waited_for_all_nothing_is_said_of_it(self):
+        lateness = told(4, [[0, 0.1, 0, 5.0]] * 10)
+        assert lateness.lines(10.0, s=None, steps="rounds") == ["rank 3 is last in 100 % of rounds, by 5 s (median)"]
 
 
 def test_it_is_known_for_how_many_workers_there_is_a_code():
@@ -421,6 +449,11 @@ class TestOfRuns:
         assert f"{tmp_path.name}: rank 1 is last in 100 % of steps, by .25 s (median)" in shown
         assert "  1         100 %     0.25 s     0.25 s     0.25 s" in shown
 
+    def test_waiting_for_a_slow_rank_is_communicating(self, tmp_path):
+        """Of the times of a step, the mean over ranks, of which two of three wait .25 s; it is no part of the update."""
+        phases = programs.trained(3, replace(MLP, out=tmp_path))[0]["phases_seconds_per_step"]
+        assert phases["communicate"] > 0.25 * 2 / 3 * 0.99
+
     def test_a_run_of_one_rank_says_nothing(self, tmp_path, capsys):
         programs.trained(1, replace(MLP, out=tmp_path))
         report.main([str(tmp_path)])
@@ -452,6 +485,18 @@ class TestOfRuns:
         assert load_lateness(tmp_path / "lateness.npz").steps <= 8
 
 
+def test_what_a_part_takes_is_not_what_the_slow_one_of_two_ranks_takes():
+    class Two:
+        def Get_size(self): return 2
+        def Get_rank(self): return 0
+        def allgather(self, mine): return [mine] * 2 if isinstance(mine, dict) else [("n", 0.1), ("n", 10.0)]
+
+    late = waiting.Waiting(Two(), None)
+    late.add(np.array([[0.25] * 40, [0.0] * 40]), np.zeros(40, bool))
+    lines = late.summary(11.0, 0.1, rounds=False)["lateness"]["lines"]
+    assert lines[-1] == "a code with s=1 would have saved 90 % of 11 s"
+
+
 def archive(**arrays):
     content = BytesIO()
     np.savez_compressed(content, **arrays)
@@ -476,11 +521,16 @@ def test_a_table_of_many_ranks_has_those_that_are_last_most_often():
     assert [line.split()[0] for line in table[2:-1]] == [str(rank) for rank in range(24, 40)]
     assert table[-1] == "  and 24 ranks that are last less often"
     assert table_of({"lines": [], **many}) == []
+    few = {name: [0.5, 0.5 if name == "last" else INF] for name in many}
+    assert table_of({"lines": ["x"], "ranks": [3, 7], **few})[2:] == [  # of a run whose rank 0 is no worker, for example
+        "  3          50 %      0.5 s      0.5 s      0.5 s", "  7          50 %    missing    missing    missing"]
 
 
 @pytest.mark.parametrize("wrong", [
     {}, {"lines": [3]}, {"lines": ["a"], "last": [1]}, {"lines": ["a"], "last": [1], "median": ["x"]}, [], "x",
-    {"lines": ["a"], "last": [1], "median": [1, 2], "quantile_95": [1], "largest": [1]}])
+    {"lines": ["a"], "last": [1], "median": [1, 2], "quantile_95": [1], "largest": [1]},
+    *({"lines": ["a"], "last": [1], "median": [1], "quantile_95": [1], "largest": [1], "ranks": ranks}
+      for ranks in ([], ["x"], 3))])
 def test_a_summary_with_wrong_lateness(tmp_path, wrong):
     programs.trained(1, replace(MLP, out=tmp_path, steps=3))
     found = json.loads((tmp_path / "summary.json").read_text())

@@ -357,11 +357,24 @@ def test_legends_name_methods(runs, tmp_path, drawn, capsys):
         "sgd, TopK(0.01, values=Quantize('bf16'))"]
 
 
+def test_the_code_of_a_run_is_in_its_name():
+    """As --code takes it; and whole where the rest is cut."""
+    runs = [{"config": {"optimizer": "sgd", "compressor": "identity", "code": code}}
+            for code in ("none", "fr:1", "cyclic:1", "FractionalRepetition(1)", "SRSGC(1, 2, 2)")]
+    names = ["sgd, dense", "sgd, dense, fr:1", "sgd, dense, cyclic:1", "sgd, dense, fr:1", "sgd, dense, srsgc:1,2,2"]
+    assert [naming.method(run) for run in runs] == names
+    assert naming.methods(runs[:3], ["a", "b", "c"]) == names[:3]
+    runs[1]["config"]["compressor"] = "x" * 80
+    assert naming.method(runs[1]).endswith("xx, fr:1")
+    assert len(naming.method(runs[1])) == 60
+
+
 def test_legends_of_what_an_earlier_version_has_written():
     assert naming.method({"config": {"optimizer": "adamw", "compressor": "topk"}}) == "adamw, topk"
     for learned, name in (("none", "sgd, topk"), (None, "sgd, topk"), ("window", "sgd under window, topk")):
         assert naming.method({"config": {"optimizer": "sgd", "precondition": learned, "compressor": "topk"}}) == name
     assert naming.method({"config": {"compressor": "identity"}, "optimizer": "x"}) == "dense"
+    assert naming.method({"config": {"compressor": "identity", "code": "none"}}) == "dense"
     one, other = ({"ranks": n, "config": {"compressor": "Mine(3)", "out": str(n)}} for n in (2, 4))
     assert naming.methods([one, other], ["a", "b"]) == ["Mine(3), ranks=2", "Mine(3), ranks=4"]
     devices = ({}, {"device": "auto"}, {"device": "cuda"})

@@ -1,12 +1,16 @@
 """``mpi-ef train --sweep``: each training is as by itself, whatever the scheme; it goes on; schemes are chosen."""
 
 import json
+from functools import partial
+from itertools import count
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import virtual
 
+from mpi_ef.coded import scheme_of
 from mpi_ef.collectives import Lateness
 from mpi_ef.errors import ConfigError, MpiEfError
 from mpi_ef.jobs.delays import load_lateness, save_lateness
@@ -14,6 +18,7 @@ from mpi_ef.jobs.options import parse
 from mpi_ef.jobs.report import program as report
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.program import train
+from mpi_ef.jobs.train.sweep import SweepTrainer
 
 MLP = {"model": "mlp", "optimizer": "sgd", "batch": 4, "steps": 6, "warmup": 2, "log_every": 2, "eval_every": 6,
        "weight_decay": 0.01, "sweep": "lr=0.3,0.1,0.03"}
@@ -151,9 +156,54 @@ def test_a_report_of_a_sweep_is_of_its_trainings(tmp_path, capsys):
     report.main([str(tmp_path), "--plot", str(tmp_path / "x.png")])
     told = capsys.readouterr().out
     assert [line.split()[0] for line in told.splitlines()[1:4]] == ["lr=0.3", "lr=0.1", "lr=0.03"]
+    assert [line.rpartition("  ")[2] for line in told.splitlines()[1:4]] == ["sgd, dense, gc:0"] * 3
     assert (tmp_path / "x.png").exists()
     report.main([str(tmp_path), "--best"])
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize(("code", "dedicated"), [("gc:1", False), ("gc:1", True), ("srsgc:1,2,2", False)])
+def test_a_sweep_and_its_report_say_once_who_was_slow(code, dedicated, tmp_path, capsys):
+    """By the ranks' own numbers; what a code of rounds has saved, and of no scheme that ranks were waited for."""
+    n, gradient = 4 + dedicated, SweepTrainer._gradient
+
+    def slow(trainer, *arguments):
+        trainer.comm.pause(0.25 if trainer.comm.Get_rank() == n - 1 else 0.01)
+        return gradient(trainer, *arguments)
+
+    with mock.patch.object(SweepTrainer, "_gradient", slow), \
+            mock.patch("mpi_ef.jobs.train.sweep.perf_counter", partial(next, count(0, 1e-3))):
+        done = trained(n, code=code, dedicated=dedicated, out=tmp_path)[0]
+    late = done["lateness"]
+    assert late["lines"][0].startswith(f"rank {n - 1} is ")
+    assert ("the code (s=1) has saved" in late["lines"][1]) == (code == "gc:1")
+    assert late["ranks"] == list(range(dedicated, n))
+    assert f"rank {n - 1}: of 18 answers" in late["lines"][-1]
+    told = capsys.readouterr().out
+    assert f"; sgd, {code}: an order of 19.2 kB and an answer of as much per round and worker\n" in told
+    assert told.count("who is slow") == 1
+    assert "waiting for" not in told
+    report.main([str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith(f"{tmp_path.name}: ")] == [f"{tmp_path.name}: {line}"
+                                                                             for line in late["lines"]]
+    assert [line.split()[0] for line in lines[-4:]] == [*map(str, range(dedicated, n))]
+    damaged = done | {"lateness": late | {"last": 3}}
+    (tmp_path / "summary.json").write_text(json.dumps(damaged))
+    with pytest.raises(SystemExit, match="summary.json is damaged"):
+        report.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(("code", "line"), [
+    ("gc:2", "s=2 of 2 workers cannot all be missing; take gc:1 or less"),
+    ("srsgc:1,2,3", "srsgc: LAM=3 of 2 workers cannot be slow; take srsgc:1,2,2 or less"),
+    ("MSGC(1, 3, 4)", "msgc: LAM=4 of 2 workers cannot be slow; take msgc:1,3,2 or less"),
+])
+def test_a_scheme_that_the_ranks_do_not_fit_is_told_with_texts_that_are_taken(code, line, tmp_path):
+    errors = virtual.run(2, lambda comm: train(comm, TrainConfig(**MLP | {"code": code}, out=tmp_path / "run")))
+    assert [str(error) for error in errors] == [line] * 2
+    scheme_of(line.rpartition("; take ")[2].removesuffix(" or less")).check(2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_another_program_has_written_stays(tmp_path):
@@ -170,6 +220,9 @@ def test_what_another_program_has_written_stays(tmp_path):
     ({"code": "none"}, "sweep=lr=0.3,0.1,0.03 has no effect with code=none; it goes with code=gc:S"),
     ({"code": "srsgc:3,4,2"}, "sweep=lr=0.3,0.1,0.03 is of 3 trainings, and code=srsgc:3,4,2 is for 4 or more"),
     ({"code": "srsgc:1"}, "code=srsgc:1: scheme 'srsgc:1' is not known"),
+    ({"code": "srsgc:2,4,1"}, "code=srsgc:2,4,1: srsgc: B=2 does not divide W - 1=3; take srsgc:2,3,1"),
+    ({"code": "SRSGC(2, 4, 1)"}, "code=SRSGC(2, 4, 1): srsgc: B=2 does not divide W - 1=3; take srsgc:2,3,1"),
+    ({"code": "msgc:1,1,1"}, "code=msgc:1,1,1: msgc: W=1 is less than 2; a window has 2 rounds or more"),
     ({"code": "auto"}, "code=auto wants profile, a lateness.npz of a run; pass one"),
     ({"code": "gc:1", "profile": "x.npz"}, "code=gc:1 takes no profile"),
     ({"code": "gc:1", "sweep": "lr"}, "sweep=lr is no option with different values; write for example lr="),

@@ -5,18 +5,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpi_ef.documents import shown
+from mpi_ef.jobs.train.texts import in_texts
 
 __all__ = ["method", "methods"]
 
 _ASIDE = {"out", "text", "data", "overwrite", "log_every", "eval_every", "checkpoint_every", "keep", "save_in_background",
           "stop_after"}
-_IN_NAME = {"optimizer", "precondition", "compressor", "ratio", "values", "block"}  # options that the name of the method has
+# Options that the name of the method has.
+_IN_NAME = {"optimizer", "precondition", "compressor", "ratio", "values", "block", "code"}
 _MOST = 3  # options in a label
-_LONGEST = 60
+_LONGEST, _OF_CODE = 60, 30
 
 
 def method(summary: Mapping[str, Any]) -> str:
-    """Return optimizer and compressor of a run in a few words: "adamw, TopK(0.01, values=Quantize('bf16'))"."""
+    """Return optimizer, compressor and code of a run in a few words: "adamw, TopK(0.01, values=Quantize('bf16')), fr:1"."""
     config, built = summary["config"], summary.get("optimizer")
     text = built.get("compressor") if isinstance(built, Mapping) else None
     text = text if isinstance(text, str) else config["compressor"]
@@ -24,7 +26,9 @@ def method(summary: Mapping[str, Any]) -> str:
     text = re.sub(r", block=\w+|, seed=0|, values=Identity\(\)", "", text)
     learned = config.get("precondition") or "none"
     first = f"{config.get('optimizer', '')}{'' if learned == 'none' else f' under {learned}'}"
-    return shown(f"{first}, {text}".removeprefix(", "))[:_LONGEST]
+    code = config.get("code") or "none"
+    coded = "" if code == "none" else f", {in_texts(str(code))[:_OF_CODE]}"
+    return shown(f"{first}, {text}".removeprefix(", "))[: _LONGEST - len(coded)] + shown(coded)
 
 
 def methods(summaries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:

@@ -111,7 +111,8 @@ def read_sections(paths: Sequence[Path], *, best: bool = False, panels: Sequence
     made = "\n".join(f"{run.name}: {run.made}" for run in trained)
     left_out = [f"{run.name}: left out were {suspects(run.summary['suspicion'])}" for run in trained
                 if run.summary.get("suspicion")]
-    slow = [line for run in trained for line in _who_is_slow(run)]
+    slow = [line for run in trained for line in _who_is_slow(run.name, run.summary)]
+    slow += [line for path in paths for line in _who_is_slow(path.resolve().name, _sweep(path))]
     return [Section("train", "Training", "\n".join([table(trained), *left_out, *slow]), draw, made), *others]
 
 
@@ -119,18 +120,31 @@ def _each(paths: Sequence[Path]) -> list[Path]:
     """Return the paths; in place of a sweep of ``mpi-ef train`` the folders of its trainings."""
     found = list[Path]()
     for path in paths:
-        try:
-            jobs = read_json(path / "summary.json", follow=True)["jobs"]
-            found += [path / name for name in jobs if (path / name).resolve().parent == path.resolve()]
-        except (OSError, ValueError, LookupError, TypeError):
-            found.append(path)
+        found += [path / name for name in _sweep(path).get("jobs", [])] or [path]
     return found
 
 
-def _who_is_slow(run: _Run) -> list[str]:
-    found = table_of(run.summary["lateness"]) if "lateness" in run.summary else []
-    return [f"{run.name}: {found[0]}", *(line if line.startswith(" ") else f"{run.name}: {line}" for line in found[1:])] \
-        if found else []
+def _sweep(path: Path) -> dict[str, Any]:
+    """Return the summary of a sweep of ``mpi-ef train``; nothing of what is something else.
+
+    Raises `DataError` where its lateness is damaged.
+    """
+    try:
+        whole: dict[str, Any] = read_json(path / "summary.json", follow=True)
+        inside = [name for name in whole["jobs"] if (path / name).resolve().parent == path.resolve()]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    try:
+        if "lateness" in whole:
+            table_of(whole["lateness"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: summary.json is damaged ({briefly(error)}); run the sweep again") from None
+    return whole | {"jobs": inside}
+
+
+def _who_is_slow(name: str, summary: Mapping[str, Any]) -> list[str]:
+    found = table_of(summary["lateness"]) if "lateness" in summary else []
+    return [line if line.startswith("  ") else f"{name}: {line}" for line in found]
 
 
 def _best(runs: Sequence[_Run]) -> list[_Run]:

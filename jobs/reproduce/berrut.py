@@ -6,6 +6,7 @@ All of it is computed on rank 0: the numbers do not depend on how many ranks the
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from mpi_ef.coded import BerrutCode, Parity, locate
 from mpi_ef.comm.protocol import MpiComm
-from mpi_ef.errors import WrongAnswersError
+from mpi_ef.errors import WrongAnswersError, counted
 from mpi_ef.jobs import figures
 from mpi_ef.jobs.reproduce.monna import demanded, verdicts
 from mpi_ef.jobs.reproduce.outcome import Outcome, ReproduceConfig
@@ -56,12 +57,20 @@ def _by_index(code: BerrutCode, answers: Floats, heard: NDArray[np.int64]) -> Fl
     return np.array(made)
 
 
+def _wrapped(text: str) -> list[str]:
+    return wrap(text, 80)
+
+
 def _all_survive() -> tuple[list[Row], list[str]]:
     """Return relative errors without losses, of evaluations none of which is a block, as their number grows."""
-    rows, lines = list[Row](), [f"{'no losses':<12}" + "".join(f"{f'N = {n}':>18}" for n in (16, 32, 64, 128))]
+    counts = (16, 32, 64, 128)
+    rows, lines = list[Row](), [*_wrapped(
+        "No answer is lost: the relative error of f(blocks), a mean of 10 draws. A row is a function f, a column a number N "
+        "of workers; BACC / SBACC. Decoded by Berrut's formula; no worker has a block as it is."),
+        f"{'f':<8}" + "".join(f"{f'N = {n}':>18}" for n in counts)]
     for name in ("linear", "sigmoid", "relu"):
         cells = []
-        for n in (16, 32, 64, 128):
+        for n in counts:
             errors = {}
             for kind in ("bacc", "sbacc"):
                 code, blocks = BerrutCode(8, n, kind), [_blocks(np.random.default_rng(seed)) for seed in range(10)]
@@ -70,16 +79,20 @@ def _all_survive() -> tuple[list[Row], list[str]]:
                                               for x in blocks]))
             rows.append({"table": "no losses", "function": name, "evaluations": n, **errors})
             cells.append(f"{errors['bacc']:.1e} / {errors['sbacc']:.1e}")
-        lines.append(f"{name:<12}" + "".join(f"{cell:>18}" for cell in cells))
-    return rows, [*lines, "relative error, BACC / SBACC, Berrut's formula"]
+        lines.append(f"{name:<8}" + "".join(f"{cell:>18}" for cell in cells))
+    return rows, lines
 
 
 def _losses(trials: int) -> tuple[list[Row], list[str]]:
     """Return mean and largest errors by function, losses and way of decoding, and what of the errors the estimate covers."""
     ways = ("signs by index", "berrut", "least-squares", "auto")
     rows = list[Row]()
-    lines = ["K = 8, N = 40: mean (largest) relative error, and the share of blocks whose error is above its estimate",
-             f"{'':<10}{'lost':>5}" + "".join(f"{way:>20}" for way in ways) + f"{'above':>8}"]
+    lines = [*_wrapped(
+        "Some answers of N = 40 are lost (SBACC): relative errors of f(blocks), the mean and the largest of "
+        f"{counted(trials, 'draw')}. A row is a function f and how many answers are lost, a column a way to decode: "
+        "Berrut's formula with signs by the number of an evaluation, as public code does; Berrut's formula; least squares; "
+        "what decode() chooses. 'above': of that, the share of blocks further off than decode() has estimated."),
+             f"{'f, lost':<10}" + "".join(f"{way:>16}" for way in ways) + f"{'above':>6}"]
     for name in _SMOOTH:
         f = FUNCTIONS[name]
         for lost in (2, 4, 8, 12, 16, 24):
@@ -98,8 +111,8 @@ def _losses(trials: int) -> tuple[list[Row], list[str]]:
             above = float(np.mean(covered)) if covered else 0.0
             rows += [{"table": "losses", "function": name, "lost": lost, "way": way, "mean": mean, "largest": most,
                       "above_estimate": above if way == "auto" else None} for way, (mean, most) in seen.items()]
-            lines.append(f"{name:<10}{lost:5}" + "".join(f"{f'{mean:.1e} ({most:.1e})':>20}" for mean, most in seen.values())
-                         + f"{above:8.2f}")
+            lines.append(f"{name:<8}{lost:2}" + "".join(f"{f'{mean:.1e} {most:.1e}':>16}" for mean, most in seen.values())
+                         + f"{100 * above:4.0f} %")
     return rows, lines
 
 
@@ -129,30 +142,37 @@ def _flat(answers: Floats) -> Parity:
 PARITIES: Mapping[str, Callable[[Floats], Parity]] = {
     "one number": _flat, "learned": lambda v: Parity.learned(v, 8),
     "together .9": lambda v: Parity.learned(v, 8, together=0.9)}
-CASES = (("1 wrong", 1.0, 1, 0, False), ("3 wrong", 1.0, 3, 0, False), ("5 wrong", 1.0, 5, 0, False),
-         ("5 wrong, 4 lost", 1.0, 5, 4, False), ("3 wrong, errors .1", 0.1, 3, 0, False),
-         ("2 collude", 1.0, 2, 0, True), ("3 collude", 1.0, 3, 0, True))
+# Name; what is above a column; how large errors are, how many answers are wrong, how many are lost, whether they collude.
+CASES = (("1 wrong", "1", 1.0, 1, 0, False), ("3 wrong", "3", 1.0, 3, 0, False), ("5 wrong", "5", 1.0, 5, 0, False),
+         ("5 wrong, 4 lost", "5 lost", 1.0, 5, 4, False), ("3 wrong, errors .1", "3 small", 0.1, 3, 0, False),
+         ("2 collude", "2 coll.", 1.0, 2, 0, True), ("3 collude", "3 coll.", 1.0, 3, 0, True))
 
 
 def _located(trials: int) -> tuple[list[Row], list[str]]:
     """Return how often exactly the wrong workers are named, only some of them, and right ones."""
     rows = list[Row]()
     demands = max(trials, _DEMANDED) if trials == _LOCATED else trials
-    lines = [f"K = 8, N = 40, up to 5 looked for, {trials} trials, {demands} of 'together .9' with 5 wrong or 2 colluding:",
-             "share named exactly / some of them only / a right one named",
-             f"{'':<32}" + "".join(f"{name:>20}" for name, *_ in CASES)]
+    more = f" ({demands} of 'together .9' with 5 or 2 coll.)" if demands > trials else ""
+    lines = [*_wrapped(
+        "Some answers of N = 40 are wrong, and locate() is to name whose (SBACC): "
+        f"% of {counted(trials, 'draw')}{more} in which it names exactly those / only some of them / a right one; in the "
+        "others it refuses. A row is a function f and what is known of right answers to the same blocks: one number, how "
+        "large high coefficients are; learned, how large each is; together .9, also how they go with each other. A column "
+        "is how many are wrong, by as much as answers spread; lost: 4 others are lost; small: by a tenth of that; coll.: "
+        "all err in one direction."),
+             f"{'':<20}" + "".join(f"{head:>8}" for _, head, *_ in CASES)]
     for function in _SMOOTH:
         for parity, make in PARITIES.items():
             cells = []
-            for name, amplitude, wrong, lost, colluding in CASES:
+            for name, _, amplitude, wrong, lost, colluding in CASES:
                 rng = np.random.default_rng(wrong)
                 several = demands if parity == "together .9" and name in {"5 wrong", "2 collude"} else trials
                 found = Counter(_trial(rng, FUNCTIONS[function], amplitude, wrong, lost, colluding, make)
                                 for _ in range(several))
                 shares = {kind: found[kind] / several for kind in ("exact", "some", "honest named", "refused")}
                 rows.append({"table": "locator", "function": function, "parity": parity, "case": name, **shares})
-                cells.append(f"{shares['exact']:.2f} / {shares['some']:.2f} / {shares['honest named']:.2f}")
-            lines.append(f"{function + ', ' + parity:<32}" + "".join(f"{cell:>20}" for cell in cells))
+                cells.append("/".join(f"{100 * shares[kind]:.0f}" for kind in ("exact", "some", "honest named")))
+            lines.append(f"{function:<8}{parity:<12}" + "".join(f" {cell:>7}" for cell in cells))
     return rows, lines
 
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from mpi_ef.comm.consensus import agree
 from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.errors import ConfigError, DataError, MpiEfError, counted
-from mpi_ef.jobs.delays import COLUMNS, save_lateness
 from mpi_ef.jobs.delays import FILE as DELAYS
+from mpi_ef.jobs.delays import said_of, save_lateness
 from mpi_ef.jobs.device import described, device_for, move_to
 from mpi_ef.jobs.folder import write_whole
 from mpi_ef.jobs.metrics import Metrics, Progress, announcing, in_bytes, made_here
@@ -32,6 +32,7 @@ from mpi_ef.jobs.train.models import cross_entropy
 from mpi_ef.jobs.train.optimizers import build_coded
 from mpi_ef.jobs.train.problem import build, differences, evaluated, shaping
 from mpi_ef.jobs.train.showing import record, table
+from mpi_ef.jobs.train.texts import in_texts
 from mpi_ef.kernels import machine_code
 
 if TYPE_CHECKING:
@@ -88,8 +89,9 @@ class CodedTrainer:
         coded, config = self.optimizer.coded, self.config
         order = in_bytes(coded.order_compressor.wire_nbytes(coded.d, coded.dtype))
         answer = in_bytes(coded.compressor.wire_nbytes(coded.d, coded.dtype))
-        return (f"{config.model}: {coded.d:,} parameters, a server {'and' if coded.dedicated else 'that is one of'} "
-                f"{counted(coded.n, 'worker')}, {self.data.size:,} training samples; {config.optimizer}, {coded.code}, "
+        of = "and" if coded.dedicated else "that is one of"
+        return (f"{config.model}: {coded.d:,} parameters, a server {of} {counted(coded.n, 'worker')}, "
+                f"{self.data.size:,} training samples; {config.optimizer}, {in_texts(str(coded.code))}, "
                 f"{coded.compressor}: an order of {order} and an answer of {answer} per step and worker")
 
     @property
@@ -236,9 +238,9 @@ class CodedTrainer:
         late, code = self.optimizer.lateness, self.optimizer.coded.code
         if late.n < 2 or not late.steps:
             return {}
-        numbers = zip(COLUMNS, [late.holding().mean(axis=0), *late.quantiles()], strict=True)
-        return {"lateness": {"lines": late.lines(seconds, self.names(), s=code.s),
-                             **{name: [float(f"{value:.4g}") for value in values] for name, values in numbers}}}
+        if (timed := self.steps - self.untimed_steps) and not self.optimizer.coded.dedicated:  # without kernels being loaded
+            late.part_seconds = (self._seconds["data"] + self._seconds["compute"]) / timed / (code.s + 1)
+        return {"lateness": said_of(late, late.lines(seconds, self.names(), s=code.s), self.optimizer.coded.ranks)}
 
 
 def train_coded(comm: MpiComm, config: TrainConfig) -> dict[str, Any]:

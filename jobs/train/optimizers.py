@@ -19,6 +19,7 @@ from mpi_ef.feedback.table import rule_of
 from mpi_ef.jobs.train.choices import OPTIMIZERS
 from mpi_ef.jobs.train.config import TrainConfig
 from mpi_ef.jobs.train.settings import CLIENTS, ROBUST, optimizer_in, rule_in, smoothness_of
+from mpi_ef.jobs.train.texts import naming_texts
 from mpi_ef.optim.flat import FlatOptimizer
 
 if TYPE_CHECKING:
@@ -181,10 +182,11 @@ def build_coded(config: TrainConfig, model: "nn.Module", comm: Comm) -> optim.Co
     """Return the optimizer of a run with a code. Collective."""
     chosen = _chosen(config)
     compressor = _compressor(chosen)
-    return optim.CodedOptimizer(_inner(chosen, model), comm, code_of(chosen.code), compressor,
-                                order_compressor=compressor if chosen.compress_orders else None, model=model,
-                                seed=chosen.seed, clip=chosen.clip, dedicated=chosen.dedicated,
-                                patience_seconds=chosen.patience_seconds, on_silence=chosen.on_silence)
+    with naming_texts(chosen.code):
+        return optim.CodedOptimizer(_inner(chosen, model), comm, code_of(chosen.code), compressor,
+                                    order_compressor=compressor if chosen.compress_orders else None, model=model,
+                                    seed=chosen.seed, clip=chosen.clip, dedicated=chosen.dedicated,
+                                    patience_seconds=chosen.patience_seconds, on_silence=chosen.on_silence)
 
 
 def build_inner(config: TrainConfig, model: "nn.Module") -> torch.optim.Optimizer:

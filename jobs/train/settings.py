@@ -9,6 +9,7 @@ from mpi_ef.jobs.events import check_installed
 from mpi_ef.jobs.methods import check_part
 from mpi_ef.jobs.options import check_device
 from mpi_ef.jobs.train import choices as choices_of
+from mpi_ef.jobs.train.texts import in_texts
 
 if TYPE_CHECKING:
     from mpi_ef.registry import Specification
@@ -142,7 +143,7 @@ def _check_code(chosen: Mapping[str, Any]) -> None:
         try:
             code_of(code)
         except OptionError as error:
-            raise ConfigError(f"code={code}: {error}") from None
+            raise ConfigError(f"code={code}: {in_texts(str(error), code)}") from None
     for name, value in (("on_failure", "stop"), ("gpu_aware_mpi", False)):
         if chosen.get(name, value) != value:
             raise ConfigError(f"{name}={chosen[name]} is for ranks that do all together, code={code} for those that do not; "
@@ -163,7 +164,7 @@ def _check_sweep(code: str, chosen: Mapping[str, Any]) -> None:
     try:
         scheme = scheme_of(code)
     except OptionError as error:
-        raise ConfigError(f"code={code}: {error}") from None
+        raise ConfigError(f"code={code}: {in_texts(str(error), code)}") from None
     if 0 < (jobs := len(_values_of(chosen["sweep"])[1])) <= scheme.delay:
         raise ConfigError(f"sweep={chosen['sweep']} is of {counted(jobs, 'training')}, and code={code} is for "
                           f"{scheme.delay + 1} or more; take another code, or more values")

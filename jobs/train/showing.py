@@ -24,7 +24,7 @@ def line(row: dict[str, Any]) -> str:
     if row["val_accuracy"] is not None:
         held_out += f" ({100 * row['val_accuracy']:.1f} %)"
     dense, sent = row["dense_nbytes"], row["sent_nbytes"]  # nothing yet in the first round of local steps
-    less = f" ({_ratio(sent, dense)} than dense)" if dense and sent else ""
+    less = f" ({_ratio(sent, dense, ' than dense')})" if dense and sent else ""
     return f"loss {row['loss']:.3f}{held_out}  sent {in_bytes(sent)}{less}"
 
 
@@ -34,8 +34,10 @@ def _of_preconditioner(summary: dict[str, Any]) -> str:
     return f"{summary['config']['precondition']}, {counted(summary['updates'], 'exchange')} of {sent} in all{ended}"
 
 
-def _ratio(sent: float, dense: float) -> str:
-    return f"{dense / sent:.0f}x less" if sent < 1.5 * dense else f"{sent / dense:.1f}x more"
+def _ratio(sent: float, dense: float, than: str = "") -> str:
+    if dense < 1.5 * sent and sent < 1.5 * dense:  # "1x less" says nothing
+        return f"{100 * sent / dense:.0f} % of dense"
+    return f"{dense / sent:.0f}x less{than}" if sent < dense else f"{sent / dense:.1f}x more{than}"
 
 
 def _answers(summary: dict[str, Any]) -> str:
@@ -51,7 +53,8 @@ def _replicas(summary: dict[str, Any]) -> str:
 def table(summary: dict[str, Any]) -> str:
     """Return what is said at the end, of a summary. Local."""
     sent, dense = summary["sent_nbytes"], summary["dense_nbytes"]
-    share = f"{_ratio(sent, dense)}, {100 * sent / dense:.2f} %" if sent and dense else "one rank sends nothing"
+    share = _ratio(sent, dense) if sent and dense else "one rank sends nothing"
+    share += f", {100 * sent / dense:.2f} %" if " of dense" not in share and sent and dense else ""
     steps, seconds = summary["untimed_steps"], summary["untimed_seconds"]
     untimed = f"{seconds:.1f} s, {counted(steps, 'step')} in which kernels were compiled or loaded"
     rows = [("validation loss", f"{summary['val_loss']:.4f}"), ("training loss", f"{summary['loss']:.4f}")]

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from mpi_ef.coded import ManyTrainings
+from mpi_ef.coded import GC, ManyTrainings
 from mpi_ef.comm.consensus import agree
 from mpi_ef.comm.protocol import MpiComm
 from mpi_ef.errors import ConfigError, DataError, counted
-from mpi_ef.jobs.delays import COLUMNS
+from mpi_ef.jobs.delays import said_of
 from mpi_ef.jobs.device import described, device_for, move_to
 from mpi_ef.jobs.folder import by_first
 from mpi_ef.jobs.metrics import in_bytes, made_here
@@ -32,6 +32,7 @@ from mpi_ef.jobs.train.optimizers import build_inner
 from mpi_ef.jobs.train.problem import build, differences, evaluated, shaping
 from mpi_ef.jobs.train.scheming import chosen_scheme
 from mpi_ef.jobs.train.settings import swept
+from mpi_ef.jobs.train.texts import in_texts, naming_texts
 from mpi_ef.optim.parts import Statistics, alone_at_random, seed_of
 from mpi_ef.vectors import FlatParameters
 
@@ -139,9 +140,10 @@ class SweepTrainer:
         if config.code == "auto":
             config = replace(config, code=by_first(comm, config.out, lambda: self._chosen(config)), profile=None)
         self.config = config
-        self.many = ManyTrainings(comm, self._gradient, len(self.names), self.flat.d, self.flat.dtype, str(config.code),
-                                  samples=self.sample_count, extras=1, dedicated=bool(config.dedicated),
-                                  patience_seconds=float(config.patience_seconds or 300.0))
+        with naming_texts(str(config.code)):
+            self.many = ManyTrainings(comm, self._gradient, len(self.names), self.flat.d, self.flat.dtype, str(config.code),
+                                      samples=self.sample_count, extras=1, dedicated=bool(config.dedicated),
+                                      patience_seconds=float(config.patience_seconds or 300.0))
         self.xs = np.array([job.values() for job in self.jobs])
 
     def _chosen(self, config: TrainConfig) -> str:
@@ -161,10 +163,12 @@ class SweepTrainer:
     def headline(self) -> str:
         """Return a line about models, data and the scheme."""
         many, whole = self.many, in_bytes(self.flat.d * self.flat.dtype.itemsize)
+        most = many.scheme.vectors
+        answer = "an answer of as much" if most == 1 else f"an answer of up to {most} times that"
         return (f"{self.config.model}: {counted(many.models, 'training')} of {self.flat.d:,} parameters at once "
                 f"({', '.join(self.names)}); {counted(many.n, 'worker')}, {self.data.size:,} training samples; "
-                f"{self.config.optimizer}, {many.scheme}: an order of {whole} and an answer of up to "
-                f"{counted(many.scheme.vectors, 'vector')} of that per round and worker")
+                f"{self.config.optimizer}, {in_texts(str(many.scheme))}: an order of {whole} and {answer} per round and "
+                "worker")
 
     def epoch(self, step: int) -> int:
         """Return how often all samples have been drawn, on average, before step 0, 1, ..."""
@@ -307,12 +311,10 @@ class SweepTrainer:
 
     def late(self) -> dict[str, Any]:
         """Return who was slow, for a summary."""
-        late = self.many.lateness
+        late, scheme = self.many.lateness, self.many.scheme
         if late.n < 2 or not late.steps:
             return {}
-        several = len(set(self.hosts)) > 1
-        names = [f"rank {rank}" + f" on {host}" * several for rank, host in enumerate(self.hosts)][self.many.dedicated :]
-        numbers = zip(COLUMNS, [late.holding().mean(axis=0), *late.quantiles()], strict=True)
-        lines = late.lines(self._spent["all"], names, steps="rounds") if len(late.rows) else []
-        return {"lateness": {"lines": [text for text in lines if "would have" not in text],
-                             **{name: [float(f"{value:.4g}") for value in values] for name, values in numbers}}}
+        several, ranks = len(set(self.hosts)) > 1, range(self.many.dedicated, len(self.hosts))
+        names = [f"rank {rank}" + f" on {self.hosts[rank]}" * several for rank in ranks]
+        s = scheme.code(late.n).s if isinstance(scheme, GC) else None  # others finish jobs in later rounds
+        return {"lateness": said_of(late, late.lines(self._spent["all"], names, s=s, steps="rounds"), ranks)}

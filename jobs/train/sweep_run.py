@@ -7,6 +7,7 @@ all together, after a step of all.
 import json
 import sys
 from contextlib import ExitStack, closing
+from itertools import chain, repeat
 from typing import Any
 from zlib import crc32
 
@@ -156,6 +157,7 @@ def _table(trainer: SweepTrainer, whole: dict[str, Any], missing: tuple[int, ...
     metrics, steps = trainer.many.metrics, trainer.steps
     lines.append(f"time            {seconds:.1f} s, {1e3 * seconds / max(1, steps):.1f} ms per step of all; "
                  f"{metrics['rounds']:.0f} rounds, {metrics['waits']:.0f} with a wait, {metrics['late']:.0f} late answers")
-    lines += [f"who is slow     {text}" for text in whole.get("lateness", {}).get("lines", [])]
+    labels = chain(["who is slow"], repeat(""))
+    lines += [f"{label:<16}{text}" for label, text in zip(labels, whole.get("lateness", {}).get("lines", []), strict=False)]
     lines += [f"missing         {ranks_text(missing)} at the end"] if missing else []
     return "\n".join([*lines, f"written to      {trainer.config.out}"])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mpi_ef.collectives import Lateness
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DataError
-from mpi_ef.jobs.delays import COLUMNS, FILE, load_lateness, save_lateness
+from mpi_ef.jobs.delays import FILE, load_lateness, said_of, save_lateness
 from mpi_ef.optim.flat import FlatOptimizer
 from mpi_ef.optim.waits import delays
 
@@ -73,10 +73,8 @@ class Waiting:
         said = dict[str, Any]()
         if self.lateness is not None and self.lateness.n > 1 and self.lateness.steps:
             late = self.lateness
-            late.part_seconds = sorted(spent)[late.n // 2] / late.steps
+            late.part_seconds = sorted(spent)[(late.n - 1) // 2] / late.steps  # of two the quick one: the other may be slow
             names = [f"rank {rank}" + f" on {host}" * (len({*hosts}) > 1) for rank, host in enumerate(hosts)]
-            numbers = zip(COLUMNS, [late.holding().mean(axis=0), *late.quantiles()], strict=True)
-            said = {"lines": late.lines(seconds, names, steps="rounds" if rounds else "steps"),
-                    **{name: [float(f"{value:.4g}") for value in values] for name, values in numbers}}
+            said = said_of(late, late.lines(seconds, names, steps="rounds" if rounds else "steps"), range(late.n))
         everybodys: list[dict[str, Any]] = self._comm.allgather(said)
         return {"lateness": everybodys[0]} if everybodys[0] else {}

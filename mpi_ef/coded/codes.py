@@ -112,6 +112,10 @@ class GradientCode(ABC):
         self.check(n)
         return _amplification(self, n)
 
+    def needed(self, n: int) -> str:
+        """Return in words which answers a step needs."""
+        return f"n - s = {n - self.s} answers needed" if self.s else f"all of {counted(n, 'worker')} needed"
+
     def _missing(self, mask: int, n: int) -> OptionError:
         there = members(mask)
         return OptionError(f"{self}: workers {there} of {n} are not enough: {n - self.s} always are")
@@ -150,6 +154,10 @@ class FractionalRepetition(GradientCode):
             cyclic = f", or Cyclic({self.s if (n - self.s) % 2 else self.s + 1})"
             raise OptionError(f"{self}: s={self.s} with {counted(n, 'worker')}; {self.s + 1} does not divide {n}; take "
                               f"s={below}, s={above}{cyclic}")
+
+    def needed(self, n: int) -> str:
+        """Return in words which answers a step needs."""
+        return f"{self.votes} of each {self.s + 1} twins needed" if self.s else super().needed(n)
 
     def groups(self, n: int) -> int:
         """Return how many groups there are."""

@@ -15,7 +15,7 @@ from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress.compressor import Codec
 from mpi_ef.errors import DisagreementError, NonFiniteError, SilenceError, say
 
-from .codes import Cyclic, FractionalRepetition, GradientCode, mask_of, members
+from .codes import Cyclic, GradientCode, mask_of, members
 from .moves import Moves
 from .twins import Dispute, Twins
 from .wire import NOT_FINITE, ROW, WHOLE, Decoded, Layout, Numbers
@@ -248,8 +248,7 @@ class Decider:
     def _silence(self) -> SilenceError | NonFiniteError | DisagreementError:
         """Return the error where too few have answered."""
         here = f"{self._usable().bit_count()} of {self.n} are here"
-        needed = (f"{self.code.votes} of each {self.code.s + 1} twins needed" if isinstance(self.code, FractionalRepetition)
-                  else f"n - s = {self.n - self.code.s} answers needed")
+        needed = self.code.needed(self.n)
         waiting = [rank for rank, step in self.server.under_way.items() if not self._answered(rank)]
         if self._bad and not waiting:
             ranks = tuple(self.ranks[i] for i in members(self._bad))

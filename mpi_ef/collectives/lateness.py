@@ -180,8 +180,11 @@ class Lateness:
         fair = counts.sum() * min(_OFTEN / self.n, (1 + 1 / self.n) / 2)
         return [i for i in np.argsort(-counts, kind="stable").tolist() if counts[i] >= max(least, fair)]
 
-    def lines(self, seconds: float, names: Sequence[str] = (), *, s: int = 0, steps: str = "steps") -> list[str]:
+    def lines(self, seconds: float, names: Sequence[str] = (), *, s: int | None = 0, steps: str = "steps") -> list[str]:
         """Return what there is to say at the end of a run, in plain lines; none where nobody has waited long.
+
+        A worker whose answers did not come is missing in those steps; how late it was is said of those that came, unless
+        more are missing and either less than three came, or none in most of those steps at the end.
 
         Parameters
         ----------
@@ -189,29 +192,41 @@ class Lateness:
             That all steps have taken together.
         names : sequence of str, optional
             Of the workers; without: "rank 0" and so on.
-        s : int
-            Of the code that was in use: what it has saved is said, not what another one would have saved.
+        s : int or None
+            Of the code that was in use: what it has saved is said, not what another one would have saved. None: nobody has
+            waited for all in each step, and only who is slow is said.
         steps : str
             What a row is of.
         """
         within("Lateness.lines", "[0, inf)", "the time of all steps", seconds=seconds)
         names, lines, waited = names or [f"rank {i}" for i in range(self.n)], list[str](), self.waited()
+        told = set[int]()  # of whom the counts say nothing more
         if waited >= _WORTH * seconds and waited > 0 < seconds:
             holding, rows = self.holding(), self._over()
             held, slow = holding.sum(axis=0), self.slow()
             with np.errstate(invalid="ignore"):  # half of the answers may be missing
                 by = rows - self._medians(rows)
-            of = f"of {steps}" if len(rows) == self.steps else f"of the last {len(rows)} {steps}"
+            of, all_of = f"of {steps}", f"of {len(rows)} {steps}"
+            if len(rows) < self.steps:
+                of = all_of = f"of the last {len(rows)} {steps}"
             for i in slow:
                 seen = by[holding[:, i] & np.isfinite(by[:, i]), i]
-                later = f", by {_short(float(np.median(seen)))} s (median)" if seen.size else ""
+                missed, came = int(held[i]) - seen.size, np.flatnonzero(np.isfinite(rows[:, i]))
+                since = len(rows) - 1 - int(came[-1]) if came.size else len(rows)  # its last answer
+                if missed > seen.size and (seen.size < _FEWEST or 2 * since > missed):
+                    told |= {i} if missed == self.missing[i] and not self.late[i] else set()
+                    which = "all" if missed == len(rows) else f"the last {missed}" if since >= missed else str(missed)
+                    lines.append(f"{names[i]} is missing in {which} {all_of}")
+                    continue
+                later = f"by {_short(float(np.median(seen)))} s (median{f' of {seen.size}' if missed else ''})"
+                later = f": missing in {missed}, else {later}" if missed else f", {later}"
                 lines.append(f"{names[i]} is last in {_share(held[i] / len(rows))} {of}{later}")
             whom = "" if slow else ", and no rank is it clearly more often than others"
-            if not s:
+            if s == 0:
                 lines.append(f"waiting for the last rank took {_share(waited / seconds)} of {_short(seconds)} s{whom}")
-            lines += self._of_code(seconds, s)
+            lines += [] if s is None else self._of_code(seconds, s)
         for i, (late_ones, missing) in enumerate(zip(self.late.tolist(), self.missing.tolist(), strict=True)):
-            if late_ones or missing:
+            if (late_ones or missing) and i not in told:
                 lines.append(f"{names[i]}: of {counted(self.steps, 'answer')} {late_ones} came late, {missing} not at all")
         return lines
 
@@ -264,6 +279,11 @@ class Lateness:
     def _of_code(self, seconds: float, s: int) -> list[str]:
         best, saved = (s, self.would_save(s)) if s else self.best()
         free = "" if self.part_seconds else f", not counting that each rank computes {best + 1} parts instead of 1"
+        if s and (never := int(self.missing.sum())):
+            if saved <= 0:
+                return [f"what the code (s={s}) has saved is not known: {counted(never, 'answer')} never came"]
+            text = f"the code (s={s}) has saved {_short(saved)} s or more, in steps that took {_short(seconds)} s{free}"
+            return [f"{text}; {counted(never, 'answer')} never came"]
         if s:
             return [f"the code (s={s}) has saved {_short(max(0.0, saved))} s, in steps that took {_short(seconds)} s{free}"]
         if saved < _WORTH * seconds:

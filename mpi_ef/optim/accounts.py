@@ -88,8 +88,12 @@ class Communicating(OnAllRanks, Optimizer, metaclass=SharedErrors):
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Wall time of this rank in "encode", "communicate" and "decode", over all steps so far."""
+        """Wall time of this rank in "encode", "communicate" and "decode", over all steps so far.
+
+        Communicating includes waiting for the last rank at the beginning of each step.
+        """
         spent = dict(self._retired_seconds)
+        spent["communicate"] += self._handshake.waits.total
         for channel in self.channels():
             for name, seconds in channel.seconds.items():
                 spent[name] += seconds

@@ -29,17 +29,20 @@ class Waits:
         Meetings so far.
     last : float
         Seconds of the last one; NaN where it does not count.
+    total : float
+        Seconds of all, also of those that do not count.
     """
 
     def __init__(self, comm: Comm, call: str) -> None:
         self._comm, self._call = comm, call
         self._seconds = np.zeros(KEEP, np.float32)
-        self.count, self._taken, self.last = 0, 0, np.nan
+        self.count, self._taken, self.last, self.total = 0, 0, np.nan, 0.0
         self._rows: Lateness | None = None
         self._began = False
 
     def note(self, seconds: float, *, counts: bool) -> None:
         """Note a meeting, alike on all ranks. The first one does not count: kernels and data are loaded before it. Local."""
+        self.total += seconds
         if not counts or not self._began:
             self._began, self.last = True, np.nan
             return

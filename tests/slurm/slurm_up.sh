@@ -95,7 +95,7 @@ JobRequeue=1
 ReturnToService=2
 SlurmctldTimeout=60
 SlurmdTimeout=60
-KillWait=5
+KillWait=20
 MinJobAge=3600
 InactiveLimit=0
 GresTypes=gpu
@@ -103,7 +103,7 @@ NodeName=$(range n 1) NodeHostname=$H NodeAddr=127.0.0.1 Port=$(range "" $((PORT
 Boards=1 SocketsPerBoard=1 CoresPerSocket=$CPUS ThreadsPerCore=1 RealMemory=64000 $gres State=UNKNOWN
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=5 PreemptMode=OFF State=UP
 PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 GraceTime=0 State=UP
-PartitionName=gentle Nodes=ALL MaxTime=INFINITE PriorityTier=1 GraceTime=10 State=UP
+PartitionName=gentle Nodes=ALL MaxTime=INFINITE PriorityTier=1 GraceTime=20 State=UP
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 State=UP
 CONF
 
