@@ -291,14 +291,14 @@ def _late(steps: int, most: int) -> NDArray[np.bool_]:
 
 def _of_runs(runs: Sequence[dict[str, Any]]) -> Lines:
     lines = [f"||grad f||^2 at the end; {N} workers, rows sorted by label, Top-{K}, {FACTOR:g} times theory's step size",
-             f"{'':36}{f'worker {DEAD} dies':>16}{f'late with {LATE:g}':>16}{'late answers':>14}{'bytes: answer':>15}{'order':>8}"]
+             f"{'':36}{f'worker {DEAD} dies':>16}{f'late with {LATE:g}':>16}{'late':>8}{'bytes: answer':>15}{'order':>8}"]
     of = {(run.name, run.late): found for run, found in zip(RUNS, runs, strict=True)}
     for run in RUNS:
         if not run.late:
             ends = [f"{of[run.name, late]['curve'].squared_norms[-1]:.1e}" if (run.name, late) in of else "-"
                     for late in (False, True)]
             last = of.get((run.name, True), of[run.name, False])
-            lines.append(f"{run.name:36}{ends[0]:>16}{ends[1]:>16}{last['late']:14}{last['nbytes']:15.1f}{last['order']:8.1f}")
+            lines.append(f"{run.name:36}{ends[0]:>16}{ends[1]:>16}{last['late']:8}{last['nbytes']:15.1f}{last['order']:8.1f}")
     return lines
 
 
