@@ -1,6 +1,7 @@
 """Logistic regression with coded gradients, with workers that sleep, are stopped, go on, or are killed.
 
-``python coded_program.py OPTIONS``; OPTIONS is JSON: code; steps; k, entries that a message names, 0 for whole vectors; lr;
+``python coded_program.py OPTIONS``; OPTIONS is JSON: code; steps; k, entries that an answer names, 0 for whole vectors;
+orders, the same of orders; lr;
 part, seconds that a part of the gradient takes; stopped, a list of [rank, step, step from which it goes on or null], by
 rank 0's steps; killed, a list of [rank, step]; sleepers, ranks that sleep at random for `sleep` seconds; patience; status,
 with which to leave; ending: "close", or of a server that leaves without a word, "none", or in a with statement, "exit".
@@ -18,10 +19,10 @@ import numpy as np
 from mpi4py.MPI import COMM_WORLD as comm
 
 from mpi_ef.coded import CodedGradients, code_of
-from mpi_ef.compress import TopK
+from mpi_ef.compress import Identity, TopK
 from mpi_ef.errors import MpiEfError
 
-options = {"code": "fr:1", "steps": 40, "k": 0, "lr": 0.5, "part": 0.004, "stopped": [], "killed": [],
+options = {"code": "fr:1", "steps": 40, "k": 0, "orders": 0, "lr": 0.5, "part": 0.004, "stopped": [], "killed": [],
            "sleepers": [], "sleep": 0.5, "patience": 30.0, "status": None, "d": 68, "samples": 40, "out": "", "spread": 0.5,
            "seed": 0, "dedicated": False, "ending": "close"}
 options |= json.loads(sys.argv[1])
@@ -75,8 +76,8 @@ def signals(t):
             os.kill(process[rank], signal.SIGKILL)
 
 
-compressor = TopK(k=options["k"]) if options["k"] else None
-coded = CodedGradients(comm, D, np.float64, code_of(options["code"]), compressor,
+compressor, order_compressor = (TopK(k=options[name]) if options[name] else None for name in ("k", "orders"))
+coded = CodedGradients(comm, D, np.float64, code_of(options["code"]), compressor, order_compressor=order_compressor,
                        patience_seconds=options["patience"], dedicated=options["dedicated"])
 x, left, seconds, rows = np.zeros(D), (), [], []
 if coded.is_server:
@@ -110,12 +111,19 @@ else:
 def undisturbed():
     """Return what one process makes of it, adding up groups as `FractionalRepetition` does."""
     y, code = np.zeros(D), code_of(options["code"])
-    for _ in range(options["steps"]):
+    follower, w = (order_compressor or Identity()).codec(D, np.float64), y
+    wire = np.zeros(follower.nbytes, np.uint8)
+    for t in range(options["steps"]):
+        if order_compressor is None or not t:
+            w = y.copy()
+        else:
+            follower.encode(y - w, wire, step=t, rank=N)
+            follower.add(wire[None], w)
         total = np.zeros(D)
         for first in range(0, N, code.s + 1):
             block = np.zeros(D)
             for part in range(first, first + code.s + 1):
-                block += gradient(y, part)
+                block += gradient(w, part)
             total += block
         y = y - options["lr"] / (N * SAMPLES) * total
     return y

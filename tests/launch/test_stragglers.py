@@ -25,9 +25,10 @@ def trained(n=4, **options):
     return told_by(ended), ended
 
 
-def test_a_worker_that_is_stopped_and_goes_on_and_one_that_sleeps_change_no_bit():
+@pytest.mark.parametrize("orders", [0, 5], ids=["whole orders", "compressed orders"])
+def test_a_worker_that_is_stopped_and_goes_on_and_one_that_sleeps_change_no_bit(orders):
     """Twins are 0 and 2, 1 and 3: one of each is always awake. Rank 2 finds one old order, and no more."""
-    told, _ = trained(steps=40, stopped=[[2, 5, 25]], sleepers=[3], sleep=0.2)
+    told, _ = trained(steps=40, stopped=[[2, 5, 25]], sleepers=[3], sleep=0.2, orders=orders)
     assert sorted(told) == [0, 1, 2, 3]
     assert told[0]["same"]
     assert len({one["x"] for one in told.values()}) == 1
@@ -169,7 +170,8 @@ def test_twenty_of_twenty():
     rng = np.random.default_rng(0)
     for again in range(20):
         stop = int(rng.integers(1, 25))
-        told, _ = trained(steps=60, stopped=[[2, stop, stop + int(rng.integers(5, 30))]], sleepers=[1, 3], seed=again)
+        told, _ = trained(steps=60, stopped=[[2, stop, stop + int(rng.integers(5, 30))]], sleepers=[1, 3], seed=again,
+                          orders=5 * (again % 2))
         assert told[0]["same"]
         assert sorted(told) == [0, 1, 2, 3]
         told, _ = trained(steps=60, stopped=[[1, stop, None]], patience=3, status=0)
