@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import ZipFile
@@ -61,10 +61,13 @@ def _archive(path: Path) -> BytesIO:
 
 
 def said_of(lateness: "Lateness", lines: Sequence[str], ranks: Sequence[int]) -> dict[str, Any]:
-    """Return what a summary says under "lateness": these lines, and numbers of the workers, which are these ranks. Local."""
+    """Return what a summary says under "lateness": these lines, and numbers of the workers, which are these ranks. Local.
+
+    A number is None where answers are missing: JSON has no infinities.
+    """
     numbers = zip(_COLUMNS, [lateness.holding().mean(axis=0), *lateness.quantiles()], strict=True)
     return {"lines": list(lines), "ranks": list(ranks),
-            **{name: [float(f"{value:.4g}") for value in values] for name, values in numbers}}
+            **{name: [float(f"{value:.4g}") if isfinite(value) else None for value in values] for name, values in numbers}}
 
 
 def table_of(said: Mapping[str, Any]) -> list[str]:
@@ -72,7 +75,7 @@ def table_of(said: Mapping[str, Any]) -> list[str]:
 
     Raises `ValueError` or another error of types and names where it is not what ``mpi-ef train`` has written.
     """
-    lines, columns = list(said["lines"]), [[float(value) for value in said[name]] for name in _COLUMNS]
+    lines, columns = list(said["lines"]), [[inf if v is None else float(v) for v in said[name]] for name in _COLUMNS]
     ranks = list(said.get("ranks", range(len(columns[0]))))
     if not all(isinstance(line, str) for line in lines) or not all(isinstance(rank, int) for rank in ranks) or not all(
             len(column) == len(ranks) for column in columns):

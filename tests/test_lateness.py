@@ -18,7 +18,7 @@ from mpi_ef.collectives import Lateness
 from mpi_ef.collectives.lateness import _has_code
 from mpi_ef.compress import TopK
 from mpi_ef.errors import OptionError
-from mpi_ef.jobs.delays import load_lateness, table_of
+from mpi_ef.jobs.delays import load_lateness, said_of, table_of
 from mpi_ef.jobs.report import program as report
 from mpi_ef.jobs.train import loop, waiting
 from mpi_ef.jobs.train.config import TrainConfig
@@ -512,6 +512,17 @@ def test_what_is_no_file_of_delays(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(MpiEfError, match=r"lateness.npz: holds no delays of a run \(.*\); mpi-ef train writes them$"):
         load_lateness(path)
+
+
+def test_what_a_summary_says_of_a_worker_that_is_missing_is_json():
+    late = Lateness(2)
+    for step in range(4):
+        late.begin(step)
+        late.arrived(step, 0, 0.1 * step)
+        late.over(step)
+    said = json.loads(json.dumps(said_of(late, ["x"], [0, 1]), allow_nan=False))
+    assert said["median"][1] is None
+    assert "missing" in table_of(said)[-1]
 
 
 def test_a_table_of_many_ranks_has_those_that_are_last_most_often():
