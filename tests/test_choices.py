@@ -37,7 +37,7 @@ OTHER = {
     "plan": ["my_plan:TrimmedMean(trim=0)"], "ratio": [0.3], "block": [64], "rank": [2], "freeze": [7], "local_steps": [7],
     "precondition": [*choices.PRECONDITIONS], "sides": ["inputs"], "precondition_every": [7], "statistics": ["bf16"],
     "code": ["cyclic:0"], "dedicated": [True],
-    "compress_orders": [True], "patience_seconds": [7.0], "on_silence": ["wait", "approximate"],
+    "compress_orders": [True], "patience_seconds": [7.0], "on_silence": ["wait", "approximate"], "twins": ["warn"],
     "sweep": ["lr=0.03,0.1"], "profile": [Path("lateness.npz")],
     "fallback": [0.3], "exchange_every": [7], "decay": [0.7],
     "outer_lr": [0.7], "outer_momentum": [0.3], "fragments": [2], "late": [True],
@@ -116,7 +116,8 @@ def described_with_code(trained):
     """The same of a training with a code."""
     optimizer, coded = trained.optimizer, trained.optimizer.coded
     groups = [{name: plain(value) for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    server = [coded.decider._on_silence, coded.decider.server.patience_seconds] if optimizer.is_server else []
+    decider = coded.decider if optimizer.is_server else None
+    server = [decider._on_silence, decider._raises, decider.server.patience_seconds] if decider else []
     shapes = [tuple(p.shape) for p in trained.model.parameters()]
     layers = [(type(layer).__name__, getattr(layer, "heads", None)) for layer in trained.model.modules()]
     batch = [crc32(part.numpy().tobytes()) for part in trained.batch(0, 0)]

@@ -274,6 +274,7 @@ ELSEWHERE = {
     "compress_orders",
     "patience_seconds",
     "on_silence",
+    "twins",
     "profile",
     "tensorboard",
     "text",

@@ -109,7 +109,8 @@ _ROUNDS: Mapping[Any, Takes] = {
 _CODED, _SCHEMES = "fr:S, cyclic:S, blocks:S", "gc:S, srsgc:B,W,LAM, msgc:B,W,LAM, auto"
 _CODES: Mapping[Any, Takes] = {
     "none": {},
-    _CODED: {"dedicated": False, "compress_orders": False, "patience_seconds": 300.0, "on_silence": "raise"},
+    _CODED: {"dedicated": False, "compress_orders": False, "patience_seconds": 300.0, "on_silence": "raise",
+             "twins": "raise"},
     _SCHEMES: {"sweep": Depends("none, it has to be given"), "profile": Depends("none, auto wants one"), "dedicated": False,
                "patience_seconds": 300.0},
 }

@@ -65,6 +65,8 @@ class TrainConfig(Checked):
                                           "(0, inf)")
     on_silence: str | None = _for("on_silence", "what is done then: save and end, wait on, or take what is there",
                                   choices=("raise", "wait", "approximate"))
+    twins: str | None = _for("twins", "what is done where answers to be of the same bits differ: end, or say so",
+                             choices=("raise", "warn"))
     precondition: str | None = _for("precondition", "what gradients are multiplied by, learned from vectors that ranks "
                                     "exchange; see docs/algorithms.md", choices=tuple(choices_of.PRECONDITIONS))
     sides: str | None = _for("sides", "of layers, which learn", choices=("both", "inputs", "outputs"))

@@ -186,7 +186,8 @@ def build_coded(config: TrainConfig, model: "nn.Module", comm: Comm) -> optim.Co
         return optim.CodedOptimizer(_inner(chosen, model), comm, code_of(chosen.code), compressor,
                                     order_compressor=compressor if chosen.compress_orders else None, model=model,
                                     seed=chosen.seed, clip=chosen.clip, dedicated=chosen.dedicated,
-                                    patience_seconds=chosen.patience_seconds, on_silence=chosen.on_silence)
+                                    patience_seconds=chosen.patience_seconds, on_silence=chosen.on_silence,
+                                    twins=chosen.twins)
 
 
 def build_inner(config: TrainConfig, model: "nn.Module") -> torch.optim.Optimizer:
