@@ -54,6 +54,15 @@ def test_each_training_is_as_by_itself(code, alone, tmp_path):
     assert load_lateness(tmp_path / "lateness.npz").n == 4
 
 
+def test_the_model_that_is_none_of_digits_is_swept_too(tmp_path):
+    """Its sizes are defaults, which trainings of a sweep had not."""
+    text = tmp_path / "text"
+    text.write_text("What a user has written, many times over. " * 40)
+    done = trained(2, model="gpt", text=text, code="srsgc:1,2,1", sweep="lr=0.1,0.01", steps=2, context=8,
+                   out=tmp_path / "out")
+    assert [one["steps"] for one in done[0]["jobs"].values()] == [2, 2]
+
+
 @pytest.mark.parametrize("sweep", ["seed=1,2", "momentum=0.5,0.9", "clip=0,0.1"])
 def test_any_of_these_options_makes_trainings_differ(sweep, tmp_path):
     done = trained(2, code="srsgc:1,2,1", sweep=sweep, out=tmp_path, dedicated=False)[0]["jobs"]
