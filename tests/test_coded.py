@@ -563,9 +563,9 @@ def test_serve_trains_numpy_vectors():
     assert all(same_bits(result, x) for result in results)
 
 
-def served(n=2, gradient=lambda *_: (np.ones(D), 2), step=lambda x, g, _: x - g, x=lambda: np.zeros(D), code=None, **options):
+def served(n=2, gradient=lambda *_: (np.ones(D), 2), step=lambda x, g, _: x - g, code=None):
     code = FractionalRepetition(1) if code is None else code
-    return virtual.results(n, lambda comm: serve(comm, gradient, x(), code, step=step, steps=2, **options).x)
+    return virtual.results(n, lambda comm: serve(comm, gradient, np.zeros(D), code, step=step, steps=2).x)
 
 
 @pytest.mark.parametrize(("answer", "line"), [
