@@ -8,6 +8,7 @@ import torch
 import virtual
 
 from mpi_ef.collectives import Lateness
+from mpi_ef.collectives.server import Server
 from mpi_ef.errors import ConfigError, MpiEfError
 from mpi_ef.jobs.delays import load_lateness, save_lateness
 from mpi_ef.jobs.options import parse
@@ -163,6 +164,20 @@ def test_a_report_of_a_sweep_is_of_its_trainings(tmp_path, capsys):
     assert (tmp_path / "x.png").exists()
     report.main([str(tmp_path), "--best"])
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_sweep_that_cannot_go_on_ends_as_other_runs_do(tmp_path, monkeypatch):
+    """It said that rank 0 had left its workers, and ended with another status."""
+    left = []
+    monkeypatch.setattr(Server, "abandon", lambda server: left.append(server))
+    options = {"code": "gc:0", "out": tmp_path, "checkpoint_every": 2}
+    trained(2, **options, stop_after=2)
+    with pytest.raises(MpiEfError, match=r"resume: sweep was lr=0\.3,0\.1,0\.03, is lr=0\.3,0\.1,0\.02"):
+        trained(2, **options, resume="exact", sweep="lr=0.3,0.1,0.02")
+    (tmp_path / "lr=0.1" / "metrics.csv").write_text("mine")
+    with pytest.raises(MpiEfError, match=r"metrics\.csv: no run has written it"):
+        trained(2, **options, resume="exact")
+    assert not left
 
 
 def test_what_another_program_has_written_stays(tmp_path):
