@@ -698,6 +698,22 @@ def test_misuse_is_one_line_each():
     virtual.results(2, program)
 
 
+@pytest.mark.parametrize("extras", [["a"], [1j], 3, None, np.ones((1, 2)), [[1], [2, 3]]])
+def test_extras_and_steps_that_are_no_numbers_are_one_line(extras):
+    def program(comm):
+        coded = CodedGradients(comm, D, np.float64, FractionalRepetition(0), extras=1, order_extras=1)
+        for step in ("a", -1):
+            with pytest.raises(OptionError, match="CodedGradients: step="):
+                coded.restore(None, step)
+        with pytest.raises(OptionError, match="are no sequence of numbers; it was built for 1 of them"):
+            coded.begin(np.zeros(D), extras)
+        order = coded.begin(np.zeros(D), [0])
+        with pytest.raises(OptionError, match="are no sequence of numbers; it was built for 1 of them"):
+            coded.answer(coded_sum(order), extras)
+
+    virtual.results(1, program)
+
+
 def test_lateness_tells_who_is_slow():
     pauses = lambda rank, t: 0.3 if rank == 3 and t % 2 else 0.01  # noqa: E731
     finish = lambda coded: (coded.lateness.in_time, coded.lateness.late, coded.lateness.missing) if coded.is_server else 0  # noqa: E731

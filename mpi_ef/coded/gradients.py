@@ -38,6 +38,7 @@ from mpi_ef.runtime.world import check_alone
 from .codes import FractionalRepetition, GradientCode
 from .decider import Decider
 from .moves import Moves
+from .returned import check_numbers
 from .wire import NOT_FINITE, WHOLE, Decoded, Layout, Numbers, Order
 
 __all__ = ["CodedGradients"]
@@ -275,6 +276,7 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         Without rows, before the first step, workers begin with whole answers. Without w the next order is x.
         """
         decider = self._deciding("restore")
+        whole(self._name, 0, "pass that of the next order", step=step)
         if rows is None and not decider.fresh:
             raise OptionError(f"{self._name}: steps were made, and workers know their rows; pass the rows to go on from")
         if rows is not None and np.shape(rows) != decider.rows.shape:
@@ -388,8 +390,7 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         return self.decider
 
     def _check_extras(self, extras: Sequence[float] | Numbers, count: int) -> None:
-        if len(extras) != count:
-            raise OptionError(f"{self._name}: {len(extras)} extras; it was built for {count}")
+        check_numbers(self._name, extras, count)
 
     def _order_of(self, frame: Frame) -> Order:
         self._step, self._restored = self._layout.step_of(frame), self._layout.restored_of(frame)

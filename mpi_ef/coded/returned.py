@@ -12,7 +12,7 @@ from mpi_ef.ranges import is_within
 from mpi_ef.runtime.ending import end_together
 from mpi_ef.runtime.world import check_alone
 
-__all__ = ["array_in", "check_called", "check_comm", "count_in", "pair_in", "step_to", "vector_in"]
+__all__ = ["array_in", "check_called", "check_comm", "check_numbers", "count_in", "pair_in", "step_to", "vector_in"]
 
 Array = NDArray[Any]
 
@@ -65,6 +65,19 @@ def pair_in(subject: str, answer: Any, second: str, without: Any) -> tuple[Any, 
         raise OptionError(f"{subject}: gradient() has returned a tuple of {len(answer)}; return the sum of gradients, or a "
                           f"tuple of that and {second}")
     return answer[0], answer[1]
+
+
+def check_numbers(subject: str, extras: Any, count: int) -> None:
+    """Raise unless these are so many numbers. Local."""
+    try:
+        given = np.asarray(extras)
+    except ValueError:  # rows of several lengths
+        given = np.empty((), object)
+    if given.ndim != 1 or not np.can_cast(given.dtype, np.float64, "same_kind"):
+        raise OptionError(f"{subject}: extras={briefly(extras)} are no sequence of numbers; it was built for {count} "
+                          "of them")
+    if given.size != count:
+        raise OptionError(f"{subject}: {given.size} extras; it was built for {count}")
 
 
 def count_in(subject: str, value: Any) -> float:
