@@ -564,6 +564,66 @@ def test_serve_trains_numpy_vectors():
     assert all(same_bits(result, x) for result in results)
 
 
+def served(n=2, gradient=lambda *_: (np.ones(D), 2), step=lambda x, g, _: x - g, code=None):
+    code = FractionalRepetition(1) if code is None else code
+    return virtual.results(n, lambda comm: serve(comm, gradient, np.zeros(D), code, step=step, steps=2).x)
+
+
+@pytest.mark.parametrize(("answer", "line"), [
+    (np.ones(D, complex), "has returned complex128; it was built for float64"), (["a"] * D, "has returned <U1; it was"),
+    (None, r"has returned shape \(\), where \(7,\) was expected"), ([[1.0], [2.0, 3.0]], "of which no array can be made"),
+    (np.ma.masked_less(np.ones(D), 2), "has returned a masked array, and masks are not kept"),
+    ((np.ones(D), 1, 2), "has returned a tuple of 3; return the sum of gradients, or a tuple of that and the number"),
+    *(((np.ones(D), count), "as the number of samples; return a whole") for count in (0.3, -2, "2", [2], np.nan)),
+])
+def test_a_gradient_that_serve_cannot_take_is_one_line(answer, line):
+    """Counts that are no whole numbers were rounded, and masked entries counted, without a word."""
+    with pytest.raises(MpiEfError, match=rf"^serve: part 0 of step 0: gradient\(\) .*{line}"):
+        served(gradient=lambda *_: answer)
+
+
+@pytest.mark.parametrize(("answer", "line"), [
+    (1.0, r"has returned shape \(\), where \(7,\)"), (np.ones(1), r"has returned shape \(1,\)"),
+    ("abc", "has returned shape"), (np.ones(D, complex), "has returned complex128")])
+def test_a_step_that_returns_something_else_is_one_line(answer, line):
+    """A number filled all of x, and imaginary parts were lost."""
+    with pytest.raises(MpiEfError, match=rf"^serve: step\(\) {line}"):
+        served(step=lambda *_: answer)
+
+
+def test_counts_of_float_type_are_taken_and_all_parts_or_none_have_them():
+    assert served(gradient=lambda *_: (np.ones(D), 2.0))[1][0] == -1.0
+    with pytest.raises(OptionError, match="serve: of 3 parts 2 have returned the number of samples in step 0; let all or"):
+        served(3, lambda x, part, t: (np.ones(D), 2) if part else np.ones(D), code=Cyclic(2))
+
+
+def test_a_sum_that_overflows_is_told_before_the_step():
+    def program(comm):
+        x = np.zeros(D, np.float32)
+        with pytest.raises(NonFiniteError, match="the sum of gradients has overflowed in step 0; take a smaller"):
+            serve(comm, lambda *_: np.full(D, 3e38, np.float32), x, FractionalRepetition(0), step=lambda x, g, _: x - g,
+                  steps=2)
+        assert not x.any()
+
+    (error,) = [value for value in virtual.run(2, program) if value is not None]
+    assert isinstance(error, PeerError)  # of the worker
+
+
+def test_what_serve_cannot_begin_with_on_one_rank_is_told_on_all():
+    """The others waited for ever."""
+    def program(comm):
+        with pytest.raises((OptionError, PeerError), match="x=\\[0.0\\] is no contiguous vector"):
+            serve(comm, lambda *_: 0, [0.0] if comm.Get_rank() == 1 else np.zeros(1), FractionalRepetition(1),
+                  step=lambda *_: None, steps=2)
+
+    virtual.results(2, program)
+    for options, line in (({"gradient": 3}, "gradient=3 cannot be called"), ({"step": None}, "step=None cannot be called")):
+        with pytest.raises(OptionError, match=line):
+            served(**options)
+    with pytest.raises(OptionError, match="comm=None is not an intracommunicator"):
+        serve(None, lambda *_: 0, np.zeros(1), FractionalRepetition(1), step=lambda *_: None, steps=2)
+
+
 @pytest.mark.parametrize(("change", "line"), [
     ({"code": FractionalRepetition(2)}, "3 does not divide 4"),
     ({"code": "fr:1"}, r"code='fr:1' is no code.* code_of\('fr:1'"),
@@ -637,6 +697,22 @@ def test_misuse_is_one_line_each():
             coded.begin(np.zeros(D))
 
     virtual.results(2, program)
+
+
+@pytest.mark.parametrize("extras", [["a"], [1j], 3, None, np.ones((1, 2)), [[1], [2, 3]]])
+def test_extras_and_steps_that_are_no_numbers_are_one_line(extras):
+    def program(comm):
+        coded = CodedGradients(comm, D, np.float64, FractionalRepetition(0), extras=1, order_extras=1)
+        for step in ("a", -1):
+            with pytest.raises(OptionError, match="CodedGradients: step="):
+                coded.restore(None, step)
+        with pytest.raises(OptionError, match="are no sequence of numbers; it was built for 1 of them"):
+            coded.begin(np.zeros(D), extras)
+        order = coded.begin(np.zeros(D), [0])
+        with pytest.raises(OptionError, match="are no sequence of numbers; it was built for 1 of them"):
+            coded.answer(coded_sum(order), extras)
+
+    virtual.results(1, program)
 
 
 def test_lateness_tells_who_is_slow():

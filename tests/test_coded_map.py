@@ -351,6 +351,19 @@ def test_answers_that_no_block_is_made_of_are_an_error_that_says_what_they_are(f
     virtual.results(n, program, virtual=True)
 
 
+@pytest.mark.parametrize(("f", "line"), [
+    (lambda x: np.ma.masked_less(x, 0), "CodedMap: f has returned a masked array"),
+    (lambda x: (x, x[1:]), "CodedMap: f has returned .* of which no array can be made")])
+def test_answers_that_are_no_arrays_are_told_where_f_is_called(f, line):
+    def program(comm):
+        with pytest.raises(MpiEfError, match=line if comm.Get_rank() else "silent for 0.5 s"):
+            coded_map(comm, f, None if comm.Get_rank() else blocks(), patience_seconds=0.5)
+
+    virtual.results(2, program, virtual=True)
+    with pytest.raises(DtypeError, match=line):
+        virtual.results(1, lambda comm: coded_map(comm, f, blocks()))
+
+
 def test_blocks_may_be_made_as_they_are_read():
     x = blocks()
     assert same_bits(mapped(3, x=(block for block in x))[0].values, np.tanh(x))

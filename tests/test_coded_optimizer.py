@@ -13,7 +13,7 @@ from torch import nn
 from mpi_ef import CodedOptimizer, Quantize, TopK, Training
 from mpi_ef.checkpoint import Store
 from mpi_ef.coded import Cyclic, FractionalRepetition
-from mpi_ef.errors import OptionError, PeerError, SilenceError
+from mpi_ef.errors import MpiEfError, OptionError, PeerError, SilenceError
 from mpi_ef.kernels.backend import on_device_side
 from mpi_ef.testing.regression import Net
 from mpi_ef.vectors import FlatParameters
@@ -533,6 +533,120 @@ def test_a_buffer_may_be_written_to_between_steps():
         return coded.done
 
     assert virtual.results(2, program)[0] == 3
+
+
+def frozen_first():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+    net.register_buffer("mask", torch.ones(3))
+    net[0].weight.requires_grad_(False)
+    return net
+
+
+def trained_where(write, *, at="below", who=0, optimizer=sgd, steps=3):
+    """What each rank ends with, where some ranks write to what is not trained; FR(0) compares nothing."""
+    def program(comm):
+        net = frozen_first()
+        coded = CodedOptimizer(optimizer(net), comm, FR(0), model=net, patience_seconds=0.3)
+        acts = comm.Get_rank() <= who
+        if at == "before" and acts:
+            write(net)
+        for step in coded.steps(steps):
+            if at == "top" and acts:
+                write(net)
+            compute(coded, net, step)
+            coded.step()
+            if at == "below" and acts and step < steps - 1:
+                write(net)
+        return state_of(net)
+
+    return virtual.run(3, program)
+
+
+def halves(name):
+    def write(net):
+        with torch.no_grad():
+            net.state_dict(keep_vars=True)[name].mul_(0.5)
+    return write
+
+
+def head(net):
+    return torch.optim.SGD(net[1].parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("at", ["before", "below"])
+@pytest.mark.parametrize(("name", "optimizer"), [("0.weight", sgd), ("mask", sgd), ("0.bias", head), ("0.weight", head)])
+def test_what_is_not_trained_and_changes_on_the_server_alone_is_told(name, optimizer, at):
+    """As a teacher's average or a checkpoint: workers went on with another model, and nothing said so."""
+    error, *others = trained_where(halves(name), at=at, optimizer=optimizer)
+    assert isinstance(error, OptionError)
+    assert str(error).startswith(f"CodedOptimizer: {name}, which is not trained, was changed on the server, and workers go")
+    assert all(isinstance(other, PeerError) for other in others)
+
+
+def test_what_is_not_trained_may_be_loaded_as_it_is_or_written_on_all_ranks():
+    loads = lambda net: net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()})  # noqa: E731
+    assert isinstance(trained_where(loads, at="before")[0], dict)
+    assert isinstance(trained_where(loads, at="below")[0], dict)
+    first, *others = trained_where(halves("mask"), at="top", who=2)
+    assert all(torch.equal(first["1.weight"], other["1.weight"]) for other in others)
+
+
+def test_what_an_optimizer_does_not_have_begins_alike():
+    def program(comm):
+        net = frozen_first()
+        with torch.no_grad():
+            net[0].weight += comm.Get_rank()
+        with pytest.raises(MpiEfError, match=r"parameter 0\.weight.*let them begin alike"):
+            CodedOptimizer(head(net), comm, FR(0), model=net)
+
+    virtual.results(2, program)
+
+
+def test_a_second_loop_is_refused_on_all_ranks():
+    """Workers went by it, and the server spoke of something that was closed."""
+    def program(comm):
+        net = Net()
+        coded = CodedOptimizer(sgd(net), comm, FR(0), model=net)
+        for step in coded.steps(2):
+            ordinary(coded, net, step)
+        with pytest.raises(OptionError, match=r"steps\(\) is over, and workers have ended; let one loop go over all steps"):
+            coded.steps(4)
+
+    virtual.results(2, program)
+
+
+def test_a_state_that_cannot_be_loaded_is_one_line():
+    def program(comm):
+        net = Net()
+        coded = CodedOptimizer(sgd(net), comm, FR(0), model=net)
+        if coded.is_server:
+            state = coded.state_dict()
+            groups = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1).state_dict()
+            for change, line in (({"optimizer": groups}, "SGD cannot be loaded .ValueError: loaded state dict contains"),
+                                 ({"optimizer": {}}, "SGD cannot be loaded .KeyError: 'param_groups'"),
+                                 ({"done": "x"}, "done='x' is not a non-negative"), ({"done": -1}, "done=-1 is negative")):
+                with pytest.raises(OptionError, match=f"^CodedOptimizer.load_state_dict: {line}"):
+                    coded.load_state_dict(state | change)
+            with pytest.raises(OptionError, match="the state has no 'code'; load all that"):
+                coded.load_state_dict({name: value for name, value in state.items() if name != "code"})
+            coded.load_state_dict(state)
+        for step in coded.steps(1):
+            ordinary(coded, net, step)
+        return coded.done
+
+    assert virtual.results(2, program)[0] == 1
+
+
+@pytest.mark.parametrize(("optimizer", "line"), [
+    (lambda net: torch.optim.SparseAdam(net.parameters()), "SparseAdam takes sparse gradients"),
+    (lambda net: torch.optim.SGD(net.parameters(), lr=0.1, differentiable=True), "differentiable=True")])
+def test_optimizers_that_cannot_step_here_are_refused_at_once(optimizer, line):
+    def program(comm):
+        with pytest.raises(OptionError, match=line):
+            CodedOptimizer(optimizer(Net()), comm, FR(0))
+
+    virtual.results(2, program)
 
 
 def test_too_many_silent_workers_are_named_and_the_state_is_that_of_the_last_step():

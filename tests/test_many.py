@@ -292,6 +292,9 @@ def test_ranks_agree_on_what_they_build():
     ((np.zeros(5), [1.0]), OptionError, r"gradient\(\) has returned 1 extras; it was built for 0"),
     ((np.zeros(5), 1.0), OptionError, r"gradient\(\) has returned 1 extras; it was built for 0, in a sequence"),
     (np.zeros(5, complex), DtypeError, r"gradient\(\) has returned complex128; it was built for float64"),
+    ([[1.0], [2.0, 3.0]], DtypeError, "of which no array can be made"),
+    (np.ma.masked_less(np.zeros(5), 2), DtypeError, "has returned a masked array"),
+    ((np.zeros(5), [], 3), OptionError, "has returned a tuple of 3"),
 ])
 def test_a_gradient_that_does_not_fit_is_one_line(answer, kind, line):
     def program(comm):
@@ -303,6 +306,17 @@ def test_a_gradient_that_does_not_fit_is_one_line(answer, kind, line):
                 serve_many(comm, lambda *_: answer, start(2), GC(0), samples=4, step=descend, steps=1)
 
     virtual.results(2, program)
+
+
+@pytest.mark.parametrize(("options", "line"), [
+    ({"step": lambda *_: 1.0}, r"step\(\) has returned shape \(\), where \(5,\)"), ({"step": 3}, "step=3 cannot be called"),
+    ({"step": lambda x, *_: x + 1j}, "has returned complex128"), ({"scheme": None}, "scheme None is not known"),
+    ({"xs": np.ma.zeros((2, 5))}, "xs is a masked array")])
+def test_steps_and_arguments_that_do_not_fit_are_one_line(options, line):
+    given = {"xs": start(2), "scheme": "gc:0", "step": descend} | options
+    with pytest.raises(MpiEfError, match=line):
+        virtual.results(2, lambda comm: serve_many(comm, lambda x, *_: x, given["xs"].copy(), given["scheme"], samples=4,
+                                                   step=given["step"], steps=1))
 
 
 def test_misuse_is_one_line_each():

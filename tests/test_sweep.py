@@ -12,6 +12,7 @@ import virtual
 
 from mpi_ef.coded import scheme_of
 from mpi_ef.collectives import Lateness
+from mpi_ef.collectives.server import Server
 from mpi_ef.errors import ConfigError, MpiEfError
 from mpi_ef.jobs.delays import load_lateness, save_lateness
 from mpi_ef.jobs.options import parse
@@ -57,6 +58,15 @@ def test_each_training_is_as_by_itself(code, alone, tmp_path):
     assert len({one["val_loss"] for one in done["jobs"].values()}) == 3
     assert len({one["parameters_crc32"] for one in workers}) == 1
     assert load_lateness(tmp_path / "lateness.npz").n == 4
+
+
+def test_the_model_that_is_none_of_digits_is_swept_too(tmp_path):
+    """Its sizes are defaults, which trainings of a sweep had not."""
+    text = tmp_path / "text"
+    text.write_text("What a user has written, many times over. " * 40)
+    done = trained(2, model="gpt", text=text, code="srsgc:1,2,1", sweep="lr=0.1,0.01", steps=2, context=8,
+                   out=tmp_path / "out")
+    assert [one["steps"] for one in done[0]["jobs"].values()] == [2, 2]
 
 
 @pytest.mark.parametrize("sweep", ["seed=1,2", "momentum=0.5,0.9", "clip=0,0.1"])
@@ -204,6 +214,18 @@ def test_a_scheme_that_the_ranks_do_not_fit_is_told_with_texts_that_are_taken(co
     assert [str(error) for error in errors] == [line] * 2
     scheme_of(line.rpartition("; take ")[2].removesuffix(" or less")).check(2)
     assert not (tmp_path / "run").exists()
+def test_a_sweep_that_cannot_go_on_ends_as_other_runs_do(tmp_path, monkeypatch):
+    """It said that rank 0 had left its workers, and ended with another status."""
+    left = []
+    monkeypatch.setattr(Server, "abandon", lambda server: left.append(server))
+    options = {"code": "gc:0", "out": tmp_path, "checkpoint_every": 2}
+    trained(2, **options, stop_after=2)
+    with pytest.raises(MpiEfError, match=r"resume: sweep was lr=0\.3,0\.1,0\.03, is lr=0\.3,0\.1,0\.02"):
+        trained(2, **options, resume="exact", sweep="lr=0.3,0.1,0.02")
+    (tmp_path / "lr=0.1" / "metrics.csv").write_text("mine")
+    with pytest.raises(MpiEfError, match=r"metrics\.csv: no run has written it"):
+        trained(2, **options, resume="exact")
+    assert not left
 
 
 def test_what_another_program_has_written_stays(tmp_path):

@@ -46,7 +46,7 @@ class Job:
     """One of the trainings, as rank 0 has it. All is local."""
 
     def __init__(self, name: str, config: TrainConfig, model: nn.Module) -> None:
-        self.name, self.config, self.model = name, config.resolved(), model
+        self.name, self.config, self.model = name, config, model
         self.optimizer, self.flat = build_inner(config, model), FlatParameters(model.parameters())
         self.steps, self.losses, self.loss = 0, list[float](), 0.0
         self.row: dict[str, Any] = {}
@@ -101,7 +101,7 @@ class SweepTrainer:
 
     def __init__(self, comm: MpiComm, config: TrainConfig) -> None:
         self.comm, self.names, self.is_server = comm, list(swept(config)), int(comm.Get_rank()) == 0
-        self._each, config = list(swept(config).values()), config.resolved()
+        self._each, config = [each.resolved() for each in swept(config).values()], config.resolved()
         self.workers = int(comm.Get_size()) - bool(config.dedicated)
         seeds = list(dict.fromkeys(each.seed for each in self._each))
 

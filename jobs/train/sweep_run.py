@@ -44,17 +44,17 @@ def train_sweep(comm: MpiComm, config: TrainConfig) -> dict[str, Any]:
         trainer = SweepTrainer(comm, config)
         run = CodedRun(comm, trainer.config, trainer.models, Together(trainer.jobs), trainer.position, trainer.go_on)
         try:
+            start = run.resume()  # what is wrong here is told on all ranks, which end by themselves
+            by_first(comm, trainer.config.out, lambda: _prepare(trainer, run))
             with trainer.many:
-                summary = _train(trainer, run)
+                summary = _train(trainer, run, start)
         finally:
             run.close()
         trainer.many.leave(0)
         return summary
 
 
-def _train(trainer: SweepTrainer, run: CodedRun) -> dict[str, Any]:
-    start = run.resume()
-    by_first(trainer.comm, trainer.config.out, lambda: _prepare(trainer, run))
+def _train(trainer: SweepTrainer, run: CodedRun, start: int) -> dict[str, Any]:
     if not trainer.is_server:
         return {"parameters_crc32": crc32(trainer.many.work().data)}
     if run.finished is None:

@@ -345,7 +345,9 @@ def rows_of(arrays: Array | Sequence[Array], count: int, subject: str) -> list[A
     if len(rows) != count:
         raise ShapeError(f"{subject}: there are {len(rows)} in place of {count}; give one array for each")
     for i, row in enumerate(rows):
-        if row.dtype not in (np.float32, np.float64) or row.dtype != rows[0].dtype:
+        if row.dtype not in (np.float32, np.float64):
+            raise DtypeError(f"{subject}: the dtype of number {i} is {row.dtype}; give all in float32, or all in float64")
+        if row.dtype != rows[0].dtype:
             raise DtypeError(f"{subject}: the dtype of number {i} is {row.dtype}, of number 0 {rows[0].dtype}; give all in "
                              "float32, or all in float64")
         if row.shape != rows[0].shape:

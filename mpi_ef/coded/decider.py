@@ -227,12 +227,13 @@ class Decider:
     def _add_up(self, a: NDArray[np.float64], used: Sequence[int], out: Vector) -> None:
         """Add rows up in this order, without memory of their size."""
         out[:] = 0
-        for i in used:
-            if a[i] == 1.0:
-                np.add(out, self.rows[i], out=out)
-            else:
-                np.multiply(self.rows[i], out.dtype.type(a[i]), out=self._spare)
-                np.add(out, self._spare, out=out)
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever asked for the sum looks at it
+            for i in used:
+                if a[i] == 1.0:
+                    np.add(out, self.rows[i], out=out)
+                else:
+                    np.multiply(self.rows[i], out.dtype.type(a[i]), out=self._spare)
+                    np.add(out, self._spare, out=out)
 
     def _check_parity(self, mask: int) -> None:
         """Compare answers beyond those that are needed with the others."""

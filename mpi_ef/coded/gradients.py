@@ -38,6 +38,7 @@ from mpi_ef.runtime.world import check_alone
 from .codes import FractionalRepetition, GradientCode
 from .decider import Decider
 from .moves import Moves
+from .returned import check_numbers
 from .wire import NOT_FINITE, WHOLE, Decoded, Layout, Numbers, Order
 
 __all__ = ["CodedGradients"]
@@ -274,6 +275,7 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         Without rows, before the first step, workers begin with whole answers. Without w the next order is x.
         """
         decider = self._deciding("restore")
+        whole(self._name, 0, "pass that of the next order", step=step)
         if rows is None and not decider.fresh:
             raise OptionError(f"{self._name}: steps were made, and workers know their rows; pass the rows to go on from")
         if rows is not None and np.shape(rows) != decider.rows.shape:
@@ -301,20 +303,19 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
             frame = self._link.next()
             if frame.step < 0:
                 self._last = self._layout.x_of(frame).copy(), self._layout.order_extras_of(frame).copy()
-                at_exit = frame.step >= AT_EXIT
+                at_exit, self.closed = frame.step >= AT_EXIT, True
                 self._link.drop(frame)
-                self.closed = True
                 self._link.close(at_exit=at_exit)
                 return
-            if (row := self._layout.is_row(frame)) or self._layout.is_missed(frame):
-                if row:
-                    self.h[:], self._knows = self._layout.x_of(frame), True
-                else:
-                    self._moves.read(frame)
-                self._link.drop(frame)
+            if self._layout.is_row(frame):
+                self.h[:], self._knows = self._layout.x_of(frame), True
+            elif self._layout.is_missed(frame):
+                self._moves.read(frame)
+            else:
+                self._frame, self._answered = frame, False
+                yield self._order_of(frame)
                 continue
-            self._frame, self._answered = frame, False
-            yield self._order_of(frame)
+            self._link.drop(frame)
 
     @property
     def last(self) -> tuple[Vector, NDArray[np.float64]]:
@@ -390,8 +391,7 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
         return self.decider
 
     def _check_extras(self, extras: Sequence[float] | Numbers, count: int) -> None:
-        if len(extras) != count:
-            raise OptionError(f"{self._name}: {len(extras)} extras; it was built for {count}")
+        check_numbers(self._name, extras, count)
 
     def _order_of(self, frame: Frame) -> Order:
         self._step, self._restored = self._layout.step_of(frame), self._layout.restored_of(frame)

@@ -15,16 +15,15 @@ from numpy.typing import DTypeLike, NDArray
 from mpi_ef.collectives.ends import host_of
 from mpi_ef.collectives.late import LONGEST_NBYTES, Frame, next_number
 from mpi_ef.collectives.lateness import Lateness
+from mpi_ef.collectives.misfit import masked
 from mpi_ef.collectives.worker import Worker
-from mpi_ef.comm.attributes import mpi_of
-from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed
+from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.errors import DtypeError, OptionError, briefly, counted, nearest
 from mpi_ef.ranges import whole, within
-from mpi_ef.runtime.ending import end_together
-from mpi_ef.runtime.world import check_alone
 
 from .gradients import LARGEST_AMPLIFICATION
+from .returned import check_called, check_comm, step_to
 from .rounds import Finished, Rounds
 from .schemes import Scheme, scheme_of
 from .sequential import RULES
@@ -89,21 +88,12 @@ class ManyTrainings(OnAllRanks, metaclass=SharedErrors):
                  samples: int | Sequence[int], extras: int = 0, rule: str = "lazy", grace: float = 0.25,
                  dedicated: bool = False, patience_seconds: float = 300.0) -> None:
         name = self._name = type(self).__name__
-        check_not_freed(comm, name)
-        if not hasattr(comm, "Iallgather") or comm.Is_inter():
-            raise OptionError(f"{name}: comm={briefly(comm)} is not an intracommunicator; pass for example MPI.COMM_WORLD")
-        check_alone(comm)
-        end_together(comm)
+        check_comm(name, comm)
         self.comm, self.rank, size = comm, int(comm.Get_rank()), int(comm.Get_size())
         self.dedicated, self.n = bool(dedicated), size - bool(dedicated)
 
         def facts() -> dict[str, object]:
-            if mpi_of(comm) is None and not hasattr(comm, "pause"):
-                raise OptionError(f"{name}: comm={briefly(comm)} is none of MPI, where ranks may be late; pass for example "
-                                  "MPI.COMM_WORLD")
-            if not callable(gradient):
-                raise OptionError(f"{name}: gradient={briefly(gradient)} cannot be called; pass a function (x, model, "
-                                  "samples, t)")
+            check_called(name, "(x, model, samples, t)", gradient=gradient)
             within(name, "(0, inf)", "300 is usual", patience_seconds=patience_seconds)
             within(name, "[0, inf)", "0.25 is usual", grace=grace)
             if rule not in RULES:
@@ -352,18 +342,25 @@ def serve_many(comm: Comm, gradient: Gradient, xs: Vector, scheme: Scheme | str,
     SilenceError, NonFiniteError
         On rank 0; the other ranks end when it does.
     """
-    whole("serve_many", 0, "how many steps are to be made", steps=steps)
-    if not isinstance(xs, np.ndarray) or xs.ndim != 2 or not xs.flags.writeable or not xs.flags.c_contiguous:
-        raise OptionError(f"serve_many: xs={briefly(xs)} is no contiguous array that can be written to; pass a NumPy array "
-                          "(models, d)")
+    check_comm("serve_many", comm)
+
+    def facts() -> dict[str, object]:
+        whole("serve_many", 0, "how many steps are to be made", steps=steps)
+        check_called("serve_many", "(x, g, model, t)", step=step)
+        if not isinstance(xs, np.ndarray) or xs.ndim != 2 or not xs.flags.writeable or not xs.flags.c_contiguous:
+            raise OptionError(f"serve_many: xs={briefly(xs)} is no contiguous array that can be written to; pass a NumPy "
+                              "array (models, d)")
+        if isinstance(xs, np.ma.MaskedArray):
+            raise masked("serve_many", "xs")
+        return {}
+
+    agree(comm, "serve_many", facts, "call it with the same arguments everywhere")
     many = ManyTrainings(comm, gradient, len(xs), xs.shape[1], xs.dtype, scheme, samples=samples, **options)
     missing: tuple[int, ...] = ()
     with many:
         if many.is_server:
             for model, t, g, _ in many.run(xs, steps):
-                new = step(xs[model], g, model, t)
-                if new is not None:
-                    xs[model] = new
+                step_to("serve_many", xs[model], step(xs[model], g, model, t))
             missing = many.close(xs)
         else:
             xs[:] = many.work()

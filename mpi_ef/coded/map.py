@@ -12,18 +12,16 @@ from mpi_ef.collectives.ends import host_of
 from mpi_ef.collectives.late import Frame, next_number
 from mpi_ef.collectives.server import Server
 from mpi_ef.collectives.worker import Worker
-from mpi_ef.comm.attributes import mpi_of
-from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed
+from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree
 from mpi_ef.comm.protocol import Comm
 from mpi_ef.compress.compressor import words
 from mpi_ef.errors import DtypeError, NonFiniteError, OptionError, ShapeError, SilenceError, briefly, nearest
 from mpi_ef.ranges import whole, within
-from mpi_ef.runtime.ending import end_together
-from mpi_ef.runtime.world import check_alone
 
 from .berrut import HOW, BerrutCode, rows_of
 from .locator import Parity, locate
 from .pieces import Pieces, sent_in_pieces
+from .returned import array_in, check_called, check_comm
 
 __all__ = ["CodedMap", "Mapped", "coded_map", "leave"]
 
@@ -77,11 +75,7 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
                  wrong: int = 0, decode: str = "auto", floor: "float | Parity | None" = None,
                  sample: Array | Sequence[Array] | None = None) -> None:
         name = type(self).__name__
-        check_not_freed(comm, name)
-        if not hasattr(comm, "Iallgather") or comm.Is_inter():
-            raise OptionError(f"{name}: comm={briefly(comm)} is not an intracommunicator; pass for example MPI.COMM_WORLD")
-        check_alone(comm)
-        end_together(comm)
+        check_comm(name, comm)
         self.comm, self.rank = comm, int(comm.Get_rank())
         self._f, self._wrong, self._decode, self.closed, self._round = f, wrong, decode, False, 0
         self._pieces = Pieces()  # of answers, also of those that a map has not waited for
@@ -120,11 +114,7 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
 
     def _check(self, f: object, *, decode: str, kind: str) -> None:
         name = type(self).__name__
-        if mpi_of(self.comm) is None and not hasattr(self.comm, "pause"):
-            raise OptionError(f"{name}: comm={briefly(self.comm)} is none of MPI, where ranks may be late; pass for example "
-                              "MPI.COMM_WORLD")
-        if not callable(f):
-            raise OptionError(f"{name}: f={briefly(f)} cannot be called; pass a function of an array")
+        check_called(name, "of an array", f=f)
         if decode not in HOW:
             hint = nearest(str(decode), HOW, f"take {HOW[0]}")
             raise OptionError(f"{name}: there is no decoding {briefly(decode)}; {hint}")
@@ -150,12 +140,15 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
     def _learn(self) -> None:
         """Measure what parity right answers have; after an error the others end well."""
         try:
-            answers = [np.array(self._f(_read_only(u))) for u in self.code.encode(self._sample)]
+            answers = [self._f_of(u).copy() for u in self.code.encode(self._sample)]
             self._parity = Parity.learned(answers, self.code.blocks)
             self._sample.clear()
         except BaseException:
             self.close()
             raise
+
+    def _f_of(self, block: Array) -> Array:
+        return array_in(type(self).__name__, "f", self._f(_read_only(block)))
 
     def rank_of(self, i: int) -> int:
         """Return which rank computes evaluation i. Local."""
@@ -186,7 +179,7 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
                                  "leave them out, or fill them", (0,))
         self._round += 1
         if self._server is None:  # f may return the same memory every time
-            answers = {i: np.array(self._f(_read_only(self.code.input(rows, i)))) for i in range(n)}
+            answers = {i: self._f_of(self.code.input(rows, i)).copy() for i in range(n)}
         else:
             answers = self._collected(self._server, rows)
         return self._decoded(answers)
@@ -266,7 +259,7 @@ class CodedMap(OnAllRanks, metaclass=SharedErrors):
                 _unsettled.append(worker)
                 return
             number = int(frame.wire[:8].view(np.int64)[0])
-            answer = np.asarray(self._f(_read_only(self._block_of(frame))), order="C")
+            answer = np.asarray(self._f_of(self._block_of(frame)), order="C")
             for piece in sent_in_pieces(worker, answer, frame.step, number):
                 worker.answer(*piece)
                 worker.drop(piece[0])
@@ -343,6 +336,7 @@ def coded_map(comm: Comm, f: Callable[[Array], Array], blocks: Array | Sequence[
     SilenceError, WrongAnswersError, NonFiniteError
         On rank 0, see :meth:`CodedMap.map`.
     """
+    check_comm("coded_map", comm)
     _unsettled[:] = [one for one in _unsettled if not one.settled()]
     rank, problem = int(comm.Get_rank()), ""
 

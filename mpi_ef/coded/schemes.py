@@ -322,7 +322,7 @@ def scheme_of(text: "str | Scheme") -> Scheme:
     if isinstance(text, Scheme):
         return text
     kinds: dict[str, tuple[type[GC | SRSGC | MSGC], int]] = {"gc": (GC, 1), "srsgc": (SRSGC, 3), "msgc": (MSGC, 3)}
-    if match := re.fullmatch(r"\s*(gc|srsgc|msgc)\s*[:(]\s*(\d+(?:\s*,\s*\d+)*)\s*\)?\s*", text, re.IGNORECASE):
+    if match := re.fullmatch(r"\s*(gc|srsgc|msgc)\s*[:(]\s*(\d+(?:\s*,\s*\d+)*)\s*\)?\s*", str(text), re.IGNORECASE):
         kind, count = kinds[match[1].lower()]
         numbers = [int(number) for number in match[2].split(",")]
         if len(numbers) == count:

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from mpi_ef.collectives.late import Frame
 from mpi_ef.compress.compressor import words
-from mpi_ef.errors import DtypeError, OptionError, ShapeError
+from mpi_ef.errors import OptionError
 
+from .returned import pair_in, vector_in
 from .schemes import Scheme
 
 __all__ = ["Given", "TaskLayout", "Tasks"]
@@ -138,16 +139,11 @@ class Tasks:
         return self._layout.answer_nbytes(len(given))
 
     def _add(self, answer: Any, weight: float, total: Vector, extras: Numbers) -> None:
-        vector, more = answer if isinstance(answer, tuple) else (answer, ())
-        if np.shape(vector) != total.shape:
-            raise ShapeError(f"{self._subject}: gradient() has returned shape {np.shape(vector)}, where {total.shape} was "
-                             "expected: that of x")
+        given, more = pair_in(self._subject, answer, "the extras", ())
+        vector = vector_in(self._subject, "gradient()", given, total)
         if np.ndim(more) != 1 or len(more) != extras.size:
             raise OptionError(f"{self._subject}: gradient() has returned {np.size(more)} extras; it was built for "
                               f"{extras.size}, in a sequence")
-        if not np.can_cast(np.result_type(vector), total.dtype, "same_kind"):
-            raise DtypeError(f"{self._subject}: gradient() has returned {np.result_type(vector)}; it was built for "
-                             f"{total.dtype}")
         with np.errstate(all="ignore"):  # a training may diverge
             if weight == 1.0:
                 np.add(total, vector, out=total, casting="same_kind")

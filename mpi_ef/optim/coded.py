@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 
-from mpi_ef.buffers import broadcast_buffers
 from mpi_ef.coded import CodedGradients, Decoded, GradientCode, Order
 from mpi_ef.collectives import Lateness
 from mpi_ef.comm.consensus import OnAllRanks, SharedErrors, agree, check_not_freed
@@ -25,7 +24,9 @@ from mpi_ef.vectors.places import host_copy, on_host
 
 from .aside import Aside
 from .groups import Listed, described, hyper_parameters, names_of
-from .parts import Part, Reached, Statistics, alone_at_random, check_inner, seed_of, take_mean, widen_moments
+from .inner import check_inner, check_saved, load_inner
+from .parts import Part, Reached, Statistics, alone_at_random, seed_of, take_mean, widen_moments
+from .untrained import Untrained
 from .writes import Writes
 
 __all__ = ["CodedOptimizer"]
@@ -130,8 +131,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
 
         agree(comm, name, facts, "build the same model and optimizer on every rank")
         self.flat.broadcast(comm)
-        if isinstance(model, nn.Module):
-            broadcast_buffers(model, comm)
+        self._untrained = Untrained(name, comm, model, self.flat)
         self._writes, self._reached = Writes(self.flat), Reached(self.flat.parameters)
         shapes = tuple(tuple(p.shape) for p in self.flat.parameters)
         bound, orders = (Identity() if each is None else for_parameters(each, shapes)
@@ -143,11 +143,10 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
                                     on_silence=on_silence, patience_seconds=patience_seconds, twins=twins)
         kernels = self.flat.kernels
         self._host: Vector = kernels.on_host(0 if self.flat.device == "cpu" else self.flat.d, self.flat.dtype)
-        self.is_server, self._aside = self.coded.is_server, Aside(self.flat, name)
+        self.is_server, self._aside, self._computed = self.coded.is_server, Aside(self.flat, name), -1  # see _take_up
         self._order: Order | None = None
         self._sent: NDArray[np.float64] = np.empty(0)  # the statistics of the order
         self._looping = self._open = self._inside = self._begun = self._failed = self._answered = self._noted = False
-        self._computed = -1  # parts of this order; -1 before they are asked for
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -181,8 +180,9 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
             On the server, from :meth:`step`.
         """
         whole(self._name, 0, "how many steps there are to be in all", steps=steps)
-        if self._looping:
-            raise OptionError(f"{self._name}: steps() is at work already; one loop at a time")
+        if self._looping or self.coded.closed:
+            state = "at work already" if self._looping else "over, and workers have ended"
+            raise OptionError(f"{self._name}: steps() is {state}; let one loop go over all steps, of all epochs")
         return self._decide(steps) if self.is_server else self._work()
 
     def _decide(self, steps: int) -> Iterator[int]:
@@ -208,13 +208,14 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         """Send the order of the next step. Local."""
         if not self._begun:
             self._statistics.settle(again=True)
-        self._begun = self._failed = True
+        self._failed = True
         self._writes.adopt()
         self._writes.settle()
+        self._untrained.check(again=not self._begun)
         self._listed.check(self.optimizer)
         self._sent = self._statistics.values()
         self._take_up(self.coded.begin(self.flat.kernels.fetch(self.flat.values), self._sent))
-        self._failed = False
+        self._begun, self._failed = True, False
 
     def _work(self) -> Iterator[int]:
         self._looping = True
@@ -360,6 +361,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
             self.skipped_steps += 1
             warnings.warn(f"step {self.done}: no part had any samples; nothing is changed", RuntimeWarning, stacklevel=3)
         self._writes.settle()
+        self._untrained.settle()
         self._statistics.write(self._sent + decoded.extras[2 + layers :] / self.coded.n)
         self.done += 1
 
@@ -392,14 +394,12 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         self._refuse_on_workers("load_state_dict")
         if self._begun:
             raise OptionError(f"{self._name}.load_state_dict: steps were made; load before them")
-        if not isinstance(state, Mapping) or state.get("kind") != _KIND:
-            raise OptionError(f"{self._name}.load_state_dict: the state is of something else; load what state_dict() of a "
-                              "CodedOptimizer has returned")
+        check_saved(f"{self._name}.load_state_dict", state, _KIND, "skipped_steps", "code", "workers")
         alike = state["code"] == repr(self.coded.code) and state["workers"] == self.coded.n and self._compresses
         rows, w = (None if each is None else on_host(each).numpy() for each in
                    (state.get("rows") if alike else None, state.get("w") if self.coded.w.size else None))
         with self.flat.lent():  # torch rounds moments to the precision of their parameter
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_inner(f"{self._name}.load_state_dict", self.optimizer, state["optimizer"])
         if self.flat.mixed and "masters" in state:
             self.flat.load_masters(state["masters"])
         self.coded.restore(rows, state["done"], w)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from inspect import Parameter, signature
 
 import numpy as np
 import torch
@@ -16,25 +15,9 @@ from mpi_ef.ranges import whole
 from mpi_ef.vectors import FlatParameters
 from mpi_ef.vectors.places import on_host, overwrite
 
-from .flat import FlatOptimizer
-from .groups import check_options
-
-__all__ = ["Part", "Reached", "Statistics", "alone_at_random", "check_inner", "seed_of", "take_mean",
-           "widen_moments"]
+__all__ = ["Part", "Reached", "Statistics", "alone_at_random", "is_statistic", "seed_of", "take_mean", "widen_moments"]
 
 Numbers = NDArray[np.float64]
-
-
-def check_inner(subject: str, optimizer: object) -> None:
-    """Raise `OptionError` unless this is an optimizer of torch whose step needs no closure. Local."""
-    if isinstance(optimizer, FlatOptimizer) or not isinstance(optimizer, Optimizer):
-        what = type(optimizer).__name__ if isinstance(optimizer, FlatOptimizer) else briefly(optimizer)
-        raise OptionError(f"{subject}: optimizer is {what}; pass one of torch's, such as SGD(model.parameters(), lr=0.1)")
-    closure = signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is Parameter.empty:
-        raise OptionError(f"{subject}: {type(optimizer).__name__} evaluates the model several times in a step; take an "
-                          "optimizer whose step needs no closure")
-    check_options(optimizer)
 
 
 def seed_of(seed: int, step: int, part: int) -> int:
@@ -215,7 +198,7 @@ class Statistics:
 
     def _look(self) -> None:
         named = self._buffers()
-        self._taken = {name: b for name, b in named.items() if _is_statistic(name, b)}
+        self._taken = {name: b for name, b in named.items() if is_statistic(name, b)}
         self._others = {name: (b, b._version) for name, b in named.items() if name not in self._taken}  # noqa: SLF001
 
     def check(self) -> None:
@@ -237,7 +220,8 @@ class Statistics:
                           "ranks would go on with another one; leave out the module that does it, or make it a parameter")
 
 
-def _is_statistic(name: str, buffer: Tensor) -> bool:
+def is_statistic(name: str, buffer: Tensor) -> bool:
+    """Tell whether this is a running statistic. Local."""
     last = name.rpartition(".")[2]
     return (last.startswith("running_") and buffer.is_floating_point()) or last == "num_batches_tracked"
 
