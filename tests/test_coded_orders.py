@@ -386,3 +386,22 @@ def test_dense_bytes_are_those_of_orders_that_are_not_compressed():
             return coded.dense_nbytes
 
     assert virtual.results(2, program)[0] == 8 + 8
+
+
+def test_a_checkpoint_goes_on_in_another_precision_and_without_compressed_orders():
+    saved = {}
+
+    def save(coded, net, comm):
+        if coded.is_server:
+            saved.update(net=copy.deepcopy(net.state_dict()), optimizer=copy.deepcopy(coded.state_dict()))
+
+    def load(coded, net, comm):
+        if coded.is_server:
+            net.load_state_dict(saved["net"])
+            coded.load_state_dict(copy.deepcopy(saved["optimizer"]))
+
+    trained(2, FR(1), steps=2, then=save, order_compressor=TopK(0.2))
+    for options in ({"dtype": torch.float64, "order_compressor": Sign()}, {}):
+        first, second = trained(2, FR(1), first=load, **options)
+        assert same(first[1], second[1])
+        assert first[2] == [2, 3, 4]

@@ -396,7 +396,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
             raise OptionError(f"{self._name}.load_state_dict: the state is of something else; load what state_dict() of a "
                               "CodedOptimizer has returned")
         alike = state["code"] == repr(self.coded.code) and state["workers"] == self.coded.n and self._compresses
-        rows, w = (None if each is None else on_host(each).numpy() for each in
+        rows, w = (None if each is None else on_host(each).numpy().astype(self.flat.dtype, copy=False) for each in
                    (state.get("rows") if alike else None, state.get("w") if self.coded.w.size else None))
         with self.flat.lent():  # torch rounds moments to the precision of their parameter
             self.optimizer.load_state_dict(state["optimizer"])
