@@ -123,9 +123,9 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self._listed = Listed(optimizer)
             self.flat, self._statistics = FlatParameters(parameters), Statistics(name, model)
-            return {**described(parameters, names_of(optimizer, model)), "the optimizer": type(optimizer).__name__, "seed": seed, "clip": clip,
-                    "hyper-parameters": hyper_parameters(optimizer), "statistics": self._statistics.described,
-                    "whether a model is given": isinstance(model, nn.Module)}
+            return {**described(parameters, names_of(optimizer, model)), "the optimizer": type(optimizer).__name__,
+                    "seed": seed, "clip": clip, "hyper-parameters": hyper_parameters(optimizer),
+                    "statistics": self._statistics.described, "whether a model is given": isinstance(model, nn.Module)}
 
         agree(comm, name, facts, "build the same model and optimizer on every rank")
         self.flat.broadcast(comm)
@@ -368,7 +368,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         """
         self._refuse_on_workers("state_dict")
         if self._aside.values is not None:
-            raise OptionError(f"{self._name}.state_dict: inside of parts() parameters are not the server's; call it after step()")
+            raise OptionError(f"{self._name}.state_dict: inside of parts() parameters are not the server's; wait for step()")
         state = {"kind": _KIND, "optimizer": host_copy(self.optimizer.state_dict()), "done": self.done,
                  "skipped_steps": self.skipped_steps, "code": repr(self.coded.code), "workers": self.coded.n}
         if self._compresses:
