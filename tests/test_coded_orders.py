@@ -297,3 +297,111 @@ def values_of(net):
 def take(coded, net, part, step):
     x, y = batch(step, part.number)
     part.backward(loss_of(net, x, y), samples=len(y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_written_to_parameters_counts_before_parts_and_not_inside_of_them(dtype):
+    """In place, or as other memory."""
+    def program(comm):
+        torch.manual_seed(0)
+        net = Net().to(dtype)
+        coded = CodedOptimizer(torch.optim.SGD(net.parameters(), lr=0.0), comm, FR(1), order_compressor=TopK(k=1), model=net)
+        first = next(net.parameters())
+        for step in coded.steps(3):
+            with torch.no_grad():
+                if coded.is_server and step:
+                    first.mul_(2)
+            x = values_of(net)
+            for part in coded.parts():
+                data, target = batch(step, part.number, dtype)
+                part.backward(loss_of(net, data, target), samples=len(target))
+                if coded.is_server and step == 1:
+                    first.data = torch.full_like(first, 7)
+                elif coded.is_server:
+                    first.data.fill_(7)
+            assert torch.equal(values_of(net), x) or not coded.is_server
+            coded.step()
+            assert torch.equal(values_of(net), x) or not coded.is_server
+        return values_of(net)
+
+    torch.manual_seed(0)
+    expected = Net().to(dtype)
+    with torch.no_grad():
+        next(expected.parameters()).mul_(4)
+    assert all(torch.equal(values, values_of(expected)) for values in virtual.results(2, program))
+
+
+def test_moves_that_were_missed_take_no_more_memory_than_an_order():
+    """Two workers miss tens of them: each is in memory of its own size, for both."""
+    d, steps = 4000, 60
+
+    def program(comm):
+        seen = []
+        with CodedGradients(comm, d, np.float64, FR(1), order_compressor=TopK(k=1)) as coded:
+            for order in (coded.begin(np.full(d, float(t))) for t in range(steps)) if coded.is_server else coded.orders():
+                seen.append(order.step)
+                if comm.Get_rank() in {2, 3}:
+                    comm.pause(0.5 if order.step == 2 else 0.0)
+                comm.pause(0.01)
+                coded.answer(np.zeros(d))
+                if coded.is_server:
+                    coded.end()
+            if not coded.is_server:
+                return seen
+        late = coded.decider.server._late
+        return [frame.wire.nbytes for sizes in late._free.values() for frame in sizes], coded._layout
+
+    (free, layout), *workers = virtual.results(4, program, virtual=True)
+    assert max(after - before for seen in workers for before, after in pairwise(seen)) > 30
+    assert free.count(layout.order_nbytes) <= 4
+    assert set(free) == {layout.order_nbytes, layout.answer_nbytes}
+
+
+@pytest.mark.parametrize("order_compressor", [None, TopK(k=1)], ids=str)
+def test_a_state_of_parameters_that_are_not_the_servers_is_refused(order_compressor):
+    def program(comm):
+        net = Net()
+        coded = CodedOptimizer(sgd(net), comm, FR(1), order_compressor=order_compressor, model=net)
+        for step in coded.steps(2):
+            for part in coded.parts():
+                take(coded, net, part, step)
+                if coded.is_server and order_compressor is not None:
+                    with pytest.raises(OptionError, match="state_dict: inside of parts"):
+                        coded.state_dict()
+                elif coded.is_server:
+                    coded.state_dict()
+            coded.step()
+            assert not coded.is_server or coded.state_dict()["done"] == step + 1
+
+    virtual.results(2, program)
+
+
+def test_dense_bytes_are_those_of_orders_that_are_not_compressed():
+    """Also where a compressed one would be longer."""
+    def program(comm):
+        with CodedGradients(comm, 1, np.float32, FR(1), order_compressor=Quantize("int8")) as coded:
+            for order in [coded.begin(np.zeros(1, np.float32))] if coded.is_server else coded.orders():
+                coded.answer(order.x)
+            assert coded._layout.move_nbytes > 8
+            return coded.dense_nbytes
+
+    assert virtual.results(2, program)[0] == 8 + 8
+
+
+def test_a_checkpoint_goes_on_in_another_precision_and_without_compressed_orders():
+    saved = {}
+
+    def save(coded, net, comm):
+        if coded.is_server:
+            saved.update(net=copy.deepcopy(net.state_dict()), optimizer=copy.deepcopy(coded.state_dict()))
+
+    def load(coded, net, comm):
+        if coded.is_server:
+            net.load_state_dict(saved["net"])
+            coded.load_state_dict(copy.deepcopy(saved["optimizer"]))
+
+    trained(2, FR(1), steps=2, then=save, order_compressor=TopK(0.2))
+    for options in ({"dtype": torch.float64, "order_compressor": Sign()}, {}):
+        first, second = trained(2, FR(1), first=load, **options)
+        assert same(first[1], second[1])
+        assert first[2] == [2, 3, 4]

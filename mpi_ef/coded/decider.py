@@ -156,11 +156,8 @@ class Decider:
         elif (missed := self.moves.since(self._has[i], self.step)) is None:
             self.server.order(rank, self._whole_order(self._newest))
         else:
-            for wire in missed:
-                frame = self.server.frame()
-                self.moves.write_missed(frame, wire)
+            for frame in missed:
                 self.server.also(rank, frame, self._layout.move_order_nbytes)
-                self.server.drop(frame)
             self.server.order(rank, self._newest, self._layout.move_order_nbytes)
         self._has[i] = self.step
 

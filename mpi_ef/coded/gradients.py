@@ -61,7 +61,7 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
     differences. With `FractionalRepetition` and nothing compressed the sum is the same bits whoever is late.
 
     Cost of a step: n orders and n answers of d values, or of compressed vectors, all through the server. Memory of the
-    server: n d values, and about 2 n orders; of a worker 4 d.
+    server: n d values, and about 2 n orders; of a worker 4 d. With `order_compressor` 2 d more there, and d here.
 
     Parameters
     ----------
@@ -222,7 +222,7 @@ class CodedGradients(OnAllRanks, metaclass=SharedErrors):
     def dense_nbytes(self) -> int:
         """Bytes of a step, orders and answers of all workers together, if nothing is compressed."""
         workers = self.n - (self.server in self.ranks)
-        return workers * (self._layout.order_nbytes + self._layout.answer_nbytes_of(WHOLE))
+        return workers * (self._layout.whole_order_nbytes + self._layout.answer_nbytes_of(WHOLE))
 
     def begin(self, x: Vector, extras: Sequence[float] | Numbers = ()) -> Order | None:
         """Send the order of the next step to all workers that are free. Return what the server itself is to compute, if any.

@@ -24,8 +24,6 @@ from .wire import MISSED, MOVE, Layout, Numbers
 
 __all__ = ["Moves"]
 
-Wire = NDArray[np.uint8]
-
 
 class Moves:
     """Writes orders and reads them. Local, on the server and on workers; without a codec orders are whole.
@@ -42,7 +40,7 @@ class Moves:
         self.w = np.zeros(layout.d if codec is not None else 0, layout.dtype)
         self._known = False
         most = (layout.order_nbytes - 1) // layout.move_order_nbytes if layout.move_nbytes else 0
-        self._latest = deque[tuple[int, Wire]](maxlen=most)  # steps and moves
+        self._latest = deque[tuple[int, Frame]](maxlen=most)  # steps and moves; sends of several workers may be users
 
     def restore(self, w: Vector | None) -> None:
         """Go on from such a w, or from the next x."""
@@ -59,7 +57,7 @@ class Moves:
             if self._codec.encode(difference, wire, step=step, rank=self._n):
                 self._codec.add_encoded(wire, self.w)
                 self._layout.head_order(frame, step, extras, restored=restored, flags=MOVE)
-                self._latest.append((step, wire.copy()))
+                self._remember(step, wire)
                 return True
         self._latest.clear()
         if self._codec is not None:
@@ -67,15 +65,24 @@ class Moves:
         self._layout.write_order(frame, step, x, extras, restored=restored)
         return False
 
-    def since(self, step: int, now: int) -> list[Wire] | None:
-        """Return the moves between those of two steps; None where w itself is less, or they are not known."""
-        between = [wire for at, wire in self._latest if step < at < now]
-        return between if len(between) == now - step - 1 and len(between) < (self._latest.maxlen or 0) else None
-
-    def write_missed(self, frame: Frame, wire: Wire) -> None:
-        """Fill a frame with the move of an order that a worker has missed."""
+    def _remember(self, step: int, wire: NDArray[np.uint8]) -> None:
+        """Keep a move for those that miss it; memory of the oldest is used again, unless it is under way."""
+        latest = self._latest
+        if not latest.maxlen:
+            return
+        oldest = latest.popleft()[1] if len(latest) == latest.maxlen else None
+        frame = oldest if oldest is not None and oldest.users == 1 else Frame(self._layout.move_order_nbytes)
         self._layout.head_order(frame, 0, (), restored=0, flags=MISSED)
         self._layout.move_of(frame)[:] = wire
+        latest.append((step, frame))
+
+    def since(self, step: int, now: int) -> list[Frame] | None:
+        """Return frames of the moves between those of two steps; None where w itself is less, or they are not known.
+
+        They are not to be changed.
+        """
+        between = [frame for at, frame in self._latest if step < at < now]
+        return between if len(between) == now - step - 1 and len(between) < (self._latest.maxlen or 0) else None
 
     def write_whole(self, frame: Frame, step: int, extras: Sequence[float] | Numbers, *, restored: int) -> None:
         """Fill a frame with the same order for those that do not have the w before."""

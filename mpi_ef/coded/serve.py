@@ -71,7 +71,7 @@ def serve(comm: Comm, gradient: Callable[[Vector, int, int], Any], x: Vector, co
         parts, or the mean over samples where `gradient` tells their number.
     steps : int
     **options
-        Of :class:`CodedGradients`: dedicated, patience_seconds, on_silence, twins.
+        Of :class:`CodedGradients`: order_compressor, dedicated, patience_seconds, on_silence, twins.
 
     Returns
     -------

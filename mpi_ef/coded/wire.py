@@ -91,7 +91,12 @@ class Layout:
     @property
     def order_nbytes(self) -> int:
         """Bytes of the wire of an order."""
-        return 8 * self.order_extras + max(self._whole_nbytes, self.move_nbytes)
+        return max(self.whole_order_nbytes, self.move_order_nbytes)
+
+    @property
+    def whole_order_nbytes(self) -> int:
+        """Bytes of that of an order with x."""
+        return 8 * self.order_extras + self._whole_nbytes
 
     @property
     def move_order_nbytes(self) -> int:

@@ -37,6 +37,7 @@ class Aside:
             if others is None:
                 yield
                 return
+            flat.adopt()
             if self._memory is None:
                 self._memory = flat.kernels.zeros(flat.d)
             self.values = self._memory
@@ -49,10 +50,14 @@ class Aside:
 
     def back(self) -> None:
         """Let the parameters be what they were, also where such a context was left half-way and not closed."""
-        if self.values is not None:
-            self._flat.values[:] = self.values
+        values, self.active, self.values = self.values, False, None
+        if values is None:
+            return
+        try:
+            self._flat.adopt()  # memory that the program has given parameters meanwhile, where they would stay others
+        finally:
+            self._flat.values[:] = values
             self._flat.write_back()
-        self.active, self.values = False, None
 
     def refuse(self, call: str) -> None:
         """Raise where parameters are others now, or may be."""

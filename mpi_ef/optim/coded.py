@@ -66,8 +66,8 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
     compressor : Compressor, optional
         Of what a coded gradient differs by from what the server knows of it. By default whole vectors are sent.
     order_compressor : Compressor, optional
-        Of what parameters differ by from those that workers have, which follow them (EF21-P) and at which all gradients are
-        computed then, on the server too: inside of a loop over parts() its parameters are those.
+        Of what parameters differ by from those that workers have, which follow them (EF21-P), and at which all gradients are
+        computed: in loops over parts() parameters of the server are those, and what is written to them there is lost.
     model : torch.nn.Module, optional
         Whose parameters these are; wanted where it has buffers. Those named ``running_*``, and ``num_batches_tracked``, are
         running statistics: each part begins with those of the order, and the server adds the mean of what parts have changed
@@ -102,7 +102,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
 
     Notes
     -----
-    Vectors of a device go to the host and back. Memory: two vectors on each rank, and what `CodedGradients` needs.
+    Vectors of a device go to the host and back. Memory: two vectors, with `order_compressor` three, and `CodedGradients`'.
     """
 
     saved_by = "state_dict() of rank 0, and of the model"
@@ -124,10 +124,9 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self._listed = Listed(optimizer)
             self.flat, self._statistics = FlatParameters(parameters), Statistics(name, model)
-            names = names_of(optimizer, model)
-            return {**described(parameters, names), "the optimizer": type(optimizer).__name__, "seed": seed, "clip": clip,
-                    "hyper-parameters": hyper_parameters(optimizer), "statistics": self._statistics.described,
-                    "whether a model is given": isinstance(model, nn.Module)}
+            return {**described(parameters, names_of(optimizer, model)), "the optimizer": type(optimizer).__name__,
+                    "seed": seed, "clip": clip, "hyper-parameters": hyper_parameters(optimizer),
+                    "statistics": self._statistics.described, "whether a model is given": isinstance(model, nn.Module)}
 
         agree(comm, name, facts, "build the same model and optimizer on every rank")
         self.flat.broadcast(comm)
@@ -251,8 +250,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
     def _check_over(self) -> None:
         if self._open:
             self._failed = True
-            raise OptionError(f"{self._name}: step {self.done} was not ended; call step() at the end of each turn of the "
-                              "loop")
+            raise OptionError(f"{self._name}: step {self.done} was not ended; call step() to end each turn of the loop")
 
     def parts(self) -> Iterator[Part]:
         """Yield the parts of the step that this rank computes, s + 1 of them; none on a server that is dedicated. Local.
@@ -371,6 +369,8 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
         Parameters and buffers are the model's. Workers need no state of their own: after loading, each is told its part.
         """
         self._refuse_on_workers("state_dict")
+        if self._aside.values is not None:
+            raise OptionError(f"{self._name}.state_dict: inside of parts() parameters are not the server's; wait for step()")
         state = {"kind": _KIND, "optimizer": host_copy(self.optimizer.state_dict()), "done": self.done,
                  "skipped_steps": self.skipped_steps, "code": repr(self.coded.code), "workers": self.coded.n}
         if self._compresses:
@@ -396,7 +396,7 @@ class CodedOptimizer(OnAllRanks, metaclass=SharedErrors):
             raise OptionError(f"{self._name}.load_state_dict: steps were made; load before them")
         check_saved(f"{self._name}.load_state_dict", state, _KIND, "skipped_steps", "code", "workers")
         alike = state["code"] == repr(self.coded.code) and state["workers"] == self.coded.n and self._compresses
-        rows, w = (None if each is None else on_host(each).numpy() for each in
+        rows, w = (None if each is None else on_host(each).numpy().astype(self.flat.dtype, copy=False) for each in
                    (state.get("rows") if alike else None, state.get("w") if self.coded.w.size else None))
         with self.flat.lent():  # torch rounds moments to the precision of their parameter
             load_inner(f"{self._name}.load_state_dict", self.optimizer, state["optimizer"])
