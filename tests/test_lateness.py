@@ -157,6 +157,17 @@ class TestWhoIsSlow:
             "waiting for the last rank took 55 % of 40 s",
             "a code with s=2 would have saved 54 % of 40 s, not counting that each rank computes 3 parts instead of 1"]
 
+    def test_a_code_that_is_there_is_named_before_one_that_is_not(self):
+        """Of four ranks two are slow: s = 2, for which there is no code, saves most; one of s = 1 saves much as well."""
+        lateness = told(4, [[0, 0.01, 0.5, 1.0]] * 20)
+        lateness.part_seconds = 0.01
+        assert lateness.best()[0] == 2
+        assert lateness.lines(20.0)[-1] == "a code with s=1 would have saved 49 % of 20 s"
+        both = told(4, [[0, 0.01, 1.0, 1.0]] * 20)  # s = 1 saves nothing here
+        both.part_seconds = 0.01
+        assert both.lines(20.0)[-1] == (
+            "a code with s=2 would have saved 97 % of 20 s; there is none for 4 ranks, start one more or less")
+
     def test_most_workers_are_slow_where_one_is_quick(self):
         assert not told(3, [[0, 1.0, 1.0]] * 9).holding().any()
 

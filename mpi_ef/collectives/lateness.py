@@ -164,9 +164,7 @@ class Lateness:
 
         Where `part_seconds` is not known, it is the one that saves most for each of its s + 1 parts.
         """
-        savings = [(self.would_save(s) / (1 if self.part_seconds else s + 1), -s) for s in range(self.n // 2 + 1)]
-        s = -max(savings)[1]
-        return s, self.would_save(s)
+        return self._best(range(self.n // 2 + 1))
 
     def waited(self) -> float:
         """Return how many seconds less all steps would have taken if no worker were slower than the one in the middle."""
@@ -276,8 +274,15 @@ class Lateness:
         return {"delays": self._delays, "names": self._names, "firsts": self._firsts, "open": self._open, "sums": self._sums,
                 "in_time": self.in_time, "late": self.late}
 
+    def _best(self, numbers: Sequence[int]) -> tuple[int, float]:
+        s = -max((self.would_save(s) / (1 if self.part_seconds else s + 1), -s) for s in numbers)[1]
+        return s, self.would_save(s)
+
     def _of_code(self, seconds: float, s: int) -> list[str]:
-        best, saved = (s, self.would_save(s)) if s else self.best()
+        there = [s] if s else [i for i in range(self.n // 2 + 1) if _has_code(self.n, i)]
+        best, saved = self._best(there)
+        if not s and saved < _WORTH * seconds:  # perhaps one that wants another number of ranks
+            best, saved = self.best()
         free = "" if self.part_seconds else f", not counting that each rank computes {best + 1} parts instead of 1"
         if s and (never := int(self.missing.sum())):
             if saved <= 0:
